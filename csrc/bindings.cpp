@@ -31,6 +31,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("geglu", &datasetdm::geglu_cpu, WithoutGil(), "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd", &datasetdm::winograd_cpu, WithoutGil(), "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
           "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("winograd_taps", &datasetdm::winograd_taps_cpu, WithoutGil(), "x"_a, "taps"_a, "bias"_a, "residual"_a, "out"_a, "memory"_a, "images"_a, "height"_a,
+          "width"_a, "channels"_a, "outputs"_a, "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("winograd_memory", &datasetdm::winograd_memory, "images"_a, "height"_a, "width"_a, "channels"_a, "threads"_a);
     m.def("winograd_gradient", &datasetdm::winograd_gradient, WithoutGil(), "x"_a, "out"_a, "weight"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
           "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd_weight", &datasetdm::winograd_weight, WithoutGil(), "plain"_a, "weight"_a, "channels"_a, "outputs"_a, "threads"_a, "vector_bytes"_a = 0);

@@ -6,7 +6,10 @@ namespace WITH_INSTRUCTIONS {
 
 #include "vectors.h"
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : 4;  // queries that share one load of keys or values: two vectors of sums each fill the registers
+constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : VECTOR_BYTES == 32 ? 6 : 4;  // that share one load of keys or values; with ...
+constexpr int64_t kVectors = VECTOR_BYTES == 64 ? 3 : 2;                           // ... of sums each they fill the registers
+constexpr int64_t kKeys = 192;                                                     // at once: so many stay near with their values ...
+constexpr int64_t kGroup = 32 * kQueries;                                          // ... for so many queries
 
 INLINE Vector all(float value) { return value - Vector{}; }
 INLINE Vector larger(const Vector& a, const Vector& b) { return a > b ? a : b; }
@@ -94,86 +97,108 @@ INLINE void narrow(const float* from, Bfloat* to, int64_t count) {
     }
 }
 
-// Products of kQueries rows of `left` [kQueries, inner] with `right` [inner, columns], one or two vectors of columns at a time.
-template <int64_t kVectors>
-INLINE void multiply_rows(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t right_pitch, float* target, int64_t target_pitch) {
-    Vector sums[kQueries][kVectors];
+// Products of kQueries rows of `left` with kCount vectors of columns of `right`, which lie `apart`. They replace the target, or are added to what
+// its rows count for by their `share`.
+template <int64_t kCount>
+INLINE void multiply_rows(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t right_pitch, int64_t apart, const float* share,
+                          float* target, int64_t target_pitch) {
+    Vector sums[kQueries][kCount];
     for (int64_t row = 0; row < kQueries; ++row)
-        for (int64_t j = 0; j < kVectors; ++j) sums[row][j] = Vector{};
+        for (int64_t j = 0; j < kCount; ++j) sums[row][j] = share ? load(target + row * target_pitch + j * kLanes) * share[row] : Vector{};
     for (int64_t i = 0; i < inner; ++i) {
-        Vector values[kVectors];
-        for (int64_t j = 0; j < kVectors; ++j) values[j] = load(right + i * right_pitch + j * kLanes);
+        Vector values[kCount];
+        for (int64_t j = 0; j < kCount; ++j) values[j] = load(right + i * right_pitch + j * apart);
         for (int64_t row = 0; row < kQueries; ++row)
-            for (int64_t j = 0; j < kVectors; ++j) sums[row][j] += left[row * left_pitch + i] * values[j];
+            for (int64_t j = 0; j < kCount; ++j) sums[row][j] += left[row * left_pitch + i] * values[j];
     }
     for (int64_t row = 0; row < kQueries; ++row)
-        for (int64_t j = 0; j < kVectors; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
+        for (int64_t j = 0; j < kCount; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
 }
 
-INSTRUCTIONS inline void multiply(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t columns, float* target) {
-    int64_t column = 0;
-    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) multiply_rows<2>(left, left_pitch, inner, right + column, columns, target + column, columns);
-    if (column < columns) multiply_rows<1>(left, left_pitch, inner, right + column, columns, target + column, columns);
+INSTRUCTIONS inline void multiply(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t right_pitch, int64_t apart,
+                                  const float* share, float* target, int64_t columns, int64_t target_pitch) {
+    const int64_t count = columns / kLanes;
+    int64_t j = 0;
+    if constexpr (kVectors == 3)
+        for (; count - j >= 3 && count - j != 4; j += 3)  // four are two and two
+            multiply_rows<3>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+    for (; count - j >= 2; j += 2)
+        multiply_rows<2>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+    if (j < count) multiply_rows<1>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
 }
 
-// The scores [kQueries, columns] as powers of two of what `scale` makes of them, relative to each row's highest, and one over the rows' sums.
-// Each stage is done for all rows before the next: their folds then overlap, and do not wait for one another.
-INSTRUCTIONS inline void softmax(float* scores, int64_t keys, int64_t columns, float scale, float* inverse) {
-    Vector most[kQueries], total[kQueries];
-    float highest[kQueries];
+// The scores of some keys as powers of two of what `scale` makes of them, relative to each row's `highest` so far, and their sums, a vector a row;
+// `share` becomes what all before them now counts for. Each stage is done for all rows before the next: their folds then overlap.
+INSTRUCTIONS inline void softmax(float* scores, int64_t keys, int64_t columns, float scale, float* highest, float* total, float* share) {
+    Vector most[kQueries];
     for (int64_t row = 0; row < kQueries; ++row) {
         float* score = scores + row * columns;
         for (int64_t key = keys; key < columns; ++key) score[key] = -std::numeric_limits<float>::max();
         most[row] = load(score);
         for (int64_t key = kLanes; key < columns; key += kLanes) most[row] = larger(most[row], load(score + key));
     }
-    for (int64_t row = 0; row < kQueries; ++row) highest[row] = largest_of(most[row]) * scale;
+    for (int64_t row = 0; row < kQueries; ++row) {
+        const float before = highest[row];
+        highest[row] = std::max(before, largest_of(most[row]) * scale);
+        Vector power = all(before - highest[row]);
+        power_of_two(power);
+        share[row] = power[0];
+    }
     for (int64_t row = 0; row < kQueries; ++row) {
         float* score = scores + row * columns;
-        total[row] = Vector{};
+        Vector sum = load(total + row * kLanes) * share[row];
         for (int64_t key = 0; key < columns; key += kLanes) {
             Vector power = load(score + key) * scale - highest[row];
             power_of_two(power);
-            total[row] += power;
+            sum += power;
             store(score + key, power);
         }
+        store(total + row * kLanes, sum);
     }
-    for (int64_t row = 0; row < kQueries; ++row) inverse[row] = 1 / sum_of(total[row]);
 }
 
+// Some keys after the others, with each row's highest score, sum and answer so far.
 template <typename Stored>
 INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
     const int64_t image = pair / all_of.heads, head = pair % all_of.heads, width = all_of.width, keys = all_of.keys;
     const int64_t key_columns = (keys + kLanes - 1) / kLanes * kLanes, value_columns = (width + kLanes - 1) / kLanes * kLanes;
+    const int64_t group = std::min(kGroup, (all_of.queries + kQueries - 1) / kQueries * kQueries);
     const auto start = [&](const Strides& strides) { return image * strides.image + head * strides.head; };
     const Stored *q = all_of.q + start(all_of.q_strides), *k = all_of.k + start(all_of.k_strides), *v = all_of.v + start(all_of.v_strides);
     Stored* out = all_of.out + start(all_of.out_strides);
-    // Keys lie transposed, so that neighbouring keys fill a vector.
-    float *turned = scratch(width * key_columns + keys * value_columns + kQueries * (width + key_columns + value_columns) + width), *values = turned + width * key_columns, *rows = values + keys * value_columns, *scores = rows + kQueries * width;
-    float *sums = scores + kQueries * key_columns, *one = sums + kQueries * value_columns;
+    // A vector of keys lies transposed, so that they are multiplied side by side.
+    float* turned = scratch(key_columns * width + keys * value_columns + group * (width + value_columns + kLanes + 1) + kQueries * kKeys + width);
+    float *values = turned + key_columns * width, *rows = values + keys * value_columns, *sums = rows + group * width;
+    float *total = sums + group * value_columns, *highest = total + group * kLanes, *scores = highest + group, *one = scores + kQueries * kKeys;
     const float scale = static_cast<float>(all_of.scale) * kLog2E;
     for (int64_t key = 0; key < keys; ++key) {
+        float* column = turned + key / kLanes * kLanes * width + key % kLanes;
         widen(k + key * all_of.k_strides.row, one, width);
-        for (int64_t i = 0; i < width; ++i) turned[i * key_columns + key] = one[i];
+        for (int64_t i = 0; i < width; ++i) column[i * kLanes] = one[i];
         widen(v + key * all_of.v_strides.row, values + key * value_columns, width);
         std::fill(values + key * value_columns + width, values + (key + 1) * value_columns, 0.0f);
     }
-    for (int64_t query = 0; query < all_of.queries; query += kQueries) {
-        const int64_t count = std::min(kQueries, all_of.queries - query);
-        const float* left = rows;
-        int64_t pitch = width;
-        if constexpr (std::is_same_v<Stored, float>) {
-            if (count == kQueries) left = q + query * all_of.q_strides.row, pitch = all_of.q_strides.row;
-        }
-        for (int64_t row = 0; left == rows && row < kQueries; ++row)  // the last rows are repeated, so that every block is a whole one
+    for (int64_t query = 0; query < all_of.queries; query += group) {
+        const int64_t count = std::min(group, all_of.queries - query), whole = (count + kQueries - 1) / kQueries * kQueries;
+        for (int64_t row = 0; row < whole; ++row)  // the last rows are repeated, so that every block is a whole one
             widen(q + (query + std::min(row, count - 1)) * all_of.q_strides.row, rows + row * width, width);
-        multiply(left, pitch, width, turned, key_columns, scores);
-        float inverse[kQueries];
-        softmax(scores, keys, key_columns, scale, inverse);
-        multiply(scores, key_columns, keys, values, value_columns, sums);
+        std::fill(sums, sums + whole * value_columns, 0.0f);
+        std::fill(total, total + whole * kLanes, 0.0f);
+        std::fill(highest, highest + whole, -std::numeric_limits<float>::max());
+        for (int64_t key = 0; key < keys; key += kKeys) {
+            const int64_t here = std::min(kKeys, keys - key), columns = (here + kLanes - 1) / kLanes * kLanes;
+            for (int64_t row = 0; row < whole; row += kQueries) {
+                float share[kQueries];
+                multiply(rows + row * width, width, width, turned + key * width, kLanes, width * kLanes, nullptr, scores, columns, columns);
+                softmax(scores, here, columns, scale, highest + row, total + row * kLanes, share);
+                multiply(scores, columns, here, values + key * value_columns, value_columns, kLanes, share, sums + row * value_columns, value_columns,
+                         value_columns);
+            }
+        }
         for (int64_t row = 0; row < count; ++row) {
             float* sum = sums + row * value_columns;
-            for (int64_t i = 0; i < value_columns; ++i) sum[i] *= inverse[row];
+            const float inverse = 1 / sum_of(load(total + row * kLanes));
+            for (int64_t i = 0; i < value_columns; ++i) sum[i] *= inverse;
             narrow(sum, out + (query + row) * all_of.out_strides.row, width);
         }
     }
@@ -226,13 +251,15 @@ INSTRUCTIONS inline void attend(const Attention<Bfloat>& all_of, int64_t pair) {
         for (int64_t i = 0; i < width; ++i) half[2 * i] = value[i].bits;
     }
     const float scale = static_cast<float>(all_of.scale) * kLog2E;
-    float inverse[kQueries];
+    float total[kQueries * kLanes], highest[kQueries], share[kQueries];
     for (int64_t query = 0; query < all_of.queries; query += kQueries) {
         const int64_t count = std::min(kQueries, all_of.queries - query);
         for (int64_t row = 0; row < kQueries; ++row)  // the last rows are repeated, so that every block is a whole one
             std::memcpy(rows + row * width_pairs, q + (query + std::min(row, count - 1)) * all_of.q_strides.row, width * sizeof(Bfloat));
         multiply_all_pairs(rows, width_pairs, turned, key_columns, scores);
-        softmax(scores, keys, key_columns, scale, inverse);
+        std::fill(total, total + kQueries * kLanes, 0.0f);
+        std::fill(highest, highest + kQueries, -std::numeric_limits<float>::max());
+        softmax(scores, keys, key_columns, scale, highest, total, share);
         for (int64_t i = 0; i < kQueries * key_columns; i += kLanes) {
             const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)load(scores + i));
             __builtin_memcpy(reinterpret_cast<uint16_t*>(shares) + i, &narrowed, sizeof narrowed);
@@ -240,7 +267,8 @@ INSTRUCTIONS inline void attend(const Attention<Bfloat>& all_of, int64_t pair) {
         multiply_all_pairs(shares, key_pairs, values, value_columns, sums);
         for (int64_t row = 0; row < count; ++row) {
             float* sum = sums + row * value_columns;
-            for (int64_t i = 0; i < value_columns; ++i) sum[i] *= inverse[row];
+            const float inverse = 1 / sum_of(load(total + row * kLanes));
+            for (int64_t i = 0; i < value_columns; ++i) sum[i] *= inverse;
             narrow(sum, out + (query + row) * all_of.out_strides.row, width);
         }
     }

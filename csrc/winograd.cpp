@@ -17,6 +17,8 @@ constexpr int64_t kPanel = 16;            // outputs that lie side by side in th
 constexpr int64_t kTiles = 48;            // tiles that share one reading of the weight; a multiple of every kRows
 constexpr int64_t kChannels = 256;        // channels of a panel that stay in the first-level cache
 constexpr int64_t kApart = 16;            // floats between places, which would otherwise fall on the same lines of the caches
+constexpr int64_t kMostTiles = 96;        // that are multiplied with two panels of taps at once; a multiple of kTiles
+constexpr int64_t kTapChannels = 128;     // of two panels that are transformed at once: with the products they stay in the second-level cache
 
 int64_t panels_of(int64_t outputs) { return (outputs + 2 * kPanel - 1) / (2 * kPanel) * 2; }  // an even number, as the widest vectors take two
 
@@ -32,6 +34,7 @@ struct Winograd {
 
     int64_t down() const { return (height + kTile - 1) / kTile; }
     int64_t across() const { return (width + kTile - 1) / kTile; }
+    int64_t tiles(int64_t images) const { return images * down() * across(); }
     int64_t panels() const { return panels_of(outputs); }
     Tile tile(int64_t index) const {
         const int64_t row = index / across();
@@ -49,9 +52,33 @@ struct Weight {
     int64_t channels, outputs, panels;
 };
 
+constexpr int64_t kWeightPitch = 2 * kTapChannels * kPanel + kApart;
+
+// What a call from taps needs: for each part of the channels tiles [36, rows, 128], then for each thread that part of two panels and their products
+// [36, rows, 32].
+struct Shares {
+    int64_t rows, left_pitch, parts, products_pitch, own;
+
+    Shares(int64_t tiles, int64_t channels) : rows((std::min(tiles, kMostTiles) + kTiles - 1) / kTiles * kTiles) {
+        left_pitch = rows * kTapChannels + kApart;
+        parts = (channels + kTapChannels - 1) / kTapChannels;
+        products_pitch = rows * 2 * kPanel + kApart;
+        own = kPlaces * (kWeightPitch + products_pitch);
+    }
+};
+
 float* scratch(int64_t count) {
     static thread_local KeptFloats kept;
     return kept.of(count);
+}
+
+Winograd winograd_of(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
+                     int64_t channels, int64_t outputs, bool is_doubled) {
+    require(x && weight && bias && out, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
+    require(images > 0 && height > 0 && width > 0, "winograd: an empty tensor, ", images, " images of ", height, " x ", width);
+    require(!is_doubled || (height % 2 == 0 && width % 2 == 0), "winograd: ", height, " x ", width, " cells are no doubled ones");
+    return {reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
+            reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
 }
 
 // What every call is asked of; the width of vectors to take.
@@ -72,14 +99,35 @@ namespace datasetdm {
 
 void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
                   int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
-    require(x && weight && bias && out, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
-    require(images > 0 && height > 0 && width > 0, "winograd: an empty tensor, ", images, " images of ", height, " x ", width);
-    require(!is_doubled || (height % 2 == 0 && width % 2 == 0), "winograd: ", height, " x ", width, " cells are no doubled ones");
+    const Winograd work = winograd_of(x, weight, bias, residual, out, images, height, width, channels, outputs, is_doubled);
     vector_bytes = checked("winograd", channels, outputs, threads, vector_bytes);
-    const Winograd work{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
-                        reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
-    const int64_t tiles = images * work.down() * work.across();
-    share(tiles, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
+    share(work.tiles(images), threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
+}
+
+void winograd_taps_cpu(uintptr_t x, uintptr_t taps, uintptr_t bias, uintptr_t residual, uintptr_t out, uintptr_t memory, int64_t images, int64_t height,
+                       int64_t width, int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
+    require(memory, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
+    const Winograd work = winograd_of(x, taps, bias, residual, out, images, height, width, channels, outputs, is_doubled);
+    vector_bytes = checked("winograd", channels, outputs, threads, vector_bytes);
+    const Shares shares(work.tiles(images), channels);
+    float *left = reinterpret_cast<float*>(memory), *own = left + shares.parts * kPlaces * shares.left_pitch;
+    const int64_t pairs = work.panels() / 2, users = std::min(threads, pairs);
+    for (int64_t tile = 0; tile < work.tiles(images); tile += shares.rows) {
+        const int64_t count = std::min(shares.rows, work.tiles(images) - tile);
+        share(count, threads, [&](int64_t first, int64_t last) {
+            WITH_VECTORS(vector_bytes, transform_tiles, work, tile, first, last, left, shares);
+        });
+        share(users, users, [&](int64_t user, int64_t) {
+            WITH_VECTORS(vector_bytes, convolve_pairs, work, tile, count, left, shares, pairs * user / users, pairs * (user + 1) / users,
+                         own + user * shares.own);
+        });
+    }
+}
+
+int64_t winograd_memory(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t threads) {
+    const Winograd work{nullptr, nullptr, nullptr, nullptr, nullptr, height, width, channels, 0, false};
+    const Shares shares(work.tiles(images), channels);
+    return shares.parts * kPlaces * shares.left_pitch + threads * shares.own;
 }
 
 void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
@@ -88,9 +136,8 @@ void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t ima
     require(images > 0 && height > 0 && width > 0, "winograd_gradient: an empty tensor, ", images, " images of ", height, " x ", width);
     vector_bytes = checked("winograd_gradient", channels, outputs, threads, vector_bytes);
     const Winograd work{reinterpret_cast<const float*>(x), nullptr, nullptr, nullptr, reinterpret_cast<float*>(out), height, width, channels, outputs, false};
-    const int64_t tiles = images * work.down() * work.across();
     share(channels / kPanel, threads, [&](int64_t first, int64_t last) {
-        WITH_VECTORS(vector_bytes, gather, work, reinterpret_cast<float*>(weight), tiles, first, last);
+        WITH_VECTORS(vector_bytes, gather, work, reinterpret_cast<float*>(weight), work.tiles(images), first, last);
     });
 }
 

@@ -14,6 +14,12 @@ namespace datasetdm {
 void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
                   int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes);
 
+// The same from the taps of a weight, [P, 9, channels, 16] of as many panels, which are transformed where they are needed: a large weight would take
+// four times its memory, and longer to write and to read. `memory` is of winograd_memory numbers.
+void winograd_taps_cpu(uintptr_t x, uintptr_t taps, uintptr_t bias, uintptr_t residual, uintptr_t out, uintptr_t memory, int64_t images, int64_t height,
+                       int64_t width, int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes);
+int64_t winograd_memory(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t threads);
+
 // The gradient of the transformed weight, [36, channels, outputs], from the image `x` and the gradient `out` of what became of it; the sums over
 // tiles have one order, whatever `threads` is.
 void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,

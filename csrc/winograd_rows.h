@@ -115,15 +115,15 @@ INSTRUCTIONS inline void transform_tile(const Winograd& work, int64_t tile, int6
     }
 }
 
-// The results of one tile from its products m[k * pitch + output], with bias and residual.
-INSTRUCTIONS inline void finish_tile(const Winograd& work, int64_t tile, const float* m, int64_t pitch) {
+// The results of one tile for outputs first .. last from its products m[k * pitch + output - first], with bias and residual.
+INSTRUCTIONS inline void finish_tile(const Winograd& work, int64_t tile, const float* m, int64_t pitch, int64_t first, int64_t last) {
     const Tile place = work.tile(tile);
     const int64_t rows = std::min(kTile, work.height - place.y), columns = std::min(kTile, work.width - place.x);
     const int64_t corner = ((place.image * work.height + place.y) * work.width + place.x) * work.outputs;
-    for (int64_t c = 0; c < work.outputs; c += kLanes) {
+    for (int64_t c = first; c < last; c += kLanes) {
         Vector half[kTile * kSide], values[kSide], results[kTile];
         for (int64_t column = 0; column < kSide; ++column) {
-            for (int64_t row = 0; row < kSide; ++row) values[row] = load(m + (row * kSide + column) * pitch + c);
+            for (int64_t row = 0; row < kSide; ++row) values[row] = load(m + (row * kSide + column) * pitch + c - first);
             from_products(values, 1, results);
             for (int64_t row = 0; row < kTile; ++row) half[row * kSide + column] = results[row];
         }
@@ -246,7 +246,64 @@ INSTRUCTIONS inline void convolve(const Winograd& work, int64_t first, int64_t l
                                       work.weight + (place * work.panels() + output / kPanel) * panel + channel * kPanel, panel,
                                       products + place * pitch + row * width + output, width, channel > 0);
         }
-        for (int64_t tile = 0; tile < count; ++tile) finish_tile(work, start + tile, products + tile * width, pitch);
+        for (int64_t tile = 0; tile < count; ++tile) finish_tile(work, start + tile, products + tile * width, pitch, 0, work.outputs);
+    }
+}
+
+INSTRUCTIONS inline void transform_tiles(const Winograd& work, int64_t tile, int64_t first, int64_t last, float* left, const Shares& shares) {
+    for (int64_t part = 0; part < shares.parts; ++part)
+        for (int64_t i = first; i < last; ++i)
+            transform_tile(work, tile + i, part * kTapChannels, std::min(kTapChannels, work.channels - part * kTapChannels),
+                           left + part * kPlaces * shares.left_pitch + i * kTapChannels, shares.left_pitch);
+}
+
+// Three taps of a row or column to the six values that are multiplied.
+INLINE void from_taps(const Vector& a, const Vector& b, const Vector& c, Vector* t) {
+    const Vector even = -a - 0.25f * c, odd = 0.5f * b;
+    const Vector far_even = (1.0f / 9) * a + 0.25f * c, far_odd = (1.0f / 6) * b;
+    t[0] = (16.0f / 9) * a;
+    t[1] = even - odd;
+    t[2] = even + odd;
+    t[3] = far_even + far_odd;
+    t[4] = far_even - far_odd;
+    t[5] = c;
+}
+
+// `count` channels of one panel, whose taps lie `pitch` apart, to target[place * kWeightPitch + channel * 16].
+INSTRUCTIONS inline void transform_taps(const float* taps, int64_t pitch, int64_t count, float* target) {
+    for (int64_t at = 0; at < count * kPanel; at += kLanes) {
+        Vector half[3][kSide], places[kSide];
+        for (int64_t column = 0; column < 3; ++column) {
+            const float* from = taps + column * pitch + at;
+            from_taps(load(from), load(from + 3 * pitch), load(from + 6 * pitch), half[column]);
+        }
+        for (int64_t row = 0; row < kSide; ++row) {
+            from_taps(half[0][row], half[1][row], half[2][row], places);
+            for (int64_t column = 0; column < kSide; ++column) store(target + (row * kSide + column) * kWeightPitch + at, places[column]);
+        }
+    }
+}
+
+// Pairs first .. last of panels for `count` tiles, whose transformed cells are `left`; the weight of `work` are its taps.
+INSTRUCTIONS inline void convolve_pairs(const Winograd& work, int64_t tile, int64_t count, const float* left, const Shares& shares, int64_t first,
+                                        int64_t last, float* weight) {
+    constexpr int64_t kWidth = 2 * kPanel, kOne = kTapChannels * kPanel;
+    const int64_t channels = work.channels, panel = channels * kPanel, pitch = shares.products_pitch;
+    float* products = weight + kPlaces * kWeightPitch;
+    for (int64_t pair = first; pair < last; ++pair) {
+        for (int64_t part = 0; part < shares.parts; ++part) {
+            const int64_t channel = part * kTapChannels, depth = std::min(kTapChannels, channels - channel);
+            for (int64_t half = 0; half < 2; ++half)
+                transform_taps(work.weight + (pair * 2 + half) * 9 * panel + channel * kPanel, panel, depth, weight + half * kOne);
+            for (int64_t place = 0; place < kPlaces; ++place)
+                for (int64_t column = 0; column < kWidth; column += kVectors * kLanes)
+                    for (int64_t row = 0; row < count; row += kRows)
+                        multiply_rows(left + (part * kPlaces + place) * shares.left_pitch + row * kTapChannels, kTapChannels, depth,
+                                      weight + place * kWeightPitch + column / kPanel * kOne, kOne, products + place * pitch + row * kWidth + column, kWidth,
+                                      channel > 0);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            finish_tile(work, tile + i, products + i * kWidth, pitch, pair * kWidth, std::min((pair + 1) * kWidth, work.outputs));
     }
 }
 

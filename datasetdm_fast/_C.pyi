@@ -117,6 +117,23 @@ def winograd(
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
+def winograd_taps(
+    x: int,
+    taps: int,
+    bias: int,
+    residual: int,
+    out: int,
+    memory: int,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    is_doubled: bool,
+    threads: int,
+    vector_bytes: int = 0,
+) -> None: ...
+def winograd_memory(images: int, height: int, width: int, channels: int, threads: int) -> int: ...
 def winograd_gradient(
     x: int,
     out: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 
 import torch
@@ -32,24 +31,38 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
 
 
-def transformed(weight: Tensor, out: Tensor | None = None) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
+def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
     """The weight as `convolve` reads it, computed in fp64."""
     outputs, channels = weight.shape[:2]
-    shape = 36, -(-outputs // (2 * PANEL)) * 2, channels, PANEL
-    found = torch.empty(shape) if out is None else out[: math.prod(shape)].view(shape)
+    found = torch.empty(36, -(-outputs // (2 * PANEL)) * 2, channels, PANEL)
     weight = weight.detach().contiguous(memory_format=torch.channels_last)
     _C.winograd_weight(weight.data_ptr(), found.data_ptr(), channels, outputs, threads(found))
     return found
 
 
-def transformed_for_now(weight: Tensor) -> Tensor:
-    """The same in memory of this thread, until its next call."""
-    size, thread = 36 * (len(weight) + PANEL) * weight.shape[1], threading.get_ident()
+def in_panels(weight: Tensor) -> Tensor:  # [P, 9, I, 16] of [O, I, 3, 3]
+    """The weight as `convolve` reads it where it is transformed at every call, in the memory of the plain one."""
+    outputs, channels = weight.shape[:2]
+    found = torch.empty(-(-outputs // (2 * PANEL)) * 2, 9, channels, PANEL)
+    count = outputs // PANEL
+    found[:count].unflatten(1, (3, 3)).copy_(weight.detach().unflatten(0, (count, PANEL)).permute(0, 3, 4, 2, 1))
+    found[count:] = 0
+    return found
+
+
+def from_panels(panels: Tensor, outputs: int) -> Tensor:
+    """The weight that `in_panels` was given."""
+    return panels.permute(0, 3, 2, 1).flatten(0, 1)[:outputs].unflatten(-1, (3, 3))
+
+
+def _memory(size: int) -> Tensor:
+    """So many numbers of this thread, until its next call."""
+    thread = threading.get_ident()
     if (kept := _KEPT.get(thread)) is None or len(kept) < size:
         del kept  # before the larger one is there
         _KEPT.pop(thread, None)
         kept = _KEPT[thread] = torch.empty(size)
-    return transformed(weight, kept)
+    return kept
 
 
 def let_go() -> None:
@@ -61,7 +74,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, is_doubled: bool = False
 ) -> Tensor:
     """F.conv2d of channels-last `x` [B, I, h, w] with padding 1, plus `residual`; where `is_doubled`, of `x` with every
-    cell doubled along both axes.
+    cell doubled along both axes. The weight is `transformed` or `in_panels`.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
@@ -71,8 +84,12 @@ def convolve(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
-    sizes = batch, height, width, channels, len(bias)
-    _C.winograd(*places, out.data_ptr(), *sizes, is_doubled, threads(out, 2 * channels))
+    sizes, count = (batch, height, width, channels, len(bias)), threads(out, 2 * channels)
+    if weight.shape[1] != 9:  # the number of panels is even
+        _C.winograd(*places, out.data_ptr(), *sizes, is_doubled, count)
+    else:
+        memory = _memory(_C.winograd_memory(*sizes[:-1], count))
+        _C.winograd_taps(*places, out.data_ptr(), memory.data_ptr(), *sizes, is_doubled, count)
     return out
 
 

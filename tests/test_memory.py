@@ -114,13 +114,12 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
     assert torch.equal(engine.encode_image(image), moments)
 
 
-@pytest.mark.parametrize("is_minimal", [True, False])
-def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(monkeypatch, is_minimal):
+def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(monkeypatch):
+    """To rounding, as weights that are transformed at every call are so in fp32."""
     model = load_model("tiny")
     decoders = untrained_decoders(model.levels, model.networks["text_encoder"].config.hidden_size)
     decoders = {task: for_inference(decoders[task], strict=False) for task in ("semantic", "depth")}
     latents, answers = torch.randn(2, 4, 16, 16), []
-    monkeypatch.setattr(packed, "LARGEST_TRANSFORMED", 1 << 30 if is_minimal else 0)
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)
     for held in (1 << 30, 0):
         monkeypatch.setattr(packed, "LARGEST_HELD", held)
@@ -128,8 +127,12 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
         engine = FastEngine(model, decoders, device="cpu")
         assert bool(list(engine.projection.parameters())) == bool(held) and engine.weight_distance() == 0
         noise, capture = engine.denoise_and_capture(latents, 5, engine.encode_text(["", "", "a ball", "a red box"]))
-        answers.append([noise, *capture.sums, engine.decode_image(latents)])
-    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+        answers.append([noise, *capture.sums, engine.decode_image(latents).float()])
+    (*held, held_image), (*made, made_image) = answers
+    for one, other in zip(held, made, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+    assert (held_image - made_image).abs().max() <= 1
+    assert not torch.equal(answers[0][0], answers[1][0])
 
 
 def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):

@@ -47,6 +47,7 @@ def distance(value: Tensor, truth: Tensor) -> float:
         pytest.param(3, 48, 48, 5, 7, False, id="ragged borders, an odd number of panels"),
         pytest.param(2, 272, 32, 9, 4, False, id="more channels than are worked on at once"),
         pytest.param(9, 16, 32, 11, 12, False, id="more tiles than are worked on at once"),
+        pytest.param(12, 16, 32, 11, 12, False, id="more tiles than taps are transformed for"),
         pytest.param(2, 32, 48, 3, 5, True, id="doubled cells"),
     ],
 )
@@ -58,20 +59,24 @@ def test_every_instruction_set(vector_bytes, batch, channels, outputs, height, w
     residual = image(batch, outputs, *wide.shape[-2:])
     truth = F.conv2d(wide.double(), given["weight"].double(), given["bias"].double(), padding=1)
     direct = distance(F.conv2d(wide, given["weight"], given["bias"], padding=1), truth)
-    inner, empty = _C.winograd, torch.empty
-    monkeypatch.setattr(_C, "winograd", lambda *arguments: inner(*arguments, vector_bytes))
+    for name in ("winograd", "winograd_taps"):
+        inner = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, vector_bytes))
+    forms, empty = [form(given["weight"]) for form in (winograd.transformed, winograd.in_panels)], torch.empty
+    winograd.let_go()
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
-    prepared = winograd.transformed(given["weight"])
-    for added, expected in ((None, truth), (residual, truth + residual)):
-        found = winograd.convolve(x, prepared, given["bias"], added, is_doubled)
-        assert found.is_contiguous(memory_format=torch.channels_last)
-        assert distance(found, expected) <= max(4 * direct, 5e-7)
+    for form in forms:
+        for added, expected in ((None, truth), (residual, truth + residual)):
+            found = winograd.convolve(x, form, given["bias"], added, is_doubled)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert distance(found, expected) <= max(4 * direct, 5e-7)
 
 
+@pytest.mark.parametrize("form", [winograd.transformed, winograd.in_panels])
 @torch.inference_mode()
-def test_neither_threads_nor_the_batch_change_a_bit(monkeypatch):
+def test_neither_threads_nor_the_batch_change_a_bit(form, monkeypatch):
     x, given = image(5, 32, 13, 9), weights(48, 32)
-    prepared = winograd.transformed(given["weight"])
+    prepared = form(given["weight"])
     alone = torch.cat([winograd.convolve(x[k : k + 1], prepared, given["bias"]) for k in range(5)])
     for threads in (1, 2, 3, 200):
         monkeypatch.setattr(winograd, "threads", lambda *_, threads=threads: threads)
@@ -133,6 +138,8 @@ def test_what_it_cannot_compute_is_refused():
     ):
         with pytest.raises(ValueError, match=cause):
             _C.winograd(64, 64, 64, 0, 64, *numbers)
+    with pytest.raises(ValueError, match="a pointer is null"):
+        _C.winograd_taps(64, 64, 64, 0, 64, 0, 1, 4, 4, 16, 16, False, 1)
     for numbers, cause in (
         ((8, 16, 1), "8 channels to 16"),
         ((16, 16, 0), "threads is 0"),
@@ -192,7 +199,7 @@ def test_plain_weights_go_and_can_be_read_back():
 
 @pytest.mark.parametrize("vector_bytes", VECTORS)
 def test_a_transformed_weight_is_that_of_fp64(vector_bytes, monkeypatch):
-    """The last of an odd number of panels is filled with zeros; a weight is transformed anew at each call or held."""
+    """The last of an odd number of panels is filled with zeros."""
     inner = _C.winograd_weight
     monkeypatch.setattr(_C, "winograd_weight", lambda *arguments: inner(*arguments, vector_bytes))
     weight = noise(48, 32, 3, 3)
@@ -202,8 +209,13 @@ def test_a_transformed_weight_is_that_of_fp64(vector_bytes, monkeypatch):
     found = winograd.transformed(weight)
     panels = found.transpose(2, 3).flatten(1, 2)  # [36, outputs, channels]
     assert distance(panels[:, :48], truth) <= 3e-8 and (panels[:, 48:] == 0).all()
-    for one in (noise(64, 64, 3, 3), weight):  # the memory of a larger one
-        assert torch.equal(winograd.transformed_for_now(one), winograd.transformed(one))
+
+
+def test_panels_are_the_weight_in_another_order():
+    for outputs in (48, 32):
+        panels = winograd.in_panels(weight := noise(outputs, 32, 3, 3))
+        assert torch.equal(winograd.from_panels(panels, outputs), weight)
+        assert (panels.transpose(2, 3).transpose(1, 2).flatten(0, 1)[outputs:] == 0).all()
 
 
 @torch.inference_mode()
@@ -213,10 +225,13 @@ def test_a_large_weight_is_transformed_at_each_call(monkeypatch):
     fleeting = PackedConvolution(Convolution(one))
     upsample = PackedUpsample(Upsample(one))
     found = [fleeting(x), upsample(x)]
-    assert fleeting.weight is not None and fleeting._transformed is None and upsample._transformed is None
+    assert fleeting.weight is upsample.weight is fleeting._transformed is None
+    assert torch.equal(weights_of(torch.nn.Sequential(fleeting))["0.weight"], one["weight"])
+    assert torch.equal(weights_of(torch.nn.Sequential(upsample))["0.weight"], Upsample(one).weight)
     monkeypatch.undo()
     held = PackedConvolution(Convolution(one))(x), PackedUpsample(Upsample(one))(x)
-    assert all(torch.equal(*pair) for pair in zip(found, held))
+    for ours, other in zip(found, held):
+        assert distance(ours, other.double()) <= 1e-6
 
 
 @torch.inference_mode()

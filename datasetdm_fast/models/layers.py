@@ -179,18 +179,6 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return doubled
 
 
-def upsampled_in_turn(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """The same from the taps, with the weight of one place at a time."""
-    height, width = x.shape[-2:]
-    doubled = x.new_empty(len(x), 2 * height, 2 * width, len(taps)).permute(0, 3, 1, 2)
-    for row in PLACES:
-        weights = _pair(taps, 2, row)
-        for column in PLACES:
-            place = F.conv2d(x, _pair(weights, 3, column), bias[: len(taps)], padding=1)
-            doubled[:, :, row::2, column::2] = place[:, :, row : row + height, column : column + width]
-    return doubled
-
-
 def _pair(weight: Tensor, axis: int, place: int) -> Tensor:
     """Three taps along `axis` as two, for the first or the second place of a doubled cell."""
     first, middle, last = weight.unbind(axis)

@@ -14,16 +14,15 @@ from datasetdm_fast.models.layers import (
     Resnet,
     Upsample,
     by_place,
-    frozen,
     upsampled,
-    upsampled_in_turn,
 )
+from datasetdm_fast.models.unet import Transformer
 from datasetdm_fast.models.vae import ImageDecoder
 
 ROWS = 2048  # oneDNN is told how many to expect
-LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; transforming a larger one costs more than it saves
+FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
 LARGEST_HELD = 1 << 16  # inputs times outputs; a transformed weight takes four times its memory, and larger ones are
-# transformed at every call, which takes a hundredth of it
+# transformed at every call
 FEWEST_TILES = 8  # of 4x4 results; with fewer the transformed weight is read for too little
 
 
@@ -38,6 +37,9 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self._packed: Tensor | None = None
 
+    def held_weight(self) -> Tensor:
+        return self._packed.to_dense()
+
     def forward(self, x: Tensor) -> Tensor:
         # Slices run at once: the packed weight is in place before the plain one goes.
         if (weight := self.weight) is not None:
@@ -49,26 +51,35 @@ class PackedLinear(nn.Module):
 class PackedConvolution(nn.Module):
     """A Convolution by Winograd's minimal filtering where it is 3x3 and large enough, else in oneDNN's weight order.
 
-    A plain weight goes when the form is made that every later call takes. Where calls for one image have too few tiles,
-    calls for more may have enough, so it stays.
+    A plain weight goes when the form is made that every later call takes. Where calls for one image have too few tiles
+    for a weight that is held transformed, calls for more may have enough, so it stays.
     """
 
     def __init__(self, convolution: Convolution):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
         self.stride, self.padding = convolution.stride, convolution.padding
-        self.is_minimal = self.stride == self.padding == 1 and _is_minimal(self.weight)
-        self.is_held = is_held(self.weight)
+        self.is_minimal = self.stride == self.padding == 1 and winograd.takes(self.weight)
+        self.is_held, self.outputs = is_held(self.weight), len(self.weight)
         self._transformed: Tensor | None = None
+        self._panels: Tensor | None = None
         self._packed: Tensor | None = None
+
+    def held_weight(self) -> Tensor:
+        if self._panels is not None:
+            return winograd.from_panels(self._panels, self.outputs)
+        return self._transformed if self._packed is None else self._packed.to_dense()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
         weight, size = self.weight, x.shape[-2:]
         # Slices run at once: another form is in place before the plain one goes.
+        if self.is_minimal and not self.is_held:
+            if weight is not None:
+                self._panels = winograd.in_panels(weight)
+                self.weight = None
+            return winograd.convolve(x, self._panels, bias, residual)
         if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
-            if not self.is_held:
-                return winograd.convolve(x, winograd.transformed_for_now(weight), bias, residual)
             if self._transformed is None:
                 self._transformed = winograd.transformed(weight)
             if self._packed is None and _has_tiles(*size, 1):
@@ -87,31 +98,24 @@ class PackedConvolution(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it, where that is faster;
-    of large weights the taps alone are held, of which the other forms are made at every call, one place at a time.
-    """
+    """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it, where that is faster."""
 
     def __init__(self, upsample: Upsample):
         super().__init__()
-        self.bias, is_small = upsample.bias, is_held(upsample.taps)
-        self.is_minimal = _is_minimal(upsample.taps)
+        self.bias, is_small, taps = upsample.bias, is_held(upsample.taps), upsample.taps
         self.weight = upsample.weight if is_small else None
-        self._taps = None if is_small else frozen(upsample.taps)
-        self._transformed = winograd.transformed(upsample.taps) if is_small and self.is_minimal else None
+        self._minimal = winograd.transformed(taps) if is_small else winograd.in_panels(taps)
 
     def plain_weight(self) -> Tensor:
-        return by_place(self._taps) if self.weight is None else self.weight
+        if self.weight is not None:
+            return self.weight
+        return by_place(winograd.from_panels(self._minimal, len(self.bias) // 4))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        if not (self.is_minimal and _has_tiles(2 * height, 2 * width, len(x))):
-            return (
-                upsampled_in_turn(x, self._taps, self.bias)
-                if self.weight is None
-                else upsampled(x, self.weight, self.bias)
-            )
-        weight = winograd.transformed_for_now(self._taps) if self._transformed is None else self._transformed
-        return winograd.convolve(x, weight, self.bias[: len(self.bias) // 4], is_doubled=True)
+        if self.weight is not None and not _has_tiles(2 * height, 2 * width, len(x)):
+            return upsampled(x, self.weight, self.bias)
+        return winograd.convolve(x, self._minimal, self.bias[: len(self.bias) // 4], is_doubled=True)
 
 
 class SpendingResnet(nn.Module):
@@ -150,6 +154,8 @@ def packed(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, Block):
             continue
+        if isinstance(child, Transformer):
+            child.rows = FED_ROWS
         if isinstance(child, Upsample):
             if winograd.takes(child.taps) and child.weight.dtype == torch.float32:
                 setattr(module, name, PackedUpsample(child))
@@ -171,7 +177,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     held transformed alone is given as `winograd.transformed` makes it.
     """
     away = {
-        f"{name}.weight": layer._packed.to_dense() if layer._packed is not None else layer._transformed
+        f"{name}.weight": layer.held_weight()
         for name, layer in module.named_modules()
         if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
     }
@@ -182,10 +188,6 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def weight_as(held: Tensor, weight: Tensor) -> Tensor:
     """A plain weight in the form of one of `weights_of`."""
     return weight if held.shape == weight.shape else winograd.transformed(weight)
-
-
-def _is_minimal(weight: Tensor) -> bool:
-    return winograd.takes(weight) and len(weight) * weight.shape[1] <= LARGEST_TRANSFORMED
 
 
 def is_held(weight: Tensor) -> bool:

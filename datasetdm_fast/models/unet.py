@@ -130,6 +130,7 @@ class Transformer(nn.Module):
         block = weights / "transformer_blocks" / 0
         itself, text = block / "attn1", block / "attn2"
         self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
+        self.rows: int | None = None  # that go through the feed-forward layers at once; None is all
         self.spread = spread  # `doubled` in the first transformer, whose text attention is where the CFG halves part
         self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
@@ -149,10 +150,17 @@ class Transformer(nn.Module):
         x, h, q = self.spread(x), self.spread(h), self.spread(q)
         k, v = text
         h = self.text_out(join_heads(hook.attend(self.layer, q, k, v))).add_(h)
-        h = self.narrow(self.ops.geglu(self.wide(self.norm3(h)))).add_(h)
+        if self.rows is None:
+            h = self.fed_forward(h).add_(h)
+        else:
+            for part in h.flatten(0, 1).split(self.rows):
+                part.add_(self.fed_forward(part))
         x = image(self.exit(h), *x.shape[-2:]).add_(x)
         hook.feature(self.feature, x)
         return x
+
+    def fed_forward(self, h: Tensor) -> Tensor:
+        return self.narrow(self.ops.geglu(self.wide(self.norm3(h))))
 
 
 class CapturePlan(Layers):
