@@ -8,7 +8,7 @@ namespace WITH_INSTRUCTIONS {
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : VECTOR_BYTES == 32 ? 6 : 4;  // that share one load of keys or values; with ...
 constexpr int64_t kVectors = VECTOR_BYTES == 64 ? 3 : 2;                           // ... of sums each they fill the registers
-constexpr int64_t kKeys = 192;                                                     // at once: so many stay near with their values ...
+constexpr int64_t kKeys = 256;                                                     // at once: so many stay near with their values ...
 constexpr int64_t kGroup = 32 * kQueries;                                          // ... for so many queries
 
 INLINE Vector all(float value) { return value - Vector{}; }
@@ -182,7 +182,6 @@ INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
         const int64_t count = std::min(group, all_of.queries - query), whole = (count + kQueries - 1) / kQueries * kQueries;
         for (int64_t row = 0; row < whole; ++row)  // the last rows are repeated, so that every block is a whole one
             widen(q + (query + std::min(row, count - 1)) * all_of.q_strides.row, rows + row * width, width);
-        std::fill(sums, sums + whole * value_columns, 0.0f);
         std::fill(total, total + whole * kLanes, 0.0f);
         std::fill(highest, highest + whole, -std::numeric_limits<float>::max());
         for (int64_t key = 0; key < keys; key += kKeys) {
@@ -191,8 +190,8 @@ INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
                 float share[kQueries];
                 multiply(rows + row * width, width, width, turned + key * width, kLanes, width * kLanes, nullptr, scores, columns, columns);
                 softmax(scores, here, columns, scale, highest + row, total + row * kLanes, share);
-                multiply(scores, columns, here, values + key * value_columns, value_columns, kLanes, share, sums + row * value_columns, value_columns,
-                         value_columns);
+                multiply(scores, columns, here, values + key * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns,
+                         value_columns, value_columns);
             }
         }
         for (int64_t row = 0; row < count; ++row) {

@@ -5,19 +5,21 @@ affine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels import add_statistics
+from datasetdm_fast.kernels import add_statistics, group_norm_silu
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows
 from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
+from datasetdm_fast.kernels.cpu import is_native
 from datasetdm_fast.kernels.group_norm_parts import MOST_CHUNKS, merged
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 
 EPS = 1e-4
-DEVICES = {"untuned": "fused"}
+DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("image_norm", 4, BLOCK_S=64, BLOCK_C=64, BLOCK_N=16)}
 SPAN = 256  # cells of a block: reading the statistics again is little beside them
 
@@ -28,6 +30,20 @@ def reference(x: Tensor, has_relu: bool = False) -> Tensor:
     centred = wide - wide.mean((2, 3), keepdim=True)
     y = (centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + EPS)).to(x.dtype)
     return F.relu(y) if has_relu else y
+
+
+def native(x: Tensor, has_relu: bool = False) -> Tensor:
+    """The same on a CPU over a channels-last image: a group norm, from csrc/network_ops.cpp, with a group a channel."""
+    if x.ndim != 4 or not is_native(x.permute(0, 2, 3, 1)):
+        return reference(x, has_relu)
+    channels = x.shape[1]
+    y = group_norm_silu.native(x, *_unchanging(channels, x.dtype), channels, EPS, has_silu=False)
+    return y.relu_() if has_relu else y
+
+
+@cache
+def _unchanging(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
 
 
 class _TrainedNorm(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.decoders.layers import SegBlock, SpectralConv2d
+from datasetdm_fast.decoders.layers import SegBlock, SpectralConv2d, Upscale
 from datasetdm_fast.decoders.stacked import StackedSegBlock
 from datasetdm_fast.kernels import pyramid, winograd
 from datasetdm_fast.kernels.bilinear import resize
@@ -145,7 +145,7 @@ def packed(decoder: Decoder) -> Decoder:
     rounds alike on any number of threads where PyTorch's own one of a single small image does not.
     """
     copied = with_ops(decoder, decoder.ops)
-    for block in [module for module in copied.modules() if isinstance(module, SegBlock)]:
+    for block in [module for module in copied.modules() if isinstance(module, (SegBlock, Upscale))]:
         for name, child in list(block.named_children()):
             if type(child) is nn.Conv2d and winograd.takes(child.weight) and is_held(child.weight):
                 plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
