@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 256;  // cells of one or several images: what lies between two layers stays in the second-level cache
 constexpr int64_t kFewestTiles = 8;   // of 4x4 results; with fewer the transformed weight is read for too little
 constexpr int64_t kTile = 4;
+constexpr int64_t kMostWithin = 4;    // threads on one image; more would wait for each other longer than they work
 constexpr int64_t kFp32 = 0;
 
 float* at(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
@@ -33,20 +34,27 @@ float* cells_scratch(int64_t count) {
     return kept.of(count);
 }
 
-void normalise(const Norm& norm, bool has_silu, const float* x, float* out, int64_t images, int64_t cells, int64_t vector_bytes) {
-    group_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), images, cells, norm.channels, norm.groups, norm.eps, has_silu, 1, vector_bytes);
+void normalise(const Norm& norm, bool has_silu, const float* x, float* out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) {
+    group_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), images, cells, norm.channels, norm.groups, norm.eps, has_silu, threads, vector_bytes);
 }
 
-void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, int64_t vector_bytes) {
-    layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, 1, vector_bytes);
+void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, int64_t threads, int64_t vector_bytes) {
+    layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, threads, vector_bytes);
 }
 
-// Calls work(first, count) on images that are worked on together, shared by the threads.
+// Calls work(first, count, threads) on images that are worked on together: the threads share the images, or, where these are fewer, the work on each.
 template <typename Work>
 void share_images(int64_t images, int64_t cells, int64_t threads, const Work& work) {
-    const int64_t step = std::max<int64_t>(kRowsAtOnce / cells, 1);
-    share(images, threads, [&](int64_t first, int64_t last) {
-        for (int64_t image = first; image < last; image += step) work(image, std::min(step, last - image));
+    const int64_t step = std::max<int64_t>(kRowsAtOnce / cells, 1), most = std::min(threads, kMostWithin), within = images < most ? most : 1;
+    share(images, within > 1 ? 1 : threads, [&](int64_t first, int64_t last) {
+        for (int64_t image = first; image < last; image += step) work(image, std::min(step, last - image), within);
+    });
+}
+
+void multiply(const Product& product, const float* x, int64_t rows, const float* residual, float* out, int64_t threads, int64_t vector_bytes) {
+    share(rows, threads, [&](int64_t first, int64_t last) {
+        const int64_t place = first * product.outputs;
+        multiply(product, x + first * product.inner, last - first, residual ? residual + place : nullptr, out + place, vector_bytes);
     });
 }
 
@@ -80,10 +88,10 @@ void gather(const Convolution& convolution, const float* x, int64_t images, int6
 }
 
 void convolve(const Convolution& convolution, bool is_minimal, const float* x, const float* bias, const float* residual, float* out, int64_t images,
-              int64_t height, int64_t width, int64_t vector_bytes) {
+              int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) {
     if (is_minimal) {
         winograd_cpu(place(x), convolution.transformed, place(bias), place(residual), place(out), images, height, width, convolution.channels,
-                     convolution.product.outputs, false, 1, vector_bytes);
+                     convolution.product.outputs, false, threads, vector_bytes);
         return;
     }
     Product product = convolution.product;
@@ -94,7 +102,7 @@ void convolve(const Convolution& convolution, bool is_minimal, const float* x, c
         gather(convolution, x, images, height, width, cells);
         x = cells;
     }
-    multiply(product, x, rows, residual, out, vector_bytes);
+    multiply(product, x, rows, residual, out, threads, vector_bytes);
 }
 
 void require_images(const char* name, int64_t images, int64_t cells, int64_t threads, std::initializer_list<uintptr_t> pointers) {
@@ -125,9 +133,9 @@ void Convolution::run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t
     require_images("convolution", images, height * width, threads, {x, bias, out});
     const bool minimal = is_minimal(*this, images, height, width);
     const int64_t cells = height * width, results = side_of(height, *this) * side_of(width, *this), outputs = product.outputs;
-    share_images(images, cells, threads, [&](int64_t first, int64_t count) {
+    share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
         convolve(*this, minimal, at(x) + first * cells * channels, at(bias), residual ? at(residual) + first * results * outputs : nullptr,
-                 at(out) + first * results * outputs, count, height, width, vector_bytes);
+                 at(out) + first * results * outputs, count, height, width, within, vector_bytes);
     });
 }
 
@@ -151,20 +159,20 @@ void Resnet::run(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t images, int
     require_images("resnet", images, height * width, threads, {x, bias, out});
     const int64_t cells = height * width, channels = conv1.channels, outputs = conv2.product.outputs, inner = norm2.channels;
     const bool first_is_minimal = is_minimal(conv1, images, height, width), second_is_minimal = is_minimal(conv2, images, height, width);
-    share_images(images, cells, threads, [&](int64_t first, int64_t count) {
+    share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
         const int64_t rows = count * cells;
         float *normed = scratch(rows * (std::max(channels, inner) + inner + outputs)), *hidden = normed + rows * std::max(channels, inner);
         float* beside = hidden + rows * inner;
         const float *own = at(x) + first * cells * channels, *residual = own;
         float* target = at(out) + first * cells * outputs;
-        normalise(norm1, true, own, normed, count, cells, vector_bytes);
-        convolve(conv1, first_is_minimal, normed, at(bias), nullptr, hidden, count, height, width, vector_bytes);
-        normalise(norm2, true, hidden, normed, count, cells, vector_bytes);
+        normalise(norm1, true, own, normed, count, cells, within, vector_bytes);
+        convolve(conv1, first_is_minimal, normed, at(bias), nullptr, hidden, count, height, width, within, vector_bytes);
+        normalise(norm2, true, hidden, normed, count, cells, within, vector_bytes);
         if (shortcut) {
-            multiply(shortcut->product, own, rows, nullptr, beside, vector_bytes);
+            multiply(shortcut->product, own, rows, nullptr, beside, within, vector_bytes);
             residual = beside;
         }
-        convolve(conv2, second_is_minimal, normed, conv2.product.bias, residual, target, count, height, width, vector_bytes);
+        convolve(conv2, second_is_minimal, normed, conv2.product.bias, residual, target, count, height, width, within, vector_bytes);
     });
 }
 
@@ -189,20 +197,20 @@ void Transformer::before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, query});
     const int64_t channels = norm.channels, width = entry.product.outputs, head = width / heads;
-    share_images(images, cells, threads, [&](int64_t first, int64_t count) {
+    share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
         const int64_t rows = count * cells, widest_rows = rows * std::max(channels, width);
         float *normed = scratch(widest_rows + rows * 4 * width), *attended = normed + widest_rows, *packed = attended + rows * width;
         float *h = at(hidden) + first * cells * width, *q = at(query) + first * cells * width;
-        normalise(norm, false, at(x) + first * cells * channels, normed, count, cells, vector_bytes);
-        multiply(entry.product, normed, rows, nullptr, h, vector_bytes);
-        normalise_rows(norm1, h, normed, rows, vector_bytes);
-        multiply(self_qkv.product, normed, rows, nullptr, packed, vector_bytes);
+        normalise(norm, false, at(x) + first * cells * channels, normed, count, cells, within, vector_bytes);
+        multiply(entry.product, normed, rows, nullptr, h, within, vector_bytes);
+        normalise_rows(norm1, h, normed, rows, within, vector_bytes);
+        multiply(self_qkv.product, normed, rows, nullptr, packed, within, vector_bytes);
         const std::vector<int64_t> strides{cells * 3 * width, head, 3 * width};
         attention_cpu(kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
-                      {cells * width, head, width}, count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), 1, vector_bytes);
-        multiply(self_out.product, attended, rows, h, h, vector_bytes);
-        normalise_rows(norm2, h, normed, rows, vector_bytes);
-        multiply(text_q.product, normed, rows, nullptr, q, vector_bytes);
+                      {cells * width, head, width}, count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), within, vector_bytes);
+        multiply(self_out.product, attended, rows, h, h, within, vector_bytes);
+        normalise_rows(norm2, h, normed, rows, within, vector_bytes);
+        multiply(text_q.product, normed, rows, nullptr, q, within, vector_bytes);
     });
 }
 
@@ -211,15 +219,15 @@ void Transformer::after(uintptr_t x, uintptr_t hidden, uintptr_t attended, uintp
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, attended, out});
     const int64_t channels = norm.channels, width = entry.product.outputs, inner = narrow.product.inner;
-    share_images(images, cells, threads, [&](int64_t first, int64_t count) {
+    share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
         const int64_t rows = count * cells;
         float *h = scratch(rows * (2 * width + 3 * inner)), *normed = h + rows * width, *both = normed + rows * width, *gated = both + rows * 2 * inner;
-        multiply(text_out.product, at(attended) + first * cells * width, rows, at(hidden) + first * cells * width, h, vector_bytes);
-        normalise_rows(norm3, h, normed, rows, vector_bytes);
-        multiply(wide.product, normed, rows, nullptr, both, vector_bytes);
-        geglu_cpu(kFp32, place(both), place(gated), rows, inner, 1, vector_bytes);
-        multiply(narrow.product, gated, rows, h, h, vector_bytes);
-        multiply(exit.product, h, rows, at(x) + first * cells * channels, at(out) + first * cells * channels, vector_bytes);
+        multiply(text_out.product, at(attended) + first * cells * width, rows, at(hidden) + first * cells * width, h, within, vector_bytes);
+        normalise_rows(norm3, h, normed, rows, within, vector_bytes);
+        multiply(wide.product, normed, rows, nullptr, both, within, vector_bytes);
+        geglu_cpu(kFp32, place(both), place(gated), rows, inner, within, vector_bytes);
+        multiply(narrow.product, gated, rows, h, h, within, vector_bytes);
+        multiply(exit.product, h, rows, at(x) + first * cells * channels, at(out) + first * cells * channels, within, vector_bytes);
     });
 }
 
