@@ -169,6 +169,18 @@ def test_half_precision_is_taken_where_the_gates_hold_and_kept(tmp_path, halved,
     assert "precision  " not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("half", ["", "bf16"])
+def test_a_plan_warns_where_bf16_is_emulated(half, capsys, monkeypatch):
+    monkeypatch.setattr(device, "half_of", lambda _: half)
+    for dtype in ("fp32", "bf16"):
+        line = (
+            f"--dry-run --number 2 --model tiny --prompts a --allow-unnamed --device cpu --engine fast --dtype {dtype}"
+        )
+        assert generate.main(line.split()) == 0
+        told = "this processor has no bf16 and emulates it; fp32 is faster" in capsys.readouterr().err
+        assert told == (dtype == "bf16" and not half)
+
+
 def test_fp32_is_taken_where_a_gate_fails(tmp_path, halved, capsys, monkeypatch):
     failed, compared = halved
     failed.append("free depth")

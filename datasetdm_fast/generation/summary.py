@@ -1,5 +1,7 @@
 """What a run is about to do, in lines for a person."""
 
+from collections.abc import Mapping
+
 from datasetdm_fast.command_line.progress import counted, duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.generation.job import Job
@@ -19,15 +21,27 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     if plan.most > plan.number:  # how far they go is found out on the way
         seeds = f"seeds from {plan.seed} on"
     name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
+    promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
-        "precision": job.precision or (job.half and f"{job.half} if the first samples agree with torch, else fp32"),
+        "precision": job.precision or promised or _warning(engine),
         "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def _warning(engine: Mapping[str, object]) -> str:
+    if engine.get("device") != "cpu" or engine.get("dtype") != "bf16":
+        return ""
+    import torch
+
+    from datasetdm_fast.engines import device
+
+    is_fast = device.half_of(torch.device("cpu"))
+    return "" if is_fast else "this processor has no bf16 and emulates it; fp32 is faster"
