@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from bench.claims import page
 from bench.machine import measure
 from bench.machine.machine import ROOT
 from bench.report import charts, report, results, tables
@@ -224,21 +223,6 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
     assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 12.0 min |" in whole  # and closed in 0.5 ms each
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
-
-
-def test_the_front_page_shows_every_claim_once_with_its_least_gain():
-    document = results.read(results.newest("claims", ROOT / "bench" / "results"))
-    rows = [
-        line.split(" | ") for line in report.gains({"claims": document}, "charts").splitlines() if line.startswith("| ")
-    ][2:]
-    heads = [row[0].removeprefix("| ") for row in rows]
-    names = [head.removeprefix("**Does not hold:** ").partition(",")[0] for head in heads]
-    assert [name for name, head in zip(names, heads, strict=True) if "not hold" in head] == ["Depth"]
-    assert len(names) == len(set(names)) == len(document["rows"]) - 1  # parity of engines is no gain
-    for name, row in zip(names, rows, strict=True):
-        of_claim = [line for line in page.rows_of(document) if line["title"].startswith(name)]
-        assert row[4] == page.change(min(of_claim, key=lambda line: line["gain"]))
-    assert rows[names.index("Zero-shot")][-1] == "cannot fail |"  # real alone is 0
 
 
 def test_the_bench_page_keeps_the_rows_that_were_changed():

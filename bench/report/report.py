@@ -37,15 +37,6 @@ SHORT = {  # columns of the peers that the front page shows, and their headings 
     "share of peak": "share of peak matmul throughput",
     "our speed-up": "speed-up of datasetdm_fast in fp32",
 }
-GAINS = {  # the same of the claims
-    "claim": "claim",
-    "figure": "figure",
-    "real alone": "real images",
-    "both": "real and generated",
-    "gain (95 %)": "gain (95 % interval)",
-    "asked for": "asked for",
-    "holds": "holds",
-}
 DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
 NOT_TUNED = "Not measured yet: `python -m bench claims --tuned`."
@@ -173,20 +164,6 @@ def source(document: Document) -> str:
 def narrowed(table: Table, columns: Mapping[str, str]) -> Table:
     """Some columns of a table under other headings."""
     return replace(table, columns={heading: table.columns[name] for name, heading in columns.items()})
-
-
-def gains(found: Documents, charts: str) -> str:
-    """What the front page says of the worth of generated images: of every claim the row with the least gain."""
-    if "claims" not in found:
-        return NO_CLAIMS
-    document, least = found["claims"], {}
-    for row in claims.rows_of(document):
-        claim = row["title"].partition(",")[0]
-        if row["synthetic"] is not None and (claim not in least or row["gain"] < least[claim]["gain"]):
-            least[claim] = row
-    head, lines = narrowed(claims.TABLE, GAINS).cells(list(least.values()))
-    verdicts = [[*line[:-1], line[-1].partition(":")[0]] for line in lines]  # the reason stands on the bench's page
-    return f"{source(document)}: {claims.setting_line(document)}.\n\n{markdown((head, verdicts))}"
 
 
 def whole(suite: str) -> Callable[[Documents, str], str]:
@@ -337,7 +314,6 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "tuned-front": tuned_front,
     "tuned": tuned_gains,
     "training-free": training_free_row,
-    "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,
     "earlier-claims": earlier_claims,
     "forms": lambda found, charts: markdown(forms_table()),
