@@ -31,10 +31,15 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
 
 
+def _panels(outputs: int) -> int:
+    """An even number, as the widest vectors take two panels."""
+    return -(-outputs // (2 * PANEL)) * 2
+
+
 def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
     """The weight as `convolve` reads it, computed in fp64."""
     outputs, channels = weight.shape[:2]
-    found = torch.empty(36, -(-outputs // (2 * PANEL)) * 2, channels, PANEL)
+    found = torch.empty(36, _panels(outputs), channels, PANEL)
     weight = weight.detach().contiguous(memory_format=torch.channels_last)
     _C.winograd_weight(weight.data_ptr(), found.data_ptr(), channels, outputs, threads(found))
     return found
@@ -43,7 +48,7 @@ def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
 def in_panels(weight: Tensor) -> Tensor:  # [P, 9, I, 16] of [O, I, 3, 3]
     """The weight as `convolve` reads it where it is transformed at every call, in the memory of the plain one."""
     outputs, channels = weight.shape[:2]
-    found = torch.empty(-(-outputs // (2 * PANEL)) * 2, 9, channels, PANEL)
+    found = torch.empty(_panels(outputs), 9, channels, PANEL)
     count = outputs // PANEL
     found[:count].unflatten(1, (3, 3)).copy_(weight.detach().unflatten(0, (count, PANEL)).permute(0, 3, 4, 2, 1))
     found[count:] = 0

@@ -53,11 +53,7 @@ def _gain(name: str) -> Cell:
 
 
 def _closed(name: str) -> Cell:
-    def told(row: Row) -> str:
-        share = row["gains"].get(name, {}).get("closed")
-        return percent(share if share is None or round(share, 2) else 0.0).replace("-", "−")
-
-    return told
+    return lambda row: percent(row["gains"].get(name, {}).get("closed"))
 
 
 def table(rows: Mapping[str, Row]) -> Table:

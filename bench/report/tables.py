@@ -57,7 +57,7 @@ def number(value: float | None, digits: int = 3, unit: str = "") -> str:
 
 
 def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+    return "–" if share is None else f"{100 * share:z.0f} %".replace("-", "−")
 
 
 def span(values: Row | None, scale: float = 1.0, unit: str = "") -> str:

@@ -17,22 +17,20 @@ def sine_position(side: int, channels: int, like: Tensor) -> Tensor:
     """Sines and cosines of the normalised row, then of the column, of each cell [side * side, channels]."""
     if torch.is_inference_mode_enabled() and type(like) is Tensor:
         return _kept_position(side, channels, like.device, like.dtype)
-    return _position(side, channels, like.device).to(like.dtype)
+    return _position(side, channels, like.device, like.dtype)
 
 
-@cache
-def _kept_position(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _position(side, channels, device).to(dtype)
-
-
-def _position(side: int, channels: int, device: torch.device) -> Tensor:
+def _position(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     half = channels // 2
     place = torch.arange(1, side + 1, dtype=torch.float32, device=device) / (side + 1e-6) * 2 * math.pi
     exponent = 2 * (torch.arange(half, dtype=torch.float32, device=device) // 2) / half
     angles = place[:, None] / TEMPERATURE**exponent
     waves = torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)  # [side, half]
     rows, columns = waves[:, None].expand(side, side, half), waves[None].expand(side, side, half)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+    return torch.cat([rows, columns], 2).flatten(0, 1).to(dtype)
+
+
+_kept_position = cache(_position)
 
 
 class Attention(nn.Module):
