@@ -8,11 +8,19 @@
 #include "mask_rle.h"
 #include "network_ops.h"
 #include "png.h"
+#include "query_transformer.h"
+#include "unet.h"
 #include "winograd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename Block>
+void add_step(py::class_<datasetdm::Step> step) {
+    step.def(py::init([](const Block& block, bool joins, bool keeps, bool parts) { return datasetdm::Step{block, joins, keeps, parts}; }), "block"_a,
+             "joins"_a = false, "keeps"_a = false, "parts"_a = false);
+}
 
 PYBIND11_MODULE(_C, m) {
     m.attr("built_with_cuda") = datasetdm::built_with_cuda();
@@ -48,6 +56,9 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>(), "weight"_a, "bias"_a, "transformed"_a, "channels"_a,
              "outputs"_a, "taps"_a, "stride"_a, "padding"_a)
         .def("run", &datasetdm::Convolution::run, WithoutGil(), "x"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "threads"_a, "vector_bytes"_a = 0);
+    py::class_<datasetdm::Upsample>(m, "Upsample")
+        .def(py::init<const datasetdm::Convolution&>(), "convolution"_a)
+        .def("run", &datasetdm::Upsample::run, WithoutGil(), "x"_a, "out"_a, "images"_a, "height"_a, "width"_a, "threads"_a, "vector_bytes"_a = 0);
     py::class_<datasetdm::Resnet>(m, "Resnet")
         .def(py::init<const datasetdm::Norm&, const datasetdm::Convolution&, const datasetdm::Norm&, const datasetdm::Convolution&,
                       std::optional<datasetdm::Convolution>>(),
@@ -59,8 +70,30 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const Norm&, const Norm&, const Norm&, const Norm&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&,
                       const Linear&, const Linear&, int64_t>(),
              "norm"_a, "norm1"_a, "norm2"_a, "norm3"_a, "entry"_a, "self_qkv"_a, "self_out"_a, "text_q"_a, "text_out"_a, "wide"_a, "narrow"_a, "exit"_a, "heads"_a)
-        .def("before", &datasetdm::Transformer::before, WithoutGil(), "x"_a, "hidden"_a, "query"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0)
-        .def("after", &datasetdm::Transformer::after, WithoutGil(), "x"_a, "hidden"_a, "attended"_a, "out"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0);
+        .def("before", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::before, py::const_), WithoutGil(), "x"_a, "hidden"_a, "query"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0)
+        .def("after", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::after, py::const_), WithoutGil(), "x"_a, "hidden"_a, "attended"_a, "out"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0);
+    const auto step = py::class_<datasetdm::Step>(m, "Step");
+    add_step<datasetdm::Convolution>(step);
+    add_step<datasetdm::Upsample>(step);
+    add_step<datasetdm::Resnet>(step);
+    add_step<datasetdm::Transformer>(step);
+    py::class_<datasetdm::UNet>(m, "UNet")
+        .def(py::init<const datasetdm::Convolution&, const std::vector<datasetdm::Step>&, const Norm&, const datasetdm::Convolution&>(), "entry"_a, "steps"_a, "norm"_a,
+             "exit"_a)
+        .def("sizes", &datasetdm::UNet::sizes, "height"_a, "width"_a)
+        .def("run", &datasetdm::UNet::run, WithoutGil(), "latents"_a, "biases"_a, "texts"_a, "out"_a, "outputs"_a, "queries"_a, "images"_a, "height"_a, "width"_a,
+             "tokens"_a, "threads"_a, "vector_bytes"_a = 0);
+    py::class_<datasetdm::QueryLayer>(m, "QueryLayer")
+        .def(py::init([](const Linear& cross_query, const Linear& cross_out, const Linear& self_packed, const Linear& self_out, const Linear& wide, const Linear& narrow,
+                         const Norm& cross_norm, const Norm& self_norm, const Norm& feed_norm) {
+                 return datasetdm::QueryLayer{cross_query, cross_out, self_packed, self_out, wide, narrow, cross_norm, self_norm, feed_norm};
+             }),
+             "cross_query"_a, "cross_out"_a, "self_packed"_a, "self_out"_a, "wide"_a, "narrow"_a, "cross_norm"_a, "self_norm"_a, "feed_norm"_a);
+    py::class_<datasetdm::QueryTransformer>(m, "QueryTransformer")
+        .def(py::init<const std::vector<datasetdm::QueryLayer>&, const std::vector<Linear>&, const Linear&, const Norm&, const std::vector<Linear>&, const Linear&, int64_t>(),
+             "layers"_a, "memory"_a, "positions"_a, "norm"_a, "embedding"_a, "classes"_a, "heads"_a)
+        .def("run", &datasetdm::QueryTransformer::run, WithoutGil(), "content"_a, "position"_a, "level"_a, "places"_a, "features"_a, "cells"_a, "embedded"_a, "logits"_a,
+             "images"_a, "queries"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);

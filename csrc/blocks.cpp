@@ -42,32 +42,6 @@ void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, 
     layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, threads, vector_bytes);
 }
 
-// Calls work(first, count, threads) on images that are worked on together: the threads share the images, or, where these are fewer, the work on each.
-template <typename Work>
-void share_images(int64_t images, int64_t cells, int64_t threads, const Work& work) {
-    const int64_t step = std::max<int64_t>(kRowsAtOnce / cells, 1), most = std::min(threads, kMostWithin), within = images < most ? most : 1;
-    share(images, within > 1 ? 1 : threads, [&](int64_t first, int64_t last) {
-        for (int64_t image = first; image < last; image += step) work(image, std::min(step, last - image), within);
-    });
-}
-
-void multiply(const Product& product, const float* x, int64_t rows, const float* residual, float* out, int64_t threads, int64_t vector_bytes) {
-    share(rows, threads, [&](int64_t first, int64_t last) {
-        const int64_t place = first * product.outputs;
-        multiply(product, x + first * product.inner, last - first, residual ? residual + place : nullptr, out + place, vector_bytes);
-    });
-}
-
-int64_t side_of(int64_t side, const Convolution& convolution) {
-    return (side + 2 * convolution.padding - convolution.taps) / convolution.stride + 1;
-}
-
-// Whether all images of a call, however many threads share them, are convolved by minimal filtering.
-bool is_minimal(const Convolution& convolution, int64_t images, int64_t height, int64_t width) {
-    const int64_t tiles = images * ((height + kTile - 1) / kTile) * ((width + kTile - 1) / kTile);
-    return convolution.transformed && std::min(height, width) >= kTile && tiles >= kFewestTiles;
-}
-
 // The cells that one result reads, taps outermost, zero beyond the border.
 void gather(const Convolution& convolution, const float* x, int64_t images, int64_t height, int64_t width, float* rows) {
     const int64_t channels = convolution.channels, taps = convolution.taps;
@@ -87,24 +61,6 @@ void gather(const Convolution& convolution, const float* x, int64_t images, int6
                 }
 }
 
-void convolve(const Convolution& convolution, bool is_minimal, const float* x, const float* bias, const float* residual, float* out, int64_t images,
-              int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) {
-    if (is_minimal) {
-        winograd_cpu(place(x), convolution.transformed, place(bias), place(residual), place(out), images, height, width, convolution.channels,
-                     convolution.product.outputs, false, threads, vector_bytes);
-        return;
-    }
-    Product product = convolution.product;
-    product.bias = bias;
-    const int64_t rows = images * side_of(height, convolution) * side_of(width, convolution);
-    if (convolution.taps > 1) {
-        float* cells = cells_scratch(rows * product.inner);
-        gather(convolution, x, images, height, width, cells);
-        x = cells;
-    }
-    multiply(product, x, rows, residual, out, threads, vector_bytes);
-}
-
 void require_images(const char* name, int64_t images, int64_t cells, int64_t threads, std::initializer_list<uintptr_t> pointers) {
     for (uintptr_t pointer : pointers) require(pointer, name, ": a pointer is null; pass data_ptr() of a CPU tensor");
     require(images > 0 && cells > 0, name, ": an empty tensor, ", images, " images of ", cells, " cells");
@@ -117,6 +73,15 @@ void require_same(const char* name, int64_t found, int64_t expected) {
 
 }  // namespace
 
+int64_t images_at_once(int64_t cells) { return std::max<int64_t>(kRowsAtOnce / cells, 1); }
+
+void share_images(int64_t images, int64_t cells, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& work) {
+    const int64_t step = images_at_once(cells), most = std::min(threads, kMostWithin), within = images < most ? most : 1;
+    share(images, within > 1 ? 1 : threads, [&](int64_t first, int64_t last) {
+        for (int64_t image = first; image < last; image += step) work(image, std::min(step, last - image), within);
+    });
+}
+
 Convolution::Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed, int64_t channels, int64_t outputs, int64_t taps, int64_t stride,
                          int64_t padding)
     : product{at(weight), at(bias), taps * taps * channels, outputs}, transformed(transformed), channels(channels), taps(taps), stride(stride), padding(padding) {
@@ -127,15 +92,65 @@ Convolution::Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed
     require(!transformed || (taps == 3 && stride == 1), "convolution: minimal filtering is for 3 taps with a stride of 1");
 }
 
+bool Convolution::is_minimal(const Part& part) const {
+    const int64_t tiles = part.of * ((part.height + kTile - 1) / kTile) * ((part.width + kTile - 1) / kTile);
+    return transformed && std::min(part.height, part.width) >= kTile && tiles >= kFewestTiles;
+}
+
+void Convolution::on(const Part& part, const float* x, const float* bias, const float* residual, float* out) const {
+    if (is_minimal(part)) {
+        winograd_cpu(place(x), transformed, place(bias), place(residual), place(out), part.count, part.height, part.width, channels, product.outputs, false,
+                     part.threads, part.vector_bytes);
+        return;
+    }
+    Product with_bias = product;
+    with_bias.bias = bias;
+    const int64_t rows = part.count * side(part.height) * side(part.width);
+    if (taps > 1) {
+        float* cells = cells_scratch(rows * product.inner);
+        gather(*this, x, part.count, part.height, part.width, cells);
+        x = cells;
+    }
+    multiply_shared(with_bias, x, rows, residual, out, part.threads, part.vector_bytes);
+}
+
 void Convolution::run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads,
-                 int64_t vector_bytes) const {
+                      int64_t vector_bytes) const {
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("convolution", images, height * width, threads, {x, bias, out});
-    const bool minimal = is_minimal(*this, images, height, width);
-    const int64_t cells = height * width, results = side_of(height, *this) * side_of(width, *this), outputs = product.outputs;
+    const int64_t cells = height * width, results = side(height) * side(width) * product.outputs;
     share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
-        convolve(*this, minimal, at(x) + first * cells * channels, at(bias), residual ? at(residual) + first * results * outputs : nullptr,
-                 at(out) + first * results * outputs, count, height, width, within, vector_bytes);
+        on({images, count, height, width, within, vector_bytes}, at(x) + first * cells * channels, at(bias), residual ? at(residual) + first * results : nullptr,
+           at(out) + first * results);
+    });
+}
+
+Upsample::Upsample(const Convolution& convolution) : convolution(convolution) {
+    require(convolution.taps == 3 && convolution.stride == 1, "upsample: expected a convolution with 3 taps and a stride of 1");
+}
+
+void Upsample::on(const Part& part, const float* x, float* out) const {
+    const int64_t channels = convolution.channels;
+    const Part doubled{part.of, part.count, 2 * part.height, 2 * part.width, part.threads, part.vector_bytes};
+    if (convolution.is_minimal(doubled)) {
+        winograd_cpu(place(x), convolution.transformed, place(convolution.product.bias), 0, place(out), part.count, doubled.height, doubled.width, channels,
+                     convolution.product.outputs, true, part.threads, part.vector_bytes);
+        return;
+    }
+    float* wide = scratch(doubled.rows() * channels);
+    for (int64_t row = 0; row < part.count * doubled.height; ++row)
+        for (int64_t column = 0; column < doubled.width; ++column)
+            std::memcpy(wide + (row * doubled.width + column) * channels, x + (row / 2 * part.width + column / 2) * channels, channels * sizeof(float));
+    convolution.on(doubled, wide, convolution.product.bias, nullptr, out);
+}
+
+void Upsample::run(uintptr_t x, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const {
+    vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
+    require_images("upsample", images, height * width, threads, {x, out});
+    const int64_t cells = height * width;
+    share_images(images, 4 * cells, threads, [&](int64_t first, int64_t count, int64_t within) {
+        on({images, count, height, width, within, vector_bytes}, at(x) + first * cells * convolution.channels,
+           at(out) + first * 4 * cells * convolution.product.outputs);
     });
 }
 
@@ -153,26 +168,25 @@ Resnet::Resnet(const Norm& norm1, const Convolution& conv1, const Norm& norm2, c
     require_same("resnet: shortcut's result", shortcut ? shortcut->product.outputs : conv1.channels, conv2.product.outputs);
 }
 
+void Resnet::on(const Part& part, const float* x, const float* bias, float* out) const {
+    const int64_t rows = part.rows(), cells = part.cells(), channels = conv1.channels, outputs = conv2.product.outputs, inner = norm2.channels;
+    float *normed = scratch(rows * (std::max(channels, inner) + inner + outputs)), *hidden = normed + rows * std::max(channels, inner);
+    float* beside = hidden + rows * inner;
+    normalise(norm1, true, x, normed, part.count, cells, part.threads, part.vector_bytes);
+    conv1.on(part, normed, bias, nullptr, hidden);
+    normalise(norm2, true, hidden, normed, part.count, cells, part.threads, part.vector_bytes);
+    if (shortcut) multiply_shared(shortcut->product, x, rows, nullptr, beside, part.threads, part.vector_bytes);
+    conv2.on(part, normed, conv2.product.bias, shortcut ? beside : x, out);
+}
+
 void Resnet::run(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads,
                  int64_t vector_bytes) const {
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("resnet", images, height * width, threads, {x, bias, out});
-    const int64_t cells = height * width, channels = conv1.channels, outputs = conv2.product.outputs, inner = norm2.channels;
-    const bool first_is_minimal = is_minimal(conv1, images, height, width), second_is_minimal = is_minimal(conv2, images, height, width);
+    const int64_t cells = height * width;
     share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
-        const int64_t rows = count * cells;
-        float *normed = scratch(rows * (std::max(channels, inner) + inner + outputs)), *hidden = normed + rows * std::max(channels, inner);
-        float* beside = hidden + rows * inner;
-        const float *own = at(x) + first * cells * channels, *residual = own;
-        float* target = at(out) + first * cells * outputs;
-        normalise(norm1, true, own, normed, count, cells, within, vector_bytes);
-        convolve(conv1, first_is_minimal, normed, at(bias), nullptr, hidden, count, height, width, within, vector_bytes);
-        normalise(norm2, true, hidden, normed, count, cells, within, vector_bytes);
-        if (shortcut) {
-            multiply(shortcut->product, own, rows, nullptr, beside, within, vector_bytes);
-            residual = beside;
-        }
-        convolve(conv2, second_is_minimal, normed, conv2.product.bias, residual, target, count, height, width, within, vector_bytes);
+        on({images, count, height, width, within, vector_bytes}, at(x) + first * cells * conv1.channels, at(bias),
+           at(out) + first * cells * conv2.product.outputs);
     });
 }
 
@@ -192,42 +206,52 @@ Transformer::Transformer(const Norm& norm, const Norm& norm1, const Norm& norm2,
     require_same("transformer: exit", exit.product.outputs, norm.channels);
 }
 
-void Transformer::before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t images, int64_t cells, int64_t threads,
-                 int64_t vector_bytes) const {
+void Transformer::before(const Part& part, const float* x, float* hidden, float* query) const {
+    const int64_t rows = part.rows(), cells = part.cells(), width = entry.product.outputs, head = width / heads, widest_rows = rows * std::max(norm.channels, width);
+    const int64_t threads = part.threads, vector_bytes = part.vector_bytes;
+    float *normed = scratch(widest_rows + rows * 4 * width), *attended = normed + widest_rows, *packed = attended + rows * width;
+    normalise(norm, false, x, normed, part.count, cells, threads, vector_bytes);
+    multiply_shared(entry.product, normed, rows, nullptr, hidden, threads, vector_bytes);
+    normalise_rows(norm1, hidden, normed, rows, threads, vector_bytes);
+    multiply_shared(self_qkv.product, normed, rows, nullptr, packed, threads, vector_bytes);
+    const std::vector<int64_t> strides{cells * 3 * width, head, 3 * width};
+    attention_cpu(kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
+                  {cells * width, head, width}, part.count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), threads, vector_bytes);
+    multiply_shared(self_out.product, attended, rows, hidden, hidden, threads, vector_bytes);
+    normalise_rows(norm2, hidden, normed, rows, threads, vector_bytes);
+    multiply_shared(text_q.product, normed, rows, nullptr, query, threads, vector_bytes);
+}
+
+void Transformer::after(const Part& part, const float* x, const float* hidden, const float* attended, float* out) const {
+    const int64_t rows = part.rows(), width = entry.product.outputs, inner = narrow.product.inner, threads = part.threads, vector_bytes = part.vector_bytes;
+    float *h = scratch(rows * (2 * width + 3 * inner)), *normed = h + rows * width, *both = normed + rows * width, *gated = both + rows * 2 * inner;
+    multiply_shared(text_out.product, attended, rows, hidden, h, threads, vector_bytes);
+    normalise_rows(norm3, h, normed, rows, threads, vector_bytes);
+    multiply_shared(wide.product, normed, rows, nullptr, both, threads, vector_bytes);
+    geglu_cpu(kFp32, place(both), place(gated), rows, inner, threads, vector_bytes);
+    multiply_shared(narrow.product, gated, rows, h, h, threads, vector_bytes);
+    multiply_shared(exit.product, h, rows, x, out, threads, vector_bytes);
+}
+
+void Transformer::before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) const {
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, query});
-    const int64_t channels = norm.channels, width = entry.product.outputs, head = width / heads;
+    const int64_t width = entry.product.outputs;
     share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
-        const int64_t rows = count * cells, widest_rows = rows * std::max(channels, width);
-        float *normed = scratch(widest_rows + rows * 4 * width), *attended = normed + widest_rows, *packed = attended + rows * width;
-        float *h = at(hidden) + first * cells * width, *q = at(query) + first * cells * width;
-        normalise(norm, false, at(x) + first * cells * channels, normed, count, cells, within, vector_bytes);
-        multiply(entry.product, normed, rows, nullptr, h, within, vector_bytes);
-        normalise_rows(norm1, h, normed, rows, within, vector_bytes);
-        multiply(self_qkv.product, normed, rows, nullptr, packed, within, vector_bytes);
-        const std::vector<int64_t> strides{cells * 3 * width, head, 3 * width};
-        attention_cpu(kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
-                      {cells * width, head, width}, count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), within, vector_bytes);
-        multiply(self_out.product, attended, rows, h, h, within, vector_bytes);
-        normalise_rows(norm2, h, normed, rows, within, vector_bytes);
-        multiply(text_q.product, normed, rows, nullptr, q, within, vector_bytes);
+        before({images, count, 1, cells, within, vector_bytes}, at(x) + first * cells * norm.channels, at(hidden) + first * cells * width,
+               at(query) + first * cells * width);
     });
 }
 
 void Transformer::after(uintptr_t x, uintptr_t hidden, uintptr_t attended, uintptr_t out, int64_t images, int64_t cells, int64_t threads,
-                 int64_t vector_bytes) const {
+                        int64_t vector_bytes) const {
     vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, attended, out});
-    const int64_t channels = norm.channels, width = entry.product.outputs, inner = narrow.product.inner;
+    const int64_t channels = norm.channels, width = entry.product.outputs;
     share_images(images, cells, threads, [&](int64_t first, int64_t count, int64_t within) {
-        const int64_t rows = count * cells;
-        float *h = scratch(rows * (2 * width + 3 * inner)), *normed = h + rows * width, *both = normed + rows * width, *gated = both + rows * 2 * inner;
-        multiply(text_out.product, at(attended) + first * cells * width, rows, at(hidden) + first * cells * width, h, within, vector_bytes);
-        normalise_rows(norm3, h, normed, rows, within, vector_bytes);
-        multiply(wide.product, normed, rows, nullptr, both, within, vector_bytes);
-        geglu_cpu(kFp32, place(both), place(gated), rows, inner, within, vector_bytes);
-        multiply(narrow.product, gated, rows, h, h, within, vector_bytes);
-        multiply(exit.product, h, rows, at(x) + first * cells * channels, at(out) + first * cells * channels, within, vector_bytes);
+        const int64_t start = first * cells;
+        after({images, count, 1, cells, within, vector_bytes}, at(x) + start * channels, at(hidden) + start * width, at(attended) + start * width,
+              at(out) + start * channels);
     });
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 
 #include "products.h"
@@ -17,6 +18,22 @@ struct Norm {
     double eps;
 };
 
+// Images that are worked on at once: some of those of a call.
+struct Part {
+    int64_t of;  // all images of the call, on which the form of a convolution depends: not on how they are shared among threads
+    int64_t count, height, width;
+    int64_t threads, vector_bytes;
+
+    int64_t cells() const { return height * width; }
+    int64_t rows() const { return count * cells(); }
+};
+
+// Calls work(first, count, threads) on images that are worked on together: the threads share the images, or, where these are fewer, the work on each.
+void share_images(int64_t images, int64_t cells, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& work);
+
+// How many images of so many cells one thread works on together.
+int64_t images_at_once(int64_t cells);
+
 // A convolution with `taps` along each side as a product over the cells it reads, or by Winograd's minimal filtering.
 struct Convolution {
     Product product;        // inner = taps * taps * channels, the taps' rows and columns outermost
@@ -27,6 +44,20 @@ struct Convolution {
 
     // `images` of height x width cells, with `bias` and, where it is not 0, plus `residual`.
     void run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
+    void on(const Part& part, const float* x, const float* bias, const float* residual, float* out) const;
+    int64_t side(int64_t side) const { return (side + 2 * padding - taps) / stride + 1; }  // of the result
+    bool is_minimal(const Part& part) const;
+};
+
+// Every cell doubled along both axes, then a convolution.
+struct Upsample {
+    Convolution convolution;
+
+    explicit Upsample(const Convolution& convolution);
+
+    // From `images` of height x width cells.
+    void run(uintptr_t x, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
+    void on(const Part& part, const float* x, float* out) const;
 };
 
 struct Linear {
@@ -45,6 +76,7 @@ struct Resnet {
 
     // `bias` of the first convolution.
     void run(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
+    void on(const Part& part, const float* x, const float* bias, float* out) const;
 };
 
 // A transformer block before and after its attention over the text.
@@ -59,9 +91,11 @@ struct Transformer {
 
     // From the image x [images, cells, channels]: `hidden` [images, cells, width] after self-attention, and the queries of the text, `query`.
     void before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) const;
+    void before(const Part& part, const float* x, float* hidden, float* query) const;
 
     // From what the text's attention gave, `attended`: the block's output, x included.
     void after(uintptr_t x, uintptr_t hidden, uintptr_t attended, uintptr_t out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) const;
+    void after(const Part& part, const float* x, const float* hidden, const float* attended, float* out) const;
 };
 
 }  // namespace datasetdm

@@ -29,6 +29,7 @@ struct Attention {
     Strides q_strides, k_strides, v_strides, out_strides;
     int64_t heads, queries, keys, width;
     double scale;
+    const float* logits;  // [keys, queries] of the only image, or null
 };
 
 template <typename Stored>
@@ -110,10 +111,20 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
     with_storage("attention", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const Attention<Stored> work{at<const Stored>(q), at<const Stored>(k), at<const Stored>(v), at<Stored>(out), strides_of("q", q_strides),
-                                     strides_of("k", k_strides), strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale};
+                                     strides_of("k", k_strides), strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, nullptr};
         share(images * heads, threads, [&](int64_t first, int64_t last) {
             for (int64_t pair = first; pair < last; ++pair) WITH_VECTORS(vector_bytes, attend, work, pair);
         });
+    });
+}
+
+void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
+                          const std::vector<int64_t>& v_strides, uintptr_t logits, uintptr_t out, const std::vector<int64_t>& out_strides, int64_t heads,
+                          int64_t queries, int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
+    const Attention<float> work{at<const float>(q), at<const float>(k), at<const float>(v), at<float>(out), strides_of("q", q_strides), strides_of("k", k_strides),
+                                strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, at<const float>(logits)};
+    share(heads, threads, [&](int64_t first, int64_t last) {
+        for (int64_t head = first; head < last; ++head) WITH_VECTORS(vector_bytes, attend, work, head);
     });
 }
 

@@ -18,6 +18,11 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
                    std::vector<int64_t> v_strides, uintptr_t out, std::vector<int64_t> out_strides, int64_t images, int64_t heads, int64_t queries,
                    int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes);
 
+// The same for one image in fp32, of queries that do not see keys whose `logits` [keys, queries] are of a sigmoid below one half, unless all are.
+void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
+                          const std::vector<int64_t>& v_strides, uintptr_t logits, uintptr_t out, const std::vector<int64_t>& out_strides, int64_t heads,
+                          int64_t queries, int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes);
+
 // Normalised groups of the channels-last image [images, cells, channels], with SiLU after it where asked.
 void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t images, int64_t cells, int64_t channels,
                     int64_t groups, double eps, bool has_silu, int64_t threads, int64_t vector_bytes);

@@ -157,6 +157,21 @@ INSTRUCTIONS inline void softmax(float* scores, int64_t keys, int64_t columns, f
     }
 }
 
+// Below it the sigmoid of a logit rounds to less than one half.
+constexpr float kOutside = -1.79e-7f;
+
+// Leaves the scores of `keys` out whose logits [keys, queries] say so, for a query that sees any.
+INSTRUCTIONS inline void leave_out(const float* logits, int64_t queries, int64_t keys, float* scores) {
+    for (int64_t key = 0; key < keys; ++key)
+        if (logits[key * queries] < kOutside) scores[key] = -std::numeric_limits<float>::max();
+}
+
+INSTRUCTIONS inline bool sees_any(const float* logits, int64_t queries, int64_t keys) {
+    for (int64_t key = 0; key < keys; ++key)
+        if (!(logits[key * queries] < kOutside)) return true;
+    return false;
+}
+
 // Some keys after the others, with each row's highest score, sum and answer so far.
 template <typename Stored>
 INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
@@ -189,6 +204,10 @@ INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
             for (int64_t row = 0; row < whole; row += kQueries) {
                 float share[kQueries];
                 multiply(rows + row * width, width, width, turned + key * width, kLanes, width * kLanes, nullptr, scores, columns, columns);
+                for (int64_t own = 0; all_of.logits && own < kQueries; ++own) {
+                    const float* logits = all_of.logits + query + std::min(row + own, count - 1);
+                    if (sees_any(logits, all_of.queries, keys)) leave_out(logits + key * all_of.queries, all_of.queries, here, scores + own * columns);
+                }
                 softmax(scores, here, columns, scale, highest + row, total + row * kLanes, share);
                 multiply(scores, columns, here, values + key * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns,
                          value_columns, value_columns);

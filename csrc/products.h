@@ -16,4 +16,7 @@ struct Product {
 // A row's sums do not depend on the rows beside it.
 void multiply(const Product& product, const float* x, int64_t rows, const float* residual, float* out, int64_t vector_bytes);
 
+// The same, its rows shared by threads.
+void multiply_shared(const Product& product, const float* x, int64_t rows, const float* residual, float* out, int64_t threads, int64_t vector_bytes);
+
 }  // namespace datasetdm

@@ -181,6 +181,12 @@ class Convolution:
         vector_bytes: int = 0,
     ) -> None: ...
 
+class Upsample:
+    def __init__(self, convolution: Convolution) -> None: ...
+    def run(
+        self, x: int, out: int, images: int, height: int, width: int, threads: int, vector_bytes: int = 0
+    ) -> None: ...
+
 class Resnet:
     def __init__(
         self, norm1: Norm, conv1: Convolution, norm2: Norm, conv2: Convolution, shortcut: Convolution | None
@@ -219,4 +225,73 @@ class Transformer:
     ) -> None: ...
     def after(
         self, x: int, hidden: int, attended: int, out: int, images: int, cells: int, threads: int, vector_bytes: int = 0
+    ) -> None: ...
+
+class Step:
+    def __init__(
+        self,
+        block: Convolution | Upsample | Resnet | Transformer,
+        joins: bool = False,
+        keeps: bool = False,
+        parts: bool = False,
+    ) -> None: ...
+
+class UNet:
+    def __init__(self, entry: Convolution, steps: Sequence[Step], norm: Norm, exit: Convolution) -> None: ...
+    def sizes(self, height: int, width: int) -> list[tuple[int, int, int]]: ...
+    def run(
+        self,
+        latents: int,
+        biases: int,
+        texts: Sequence[int],
+        out: int,
+        outputs: Sequence[int],
+        queries: Sequence[int],
+        images: int,
+        height: int,
+        width: int,
+        tokens: int,
+        threads: int,
+        vector_bytes: int = 0,
+    ) -> None: ...
+
+class QueryLayer:
+    def __init__(
+        self,
+        cross_query: Linear,
+        cross_out: Linear,
+        self_packed: Linear,
+        self_out: Linear,
+        wide: Linear,
+        narrow: Linear,
+        cross_norm: Norm,
+        self_norm: Norm,
+        feed_norm: Norm,
+    ) -> None: ...
+
+class QueryTransformer:
+    def __init__(
+        self,
+        layers: Sequence[QueryLayer],
+        memory: Sequence[Linear],
+        positions: Linear,
+        norm: Norm,
+        embedding: Sequence[Linear],
+        classes: Linear,
+        heads: int,
+    ) -> None: ...
+    def run(
+        self,
+        content: int,
+        position: int,
+        level: Sequence[int],
+        places: Sequence[int],
+        features: Sequence[int],
+        cells: Sequence[int],
+        embedded: int,
+        logits: int,
+        images: int,
+        queries: int,
+        threads: int,
+        vector_bytes: int = 0,
     ) -> None: ...

@@ -11,10 +11,12 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.models.blocks import BLOCKS, Packing, with_blocks
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.blocks import BLOCKS, Packing, blockwise
 from datasetdm_fast.models.capture import NoCapture
-from datasetdm_fast.models.layers import Convolution, Layers, Resnet, Weights
-from datasetdm_fast.models.unet import Transformer, doubled
+from datasetdm_fast.models.layers import Convolution, Layers, Resnet, Upsample, Weights
+from datasetdm_fast.models.unet import TextTable, TimeTable, Transformer, UNet, doubled
+from datasetdm_fast.models.unet_block import UNetBlock, with_blocks
 
 VECTORS = _C.depth_head_vector_bytes()
 TEXT, HEADS = 7, 3
@@ -59,6 +61,9 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
         return resnet(20, 20), [image(3, 20, 2, 3), noise(20)]
     if kind == "convolution with stride 2":
         return Convolution(state({"": torch.Size([36, 32, 3, 3])}) / "", stride=2), [image(2, 32, 7, 6)]
+    if kind.startswith("upsample"):
+        side = 1 if kind == "upsample of few tiles" else 5
+        return Upsample(state({"": torch.Size([48, 32, 3, 3])}) / ""), [image(3, 32, side, side + 1)]
     if kind == "convolution of few channels":
         return Convolution(state({"": torch.Size([4, 16, 3, 3])}) / "", stride=1), [image(5, 16, 8, 8)]
     batch, spread = (2, doubled) if kind == "transformer where the halves part" else (3, lambda x: x)
@@ -71,6 +76,8 @@ CASES = (
     "resnet of few tiles, channels that fill no panel",
     "convolution with stride 2",
     "convolution of few channels",
+    "upsample of many tiles",
+    "upsample of few tiles",
     "transformer",
     "transformer where the halves part",
 )
@@ -112,6 +119,63 @@ def test_a_block_says_what_the_plain_module_says(kind, monkeypatch):
     assert block.state_dict().keys() == module.state_dict().keys()
 
 
+class Heard(NoCapture):
+    """Keeps what a hook hears of."""
+
+    is_idle = False
+
+    def __init__(self):
+        super().__init__(plain)
+        self.features: dict = {}
+        self.queries: dict = {}
+
+    def feature(self, slot, x: Tensor) -> None:
+        if slot is not None:
+            self.features[slot] = x.clone()
+
+    def queried(self, slot, q: Tensor, k: Tensor) -> None:
+        self.queries[slot] = q @ k.transpose(-1, -2)
+
+
+class HeardOneByOne(Heard):
+    def reads_self(self, cells: int) -> bool:
+        return True
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, monkeypatch):
+    """Noise, features and queries, of every instruction set, to the bit on any number of threads."""
+    weights = load_model("tiny").networks["unet"].read()
+    module = UNet(weights, plain)
+    text = torch.stack([noise(TEXT, 32)] * batch + [noise(TEXT + 1, 32)[1:]] * batch)
+    given = image(batch, 4, 16, 16), TimeTable(weights)(torch.tensor(321.0)), TextTable(weights)(text)
+    truth, told = copy.deepcopy(module).double()(*widened(given), expected := Heard()), expected
+    block, empty = with_blocks(module), torch.empty
+    assert isinstance(block, UNetBlock) and block.state_dict().keys() == module.state_dict().keys()
+    native = block.native()
+    monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
+    for vector_bytes in VECTORS:
+        found = []
+        for threads in (1, 2, 5):
+            own = OfWidth(native, threads, vector_bytes)
+            block._packed = own, []
+            own.sizes = native.sizes
+            found.append(block(*given, NoCapture(plain)))
+            noise_beside = block(*given, heard := Heard())
+            assert torch.equal(found[0], found[-1]) and torch.equal(found[0], noise_beside)
+            for kept, right in ((heard.features, told.features), (heard.queries, told.queries)):
+                assert kept.keys() == right.keys() and kept
+                assert all(distance(kept[slot], right[slot]) <= 4e-6 for slot in right)
+        assert distance(found[0], truth) <= 4e-6
+    one_by_one = block(*given, heard := HeardOneByOne())
+    assert distance(one_by_one, truth) <= 4e-6 and heard.features.keys() == told.features.keys()
+
+
 def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):
     """A second packing would free the weights that the first slice is reading."""
     block, made = BLOCKS[Resnet](resnet(16, 16)), []
@@ -130,7 +194,7 @@ def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):
 
 def test_only_small_blocks_in_fp32_are_replaced():
     small, large = resnet(16, 16), resnet(256, 256)
-    network = with_blocks(torch.nn.Sequential(small, large, resnet(16, 16).bfloat16()))
+    network = blockwise(torch.nn.Sequential(small, large, resnet(16, 16).bfloat16()))
     assert [type(layer) for layer in network] == [BLOCKS[Resnet], Resnet, Resnet]
 
 
@@ -143,5 +207,16 @@ def test_what_does_not_fit_is_refused():
         convolution.run(0, 64, 0, 64, 1, 4, 4, 1)
     with pytest.raises(ValueError, match="no vectors of 8 bytes"):
         convolution.run(64, 64, 0, 64, 1, 4, 4, 1, 8)
+    with pytest.raises(ValueError, match="a stride of 1"):
+        _C.Upsample(_C.Convolution(64, 64, 0, 16, 16, 3, 2, 1))
+    resnet = _C.Resnet(norm, convolution, norm, convolution, None)
+    for steps, refusal in (
+        ([_C.Step(resnet)], "halves part in 0 steps"),
+        ([_C.Step(resnet, joins=True)], "a step of 16 channels reads 32"),
+        ([_C.Step(convolution, joins=True)], "only a resnet joins"),
+        ([_C.Step(resnet, parts=True)], "halves part in a transformer"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            _C.UNet(convolution, steps, norm, convolution)
     with pytest.raises(ValueError, match="5 taps"):
         _C.Convolution(64, 64, 0, 16, 16, 5, 1, 2)

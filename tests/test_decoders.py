@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasetdm_fast import kernels
+from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Capture
 from datasetdm_fast.decoders.checkpoint import (
     build_decoder,
@@ -28,7 +28,7 @@ from datasetdm_fast.decoders.checkpoint import (
 )
 from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.decoders.trunk import fold, narrowed
+from datasetdm_fast.decoders.trunk import fold, narrowed, packed
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, plain
 from datasetdm_fast.stages import levels
@@ -351,6 +351,33 @@ def test_products_stacked_for_a_gpu_change_rounding_alone(kind, form):
         right, found = decoder(capture, text), narrowed(decoder, torch.float32, ops)(capture, text)
     for name, value in right.items():
         assert distance(found[name], value) <= 2e-5, name
+
+
+@pytest.mark.parametrize("is_blind", (False, True), ids=("masks", "masks without a cell"))
+@pytest.mark.parametrize("layers", (1, 4))
+def test_the_packed_transformer_of_a_cpu_changes_rounding_alone(layers, is_blind):
+    """Of every instruction set, to the bit on any number of threads."""
+    decoder = fold(randomise(build_decoder(small("segmentation", layers=layers))))
+    if is_blind:  # a query that would see nothing sees all
+        with torch.no_grad():
+            decoder.mask_embed.layers[-1].weight.zero_()
+            decoder.mask_embed.layers[-1].bias.fill_(-1)
+    fast = packed(decoder)
+    with torch.inference_mode():
+        memory, features = decoder.pixels(capture_of(DEMO_LEVELS, 3))
+        given = *decoder.ask(3, None), memory, features.abs() if is_blind else features, False
+        right = decoder.answer(*given)
+        fast.answer(*given)
+        native, kept = fast.stacked._packed
+        for vector_bytes in _C.depth_head_vector_bytes():
+            found = []
+            for threads in (1, 2, 5):
+                run = SimpleNamespace(run=lambda *given: native.run(*given[:-1], threads, vector_bytes))  # noqa: B023
+                fast.stacked._packed = run, kept
+                found.append(fast.answer(*given))
+                assert all(torch.equal(found[0][name], found[-1][name]) for name in right)
+            for name, value in right.items():
+                assert distance(found[0][name], value) <= 2e-5, name
 
 
 def test_words_asked_together_equal_words_asked_alone():

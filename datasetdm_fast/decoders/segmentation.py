@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import MASKS, Upscale
+from datasetdm_fast.decoders.packed import PackedTransformer
 from datasetdm_fast.decoders.stacked import StackedTransformer
 from datasetdm_fast.decoders.transformer import CrossAttention, FeedForward, MaskEmbedding, SelfAttention, sine_position
 from datasetdm_fast.decoders.trunk import Decoder
@@ -15,6 +16,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.mask_embedding import WIDEST
 from datasetdm_fast.kernels.mask_head import outside
+from datasetdm_fast.models.blocks import is_small
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
 
@@ -38,7 +40,7 @@ class SegmentationDecoder(Decoder):
         self.decoder_norm = nn.LayerNorm(width)
         self.class_embed = nn.Linear(width, config.logits)
         self.mask_embed = MaskEmbedding(width, config.mask_dim)
-        self.stacked: StackedTransformer | None = None  # for inference on a GPU
+        self.stacked: StackedTransformer | PackedTransformer | None = None  # for inference
 
     def forward(
         self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
@@ -90,10 +92,20 @@ class SegmentationDecoder(Decoder):
     def stack(self) -> None:
         super().stack()
         if max(self.config.width, self.config.mask_dim) <= WIDEST:
-            layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
-            layers = list(zip(*layers, self.transformer_ffn_layers))
-            heads = self.decoder_norm, self.mask_embed, self.class_embed
-            self.stacked = StackedTransformer(layers, self.level_embed.weight, *heads, self.ops)
+            self.stacked = self._stacked()
+
+    def pack(self) -> None:
+        super().pack()
+        heads = self.decoder_norm, self.mask_embed, self.class_embed
+        layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
+        if is_small(nn.ModuleList([*layers, self.transformer_ffn_layers, *heads])):
+            self.stacked = PackedTransformer(self._stacked())
+
+    def _stacked(self) -> StackedTransformer:
+        layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
+        layers = list(zip(*layers, self.transformer_ffn_layers))
+        heads = self.decoder_norm, self.mask_embed, self.class_embed
+        return StackedTransformer(layers, self.level_embed.weight, *heads, self.ops)
 
     def heads(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         normed = self.decoder_norm(content)

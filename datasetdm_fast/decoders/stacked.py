@@ -51,8 +51,7 @@ class StackedTransformer:
         ops: SimpleNamespace,
     ):
         self.ops, self.norm, self.class_embed, self.level_embed = ops, norm, class_embed, level_embed
-        self.mask_weights = [layer.weight for layer in mask_embed.layers]
-        self.mask_biases = [layer.bias for layer in mask_embed.layers]
+        self.mask_layers = list(mask_embed.layers)
         self.layers, shares = [], []
         for cross, itself, feed in layers:
             q, k, v = parts(cross.multihead_attn)
@@ -62,7 +61,7 @@ class StackedTransformer:
             self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
             shares += [q, own_q, own_k]
         self.positions = stacked(shares)  # of all layers, from the positions of the queries
-        count = len(level_embed)
+        count = min(len(level_embed), len(layers))  # the levels that are read
         cross = [parts(layer.cross.multihead_attn) for layer in self.layers]
         self.keys = [stacked([k for _, k, _ in cross[level::count]]) for level in range(count)]
         self.memory = [
@@ -77,6 +76,7 @@ class StackedTransformer:
     def __call__(
         self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor
     ) -> dict[str, Tensor]:
+        memory = memory[: len(self.memory)]
         places, shares = self.positions(position), self.cells([x.shape[-1] for x in memory], content)
         packed = [product(tokens(x)) for product, x in zip(self.memory, memory)]
         features = [resize(mask_features, x.shape[-1]) for x in memory]
@@ -106,8 +106,9 @@ class StackedTransformer:
         return {"pred_logits": self.class_embed(self.norm(content)), "pred_masks": masks}
 
     def embedded(self, content: Tensor) -> Tensor:
-        norm = self.norm
-        return self.ops.mask_embedding(content, norm.weight, norm.bias, norm.eps, self.mask_weights, self.mask_biases)
+        norm, weights = self.norm, [layer.weight for layer in self.mask_layers]
+        biases = [layer.bias for layer in self.mask_layers]
+        return self.ops.mask_embedding(content, norm.weight, norm.bias, norm.eps, weights, biases)
 
     def added(
         self, x: Tensor, linear: nn.Linear, content: Tensor, norm: nn.LayerNorm, has_relu: bool = False

@@ -67,6 +67,17 @@ class Decoder(nn.Module):
             if isinstance(block, SegBlock) and not block.is_running:
                 setattr(self, name, StackedSegBlock(block))
 
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Prepares a folded decoder for inference on a CPU: small 3x3 convolutions by minimal filtering, which rounds
+        alike on any number of threads where PyTorch's own one of a single small image does not.
+        """
+        for block in [module for module in self.modules() if isinstance(module, (SegBlock, Upscale))]:
+            for name, child in list(block.named_children()):
+                if type(child) is nn.Conv2d and winograd.takes(child.weight) and is_held(child.weight):
+                    plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
+                    setattr(block, name, PackedConvolution(plain))
+
     def token_attention(self, capture: Capture | ProjectedCapture) -> Tensor:
         """[B, T, h, w] the attention of each cell of the highest level to each token, by the heads that tell words."""
         total = None
@@ -141,15 +152,9 @@ def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Deco
 
 
 def packed(decoder: Decoder) -> Decoder:
-    """A copy of the folded decoder for a CPU, with the same weights: small 3x3 convolutions by minimal filtering, which
-    rounds alike on any number of threads where PyTorch's own one of a single small image does not.
-    """
+    """A copy of the folded decoder for a CPU, with the same weights."""
     copied = with_ops(decoder, decoder.ops)
-    for block in [module for module in copied.modules() if isinstance(module, (SegBlock, Upscale))]:
-        for name, child in list(block.named_children()):
-            if type(child) is nn.Conv2d and winograd.takes(child.weight) and is_held(child.weight):
-                plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
-                setattr(block, name, PackedConvolution(plain))
+    copied.pack()
     return copied
 
 

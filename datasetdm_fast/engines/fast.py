@@ -27,7 +27,6 @@ from datasetdm_fast.kernels.launch import triton
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models import fused
-from datasetdm_fast.models.blocks import with_blocks
 from datasetdm_fast.models.capture import (
     CaptureHook,
     NoCapture,
@@ -40,6 +39,7 @@ from datasetdm_fast.models.capture import (
 from datasetdm_fast.models.packed import packed, spending, weight_as, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.models.unet_block import with_blocks
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -159,7 +159,7 @@ class FastEngine:
                 for task, one in self.decoders.items()
             }
         if self.device.type == "cpu" and not self.is_compiled:
-            packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
+            self.unet = packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
             if self._has_usual_ops:
                 self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
         del sources

@@ -19,14 +19,15 @@ from datasetdm_fast.models.layers import (
     LayerNorm,
     Linear,
     Resnet,
+    Upsample,
     join_heads,
     split_heads,
     tokens,
 )
-from datasetdm_fast.models.unet import Transformer, UNet
+from datasetdm_fast.models.unet import Transformer
 
 LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain that is small beside their arithmetic
-_PACKING = threading.Lock()  # slices run at once, and a block must not be exchanged while another slice is inside it
+_PACKING = threading.RLock()  # slices run at once, and what one of them computes with must not be exchanged
 
 
 class Packing:
@@ -49,26 +50,21 @@ class Packing:
         return _C.Linear(self.place(products.panels(linear.weight)), bias, inner, outputs)
 
     def convolution(self, layer: Convolution) -> _C.Convolution:
-        outputs, channels, taps, _ = layer.weight.shape
-        panels = products.panels(layer.weight.permute(0, 2, 3, 1).flatten(1))
-        minimal = (
-            self.place(winograd.transformed(layer.weight)) if winograd.takes(layer.weight) and layer.stride == 1 else 0
-        )
-        places = self.place(panels), self.place(layer.bias), minimal
-        return _C.Convolution(*places, channels, outputs, taps, layer.stride, layer.padding)
+        return self.taps(layer.weight, layer.bias, layer.stride, layer.padding)
+
+    def taps(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> _C.Convolution:
+        outputs, channels, taps, _ = weight.shape
+        panels = products.panels(weight.permute(0, 2, 3, 1).flatten(1))
+        minimal = self.place(winograd.transformed(weight)) if winograd.takes(weight) and stride == 1 else 0
+        return _C.Convolution(self.place(panels), self.place(bias), minimal, channels, outputs, taps, stride, padding)
 
 
-class Block(nn.Module):
-    """The layers of a plain module under their own names; they are packed at the first call."""
+class Packed:
+    """Something of csrc whose weights are packed at the first call."""
 
-    def __init__(self, plain: nn.Module):
-        super().__init__()
-        self._parameters.update(plain._parameters)
-        self._modules.update(plain._modules)
-        self._packed: tuple[Any, list[Tensor]] | None = None
+    _packed: tuple[Any, list[Tensor]] | None = None
 
     def native(self) -> Any:
-        """The block of csrc."""
         with _PACKING:
             if self._packed is None:
                 packing = Packing()
@@ -77,6 +73,15 @@ class Block(nn.Module):
 
     def packed(self, packing: Packing) -> Any:
         raise NotImplementedError
+
+
+class Block(Packed, nn.Module):
+    """The layers of a plain module under their own names."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self._parameters.update(plain._parameters)
+        self._modules.update(plain._modules)
 
 
 class ConvolutionBlock(Block):
@@ -90,9 +95,26 @@ class ConvolutionBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
-        out = _image(batch, len(self.bias), (height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
+        out = empty_image(batch, len(self.bias), (height - 1) // self.stride + 1, (width - 1) // self.stride + 1)
         places = x.data_ptr(), self.bias.data_ptr(), 0, out.data_ptr()
         self.native().run(*places, batch, height, width, torch.get_num_threads())
+        return out
+
+
+class UpsampleBlock(Block):
+    def __init__(self, plain: Upsample):
+        super().__init__(plain)
+        self.taps = plain.taps
+
+    def packed(self, packing: Packing) -> _C.Upsample:
+        taps, self.taps = self.taps, None
+        return _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch, _, height, width = x.shape
+        out = empty_image(batch, len(self.bias) // 4, 2 * height, 2 * width)
+        self.native().run(x.data_ptr(), out.data_ptr(), batch, height, width, torch.get_num_threads())
         return out
 
 
@@ -106,7 +128,7 @@ class ResnetBlock(Block):
     def forward(self, x: Tensor, bias: Tensor, skip: Tensor | None = None) -> Tensor:
         x = (x if skip is None else torch.cat([x, skip], 1)).contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
-        out = _image(batch, len(self.conv2.bias), height, width)
+        out = empty_image(batch, len(self.conv2.bias), height, width)
         places = x.data_ptr(), bias.data_ptr(), out.data_ptr()
         self.native().run(*places, batch, height, width, torch.get_num_threads())
         return out
@@ -144,24 +166,25 @@ class TransformerBlock(Block):
         return out
 
 
-def _image(batch: int, channels: int, height: int, width: int) -> Tensor:
+def empty_image(batch: int, channels: int, height: int, width: int) -> Tensor:
     return torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
 
 
-BLOCKS = {Convolution: ConvolutionBlock, Resnet: ResnetBlock, Transformer: TransformerBlock}
+BLOCKS = {Convolution: ConvolutionBlock, Upsample: UpsampleBlock, Resnet: ResnetBlock, Transformer: TransformerBlock}
 
 
-def with_blocks(unet: UNet) -> UNet:
-    """`unet` with every block of csrc whose weights are fp32 and few enough."""
-    _replace(unet)
-    return unet
+def is_small(module: nn.Module) -> bool:
+    """Whether its weights are fp32 and few enough for a block."""
+    weights = list(module.parameters())
+    few = sum(map(Tensor.numel, weights)) <= LARGEST_BLOCK
+    return few and all(weight.dtype == torch.float32 for weight in weights)
 
 
-def _replace(module: nn.Module) -> None:
+def blockwise(module: nn.Module) -> nn.Module:
+    """`module` with a block in the place of every layer that is small and has one."""
     for name, child in module.named_children():
-        weights = list(child.parameters())
-        is_small = sum(map(Tensor.numel, weights)) <= LARGEST_BLOCK
         if type(child) not in BLOCKS:
-            _replace(child)
-        elif is_small and all(weight.dtype == torch.float32 for weight in weights):
+            blockwise(child)
+        elif is_small(child):
             setattr(module, name, BLOCKS[type(child)](child))
+    return module

@@ -22,11 +22,16 @@ Slot = tuple[int, int]  # level, place within it
 
 
 class CaptureHook(Protocol):
+    is_idle: bool  # whether it wants to hear of nothing
+
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        """Hears of the queries and keys of that cross-attention where its output is already known."""
 
     def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
@@ -40,6 +45,8 @@ class CaptureHook(Protocol):
 class NoCapture:
     """Reads nothing: every call but the captured one."""
 
+    is_idle = True
+
     def __init__(self, ops: SimpleNamespace):
         self.ops = ops
 
@@ -47,7 +54,11 @@ class NoCapture:
         pass
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.queried(slot, q, k)
         return self.ops.attention(q, k, v)
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        pass
 
     def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.ops.attention(q, k, v)
@@ -56,8 +67,15 @@ class NoCapture:
         return False
 
 
+def conditional_maps(q: Tensor, k: Tensor) -> Tensor:
+    """The attention probabilities [B, heads, S, T] of the half that sees the prompt."""
+    return probabilities(q.chunk(2)[1], k.chunk(2)[1])
+
+
 class RawCapture(NoCapture):
     """Keeps every feature and map as the reference engine does."""
+
+    is_idle = False
 
     def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
         super().__init__(ops)
@@ -69,9 +87,8 @@ class RawCapture(NoCapture):
         if slot is not None:
             self.features[slot] = torch.cat(x.chunk(2), 1)
 
-    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.maps[slot] = probabilities(q.chunk(2)[1], k.chunk(2)[1])
-        return self.ops.attention(q, k, v)
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        self.maps[slot] = conditional_maps(q, k)
 
     def result(self) -> Capture:
         def ordered(kept: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
@@ -142,6 +159,8 @@ class _ReadAtNeed(nn.Module):
 class ProjectedSums(NoCapture):
     """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
 
+    is_idle = False
+
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
         super().__init__(ops)
         self.projection, self.batch = projection, len(latents)
@@ -172,6 +191,12 @@ class ProjectedSums(NoCapture):
         self.sums[level].add_(projected.flatten(0, 1))
         return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
 
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        level, place = slot
+        if self.projection.widths[level]:
+            maps = conditional_maps(q, k).transpose(1, 2).flatten(2).flatten(0, 1)
+            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1))
+
     def result(self) -> tuple[Tensor, ...]:
         """Per level the sums [B, F, h, w] of all tasks."""
         return tuple(
@@ -184,6 +209,8 @@ class SummedAttention(NoCapture):
     side, and at every cross-attention of another those of the same queries over a class prompt, whose values are not
     used. The answers stay those of NoCapture.
     """
+
+    is_idle = False
 
     def __init__(
         self, levels: Sequence[Level], sums: AttentionSums, class_keys: Mapping[Slot, Tensor], ops: SimpleNamespace
@@ -205,9 +232,8 @@ class SummedAttention(NoCapture):
             return answer
         return torch.cat([self.ops.attention(*(part[:-batch] for part in (q, k, v))), answer])
 
-    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         if q.shape[2] == self.tokens.shape[1]:
             keys = self.class_keys[slot]
             own = q[-len(keys) :]
             _, self.tokens = self.ops.attention_average(own, keys, keys[..., :0], self.tokens, self.shares[slot[0]])
-        return self.ops.attention(q, k, v)
