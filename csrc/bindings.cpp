@@ -70,8 +70,10 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const Norm&, const Norm&, const Norm&, const Norm&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&,
                       const Linear&, const Linear&, int64_t>(),
              "norm"_a, "norm1"_a, "norm2"_a, "norm3"_a, "entry"_a, "self_qkv"_a, "self_out"_a, "text_q"_a, "text_out"_a, "wide"_a, "narrow"_a, "exit"_a, "heads"_a)
-        .def("before", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::before, py::const_), WithoutGil(), "x"_a, "hidden"_a, "query"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0)
-        .def("after", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::after, py::const_), WithoutGil(), "x"_a, "hidden"_a, "attended"_a, "out"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0);
+        .def("before", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::before, py::const_),
+             WithoutGil(), "x"_a, "hidden"_a, "query"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0)
+        .def("after", py::overload_cast<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t>(&datasetdm::Transformer::after, py::const_),
+             WithoutGil(), "x"_a, "hidden"_a, "attended"_a, "out"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0);
     const auto step = py::class_<datasetdm::Step>(m, "Step");
     add_step<datasetdm::Convolution>(step);
     add_step<datasetdm::Upsample>(step);

@@ -128,8 +128,8 @@ void QueryTransformer::run(uintptr_t content, uintptr_t position, const std::vec
                 normalise(layer.cross_norm, h, h);
                 product(layer.self_packed, h, nullptr, own);
                 add_columns(own, 3 * channels, own_places + channels, steps, queries, 2 * channels, own, 3 * channels);
-                attention_cpu(kFp32, place(own), packed_rows, place(own + channels), packed_rows, place(own + 2 * channels), packed_rows, place(answer), side_by_side,
-                              1, heads, queries, queries, head, scale, 1, vector_bytes);
+                attention_cpu(kFp32, place(own), packed_rows, place(own + channels), packed_rows, place(own + 2 * channels), packed_rows, place(answer),
+                              side_by_side, 1, heads, queries, queries, head, scale, 1, vector_bytes);
                 product(layer.self_out, answer, h, h);
                 normalise(layer.self_norm, h, h);
                 product(layer.wide, h, nullptr, wide);

@@ -38,8 +38,8 @@ struct Stage {
     std::function<void(int64_t first, int64_t count, int64_t threads)> work;
 };
 
-// Calls every stage for `images` of which `apart` lie side by side; beyond them another half begins.
-void call(const std::vector<Stage>& stages, int64_t images, int64_t apart, int64_t threads) {
+// Works every stage for `images`, of which `apart` lie side by side; beyond them another half begins.
+void work_through(const std::vector<Stage>& stages, int64_t images, int64_t apart, int64_t threads) {
     const auto in_halves = [&](const Stage& stage, int64_t first, int64_t count, int64_t within) {
         const int64_t before = std::clamp<int64_t>(apart - first, 0, count);
         if (before) stage.work(first, before, within);
@@ -111,6 +111,110 @@ private:
     int64_t used_ = 0;
 };
 
+struct Call {
+    uintptr_t latents, biases;
+    const std::vector<uintptr_t>& texts;
+    uintptr_t out;
+    const std::vector<uintptr_t>&outputs, &queries;
+    int64_t images, height, width, tokens, vector_bytes;
+};
+
+float* at(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
+
+// The stages of a call, before and after the halves of the batch part.
+class Plan {
+public:
+    std::vector<Stage> before, after;
+
+    Plan(const UNet& unet, const Call& call, Memory& memory) : call_(call), memory_(memory), bias_(at(call.biases)) {
+        const Image latents{at(call.latents), call.images, unet.entry.channels, call.height, call.width};
+        const Image entered{nullptr, call.images, unet.entry.product.outputs, unet.entry.side(call.height), unet.entry.side(call.width)};
+        Image x = add(unet.entry, latents, given(0, entered));
+        std::vector<Image> kept{x};
+        for (size_t i = 0; i < unet.steps.size(); ++i) {
+            const Step& step = unet.steps[i];
+            const Image y = given(i + 1, result_of(step, x));
+            if (step.joins) {
+                x = add(std::get<Resnet>(step.block), x, y, &kept.back());
+                kept.pop_back();
+            } else {
+                x = std::visit([&](const auto& block) { return add(block, x, y); }, step.block);
+            }
+            if (step.keeps) kept.push_back(x);
+        }
+        add_exit(unet, x);
+    }
+
+private:
+    // `x` with memory of its own, or where the caller wants to have it.
+    Image given(size_t place, Image x) {
+        x.data = call_.outputs.empty() || !call_.outputs[place] ? memory_.take(x.size()) : at(call_.outputs[place]);
+        return x;
+    }
+
+    // Adds a stage whose work is told what part of `x` it is for.
+    template <typename Work>
+    void stage(const Image& x, int64_t cells, const Work& work) {
+        const int64_t of = is_parted_ ? kHalves * call_.images : call_.images;
+        const auto part = [of, height = x.height, width = x.width, vector_bytes = call_.vector_bytes](int64_t count, int64_t threads) {
+            return Part{of, count, height, width, threads, vector_bytes};
+        };
+        (is_parted_ ? after : before).push_back({cells, [=](int64_t first, int64_t count, int64_t threads) { work(first, part(count, threads)); }});
+    }
+
+    Image add(const Convolution& block, const Image& x, const Image& y) {
+        stage(x, x.cells(), [=, &block](int64_t first, const Part& part) { block.on(part, x.of(first), block.product.bias, nullptr, y.of(first)); });
+        return y;
+    }
+
+    Image add(const Upsample& block, const Image& x, const Image& y) {
+        stage(x, y.cells(), [=, &block](int64_t first, const Part& part) { block.on(part, x.of(first), y.of(first)); });
+        return y;
+    }
+
+    Image add(const Resnet& block, const Image& x, const Image& y, const Image* kept = nullptr) {
+        const Image skip = kept ? *kept : Image{};
+        stage(x, x.cells(), [=, &block, bias = bias_, joins = kept != nullptr](int64_t first, const Part& part) {
+            block.on(part, joins ? joined(x, skip, first, part.count) : x.of(first), bias, y.of(first));
+        });
+        bias_ += block.conv1.product.outputs;
+        return y;
+    }
+
+    Image add(const Transformer& block, const Image& x, const Image& y) {
+        const int64_t inner = block.entry.product.outputs, heads = block.heads, head = inner / heads, cells = x.cells(), tokens = call_.tokens;
+        const Image hidden{memory_.take(x.count * cells * inner), x.count, inner, x.height, x.width};
+        const Image query{call_.queries.empty() ? memory_.take(hidden.size()) : at(call_.queries[text_]), x.count, inner, x.height, x.width};
+        const Image attended{memory_.take(y.count * cells * inner), y.count, inner, x.height, x.width};
+        const float *keys = at(call_.texts[text_++]), *values = keys + kHalves * call_.images * tokens * inner;
+        stage(x, cells, [=, &block](int64_t first, const Part& part) { block.before(part, x.of(first), hidden.of(first), query.of(first)); });
+        is_parted_ = is_parted_ || x.count < y.count;
+        stage(x, cells, [=, &block](int64_t first, const Part& part) {
+            const std::vector<int64_t> rows{cells * inner, head, inner}, columns{tokens * inner, tokens * head, head};
+            const int64_t start = first * tokens * inner;
+            attention_cpu(kFp32, place(query.of(first)), rows, place(keys + start), columns, place(values + start), columns, place(attended.of(first)), rows,
+                          part.count, heads, cells, tokens, head, 1 / std::sqrt(static_cast<double>(head)), part.threads, part.vector_bytes);
+            block.after(part, x.of(first), hidden.of(first), attended.of(first), y.of(first));
+        });
+        return y;
+    }
+
+    void add_exit(const UNet& unet, const Image& x) {
+        stage(x, x.cells(), [=, &unet, out = at(call_.out)](int64_t first, const Part& part) {
+            float* normed = scratch(part.rows() * x.channels);
+            group_norm_cpu(kFp32, place(x.of(first)), unet.norm.weight, unet.norm.bias, place(normed), part.count, x.cells(), unet.norm.channels,
+                           unet.norm.groups, unet.norm.eps, true, part.threads, part.vector_bytes);
+            unet.exit.on(part, normed, unet.exit.product.bias, nullptr, out + first * x.cells() * unet.exit.product.outputs);
+        });
+    }
+
+    const Call& call_;
+    Memory& memory_;
+    const float* bias_;
+    size_t text_ = 0;
+    bool is_parted_ = false;
+};
+
 }  // namespace
 
 UNet::UNet(const Convolution& entry, const std::vector<Step>& steps, const Norm& norm, const Convolution& exit)
@@ -157,94 +261,13 @@ void UNet::run(uintptr_t latents, uintptr_t biases, const std::vector<uintptr_t>
     require(outputs.empty() || outputs.size() == steps.size() + 1, "unet: ", outputs.size(), " outputs for an entry and ", steps.size(), " steps");
     require(queries.empty() || static_cast<int64_t>(queries.size()) == transformers, "unet: ", queries.size(), " queries for ", transformers, " transformers");
     static thread_local KeptFloats arena;
-    std::vector<Stage> before, after;  // the halves part
-    const auto plan = [&](Memory& memory) {
-        before.clear();
-        after.clear();
-        const Image input{reinterpret_cast<float*>(latents), images, entry.channels, height, width};
-        std::vector<Image> kept;
-        std::vector<Stage>* stages = &before;
-        const auto part = [&, vector_bytes](const Image& x, bool is_both) {
-            return Part{(is_both ? kHalves : 1) * images, 0, x.height, x.width, 0, vector_bytes};
-        };
-        const auto with = [](Part part, int64_t count, int64_t threads) {
-            part.count = count;
-            part.threads = threads;
-            return part;
-        };
-        const auto given = [&](size_t i) { return outputs.empty() || !outputs[i] ? nullptr : reinterpret_cast<float*>(outputs[i]); };
-        Image x{nullptr, images, entry.product.outputs, entry.side(height), entry.side(width)};
-        x.data = given(0) ? given(0) : memory.take(x.size());
-        stages->push_back({x.cells(), [=, first_part = part(input, false)](int64_t first, int64_t count, int64_t threads) {
-                               entry.on(with(first_part, count, threads), input.of(first), entry.product.bias, nullptr, x.of(first));
-                           }});
-        kept.push_back(x);
-        const float* bias = reinterpret_cast<const float*>(biases);
-        size_t text = 0;
-        for (size_t i = 0; i < steps.size(); ++i) {
-            const Step& step = steps[i];
-            Image skip{};
-            if (step.joins) {
-                skip = kept.back();
-                kept.pop_back();
-            }
-            Image y = result_of(step, x);
-            y.data = given(i + 1) ? given(i + 1) : memory.take(y.size());
-            const Part own = part(x, stages == &after);
-            if (const auto* resnet = std::get_if<Resnet>(&step.block)) {
-                stages->push_back({x.cells(), [=, joins = step.joins](int64_t first, int64_t count, int64_t threads) {
-                                       const float* from = joins ? joined(x, skip, first, count) : x.of(first);
-                                       resnet->on(with(own, count, threads), from, bias, y.of(first));
-                                   }});
-                bias += resnet->conv1.product.outputs;
-            } else if (const auto* convolution = std::get_if<Convolution>(&step.block)) {
-                stages->push_back({x.cells(), [=](int64_t first, int64_t count, int64_t threads) {
-                                       convolution->on(with(own, count, threads), x.of(first), convolution->product.bias, nullptr, y.of(first));
-                                   }});
-            } else if (const auto* upsample = std::get_if<Upsample>(&step.block)) {
-                stages->push_back({y.cells(), [=](int64_t first, int64_t count, int64_t threads) {
-                                       upsample->on(with(own, count, threads), x.of(first), y.of(first));
-                                   }});
-            } else {
-                const auto* transformer = &std::get<Transformer>(step.block);
-                const int64_t inner = transformer->entry.product.outputs, heads = transformer->heads, head = inner / heads, cells = x.cells();
-                Image hidden{nullptr, x.count, inner, x.height, x.width}, query = hidden, attended{nullptr, y.count, inner, x.height, x.width};
-                hidden.data = memory.take(hidden.size());
-                query.data = queries.empty() ? memory.take(query.size()) : reinterpret_cast<float*>(queries[text]);
-                attended.data = memory.take(attended.size());
-                const float *keys = reinterpret_cast<const float*>(texts[text]), *values = keys + kHalves * images * tokens * inner;
-                stages->push_back({cells, [=](int64_t first, int64_t count, int64_t threads) {
-                                       transformer->before(with(own, count, threads), x.of(first), hidden.of(first), query.of(first));
-                                   }});
-                if (step.parts) stages = &after;
-                const Part last = part(x, stages == &after);
-                stages->push_back({cells, [=](int64_t first, int64_t count, int64_t threads) {
-                                       const std::vector<int64_t> rows{cells * inner, head, inner}, columns{tokens * inner, tokens * head, head};
-                                       const int64_t start = first * tokens * inner;
-                                       attention_cpu(kFp32, place(query.of(first)), rows, place(keys + start), columns, place(values + start), columns,
-                                                     place(attended.of(first)), rows, count, heads, cells, tokens, head, 1 / std::sqrt(static_cast<double>(head)),
-                                                     threads, vector_bytes);
-                                       transformer->after(with(last, count, threads), x.of(first), hidden.of(first), attended.of(first), y.of(first));
-                                   }});
-                ++text;
-            }
-            x = y;
-            if (step.keeps) kept.push_back(x);
-        }
-        stages->push_back({x.cells(), [=, own = part(x, true)](int64_t first, int64_t count, int64_t threads) {
-                               float* normed = scratch(count * x.cells() * x.channels);
-                               group_norm_cpu(kFp32, place(x.of(first)), norm.weight, norm.bias, place(normed), count, x.cells(), norm.channels, norm.groups, norm.eps,
-                                              true, threads, vector_bytes);
-                               float* target = reinterpret_cast<float*>(out) + first * x.cells() * exit.product.outputs;
-                               exit.on(with(own, count, threads), normed, exit.product.bias, nullptr, target);
-                           }});
-    };
+    const Call call{latents, biases, texts, out, outputs, queries, images, height, width, tokens, vector_bytes};
     Memory counted(nullptr);
-    plan(counted);
+    Plan(*this, call, counted);
     Memory memory(arena.of(counted.used()));
-    plan(memory);
-    call(before, images, images, threads);
-    call(after, kHalves * images, images, threads);
+    const Plan plan(*this, call, memory);
+    work_through(plan.before, images, images, threads);
+    work_through(plan.after, kHalves * images, images, threads);
 }
 
 }  // namespace datasetdm
