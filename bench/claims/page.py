@@ -60,7 +60,8 @@ def with_spread(row: Row, arm: str) -> str:
 
 
 def signed(row: Row, value: float) -> str:
-    return f"{'+' if value >= 0 else '−'}{figure(row, abs(value))}"
+    shown = figure(row, abs(value))
+    return f"{'' if not float(shown) else '+' if value > 0 else '−'}{shown}"
 
 
 def change(row: Row) -> str:
