@@ -1,4 +1,4 @@
-"""Decoders for inference on a GPU: the same answers up to rounding, from fewer and larger products."""
+"""Decoders for inference: the same answers up to rounding, from fewer and larger products; a CPU packs them further."""
 
 from __future__ import annotations
 
