@@ -414,7 +414,7 @@ def test_the_reference_is_built_once_unless_memory_is_short(tmp_path, monkeypatc
 
 @long_test
 def test_one_of_several_processes_compares_samples(tmp_path, capsys):
-    """The bytes are those of one process that compares none."""
+    """The bytes are those of one process that compares none, and the comparison is waited for."""
     few = "--engine fast --model tiny --steps 2 --number 8 --batch-size 1 --task semantic --threads 1".split()
     line = [*few, "--prompts", "a ball", "--out"]
     assert generate.main([*line, str(tmp_path / "run"), "--verify-every", "2", "--ranks", "2"]) == 0

@@ -117,8 +117,10 @@ class Supervisor(ABC):
                 self._end_silent()
                 time.sleep(SECONDS_BETWEEN_POLLS)
             end = time.monotonic() + SECONDS_TO_END
-            while self._running() and time.monotonic() < end:
+            # What a comparison finds counts also where the others have made the rest of the run in the meantime.
+            while self._running() and (self.callbacks.compare or time.monotonic() < end):
                 self._receive()
+                self._end_silent()
                 time.sleep(SECONDS_BETWEEN_POLLS)
         finally:
             for rank in self._running():
