@@ -34,14 +34,6 @@ float* cells_scratch(int64_t count) {
     return kept.of(count);
 }
 
-void normalise(const Norm& norm, bool has_silu, const float* x, float* out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) {
-    group_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), images, cells, norm.channels, norm.groups, norm.eps, has_silu, threads, vector_bytes);
-}
-
-void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, int64_t threads, int64_t vector_bytes) {
-    layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, threads, vector_bytes);
-}
-
 // The cells that one result reads, taps outermost, zero beyond the border.
 void gather(const Convolution& convolution, const float* x, int64_t images, int64_t height, int64_t width, float* rows) {
     const int64_t channels = convolution.channels, taps = convolution.taps;
@@ -72,6 +64,14 @@ void require_same(const char* name, int64_t found, int64_t expected) {
 }
 
 }  // namespace
+
+void normalise(const Norm& norm, bool has_silu, const float* x, float* out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) {
+    group_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), images, cells, norm.channels, norm.groups, norm.eps, has_silu, threads, vector_bytes);
+}
+
+void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, int64_t threads, int64_t vector_bytes) {
+    layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, threads, vector_bytes);
+}
 
 int64_t images_at_once(int64_t cells) { return std::max<int64_t>(kRowsAtOnce / cells, 1); }
 

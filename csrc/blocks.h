@@ -18,6 +18,10 @@ struct Norm {
     double eps;
 };
 
+// The norm of groups of `images`, with SiLU after it where asked, and that of rows.
+void normalise(const Norm& norm, bool has_silu, const float* x, float* out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes);
+void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, int64_t threads, int64_t vector_bytes);
+
 // Images that are worked on at once: some of those of a call.
 struct Part {
     int64_t of;  // all images of the call, on which the form of a convolution depends: not on how they are shared among threads

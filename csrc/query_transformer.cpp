@@ -91,9 +91,7 @@ void QueryTransformer::run(uintptr_t content, uintptr_t position, const std::vec
         const auto product = [&](const Linear& linear, const float* x, const float* residual, float* out) {
             multiply(linear.product, x, queries, residual, out, vector_bytes);
         };
-        const auto normalise = [&](const Norm& with, const float* x, float* out) {
-            layer_norm_cpu(kFp32, place(x), with.weight, with.bias, place(out), queries, channels, with.eps, 1, vector_bytes);
-        };
+        const auto normalise = [&](const Norm& with, const float* x, float* out) { normalise_rows(with, x, out, queries, 1, vector_bytes); };
         const auto embed = [&](float* out) {  // from the norm of h, which stays in `normed`
             normalise(norm, h, normed);
             product(embedding[0], normed, nullptr, query);

@@ -135,6 +135,8 @@ public:
             const Step& step = unet.steps[i];
             const Image y = given(i + 1, result_of(step, x));
             if (step.joins) {
+                require(kept.back().height == x.height && kept.back().width == x.width, "unet: ", call.height, " x ", call.width,
+                        " cells do not halve and double to the same sides");
                 x = add(std::get<Resnet>(step.block), x, y, &kept.back());
                 kept.pop_back();
             } else {
@@ -202,8 +204,7 @@ private:
     void add_exit(const UNet& unet, const Image& x) {
         stage(x, x.cells(), [=, &unet, out = at(call_.out)](int64_t first, const Part& part) {
             float* normed = scratch(part.rows() * x.channels);
-            group_norm_cpu(kFp32, place(x.of(first)), unet.norm.weight, unet.norm.bias, place(normed), part.count, x.cells(), unet.norm.channels,
-                           unet.norm.groups, unet.norm.eps, true, part.threads, part.vector_bytes);
+            normalise(unet.norm, true, x.of(first), normed, part.count, x.cells(), part.threads, part.vector_bytes);
             unet.exit.on(part, normed, unet.exit.product.bias, nullptr, out + first * x.cells() * unet.exit.product.outputs);
         });
     }

@@ -172,6 +172,11 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, monkeypatc
                 assert kept.keys() == right.keys() and kept
                 assert all(distance(kept[slot], right[slot]) <= 4e-6 for slot in right)
         assert distance(found[0], truth) <= 4e-6
+    block._packed = native, []
+    with pytest.raises(ValueError, match="12 x 12 cells do not halve and double"):
+        block(image(batch, 4, 12, 12), *given[1:], NoCapture(plain))
+    with pytest.raises(ValueError, match="texts for"):
+        block(image(batch + 1, 4, 16, 16), *given[1:], NoCapture(plain))
     one_by_one = block(*given, heard := HeardOneByOne())
     assert distance(one_by_one, truth) <= 4e-6 and heard.features.keys() == told.features.keys()
 

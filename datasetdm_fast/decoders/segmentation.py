@@ -96,16 +96,17 @@ class SegmentationDecoder(Decoder):
 
     def pack(self) -> None:
         super().pack()
-        heads = self.decoder_norm, self.mask_embed, self.class_embed
-        layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
-        if is_small(nn.ModuleList([*layers, self.transformer_ffn_layers, *heads])):
+        if is_small(nn.ModuleList(sum(self._transformer(), ()))):
             self.stacked = PackedTransformer(self._stacked())
 
     def _stacked(self) -> StackedTransformer:
-        layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
-        layers = list(zip(*layers, self.transformer_ffn_layers))
-        heads = self.decoder_norm, self.mask_embed, self.class_embed
-        return StackedTransformer(layers, self.level_embed.weight, *heads, self.ops)
+        layers, heads = self._transformer()
+        return StackedTransformer(list(zip(*layers)), self.level_embed.weight, *heads, self.ops)
+
+    def _transformer(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        """Its layers, by what they do, and what reads its queries."""
+        attention = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
+        return (*attention, self.transformer_ffn_layers), (self.decoder_norm, self.mask_embed, self.class_embed)
 
     def heads(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         normed = self.decoder_norm(content)

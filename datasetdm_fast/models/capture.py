@@ -22,7 +22,9 @@ Slot = tuple[int, int]  # level, place within it
 
 
 class CaptureHook(Protocol):
-    is_idle: bool  # whether it wants to hear of nothing
+    @property
+    def is_idle(self) -> bool:
+        """Whether it wants to hear of nothing."""
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
@@ -45,10 +47,12 @@ class CaptureHook(Protocol):
 class NoCapture:
     """Reads nothing: every call but the captured one."""
 
-    is_idle = True
-
     def __init__(self, ops: SimpleNamespace):
         self.ops = ops
+
+    @property
+    def is_idle(self) -> bool:
+        return type(self) is NoCapture  # what derives from it reads something
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         pass
@@ -74,8 +78,6 @@ def conditional_maps(q: Tensor, k: Tensor) -> Tensor:
 
 class RawCapture(NoCapture):
     """Keeps every feature and map as the reference engine does."""
-
-    is_idle = False
 
     def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
         super().__init__(ops)
@@ -159,8 +161,6 @@ class _ReadAtNeed(nn.Module):
 class ProjectedSums(NoCapture):
     """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
 
-    is_idle = False
-
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
         super().__init__(ops)
         self.projection, self.batch = projection, len(latents)
@@ -209,8 +209,6 @@ class SummedAttention(NoCapture):
     side, and at every cross-attention of another those of the same queries over a class prompt, whose values are not
     used. The answers stay those of NoCapture.
     """
-
-    is_idle = False
 
     def __init__(
         self, levels: Sequence[Level], sums: AttentionSums, class_keys: Mapping[Slot, Tensor], ops: SimpleNamespace

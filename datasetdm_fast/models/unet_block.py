@@ -46,10 +46,14 @@ class UNetBlock(Block):
         batch, _, height, width = latents.shape
         if any(hook.reads_self(height * width // side**2) for side in self.sides):
             return self.plain[0](latents, biases, text, hook)
+        if text[0].shape[1] != 2 * batch:  # csrc would read beyond its end
+            raise ValueError(
+                f"unet: keys and values of {text[0].shape[1]} texts for {batch} latents, expected {2 * batch}"
+            )
         latents, text = latents.contiguous(memory_format=torch.channels_last), [table.contiguous() for table in text]
         native, threads = self.native(), torch.get_num_threads()
         out = empty_image(2 * batch, len(self.conv_out.bias), height, width)
-        entry, outputs, queries = None, [], []
+        entry, steps, outputs, queries = None, [], [], []
         if not hook.is_idle:
             first, *sizes = native.sizes(height, width)
             entry, steps = empty_image(batch, *first), list(steps_of(self))
@@ -69,7 +73,7 @@ class UNetBlock(Block):
             threads,
         )
         if outputs:
-            self.tell(hook, entry, outputs, queries, text)
+            self.tell(hook, steps, entry, outputs, queries, text)
         return out
 
     def room_for_queries(
@@ -85,13 +89,13 @@ class UNetBlock(Block):
     def tell(
         self,
         hook: CaptureHook,
+        steps: Sequence[BlockStep],
         entry: Tensor,
         outputs: Sequence[Tensor | None],
         queries: Sequence[Tensor],
         text: Sequence[Tensor],
     ) -> None:
         """All that a hook hears of in the calls of single blocks."""
-        steps = list(steps_of(self))
         hook.feature(self.entry, self.doubled(entry))
         for step, x in zip(steps, outputs):
             if x is not None:

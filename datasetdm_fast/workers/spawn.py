@@ -118,7 +118,7 @@ class Supervisor(ABC):
                 time.sleep(SECONDS_BETWEEN_POLLS)
             end = time.monotonic() + SECONDS_TO_END
             # What a comparison finds counts also where the others have made the rest of the run in the meantime.
-            while self._running() and (self.callbacks.compare or time.monotonic() < end):
+            while self._running() and (self._is_comparing() or time.monotonic() < end):
                 self._receive()
                 self._end_silent()
                 time.sleep(SECONDS_BETWEEN_POLLS)
@@ -127,6 +127,9 @@ class Supervisor(ABC):
                 rank.process.kill()
         with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
             self._hear()
+
+    def _is_comparing(self) -> bool:
+        return self.callbacks.compare is not None and not self.callbacks.is_stopping()
 
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.process]
