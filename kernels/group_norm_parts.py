@@ -13,13 +13,13 @@ from torch import Tensor
 from datasetdm_fast.kernels import add_statistics
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, statistics
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, fitted, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)
     | block_sizes("group_norm_parts plane", 16)
-    | block_sizes("group_norm_parts merge", 8, BLOCK_N=128)
+    | block_sizes("group_norm_parts merge", 8, BLOCK_C=32, BLOCK_N=128)
 }
 LANES = 128  # channels of a block: whole groups, and the lanes beyond them idle
 SPAN = 512  # cells of a block: reading the statistics again is little beside them
@@ -134,7 +134,21 @@ def _group_norm_parts_kernel(
     BLOCK_C: tl.constexpr,
 ):
     image, channels = tl.program_id(2).to(tl.int64), first_channels + second_channels
-    first = tl.program_id(1).to(tl.int64) * TAKEN
+    # Only the starts need 64 bits: from there on 32 are enough, and take fewer registers.
+    begin, own = tl.program_id(0).to(tl.int64) * SPAN, image * chunks
+    row = image * cells + begin
+    mean_ptr, spread_ptr, x_ptr = (
+        mean_ptr + own * first_channels,
+        spread_ptr + own * first_channels,
+        x_ptr + row * first_channels,
+    )
+    if second_ptr is not None:
+        second_mean_ptr, second_spread_ptr, second_ptr = (
+            second_mean_ptr + own * second_channels,
+            second_spread_ptr + own * second_channels,
+            second_ptr + row * second_channels,
+        )
+    first = tl.program_id(1) * TAKEN
     member = tl.arange(0, BLOCK_W)
     channel = first + (tl.arange(0, GROUPS) * width)[:, None] + member[None, :]
     is_first = ((member < width)[None, :] & (channel < first_channels))[None, :, :]
@@ -146,18 +160,18 @@ def _group_norm_parts_kernel(
     total = tl.zeros([BLOCK_N, GROUPS, BLOCK_W], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
-        row, is_chunk = (image * chunks + chunk)[:, None, None], (chunk < chunks)[:, None, None]
+        line, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = row * first_channels + channel, row * second_channels + channel - first_channels
+        place, second_place = line * first_channels + channel, line * second_channels + channel - first_channels
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         total += tl.where(is_chunk & (is_first | is_second), (mean + shift[None, :, :]) * count, 0.0)
     centre = tl.sum(tl.sum(total, 0), 1) / (width * 1.0 * cells)
     total = tl.zeros([BLOCK_N, GROUPS, BLOCK_W], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
-        row, is_chunk = (image * chunks + chunk)[:, None, None], (chunk < chunks)[:, None, None]
+        line, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = row * first_channels + channel, row * second_channels + channel - first_channels
+        place, second_place = line * first_channels + channel, line * second_channels + channel - first_channels
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         spread = _both(spread_ptr, second_spread_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         distance = mean + shift[None, :, :] - centre[None, :, None]
@@ -176,14 +190,15 @@ def _group_norm_parts_kernel(
         centre -= tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
     is_first, is_second = is_ours & (channel < first_channels), is_ours & (channel >= first_channels)
     for step in range(0, SPAN, BLOCK_S):
-        cell = tl.program_id(0).to(tl.int64) * SPAN + step + tl.arange(0, BLOCK_S)
-        row, is_cell = (image * cells + cell)[:, None], (cell < cells)[:, None]
-        place, second_place = row * first_channels + channel, row * second_channels + channel - first_channels
+        cell = (step + tl.arange(0, BLOCK_S))[:, None]
+        is_cell = cell < cells - begin
+        place, second_place = cell * first_channels + channel, cell * second_channels + channel - first_channels
         x = _both(x_ptr, second_ptr, place, second_place, is_cell & is_first[None, :], is_cell & is_second[None, :])
         y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
         if HAS_SILU:
             y = y / (1.0 + tl.exp(-y))
-        tl.store(out_ptr + row * channels + channel, y.to(out_ptr.dtype.element_ty), mask=is_cell & is_ours[None, :])
+        y = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * channels + cell * channels + channel, y, mask=is_cell & is_ours[None, :])
 
 
 @jit
@@ -275,7 +290,7 @@ def fused(
             chunks = found[0].shape[2]
             is_merged = chunks > MOST_CHUNKS
             found = [merged(one, cells) for one in found] if is_merged else found
-            sizes = blocks(BLOCKS, "group_norm_parts", x)
+            sizes = fitted(blocks(BLOCKS, "group_norm_parts", x), 1, BLOCK_N=found[0].shape[2])
             second = (sides[1], *found[1]) if len(parts) == 2 else (None, None, None)
             _group_norm_parts_kernel[ceil_divide(cells, SPAN), groups // together, batch](
                 sides[0],
@@ -295,7 +310,7 @@ def fused(
                 SPAN=min(SPAN, ceil_divide(cells, sizes["BLOCK_S"]) * sizes["BLOCK_S"]),
                 BLOCK_W=padded(members, 1),
                 **common,
-                **sizes | {"BLOCK_N": min(sizes["BLOCK_N"], padded(found[0].shape[2], 1))},
+                **sizes,
             )
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
@@ -311,16 +326,16 @@ def blocked(groups: int, members: int, lanes: int) -> int:
 def merged(found: Tensor, cells: int) -> Tensor:
     """The statistics [2, B, 1, C] of all chunks of `found` [2, B, chunks, C] together."""
     _, batch, chunks, channels = found.shape
-    whole, sizes = found.new_empty((2, batch, 1, channels), dtype=torch.float32), 32
-    _group_norm_parts_merge_kernel[ceil_divide(channels, sizes), batch](
+    whole = found.new_empty((2, batch, 1, channels), dtype=torch.float32)
+    sizes = fitted(blocks(BLOCKS, "group_norm_parts merge", found), BLOCK_C=channels)
+    _group_norm_parts_merge_kernel[ceil_divide(channels, sizes["BLOCK_C"]), batch](
         *found,
         *whole,
         channels,
         cells,
         chunks,
         CHUNK=CHUNK,
-        BLOCK_C=sizes,
-        **blocks(BLOCKS, "group_norm_parts merge", found),
+        **sizes,
     )
     return whole
 

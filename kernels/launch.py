@@ -106,3 +106,8 @@ def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor) -> dict[str, int
     row = (kernel, 8 * x.element_size())
     names = (*names_of(x.device), UNTUNED)
     return next(table[name][row] for name in names if row in table.get(name, {}))
+
+
+def fitted(sizes: Mapping[str, int], least: int = 16, **counts: int) -> dict[str, int]:
+    """The block sizes, none larger than it takes to hold its count."""
+    return {**sizes, **{name: min(sizes[name], padded(count, least)) for name, count in counts.items()}}

@@ -1,5 +1,6 @@
 """The CUDA path without a GPU: no finding, every planted fault found at its line, and a budget that may only fall."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -11,13 +12,14 @@ import pytest
 import torch
 from skips import long_test
 
+from bench.kernels.audit import name_of
 from bench.rehearsal import budget, carried
-from bench.rehearsal.compiled import loads_wide
-from bench.rehearsal.kernels import NotedLaunch, Pointer
+from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
+from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.timeline import HostThread, Timeline
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import launch
+from datasetdm_fast.kernels import OPS, launch
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
@@ -206,8 +208,37 @@ def compiled_in(cache: Path) -> list[bool]:
 
 def test_wide_loads_are_asked_for_where_a_thread_has_16_bytes_to_load():
     def noted(channels, block, dtype=torch.float16):
-        given = {"x_ptr": Pointer(dtype, 0), "channels": channels, "BLOCK_S": 64, "BLOCK_C": block, "num_warps": 4}
-        return NotedLaunch(SimpleNamespace(params=[]), (1,), (), given)
+        return launched("layer_norm", dtype, channels=channels, BLOCK_S=64, BLOCK_C=block)
+
+    def launched(name, dtype=torch.float16, known=(), **given):
+        params = [SimpleNamespace(name=one, is_constexpr=one in known) for one in given]
+        kernel = SimpleNamespace(params=params, __name__=f"_{name}_kernel")
+        return NotedLaunch(kernel, (1,), (), {"x_ptr": Pointer(dtype, 0), "num_warps": 4, **given})
 
     assert loads_wide(noted(320, 64)) and loads_wide(noted(320, 16)) and loads_wide(noted(32, 8, torch.float32))
     assert not loads_wide(noted(320, 8)) and not loads_wide(noted(8, 64))
+    product = {"channels": 8, "width": 320, "BLOCK_S": 16, "BLOCK_C": 16, "BLOCK_K": 64}
+    assert loads_wide(launched("linear_add", **product)) and not loads_wide(
+        launched("linear_add", **product | {"width": 8})
+    )
+    statistics = {"first_channels": 16, "TAKEN": 16, "BLOCK_S": 32, "BLOCK_C": 16, "BLOCK_N": 16, "BLOCK_W": 2}
+    assert not loads_wide(launched("group_norm_parts", **statistics))  # tiles of statistics are none of activations
+    head = {"queries": 100, "BLOCK_N": 64, "BLOCK_S": 64, "BLOCK_D": 32}
+    assert loads_wide(
+        launched("attention", known=("WIDTH",), WIDTH=40, **head)
+    )  # a constant: 80 bytes are whole vectors
+    assert not loads_wide(launched("attention", known=("WIDTH",), WIDTH=2, **head))
+
+
+@needs_triton
+def test_every_tile_that_is_to_be_loaded_wide_is_one_of_its_kernel():
+    kernels = {
+        name_of(one): one for module in OPS.values() for name, one in vars(module).items() if name.endswith("_kernel")
+    }
+    for name, (counts, tiles) in TILES.items():
+        known = set(inspect.signature(kernels[name].fn).parameters)
+        assert known.issuperset(counts) and all(known.issuperset(tile) for tile in tiles), name
+    others = [one for name, one in kernels.items() if name not in TILES]
+    for one in others:
+        known = set(inspect.signature(one.fn).parameters)
+        assert not known.intersection(ACTIVATIONS) or known.issuperset({*IMAGE[0], *IMAGE[1][0]}), one

@@ -152,11 +152,15 @@ def taken(made: Any) -> tuple[int, int, int]:
     return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared
 
 
+def name_of(kernel: Any) -> str:
+    return kernel.__name__.strip("_").removesuffix("_kernel")
+
+
 def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> Iterator[KernelRow]:
     for op in ops:
         for dtype in dtypes:
             for case, launch in launches(op, dtype):
-                name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                name = name_of(launch.kernel)
                 for target in targets:
                     yield KernelRow(name, case, dtype, f"sm_{target}", *resources(launch, target))
 

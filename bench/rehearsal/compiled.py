@@ -12,10 +12,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.kernels.audit import SHARED_LIMIT, taken
+from bench.kernels.audit import SHARED_LIMIT, name_of, taken
 from bench.rehearsal.kernels import ACTIVATIONS, ALIGNED, NotedLaunch, source_of
 
 WARP = 32  # threads
+
+# Of a kernel: the arguments that say how many values lie side by side, and tiles of which one is to be loaded in whole
+# vectors. `channels` and cells by channels where nothing else is said.
+IMAGE = ("channels",), (("BLOCK_S", "BLOCK_C"),)
+PRODUCT = ("width",), (("BLOCK_S", "BLOCK_K"), ("BLOCK_C", "BLOCK_K"))
+TILES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
+    "attention": (("WIDTH",), (("BLOCK_N", "BLOCK_D"), ("BLOCK_S", "BLOCK_D"))),
+    "attention_average": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
+    "attention_capture": (("q_stride_head",), (("BLOCK_S", "BLOCK_D"),)),
+    "attention_rows": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
+    "depth_head": (("cells",), (("BLOCK_O", "BLOCK_S"),)),
+    "group_norm_parts": (("first_channels", "TAKEN"), IMAGE[1]),
+    "group_norm_parts_plane": (("channels", "TAKEN"), IMAGE[1]),
+    "linear_add": PRODUCT,
+    "linear_geglu": PRODUCT,
+    "linear_norm": PRODUCT,
+    "mask_embedding": (("channels",), (*IMAGE[1], ("BLOCK_C", "BLOCK_J"))),
+    "query_attention": (("width", "k_row_stride"), (("BLOCK_N", "BLOCK_D"), ("BLOCK_S", "BLOCK_D"))),
+}
 WIDE_LOAD = re.compile(
     r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async[\w.]* [^;]*, 0x10|cp\.async\.bulk"
 )
@@ -93,7 +112,7 @@ def rows(launches: Iterable[NotedLaunch], targets: Iterable[str]) -> Iterator[tu
         with on(target):
             for launch in launches:
                 made = warmed(launch)
-                text, name = made.asm["ptx"], launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                text, name = made.asm["ptx"], name_of(launch.kernel)
                 is_wide, is_matrix = bool(WIDE_LOAD.search(text)), bool(TENSOR_CORES.search(text))
                 row = CompiledRow(name, target, *taken(made), is_wide, is_matrix)
                 yield row, row.wrong(loads_wide(launch), "tl.dot" in source_of(launch.kernel.fn))
@@ -105,12 +124,18 @@ def warmed(launch: NotedLaunch) -> Any:
 
 
 def loads_wide(launch: NotedLaunch) -> bool:
-    """Whether each thread has 16 bytes of neighbouring activations to load: rows of a multiple of 16 elements, and a
-    tile with as many bytes for every thread.
+    """Whether each thread has 16 bytes of neighbouring values to load: rows of whole vectors, and a tile with as many
+    bytes for every thread.
     """
     given = launch.given
     activations = next((given[name] for name in ACTIVATIONS if name in given), None)
-    if activations is None or given.get("channels", 0) % ALIGNED:
+    if activations is None:
         return False
-    tile = math.prod(value for name, value in given.items() if name.startswith("BLOCK"))
-    return tile * activations.dtype.itemsize >= ALIGNED * WARP * given["num_warps"]
+    counts, tiles = TILES.get(name_of(launch.kernel), IMAGE)
+    known = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    size = activations.dtype.itemsize
+    # Triton knows that a size is a multiple of 16, or the size itself where it is a constant.
+    if any(given[name] * (size if name in known else 1) % ALIGNED for name in counts):
+        return False
+    values = max(math.prod(given[name] for name in tile) for tile in tiles)
+    return values * size >= ALIGNED * WARP * given["num_warps"]

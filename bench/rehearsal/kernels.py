@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.audit import Launch as Compilable
-from bench.kernels.audit import Recorder
+from bench.kernels.audit import Recorder, name_of
 from bench.rehearsal.operations import size
 from bench.rehearsal.timeline import Timeline
 from datasetdm_fast.kernels import OPS
@@ -89,7 +89,7 @@ class NotedKernel:
 
     def __init__(self, kernel, timeline: Timeline, launches: dict[Compilable, NotedLaunch], storage):
         self.kernel, self.timeline, self.launches, self.storage = kernel, timeline, launches, storage
-        self.name = kernel.__name__.strip("_").removesuffix("_kernel")
+        self.name = name_of(kernel)
 
     def __getitem__(self, grid):
         return lambda *positional, **named: self.note(tuple(grid), positional, named)
