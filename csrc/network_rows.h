@@ -303,19 +303,25 @@ INSTRUCTIONS inline void add_cells(const float* x, int64_t cells, int64_t channe
             for (int64_t c = 0; c < channels; ++c) sums[c] += x[c];
 }
 
+// The values in fp32: where they are, or else in `wide`.
+template <typename Stored>
+INSTRUCTIONS const float* widened(const Stored* stored, int64_t count, float* wide) {
+    if constexpr (std::is_same_v<Stored, float>) {
+        return stored;
+    } else {
+        widen(stored, wide, count);
+        return wide;
+    }
+}
+
 template <typename Stored>
 INSTRUCTIONS void normalise_image(const GroupNorm<Stored>& norm, int64_t image) {
     const int64_t cells = norm.cells, channels = norm.channels, width = channels / norm.groups;
     const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
-    float *sums = scratch((std::is_same_v<Stored, float> ? 0 : cells * channels) + 5 * padded), *centre = sums + padded, *scale = centre + padded, *shift = scale + padded, *row = shift + padded, *wide = row + padded;
+    constexpr int64_t kCells = 256;  // of a block, which stays in the cache
+    float *sums = scratch((std::is_same_v<Stored, float> ? 0 : kCells * channels) + 5 * padded), *centre = sums + padded, *scale = centre + padded, *shift = scale + padded, *row = shift + padded, *wide = row + padded;
     const Stored* stored = norm.x + image * cells * channels;
-    const float* x = nullptr;
-    if constexpr (std::is_same_v<Stored, float>) {
-        x = stored;
-    } else {
-        widen(stored, wide, cells * channels);
-        x = wide;
-    }
+    const auto block = [&](int64_t cell, int64_t count) { return widened(stored + cell * channels, count * channels, wide); };
     widen(norm.weight, scale, channels);
     widen(norm.bias, shift, channels);
     const auto spread = [&](auto&& value) {  // one number of each group to all its channels
@@ -328,8 +334,9 @@ INSTRUCTIONS void normalise_image(const GroupNorm<Stored>& norm, int64_t image) 
     // Long sums would lose digits: blocks of cells are summed on their own and joined in double precision.
     const auto sum_blocks = [&](bool is_squared) {
         std::vector<double> totals(channels, 0.0);
-        for (int64_t cell = 0; cell < cells; cell += 256) {
-            add_cells(x + cell * channels, std::min<int64_t>(256, cells - cell), channels, centre, is_squared, row);
+        for (int64_t cell = 0; cell < cells; cell += kCells) {
+            const int64_t count = std::min(kCells, cells - cell);
+            add_cells(block(cell, count), count, channels, centre, is_squared, row);
             for (int64_t c = 0; c < channels; ++c) totals[c] += row[c];
         }
         for (int64_t c = 0; c < channels; ++c) sums[c] = static_cast<float>(totals[c]);
@@ -345,7 +352,9 @@ INSTRUCTIONS void normalise_image(const GroupNorm<Stored>& norm, int64_t image) 
         }
     });
     Stored* out = norm.out + image * cells * channels;
+    const float* x = nullptr;
     for (int64_t cell = 0; cell < cells; ++cell, x += channels, out += channels) {
+        if (cell % kCells == 0) x = block(cell, std::min(kCells, cells - cell));
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
             Vector y = load(x + c) * load(scale + c) + load(shift + c);

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu
@@ -118,3 +119,12 @@ def test_an_error_in_a_lane_is_the_callers():
             Lanes().map(lambda number: 1 // number, [(1,), (0,)])
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_a_norm_of_bf16_holds_no_image_in_fp32():
+    x = torch.randn(1, 64, 512, 512, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
+    OPS["group_norm_silu"].native(x[..., :8, :8], weight, bias, 32, 1e-5)  # pages of the library
+    y, most = with_peak(lambda: OPS["group_norm_silu"].native(x, weight, bias, 32, 1e-5))
+    assert y.shape == x.shape and most <= 1.25 * x.nbytes  # in fp32 the image alone takes twice as much

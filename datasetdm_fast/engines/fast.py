@@ -25,7 +25,7 @@ from datasetdm_fast.kernels import plain, winograd
 from datasetdm_fast.kernels.choice import gave_way, operations
 from datasetdm_fast.kernels.launch import triton
 from datasetdm_fast.loading.model import Model
-from datasetdm_fast.loading.network import Weighted
+from datasetdm_fast.loading.network import Weighted, as_widest
 from datasetdm_fast.models import fused
 from datasetdm_fast.models.capture import (
     CaptureHook,
@@ -191,11 +191,12 @@ class FastEngine:
             found = {name: network.read() for name, network in networks.items()}
             return {name: Weighted(one.config, dict(one.state)) for name, one in found.items()}
 
-        def stored(name: str, value: Tensor) -> Tensor:
+        def stored(name: str, value: Tensor) -> torch.dtype:
             is_narrow = value.dim() > 1 and not any(part in name for part in COMPUTED)
-            return value.to(self.dtype) if is_narrow else value
+            return self.dtype if is_narrow else as_widest(name, value)
 
-        return {name: network.read(*([] if name == "text_encoder" else [stored])) for name, network in networks.items()}
+        kept = {"text_encoder": ()}
+        return {name: network.read(*kept.get(name, (stored, self.dtype))) for name, network in networks.items()}
 
     def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
         """One of NETWORKS or the image encoder, from the weights of the model."""

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from datasetdm_fast.models.layers import room
 
-Stored = Callable[[str, Tensor], Tensor]  # what is to be kept of a tensor, by its name
+Stored = Callable[[str, Tensor], torch.dtype]  # the type in which a tensor of this name is to be kept
+
+
+def as_widest(name: str, value: Tensor) -> torch.dtype:
+    return torch.float32 if value.is_floating_point() else value.dtype
 
 
 class ConfigFile(dict):
@@ -29,6 +33,10 @@ class ReadOnce(dict):
     """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
 
     is_given_away = True  # nobody else holds the tensors
+
+    def __init__(self, tensors: Mapping[str, Tensor], computed_as: torch.dtype | None = None):
+        super().__init__(tensors)
+        self.computed_as = computed_as  # the type of what is made of several of them
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
@@ -82,11 +90,11 @@ class Network:
         """How often a weight was changed in place since the module was built."""
         return _versions(self._module) - self._built if self._module is not None else 0
 
-    def read(self, stored: Stored = lambda _, value: value) -> Weighted:
+    def read(self, stored: Stored = as_widest, computed_as: torch.dtype | None = None) -> Weighted:
         """The weights: those of the module, or from their source as `stored` wants each, to be read once."""
         if self._module is not None:
             return Weighted(self.config, self._module.state_dict())
-        return Weighted(self.config, ReadOnce(self._read(stored)))
+        return Weighted(self.config, ReadOnce(self._read(stored), computed_as))
 
 
 def _versions(module: nn.Module) -> int:
@@ -95,14 +103,13 @@ def _versions(module: nn.Module) -> int:
 
 
 def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
-    """The tensors of safetensors files, those with fractions in fp32."""
+    """The tensors of safetensors files."""
     found = {}
     for file in files:
         with safetensors.safe_open(file, "pt") as opened:
             for name in opened.keys():
                 value = opened.get_tensor(name)
-                value = stored(name, value.float() if value.is_floating_point() else value)
-                found[name] = room(value.shape, value.dtype).copy_(value)
+                found[name] = room(value.shape, stored(name, value)).copy_(value)
     return found
 
 
@@ -113,6 +120,6 @@ def as_filled(
     found = {}
     for name in sorted(shapes):
         value = fill(name, room(shapes[name]))
-        kept = stored(name, value)
-        found[name] = kept if kept is value else room(kept.shape, kept.dtype).copy_(kept)
+        dtype = stored(name, value)
+        found[name] = value if dtype == value.dtype else room(value.shape, dtype).copy_(value)
     return found

@@ -43,6 +43,11 @@ class Weights:
     def get(self, name: str) -> Tensor | None:
         return self.state.get(self.prefix + name)
 
+    @property
+    def computed_as(self) -> torch.dtype | None:
+        """What is computed from weights is to be stored as, where that is known from the start."""
+        return getattr(self.state, "computed_as", None)
+
     def parameter(self, name: str) -> nn.Parameter:
         """The tensor itself where the state gives it away, else a copy."""
         if getattr(self.state, "is_given_away", False):
@@ -154,8 +159,9 @@ class Upsample(nn.Module):
 
     def __init__(self, weights: Weights):
         super().__init__()
-        self.taps: Tensor | None = weights["weight"]  # of the 3x3 convolution, from which other forms are made
-        self.weight = frozen(by_place(self.taps))
+        taps, dtype = weights["weight"], weights.computed_as  # of the 3x3 convolution
+        self.taps: Tensor | None = taps if dtype in (None, torch.float32) else None  # of which other forms are made
+        self.weight = frozen(by_place(taps) if dtype is None else by_place(taps).to(dtype))
         self.bias = frozen(weights["bias"].repeat(4))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def packed(module: nn.Module) -> nn.Module:
         if isinstance(child, Transformer):
             child.rows = FED_ROWS
         if isinstance(child, Upsample):
-            if winograd.takes(child.taps) and child.weight.dtype == torch.float32:
+            if child.weight.dtype == torch.float32 and winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
