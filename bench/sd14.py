@@ -1,5 +1,5 @@
-"""python -m bench sd14: labelled samples at the size of Stable Diffusion 1.4 on this CPU, one image at a time, in
-parts: each is stored when it is done, and the same line again measures what is left.
+"""python -m bench sd14: labelled samples at the size of Stable Diffusion 1.4 on this CPU, one image at a time, every
+engine in a process of its own; each part is stored when it is done, and the same line again measures what is left.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,17 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from bench import suite
-    from bench.peers import PEERS
     from bench.rows import MEASUREMENTS
+    from bench.rows.alone import TurnConfig, taking_turns
     from bench.rows.peers import one_by_one
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    parts = {part.name: part for part in (MEASUREMENTS["limits"], *one_by_one(NAMES, without_labels=False))}
+    steps = config.steps or STEPS
+    turns = TurnConfig(config.model, steps, torch.get_num_threads())
+    races = one_by_one(NAMES, lambda run, names: taking_turns(run, names, turns))
+    parts = {part.name: part for part in (MEASUREMENTS["limits"], *races)}
     wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
-    command, options = [*PROG.split(), *arguments], {"seconds": 0.0, "judged": 1}
-    session = suite.open_run(command, config, "cpu", config.steps or STEPS, goes_on=True, **options)
-    session.batches.update(dict.fromkeys(PEERS, 1))
+    command = [*PROG.split(), *arguments]
+    session = suite.open_run(command, config, "cpu", steps, goes_on=True, seconds=0.0, judged=1)
     return suite.measure_and_show(session, parts, wanted, is_json=config.json)

@@ -9,6 +9,7 @@ import sys
 import time
 import venv
 import zipfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
 from bench.report import report, results
-from bench.rows import layers, race, scale
+from bench.rows import alone, layers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
@@ -390,3 +391,40 @@ def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):
 def heeds_interrupts():
     """Where the tests themselves run in the background, a child would ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def a_turn(seconds: float, call: float, others: float = 0.0) -> alone.Turn:
+    attention = measure.CpuShare(0.5, 1.8, others)
+    return alone.Turn(2.0, 2 * seconds, seconds, [2 * call, call], 3 << 30, attention)
+
+
+def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
+    """Each answer comes from a process of its own; what it takes is told beside ours, pair by pair."""
+    order = []
+
+    def answered(answer, config, name):
+        order.append((answer.__name__, name))
+        if answer is alone.timed:
+            return a_turn(2.0, 0.5) if name == "ours" else a_turn(3.0, 0.6, others=0.02)
+        if name == "ort-1":
+            raise BrokenProcessPool("killed")
+        return {"peer": name, "title": PEERS[name].title, "dtype": "fp32", "status": "ok"}
+
+    monkeypatch.setattr(alone, "in_own_process", answered)
+    monkeypatch.setattr(alone, "let_go", lambda setting: order.append("let go"))
+    run = SimpleNamespace(setting=SimpleNamespace(flops=10**12), limits={"tflops": {"fp32": 1.0}})
+    killed, theirs, ours = alone.taking_turns(run, ["ort-1", "openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
+    assert killed["status"] == "absent" and "killed" in killed["why"]
+    assert order[0] == "let go" and order[4:] == [("timed", "openvino-1"), ("timed", "ours")] * race.LEAST_ROUNDS
+    assert theirs["seconds_per_image"]["median"] == 3 and theirs["ours_over"]["median"] == 1.5
+    assert theirs["call_s"]["rounds"] == [0.6] * race.LEAST_ROUNDS and theirs["call_over"]["median"] == 1.2
+    assert theirs["peak_mib"] == 3072 and theirs["attention"]["others"] == 0.02 and theirs["first_s"] == 6
+    assert ours["ours_over"]["median"] == ours["call_over"]["median"] == 1 and ours["tflops"] == 0.5
+
+
+def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
+    turn = alone.in_own_process(alone.timed, alone.TurnConfig("tiny", 2, 1), "ours")
+    assert 0 < turn.image_s < 60 and len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < turn.image_s
+    assert turn.peak > 100 << 20 and turn.load_s > 0 and turn.first_s > 0
+    row = alone.compared(alone.TurnConfig("tiny", 2, 1), "openvino-1")
+    assert row["status"] == "ok" and row["parity"] and row["batch"] == 1

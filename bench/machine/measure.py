@@ -190,6 +190,14 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
 
     Run its code before: pages of the libraries count as well.
     """
+    reset_peak()
+    before = status("VmRSS")
+    answer = call()
+    return answer, max(status("VmHWM") - before, 4096)
+
+
+def reset_peak() -> None:
+    """Gives back what is free, and begins to count the most memory of this process anew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide what is asked for next
     try:
@@ -199,9 +207,6 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
             f"peak memory: {CLEAR} cannot be written ({error.strerror})",
             "measure on Linux, outside a sandbox that hides /proc",
         ) from None
-    before = status("VmRSS")
-    answer = call()
-    return answer, max(status("VmHWM") - before, 4096)
 
 
 def status(field: str) -> int:

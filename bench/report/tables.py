@@ -10,6 +10,7 @@ Cells = tuple[list[str], list[list[str]]]  # head, rows
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 MOST_SPREAD = 0.15  # of the median of a row's rounds, between its slowest and its fastest round but these two
 MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
+NOTHING = ("", "–")
 FEWEST_TRIMMED = 5  # rounds from which on one of each end is left aside: one burst of others may meet any row
 
 
@@ -36,7 +37,11 @@ class Table:
     title: str = ""  # where it is not the measurement's
 
     def cells(self, rows: Sequence[Row]) -> Cells:
-        return list(self.columns), [self._line(row) for row in self.select(rows)]
+        """Head and lines, without columns that say nothing of any row."""
+        lines = [self._line(row) for row in self.select(rows)]
+        telling = [k for k in range(len(self.columns)) if not lines or any(line[k] not in NOTHING for line in lines)]
+        head = list(self.columns)
+        return [head[k] for k in telling], [[line[k] for k in telling] for line in lines]
 
     def _line(self, row: Row) -> list[str]:
         if row.get("status", "ok") == "ok":

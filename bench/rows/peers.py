@@ -1,6 +1,6 @@
 """Who makes labelled samples how fast, and the ratios between them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,18 +59,30 @@ def our_speedup(row: Row) -> str:
     return span(row["ours_over"], unit="×")
 
 
+def our_call_speedup(row: Row) -> str:
+    return "" if row["peer"] == OURS else span(row.get("call_over"), unit="×")
+
+
 COLUMNS = {"method": method, "precision": text("dtype"), "batch": text("batch")}
 COLUMNS |= {"images/s": figure("images_per_second"), "s/image": spread_of("seconds_per_image")}
-COLUMNS |= {"s/image without labels": spread_of("images_alone_s"), "TFLOP/s": figure("tflops")}
+COLUMNS |= {"s/image without labels": spread_of("images_alone_s"), "s/UNet call": spread_of("call_s")}
+COLUMNS |= {"TFLOP/s": figure("tflops")}
 COLUMNS |= {"share of peak": share("share_of_products"), "memory": memory(), "J/image": figure("joules_per_image")}
 COLUMNS |= {"load": figure("load_s", unit=" s", digits=2), "first batch": figure("first_s", unit=" s", digits=2)}
-COLUMNS |= {"our speed-up": our_speedup}
+COLUMNS |= {"our speed-up": our_speedup, "in a UNet call": our_call_speedup}
 MEASUREMENT = Measurement(
     "peers", "Throughput of labelled samples", rows, (Table(COLUMNS, reason_at=3),), {"peers": charts.peers}
 )
 
 
-def one_by_one(names: Iterable[str], without_labels: bool = True) -> tuple[Measurement, ...]:
+def race_of_images(run: BenchRun, names: Sequence[str]) -> Rows:
+    """The race, with the times of images without labels."""
+    return race(run, names, without_labels=True)
+
+
+def one_by_one(
+    names: Iterable[str], raced: Callable[[BenchRun, Sequence[str]], Rows] = race_of_images
+) -> tuple[Measurement, ...]:
     """Each peer against ours in a part of its own, so that an interrupted run has what was done."""
 
     def against_ours(name: str) -> Measurement:
@@ -78,7 +90,7 @@ def one_by_one(names: Iterable[str], without_labels: bool = True) -> tuple[Measu
             MEASUREMENT,
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
-            rows=lambda run: race(run, tuple(dict.fromkeys((name, OURS))), without_labels=without_labels),
+            rows=lambda run: raced(run, tuple(dict.fromkeys((name, OURS)))),
             least_seconds=240 if "compiled" in name else 60,
         )
 

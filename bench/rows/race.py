@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine.measure import (
-    Rounds,
     interleaved,
     is_out_of_memory,
     meter,
@@ -68,8 +67,11 @@ def race(
         with watched() as attention:
             lasting = 0.0 if setting.quick else LASTING
             rounds, again = undisturbed(whole, run.seconds, meter(device), least=LEAST_ROUNDS, lasting=lasting)
-        add_times(runners, rounds, setting, run.limits)
+        each = {one.name: [value / one.peer.batch for value in rounds[one.name].seconds] for one in runners}
+        add_times([one.row for one in runners], each, setting, run.limits)
         for one in runners:
+            joules = rounds[one.name].joules
+            one.row["joules_per_image"] = round(statistics.median(joules) / one.peer.batch, 2) if joules else None
             one.row |= {"attention": asdict(attention), "rounds_made_again": again}
     if without_labels:
         drawn = [one for one in runners if offers[one.name].draws]
@@ -170,20 +172,20 @@ def write(samples: Iterable[Sample], tables: Mapping[str, Table], folder: Path) 
             path.write_bytes(content)
 
 
-def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Setting, limits: dict[str, Any]) -> None:
-    """Times, rates and ratios into the rows; `ours_over` is how many times as many images ours makes, pair by pair."""
-    each = {one.name: [value / one.peer.batch for value in rounds[one.name].seconds] for one in runners}
-    for one in runners:
-        row, joules = one.row, rounds[one.name].joules
-        rate = 1 / statistics.median(each[one.name])
-        row["seconds_per_image"] = spread(each[one.name])
+def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting, limits: dict[str, Any]) -> None:
+    """Rates and ratios into the rows, from the seconds that `each` peer took for an image in every round; `ours_over`
+    is how many times as many images ours makes, pair by pair.
+    """
+    for row in rows:
+        taken = each[row["peer"]]
+        rate = 1 / statistics.median(taken)
+        row["seconds_per_image"] = spread(taken)
         row["images_per_second"] = round(rate, 4)
         row["tflops"] = float(f"{rate * setting.flops / 1e12:.4g}")
         limit = limits["tflops"].get(row["dtype"])
         row["share_of_products"] = round(row["tflops"] / limit, 4) if limit else None
-        row["joules_per_image"] = round(statistics.median(joules) / one.peer.batch, 2) if joules else None
         if OURS in each:
-            row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
+            row["ours_over"] = spread([theirs / own for theirs, own in zip(taken, each[OURS])])
 
 
 def ratio(first: Row, second: Row) -> float:

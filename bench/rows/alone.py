@@ -1,0 +1,164 @@
+"""Throughput of peers that do not fit into memory side by side: every image is made in a process that holds one peer
+alone, and the peers take turns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine.measure import CpuShare, mib, release, reset_peak, spread, status, watched
+from bench.options import say
+from bench.peers import OURS, PEERS, Peer
+from bench.peers.samples import noise_of
+from bench.report.results import ResultFile
+from bench.report.tables import Row
+from bench.rows.measurement import BenchRun, Rows
+from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
+from bench.setting import Setting, open_setting
+from datasetdm_fast.data import Request
+from datasetdm_fast.generation.recipe import Recipe, label_tables
+from datasetdm_fast.labels.kind import Table
+
+CALLS = 2  # that are timed in a turn
+
+
+@dataclass(frozen=True)
+class TurnConfig:
+    """What every process is told, so that all measure the same."""
+
+    model: str
+    steps: int
+    threads: int
+
+    def open(self) -> Setting:
+        torch.set_num_threads(self.threads)
+        return open_setting(self.model, "cpu", steps=self.steps, number=1)
+
+
+@dataclass(frozen=True)
+class PeerAlone:
+    """A peer and what it makes an image from, without the networks that it was built from."""
+
+    peer: Peer
+    load_s: float
+    requests: Sequence[Request]
+    recipe: Recipe
+    tables: Mapping[str, Table]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one process took."""
+
+    load_s: float
+    first_s: float  # the first image
+    image_s: float  # the one after it
+    calls_s: list[float]
+    peak: int  # bytes of the process while it made them
+    attention: CpuShare
+
+
+def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Rows:
+    """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times."""
+    let_go(run.setting)  # this process would hold its networks beside those of the peer whose turn it is
+    rows = [compared(config, name) for name in names]
+    racing = {row["peer"]: row for row in rows if row["status"] == "ok"}
+    turns: dict[str, list[Turn]] = {name: [] for name in racing}
+    for count in range(LEAST_ROUNDS):
+        for name in racing:
+            turns[name].append(in_own_process(timed, config, name))
+            say(f"{name}, turn {count + 1} of {LEAST_ROUNDS}: {turns[name][-1].image_s:.1f} s an image")
+    images = {name: [one.image_s for one in taken] for name, taken in turns.items()}
+    add_times(list(racing.values()), images, run.setting, run.limits)
+    for name, row in racing.items():
+        row |= of_turns(turns[name], turns.get(OURS, ()))
+    return rows
+
+
+def of_turns(taken: Sequence[Turn], ours: Sequence[Turn]) -> Row:
+    """What turns say beside the times of images; `call_over` is how many times as long a call takes as one of ours."""
+    calls, own = ([min(one.calls_s) for one in each] for each in (taken, ours))
+    found: Row = {name: statistics.median(getattr(one, name) for one in taken) for name in ("load_s", "first_s")}
+    found = {name: round(seconds, 3) for name, seconds in found.items()}
+    found |= {"call_s": spread(calls), "peak_mib": mib(max(one.peak for one in taken))}
+    if own:
+        found["call_over"] = spread([theirs / one for theirs, one in zip(calls, own)])
+    shares = [one.attention for one in taken]
+    cores = round(statistics.fmean(one.cpu_per_wall for one in shares), 3)
+    others = max(one.others for one in shares)
+    return found | {"attention": asdict(CpuShare(shares[0].load_average, cores, others))}
+
+
+def in_own_process(answer: Callable[[TurnConfig, str], Any], config: TurnConfig, name: str) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(answer, config, name).result()
+
+
+def compared(config: TurnConfig, name: str) -> Row:
+    """The row of a peer that is not timed yet: whether its outputs are the reference's."""
+    try:
+        return in_own_process(_compared, config, name)
+    except BrokenProcessPool:
+        why = "its process was killed, as it is where memory ends"
+        return {"peer": name, "title": PEERS[name].title, "status": "absent", "why": why}
+
+
+def _compared(config: TurnConfig, name: str) -> Row:
+    run = BenchRun(config.open(), ResultFile(None, {}), 0.0, judged=1, batches={name: 1})
+    return prepare(run, name, PEERS[name])[0]
+
+
+def timed(config: TurnConfig, name: str) -> Turn:
+    """One image and some calls, after one image that is the first of its process."""
+    one = built(config, name)
+    reset_peak()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def image() -> float:
+            begin = time.perf_counter()
+            write(one.peer.make(one.requests), one.tables, Path(folder))
+            return time.perf_counter() - begin
+
+        first = image()
+        with watched() as attention:
+            second = image()
+    return Turn(one.load_s, first, second, calls(one), status("VmHWM"), attention)
+
+
+def built(config: TurnConfig, name: str) -> PeerAlone:
+    setting = config.open()
+    begin = time.perf_counter()
+    peer = PEERS[name].build(setting, 1)
+    load_s = time.perf_counter() - begin
+    tables = label_tables(setting.reference, setting.recipe)
+    let_go(setting)
+    return PeerAlone(peer, load_s, setting.batch(1), setting.recipe, tables)
+
+
+def let_go(setting: Setting) -> None:
+    """Drops the reference's networks; who asks for them builds them again."""
+    for network in setting.model.networks.values():
+        network.let_go()
+    release(setting.device)
+
+
+def calls(one: PeerAlone) -> list[float]:
+    """Seconds of UNet calls, after one that nobody times."""
+    context = torch.cat([one.peer.encode_text([""]), one.peer.encode_text([one.requests[0].prompt])])
+    latents, timestep, found = noise_of(one.requests, one.recipe), one.recipe.schedule.timesteps[0], []
+    for _ in range(1 + CALLS):
+        begin = time.perf_counter()
+        one.peer.denoise(latents, timestep, context)
+        found.append(time.perf_counter() - begin)
+    return found[1:]
