@@ -508,10 +508,18 @@ def test_every_arm_has_the_best_of_equally_many_courses(lessons):
     document = {"rows": rows, "tried": tried, "missing": 2, "setting": setting, "command": "c", "date": "2026-01-01"}
     document["machine"] = {"device": "a CPU", "commit": "0"}
     document = json.loads(json.dumps(document, allow_nan=False))
-    front, whole = tuned_page.front(document), tuned_page.section(document)
+    front, whole = tuned_page.front([document]), tuned_page.section([document])
     assert "**Not finished:** 2 students are missing" in front and "24,576 captioned scenes" in front
     assert front.count("| **One student of each kind:** ") == len(search.QUESTIONS)
     assert "70.5 ± 0.7 (strong, 0.001; 1,000/1,000)" in whole
+    fewer = [{**row, "real": 25} for row in document["tried"]]
+    titled = {f"{key}-25": {**row, "title": f"{row['title']}, 25 real"} for key, row in document["rows"].items()}
+    fewer = {**document, "tried": fewer, "rows": titled, "missing": 0, "command": "c --real 25"}
+    front, whole = tuned_page.front([document, fewer]), tuned_page.section([document, fewer])
+    assert front.count("| **One student of each kind:** ") == 2 * len(search.QUESTIONS)
+    assert front.index("Semantic segmentation, 25 real") < front.index("Semantic segmentation, 100 real")
+    assert "(`c --real 25`, 2026-01-01, a CPU, commit 0): the same with 25 real scenes" in front
+    assert "25 real scenes, 1,000 generated images;" in whole and "| 25 | real |" in whole
 
 
 def test_a_tuned_row_that_does_not_hold_says_so_first():

@@ -110,27 +110,26 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
     begin = time.monotonic()
     with Experiments(folder, scale, say, config.processes) as experiments:
         asked = tuned.TunedArms(experiments, names, count)
-        every = [asked] if asked.is_usual else [tuned.TunedArms(experiments, names, scale.real), asked]
+        suite = "tuned" if asked.is_usual else results.FEWER
 
         def result() -> dict[str, Any]:
-            rows = {key: row for arms in every for key, row in arms.rows().items()}
+            rows = asked.rows()
             document = described(rows, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
-            document |= {"suite": "tuned", "tried": [row for arms in every for row in arms.tried()]}
-            return document | {"missing": sum(arms.missing() for arms in every)}
+            return document | {"suite": suite, "tried": asked.tried(), "missing": asked.missing()}
 
-        for arms in every if config.finished else every[:-1]:
-            arms.look_for_students()
+        if config.finished:
+            asked.look_for_students()
         for _ in () if config.finished else asked.train():
-            results.ResultFile(folder / "tuned.json", result()).save()
-        document, paths = result(), [folder / "tuned.json"]
+            results.ResultFile(folder / f"{suite}.json", result()).save()
+        document, paths = result(), [folder / f"{suite}.json"]
         if not document["rows"]:
             raise Refused(f"{folder}: no student has been judged yet", "Drop --finished, or name another --out.")
         if not config.quick and {"real", "both"} <= set(names):
-            paths.append(results.default_path(document["machine"]).with_suffix(".tuned.json"))
+            paths.append(results.default_path(document["machine"]).with_suffix(f".{suite}.json"))
         for path in paths:
             results.ResultFile(path, document).save()
     say("\n".join(map(str, paths)))
-    print(json.dumps(document["rows"]) if config.json else tuned_page.section(document))
+    print(json.dumps(document["rows"]) if config.json else tuned_page.section([document]))
     return 0
 
 

@@ -1,6 +1,6 @@
 """The tables of the tuned arms: rows with courses, what was tried, and what the front page shows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.claims.page import figure, signed
@@ -91,16 +91,24 @@ def setting_line(document: Mapping[str, Any]) -> str:
     students = max(
         (len(cell["seeds"]) for row in document["rows"].values() for cell in row["arms"].values()), default=0
     )
-    facts = (
-        f"{scale['real']} real scenes, {scale['synthetic']:,} generated images, as many unlabelled scenes; "
+    count = real_scenes(document)
+    unlabelled = ", as many unlabelled scenes" if count == scale["real"] else ""
+    return (
+        f"{count} real scenes, {scale['synthetic']:,} generated images{unlabelled}; "
         f"{students} students of each kind, {scale['test']:,} unseen scenes, mean ± deviation. "
         f"For each arm and figure the best of the courses tried, at most {LONGEST * scale['steps']:,} steps. The "
         f"diffusion model that draws the images was trained on {scenes:,} captioned scenes of this world ({drawn:,} "
-        "draws), as Stable Diffusion was on the web; its decoders on the 100 real scenes"
+        f"draws), as Stable Diffusion was on the web; its decoders on the {count} real scenes{_missing(document)}"
     )
-    if missing := document["missing"]:
-        facts += f". **Not finished:** {missing} students are missing"
-    return facts
+
+
+def _missing(document: Mapping[str, Any]) -> str:
+    missing = document["missing"]
+    return f". **Not finished:** {missing} students are missing" if missing else ""
+
+
+def real_scenes(document: Mapping[str, Any]) -> int:
+    return document["tried"][0]["real"] if document["tried"] else document["setting"]["real"]
 
 
 def source(document: Mapping[str, Any]) -> str:
@@ -108,15 +116,28 @@ def source(document: Mapping[str, Any]) -> str:
     return f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
 
 
-def front(document: Mapping[str, Any]) -> str:
-    """What the front page shows."""
-    cells = front_table().cells(list(document["rows"].values()))
-    return f"{source(document)}: {setting_line(document)}.\n\n{markdown(cells)}"
+def front(documents: Sequence[Mapping[str, Any]]) -> str:
+    """What the front page shows: the fewest real scenes first."""
+    usual, *fewer = documents
+    facts = f"{source(usual)}: {setting_line(usual)}."
+    for one in fewer:
+        count = real_scenes(one)
+        facts += f" Rows of {count} ({source(one)}): the same with {count} real scenes and decoders taught on these"
+        facts += f" alone{_missing(one)}."
+    rows = [row for one in fewer for row in one["rows"].values()]
+    rows += [{**row, "title": f"{row['title']}, {real_scenes(usual)} real"} for row in usual["rows"].values()]
+    return f"{facts}\n\n{markdown(front_table().cells(rows))}"
 
 
-def section(document: Mapping[str, Any]) -> str:
+def section(documents: Sequence[Mapping[str, Any]]) -> str:
     """Rows with courses, and what was tried, for the page of the bench."""
-    rows = document["rows"]
-    tried = markdown(search_table().cells(document["tried"]))
-    parts = [f"{source(document)}: {setting_line(document)}.", markdown(table(rows).cells(list(rows.values())))]
-    return "\n\n".join([*parts, "The best looks at validation scenes of every student:", tried])
+    parts = []
+    for one in documents:
+        parts += [
+            f"{source(one)}: {setting_line(one)}.",
+            markdown(table(one["rows"]).cells(list(one["rows"].values()))),
+        ]
+    tried = [row for one in documents for row in one["tried"]]
+    return "\n\n".join(
+        [*parts, "The best looks at validation scenes of every student:", markdown(search_table().cells(tried))]
+    )

@@ -15,7 +15,7 @@ from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
-from bench.report.results import STUDENTS, SUITES, cpu_suite, measured, newest, read, rows_of
+from bench.report.results import FEWER, STUDENTS, SUITES, cpu_suite, measured, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
@@ -285,12 +285,17 @@ def full_size(found: Documents, charts: str) -> str:
 
 def tuned_front(found: Documents, charts: str) -> str:
     """What the front page says of the worth of generated images where every arm is taught by its best course."""
-    return tuned_page.front(found["tuned"]) if "tuned" in found else NOT_TUNED
+    return tuned_page.front(tuned_of(found)) if "tuned" in found else NOT_TUNED
 
 
 def tuned_gains(found: Documents, charts: str) -> str:
     """What remains of the gains where every arm is taught by the best course found for it."""
-    return tuned_page.section(found["tuned"]) if "tuned" in found else NOT_TUNED
+    return tuned_page.section(tuned_of(found)) if "tuned" in found else NOT_TUNED
+
+
+def tuned_of(found: Documents) -> list[Document]:
+    """The usual number of real scenes, and a smaller one where that was measured."""
+    return [found[suite] for suite in ("tuned", FEWER) if suite in found]
 
 
 def earlier_claims(found: Documents, charts: str) -> str:

@@ -18,7 +18,8 @@ FORMAT = 1
 FOLDER = ROOT / "bench" / "results"
 BEGUN, DONE, BROKEN = "begun", "done", "broken"
 SUITES = ("cpu", "gpu")
-STUDENTS = ("claims", "tuned", "training-free")  # suites of students, which have no peers
+FEWER = "tuned-fewer"
+STUDENTS = ("claims", "tuned", FEWER, "training-free")  # suites of students, which have no peers
 
 
 class ResultFile:
