@@ -119,14 +119,13 @@ def source(document: Mapping[str, Any]) -> str:
 def front(documents: Sequence[Mapping[str, Any]]) -> str:
     """What the front page shows: the fewest real scenes first."""
     usual, *fewer = documents
-    facts = f"{source(usual)}: {setting_line(usual)}."
+    facts = f"{source(usual)}: {setting_line(usual)}"
     for one in fewer:
-        count = real_scenes(one)
-        facts += f" Rows of {count} ({source(one)}): the same with {count} real scenes and decoders taught on these"
-        facts += f" alone{_missing(one)}."
+        made = f"`{one['command']}`, commit {one['machine']['commit']}"
+        facts += f"; in rows of {real_scenes(one)} ({made}), on those{_missing(one)}"
     rows = [row for one in fewer for row in one["rows"].values()]
     rows += [{**row, "title": f"{row['title']}, {real_scenes(usual)} real"} for row in usual["rows"].values()]
-    return f"{facts}\n\n{markdown(front_table().cells(rows))}"
+    return f"{facts}.\n\n{markdown(front_table().cells(rows))}"
 
 
 def section(documents: Sequence[Mapping[str, Any]]) -> str:
