@@ -163,7 +163,9 @@ def meter(device: torch.device) -> Callable[[], float | None]:
 
 
 def release(device: torch.device) -> None:
+    """Gives back what is free; what the allocator still held would hide what is asked for next."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -198,8 +200,7 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
 
 def reset_peak() -> None:
     """Gives back what is free, and begins to count the most memory of this process anew."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide what is asked for next
+    release(torch.device("cpu"))
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError as error:

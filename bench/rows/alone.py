@@ -116,6 +116,8 @@ def compared(config: TurnConfig, name: str) -> Row:
 
 def _compared(config: TurnConfig, name: str) -> Row:
     run = BenchRun(config.open(), ResultFile(None, {}), 0.0, judged=1, batches={name: 1})
+    _ = run.judge  # the reference answers, and makes room
+    let_go(run.setting)
     return prepare(run, name, PEERS[name])[0]
 
 
@@ -138,12 +140,12 @@ def timed(config: TurnConfig, name: str) -> Turn:
 
 def built(config: TurnConfig, name: str) -> PeerAlone:
     setting = config.open()
+    let_go(setting)
     begin = time.perf_counter()
     peer = PEERS[name].build(setting, 1)
     load_s = time.perf_counter() - begin
-    tables = label_tables(setting.reference, setting.recipe)
-    let_go(setting)
-    return PeerAlone(peer, load_s, setting.batch(1), setting.recipe, tables)
+    let_go(setting)  # what it was built from
+    return PeerAlone(peer, load_s, setting.batch(1), setting.recipe, label_tables(setting.reference, setting.recipe))
 
 
 def let_go(setting: Setting) -> None:
