@@ -2,14 +2,11 @@
 decides them.
 """
 
-import ctypes
 import hashlib
 import inspect
 import json
 import multiprocessing
 import pickle
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from bench.machine.processes import begin
 from datasetdm_fast.disk import storage
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
@@ -96,10 +94,7 @@ def train_and_test(arm: Arm, sets: Sequence[bytes], seed: int, test: bytes, path
 
 
 def _begin_process() -> None:
-    """One thread, and an end with the parent process, which alone handles Ctrl-C."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin()
     torch.set_num_threads(1)
 
 

@@ -40,7 +40,6 @@ ARMS = {  # in the order in which they are taught
     "self": "real + unlabelled real, labelled by the student of real",
     "generated": "generated",
 }
-FEWER_ARMS = ("real", "both", "many")  # where there are fewer real scenes than taught the shipped decoders
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class TunedArms:
         self.experiments, self.count = experiments, count
         scale = experiments.scale
         self.is_usual = count == scale.real
-        self.names = [name for name in arms if self.is_usual or name in FEWER_ARMS]
+        self.names = list(arms)
         self.chooser = TestSet("validation", sets.scenes(sets.VALIDATION, scale.test * 2 // 5, SIDE))
         self.students = SearchedStudents(experiments.store, self.chooser, experiments.test_set())
         self._students: dict[tuple[str, TunedCourse, int | None], SearchedStudent] = {}
@@ -213,14 +212,18 @@ class TunedArms:
 
     def _labelled(self) -> student_data.StudentData:
         """As many unlabelled scenes as there are generated images, with the labels that the same decoders read."""
-        e, count = self.experiments, self.experiments.scale.synthetic
+        e, scale = self.experiments, self.experiments.scale
 
         def synthetic() -> student_data.StudentData:
-            scenes = UnlabelledScenes(count, sets.MODEL_SIDE)
-            return student_data.synthetic(sets.relabelled(scenes, range(count), DEMO, sets.unchanged), e.vocabulary)
+            scenes = UnlabelledScenes(scale.synthetic, sets.MODEL_SIDE)
+            decoders = DEMO if self.is_usual else e.labeller("is_any", self.count, TASKS)()
+            samples = sets.relabelled(scenes, range(scale.synthetic), decoders, sets.unchanged)
+            return student_data.synthetic(samples, e.vocabulary)
 
-        path = e.folder / "sets" / f"unlabelled-{count}.pt"
-        return e.once("unlabelled", lambda: sets.stored(path, e.vocabulary, synthetic).balanced())
+        name = f"unlabelled-{scale.synthetic}"
+        if not self.is_usual:
+            name += f"-by-{self.count}-{scale.labeller_steps}-{scale.labeller_draws}"
+        return e.once(name, lambda: sets.stored(e.folder / "sets" / f"{name}.pt", e.vocabulary, synthetic).balanced())
 
     def _self_labelled(self) -> student_data.StudentData:
         """The same scenes with the labels of the best students of the real arm, one for each task."""
@@ -236,7 +239,7 @@ class TunedArms:
                 yield sets.RelabelledSample(scene.id, scene.image, scene.classes, semantic, instances, depth, joints)
 
         e = self.experiments
-        return e.once("self-labelled", lambda: student_data.synthetic(samples(), e.vocabulary).balanced())
+        return e.once(f"self-labelled {self.count}", lambda: student_data.synthetic(samples(), e.vocabulary).balanced())
 
     # Rows -------------------------------------------------------------------------------------------------------------
     def rows(self) -> dict[str, Row]:

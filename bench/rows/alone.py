@@ -4,12 +4,10 @@ alone, and the peers take turns.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.machine.measure import CpuShare, mib, release, reset_peak, spread, status, watched
+from bench.machine.processes import another_process
 from bench.options import say
 from bench.peers import OURS, PEERS, Peer
 from bench.peers.samples import noise_of
@@ -101,7 +100,7 @@ def of_turns(taken: Sequence[Turn], ours: Sequence[Turn]) -> Row:
 
 
 def in_own_process(answer: Callable[[TurnConfig, str], Any], config: TurnConfig, name: str) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with another_process() as pool:
         return pool.submit(answer, config, name).result()
 
 
