@@ -21,6 +21,7 @@ from skips import long_test
 from bench import __main__ as bench
 from bench import run, suite
 from bench.machine import limits, measure
+from bench.machine.processes import another_process
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
@@ -428,3 +429,58 @@ def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
     assert turn.peak > 100 << 20 and turn.load_s > 0 and turn.first_s > 0
     row = alone.compared(alone.TurnConfig("tiny", 2, 1), "openvino-1")
     assert row["status"] == "ok" and row["parity"] and row["batch"] == 1
+
+
+def waits(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"
+
+
+def ended(pid: int, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not is_gone(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return is_gone(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_process_that_measures_ends_with_the_one_that_started_it(tmp_path):
+    """After kill -9, too: what goes on would take the memory of the next run."""
+    told = tmp_path / "pid"
+    lines = [
+        "import sys, pathlib",
+        "from bench.machine.processes import another_process",
+        "from test_bench import waits",
+    ]
+    lines += ["if __name__ == '__main__':", "    with another_process() as pool:"]
+    lines += ["        pool.submit(waits, pathlib.Path(sys.argv[1])).result()"]
+    (tmp_path / "starts.py").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(Path(__file__).parent)])}
+    starter = subprocess.Popen([sys.executable, tmp_path / "starts.py", told], env=environment)
+    try:
+        while not (told.exists() and told.read_text()):
+            assert starter.poll() is None
+            time.sleep(0.05)
+    finally:
+        starter.kill()
+        starter.wait()
+    assert ended(int(told.read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_process_that_measures_is_killed_where_its_answer_is_not_waited_for(tmp_path):
+    told = tmp_path / "pid"
+    with pytest.raises(KeyboardInterrupt), another_process() as pool:
+        pool.submit(waits, told)
+        while not (told.exists() and told.read_text()):
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert ended(int(told.read_text()))
