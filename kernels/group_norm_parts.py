@@ -13,7 +13,7 @@ from torch import Tensor
 from datasetdm_fast.kernels import add_statistics
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, statistics
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, fitted, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -290,7 +290,7 @@ def fused(
             chunks = found[0].shape[2]
             is_merged = chunks > MOST_CHUNKS
             found = [merged(one, cells) for one in found] if is_merged else found
-            sizes = fitted(blocks(BLOCKS, "group_norm_parts", x), 1, BLOCK_N=found[0].shape[2])
+            sizes = blocks(BLOCKS, "group_norm_parts", x, 1, BLOCK_N=found[0].shape[2])
             second = (sides[1], *found[1]) if len(parts) == 2 else (None, None, None)
             _group_norm_parts_kernel[ceil_divide(cells, SPAN), groups // together, batch](
                 sides[0],
@@ -327,7 +327,7 @@ def merged(found: Tensor, cells: int) -> Tensor:
     """The statistics [2, B, 1, C] of all chunks of `found` [2, B, chunks, C] together."""
     _, batch, chunks, channels = found.shape
     whole = found.new_empty((2, batch, 1, channels), dtype=torch.float32)
-    sizes = fitted(blocks(BLOCKS, "group_norm_parts merge", found), BLOCK_C=channels)
+    sizes = blocks(BLOCKS, "group_norm_parts merge", found, BLOCK_C=channels)
     _group_norm_parts_merge_kernel[ceil_divide(channels, sizes["BLOCK_C"]), batch](
         *found,
         *whole,

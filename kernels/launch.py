@@ -99,15 +99,12 @@ def block_sizes(
     return {(kernel, width): row for width in bits}
 
 
-def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor) -> dict[str, int]:
+def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16, **counts: int) -> dict[str, int]:
     """Block sizes, warps and stages of one kernel for the dtype and device of `x`, of a file's BLOCKS: a name as in
-    `names_of` -> rows. The interpreter on a CPU takes those of a GPU that nobody measured.
+    `names_of` -> rows. The interpreter on a CPU takes those of a GPU that nobody measured. No block is larger than it
+    takes to hold its count, where `counts` has one, but for the `least` size.
     """
     row = (kernel, 8 * x.element_size())
     names = (*names_of(x.device), UNTUNED)
-    return next(table[name][row] for name in names if row in table.get(name, {}))
-
-
-def fitted(sizes: Mapping[str, int], least: int = 16, **counts: int) -> dict[str, int]:
-    """The block sizes, none larger than it takes to hold its count."""
-    return {**sizes, **{name: min(sizes[name], padded(count, least)) for name, count in counts.items()}}
+    sizes = next(table[name][row] for name in names if row in table.get(name, {}))
+    return sizes | {name: min(sizes[name], padded(count, least)) for name, count in counts.items()}

@@ -12,17 +12,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, statistics
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    fitted,
-    is_served,
-    jit,
-    padded,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -149,7 +139,7 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     weight, residual = weight.contiguous(), residual.contiguous()
     (batch, cells, width), channels = first.shape, len(weight)
     out, found = torch.empty_like(residual), empty_statistics(first, channels)
-    sizes = fitted(blocks(BLOCKS, "linear_add", first), BLOCK_C=channels, BLOCK_K=width)
+    sizes = blocks(BLOCKS, "linear_add", first, BLOCK_C=channels, BLOCK_K=width)
     second = (others[0], weight[:, width:]) if others else (None, None)
     grid = ceil_divide(channels, sizes["BLOCK_C"]), found.shape[2], batch
     with torch.cuda.device_of(first):  # Triton launches on the current device of the thread

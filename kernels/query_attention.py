@@ -11,17 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import masked_attention
 from datasetdm_fast.kernels.case import BATCH, FEATURES, HEADS, QUERIES, Case, noise
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    fitted,
-    is_served,
-    jit,
-    padded,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -159,7 +149,7 @@ def fused(
     q, k, v, q_place, k_place = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:5])
     out, width = q.new_empty(q.shape), channels // heads
     together = cells if width % 16 == 0 else 32  # each value of other heads is loaded by an address of its own
-    sizes = fitted(blocks(BLOCKS, "query_attention", q), BLOCK_N=queries, BLOCK_S=min(cells, together))
+    sizes = blocks(BLOCKS, "query_attention", q, BLOCK_N=queries, BLOCK_S=min(cells, together))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     strides += [stride for x in (q_place, k_place) for stride in (x.expand(batch, -1, -1)).stride()[:2]]
     with torch.cuda.device_of(q):  # Triton launches on the current device of the thread

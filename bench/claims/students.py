@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machine.processes import begin
+from bench.machine.processes import begin, kill_all
 from datasetdm_fast.disk import storage
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
@@ -152,6 +152,5 @@ class StudentStore:
     def close(self, is_waiting: bool) -> None:
         """Ends the processes, after what they are at or in the middle of it."""
         if not is_waiting:
-            for process in multiprocessing.active_children():
-                process.kill()
+            kill_all()
         self._pool.shutdown(cancel_futures=True)

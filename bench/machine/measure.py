@@ -1,6 +1,5 @@
 """Time, energy and memory of calls that take turns in one process."""
 
-import ctypes
 import gc
 import os
 import statistics
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
+from datasetdm_fast.engines.memory import trim
 from datasetdm_fast.errors import Missing
 
 STATUS, CLEAR, CORES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
@@ -165,7 +165,7 @@ def meter(device: torch.device) -> Callable[[], float | None]:
 def release(device: torch.device) -> None:
     """Gives back what is free; what the allocator still held would hide what is asked for next."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

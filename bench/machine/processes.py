@@ -23,6 +23,11 @@ def another_process() -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
-            for process in multiprocessing.active_children():
-                process.kill()
+            kill_all()
             raise
+
+
+def kill_all() -> None:
+    """Ends what this process has started, in the middle of it."""
+    for process in multiprocessing.active_children():
+        process.kill()

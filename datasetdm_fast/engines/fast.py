@@ -195,8 +195,10 @@ class FastEngine:
             is_narrow = value.dim() > 1 and not any(part in name for part in COMPUTED)
             return self.dtype if is_narrow else as_widest(name, value)
 
-        kept = {"text_encoder": ()}
-        return {name: network.read(*kept.get(name, (stored, self.dtype))) for name, network in networks.items()}
+        return {
+            name: network.read() if name == "text_encoder" else network.read(stored, self.dtype)
+            for name, network in networks.items()
+        }
 
     def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
         """One of NETWORKS or the image encoder, from the weights of the model."""
