@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.config import setting
+from datasetdm_fast.engines.start import before_torch
 from datasetdm_fast.errors import Refused
 
 FULL_SIZE_MODEL = "random-sd14"  # Stable Diffusion 1.4 with seeded weights
@@ -27,7 +28,7 @@ class SuiteConfig:
 
 def prepare() -> None:
     """Settings that must be made before torch is imported, and quiet libraries."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    before_torch()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -135,8 +136,12 @@ void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bi
     with_storage("group_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const GroupNorm<Stored> work{at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), cells, channels, groups, eps, has_silu};
-        share(images, threads, [&](int64_t first, int64_t last) {
-            for (int64_t image = first; image < last; ++image) WITH_VECTORS(vector_bytes, normalise_image, work, image);
+        const int64_t parts = std::min((threads + images - 1) / images, groups);  // of an image, where there are more threads than images
+        share(images * parts, threads, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t part = i % parts;
+                WITH_VECTORS(vector_bytes, normalise_groups, work, i / parts, groups * part / parts, groups * (part + 1) / parts);
+            }
         });
     });
 }

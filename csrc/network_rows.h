@@ -294,66 +294,64 @@ INSTRUCTIONS inline void attend(const Attention<Bfloat>& all_of, int64_t pair) {
 #endif
 
 // Sums over cells of each channel, or of its squared distance from `centre`.
-INSTRUCTIONS inline void add_cells(const float* x, int64_t cells, int64_t channels, const float* centre, bool is_squared, float* sums) {
+INSTRUCTIONS inline void add_cells(const float* x, int64_t pitch, int64_t cells, int64_t channels, const float* centre, bool is_squared, float* sums) {
     std::fill(sums, sums + channels, 0.0f);
-    for (int64_t cell = 0; cell < cells; ++cell, x += channels)
+    for (int64_t cell = 0; cell < cells; ++cell, x += pitch)
         if (is_squared)
             for (int64_t c = 0; c < channels; ++c) sums[c] += (x[c] - centre[c]) * (x[c] - centre[c]);
         else
             for (int64_t c = 0; c < channels; ++c) sums[c] += x[c];
 }
 
-// The values in fp32: where they are, or else in `wide`.
+// The first `channels` of every cell in fp32: where they are, or else in `wide`.
 template <typename Stored>
-INSTRUCTIONS const float* widened(const Stored* stored, int64_t count, float* wide) {
+INSTRUCTIONS const float* widened(const Stored* stored, int64_t pitch, int64_t cells, int64_t channels, float* wide) {
     if constexpr (std::is_same_v<Stored, float>) {
         return stored;
     } else {
-        widen(stored, wide, count);
+        for (int64_t cell = 0; cell < cells; ++cell) widen(stored + cell * pitch, wide + cell * channels, channels);
         return wide;
     }
 }
 
 template <typename Stored>
-INSTRUCTIONS void normalise_image(const GroupNorm<Stored>& norm, int64_t image) {
-    const int64_t cells = norm.cells, channels = norm.channels, width = channels / norm.groups;
-    const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
+INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image, int64_t first_group, int64_t last_group) {
+    constexpr bool is_wide = std::is_same_v<Stored, float>;
     constexpr int64_t kCells = 256;  // of a block, which stays in the cache
-    float *sums = scratch((std::is_same_v<Stored, float> ? 0 : kCells * channels) + 5 * padded), *centre = sums + padded, *scale = centre + padded, *shift = scale + padded, *row = shift + padded, *wide = row + padded;
-    const Stored* stored = norm.x + image * cells * channels;
-    const auto block = [&](int64_t cell, int64_t count) { return widened(stored + cell * channels, count * channels, wide); };
-    widen(norm.weight, scale, channels);
-    widen(norm.bias, shift, channels);
-    const auto spread = [&](auto&& value) {  // one number of each group to all its channels
-        for (int64_t group = 0; group < norm.groups; ++group) {
-            double total = 0;
-            for (int64_t c = group * width; c < (group + 1) * width; ++c) total += sums[c];
-            value(group, total / (static_cast<double>(cells) * width));
+    const int64_t cells = norm.cells, width = norm.channels / norm.groups, groups = last_group - first_group, channels = groups * width;
+    const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes, pitch = is_wide ? norm.channels : channels;
+    float *sums = scratch((is_wide ? 0 : kCells * channels) + 5 * padded), *centre = sums + padded, *scale = centre + padded, *shift = scale + padded, *row = shift + padded, *wide = row + padded;
+    const Stored* stored = norm.x + image * cells * norm.channels + first_group * width;
+    const auto block = [&](int64_t cell, int64_t count) { return widened(stored + cell * norm.channels, norm.channels, count, channels, wide); };
+    widen(norm.weight + first_group * width, scale, channels);
+    widen(norm.bias + first_group * width, shift, channels);
+    // Long sums would lose digits: each block has sums of its own, of squares around its own means, and they are joined in double precision.
+    std::vector<double> totals(channels, 0.0), squares(channels, 0.0);
+    for (int64_t cell = 0; cell < cells; cell += kCells) {
+        const int64_t count = std::min(kCells, cells - cell);
+        const float* x = block(cell, count);
+        add_cells(x, pitch, count, channels, centre, false, sums);
+        for (int64_t c = 0; c < channels; ++c) centre[c] = sums[c] / count;
+        add_cells(x, pitch, count, channels, centre, true, row);
+        for (int64_t c = 0; c < channels; ++c) {
+            totals[c] += sums[c];
+            squares[c] += row[c] + static_cast<double>(sums[c]) * sums[c] / count;
         }
-    };
-    // Long sums would lose digits: blocks of cells are summed on their own and joined in double precision.
-    const auto sum_blocks = [&](bool is_squared) {
-        std::vector<double> totals(channels, 0.0);
-        for (int64_t cell = 0; cell < cells; cell += kCells) {
-            const int64_t count = std::min(kCells, cells - cell);
-            add_cells(block(cell, count), count, channels, centre, is_squared, row);
-            for (int64_t c = 0; c < channels; ++c) totals[c] += row[c];
-        }
-        for (int64_t c = 0; c < channels; ++c) sums[c] = static_cast<float>(totals[c]);
-    };
-    sum_blocks(false);
-    spread([&](int64_t group, double mean) { std::fill_n(centre + group * width, width, static_cast<float>(mean)); });
-    sum_blocks(true);
-    spread([&](int64_t group, double variance) {
+    }
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t start = group * width, end = start + width;
+        const double size = static_cast<double>(cells) * width;
+        const double mean = std::accumulate(totals.begin() + start, totals.begin() + end, 0.0) / size;
+        const double variance = std::max(std::accumulate(squares.begin() + start, squares.begin() + end, 0.0) / size - mean * mean, 0.0);
         const float inverse = static_cast<float>(1 / std::sqrt(variance + norm.eps));
-        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+        for (int64_t c = start; c < end; ++c) {
             scale[c] *= inverse;
-            shift[c] -= centre[c] * scale[c];
+            shift[c] -= static_cast<float>(mean) * scale[c];
         }
-    });
-    Stored* out = norm.out + image * cells * channels;
+    }
+    Stored* out = norm.out + image * cells * norm.channels + first_group * width;
     const float* x = nullptr;
-    for (int64_t cell = 0; cell < cells; ++cell, x += channels, out += channels) {
+    for (int64_t cell = 0; cell < cells; ++cell, x += pitch, out += norm.channels) {
         if (cell % kCells == 0) x = block(cell, std::min(kCells, cells - cell));
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {

@@ -1,12 +1,18 @@
 """Batches that fit, and the forms of operations a device is given."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.report.report import forms_table
 from datasetdm_fast.decoders.checkpoint import for_inference
 from datasetdm_fast.decoders.seeded import untrained_decoders
-from datasetdm_fast.engines import build_engine, fast, memory
+from datasetdm_fast.engines import build_engine, fast, memory, start
 from datasetdm_fast.engines.device import choose_by_shape
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
@@ -211,3 +217,49 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
     latents, context = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])
     assert torch.allclose(engine.denoise(latents, 5, context), plain.denoise(latents, 5, context), atol=1e-5)
     assert engine.fingerprint()["compiled"] == "yes" and "compiled" not in plain.fingerprint()
+
+
+def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path):
+    for name in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(start, "HUGE_PAGES", tmp_path / "none")
+    start.before_torch()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "THP_MEM_ALLOC_ENABLE" not in os.environ
+    monkeypatch.setattr(start, "HUGE_PAGES", tmp_path)
+    start.before_torch()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # the user's own word
+    start.before_torch()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+FAULTS = """
+import json, resource
+from datasetdm_fast.engines.opening import open_engine
+open_engine("tiny", None, engine="torch", device="cpu")
+import torch
+torch.ones(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(64, 2**20)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+"""
+
+
+@pytest.mark.skipif(
+    not (start.HUGE_PAGES / "enabled").exists() or "[never]" in (start.HUGE_PAGES / "enabled").read_text(),
+    reason="this Linux has no huge pages",
+)
+def test_an_opened_engine_takes_fewer_page_faults():
+    def faults(asked: str) -> int:
+        environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+        environment |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
+        ran = subprocess.run(
+            [sys.executable, "-c", FAULTS],
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            check=True,
+        )
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    assert faults("") < 0.5 * faults("0")

@@ -11,6 +11,7 @@ from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu
+from datasetdm_fast.kernels.case import noise
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
 CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in OPS[name].cases()]
@@ -119,6 +120,27 @@ def test_an_error_in_a_lane_is_the_callers():
             Lanes().map(lambda number: 1 // number, [(1,), (0,)])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_threads_share_the_groups_of_a_single_image_and_change_no_bit(dtype):
+    x = (
+        noise(1, 35, 111, 93) + torch.linspace(-50, 200, 111)[:, None]
+    )  # as an image with a horizon: no block is like all
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias, before = noise(35).to(dtype), noise(35).to(dtype), torch.get_num_threads()
+    try:
+        said = []
+        for count in (1, 2, 3, 4, 9):  # of 7 groups
+            torch.set_num_threads(count)
+            assert cpu.threads(x) == count
+            said.append(OPS["group_norm_silu"].native(x, weight, bias, 7, 1e-5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, said[0]) for one in said)
+    truth = OPS["group_norm_silu"].reference(*(one.double() for one in (x, weight, bias)), 7, 1e-5)
+    assert distance(said[0], truth) <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 @torch.inference_mode()

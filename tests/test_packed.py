@@ -16,6 +16,7 @@ from datasetdm_fast.models.packed import (
     PackedConvolution,
     PackedLinear,
     PackedUpsample,
+    SpendingNorm,
     SpendingResnet,
     packed,
     weight_as,
@@ -274,7 +275,12 @@ def test_a_block_that_spends_its_input_says_what_the_plain_one_says(dtype):
     state = {f"{name}.weight": noise(*shape, scale=0.3) for name, shape in shapes.items()}
     state |= {f"{name}.bias": noise(shape[0], 2)[:, 0] for name, shape in shapes.items()}
     plain = Resnet(Weights(state), 4, 1e-6, operations(torch.device("cpu"), dtype)).to(dtype)
-    block, x = packed(nn.ModuleList([plain]))[0], image(2, 32, 12, 12).to(dtype)
+    x = image(2, 32, 12, 12).to(dtype)
+    with torch.inference_mode():
+        truth = plain(x)
+    block = packed(nn.ModuleList([plain]))[0]
+    assert isinstance(block.norm2, SpendingNorm) and not isinstance(block.norm1, SpendingNorm)
     with torch.inference_mode():
         spent = x.clone(memory_format=torch.preserve_format)
         assert torch.equal(SpendingResnet(block)(spent), block(x)) and not spent.untyped_storage().nbytes()
+        assert distance(block(x), truth.double()) <= (1e-5 if dtype == torch.float32 else 2e-2)

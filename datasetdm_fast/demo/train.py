@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from datasetdm_fast.demo.optimiser import Average, Muon, matrices
 from datasetdm_fast.scenes.tokenizer import TOKENS, build_tokenizer
 from datasetdm_fast.scenes.worlds import TRAIN_SEEDS, WORLDS, World
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 SIZE, SEED = 128, 20261120
 SHIPPED = Path(__file__).parent / "model"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINES, HALF
 from datasetdm_fast.engines import build_engine, check_engine
+from datasetdm_fast.engines.start import before_torch
 from datasetdm_fast.errors import Missing, Refused, nearest
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def open_engine(
     model, which may be `loaded` already; `strict` is for decoders as in load_decoder.
     """
     check_engine(engine, **options)
-    # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    before_torch()
     import torch
 
     from datasetdm_fast.decoders.checkpoint import check_levels, load_decoder
