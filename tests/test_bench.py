@@ -423,6 +423,29 @@ def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
     assert ours["ours_over"]["median"] == ours["call_over"]["median"] == 1 and ours["tflops"] == 0.5
 
 
+@pytest.mark.parametrize(("name", "status"), [("openvino-1", "absent"), ("ours", "failed")])
+def test_an_engine_that_is_killed_while_it_is_timed_leaves_the_others_their_rows(monkeypatch, name, status):
+    taken = []
+
+    def answered(answer, config, asked):
+        if answer is not alone.timed:
+            return {"peer": asked, "title": PEERS[asked].title, "dtype": "fp32", "status": "ok"}
+        taken.append(asked)
+        if asked == name and taken.count(name) == 2:
+            raise BrokenProcessPool("killed")
+        return a_turn(2.0, 0.5)
+
+    monkeypatch.setattr(alone, "in_own_process", answered)
+    monkeypatch.setattr(alone, "let_go", lambda setting: None)
+    run = SimpleNamespace(setting=SimpleNamespace(flops=10**12), limits={"tflops": {"fp32": 1.0}})
+    rows = alone.taking_turns(run, ["diffusers-1", "openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
+    assert [row["status"] for row in rows] == [status if row["peer"] == name else "ok" for row in rows]
+    for row in rows:
+        assert ("killed" in row["why"]) if row["peer"] == name else len(row["call_s"]["rounds"]) == race.LEAST_ROUNDS
+        assert ("call_over" in row) == (row["peer"] != name and name != "ours")
+    assert taken.count(name) == 2
+
+
 def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
     turn = alone.in_own_process(alone.timed, alone.TurnConfig("tiny", 2, 1), "ours")
     assert 0 < turn.image_s < 60 and len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < turn.image_s

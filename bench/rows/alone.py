@@ -75,13 +75,18 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
     racing = {row["peer"]: row for row in rows if row["status"] == "ok"}
     turns: dict[str, list[Turn]] = {name: [] for name in racing}
     for count in range(LEAST_ROUNDS):
-        for name in racing:
-            turns[name].append(in_own_process(timed, config, name))
+        for name in list(racing):
+            try:
+                turns[name].append(in_own_process(timed, config, name))
+            except BrokenProcessPool:
+                racing.pop(name).update(killed(name))
+                say(f"{name}: {killed(name)['why']}")
+                continue
             say(f"{name}, turn {count + 1} of {LEAST_ROUNDS}: {turns[name][-1].image_s:.1f} s an image")
-    images = {name: [one.image_s for one in taken] for name, taken in turns.items()}
+    images = {name: [one.image_s for one in turns[name]] for name in racing}
     add_times(list(racing.values()), images, run.setting, run.limits)
     for name, row in racing.items():
-        row |= of_turns(turns[name], turns.get(OURS, ()))
+        row |= of_turns(turns[name], turns[OURS] if OURS in racing else ())
     return rows
 
 
@@ -109,8 +114,12 @@ def compared(config: TurnConfig, name: str) -> Row:
     try:
         return in_own_process(_compared, config, name)
     except BrokenProcessPool:
-        why = "its process was killed, as it is where memory ends"
-        return {"peer": name, "title": PEERS[name].title, "status": "absent", "why": why}
+        return {"peer": name, "title": PEERS[name].title} | killed(name)
+
+
+def killed(name: str) -> Row:
+    why = "its process was killed, as it is where memory ends"
+    return {"status": "failed" if PEERS[name].must_run else "absent", "why": why}
 
 
 def _compared(config: TurnConfig, name: str) -> Row:
