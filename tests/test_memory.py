@@ -220,15 +220,14 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
 
 
 def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path):
-    for name in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {})  # which the functions of pytest would leave changed where a name is new
     monkeypatch.setattr(start, "HUGE_PAGES", tmp_path / "none")
     start.before_torch()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "THP_MEM_ALLOC_ENABLE" not in os.environ
     monkeypatch.setattr(start, "HUGE_PAGES", tmp_path)
     start.before_torch()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # the user's own word
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # the user's own word
     start.before_torch()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 

@@ -125,10 +125,8 @@ def test_an_error_in_a_lane_is_the_callers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_threads_share_the_groups_of_a_single_image_and_change_no_bit(dtype):
-    x = (
-        noise(1, 35, 111, 93) + torch.linspace(-50, 200, 111)[:, None]
-    )  # as an image with a horizon: no block is like all
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    levels = torch.linspace(-50, 200, 111)[:, None]  # as in an image with a horizon: no block is like all
+    x = (noise(1, 35, 111, 93) + levels).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias, before = noise(35).to(dtype), noise(35).to(dtype), torch.get_num_threads()
     try:
         said = []

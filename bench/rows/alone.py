@@ -79,8 +79,8 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
             try:
                 turns[name].append(in_own_process(timed, config, name))
             except BrokenProcessPool:
-                racing.pop(name).update(killed(name))
-                say(f"{name}: {killed(name)['why']}")
+                racing.pop(name).update(ended := killed(name))
+                say(f"{name}: {ended['why']}")
                 continue
             say(f"{name}, turn {count + 1} of {LEAST_ROUNDS}: {turns[name][-1].image_s:.1f} s an image")
     images = {name: [one.image_s for one in turns[name]] for name in racing}
