@@ -353,11 +353,13 @@ INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image,
     const float* x = nullptr;
     for (int64_t cell = 0; cell < cells; ++cell, x += pitch, out += norm.channels) {
         if (cell % kCells == 0) x = block(cell, std::min(kCells, cells - cell));
+        float* target = row;
+        if constexpr (is_wide) target = out;
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
             Vector y = load(x + c) * load(scale + c) + load(shift + c);
             if (norm.has_silu) silu(y);
-            store(row + c, y);
+            store(target + c, y);
         }
         if (c < channels) {
             Vector y{};
@@ -365,8 +367,21 @@ INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image,
             if (norm.has_silu) silu(y);
             store(row + c, y);
         }
-        narrow(row, out, channels);
+        if constexpr (is_wide)
+            std::copy(row + c, row + channels, out + c);
+        else
+            narrow(row, out, channels);
     }
+}
+
+// A row in fp32 that is read in whole vectors: where it is, or else in `wide`, followed by zeros.
+template <typename Stored>
+INSTRUCTIONS const float* in_vectors(const Stored* stored, int64_t channels, int64_t padded, float* wide) {
+    if constexpr (std::is_same_v<Stored, float>)
+        if (channels == padded) return stored;
+    widen(stored, wide, channels);
+    std::fill(wide + channels, wide + padded, 0.0f);
+    return wide;
 }
 
 template <typename Stored>
@@ -379,19 +394,20 @@ INSTRUCTIONS void normalise_rows(const LayerNorm<Stored>& norm, int64_t first, i
     widen(norm.bias, bias, channels);
     for (int64_t i = first; i < last; i += kRows) {
         const int64_t count = std::min(kRows, last - i);
+        const float* values[kRows];  // where they are if they fill whole vectors, or else in `rows`
         float mean[kRows], inverse[kRows];
         Vector total[kRows], squares[kRows];
         for (int64_t row = 0; row < kRows; ++row) {
-            float* x = rows + row * padded;
-            widen(norm.x + (i + std::min(row, count - 1)) * channels, x, channels);
-            std::fill(x + channels, x + padded, 0.0f);
+            const Stored* stored = norm.x + (i + std::min(row, count - 1)) * channels;
+            values[row] = in_vectors(stored, channels, padded, rows + row * padded);
             total[row] = Vector{};
-            for (int64_t c = 0; c < padded; c += kLanes) total[row] += load(x + c);
+            for (int64_t c = 0; c < padded; c += kLanes) total[row] += load(values[row] + c);
         }
         for (int64_t row = 0; row < kRows; ++row) mean[row] = sum_of(total[row]) / channels;
         for (int64_t row = 0; row < kRows; ++row) {
-            float* x = rows + row * padded;
-            std::fill(x + channels, x + padded, mean[row]);  // at no distance, for the sum of squares
+            const float* x = values[row];
+            float* own = rows + row * padded;
+            std::fill(own + channels, own + padded, mean[row]);  // at no distance, for the sum of squares
             total[row] = squares[row] = Vector{};
             for (int64_t c = 0; c < padded; c += kLanes) {
                 const Vector distance = load(x + c) - mean[row];
@@ -405,9 +421,13 @@ INSTRUCTIONS void normalise_rows(const LayerNorm<Stored>& norm, int64_t first, i
             mean[row] += rest;
         }
         for (int64_t row = 0; row < count; ++row) {
-            float* x = rows + row * padded;
-            for (int64_t c = 0; c < padded; c += kLanes) store(x + c, (load(x + c) - mean[row]) * inverse[row] * load(weight + c) + load(bias + c));
-            narrow(x, norm.out + (i + row) * channels, channels);
+            const float* x = values[row];
+            float *own = rows + row * padded, *target = own;
+            Stored* out = norm.out + (i + row) * channels;
+            if constexpr (std::is_same_v<Stored, float>)
+                if (x != own) target = out;
+            for (int64_t c = 0; c < padded; c += kLanes) store(target + c, (load(x + c) - mean[row]) * inverse[row] * load(weight + c) + load(bias + c));
+            if (target == own) narrow(own, out, channels);
         }
     }
 }
