@@ -106,9 +106,9 @@ def fused(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tens
     return x if out is None else out.unflatten(1, (height, width)).permute(0, 3, 1, 2), found
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in (*LEVELS, (8, 1280)):
-        x, residual = (empty(BATCH, side, side, width).permute(0, 3, 1, 2) for _ in range(2))
+        x, residual = (empty(batch, side, side, width).permute(0, 3, 1, 2) for _ in range(2))
         yield f"{width} channels at {side} cells", (x, residual, empty(width))
     yield f"{width} channels, nothing added", (x, None, None)
 

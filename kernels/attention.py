@@ -162,11 +162,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
         cells, wide = side * side, width // HEADS
-        q, k, v = empty(BATCH, cells, 3, HEADS, wide).permute(2, 0, 3, 1, 4).unbind(0)
-        text = empty(BATCH, TOKENS, 2, HEADS, wide).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = empty(batch, cells, 3, HEADS, wide).permute(2, 0, 3, 1, 4).unbind(0)
+        text = empty(batch, TOKENS, 2, HEADS, wide).permute(2, 0, 3, 1, 4).unbind(0)
         yield f"{cells} cells, heads of {wide}", (q, k, v)
         yield f"{cells} cells over {TOKENS} tokens, heads of {wide}", (q, *text)
 

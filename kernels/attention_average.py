@@ -271,13 +271,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
     return out, found
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     side, width = LEVELS[1]
-    q, k, v = empty(BATCH, side * side, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
-    yield f"{side * side} cells, heads of {width // HEADS}", (q, k, v, empty(BATCH, side * side, side * side), 0.2)
+    q, k, v = empty(batch, side * side, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+    yield f"{side * side} cells, heads of {width // HEADS}", (q, k, v, empty(batch, side * side, side * side), 0.2)
     side, width = LEVELS[2]
-    q, k = (empty(BATCH, size, HEADS, width // HEADS).transpose(1, 2) for size in (side * side, TOKENS))
-    yield f"{side * side} cells over {TOKENS} tokens", (q, k, k[..., :0], empty(BATCH, side * side, TOKENS), 0.2)
+    q, k = (empty(batch, size, HEADS, width // HEADS).transpose(1, 2) for size in (side * side, TOKENS))
+    yield f"{side * side} cells over {TOKENS} tokens", (q, k, k[..., :0], empty(batch, side * side, TOKENS), 0.2)
 
 
 def cases() -> list[Case]:

@@ -239,12 +239,12 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return out, level
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
-        q = empty(BATCH, side * side, HEADS, width // HEADS).transpose(1, 2)
-        k, v = empty(BATCH, TOKENS, 2, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        q = empty(batch, side * side, HEADS, width // HEADS).transpose(1, 2)
+        k, v = empty(batch, TOKENS, 2, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
         yield f"heads of {width // HEADS}", (q, k, v, empty(HEADS, TOKENS, FEATURES))
-    q, k, v = (empty(BATCH, size, 10, 64).transpose(1, 2) for size in (1024, TOKENS, TOKENS))
+    q, k, v = (empty(batch, size, 10, 64).transpose(1, 2) for size in (1024, TOKENS, TOKENS))
     yield "heads of 64", (q, k, v, empty(10, TOKENS, FEATURES))
 
 

@@ -208,10 +208,10 @@ def native(
     return logits[:, None].to(x.dtype)
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     hidden = 1024
     weights = empty(hidden, hidden, 3, 3), empty(hidden), empty(1, hidden, 3, 3), empty(1)
-    yield "64 cells to 512 pixels", (empty(BATCH, hidden, 64, 64), *weights, (160, 512))
+    yield "64 cells to 512 pixels", (empty(batch, hidden, 64, 64), *weights, (160, 512))
 
 
 def cases() -> list[Case]:

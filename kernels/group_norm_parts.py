@@ -340,14 +340,14 @@ def merged(found: Tensor, cells: int) -> Tensor:
     return whole
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     def image(side, width):
-        return empty(BATCH, side, side, width).permute(0, 3, 1, 2)
+        return empty(batch, side, side, width).permute(0, 3, 1, 2)
 
     for side, width in LEVELS:
         chunks = ceil_divide(side * side, CHUNK)
         parts = [image(side, width), image(side, 2 * width)]
-        found = [empty(2, BATCH, chunks, part.shape[1]).float() for part in parts]
+        found = [empty(2, batch, chunks, part.shape[1]).float() for part in parts]
         both = empty(3 * width), empty(3 * width), 32, 1e-5
         yield f"{width} channels and {2 * width}", (parts, found, None, *both)
         yield f"{width} channels", ([image(side, width)], [], *[empty(width) for _ in range(3)], 32, 1e-5)

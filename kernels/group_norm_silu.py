@@ -193,9 +193,9 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
-        given = empty(BATCH, side, side, width).permute(0, 3, 1, 2), empty(width), empty(width), 32
+        given = empty(batch, side, side, width).permute(0, 3, 1, 2), empty(width), empty(width), 32
         yield f"{width} channels", (*given, 1e-5)
         yield f"{width} channels, no SiLU", (*given, 1e-6, False)
 

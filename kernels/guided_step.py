@@ -104,10 +104,10 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for slots in (0, 1, 3):
-        latents = empty(BATCH, 4, 64, 64)
-        given = empty(2 * BATCH, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
+        latents = empty(batch, 4, 64, 64)
+        given = empty(2 * batch, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
         yield f"{slots} earlier entries", given
 
 

@@ -149,12 +149,12 @@ def fused(x: Tensor, has_relu: bool = False) -> Tensor:
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, count in ((32, 2), (64, 2), (64, 4)):
         yield (
             f"{count * FEATURES} channels at {side} cells",
             (
-                empty(BATCH, side, side, count * FEATURES).permute(0, 3, 1, 2),
+                empty(batch, side, side, count * FEATURES).permute(0, 3, 1, 2),
                 True,
             ),
         )

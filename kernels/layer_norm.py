@@ -90,12 +90,12 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | N
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
         affine = empty(width), empty(width)
-        yield f"{width} channels", (empty(BATCH, side * side, width), *affine, 1e-5)
-        yield f"{width} channels, shifted", (empty(BATCH, side * side, width), *affine, 1e-5, empty(width))
-    yield "text encoder", (empty(BATCH, TOKENS, 768), empty(768), empty(768), 1e-5)
+        yield f"{width} channels", (empty(batch, side * side, width), *affine, 1e-5)
+        yield f"{width} channels, shifted", (empty(batch, side * side, width), *affine, 1e-5, empty(width))
+    yield "text encoder", (empty(batch, TOKENS, 768), empty(768), empty(768), 1e-5)
 
 
 def cases() -> list[Case]:

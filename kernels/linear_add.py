@@ -164,12 +164,12 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     return out, found
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in (*LEVELS, (8, 1280)):
         cells = side * side
-        residual = empty(BATCH, cells, width)
-        yield f"{width} channels", ([empty(BATCH, cells, width)], empty(width, width), empty(width), residual)
-        parts = [empty(BATCH, cells, count) for count in (2 * width, width)]
+        residual = empty(batch, cells, width)
+        yield f"{width} channels", ([empty(batch, cells, width)], empty(width, width), empty(width), residual)
+        parts = [empty(batch, cells, count) for count in (2 * width, width)]
         yield f"{3 * width} to {width} channels", (parts, empty(width, 3 * width), empty(width), residual)
 
 

@@ -78,12 +78,12 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
         yield (
             f"{width} to {4 * width} channels",
             (
-                empty(BATCH, side * side, width),
+                empty(batch, side * side, width),
                 empty(8 * width, width),
                 empty(8 * width),
             ),

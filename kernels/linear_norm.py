@@ -124,12 +124,12 @@ def fused(
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for width in (FEATURES, 8 * FEATURES):
-        rows = empty(BATCH, QUERIES, FEATURES)
+        rows = empty(batch, QUERIES, FEATURES)
         vectors = empty(FEATURES), empty(FEATURES)
         inputs = (
-            empty(BATCH, QUERIES, width),
+            empty(batch, QUERIES, width),
             empty(FEATURES, width),
             empty(FEATURES),
             rows,

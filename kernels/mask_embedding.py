@@ -123,10 +123,10 @@ def fused(
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     weights, biases = [empty(FEATURES, FEATURES)] * 3, [empty(FEATURES)] * 3
-    rows = empty(BATCH, QUERIES, FEATURES)
-    yield f"{BATCH * QUERIES} rows of {FEATURES}", (rows, empty(FEATURES), empty(FEATURES), 1e-5, weights, biases)
+    rows = empty(batch, QUERIES, FEATURES)
+    yield f"{batch * QUERIES} rows of {FEATURES}", (rows, empty(FEATURES), empty(FEATURES), 1e-5, weights, biases)
 
 
 def cases() -> list[Case]:

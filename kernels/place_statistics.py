@@ -90,12 +90,12 @@ def fused(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2), found
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in ((8, 1280), (32, 640)):
         yield (
             f"{width} channels of {side} cells",
             (
-                empty(BATCH, side + 1, side + 1, 4 * width).permute(0, 3, 1, 2),
+                empty(batch, side + 1, side + 1, 4 * width).permute(0, 3, 1, 2),
                 empty(width),
             ),
         )

@@ -52,11 +52,11 @@ def plain(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, si
     return resize(total.to(weight.dtype).unflatten(2, first.shape[-2:]), side)
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
-        features = [empty(BATCH, side, side, count).permute(0, 3, 1, 2) for count in (width, 2 * width)]
+        features = [empty(batch, side, side, count).permute(0, 3, 1, 2) for count in (width, 2 * width)]
         weight = empty(FEATURES, 3 * width + HEADS * TOKENS, 1, 1)
-        yield f"{width} channels", (features, [empty(BATCH, HEADS, side * side, TOKENS)], weight, 64)
+        yield f"{width} channels", (features, [empty(batch, HEADS, side * side, TOKENS)], weight, 64)
 
 
 def cases() -> list[Case]:

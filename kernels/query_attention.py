@@ -173,13 +173,13 @@ def fused(
     return out
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side in (20, 40, 80):
-        q, keys = empty(BATCH, QUERIES, FEATURES), empty(BATCH, side * side, 2, FEATURES)
+        q, keys = empty(batch, QUERIES, FEATURES), empty(batch, side * side, 2, FEATURES)
         places = empty(QUERIES, FEATURES), empty(side * side, FEATURES)
-        logits = empty(BATCH, QUERIES, side * side)
+        logits = empty(batch, QUERIES, side * side)
         yield f"{QUERIES} queries over {side * side} cells", (q, *keys.unbind(2), HEADS, *places, logits)
-    q, k, v = empty(BATCH, QUERIES, 3, FEATURES).unbind(2)
+    q, k, v = empty(batch, QUERIES, 3, FEATURES).unbind(2)
     yield f"{QUERIES} queries over each other", (q, k, v, HEADS, empty(QUERIES, FEATURES), empty(QUERIES, FEATURES))
 
 

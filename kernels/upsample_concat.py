@@ -109,11 +109,11 @@ def fused(levels: Sequence[Tensor], side: int) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     """The two joins of a decoder that resize: mid level and what lies below it, high level and both."""
     for side, below in ((32, FEATURES), (64, 2 * FEATURES)):
         levels = [
-            empty(BATCH, side // 2, side // 2, count).permute(0, 3, 1, 2) for count in (below, FEATURES)
+            empty(batch, side // 2, side // 2, count).permute(0, 3, 1, 2) for count in (below, FEATURES)
         ]  # the lower ones lie a level deeper
         yield f"{below} and {FEATURES} channels at {side} cells", (levels, side)
 

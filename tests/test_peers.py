@@ -183,7 +183,7 @@ def test_an_absent_peer_says_why(run):
 def test_operations_are_judged_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(ops, "OPS", {name: kernels.OPS[name] for name in ("geglu", "layer_norm", "mask_head")})
     monkeypatch.setattr(kernels.native, "geglu", broken_geglu)
-    timing = ops.OpTiming(CPU, "fp32", LIMITS, 0.001)
+    timing = ops.OpTiming(CPU, "fp32", LIMITS, 0.001, has_sizes=False)
     rows = [row for op in ops.OPS for row in timing.rows(op)]
     assert {row["op"] for row in rows} == {"geglu", "layer_norm"}
     for row in rows:
@@ -200,7 +200,7 @@ def test_an_operation_is_measured_in_the_form_the_engine_runs(monkeypatch, op):
     inner = getattr(_C, name)
     monkeypatch.setattr(_C, name, lambda *given: calls.append(name) or inner(*given))
     rows = []
-    for row in ops.OpTiming(CPU, "fp32", LIMITS, 0.0).rows(op):
+    for row in ops.OpTiming(CPU, "fp32", LIMITS, 0.0, has_sizes=False).rows(op):
         assert (
             row["form"] == "engine"
             and row["status"] == "ok"
@@ -209,6 +209,22 @@ def test_an_operation_is_measured_in_the_form_the_engine_runs(monkeypatch, op):
         rows.append(row)
         calls.clear()
     assert any("form_s" in row for row in rows)
+
+
+def test_an_operation_is_timed_at_the_sizes_of_stable_diffusion():
+    """But for those that would take a CPU long, of which the largest of the small cases is timed."""
+    timing = ops.OpTiming(CPU, "fp32", LIMITS, 0.0)
+    rows = [row for op in ("guided_step", "depth_head") for row in timing.rows(op)]
+    assert all(row["status"] == "ok" for row in rows)
+    timed = [row["case"] for row in rows if "form_s" in row]
+    assert timed == [*(f"SD 1.x: {count} earlier entries" for count in (0, 1, 3)), "demo's cells and channels"]
+
+
+def test_both_forms_of_an_operation_take_turns():
+    turns = []
+    timing = ops.OpTiming(CPU, "fp32", LIMITS, 0.0)
+    taken = timing.seconds_of({"plain": lambda: turns.append("plain"), "form": lambda: turns.append("form")})
+    assert turns == ["plain", "form"] * (1 + ops.LEAST_ROUNDS) and len(taken) == 2
 
 
 def test_the_count_of_stable_diffusion_is_the_published_one():

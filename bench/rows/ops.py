@@ -1,6 +1,7 @@
 """Every operation of kernels/ in the forms that this machine's engine uses, each against its reference."""
 
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.machine.limits import nearest_limit, rate
-from bench.machine.measure import distance
-from bench.machine.work import flops
+from bench.machine.measure import distance, interleaved
+from bench.machine.work import HALVES, flops
 from bench.peers import OURS, PEERS
 from bench.peers.upstream import arithmetic
 from bench.report.tables import Row, Table, figure, share, text
@@ -22,12 +23,15 @@ from datasetdm_fast.kernels.choice import FORM, chosen
 FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}  # relative L2 that rounding alone explains
 OWN_DRIFT = 2.0  # times what the reference itself loses in the same type
 SMALL = 2**24  # bytes of inputs
+HEAVIEST = 10**11  # operations of a reference that a CPU is given
+LEAST_ROUNDS = 5
 ATTENTIONS = ("attention", "masked_attention", "attention_capture")
 
 
 def rows(run: BenchRun) -> Rows:
     device, dtype = run.setting.device, PEERS[OURS].build(run.setting, 1).engine.fingerprint()["dtype"]
-    timing = OpTiming(device, dtype, run.limits, 0.02 if run.setting.quick else 0.1)
+    is_quick = run.setting.quick
+    timing = OpTiming(device, dtype, run.limits, 0.02 if is_quick else 0.1, device.type == "cuda" or not is_quick)
     return [row for op in OPS for row in timing.rows(op)]
 
 
@@ -39,26 +43,40 @@ class OpTiming:
     dtype: str
     limits: dict[str, Any]
     seconds: float  # for each form and case
+    has_sizes: bool = True  # those of Stable Diffusion 1.x, too
 
     def rows(self, op: str) -> Iterator[dict[str, Any]]:
-        """A row for each case, and on a GPU for each kernel of an operation; one that differs too much from the
-        reference is failed and not timed.
+        """A row for each case and size of Stable Diffusion 1.x, and on a GPU for each kernel of an operation; one that
+        differs too much from the reference is failed and not timed.
         """
-        cases = [(case.reason, case.inputs) for case in OPS[op].cases()]
-        if self.device.type == "cuda":  # also the sizes of Stable Diffusion 1.x
-            cases += getattr(OPS[op], "sizes", lambda empty: ())(RandomInputs(self.device))
+        forms = self.forms(op)
+        sizes = self.sizes(op) if forms and self.has_sizes else []
+        cases = [(case.reason, case.inputs) for case in OPS[op].cases()] + sizes
         cases = [(reason, placed(inputs, self.device, DTYPES[self.dtype])) for reason, inputs in cases]
         largest = max(moved(inputs) for _, inputs in cases)
-        for name, form in self.forms(op).items():
-            for reason, inputs in cases:
+        for name, form in forms.items():
+            for place, (reason, inputs) in enumerate(cases):
                 try:
                     row = judged(op, form, inputs, self.dtype)
                 except torch.OutOfMemoryError:
                     row = {"status": "absent", "why": "not enough memory for the reference"}
                 row |= {"op": op, "case": reason, "form": name, "dtype": self.dtype}
-                if row["status"] == "ok" and (self.device.type == "cuda" or moved(inputs) == largest):
+                is_timed = place >= len(cases) - len(sizes) if sizes else moved(inputs) == largest
+                if row["status"] == "ok" and (self.device.type == "cuda" or is_timed):
                     row |= self.times(op, form, inputs)
                 yield row
+
+    def sizes(self, op: str) -> list[tuple[str, tuple]]:
+        """The sizes of Stable Diffusion 1.x: on a CPU for the two prompts of an image, and without those whose
+        reference takes a CPU long.
+        """
+        found = getattr(OPS[op], "sizes", lambda empty, batch=0: ())
+        if self.device.type == "cuda":
+            return list(found(RandomInputs(self.device)))
+        meta = found(RandomInputs(torch.device("meta")), HALVES)
+        is_light = [flops(functools.partial(OPS[op].reference, *inputs)) <= HEAVIEST for _, inputs in meta]
+        drawn = found(RandomInputs(self.device), HALVES) if any(is_light) else ()
+        return [(f"SD 1.x: {reason}", inputs) for (reason, inputs), kept in zip(drawn, is_light) if kept]
 
     def forms(self, op: str) -> dict[str, Callable]:
         """What the engine runs on the device, under the name `engine`, and on a GPU the kernel it does not run."""
@@ -72,11 +90,20 @@ class OpTiming:
         with torch.inference_mode():
             made = outputs(form, inputs)
             work, traffic = flops(lambda: reference(*inputs)), moved(inputs) + moved(tuple(made))
-            calls = (functools.partial(one, *inputs) for one in (reference, form))
-            plain_s, form_s = (1 / rate(call, self.device, self.seconds) for call in calls)
+            calls = {name: functools.partial(one, *inputs) for name, one in (("plain", reference), ("form", form))}
+            plain_s, form_s = self.seconds_of(calls)
         exps = inputs[0].shape[:3].numel() * inputs[1].shape[2] if op in ATTENTIONS else 0
         bound = nearest_limit(work, traffic, exps, form_s, self.limits, self.dtype)
         return {"plain_s": plain_s, "form_s": form_s, "ratio": round(plain_s / form_s, 3), **bound}
+
+    def seconds_of(self, calls: dict[str, Callable[[], object]]) -> list[float]:
+        """Of each call: on a CPU, which others share, as the median over rounds in which the calls take turns."""
+        if self.device.type == "cuda":
+            return [1 / rate(call, self.device, self.seconds) for call in calls.values()]
+        for call in calls.values():
+            call()
+        rounds = interleaved(calls, 2 * self.seconds, least=LEAST_ROUNDS, lasting=self.seconds / LEAST_ROUNDS)
+        return [statistics.median(taken.seconds) for taken in rounds.values()]
 
 
 class RandomInputs:
