@@ -131,7 +131,7 @@ def figures(document: Mapping[str, Any]) -> str:
     """The table, with what it was made with."""
     machine = document["machine"]
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
-    facts = f"{made}: {setting_line(document)}. For parity the columns are the oracle's set and that of `fast`."
+    facts = f"{made}: {setting_line(document)}. For parity the columns are the sets of the reference and of `fast`."
     return f"{facts}\n\n{markdown(TABLE.cells(rows_of(document)))}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from bench.report.results import rows_of
 from bench.report.tables import number, unsteady
 
-WIDTH, MARGIN, LINE = 820, 20, 17
+WIDTH, MARGIN, LINE, LETTERS = 820, 20, 17, 13
 LABELS = 300  # pixels left of horizontal bars
 STYLE = """
 svg{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}
@@ -66,7 +66,7 @@ def bar(drawing: Drawing, place: int, name: str) -> int:
 def peers(document: dict[str, Any]) -> str:
     """Images a second by steady peer, ours coloured; a failed one says so in red."""
     rows = [row for row in rows_of(document, "peers") if row["status"] != "absent" and not unsteady(row)]
-    note = f"{where(document)}; every row agreed with the oracle before it was timed"
+    note = f"{where(document)}; every row agreed with the reference before it was timed"
     drawing = Drawing(f"Labelled samples a second, {document['setting']['calls']} UNet calls each", note)
     most = max((row["images_per_second"] for row in rows if row["status"] == "ok"), default=1.0)
     for place, row in enumerate(rows):
@@ -165,6 +165,29 @@ def batches(document: dict[str, Any]) -> str:
     return drawing.svg(axes.bottom + 56)
 
 
+def beside(
+    dots: dict[str, tuple[float, float]], others: Sequence[tuple[float, float]], right: float
+) -> dict[str, tuple[float, float, str]]:
+    """Where the name of each dot is written, and how anchored: the first place left of `right`, of those right of it,
+    left of it, below and above, where it covers no other name and no dot.
+    """
+    found: dict[str, tuple[float, float, str]] = {}
+    taken = [(x - 4, x + 4, y + 4) for x, y in (*dots.values(), *others)]  # left and right end, and lower
+    for name, (x, y) in dots.items():
+        length = 7.0 * len(name)
+        places = ((x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y + 18, "middle"), (x, y - 9, "middle"))
+        spans = [(at - {"start": 0.0, "end": length, "middle": length / 2}[anchor], y) for at, y, anchor in places]
+        is_free = [
+            start + length <= right
+            and all(end <= start or start + length <= begin or abs(y - low) >= LETTERS for begin, end, low in taken)
+            for start, y in spans
+        ]
+        place = is_free.index(True) if True in is_free else 1
+        found[name] = places[place]
+        taken.append((spans[place][0], spans[place][0] + length, spans[place][1]))
+    return found
+
+
 def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
     """The same heights, from the top down, moved so that words of one line each do not meet."""
     found: dict[str, float] = {}
@@ -176,8 +199,9 @@ def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
 def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
     limits, layers = rows_of(document, "limits")[0], rows_of(document, "layers")
-    # One row an operation: its largest case in the form that is used, where it multiplies at all.
-    ops = list({row["op"]: row for row in rows_of(document, "ops") if row.get("tflops")}.values())
+    # One row an operation: the case of most work in the form that is used, where it multiplies at all.
+    by_work = sorted(rows_of(document, "ops"), key=lambda row: row.get("tflops", 0) * row.get("form_s", 0))
+    ops = list({row["op"]: row for row in by_work if row.get("tflops")}.values())
     note = f"{where(document)}; work counted as the reference is written"
     drawing = Drawing("Layers and operations under the measured limits", note)
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
@@ -192,18 +216,18 @@ def roofline(document: dict[str, Any]) -> str:
     start, end = max(axes.xs[0], 1e3 * axes.ys[0] / limits["gbps"]), 1e3 * most / limits["gbps"]
     drawing.line([axes.at(start, start * slope), axes.at(end, most)], "s1", 1.5)
     drawing.text(axes.at(end, most)[0], axes.top - 8, f"copies, {number(limits['gbps'])} GB/s", "dim", "middle")
-    for row in layers:
+    others = [axes.at(row["flop_per_byte"], row["tflops"]) for row in layers]
+    for row, place in zip(layers, others, strict=True):
         kind, radius = "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5
-        drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), kind, radius)
-    for row in ops:
-        x, y = axes.at(row["flop_per_byte"], row["tflops"])
-        drawing.dot(x, y, "c0")
-        is_at_edge = x + 8 * len(row["op"]) > axes.right
-        drawing.text(x - 8 if is_at_edge else x + 8, y + 4, row["op"], anchor="end" if is_at_edge else "start")
+        drawing.dot(*place, kind, radius)
+    dots = {row["op"]: axes.at(row["flop_per_byte"], row["tflops"]) for row in ops}
+    for name, (x, y, anchor) in beside(dots, others, axes.right).items():
+        drawing.dot(*dots[name], "c0")
+        drawing.text(x, y, name, anchor=anchor)
     for place, (kind, words) in enumerate((("c5", "convolution"), ("c3", "linear"), ("c0", "operation of kernels/"))):
-        drawing.dot(axes.right + 12, axes.top + 150 + 20 * place, kind)
-        drawing.text(axes.right + 22, axes.top + 154 + 20 * place, words, "dim")
-    return drawing.svg(axes.bottom + 56)
+        drawing.dot(axes.left + 110 * place, axes.bottom + 58, kind)
+        drawing.text(axes.left + 110 * place + 10, axes.bottom + 62, words, "dim")
+    return drawing.svg(axes.bottom + 80)
 
 
 def ticks(least: float, most: float) -> list[float]:
