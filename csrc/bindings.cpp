@@ -9,6 +9,7 @@
 #include "network_ops.h"
 #include "png.h"
 #include "query_transformer.h"
+#include "timing.h"
 #include "unet.h"
 #include "winograd.h"
 
@@ -96,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
              "layers"_a, "memory"_a, "positions"_a, "norm"_a, "embedding"_a, "classes"_a, "heads"_a)
         .def("run", &datasetdm::QueryTransformer::run, WithoutGil(), "content"_a, "position"_a, "level"_a, "places"_a, "features"_a, "cells"_a, "embedded"_a, "logits"_a,
              "images"_a, "queries"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("take_times", &datasetdm::take_times, "is_on"_a);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);

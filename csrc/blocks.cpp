@@ -10,6 +10,7 @@
 #include "depth_head.h"
 #include "network_ops.h"
 #include "sharing.h"
+#include "timing.h"
 #include "winograd.h"
 
 namespace datasetdm {
@@ -98,6 +99,7 @@ bool Convolution::is_minimal(const Part& part) const {
 }
 
 void Convolution::on(const Part& part, const float* x, const float* bias, const float* residual, float* out) const {
+    const Timed timed(Work::convolution);
     if (is_minimal(part)) {
         winograd_cpu(place(x), transformed, place(bias), place(residual), place(out), part.count, part.height, part.width, channels, product.outputs, false,
                      part.threads, part.vector_bytes);
@@ -130,6 +132,7 @@ Upsample::Upsample(const Convolution& convolution) : convolution(convolution) {
 }
 
 void Upsample::on(const Part& part, const float* x, float* out) const {
+    const Timed timed(Work::convolution);
     const int64_t channels = convolution.channels;
     const Part doubled{part.of, part.count, 2 * part.height, 2 * part.width, part.threads, part.vector_bytes};
     if (convolution.is_minimal(doubled)) {

@@ -15,6 +15,7 @@
 #include "check.h"
 #include "depth_head.h"
 #include "sharing.h"
+#include "timing.h"
 
 namespace datasetdm {
 namespace {
@@ -107,6 +108,7 @@ void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& v
 void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides, uintptr_t k, std::vector<int64_t> k_strides, uintptr_t v,
                    std::vector<int64_t> v_strides, uintptr_t out, std::vector<int64_t> out_strides, int64_t images, int64_t heads, int64_t queries,
                    int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::attention);
     require(images > 0 && heads > 0 && queries > 0 && keys > 0 && width > 0, "attention: an empty tensor, ", images, " images, ", heads, " heads, ", queries,
             " queries, ", keys, " keys of ", width, " channels");
     with_storage("attention", storage, threads, vector_bytes, [&](auto kind) {
@@ -122,6 +124,7 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
 void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
                           const std::vector<int64_t>& v_strides, uintptr_t logits, uintptr_t out, const std::vector<int64_t>& out_strides, int64_t heads,
                           int64_t queries, int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::attention);
     const Attention<float> work{at<const float>(q), at<const float>(k), at<const float>(v), at<float>(out), strides_of("q", q_strides), strides_of("k", k_strides),
                                 strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, at<const float>(logits)};
     share(heads, threads, [&](int64_t first, int64_t last) {
@@ -131,6 +134,7 @@ void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, ui
 
 void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t images, int64_t cells, int64_t channels,
                     int64_t groups, double eps, bool has_silu, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::norm);
     require(images > 0 && cells > 0 && channels > 0, "group_norm: an empty tensor, ", images, " images of ", cells, " cells and ", channels, " channels");
     require(groups > 0 && channels % groups == 0, "group_norm: ", channels, " channels do not make ", groups, " groups");
     with_storage("group_norm", storage, threads, vector_bytes, [&](auto kind) {
@@ -148,6 +152,7 @@ void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bi
 
 void layer_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows, int64_t channels, double eps,
                     int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::norm);
     require(rows > 0 && channels > 0, "layer_norm: an empty tensor, ", rows, " rows of ", channels, " channels");
     with_storage("layer_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
@@ -157,6 +162,7 @@ void layer_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bi
 }
 
 void geglu_cpu(int64_t storage, uintptr_t x, uintptr_t out, int64_t rows, int64_t channels, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::elementwise);
     require(rows > 0 && channels > 0, "geglu: an empty tensor, ", rows, " rows of twice ", channels, " channels");
     with_storage("geglu", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "sharing.h"
+#include "timing.h"
 
 #define ROWS "products_rows.h"
 #include "each_instruction_set.h"
@@ -14,6 +15,7 @@ void multiply(const Product& product, const float* x, int64_t rows, const float*
 }
 
 void multiply_shared(const Product& product, const float* x, int64_t rows, const float* residual, float* out, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::linear);
     share(rows, threads, [&](int64_t first, int64_t last) {
         const int64_t place = first * product.outputs;
         multiply(product, x + first * product.inner, last - first, residual ? residual + place : nullptr, out + place, vector_bytes);

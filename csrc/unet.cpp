@@ -9,6 +9,7 @@
 #include "depth_head.h"
 #include "network_ops.h"
 #include "sharing.h"
+#include "timing.h"
 
 namespace datasetdm {
 namespace {
@@ -60,6 +61,7 @@ void work_through(const std::vector<Stage>& stages, int64_t images, int64_t apar
 
 // The last output beside the kept one, cell by cell.
 const float* joined(const Image& x, const Image& skip, int64_t first, int64_t count) {
+    const Timed timed(Work::layout);
     float *both = scratch(count * x.cells() * (x.channels + skip.channels)), *next = both;
     for (int64_t image = first; image < first + count; ++image) {
         const float *own = x.of(image), *kept = skip.of(image);

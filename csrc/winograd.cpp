@@ -6,6 +6,7 @@
 #include "check.h"
 #include "depth_head.h"
 #include "sharing.h"
+#include "timing.h"
 
 namespace datasetdm {
 namespace {
@@ -99,6 +100,7 @@ namespace datasetdm {
 
 void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
                   int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::convolution);
     const Winograd work = winograd_of(x, weight, bias, residual, out, images, height, width, channels, outputs, is_doubled);
     vector_bytes = checked("winograd", channels, outputs, threads, vector_bytes);
     share(work.tiles(images), threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
@@ -106,6 +108,7 @@ void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t resid
 
 void winograd_taps_cpu(uintptr_t x, uintptr_t taps, uintptr_t bias, uintptr_t residual, uintptr_t out, uintptr_t memory, int64_t images, int64_t height,
                        int64_t width, int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
+    const Timed timed(Work::convolution);
     require(memory, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
     const Winograd work = winograd_of(x, taps, bias, residual, out, images, height, width, channels, outputs, is_doubled);
     vector_bytes = checked("winograd", channels, outputs, threads, vector_bytes);

@@ -2,6 +2,8 @@
 several threads.
 """
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,29 @@ def test_a_norm_of_bf16_holds_no_image_in_fp32():
     OPS["group_norm_silu"].native(x[..., :8, :8], weight, bias, 32, 1e-5)  # pages of the library
     y, most = with_peak(lambda: OPS["group_norm_silu"].native(x, weight, bias, 32, 1e-5))
     assert y.shape == x.shape and most <= 1.25 * x.nbytes  # in fp32 the image alone takes twice as much
+
+
+def test_the_time_of_each_kind_of_work_is_told_by_thread():
+    x, weight = torch.randn(64, 64), torch.ones(64)
+    norm, attend = OPS["layer_norm"].native, attention.native
+    with torch.inference_mode():
+        _C.take_times(True)
+        begin = time.perf_counter()
+        norm(x, weight, weight, 1e-5)
+        attend(*x.view(1, 1, 4, 64, 16).expand(3, -1, -1, -1, -1))
+        whole = time.perf_counter() - begin
+        (times,) = _C.take_times(False)
+        norm(x, weight, weight, 1e-5)
+    assert set(times) == {"norm", "attention"} and 0 < sum(times.values()) < whole
+    assert _C.take_times(False) == []  # none are taken now
+
+
+def test_a_product_within_a_convolution_counts_as_convolution():
+    """Not twice, so that the kinds of work of a thread never add up to more than its time."""
+    image, weight, bias = (torch.randn(*shape) for shape in ((1, 8, 8, 8), (8, 72), (8,)))
+    out = torch.empty(1, 8, 8, 8)
+    convolution = _C.Convolution(weight.data_ptr(), bias.data_ptr(), 0, 8, 8, 3, 1, 1)
+    _C.take_times(True)
+    convolution.run(image.data_ptr(), bias.data_ptr(), 0, out.data_ptr(), 1, 8, 8, 1)
+    (times,) = _C.take_times(False)
+    assert set(times) == {"convolution"}

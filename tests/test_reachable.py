@@ -32,6 +32,7 @@ MOST_ALLOWED = 10
 # What nothing reaches and why it stays: a pattern of full names -> the reason.
 ALLOWED = {
     f"{PACKAGE}._C.depth_head_vector_bytes": "tests compare every vector width that this CPU has",
+    f"{PACKAGE}._C.take_times": "the bench tells by it what a call spends its time on",
     f"{PACKAGE}.compat.showlab_modules.*": "scripts of DatasetDM call their methods and read their fields",
     f"{PACKAGE}.*._repr_html_": "notebooks show values by it",
     f"{PACKAGE}.run_folder.gallery.server.Handler.do_*": "the library's server calls them by the method of a request",

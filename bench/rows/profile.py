@@ -1,24 +1,21 @@
-"""Where the time of one UNet call goes, kernel by kernel, as the profiler of PyTorch sees it."""
+"""Where the time of one UNet call goes, kernel by kernel, as the profiler of PyTorch sees it, and csrc itself."""
 
 import functools
 import re
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from itertools import chain
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from bench.machine.measure import release, wait
-from bench.peers import PEERS, Peer
-from bench.peers.engine import EnginePeer
+from bench.peers import PEERS
 from bench.report import charts
 from bench.report.tables import WHO, Cell, Table, figure, percent
 from bench.rows.measurement import BenchRun, Measurement, Rows
-from bench.setting import Setting
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast import _C
 from datasetdm_fast.errors import Missing
 
 # The first that matches a kernel's name, or on a CPU an operation's, names its group.
@@ -45,33 +42,13 @@ def rows(run: BenchRun) -> Rows:
             peer = PEERS[name].build(run.setting, PEERS[name].batch or run.batches.get(name, BATCH))
         except Missing:
             continue
-        call = functools.partial(named(peer, run.setting).denoise, *run.judge.inputs(0, peer.batch))
+        call = functools.partial(peer.denoise, *run.judge.inputs(0, peer.batch))
         shares, seconds = split(call, run.setting.device)
         row = {"peer": name, "dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6)}
         found.append(row | {"shares": shares})
         del peer, call
         release(run.setting.device)
     return found
-
-
-def named(peer: Peer, setting: Setting) -> Peer:
-    """On a CPU our engine once more, with every operation under its name: those of csrc/ are none that PyTorch would
-    know of.
-    """
-    engine = getattr(peer, "engine", None)
-    if setting.device.type != "cpu" or not isinstance(engine, FastEngine):
-        return peer
-    ops = SimpleNamespace(**{name: recorded(name, form) for name, form in vars(engine.ops).items()})
-    named_engine = FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops)
-    return EnginePeer(named_engine, setting, peer.batch)
-
-
-def recorded(name: str, form: Callable) -> Callable:
-    def call(*inputs: Any, **options: Any) -> Any:
-        with record_function(name):
-            return form(*inputs, **options)
-
-    return call
 
 
 def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, float], float]:
@@ -81,16 +58,21 @@ def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, f
     is_cpu = device.type == "cpu"
     options = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)} if is_cpu else {}
     with profile(activities=[ProfilerActivity.CPU if is_cpu else ProfilerActivity.CUDA], **options) as seen:
+        _C.take_times(True)
         begin = time.perf_counter()
         for _ in range(CALLS):
             call()
         wait(device)
         whole = time.perf_counter() - begin
-    busy = threads_of(seen, is_cpu)
-    # A thread that only hands out work is none of those that do it.
-    workers = [groups for groups in busy if sum(groups.values()) > BUSY * whole]
-    filled = max(len(workers) * whole, sum(sum(groups.values()) for groups in workers))
-    shares = {group: round(sum(groups[group] for groups in workers) / filled, 4) for group in (*GROUPS, REST)}
+        ours = _C.take_times(False)
+    # PyTorch's operations, and what csrc does, which it does not know. A thread that hands out work does not do it.
+    workers = [
+        [groups for groups in threads if sum(groups.values()) > BUSY * whole]
+        for threads in (threads_of(seen, is_cpu), ours)
+    ]
+    spent = {group: sum(one.get(group, 0.0) for one in chain(*workers)) for group in (*GROUPS, REST)}
+    filled = max(max(map(len, workers)) * whole, sum(spent.values()))
+    shares = {group: round(seconds / filled, 4) for group, seconds in spent.items()}
     return {**shares, IDLE: round(max(1 - sum(shares.values()), 0.0), 4)}, whole / CALLS
 
 
