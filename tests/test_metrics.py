@@ -195,12 +195,28 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
                 pairs = (
                     [(value, bounds[name])]
                     if isinstance(value, float)
-                    else [(value[key], bounds[name][key]) for key in value]
+                    else [(value[key], bounds[name][key]) for key in value if key in bounds[name]]
                 )
                 assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
         assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
         widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
     assert 0 < widths[1] < 0.8 * widths[0]
+
+
+def test_a_class_that_one_image_shows_has_no_interval():
+    """Its draws are all alike, which would look like certainty; those of a class in few images are moved far out."""
+    source = open_data("demo:5@40", SIZE)
+    meters = meters_of(source, wrong_in_many_ways(source))
+    for task in ("semantic", "instance", "pose"):
+        meter = meters[task]
+        counts = dict(zip(meter.columns, meter.shown().tolist(), strict=True))
+        plain, wide = meter.intervals(2000)[meter.each], held_out.intervals(meter)[meter.each]
+        assert set(plain) == set(wide) == {name for name, count in counts.items() if count > 1}, task
+        for name, (low, high) in wide.items():
+            assert low <= plain[name][0] and plain[name][1] <= high
+    counts = meters["semantic"].shown()
+    assert 1 in counts and counts.max() == 5
+    assert held_out.expanded(0.95, 2) > held_out.expanded(0.95, 6) > held_out.expanded(0.95, 200) > 0.95
 
 
 def test_an_interval_of_means_is_the_textbooks_one():

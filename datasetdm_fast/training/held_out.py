@@ -78,14 +78,23 @@ def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Met
 
 
 def intervals(meter: Meter, level: float = 0.95) -> dict:
-    """[low, high] of every figure by bootstrap percentiles, expanded for few images (Hesterberg 2015, 5.2); none of a
-    single image.
+    """[low, high] of every figure by bootstrap percentiles, expanded for few images: those that were held out, and for
+    a class those that show it. None of a single image.
     """
-    count = meter.count
-    if count < 2:
+    if meter.count < 2:
         return {}
-    wide = 2 * stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf((1 + level) / 2, count - 1)) - 1
-    return meter.intervals(DRAWS, float(wide))
+    of_each = [expanded(level, count) for count in meter.shown()] if meter.columns else None
+    return meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each)
+
+
+def expanded(level: float, images: int) -> float:
+    """The level of bootstrap percentiles of so many images that lie as far out as those of a t distribution (Hesterberg
+    2015, 5.2).
+    """
+    if images < 2:
+        return level
+    away = np.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1)
+    return float(2 * stats.norm.cdf(away) - 1)
 
 
 def cautions(images: int, has_chosen: bool, has_folds: bool = False) -> list[str]:
