@@ -19,7 +19,7 @@ from datasetdm_fast.tasks.captions import held_to
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     """A meter's result {metric: value}, some of it `by_things` {number of things: {metric: value}}, and, with
-    `bootstrap` draws, `intervals` of [low, high] with the same keys.
+    `bootstrap` draws, `intervals` of [low, high] under the same keys, where there is one.
     """
     if not meter.count:
         raise Refused("evaluate: no image has the truth to compare with", "Choose other data.")
