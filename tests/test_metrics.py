@@ -203,7 +203,7 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
     assert 0 < widths[1] < 0.8 * widths[0]
 
 
-def test_a_class_that_one_image_shows_has_no_interval():
+def test_a_class_that_one_image_shows_has_no_interval(monkeypatch):
     """Its draws are all alike, which would look like certainty; those of a class in few images are moved far out."""
     source = open_data("demo:5@40", SIZE)
     meters = meters_of(source, wrong_in_many_ways(source))
@@ -216,6 +216,10 @@ def test_a_class_that_one_image_shows_has_no_interval():
             assert low <= plain[name][0] and plain[name][1] <= high
     counts = meters["semantic"].shown()
     assert 1 in counts and counts.max() == 5
+    meter = meters["semantic"]
+    monkeypatch.setattr(held_out, "DRAWS", 4)  # fewer than images: none are counted
+    monkeypatch.setattr(meter, "shown", None)
+    assert held_out.intervals(meter)["miou"]
     assert held_out.expanded(0.95, 2) > held_out.expanded(0.95, 6) > held_out.expanded(0.95, 200) > 0.95
 
 
