@@ -200,8 +200,9 @@ def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
     limits, layers = rows_of(document, "limits")[0], rows_of(document, "layers")
     # One row an operation: the case of most work in the form that is used, where it multiplies at all.
-    by_work = sorted(rows_of(document, "ops"), key=lambda row: row.get("tflops", 0) * row.get("form_s", 0))
-    ops = list({row["op"]: row for row in by_work if row.get("tflops")}.values())
+    multiplying = [row for row in rows_of(document, "ops") if row.get("tflops")]
+    by_work = sorted(multiplying, key=lambda row: row["tflops"] * row["form_s"])
+    ops = list({row["op"]: row for row in by_work}.values())
     note = f"{where(document)}; work counted as the reference is written"
     drawing = Drawing("Layers and operations under the measured limits", note)
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]

@@ -51,7 +51,8 @@ class OpTiming:
         """
         forms = self.forms(op)
         sizes = self.sizes(op) if forms and self.has_sizes else []
-        cases = [(case.reason, case.inputs) for case in OPS[op].cases()] + sizes
+        small = OPS[op].cases()
+        cases = [(case.reason, case.inputs) for case in small] + sizes
         cases = [(reason, placed(inputs, self.device, DTYPES[self.dtype])) for reason, inputs in cases]
         largest = max(moved(inputs) for _, inputs in cases)
         for name, form in forms.items():
@@ -61,7 +62,7 @@ class OpTiming:
                 except torch.OutOfMemoryError:
                     row = {"status": "absent", "why": "not enough memory for the reference"}
                 row |= {"op": op, "case": reason, "form": name, "dtype": self.dtype}
-                is_timed = place >= len(cases) - len(sizes) if sizes else moved(inputs) == largest
+                is_timed = place >= len(small) if sizes else moved(inputs) == largest
                 if row["status"] == "ok" and (self.device.type == "cuda" or is_timed):
                     row |= self.times(op, form, inputs)
                 yield row

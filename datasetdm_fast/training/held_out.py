@@ -81,9 +81,7 @@ def intervals(meter: Meter, level: float = 0.95) -> dict:
     """[low, high] of every figure by bootstrap percentiles, expanded for few images: those that were held out, and for
     a class those of them that show it. None of a single image.
     """
-    if meter.count < 2:
-        return {}
-    is_counted = meter.columns and meter.count <= DRAWS  # of more images, counting takes longer than all draws
+    is_counted = meter.columns and 1 < meter.count <= DRAWS  # of more images, counting takes longer than all draws
     of_each = [expanded(level, count) for count in meter.shown()] if is_counted else None
     return meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each)
 
