@@ -388,6 +388,7 @@ def test_labels_shows_a_figure_of_every_student():
         "| ---: | ---: | ---: |",
         "| 25 | 50.0, 50.0 | 0.062, 0.062 |",
     ]
+    assert labels.table(found, " + 4 of run").splitlines()[2] == "| 25 + 4 of run | 50.0, 50.0 | 0.062, 0.062 |"
 
 
 @long_test

@@ -1,7 +1,7 @@
 """python -m bench labels: how many labels of a world are few? A student's figures by number of real scenes.
 
-Every student is taught for three times the usual steps and judged on the same unseen scenes. The same line again
-resumes.
+Every student is taught for three times the usual steps and judged on the same unseen scenes. With --run, half of what
+it sees is a run's: generated images, or real ones that `label` has labelled. The same line again resumes.
 """
 
 import json
@@ -29,6 +29,7 @@ class LabelsConfig:
     augmentation: str = setting("strong", "of the scenes that are learnt from", choices=("none", "mild", "strong"))
     size: str = setting("small", "of the student", choices=("small", "large"))
     steps: int = setting(4_800, "optimiser steps of a student", metavar="N")
+    run: str = setting("", "run folder whose trusted images are half of every batch", metavar="DIR")
     seeds: int = setting(1, "students of each number", metavar="N")
     test: int = setting(500, "unseen scenes that judge", metavar="N")
     processes: int = setting(1, "students trained side by side", metavar="N")
@@ -55,15 +56,21 @@ def main(arguments: Sequence[str]) -> int:
 
     torch.set_num_threads(1)
     from bench.claims.students import Arm, StudentStore, TestSet
+    from datasetdm_fast.evaluation import student_data
     from datasetdm_fast.evaluation.student import LEARNT_TASKS, StudentSchedule
     from datasetdm_fast.evaluation.student_data import SIDE
     from datasetdm_fast.readers import open_data
+    from datasetdm_fast.run_folder.reader import open_run
 
     tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
     store = StudentStore(folder, say, config.processes)
     test = TestSet(config.world, open_data(f"{config.world}:{config.test}@{JUDGE}", SIDE))
     schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation=config.augmentation)
-    arms = {n: Arm(f"{n} real", (_scenes(config.world, n, folder),), schedule, tuple(tasks)) for n in counts}
+    real, added = {n: _scenes(config.world, n, folder) for n in counts}, ()
+    if config.run:
+        added = (student_data.synthetic(open_run(Path(config.run)), real[counts[0]].vocabulary),)
+    beside = f" + {len(added[0]):,} of {Path(config.run).name}" if added else ""
+    arms = {n: Arm(f"{n} real{beside}", (data, *added), schedule, tuple(tasks)) for n, data in real.items()}
     is_done = False
     try:
         for arm in arms.values():
@@ -73,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         is_done = True
     finally:
         store.close(is_done)
-    print(json.dumps({str(n): rows for n, rows in found.items()}) if config.json else table(found))
+    print(json.dumps({str(n): rows for n, rows in found.items()}) if config.json else table(found, beside))
     return 0
 
 
@@ -90,8 +97,8 @@ def _scenes(world: str, count: int, folder: Path):
     return sets.stored(path, vocabulary, lambda: student_data.real(source, source, vocabulary))
 
 
-def table(found: dict[int, list[dict]]) -> str:
-    """Markdown, a row for each number of scenes, a figure for each student."""
+def table(found: dict[int, list[dict]], beside: str = "") -> str:
+    """Markdown, a row for each number of scenes and what is learnt `beside` them, a figure for each student."""
     from bench.claims.page import figure
     from bench.claims.search import QUESTIONS
 
@@ -99,5 +106,5 @@ def table(found: dict[int, list[dict]]) -> str:
     lines = [["real scenes", *(question.figure for question in there.values())], ["---:"] * (1 + len(there))]
     for count, rows in found.items():
         own = (", ".join(figure({"figure": one.figure}, one.pick(row)) for row in rows) for one in there.values())
-        lines.append([f"{count:,}", *own])
+        lines.append([f"{count:,}{beside}", *own])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
