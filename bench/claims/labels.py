@@ -63,15 +63,15 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.run_folder.reader import open_run
 
     tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
-    store = StudentStore(folder, say, config.processes)
+    run = open_run(Path(config.run)) if config.run else None  # refused before anything is rendered
     test = TestSet(config.world, open_data(f"{config.world}:{config.test}@{JUDGE}", SIDE))
     schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation=config.augmentation)
     real, added = {n: _scenes(config.world, n, folder) for n in counts}, ()
-    if config.run:
-        added = (student_data.synthetic(open_run(Path(config.run)), real[counts[0]].vocabulary),)
+    if run is not None:
+        added = (student_data.synthetic(run, real[counts[0]].vocabulary),)
     beside = f" + {len(added[0]):,} of {Path(config.run).name}" if added else ""
     arms = {n: Arm(f"{n} real{beside}", (data, *added), schedule, tuple(tasks)) for n, data in real.items()}
-    is_done = False
+    store, is_done = StudentStore(folder, say, config.processes), False
     try:
         for arm in arms.values():
             for seed in range(config.seeds):
