@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasetdm_fast.data import AttentionSums, Request
-from datasetdm_fast.demo.judge import Judge, classes_in, train_judge
+from datasetdm_fast.demo.judge_net import classes_in, kept_judge
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.generation.class_prompts import columns
@@ -130,15 +130,6 @@ def renamed(labels: np.ndarray, own: Request, other: Request) -> np.ndarray:
     return numbers[labels]
 
 
-def judged(path: Path, size: int) -> Judge:
-    """The judge, trained where `path` does not hold it yet."""
-    if not path.exists():
-        torch.save(train_judge(2000, 1200, size).state_dict(), path)
-    judge = Judge().eval()
-    judge.load_state_dict(torch.load(path, weights_only=True))
-    return judge
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.attention", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -148,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     engine = build_engine("fast", load_model("demo"), {})
     recipe = make_recipe(engine, ("attention",), steps=options.steps, classes=world.THINGS)
-    judge = judged(options.out / "judge.pt", recipe.size)
+    judge = kept_judge(options.out, recipe.size)
     requests = []
     for k in range(options.number):
         scene = world.sample_scene(ASKED + k, count=1 + k % 2)

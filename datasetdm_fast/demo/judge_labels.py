@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
-from datasetdm_fast.demo.judge import ENOUGH, Judge, probabilities, train_judge
+from datasetdm_fast.demo.judge_net import STEPS, Judge, kept_judge, probabilities
+from datasetdm_fast.demo.things_seen import ENOUGH
 from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import named_map, trust_of
@@ -155,15 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--judged", type=Path, required=True, help="folder with the judge.pt of demo.judge")
     parser.add_argument("--renders", type=int, default=500)
-    parser.add_argument("--judge-steps", type=int, default=1200)
+    parser.add_argument("--judge-steps", type=int, default=STEPS)
     options = parser.parse_args(arguments)
-    path, judge = options.judged / "judge.pt", Judge().eval()
-    if path.exists():
-        judge.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        judge = train_judge(2000, options.judge_steps, 128)
-        options.judged.mkdir(parents=True, exist_ok=True)
-        torch.save(judge.state_dict(), path)
+    judge = kept_judge(options.judged, 128, steps=options.judge_steps)
     renders, made = of_renders(options.renders), of_run(options.run, judge)
     sets = {"renders": renders, "trusted renders": [one for one in renders if one.trust.is_trusted]}
     sets |= {"generated": made, "trusted generated": [one for one in made if one.trust.is_trusted]}

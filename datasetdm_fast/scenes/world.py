@@ -114,7 +114,7 @@ def sample_scene(
     rng = np.random.default_rng([seed, 0xDA7A])
     count = count or int(rng.choice([1, 2, 3], p=[0.45, 0.40, 0.15]))
     far = rng.uniform(2.7, 3.4)
-    small = {1: 1.15, 2: 1.0, 3: 0.8}[count]
+    small = {1: 1.15, 2: 1.0, 3: 0.8, 4: 0.65}[count]
     things: list[Thing] = []
     for slot in range(count):
         weights = np.array(

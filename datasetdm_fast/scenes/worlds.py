@@ -28,6 +28,7 @@ class World:
     max_depth: float
     sample_scene: Callable[..., TableTop]
     view: Callable[[int, int], View]  # of a seed, at so many pixels
+    render: Callable[..., View]  # of a scene
     words: tuple[str, ...] = ()  # of its captions, beside the names above
     joints: tuple[str, ...] = world.JOINTS
     limbs: tuple[tuple[int, int], ...] = world.LIMBS
@@ -36,11 +37,11 @@ class World:
 WORLDS = {
     "demo": World(
         "demo", world.CLASSES, world.THINGS, world.COLOURS, world.TABLES, world.WHERE, world.MAX_DEPTH,
-        world.sample_scene, world.view,
+        world.sample_scene, world.view, world.render,
     ),
     "hard": World(
         "hard", hard.CLASSES, hard.THINGS, hard.COLOURS, hard.TABLES, hard.WHERE, hard.MAX_DEPTH,
-        hard.sample_scene, hard_render.view, (*filter(None, hard.LOOKS), "rain", "snow"),
+        hard.sample_scene, hard_render.view, hard_render.render, (*filter(None, hard.LOOKS), "rain", "snow"),
     ),
 }  # fmt: skip
 

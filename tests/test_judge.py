@@ -1,0 +1,127 @@
+"""demo.judge: what its nets see of a picture is held against the caption thing by thing."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasetdm_fast.demo import judge, judge_net
+from datasetdm_fast.demo.distance import frechet
+from datasetdm_fast.demo.things_seen import follows, shares, things_seen
+from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS
+
+COLOURS = tuple(world.COLOURS)
+
+
+def painted(*things: tuple[str, str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Class and colour maps with a square of 12 x 12 for each (kind, colour, first column)."""
+    classes, colours = np.zeros((64, 64), int), np.zeros((64, 64), int)
+    for kind, colour, column in things:
+        classes[20:32, column : column + 12] = world.CLASSES.index(kind)
+        colours[20:32, column : column + 12] = 1 + COLOURS.index(colour)
+    return classes, colours
+
+
+def seen(*things: tuple[str, str, int]) -> list:
+    return things_seen(*painted(*things), world.CLASSES, COLOURS)
+
+
+def scene_of(*things: tuple[str, str]) -> world.TableTop:
+    placed = tuple(world.Thing(kind, colour, k / 10, 1.5, 0.5) for k, (kind, colour) in enumerate(things))
+    return world.TableTop(placed, "grey", "day")
+
+
+ASKED = scene_of(("ball", "red"), ("cube", "blue"))
+
+
+@pytest.mark.parametrize(
+    "things, wrong",
+    [
+        ([("ball", "red", 4), ("cube", "blue", 30)], set()),
+        ([("cube", "blue", 4), ("ball", "red", 30)], {"order"}),
+        ([("ball", "blue", 4), ("cube", "red", 30)], {"colours", "order"}),
+        ([("ball", "red", 4), ("cube", "green", 30)], {"colours", "order"}),
+        ([("ball", "red", 4)], {"things", "colours", "order", "number"}),
+        ([("ball", "red", 4), ("cone", "blue", 30)], {"things", "colours", "order"}),
+        ([("ball", "red", 4), ("cube", "blue", 20), ("cube", "white", 44)], {"number"}),
+    ],
+    ids=["right", "swapped places", "swapped colours", "another colour", "one lacks", "another kind", "one too many"],
+)
+def test_a_picture_follows_its_caption_in_things_colours_order_and_number(things, wrong):
+    assert {name for name, holds in follows(seen(*things), ASKED).items() if not holds} == wrong
+
+
+def test_two_cubes_that_touch_are_told_apart_by_their_colours():
+    found = seen(("cube", "red", 10), ("cube", "blue", 22))
+    assert [(one.kind, one.colour, one.x) for one in found] == [("cube", "red", 15.5), ("cube", "blue", 27.5)]
+
+
+def test_a_spot_of_another_colour_and_a_crumb_of_another_kind_are_no_things():
+    classes, colours = painted(("ball", "red", 10))
+    colours[20:24, 10:16] = 1 + COLOURS.index("green")
+    classes[50:55, 50:55] = world.CLASSES.index("star")
+    assert [(one.kind, one.colour) for one in things_seen(classes, colours, world.CLASSES, COLOURS)] == [
+        ("ball", "red")
+    ]
+
+
+def test_two_of_a_kind_ask_for_two():
+    twins = scene_of(("cube", "red"), ("cube", "red"))
+    assert not follows(seen(("cube", "red", 10)), twins)["things"]
+    assert all(follows(seen(("cube", "red", 10), ("cube", "red", 40)), twins).values())
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_truth_of_renders_follows_their_captions(name):
+    own = WORLDS[name]
+    scenes = judge.asked_scenes(own, 4_500_000, 20)
+    assert [len(scene.things) for scene in scenes[:8]] == [1, 2, 3, 4, 1, 2, 3, 4]
+    views = [own.render(scene, 128) for scene in scenes]
+    maps = [(judge_net.class_map(own, view), judge_net.colour_map(own, view)) for view in views]
+    pictures = [things_seen(*both, own.classes, tuple(own.colours)) for both in maps]
+    rows = shares(pictures, scenes)
+    assert rows[1] == {"things": 1.0, "colours": 1.0, "order": 1.0, "number": 1.0}
+    assert min(rows[2].values()) >= 0.8  # one thing may hide another
+    others = shares(pictures, [*scenes[4:], *scenes[:4]])
+    assert max(others[count]["colours"] for count in others) <= 0.2
+
+
+def test_the_distance_of_two_gaussians_is_what_the_formula_says():
+    one = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert abs(frechet(one, one)) < 1e-9
+    assert frechet(one + torch.tensor([3.0, 0.0, 4.0]), one) == pytest.approx(25, rel=1e-9)
+    assert frechet(3 * (one - one.mean(0)), one - one.mean(0)) == pytest.approx(4 * one.var(0).sum().item(), rel=1e-9)
+
+
+def test_the_program_judges_pictures_renders_and_their_distance(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge_net, "RENDERS", 24)
+    monkeypatch.setattr(judge_net, "TESTED", 4)
+    out = tmp_path / "judged"
+    command = ["--out", str(out), "--number", "3", "--steps", "2", "--judge-steps", "2", "--sampler", "ddim"]
+    assert judge.main(command) == 0
+    told = capsys.readouterr()
+    result = json.loads(told.out)
+    assert json.loads((out / "judge.json").read_text()) == result
+    assert result["pictures"] == 12 and list(result["generated"]) == list(result["renders"]) == ["1", "2", "3", "4"]
+    assert set(result["frechet"]) == {"renders", "renders through the autoencoder", "generated"}
+    assert "| renders | 4 |" in told.err and (out / "contact.png").exists()
+    assert judge.main(command) == 0
+    again = capsys.readouterr()
+    assert "loss" not in again.err  # the nets are kept
+    assert json.loads(again.out) == result
+
+
+def test_one_picture_of_each_is_refused_as_there_are_no_other_captions(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        judge.main(["--out", str(tmp_path), "--number", "1"])
+    assert end.value.code == 2 and "at least 2" in capsys.readouterr().err
+
+
+def test_a_colour_map_gives_every_thing_the_colour_of_its_caption():
+    own = WORLDS["demo"]
+    scene = own.sample_scene(4_500_001, count=2)
+    view = own.render(replace(scene, things=tuple(replace(one, colour="white") for one in scene.things)), 64)
+    assert set(np.unique(judge_net.colour_map(own, view))) == {0, 1 + COLOURS.index("white")}
