@@ -24,6 +24,7 @@ from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
 from datasetdm_fast.evaluation.student_views import mild, strong
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -379,6 +380,17 @@ def test_labels_refuses_what_it_cannot_compare():
     with pytest.raises(Refused, match="--steps 0"):
         labels.LabelsConfig(steps=0).counts()
     assert labels.LabelsConfig(labels=("899000", "25")).counts() == [25, 899_000]
+
+
+def test_labels_refuses_a_run_of_another_world_or_without_a_label_to_learn(tmp_path, monkeypatch):
+    made = SimpleNamespace(classes=("wall", "table", "ball"), tasks=("semantic", "depth"))
+    monkeypatch.setattr("datasetdm_fast.run_folder.reader.open_run", lambda path: made)
+    assert labels._fitting(tmp_path, WORLDS["hard"], ("semantic", "pose")) is made
+    with pytest.raises(Refused, match="no labels of pose or instance"):
+        labels._fitting(tmp_path, WORLDS["hard"], ("pose", "instance"))
+    made.classes += ("dog",)
+    with pytest.raises(Refused, match="the demo world has no dog"):
+        labels._fitting(tmp_path, WORLDS["demo"], ("semantic",))
 
 
 def test_labels_shows_a_figure_of_every_student():

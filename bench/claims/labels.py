@@ -4,16 +4,22 @@ Every student is taught for three times the usual steps and judged on the same u
 it sees is a run's: generated images, or real ones that `label` has labelled. The same line again resumes.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.options import chosen, say
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.scenes.worlds import WORLDS
+from datasetdm_fast.scenes.worlds import WORLDS, World
+
+if TYPE_CHECKING:
+    from datasetdm_fast.run_folder.reader import Run
 
 PROG = "python -m bench labels"
 LEARN_FROM, JUDGE = 1_000, 900_000  # first seeds
@@ -60,10 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.evaluation.student import LEARNT_TASKS, StudentSchedule
     from datasetdm_fast.evaluation.student_data import SIDE
     from datasetdm_fast.readers import open_data
-    from datasetdm_fast.run_folder.reader import open_run
 
     tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
-    run = open_run(Path(config.run)) if config.run else None  # refused before anything is rendered
+    run = _fitting(Path(config.run), WORLDS[config.world], tasks) if config.run else None
     test = TestSet(config.world, open_data(f"{config.world}:{config.test}@{JUDGE}", SIDE))
     schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation=config.augmentation)
     real, added = {n: _scenes(config.world, n, folder) for n in counts}, ()
@@ -82,6 +87,18 @@ def main(arguments: Sequence[str]) -> int:
         store.close(is_done)
     print(json.dumps({str(n): rows for n, rows in found.items()}) if config.json else table(found, beside))
     return 0
+
+
+def _fitting(path: Path, world: World, tasks: Sequence[str]) -> Run:
+    """The run in a folder, refused where a student of a world's scenes could learn nothing from it."""
+    from datasetdm_fast.run_folder.reader import open_run
+
+    run = open_run(path)
+    if strange := [name for name in run.classes if name not in world.classes]:
+        raise Refused(f"--run {path}: the {world.name} world has no {strange[0]}", "Choose its world by --world.")
+    if not set(tasks) & set(run.tasks):
+        raise Refused(f"--run {path}: it has no labels of {' or '.join(tasks)}", f"It has {', '.join(run.tasks)}.")
+    return run
 
 
 def _scenes(world: str, count: int, folder: Path):
