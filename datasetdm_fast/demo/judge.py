@@ -148,8 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
     result = {"judge_miou": round(kinds, 4), "colours_miou": round(colours, 4), "pictures": len(images)}
     result |= {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
     result |= {"generated": shares(made, scenes), "of other captions": mean_shares(others)}
-    result |= {"renders": shares(judges.things(true), scenes), "per_class": by_class(made, scenes, world)}
+    result["renders"] = shares(judges.things(true), scenes)
     usual = [k for k, scene in enumerate(scenes) if len(scene.things) < MOST]  # as many things as either world knows
+    result["per_class"] = by_class([made[k] for k in usual], [scenes[k] for k in usual], world)
     reference = rendered(world, [asked_scenes(world, OTHER_RENDERS, options.number)[k] for k in usual], size)
     sets: dict[str, Callable[[], np.ndarray]] = {
         "renders": lambda: true[usual],
