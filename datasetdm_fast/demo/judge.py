@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,10 +101,10 @@ def by_class(pictures: Sequence[Sequence[SeenThing]], scenes: Sequence[TableTop]
     return found
 
 
-def distances(judge: Judge, sets: dict[str, Callable[[], np.ndarray]], reference: np.ndarray) -> dict[str, float]:
+def distances(judge: Judge, sets: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, float]:
     """The Fréchet distance of each set of pictures from the reference."""
     there = features(judge, reference)
-    return {name: round(frechet(features(judge, make()), there), 4) for name, make in sets.items()}
+    return {name: round(frechet(features(judge, images), there), 4) for name, images in sets.items()}
 
 
 def tables(result: dict) -> str:
@@ -152,10 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     usual = [k for k, scene in enumerate(scenes) if len(scene.things) < MOST]  # as many things as either world knows
     result["per_class"] = by_class([made[k] for k in usual], [scenes[k] for k in usual], world)
     reference = rendered(world, [asked_scenes(world, OTHER_RENDERS, options.number)[k] for k in usual], size)
-    sets: dict[str, Callable[[], np.ndarray]] = {
-        "renders": lambda: true[usual],
-        "renders through the autoencoder": lambda: through_autoencoder(engine, true[usual]),
-        "generated": lambda: images[usual],
+    sets = {
+        "renders": true[usual],
+        "renders through the autoencoder": through_autoencoder(engine, true[usual]),
+        "generated": images[usual],
     }
     result["frechet"] = distances(judges.kinds, sets, reference)
     (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
