@@ -254,7 +254,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         told.append(("cache", f"{name}: {held}, {cache['path']}"))
     told += [("disk", f"{_gigabytes(free)} free in {place}") for place, free in found["disk"].items()]
     told.append(("self-test", f"{'passed' if test['passed'] else 'FAILED: ' + test['problem']} ({test['seconds']} s)"))
-    return [f"{name:<15}{text}" for name, text in told if text]
+    return [f"{name:<19}{text}" for name, text in told if text]
 
 
 def _gigabytes(count: int) -> str:
