@@ -72,7 +72,9 @@ class InstanceKind(LabelKind):
     attribute, title = "instances", "Instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
-    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
+    # In half precision the worst image may gain or lose an instance where each engine goes its own way: noise of 0.3 %
+    # a call, less than bf16 makes, takes two of four from the first image of the bench every other time.
+    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 1.0))
     table_form = {"classes": [str], "size": [int]}
     layout = ("numbers",)
     first_number = 1
