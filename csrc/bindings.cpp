@@ -39,10 +39,10 @@ PYBIND11_MODULE(_C, m) {
           "vector_bytes"_a = 0);
     m.def("geglu", &datasetdm::geglu_cpu, WithoutGil(), "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd", &datasetdm::winograd_cpu, WithoutGil(), "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
-          "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
+          "is_doubled"_a, "storage"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd_taps", &datasetdm::winograd_taps_cpu, WithoutGil(), "x"_a, "taps"_a, "bias"_a, "residual"_a, "out"_a, "memory"_a, "images"_a, "height"_a,
-          "width"_a, "channels"_a, "outputs"_a, "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
-    m.def("winograd_memory", &datasetdm::winograd_memory, "images"_a, "height"_a, "width"_a, "channels"_a, "threads"_a);
+          "width"_a, "channels"_a, "outputs"_a, "is_doubled"_a, "storage"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("winograd_memory", &datasetdm::winograd_memory, "images"_a, "height"_a, "width"_a, "channels"_a, "storage"_a, "threads"_a);
     m.def("winograd_gradient", &datasetdm::winograd_gradient, WithoutGil(), "x"_a, "out"_a, "weight"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
           "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd_weight", &datasetdm::winograd_weight, WithoutGil(), "plain"_a, "weight"_a, "channels"_a, "outputs"_a, "threads"_a, "vector_bytes"_a = 0);
@@ -52,10 +52,10 @@ PYBIND11_MODULE(_C, m) {
              }),
              "weight"_a, "bias"_a, "channels"_a, "groups"_a, "eps"_a);
     py::class_<datasetdm::Linear>(m, "Linear")
-        .def(py::init<uintptr_t, uintptr_t, int64_t, int64_t>(), "weight"_a, "bias"_a, "inner"_a, "outputs"_a);
+        .def(py::init<uintptr_t, uintptr_t, int64_t, int64_t, bool>(), "weight"_a, "bias"_a, "inner"_a, "outputs"_a, "is_paired"_a = false);
     py::class_<datasetdm::Convolution>(m, "Convolution")
-        .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>(), "weight"_a, "bias"_a, "transformed"_a, "channels"_a,
-             "outputs"_a, "taps"_a, "stride"_a, "padding"_a)
+        .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>(), "weight"_a, "bias"_a, "transformed"_a, "channels"_a,
+             "outputs"_a, "taps"_a, "stride"_a, "padding"_a, "is_paired"_a = false)
         .def("run", &datasetdm::Convolution::run, WithoutGil(), "x"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "threads"_a, "vector_bytes"_a = 0);
     py::class_<datasetdm::Upsample>(m, "Upsample")
         .def(py::init<const datasetdm::Convolution&>(), "convolution"_a)

@@ -20,7 +20,6 @@ constexpr int64_t kRowsAtOnce = 256;  // cells of one or several images: what li
 constexpr int64_t kFewestTiles = 8;   // of 4x4 results; with fewer the transformed weight is read for too little
 constexpr int64_t kTile = 4;
 constexpr int64_t kMostWithin = 4;    // threads on one image; more would wait for each other longer than they work
-constexpr int64_t kFp32 = 0;
 
 float* at(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
 uintptr_t place(const float* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
@@ -84,8 +83,8 @@ void share_images(int64_t images, int64_t cells, int64_t threads, const std::fun
 }
 
 Convolution::Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed, int64_t channels, int64_t outputs, int64_t taps, int64_t stride,
-                         int64_t padding)
-    : product{at(weight), at(bias), taps * taps * channels, outputs}, transformed(transformed), channels(channels), taps(taps), stride(stride), padding(padding) {
+                         int64_t padding, bool is_paired)
+    : product{at(weight), at(bias), taps * taps * channels, outputs, is_paired}, transformed(transformed), channels(channels), taps(taps), stride(stride), padding(padding) {
     require(weight && bias, "convolution: a pointer is null; pass data_ptr() of a CPU tensor");
     require(channels > 0 && outputs > 0 && stride > 0, "convolution: ", channels, " channels to ", outputs, " with a stride of ", stride);
     require((taps == 1 && padding == 0 && stride == 1) || (taps == 3 && padding == 1), "convolution: ", taps, " taps with a padding of ", padding, " and a stride of ",
@@ -102,7 +101,7 @@ void Convolution::on(const Part& part, const float* x, const float* bias, const 
     const Timed timed(Work::convolution);
     if (is_minimal(part)) {
         winograd_cpu(place(x), transformed, place(bias), place(residual), place(out), part.count, part.height, part.width, channels, product.outputs, false,
-                     part.threads, part.vector_bytes);
+                     product.is_paired ? kRounded : kFp32, part.threads, part.vector_bytes);
         return;
     }
     Product with_bias = product;
@@ -137,7 +136,7 @@ void Upsample::on(const Part& part, const float* x, float* out) const {
     const Part doubled{part.of, part.count, 2 * part.height, 2 * part.width, part.threads, part.vector_bytes};
     if (convolution.is_minimal(doubled)) {
         winograd_cpu(place(x), convolution.transformed, place(convolution.product.bias), 0, place(out), part.count, doubled.height, doubled.width, channels,
-                     convolution.product.outputs, true, part.threads, part.vector_bytes);
+                     convolution.product.outputs, true, convolution.product.is_paired ? kRounded : kFp32, part.threads, part.vector_bytes);
         return;
     }
     float* wide = scratch(doubled.rows() * channels);
@@ -157,7 +156,7 @@ void Upsample::run(uintptr_t x, uintptr_t out, int64_t images, int64_t height, i
     });
 }
 
-Linear::Linear(uintptr_t weight, uintptr_t bias, int64_t inner, int64_t outputs) : product{at(weight), at(bias), inner, outputs} {
+Linear::Linear(uintptr_t weight, uintptr_t bias, int64_t inner, int64_t outputs, bool is_paired) : product{at(weight), at(bias), inner, outputs, is_paired} {
     require(weight, "linear: a pointer is null; pass data_ptr() of a CPU tensor");
     require(inner > 0 && outputs > 0, "linear: an empty weight, ", inner, " channels to ", outputs);
 }
@@ -218,7 +217,7 @@ void Transformer::before(const Part& part, const float* x, float* hidden, float*
     normalise_rows(norm1, hidden, normed, rows, threads, vector_bytes);
     multiply_shared(self_qkv.product, normed, rows, nullptr, packed, threads, vector_bytes);
     const std::vector<int64_t> strides{cells * 3 * width, head, 3 * width};
-    attention_cpu(kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
+    attention_cpu(entry.product.is_paired ? kRounded : kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
                   {cells * width, head, width}, part.count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), threads, vector_bytes);
     multiply_shared(self_out.product, attended, rows, hidden, hidden, threads, vector_bytes);
     normalise_rows(norm2, hidden, normed, rows, threads, vector_bytes);

@@ -1,5 +1,5 @@
 // The blocks of a small network on a CPU in one call each: convolutions, residual blocks and transformers over fp32 weights that were packed
-// once. In such a network the calls between Python, PyTorch and a library take longer than the arithmetic.
+// once, or over bf16 ones in pairs, in which products round their rows, too, and all else is fp32. In such a network the calls between Python, PyTorch and a library take longer than the arithmetic.
 // The blocks read their weights where they lie, and images as channels-last data [images, height, width, channels]. `vector_bytes` 0 takes
 // the widest instructions of this CPU, and how many threads share the images changes no result.
 #pragma once
@@ -41,10 +41,11 @@ int64_t images_at_once(int64_t cells);
 // A convolution with `taps` along each side as a product over the cells it reads, or by Winograd's minimal filtering.
 struct Convolution {
     Product product;        // inner = taps * taps * channels, the taps' rows and columns outermost
-    uintptr_t transformed;  // see winograd.h, or 0
+    uintptr_t transformed;  // see winograd.h, or 0; of pairs where those of the product are
     int64_t channels, taps, stride, padding;
 
-    Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed, int64_t channels, int64_t outputs, int64_t taps, int64_t stride, int64_t padding);
+    Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed, int64_t channels, int64_t outputs, int64_t taps, int64_t stride, int64_t padding,
+                bool is_paired = false);
 
     // `images` of height x width cells, with `bias` and, where it is not 0, plus `residual`.
     void run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
@@ -67,7 +68,7 @@ struct Upsample {
 struct Linear {
     Product product;
 
-    Linear(uintptr_t weight, uintptr_t bias, int64_t inner, int64_t outputs);
+    Linear(uintptr_t weight, uintptr_t bias, int64_t inner, int64_t outputs, bool is_paired = false);
 };
 
 // Norm, SiLU and convolution, twice, plus the block's input or what a 1x1 convolution makes of it.

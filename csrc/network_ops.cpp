@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat.h"
 #include "check.h"
 #include "depth_head.h"
 #include "sharing.h"
@@ -20,8 +21,9 @@
 namespace datasetdm {
 namespace {
 
-struct Bfloat {
-    uint16_t bits;
+// fp32 that products may round to bf16.
+struct Rounded {
+    float value;
 };
 
 template <typename Stored>
@@ -63,6 +65,11 @@ float* scratch(int64_t count) {
     return kept.of(count);
 }
 
+float* row_scratch(int64_t count) {
+    static thread_local KeptFloats kept;
+    return kept.of(count);
+}
+
 }  // namespace
 }  // namespace datasetdm
 
@@ -72,13 +79,6 @@ float* scratch(int64_t count) {
 
 namespace datasetdm {
 namespace {
-
-#if defined(__x86_64__)
-bool has_dots() {
-    static const bool found = __builtin_cpu_supports("avx512bf16");
-    return found;
-}
-#endif
 
 Strides strides_of(const char* name, const std::vector<int64_t>& given) {
     require(given.size() == 3, name, ": ", given.size(), " strides, expected those of image, head and row");
@@ -95,9 +95,9 @@ Stored* at(uintptr_t pointer) {
 template <typename Work>
 void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& vector_bytes, const Work& work) {
     require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
-    require(storage == 0 || storage == 1, name, ": storage is ", storage, ", expected 0 for fp32 or 1 for bf16");
+    require(storage == kFp32 || storage == kBf16, name, ": storage is ", storage, ", expected 0 for fp32 or 1 for bf16");
     vector_bytes = chosen_vector_bytes(name, vector_bytes);
-    if (storage == 0)
+    if (storage == kFp32)
         work(float{});
     else
         work(Bfloat{});
@@ -111,14 +111,21 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
     const Timed timed(Work::attention);
     require(images > 0 && heads > 0 && queries > 0 && keys > 0 && width > 0, "attention: an empty tensor, ", images, " images, ", heads, " heads, ", queries,
             " queries, ", keys, " keys of ", width, " channels");
-    with_storage("attention", storage, threads, vector_bytes, [&](auto kind) {
+    const auto work_on = [&](auto kind) {
         using Stored = decltype(kind);
         const Attention<Stored> work{at<const Stored>(q), at<const Stored>(k), at<const Stored>(v), at<Stored>(out), strides_of("q", q_strides),
                                      strides_of("k", k_strides), strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, nullptr};
         share(images * heads, threads, [&](int64_t first, int64_t last) {
             for (int64_t pair = first; pair < last; ++pair) WITH_VECTORS(vector_bytes, attend, work, pair);
         });
-    });
+    };
+    if (storage == kRounded) {
+        require(threads > 0, "attention: threads is ", threads, ", expected at least 1");
+        vector_bytes = chosen_vector_bytes("attention", vector_bytes);
+        work_on(Rounded{});
+    } else {
+        with_storage("attention", storage, threads, vector_bytes, work_on);
+    }
 }
 
 void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,

@@ -1,6 +1,6 @@
 // What lies between the convolutions and matrix products of the networks on a CPU: attention, the norms and the gated unit, each in one pass.
 // Tensors come as data pointers with the strides of their outer axes, in elements; the innermost axis is contiguous. Arithmetic is fp32
-// whatever the storage, 0 for fp32 and 1 for bf16, and every call writes each element of its target. `vector_bytes` 0 takes the widest
+// whatever the storage, 0 for fp32 and 1 for bf16, and for attention 2 for fp32 that it may round to bf16 before it multiplies; every call writes each element of its target. `vector_bytes` 0 takes the widest
 // instructions of this CPU.
 #pragma once
 
@@ -8,6 +8,8 @@
 #include <vector>
 
 namespace datasetdm {
+
+constexpr int64_t kFp32 = 0, kBf16 = 1, kRounded = 2;
 
 struct Strides {  // of [images, heads, rows, width]
     int64_t image, head, row;

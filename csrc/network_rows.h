@@ -5,7 +5,7 @@ namespace datasetdm {
 namespace WITH_INSTRUCTIONS {
 
 #include "vectors.h"
-typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+#include "pairs.h"
 constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : VECTOR_BYTES == 32 ? 6 : 4;  // that share one load of keys or values; with ...
 constexpr int64_t kVectors = VECTOR_BYTES == 64 ? 3 : 2;                           // ... of sums each they fill the registers
 constexpr int64_t kKeys = 256;                                                     // at once: so many stay near with their values ...
@@ -88,6 +88,8 @@ INLINE void widen(const Bfloat* from, float* to, int64_t count) {
     }
 }
 INLINE void narrow(const float* from, float* to, int64_t count) { copy(from, to, count); }
+INLINE void widen(const Rounded* from, float* to, int64_t count) { copy(&from->value, to, count); }
+INLINE void narrow(const float* from, Rounded* to, int64_t count) { copy(from, &to->value, count); }
 INLINE void narrow(const float* from, Bfloat* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         uint32_t bits;
@@ -97,34 +99,54 @@ INLINE void narrow(const float* from, Bfloat* to, int64_t count) {
     }
 }
 
+// How rows are multiplied: as numbers or, where the processor has its products, in bf16 pairs along the summed axis.
+struct Numbers {
+    typedef float Left;
+    static constexpr int64_t kSteps = 1;
+
+    static INLINE Vector read(const float* right) { return load(right); }
+    static INLINE void add(Vector& sum, const float* left, const Vector& columns) { sum += *left * columns; }
+};
+
+#ifdef HAS_DOTS
+struct Pairs {
+    typedef int32_t Left;
+    static constexpr int64_t kSteps = 2;
+
+    static INLINE Factors read(const int32_t* right) { return factors(right); }
+    static INLINE void add(Vector& sum, const int32_t* left, const Factors& columns) { add_product(sum, left, columns); }
+};
+#endif
+
 // Products of kQueries rows of `left` with kCount vectors of columns of `right`, which lie `apart`. They replace the target, or are added to what
 // its rows count for by their `share`.
-template <int64_t kCount>
-INLINE void multiply_rows(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t right_pitch, int64_t apart, const float* share,
+template <typename Kind, int64_t kCount, typename Left>
+INLINE void multiply_rows(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch, int64_t apart, const float* share,
                           float* target, int64_t target_pitch) {
     Vector sums[kQueries][kCount];
     for (int64_t row = 0; row < kQueries; ++row)
         for (int64_t j = 0; j < kCount; ++j) sums[row][j] = share ? load(target + row * target_pitch + j * kLanes) * share[row] : Vector{};
-    for (int64_t i = 0; i < inner; ++i) {
-        Vector values[kCount];
-        for (int64_t j = 0; j < kCount; ++j) values[j] = load(right + i * right_pitch + j * apart);
+    for (int64_t i = 0; i < steps; ++i) {
+        decltype(Kind::read(right)) values[kCount];
+        for (int64_t j = 0; j < kCount; ++j) values[j] = Kind::read(right + i * right_pitch + j * apart);
         for (int64_t row = 0; row < kQueries; ++row)
-            for (int64_t j = 0; j < kCount; ++j) sums[row][j] += left[row * left_pitch + i] * values[j];
+            for (int64_t j = 0; j < kCount; ++j) Kind::add(sums[row][j], left + row * left_pitch + i, values[j]);
     }
     for (int64_t row = 0; row < kQueries; ++row)
         for (int64_t j = 0; j < kCount; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
 }
 
-INSTRUCTIONS inline void multiply(const float* left, int64_t left_pitch, int64_t inner, const float* right, int64_t right_pitch, int64_t apart,
-                                  const float* share, float* target, int64_t columns, int64_t target_pitch) {
+template <typename Kind, typename Left>
+INSTRUCTIONS void multiply(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch, int64_t apart, const float* share,
+                           float* target, int64_t columns, int64_t target_pitch) {
     const int64_t count = columns / kLanes;
     int64_t j = 0;
     if constexpr (kVectors == 3)
         for (; count - j >= 3 && count - j != 4; j += 3)  // four are two and two
-            multiply_rows<3>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+            multiply_rows<Kind, 3>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
     for (; count - j >= 2; j += 2)
-        multiply_rows<2>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
-    if (j < count) multiply_rows<1>(left, left_pitch, inner, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+        multiply_rows<Kind, 2>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+    if (j < count) multiply_rows<Kind, 1>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
 }
 
 // The scores of some keys as powers of two of what `scale` makes of them, relative to each row's `highest` so far, and their sums, a vector a row;
@@ -172,45 +194,103 @@ INSTRUCTIONS inline bool sees_any(const float* logits, int64_t queries, int64_t 
     return false;
 }
 
-// Some keys after the others, with each row's highest score, sum and answer so far.
+// A row as it is multiplied.
 template <typename Stored>
-INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
+INLINE void put_row(Numbers, const Stored* from, int64_t width, float* to) {
+    widen(from, to, width);
+}
+template <typename Stored>
+INLINE void put_values(Numbers, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, float* to) {
+    for (int64_t key = 0; key < keys; ++key, to += columns) {
+        widen(from + key * pitch, to, width);
+        std::fill(to + width, to + columns, 0.0f);
+    }
+}
+INLINE const float* put_scores(Numbers, const float* scores, int64_t) { return scores; }
+
+#ifdef HAS_DOTS
+INLINE void round_to(const Bfloat* from, uint16_t* to, int64_t count) { std::memcpy(to, from, count * sizeof *to); }
+INLINE void round_to(const Rounded* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        float last[kLanes] = {};
+        const float* values = &from[i].value;
+        const int64_t here = std::min(kLanes, count - i);
+        if (here < kLanes) {
+            std::memcpy(last, values, here * sizeof(float));
+            values = last;
+        }
+        const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)load(values));
+        std::memcpy(to + i, &narrowed, here * sizeof *to);
+    }
+}
+template <typename Stored>
+INLINE void put_row(Pairs, const Stored* from, int64_t width, int32_t* to) {
+    to[width / 2] = 0;  // of an odd width the last has no partner
+    round_to(from, reinterpret_cast<uint16_t*>(to), width);
+}
+template <typename Stored>
+INLINE void put_values(Pairs, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, int32_t* to) {
+    uint16_t* one = reinterpret_cast<uint16_t*>(row_scratch(columns));
+    uint16_t* other = one + columns;
+    for (int64_t key = 0; key < keys; key += 2, to += columns) {
+        std::fill(one, other + columns, 0);
+        round_to(from + key * pitch, one, width);
+        if (key + 1 < keys) round_to(from + (key + 1) * pitch, other, width);
+        for (int64_t i = 0; i < columns; ++i) to[i] = static_cast<int32_t>(one[i] | static_cast<uint32_t>(other[i]) << 16);
+    }
+}
+// In the place of the scores, in half of it.
+INLINE const int32_t* put_scores(Pairs, float* scores, int64_t count) {
+    int32_t* pairs = reinterpret_cast<int32_t*>(scores);
+    for (int64_t i = 0; i < count; i += kLanes) store_paired(pairs + i / 2, load(scores + i));
+    return pairs;
+}
+#endif
+
+// Some keys after the others, with each row's highest score, sum and answer so far.
+template <typename Kind, typename Stored>
+INSTRUCTIONS void attend_with(const Attention<Stored>& all_of, int64_t pair) {
+    typedef typename Kind::Left Left;
+    constexpr int64_t kSteps = Kind::kSteps;
     const int64_t image = pair / all_of.heads, head = pair % all_of.heads, width = all_of.width, keys = all_of.keys;
     const int64_t key_columns = (keys + kLanes - 1) / kLanes * kLanes, value_columns = (width + kLanes - 1) / kLanes * kLanes;
+    const int64_t width_steps = (width + kSteps - 1) / kSteps, row_size = width / kSteps + 1, key_steps = (keys + kSteps - 1) / kSteps;
     const int64_t group = std::min(kGroup, (all_of.queries + kQueries - 1) / kQueries * kQueries);
     const auto start = [&](const Strides& strides) { return image * strides.image + head * strides.head; };
     const Stored *q = all_of.q + start(all_of.q_strides), *k = all_of.k + start(all_of.k_strides), *v = all_of.v + start(all_of.v_strides);
     Stored* out = all_of.out + start(all_of.out_strides);
     // A vector of keys lies transposed, so that they are multiplied side by side.
-    float* turned = scratch(key_columns * width + keys * value_columns + group * (width + value_columns + kLanes + 1) + kQueries * kKeys + width);
-    float *values = turned + key_columns * width, *rows = values + keys * value_columns, *sums = rows + group * width;
-    float *total = sums + group * value_columns, *highest = total + group * kLanes, *scores = highest + group, *one = scores + kQueries * kKeys;
+    float* sums = scratch(key_columns * width_steps + key_steps * value_columns + (group + 1) * row_size + group * (value_columns + kLanes + 1) + kQueries * kKeys);
+    float *total = sums + group * value_columns, *highest = total + group * kLanes, *scores = highest + group;
+    Left *turned = reinterpret_cast<Left*>(scores + kQueries * kKeys), *values = turned + key_columns * width_steps;
+    Left *rows = values + key_steps * value_columns, *one = rows + group * row_size;
     const float scale = static_cast<float>(all_of.scale) * kLog2E;
     for (int64_t key = 0; key < keys; ++key) {
-        float* column = turned + key / kLanes * kLanes * width + key % kLanes;
-        widen(k + key * all_of.k_strides.row, one, width);
-        for (int64_t i = 0; i < width; ++i) column[i * kLanes] = one[i];
-        widen(v + key * all_of.v_strides.row, values + key * value_columns, width);
-        std::fill(values + key * value_columns + width, values + (key + 1) * value_columns, 0.0f);
+        Left* column = turned + key / kLanes * kLanes * width_steps + key % kLanes;
+        put_row(Kind(), k + key * all_of.k_strides.row, width, one);
+        for (int64_t i = 0; i < width_steps; ++i) column[i * kLanes] = one[i];
     }
+    put_values(Kind(), v, all_of.v_strides.row, keys, width, value_columns, values);
     for (int64_t query = 0; query < all_of.queries; query += group) {
         const int64_t count = std::min(group, all_of.queries - query), whole = (count + kQueries - 1) / kQueries * kQueries;
         for (int64_t row = 0; row < whole; ++row)  // the last rows are repeated, so that every block is a whole one
-            widen(q + (query + std::min(row, count - 1)) * all_of.q_strides.row, rows + row * width, width);
+            put_row(Kind(), q + (query + std::min(row, count - 1)) * all_of.q_strides.row, width, rows + row * row_size);
         std::fill(total, total + whole * kLanes, 0.0f);
         std::fill(highest, highest + whole, -std::numeric_limits<float>::max());
         for (int64_t key = 0; key < keys; key += kKeys) {
             const int64_t here = std::min(kKeys, keys - key), columns = (here + kLanes - 1) / kLanes * kLanes;
             for (int64_t row = 0; row < whole; row += kQueries) {
                 float share[kQueries];
-                multiply(rows + row * width, width, width, turned + key * width, kLanes, width * kLanes, nullptr, scores, columns, columns);
+                multiply<Kind>(rows + row * row_size, row_size, width_steps, turned + key * width_steps, kLanes, width_steps * kLanes, nullptr, scores, columns,
+                               columns);
                 for (int64_t own = 0; all_of.logits && own < kQueries; ++own) {
                     const float* logits = all_of.logits + query + std::min(row + own, count - 1);
                     if (sees_any(logits, all_of.queries, keys)) leave_out(logits + key * all_of.queries, all_of.queries, here, scores + own * columns);
                 }
                 softmax(scores, here, columns, scale, highest + row, total + row * kLanes, share);
-                multiply(scores, columns, here, values + key * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns,
-                         value_columns, value_columns);
+                multiply<Kind>(put_scores(Kind(), scores, kQueries * columns), columns / kSteps, (here + kSteps - 1) / kSteps,
+                               values + key / kSteps * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns, value_columns,
+                               value_columns);
             }
         }
         for (int64_t row = 0; row < count; ++row) {
@@ -222,120 +302,76 @@ INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
     }
 }
 
-#ifdef HAS_DOTS
-// The processor's products of bf16 pairs, added in fp32: twice the rate. Pairs lie along the summed axis: of channels for the scores, of keys after.
-template <int64_t kVectors>
-INLINE void multiply_pairs(const int32_t* left, int64_t left_pitch, int64_t pairs, const int32_t* right, int64_t right_pitch, float* target,
-                           int64_t target_pitch) {
-    Vector sums[kQueries][kVectors];
-    for (int64_t row = 0; row < kQueries; ++row)
-        for (int64_t j = 0; j < kVectors; ++j) sums[row][j] = Vector{};
-    for (int64_t i = 0; i < pairs; ++i) {
-        __m512bh values[kVectors];
-        for (int64_t j = 0; j < kVectors; ++j) __builtin_memcpy(&values[j], right + i * right_pitch + j * kLanes, sizeof values[j]);
-        for (int64_t row = 0; row < kQueries; ++row) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(left[row * left_pitch + i]);
-            for (int64_t j = 0; j < kVectors; ++j) sums[row][j] = (Vector)_mm512_dpbf16_ps((__m512)sums[row][j], pair, values[j]);
-        }
-    }
-    for (int64_t row = 0; row < kQueries; ++row)
-        for (int64_t j = 0; j < kVectors; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
-}
-
-INSTRUCTIONS inline void multiply_all_pairs(const int32_t* left, int64_t pairs, const int32_t* right, int64_t columns, float* target) {
-    int64_t column = 0;
-    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) multiply_pairs<2>(left, pairs, pairs, right + column, columns, target + column, columns);
-    if (column < columns) multiply_pairs<1>(left, pairs, pairs, right + column, columns, target + column, columns);
-}
-
-INSTRUCTIONS inline int32_t paired(uint16_t first, uint16_t second) { return static_cast<int32_t>(first | static_cast<uint32_t>(second) << 16); }
-
-INSTRUCTIONS inline void attend(const Attention<Bfloat>& all_of, int64_t pair) {
-    const int64_t image = pair / all_of.heads, head = pair % all_of.heads, width = all_of.width, keys = all_of.keys;
-    const int64_t key_columns = (keys + kLanes - 1) / kLanes * kLanes, value_columns = (width + kLanes - 1) / kLanes * kLanes;
-    const int64_t width_pairs = (width + 1) / 2, key_pairs = key_columns / 2;
-    const auto start = [&](const Strides& strides) { return image * strides.image + head * strides.head; };
-    const Bfloat *q = all_of.q + start(all_of.q_strides), *k = all_of.k + start(all_of.k_strides), *v = all_of.v + start(all_of.v_strides);
-    Bfloat* out = all_of.out + start(all_of.out_strides);
-    float* scores = scratch(width_pairs * key_columns + key_pairs * value_columns + kQueries * (width_pairs + key_pairs + key_columns + value_columns));
-    float* sums = scores + kQueries * key_columns;
-    int32_t* turned = reinterpret_cast<int32_t*>(sums + kQueries * value_columns);
-    int32_t *values = turned + width_pairs * key_columns, *rows = values + key_pairs * value_columns, *shares = rows + kQueries * width_pairs;
-    std::memset(turned, 0, (width_pairs * key_columns + key_pairs * value_columns + kQueries * width_pairs) * sizeof(int32_t));
-    for (int64_t key = 0; key < keys; ++key) {
-        const Bfloat *from = k + key * all_of.k_strides.row, *value = v + key * all_of.v_strides.row;
-        for (int64_t i = 0; i < width_pairs; ++i) turned[i * key_columns + key] = paired(from[2 * i].bits, 2 * i + 1 < width ? from[2 * i + 1].bits : 0);
-        uint16_t* half = reinterpret_cast<uint16_t*>(values + key / 2 * value_columns) + key % 2;
-        for (int64_t i = 0; i < width; ++i) half[2 * i] = value[i].bits;
-    }
-    const float scale = static_cast<float>(all_of.scale) * kLog2E;
-    float total[kQueries * kLanes], highest[kQueries], share[kQueries];
-    for (int64_t query = 0; query < all_of.queries; query += kQueries) {
-        const int64_t count = std::min(kQueries, all_of.queries - query);
-        for (int64_t row = 0; row < kQueries; ++row)  // the last rows are repeated, so that every block is a whole one
-            std::memcpy(rows + row * width_pairs, q + (query + std::min(row, count - 1)) * all_of.q_strides.row, width * sizeof(Bfloat));
-        multiply_all_pairs(rows, width_pairs, turned, key_columns, scores);
-        std::fill(total, total + kQueries * kLanes, 0.0f);
-        std::fill(highest, highest + kQueries, -std::numeric_limits<float>::max());
-        softmax(scores, keys, key_columns, scale, highest, total, share);
-        for (int64_t i = 0; i < kQueries * key_columns; i += kLanes) {
-            const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)load(scores + i));
-            __builtin_memcpy(reinterpret_cast<uint16_t*>(shares) + i, &narrowed, sizeof narrowed);
-        }
-        multiply_all_pairs(shares, key_pairs, values, value_columns, sums);
-        for (int64_t row = 0; row < count; ++row) {
-            float* sum = sums + row * value_columns;
-            const float inverse = 1 / sum_of(load(total + row * kLanes));
-            for (int64_t i = 0; i < value_columns; ++i) sum[i] *= inverse;
-            narrow(sum, out + (query + row) * all_of.out_strides.row, width);
-        }
-    }
-}
-#endif
-
-// Sums over cells of each channel, or of its squared distance from `centre`.
-INSTRUCTIONS inline void add_cells(const float* x, int64_t pitch, int64_t cells, int64_t channels, const float* centre, bool is_squared, float* sums) {
-    std::fill(sums, sums + channels, 0.0f);
-    for (int64_t cell = 0; cell < cells; ++cell, x += pitch)
-        if (is_squared)
-            for (int64_t c = 0; c < channels; ++c) sums[c] += (x[c] - centre[c]) * (x[c] - centre[c]);
-        else
-            for (int64_t c = 0; c < channels; ++c) sums[c] += x[c];
-}
-
-// The first `channels` of every cell in fp32: where they are, or else in `wide`.
 template <typename Stored>
-INSTRUCTIONS const float* widened(const Stored* stored, int64_t pitch, int64_t cells, int64_t channels, float* wide) {
-    if constexpr (std::is_same_v<Stored, float>) {
-        return stored;
-    } else {
-        for (int64_t cell = 0; cell < cells; ++cell) widen(stored + cell * pitch, wide + cell * channels, channels);
-        return wide;
+INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
+#ifdef HAS_DOTS
+    if constexpr (!std::is_same_v<Stored, float>) {
+        attend_with<Pairs>(all_of, pair);
+        return;
+    }
+#endif
+    attend_with<Numbers>(all_of, pair);
+}
+
+INLINE float number(float value) { return value; }
+INLINE float number(const Bfloat& value) {
+    float wide;
+    widen(&value, &wide, 1);
+    return wide;
+}
+
+// Sums over cells of kCount vectors of channels, or of their squared distance from `centre`, where that is given.
+template <int64_t kCount, typename Stored>
+INLINE void add_vectors(const Stored* x, int64_t pitch, int64_t cells, const float* centre, float* sums) {
+    Vector own[kCount];
+    for (int64_t j = 0; j < kCount; ++j) own[j] = Vector{};
+    for (int64_t cell = 0; cell < cells; ++cell, x += pitch)
+        for (int64_t j = 0; j < kCount; ++j) {
+            Vector value = load(x + j * kLanes);
+            if (centre) {
+                const Vector distance = value - load(centre + j * kLanes);
+                own[j] += distance * distance;
+            } else {
+                own[j] += value;
+            }
+        }
+    for (int64_t j = 0; j < kCount; ++j) store(sums + j * kLanes, own[j]);
+}
+
+template <typename Stored>
+INSTRUCTIONS void add_cells(const Stored* x, int64_t pitch, int64_t cells, int64_t channels, const float* centre, float* sums) {
+    int64_t c = 0;
+    const auto from = [&] { return centre ? centre + c : nullptr; };
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) add_vectors<4>(x + c, pitch, cells, from(), sums + c);
+    for (; c + kLanes <= channels; c += kLanes) add_vectors<1>(x + c, pitch, cells, from(), sums + c);
+    for (; c < channels; ++c) {
+        sums[c] = 0.0f;
+        for (int64_t cell = 0; cell < cells; ++cell) {
+            const float value = number(x[cell * pitch + c]);
+            sums[c] += centre ? (value - centre[c]) * (value - centre[c]) : value;
+        }
     }
 }
 
 template <typename Stored>
 INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image, int64_t first_group, int64_t last_group) {
-    constexpr bool is_wide = std::is_same_v<Stored, float>;
     constexpr int64_t kCells = 256;  // of a block, which stays in the cache
-    const int64_t cells = norm.cells, width = norm.channels / norm.groups, groups = last_group - first_group, channels = groups * width;
-    const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes, pitch = is_wide ? norm.channels : channels;
-    float *sums = scratch((is_wide ? 0 : kCells * channels) + 5 * padded), *centre = sums + padded, *scale = centre + padded, *shift = scale + padded, *row = shift + padded, *wide = row + padded;
-    const Stored* stored = norm.x + image * cells * norm.channels + first_group * width;
-    const auto block = [&](int64_t cell, int64_t count) { return widened(stored + cell * norm.channels, norm.channels, count, channels, wide); };
+    const int64_t cells = norm.cells, pitch = norm.channels, width = pitch / norm.groups, groups = last_group - first_group, channels = groups * width;
+    const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
+    float *sums = scratch(5 * padded), *centre = sums + padded, *squared = centre + padded, *scale = squared + padded, *shift = scale + padded;
+    const Stored* x = norm.x + image * cells * pitch + first_group * width;
     widen(norm.weight + first_group * width, scale, channels);
     widen(norm.bias + first_group * width, shift, channels);
     // Long sums would lose digits: each block has sums of its own, of squares around its own means, and they are joined in double precision.
     std::vector<double> totals(channels, 0.0), squares(channels, 0.0);
     for (int64_t cell = 0; cell < cells; cell += kCells) {
         const int64_t count = std::min(kCells, cells - cell);
-        const float* x = block(cell, count);
-        add_cells(x, pitch, count, channels, centre, false, sums);
+        add_cells(x + cell * pitch, pitch, count, channels, nullptr, sums);
         for (int64_t c = 0; c < channels; ++c) centre[c] = sums[c] / count;
-        add_cells(x, pitch, count, channels, centre, true, row);
+        add_cells(x + cell * pitch, pitch, count, channels, centre, squared);
         for (int64_t c = 0; c < channels; ++c) {
             totals[c] += sums[c];
-            squares[c] += row[c] + static_cast<double>(sums[c]) * sums[c] / count;
+            squares[c] += squared[c] + static_cast<double>(sums[c]) * sums[c] / count;
         }
     }
     for (int64_t group = 0; group < groups; ++group) {
@@ -349,28 +385,22 @@ INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image,
             shift[c] -= static_cast<float>(mean) * scale[c];
         }
     }
-    Stored* out = norm.out + image * cells * norm.channels + first_group * width;
-    const float* x = nullptr;
-    for (int64_t cell = 0; cell < cells; ++cell, x += pitch, out += norm.channels) {
-        if (cell % kCells == 0) x = block(cell, std::min(kCells, cells - cell));
-        float* target = row;
-        if constexpr (is_wide) target = out;
+    Stored* out = norm.out + image * cells * pitch + first_group * width;
+    for (int64_t cell = 0; cell < cells; ++cell, x += pitch, out += pitch) {
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
             Vector y = load(x + c) * load(scale + c) + load(shift + c);
             if (norm.has_silu) silu(y);
-            store(target + c, y);
+            store(out + c, y);
         }
         if (c < channels) {
             Vector y{};
-            for (int64_t lane = 0; c + lane < channels; ++lane) y[lane] = x[c + lane] * scale[c + lane] + shift[c + lane];
+            float last[kLanes];
+            for (int64_t lane = 0; c + lane < channels; ++lane) y[lane] = number(x[c + lane]) * scale[c + lane] + shift[c + lane];
             if (norm.has_silu) silu(y);
-            store(row + c, y);
+            store(last, y);
+            narrow(last, out + c, channels - c);
         }
-        if constexpr (is_wide)
-            std::copy(row + c, row + channels, out + c);
-        else
-            narrow(row, out, channels);
     }
 }
 

@@ -1,10 +1,28 @@
 #include "products.h"
 
 #include <algorithm>
+#include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "bfloat.h"
 #include "sharing.h"
 #include "timing.h"
 
+namespace datasetdm {
+namespace {
+
+float* scratch(int64_t count) {
+    static thread_local KeptFloats kept;
+    return kept.of(count);
+}
+
+}  // namespace
+}  // namespace datasetdm
+
+#define WITH_DOTS
 #define ROWS "products_rows.h"
 #include "each_instruction_set.h"
 

@@ -10,6 +10,7 @@ constexpr int64_t kProductPanel = 16;  // outputs that lie side by side in the w
 struct Product {
     const float *weight, *bias;  // [panels, inner, 16] with an even number of panels, the last ones filled up with zeros; [outputs] or null
     int64_t inner, outputs;
+    bool is_paired = false;  // the weight is of bf16 pairs, [panels, (inner + 1) / 2, 16, 2], and so are the rows rounded; sums are fp32
 };
 
 // out [rows, outputs] = x [rows, inner] times the weight, plus its bias and, where it is not null, `residual` [rows, outputs], which may be `out`.

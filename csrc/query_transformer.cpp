@@ -12,7 +12,6 @@
 namespace datasetdm {
 namespace {
 
-constexpr int64_t kFp32 = 0;
 constexpr int64_t kPlaces = 3;  // of a layer in the product of positions
 
 uintptr_t place(const float* pointer) { return reinterpret_cast<uintptr_t>(pointer); }

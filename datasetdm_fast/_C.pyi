@@ -115,6 +115,7 @@ def winograd(
     channels: int,
     outputs: int,
     is_doubled: bool,
+    storage: int,
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
@@ -131,10 +132,11 @@ def winograd_taps(
     channels: int,
     outputs: int,
     is_doubled: bool,
+    storage: int,
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
-def winograd_memory(images: int, height: int, width: int, channels: int, threads: int) -> int: ...
+def winograd_memory(images: int, height: int, width: int, channels: int, storage: int, threads: int) -> int: ...
 def winograd_gradient(
     x: int,
     out: int,
@@ -155,7 +157,7 @@ class Norm:
     def __init__(self, weight: int, bias: int, channels: int, groups: int, eps: float) -> None: ...
 
 class Linear:
-    def __init__(self, weight: int, bias: int, inner: int, outputs: int) -> None: ...
+    def __init__(self, weight: int, bias: int, inner: int, outputs: int, is_paired: bool = False) -> None: ...
 
 class Convolution:
     def __init__(
@@ -168,6 +170,7 @@ class Convolution:
         taps: int,
         stride: int,
         padding: int,
+        is_paired: bool = False,
     ) -> None: ...
     def run(
         self,

@@ -22,7 +22,6 @@ BLOCKS = {
 LIBRARY_WIDTHS = (64, 96, 128, 192, 256)  # to which the attention of libraries pads heads
 MANY_KEYS = 1024  # fewer are bound by memory, where wide tiles cost nothing
 WIDE, FEW_KEYS = 64, 128  # heads wider than this over more keys are faster by PyTorch's own, which holds larger blocks
-BFLOAT_KEYS = 1024  # of bf16 all scores of a few queries are held at once; longer rows leave the second-level cache
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,9 +43,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same on a CPU: csrc/network_ops.cpp where it is faster, PyTorch's own fused attention elsewhere."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    is_wide = width > WIDE and keys > FEW_KEYS
-    is_long = q.dtype == torch.bfloat16 and keys > BFLOAT_KEYS
-    if not is_native(q, k, v) or is_wide or is_long or v.shape[3] != width:
+    is_wide = width > WIDE and keys > FEW_KEYS and q.dtype == torch.float32
+    if not is_native(q, k, v) or is_wide or v.shape[3] != width:
         return plain(q, k, v)
     out = q.new_empty(batch, queries, heads, width).transpose(
         1, 2

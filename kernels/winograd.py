@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.cpu import threads
+from datasetdm_fast.kernels.cpu import STORAGES, threads
+from datasetdm_fast.kernels.products import paired, unpaired
 
 PANEL = 16  # outputs that lie side by side in the weight, and what channels and outputs must be multiples of
 TRAINED_CELLS = 2**7  # of an image; with fewer the weight is transformed, thrice a step, for too little
@@ -22,13 +23,16 @@ TAPS = (
     (1 / 9, -1 / 6, 1 / 4),
     (0, 0, 1),
 )
+PAIRED_TAPS = (1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)  # of a row, where pairs of bf16 are
 _KEPT: dict[int, Tensor] = {}  # memory of each thread, by its number
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `convolve` has a form of this weight."""
+    """Whether `convolve` has a form of this weight that is faster; in bf16 half a pair of panels is not."""
     outputs, channels, *taps = weight.shape
-    return weight.dtype == torch.float32 and taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
+    if weight.dtype not in STORAGES or (weight.dtype == torch.bfloat16 and outputs <= PANEL):
+        return False
+    return taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
 
 
 def _panels(outputs: int) -> int:
@@ -36,8 +40,10 @@ def _panels(outputs: int) -> int:
     return -(-outputs // (2 * PANEL)) * 2
 
 
-def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
+def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]; of a bf16 weight `transformed_in_pairs`
     """The weight as `convolve` reads it, computed in fp64."""
+    if weight.dtype == torch.bfloat16:
+        return transformed_in_pairs(weight)
     outputs, channels = weight.shape[:2]
     found = torch.empty(36, _panels(outputs), channels, PANEL)
     weight = weight.detach().contiguous(memory_format=torch.channels_last)
@@ -45,18 +51,27 @@ def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
     return found
 
 
-def in_panels(weight: Tensor) -> Tensor:  # [P, 9, I, 16] of [O, I, 3, 3]
+def transformed_in_pairs(weight: Tensor) -> Tensor:  # [24, P, I / 2, 16, 2] bf16 of [O, I, 3, 3]
+    """The same for products of bf16 pairs."""
+    taps = F.pad(weight.detach().double().permute(2, 3, 1, 0), (0, -len(weight) % (2 * PANEL))).flatten(0, 1)
+    columns, rows = taps.new_tensor(TAPS), taps.new_tensor(PAIRED_TAPS)
+    found = torch.einsum("pt,tio->pio", torch.kron(columns, rows), taps)
+    return paired(found.unflatten(-1, (-1, PANEL)).transpose(1, 2))
+
+
+def in_panels(weight: Tensor) -> Tensor:  # [P, 9, I, 16] of [O, I, 3, 3], in bf16 [P, 9, I / 2, 16, 2]
     """The weight as `convolve` reads it where it is transformed at every call, in the memory of the plain one."""
     outputs, channels = weight.shape[:2]
-    found = torch.empty(_panels(outputs), 9, channels, PANEL)
+    found = torch.empty(_panels(outputs), 9, channels, PANEL, dtype=weight.dtype)
     count = outputs // PANEL
     found[:count].unflatten(1, (3, 3)).copy_(weight.detach().unflatten(0, (count, PANEL)).permute(0, 3, 4, 2, 1))
     found[count:] = 0
-    return found
+    return paired(found) if weight.dtype == torch.bfloat16 else found
 
 
 def from_panels(panels: Tensor, outputs: int) -> Tensor:
     """The weight that `in_panels` was given."""
+    panels = unpaired(panels) if panels.dtype == torch.bfloat16 else panels
     return panels.permute(0, 3, 2, 1).flatten(0, 1)[:outputs].unflatten(-1, (3, 3))
 
 
@@ -79,22 +94,25 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, is_doubled: bool = False
 ) -> Tensor:
     """F.conv2d of channels-last `x` [B, I, h, w] with padding 1, plus `residual`; where `is_doubled`, of `x` with every
-    cell doubled along both axes. The weight is `transformed` or `in_panels`.
+    cell doubled along both axes. The weight is `transformed` or `in_panels`, of the type of `x`.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     if is_doubled:
         height, width = 2 * height, 2 * width
-    out = torch.empty((batch, len(bias), height, width), memory_format=torch.channels_last)
+    out, bias = (
+        torch.empty((batch, len(bias), height, width), memory_format=torch.channels_last, dtype=x.dtype),
+        bias.float(),
+    )
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     sizes, count = (batch, height, width, channels, len(bias)), threads(out, 2 * channels)
     if weight.shape[1] != 9:  # the number of panels is even
-        _C.winograd(*places, out.data_ptr(), *sizes, is_doubled, count)
+        _C.winograd(*places, out.data_ptr(), *sizes, is_doubled, STORAGES[x.dtype], count)
     else:
-        memory = _memory(_C.winograd_memory(*sizes[:-1], count))
-        _C.winograd_taps(*places, out.data_ptr(), memory.data_ptr(), *sizes, is_doubled, count)
+        memory = _memory(_C.winograd_memory(*sizes[:-1], STORAGES[x.dtype], count))
+        _C.winograd_taps(*places, out.data_ptr(), memory.data_ptr(), *sizes, is_doubled, STORAGES[x.dtype], count)
     return out
 
 

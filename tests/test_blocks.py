@@ -99,15 +99,17 @@ class OfWidth:
         return lambda *arguments: getattr(self.native, name)(*arguments[:-1], *self.last)
 
 
+@pytest.mark.parametrize("in_pairs", [False, True])
 @pytest.mark.parametrize("kind", CASES)
 @torch.inference_mode()
-def test_a_block_says_what_the_plain_module_says(kind, monkeypatch):
+def test_a_block_says_what_the_plain_module_says(kind, in_pairs, monkeypatch):
+    """In fp32, or with the factors of its products rounded to bf16."""
     module, given = case(kind)
     truth = copy.deepcopy(module).double()(*widened(tuple(given)))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
     block = BLOCKS[type(module)](module)
-    packing = Packing()
+    packing = Packing(in_pairs)
     native = block.packed(packing)
     for vector_bytes in VECTORS:
         found = []
@@ -115,7 +117,8 @@ def test_a_block_says_what_the_plain_module_says(kind, monkeypatch):
             block._packed = OfWidth(native, threads, vector_bytes), packing.kept
             found.append(block(*given))
             assert torch.equal(found[0], found[-1])
-        assert float((found[0].double() - truth).norm() / truth.norm()) <= 2e-6
+        assert distance(found[0], truth) <= (2e-2 if in_pairs else 2e-6)
+        assert not in_pairs or distance(found[0], truth) >= 1e-4
     assert block.state_dict().keys() == module.state_dict().keys()
 
 
@@ -146,16 +149,16 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "in_pairs"), [(1, False), (3, False), (3, True)])
 @torch.inference_mode()
-def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, monkeypatch):
+def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, monkeypatch):
     """Noise, features and queries, of every instruction set, to the bit on any number of threads."""
     weights = load_model("tiny").networks["unet"].read()
     module = UNet(weights, plain)
     text = torch.stack([noise(TEXT, 32)] * batch + [noise(TEXT + 1, 32)[1:]] * batch)
     given = image(batch, 4, 16, 16), TimeTable(weights)(torch.tensor(321.0)), TextTable(weights)(text)
     truth, told = copy.deepcopy(module).double()(*widened(given), expected := Heard()), expected
-    block, empty = with_blocks(module), torch.empty
+    block, empty, most = with_blocks(module, in_pairs), torch.empty, 3e-2 if in_pairs else 4e-6
     assert isinstance(block, UNetBlock) and block.state_dict().keys() == module.state_dict().keys()
     native = block.native()
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
@@ -170,15 +173,15 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, monkeypatc
             assert torch.equal(found[0], found[-1]) and torch.equal(found[0], noise_beside)
             for kept, right in ((heard.features, told.features), (heard.queries, told.queries)):
                 assert kept.keys() == right.keys() and kept
-                assert all(distance(kept[slot], right[slot]) <= 4e-6 for slot in right)
-        assert distance(found[0], truth) <= 4e-6
+                assert all(distance(kept[slot], right[slot]) <= most for slot in right)
+        assert distance(found[0], truth) <= most
     block._packed = native, []
     with pytest.raises(ValueError, match="12 x 12 cells do not halve and double"):
         block(image(batch, 4, 12, 12), *given[1:], NoCapture(plain))
     with pytest.raises(ValueError, match="texts for"):
         block(image(batch + 1, 4, 16, 16), *given[1:], NoCapture(plain))
     one_by_one = block(*given, heard := HeardOneByOne())
-    assert distance(one_by_one, truth) <= 4e-6 and heard.features.keys() == told.features.keys()
+    assert distance(one_by_one, truth) <= most and heard.features.keys() == told.features.keys()
 
 
 def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):

@@ -85,6 +85,34 @@ def test_neither_threads_nor_the_batch_change_a_bit(form, monkeypatch):
 
 
 @pytest.mark.parametrize("vector_bytes", VECTORS)
+@pytest.mark.parametrize(("channels", "outputs", "is_doubled"), [(16, 16, False), (272, 48, False), (32, 48, True)])
+@torch.inference_mode()
+def test_every_instruction_set_in_bf16(vector_bytes, channels, outputs, is_doubled, monkeypatch):
+    """From bf16 images, weights and residuals; every element is written, whatever the threads and the batch."""
+    x, residual = image(5, channels, 10, 7).bfloat16(), image(5, outputs, *((20, 14) if is_doubled else (10, 7)))
+    residual = residual.bfloat16()
+    given = {name: value.bfloat16() for name, value in weights(outputs, channels).state.items()}
+    wide = F.interpolate(x, scale_factor=2) if is_doubled else x
+    truth = F.conv2d(wide.double(), given["weight"].double(), given["bias"].double(), padding=1) + residual.double()
+    for name in ("winograd", "winograd_taps"):
+        inner = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, vector_bytes))
+    forms, empty = [form(given["weight"]) for form in (winograd.transformed, winograd.in_panels)], torch.empty
+    assert torch.equal(winograd.from_panels(forms[1], outputs), given["weight"])
+    winograd.let_go()
+    monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
+    for form in forms:
+        found = []
+        for threads in (1, 3):
+            monkeypatch.setattr(winograd, "threads", lambda *_, threads=threads: threads)
+            found.append(winograd.convolve(x, form, given["bias"], residual, is_doubled))
+        alone = winograd.convolve(x[3:4], form, given["bias"], residual[3:4], is_doubled)
+        assert found[0].dtype == torch.bfloat16 and found[0].is_contiguous(memory_format=torch.channels_last)
+        assert distance(found[0], truth) <= 2e-2
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0][3:4], alone)
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
 @pytest.mark.parametrize(
     ("batch", "channels", "outputs", "height", "width"),
     [
@@ -131,16 +159,19 @@ def test_what_it_cannot_compute_is_refused():
     with pytest.raises(ValueError, match="a pointer is null"):
         _C.winograd_gradient(64, 64, 0, 1, 4, 4, 16, 16, 1)
     for numbers, cause in (
-        ((1, 4, 4, 8, 16, False, 1), "8 channels to 16, expected multiples of 16"),
-        ((1, 3, 4, 16, 16, True, 1), "3 x 4 cells are no doubled ones"),
-        ((0, 4, 4, 16, 16, False, 1), "an empty tensor"),
-        ((1, 4, 4, 16, 16, False, 0), "threads is 0"),
-        ((1, 4, 4, 16, 16, False, 1, 8), "no vectors of 8 bytes"),
+        ((1, 4, 4, 8, 16, False, 0, 1), "8 channels to 16, expected multiples of 16"),
+        ((1, 3, 4, 16, 16, True, 0, 1), "3 x 4 cells are no doubled ones"),
+        ((0, 4, 4, 16, 16, False, 0, 1), "an empty tensor"),
+        ((1, 4, 4, 16, 16, False, 3, 1), "storage is 3"),
+        ((1, 4, 4, 16, 16, False, 0, 0), "threads is 0"),
+        ((1, 4, 4, 16, 16, False, 0, 1, 8), "no vectors of 8 bytes"),
     ):
         with pytest.raises(ValueError, match=cause):
             _C.winograd(64, 64, 64, 0, 64, *numbers)
     with pytest.raises(ValueError, match="a pointer is null"):
-        _C.winograd_taps(64, 64, 64, 0, 64, 0, 1, 4, 4, 16, 16, False, 1)
+        _C.winograd_taps(64, 64, 64, 0, 64, 0, 1, 4, 4, 16, 16, False, 0, 1)
+    with pytest.raises(ValueError, match="storage is 2"):
+        _C.winograd_taps(64, 64, 64, 0, 64, 64, 1, 4, 4, 16, 16, False, 2, 1)
     for numbers, cause in (
         ((8, 16, 1), "8 channels to 16"),
         ((16, 16, 0), "threads is 0"),
@@ -151,7 +182,7 @@ def test_what_it_cannot_compute_is_refused():
     with pytest.raises(ValueError, match="a pointer is null"):
         _C.winograd_weight(0, 64, 16, 16, 1)
     with pytest.raises(ValueError, match="a pointer is null"):
-        _C.winograd(64, 0, 64, 0, 64, 1, 4, 4, 16, 16, False, 1)
+        _C.winograd(64, 0, 64, 0, 64, 1, 4, 4, 16, 16, False, 0, 1)
 
 
 @pytest.mark.parametrize(

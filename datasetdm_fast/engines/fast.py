@@ -39,7 +39,7 @@ from datasetdm_fast.models.capture import (
 from datasetdm_fast.models.packed import packed, spending, weight_as, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.models.unet_block import with_blocks
+from datasetdm_fast.models.unet_block import is_narrow, with_blocks
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,6 +133,10 @@ class FastEngine:
         self.ops = ops or (
             plain if compile else operations(self.device, self.dtype)
         )  # a compiler fuses the plain forms itself
+        config = model.networks["unet"].config
+        is_block = self.device.type == "cpu" and self._has_usual_ops and not compile
+        # What a small UNet on a CPU stores between its products, which alone are in bf16 then.
+        self.unet_dtype = torch.float32 if is_block and is_narrow(config.block_out_channels) else self.dtype
         is_fused = self.device.type == "cuda" and not compile
         self.kinds = (fused.FusedUNet, fused.FusedImageDecoder) if is_fused else (UNet, ImageDecoder)
         decoder_ops = operations(self.device, torch.float32)
@@ -159,7 +163,8 @@ class FastEngine:
                 for task, one in self.decoders.items()
             }
         if self.device.type == "cpu" and not self.is_compiled:
-            self.unet = packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
+            in_pairs = self.dtype == torch.bfloat16
+            self.unet = packed(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
             if self._has_usual_ops:
                 self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
         del sources
@@ -191,19 +196,26 @@ class FastEngine:
             found = {name: network.read() for name, network in networks.items()}
             return {name: Weighted(one.config, dict(one.state)) for name, one in found.items()}
 
-        def stored(name: str, value: Tensor) -> torch.dtype:
-            is_narrow = value.dim() > 1 and not any(part in name for part in COMPUTED)
-            return self.dtype if is_narrow else as_widest(name, value)
+        def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
+            is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
+            return dtype if is_half else as_widest(name, value)
 
+        dtypes = {name: self.unet_dtype if name == "unet" else self.dtype for name in networks}
         return {
-            name: network.read() if name == "text_encoder" else network.read(stored, self.dtype)
+            name: network.read()
+            if name == "text_encoder"
+            else network.read(functools.partial(stored, dtypes[name]), dtypes[name])
             for name, network in networks.items()
         }
 
     def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
         """One of NETWORKS or the image encoder, from the weights of the model."""
-        module, is_wide = {**NETWORKS, **AT_NEED}[name](self, sources), name in ("text_encoder", "times")
-        return placed(module, self.device, torch.float32 if is_wide else self.dtype)
+        module, dtype = (
+            {**NETWORKS, **AT_NEED}[name](self, sources),
+            self.unet_dtype if name in NETWORKS else self.dtype,
+        )
+        is_wide = name in ("text_encoder", "times")
+        return placed(module, self.device, torch.float32 if is_wide else dtype)
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
@@ -301,7 +313,7 @@ class FastEngine:
     def _class_keys(self, class_context: Tensor, cells: int) -> tuple[Tensor, ...]:
         """Keys [B, heads, T, d] of the class prompts, of every cross-attention with so many cells."""
         if self._classes is None or self._classes[0] is not class_context or self._classes[1] != cells:
-            tables = self.texts(class_context.to(self.device, self.dtype))
+            tables = self.texts(class_context.to(self.device, self.unet_dtype))
             slots = self.unet.text_layers
             keys = {
                 slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot[0]].side ** 2 == cells
@@ -357,13 +369,13 @@ class FastEngine:
         torch.cuda.empty_cache()
 
     def _latents(self, latents: Tensor) -> Tensor:
-        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        return latents.to(self.device, self.unet_dtype).contiguous(memory_format=torch.channels_last)
 
     def _row(self, timestep: float) -> Tensor:
         if (row := self._rows.get(float(timestep))) is None:
             if len(self._rows) >= TIMES:
                 self._rows.clear()
-            row = self.times(torch.full((), float(timestep), device=self.device)).to(self.dtype)
+            row = self.times(torch.full((), float(timestep), device=self.device)).to(self.unet_dtype)
             self._rows[float(timestep)] = row
         return row
 
@@ -384,7 +396,7 @@ class FastEngine:
         """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one
         batch of prompts to the next, and where they are not, each is computed alone: rounded alike in any company.
         """
-        batch, text = len(context) // 2, context.to(self.dtype)
+        batch, text = len(context) // 2, context.to(self.unet_dtype)
         # On a GPU the comparison would make the host wait, for a product that is small there.
         if self.device.type != "cpu":
             return self.texts(text)

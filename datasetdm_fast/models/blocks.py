@@ -33,12 +33,16 @@ _PACKING = threading.RLock()  # slices run at once, and what one of them compute
 class Packing:
     """Weights in the order in which csrc reads them; it knows only where they lie, so `kept` must outlive its block."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_pairs: bool = False) -> None:
+        self.in_pairs = in_pairs  # of bf16, which the rows they are multiplied with are rounded to, too
         self.kept: list[Tensor] = []
 
     def place(self, value: Tensor) -> int:
         self.kept.append(value)
         return value.data_ptr()
+
+    def panels(self, value: Tensor) -> int:
+        return self.place(products.paired(value) if self.in_pairs else value)
 
     def norm(self, norm: GroupNorm | LayerNorm) -> _C.Norm:
         groups = norm.groups if isinstance(norm, GroupNorm) else 1
@@ -47,27 +51,30 @@ class Packing:
     def linear(self, linear: Linear) -> _C.Linear:
         outputs, inner = linear.weight.shape
         bias = 0 if linear.bias is None else self.place(linear.bias)
-        return _C.Linear(self.place(products.panels(linear.weight)), bias, inner, outputs)
+        return _C.Linear(self.panels(products.panels(linear.weight)), bias, inner, outputs, self.in_pairs)
 
     def convolution(self, layer: Convolution) -> _C.Convolution:
         return self.taps(layer.weight, layer.bias, layer.stride, layer.padding)
 
     def taps(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> _C.Convolution:
         outputs, channels, taps, _ = weight.shape
-        panels = products.panels(weight.permute(0, 2, 3, 1).flatten(1))
-        minimal = self.place(winograd.transformed(weight)) if winograd.takes(weight) and stride == 1 else 0
-        return _C.Convolution(self.place(panels), self.place(bias), minimal, channels, outputs, taps, stride, padding)
+        panels = self.panels(products.panels(weight.permute(0, 2, 3, 1).flatten(1)))
+        transformed = winograd.transformed_in_pairs if self.in_pairs else winograd.transformed
+        minimal = self.place(transformed(weight)) if winograd.takes(weight) and stride == 1 else 0
+        sizes = channels, outputs, taps, stride, padding
+        return _C.Convolution(panels, self.place(bias), minimal, *sizes, self.in_pairs)
 
 
 class Packed:
     """Something of csrc whose weights are packed at the first call."""
 
     _packed: tuple[Any, list[Tensor]] | None = None
+    in_pairs = False  # see Packing
 
     def native(self) -> Any:
         with _PACKING:
             if self._packed is None:
-                packing = Packing()
+                packing = Packing(self.in_pairs)
                 self._packed = self.packed(packing), packing.kept
         return self._packed[0]
 

@@ -10,17 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast import _C
-from datasetdm_fast.models.blocks import Block, Packing, TransformerBlock, blockwise, empty_image
+from datasetdm_fast.models.blocks import LARGEST_BLOCK, Block, Packing, TransformerBlock, blockwise, empty_image
 from datasetdm_fast.models.capture import CaptureHook, Slot
 from datasetdm_fast.models.layers import split_heads
 from datasetdm_fast.models.unet import DEPTHS, UNet
 
 
-def with_blocks(unet: UNet) -> nn.Module:
-    """`unet` with every block of csrc whose weights are fp32 and few enough; one block where all are."""
+def is_narrow(channels: Sequence[int]) -> bool:
+    """Whether a UNet of so many channels a level is one block: its largest layer is a resnet that reads a skip."""
+    return 29 * max(channels) ** 2 <= LARGEST_BLOCK
+
+
+def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
+    """`unet` with every block of csrc whose weights are fp32 and few enough; one block where all are. They multiply in
+    fp32 or, where `in_pairs`, in bf16, with fp32 sums and fp32 between products.
+    """
     blockwise(unet)
     blocks = unet.conv_in, unet.conv_out, *(step.block for step in steps_of(unet))
     is_whole = all(isinstance(one, Block) for one in blocks) and unet.norm_out.weight.dtype == torch.float32
+    for module in unet.modules():
+        if isinstance(module, Block):
+            module.in_pairs = in_pairs
     return UNetBlock(unet) if is_whole else unet
 
 

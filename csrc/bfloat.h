@@ -1,0 +1,19 @@
+// Numbers in bf16, and whether this CPU multiplies pairs of them.
+#pragma once
+
+#include <cstdint>
+
+namespace datasetdm {
+
+struct Bfloat {
+    uint16_t bits;
+};
+
+#if defined(__x86_64__)
+inline bool has_dots() {
+    static const bool found = __builtin_cpu_supports("avx512bf16");
+    return found;
+}
+#endif
+
+}  // namespace datasetdm
