@@ -100,7 +100,7 @@ INLINE void narrow(const float* from, Bfloat* to, int64_t count) {
 }
 
 // How rows are multiplied: as numbers or, where the processor has its products, in bf16 pairs along the summed axis.
-struct Numbers {
+struct PlainKeys {
     typedef float Left;
     static constexpr int64_t kSteps = 1;
 
@@ -109,7 +109,7 @@ struct Numbers {
 };
 
 #ifdef HAS_DOTS
-struct Pairs {
+struct PairedKeys {
     typedef int32_t Left;
     static constexpr int64_t kSteps = 2;
 
@@ -196,17 +196,17 @@ INSTRUCTIONS inline bool sees_any(const float* logits, int64_t queries, int64_t 
 
 // A row as it is multiplied.
 template <typename Stored>
-INLINE void put_row(Numbers, const Stored* from, int64_t width, float* to) {
+INLINE void put_row(PlainKeys, const Stored* from, int64_t width, float* to) {
     widen(from, to, width);
 }
 template <typename Stored>
-INLINE void put_values(Numbers, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, float* to) {
+INLINE void put_values(PlainKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, float* to) {
     for (int64_t key = 0; key < keys; ++key, to += columns) {
         widen(from + key * pitch, to, width);
         std::fill(to + width, to + columns, 0.0f);
     }
 }
-INLINE const float* put_scores(Numbers, const float* scores, int64_t) { return scores; }
+INLINE const float* put_scores(PlainKeys, const float* scores, int64_t) { return scores; }
 
 #ifdef HAS_DOTS
 INLINE void round_to(const Bfloat* from, uint16_t* to, int64_t count) { std::memcpy(to, from, count * sizeof *to); }
@@ -224,12 +224,12 @@ INLINE void round_to(const Rounded* from, uint16_t* to, int64_t count) {
     }
 }
 template <typename Stored>
-INLINE void put_row(Pairs, const Stored* from, int64_t width, int32_t* to) {
+INLINE void put_row(PairedKeys, const Stored* from, int64_t width, int32_t* to) {
     to[width / 2] = 0;  // of an odd width the last has no partner
     round_to(from, reinterpret_cast<uint16_t*>(to), width);
 }
 template <typename Stored>
-INLINE void put_values(Pairs, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, int32_t* to) {
+INLINE void put_values(PairedKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, int32_t* to) {
     uint16_t* one = reinterpret_cast<uint16_t*>(row_scratch(columns));
     uint16_t* other = one + columns;
     for (int64_t key = 0; key < keys; key += 2, to += columns) {
@@ -240,7 +240,7 @@ INLINE void put_values(Pairs, const Stored* from, int64_t pitch, int64_t keys, i
     }
 }
 // In the place of the scores, in half of it.
-INLINE const int32_t* put_scores(Pairs, float* scores, int64_t count) {
+INLINE const int32_t* put_scores(PairedKeys, float* scores, int64_t count) {
     int32_t* pairs = reinterpret_cast<int32_t*>(scores);
     for (int64_t i = 0; i < count; i += kLanes) store_paired(pairs + i / 2, load(scores + i));
     return pairs;
@@ -306,11 +306,11 @@ template <typename Stored>
 INSTRUCTIONS void attend(const Attention<Stored>& all_of, int64_t pair) {
 #ifdef HAS_DOTS
     if constexpr (!std::is_same_v<Stored, float>) {
-        attend_with<Pairs>(all_of, pair);
+        attend_with<PairedKeys>(all_of, pair);
         return;
     }
 #endif
-    attend_with<Numbers>(all_of, pair);
+    attend_with<PlainKeys>(all_of, pair);
 }
 
 INLINE float number(float value) { return value; }

@@ -10,7 +10,7 @@ constexpr int64_t kRows = VECTOR_BYTES == 64 ? 12 : VECTOR_BYTES == 32 ? 6 : 2; 
 constexpr int64_t kColumns = kVectors * kLanes;
 
 // Rows of numbers, or of pairs, and how the columns from `column` on are read for them.
-struct Numbers {
+struct PlainRows {
     const float* x;
     int64_t pitch, steps;
 
@@ -18,7 +18,7 @@ struct Numbers {
     INLINE void add(Vector& sum, int64_t row, int64_t step, const Vector& columns) const { sum += x[row * pitch + step] * columns; }
 };
 
-struct Pairs {
+struct PairedRows {
     const Paired* x;
     int64_t pitch, steps;
 
@@ -83,7 +83,7 @@ INSTRUCTIONS void multiply_with(const Product& product, const Rows& rows, int64_
 
 INSTRUCTIONS inline void multiply_all(const Product& product, const float* x, int64_t rows, const float* residual, float* out) {
     if (!product.is_paired) {
-        multiply_with(product, Numbers{x, product.inner, product.inner}, rows, residual, out);
+        multiply_with(product, PlainRows{x, product.inner, product.inner}, rows, residual, out);
         return;
     }
     const int64_t inner = product.inner, size = paired_size(inner);
@@ -92,7 +92,7 @@ INSTRUCTIONS inline void multiply_all(const Product& product, const float* x, in
         for (int64_t row = 0; row < rows; ++row) pair_up(x + row * inner, inner, pairs + row * size);
     else
         pair_up(x, rows * inner, pairs);
-    multiply_with(product, Pairs{pairs, size, (inner + 1) / 2}, rows, residual, out);
+    multiply_with(product, PairedRows{pairs, size, (inner + 1) / 2}, rows, residual, out);
 }
 
 }  // namespace WITH_INSTRUCTIONS

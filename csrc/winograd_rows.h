@@ -100,7 +100,7 @@ INLINE void from_taps(const Vector& a, const Vector& b, const Vector& c, Vector*
 }
 
 // How a number of a transformed tile is stored, where it lies, and what its products take.
-struct Numbers {
+struct PlainTiles {
     typedef float Stored;
     static constexpr int64_t kSteps = 1;  // channels that are multiplied at once
     static constexpr int64_t kAcross = kSide, kWide = kTile, kAll = kPlaces;
@@ -115,7 +115,7 @@ struct Numbers {
 };
 
 // Of two results along a row, with the points 0 and +-1.
-struct Pairs {
+struct PairedTiles {
     typedef Paired Stored;
     static constexpr int64_t kSteps = 2;
     static constexpr int64_t kAcross = kPairedAcross, kWide = kPairedWide, kAll = kSide * kAcross;
@@ -259,7 +259,7 @@ INSTRUCTIONS inline void gather(const Winograd<float>& work, float* target, int6
     for (int64_t begin = 0; begin < tiles; begin += step) {
         const int64_t count = std::min(step, tiles - begin);
         for (int64_t tile = 0; tile < count; ++tile) {
-            transform_tile<Numbers>(work, begin + tile, start, depth, left + tile * depth, left_pitch);
+            transform_tile<PlainTiles>(work, begin + tile, start, depth, left + tile * depth, left_pitch);
             spread_tile(work, begin + tile, right + tile * work.outputs, pitch);
         }
         for (int64_t place = 0; place < kPlaces; ++place)
@@ -314,11 +314,11 @@ INSTRUCTIONS void convolve(const Winograd<Cell>& work, int64_t first, int64_t la
 
 INSTRUCTIONS inline void convolve_in(const Winograd<float>& work, bool is_rounded, int64_t first, int64_t last) {
     if (is_rounded)
-        convolve<Pairs>(work, first, last);
+        convolve<PairedTiles>(work, first, last);
     else
-        convolve<Numbers>(work, first, last);
+        convolve<PlainTiles>(work, first, last);
 }
-INSTRUCTIONS inline void convolve_in(const Winograd<Bfloat>& work, bool, int64_t first, int64_t last) { convolve<Pairs>(work, first, last); }
+INSTRUCTIONS inline void convolve_in(const Winograd<Bfloat>& work, bool, int64_t first, int64_t last) { convolve<PairedTiles>(work, first, last); }
 
 template <typename Kind, typename Cell>
 INSTRUCTIONS void transform_tiles(const Winograd<Cell>& work, int64_t tile, int64_t first, int64_t last, float* left, const Shares& shares) {
@@ -342,21 +342,21 @@ INLINE void transform_taps(int64_t pitch, const Read& read, const Write& write) 
 }
 
 // `count` channels of one panel to target[place * kWeightPitch + channel * 16].
-INSTRUCTIONS inline void transform_panel(Numbers, const float* taps, int64_t pitch, int64_t count, float* target) {
+INSTRUCTIONS inline void transform_panel(PlainTiles, const float* taps, int64_t pitch, int64_t count, float* target) {
     for (int64_t at = 0; at < count * kPanel; at += kLanes)
-        transform_taps<Numbers>(
+        transform_taps<PlainTiles>(
             pitch, [&](int64_t tap) INSTRUCTIONS { return load(taps + tap + at); },
             [&](int64_t place, const Vector& value) INSTRUCTIONS { store(target + place * kWeightPitch + at, value); });
 }
 
 // The same of pairs of channels.
-INSTRUCTIONS inline void transform_panel(Pairs, const float* taps, int64_t pitch, int64_t count, float* target) {
+INSTRUCTIONS inline void transform_panel(PairedTiles, const float* taps, int64_t pitch, int64_t count, float* target) {
     for (int64_t at = 0; at < count / 2 * kPanel; at += kLanes) {
         Vector first[kPlaces];
         const auto both = [&](int64_t tap) INSTRUCTIONS { return unpaired(reinterpret_cast<const int32_t*>(taps) + tap + at); };
-        transform_taps<Pairs>(
+        transform_taps<PairedTiles>(
             pitch, [&](int64_t tap) INSTRUCTIONS { return both(tap).first; }, [&](int64_t place, const Vector& value) INSTRUCTIONS { first[place] = value; });
-        transform_taps<Pairs>(
+        transform_taps<PairedTiles>(
             pitch, [&](int64_t tap) INSTRUCTIONS { return both(tap).second; },
             [&](int64_t place, const Vector& value) INSTRUCTIONS {
                 store_both(reinterpret_cast<int32_t*>(target) + place * kWeightPitch + at, first[place], value);
@@ -391,18 +391,18 @@ INSTRUCTIONS void convolve_panels(const Winograd<Cell>& work, int64_t tile, int6
 
 // The two halves of a call from taps, in the form of its images.
 INSTRUCTIONS inline void transform_part(const Winograd<float>& work, int64_t tile, int64_t first, int64_t last, float* left, const Shares& shares) {
-    transform_tiles<Numbers>(work, tile, first, last, left, shares);
+    transform_tiles<PlainTiles>(work, tile, first, last, left, shares);
 }
 INSTRUCTIONS inline void transform_part(const Winograd<Bfloat>& work, int64_t tile, int64_t first, int64_t last, float* left, const Shares& shares) {
-    transform_tiles<Pairs>(work, tile, first, last, left, shares);
+    transform_tiles<PairedTiles>(work, tile, first, last, left, shares);
 }
 INSTRUCTIONS inline void convolve_part(const Winograd<float>& work, int64_t tile, int64_t count, const float* left, const Shares& shares, int64_t first,
                                        int64_t last, float* weight) {
-    convolve_panels<Numbers>(work, tile, count, left, shares, first, last, weight);
+    convolve_panels<PlainTiles>(work, tile, count, left, shares, first, last, weight);
 }
 INSTRUCTIONS inline void convolve_part(const Winograd<Bfloat>& work, int64_t tile, int64_t count, const float* left, const Shares& shares, int64_t first,
                                        int64_t last, float* weight) {
-    convolve_panels<Pairs>(work, tile, count, left, shares, first, last, weight);
+    convolve_panels<PairedTiles>(work, tile, count, left, shares, first, last, weight);
 }
 
 }  // namespace WITH_INSTRUCTIONS

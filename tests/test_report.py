@@ -171,6 +171,14 @@ def test_charts_are_well_formed_and_follow_the_scheme(name, document):
             assert 0 <= float(shape.get(axis, 0)) <= most
 
 
+def test_every_method_has_a_line_in_the_chart_of_batches(document):
+    """However many they are."""
+    rows = document["parts"]["batches"]["rows"]
+    rows += [{**row, "peer": f"method {k}"} for k in range(9) for row in rows if row["peer"] == "ours"]
+    drawn = charts.batches(document)
+    assert all(f">method {k}<" in drawn for k in range(9)) and "s7" in drawn
+
+
 def test_words_at_the_end_of_lines_do_not_meet():
     assert charts.apart({"a": 50.0, "b": 48.0, "c": 100.0}, 17) == {"b": 48.0, "a": 65.0, "c": 100.0}
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from typing import Any
 
 from bench.report.results import rows_of
@@ -14,13 +15,13 @@ STYLE = """
 svg{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}
 .card{fill:#fff;stroke:#d1d9e0}.ink{fill:#1f2328}.dim{fill:#59636e}.head{fill:#1f2328;font-weight:600;font-size:15px}
 .grid{stroke:#e2e7ec}.axis{stroke:#818b98}.ghost{fill:#dfe4ea}.bad{fill:#cf222e}
-.c0{fill:#0969da}.c1{fill:#9aa4af}.c2{fill:#bc4c00}.c3{fill:#1a7f37}.c4{fill:#8250df}.c5{fill:#bf8700}.c6{fill:#57606a}
-.s0{stroke:#0969da}.s1{stroke:#818b98}.s2{stroke:#bc4c00}.s3{stroke:#1a7f37}.s4{stroke:#8250df}.s5{stroke:#bf8700}.s6{stroke:#57606a}
+.c0{fill:#0969da}.c1{fill:#9aa4af}.c2{fill:#bc4c00}.c3{fill:#1a7f37}.c4{fill:#8250df}.c5{fill:#bf8700}.c6{fill:#57606a}.c7{fill:#bf3989}
+.s0{stroke:#0969da}.s1{stroke:#818b98}.s2{stroke:#bc4c00}.s3{stroke:#1a7f37}.s4{stroke:#8250df}.s5{stroke:#bf8700}.s6{stroke:#57606a}.s7{stroke:#bf3989}
 @media (prefers-color-scheme:dark){
 .card{fill:#0d1117;stroke:#3d444d}.ink{fill:#f0f6fc}.dim{fill:#9aa4b0}.head{fill:#f0f6fc}
 .grid{stroke:#262c36}.axis{stroke:#767e89}.ghost{fill:#2a313c}.bad{fill:#f85149}
-.c0{fill:#4493f8}.c1{fill:#6e7681}.c2{fill:#f0883e}.c3{fill:#3fb950}.c4{fill:#ab7df8}.c5{fill:#d29922}.c6{fill:#848d97}
-.s0{stroke:#4493f8}.s1{stroke:#8b949e}.s2{stroke:#f0883e}.s3{stroke:#3fb950}.s4{stroke:#ab7df8}.s5{stroke:#d29922}.s6{stroke:#848d97}}
+.c0{fill:#4493f8}.c1{fill:#6e7681}.c2{fill:#f0883e}.c3{fill:#3fb950}.c4{fill:#ab7df8}.c5{fill:#d29922}.c6{fill:#848d97}.c7{fill:#db61a2}
+.s0{stroke:#4493f8}.s1{stroke:#8b949e}.s2{stroke:#f0883e}.s3{stroke:#3fb950}.s4{stroke:#ab7df8}.s5{stroke:#d29922}.s6{stroke:#848d97}.s7{stroke:#db61a2}}
 """.strip()
 
 
@@ -152,9 +153,9 @@ def batches(document: dict[str, Any]) -> str:
     drawing = Drawing("One UNet call by batch size", where(document))
     axes = Axes(drawing, (min(sizes) / 1.15, max(sizes) * 1.15), (min(rates) / 1.3, max(rates) * 1.3))
     axes.frame(sizes, ticks(*axes.ys), "images in a call", "images a second through one call")
-    kinds, names, ends = [2, 3, 4, 5, 6], list(dict.fromkeys(row["peer"] for row in rows)), {}
+    kinds, names, ends = cycle(range(2, 8)), list(dict.fromkeys(row["peer"] for row in rows)), {}
     for name in names:
-        kind = 0 if name == "ours" else kinds.pop(0)
+        kind = 0 if name == "ours" else next(kinds)
         points = [axes.at(row["batch"], 1 / row["call_s"]) for row in rows if row["peer"] == name]
         drawing.line(points, f"s{kind}", 2)
         for x, y in points:
