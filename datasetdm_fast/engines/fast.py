@@ -105,9 +105,10 @@ class FastEngine:
     them, they are not held twice.
 
     Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
-    on them. The UNet and the autoencoder are stored as `dtype`, on a GPU the decoders as fp16 where it is narrow; norms
-    and softmax add up in fp32 inside their operations. On a GPU fp32 is exact; in any other precision convolutions of
-    fp32 round their factors to TF32.
+    on them. The UNet and the autoencoder are stored as `dtype`, but a small UNet on a CPU as fp32, where its products
+    alone are in bf16; on a GPU the decoders are stored as fp16 where `dtype` is narrow. Norms and softmax add up in
+    fp32 inside their operations. On a GPU fp32 is exact; in any other precision convolutions of fp32 round their
+    factors to TF32.
     """
 
     name = "fast"
