@@ -101,7 +101,7 @@ void Convolution::on(const Part& part, const float* x, const float* bias, const 
     const Timed timed(Work::convolution);
     if (is_minimal(part)) {
         winograd_cpu(place(x), transformed, place(bias), place(residual), place(out), part.count, part.height, part.width, channels, product.outputs, false,
-                     product.is_paired ? kRounded : kFp32, part.threads, part.vector_bytes);
+                     product.storage(), part.threads, part.vector_bytes);
         return;
     }
     Product with_bias = product;
@@ -136,7 +136,7 @@ void Upsample::on(const Part& part, const float* x, float* out) const {
     const Part doubled{part.of, part.count, 2 * part.height, 2 * part.width, part.threads, part.vector_bytes};
     if (convolution.is_minimal(doubled)) {
         winograd_cpu(place(x), convolution.transformed, place(convolution.product.bias), 0, place(out), part.count, doubled.height, doubled.width, channels,
-                     convolution.product.outputs, true, convolution.product.is_paired ? kRounded : kFp32, part.threads, part.vector_bytes);
+                     convolution.product.outputs, true, convolution.product.storage(), part.threads, part.vector_bytes);
         return;
     }
     float* wide = scratch(doubled.rows() * channels);
@@ -217,7 +217,7 @@ void Transformer::before(const Part& part, const float* x, float* hidden, float*
     normalise_rows(norm1, hidden, normed, rows, threads, vector_bytes);
     multiply_shared(self_qkv.product, normed, rows, nullptr, packed, threads, vector_bytes);
     const std::vector<int64_t> strides{cells * 3 * width, head, 3 * width};
-    attention_cpu(entry.product.is_paired ? kRounded : kFp32, place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
+    attention_cpu(entry.product.storage(), place(packed), strides, place(packed + width), strides, place(packed + 2 * width), strides, place(attended),
                   {cells * width, head, width}, part.count, heads, cells, cells, head, 1 / std::sqrt(static_cast<double>(head)), threads, vector_bytes);
     multiply_shared(self_out.product, attended, rows, hidden, hidden, threads, vector_bytes);
     normalise_rows(norm2, hidden, normed, rows, threads, vector_bytes);

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace datasetdm {
+#include "bfloat.h"
 
-constexpr int64_t kFp32 = 0, kBf16 = 1, kRounded = 2;
+namespace datasetdm {
 
 struct Strides {  // of [images, heads, rows, width]
     int64_t image, head, row;

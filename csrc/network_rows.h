@@ -242,7 +242,7 @@ INLINE void put_values(PairedKeys, const Stored* from, int64_t pitch, int64_t ke
 // In the place of the scores, in half of it.
 INLINE const int32_t* put_scores(PairedKeys, float* scores, int64_t count) {
     int32_t* pairs = reinterpret_cast<int32_t*>(scores);
-    for (int64_t i = 0; i < count; i += kLanes) store_paired(pairs + i / 2, load(scores + i));
+    pair_up(scores, count, pairs);
     return pairs;
 }
 #endif

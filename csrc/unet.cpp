@@ -195,7 +195,7 @@ private:
         stage(x, cells, [=, &block](int64_t first, const Part& part) {
             const std::vector<int64_t> rows{cells * inner, head, inner}, columns{tokens * inner, tokens * head, head};
             const int64_t start = first * tokens * inner;
-            attention_cpu(block.entry.product.is_paired ? kRounded : kFp32, place(query.of(first)), rows, place(keys + start), columns, place(values + start), columns, place(attended.of(first)), rows,
+            attention_cpu(block.entry.product.storage(), place(query.of(first)), rows, place(keys + start), columns, place(values + start), columns, place(attended.of(first)), rows,
                           part.count, heads, cells, tokens, head, 1 / std::sqrt(static_cast<double>(head)), part.threads, part.vector_bytes);
             block.after(part, x.of(first), hidden.of(first), attended.of(first), y.of(first));
         });

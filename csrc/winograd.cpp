@@ -11,7 +11,6 @@
 #include "bfloat.h"
 #include "check.h"
 #include "depth_head.h"
-#include "network_ops.h"
 #include "sharing.h"
 #include "timing.h"
 

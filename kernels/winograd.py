@@ -100,10 +100,8 @@ def convolve(
     batch, channels, height, width = x.shape
     if is_doubled:
         height, width = 2 * height, 2 * width
-    out, bias = (
-        torch.empty((batch, len(bias), height, width), memory_format=torch.channels_last, dtype=x.dtype),
-        bias.float(),
-    )
+    out = torch.empty((batch, len(bias), height, width), memory_format=torch.channels_last, dtype=x.dtype)
+    bias = bias.float()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()

@@ -211,11 +211,8 @@ class FastEngine:
 
     def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
         """One of NETWORKS or the image encoder, from the weights of the model."""
-        module, dtype = (
-            {**NETWORKS, **AT_NEED}[name](self, sources),
-            self.unet_dtype if name in NETWORKS else self.dtype,
-        )
-        is_wide = name in ("text_encoder", "times")
+        module, is_wide = {**NETWORKS, **AT_NEED}[name](self, sources), name in ("text_encoder", "times")
+        dtype = self.unet_dtype if name in NETWORKS else self.dtype
         return placed(module, self.device, torch.float32 if is_wide else dtype)
 
     @functools.cached_property
