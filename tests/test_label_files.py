@@ -333,16 +333,28 @@ def test_a_record_of_a_person_is_held_to_its_joints(changes, said):
 # ---- distances of labels, which verify judges
 
 
-def test_instances_differ_by_what_their_masks_do_not_share():
+def test_instances_differ_by_the_scores_that_their_masks_do_not_share():
     distance = LABEL_KINDS["instance"].distance
-    whole, half = instances((0, 0, 4, 4)), instances((0, 0, 2, 4))
+    sure, doubtful = [1.0], [0.25]
+    whole, half = instances((0, 0, 4, 4), scores=sure), instances((0, 0, 2, 4), scores=sure)
     assert distance(whole, whole) == 0 and distance(half, whole) == 0.5 and distance(instances(), instances()) == 0
     assert distance(instances(), whole) == distance(whole, instances()) == 1
-    assert distance(instances((0, 0, 4, 4), classes=[1]), whole) == 1
+    assert distance(instances((0, 0, 4, 4), classes=[1], scores=sure), whole) == 1
     first, second = (0, 0, 2, 4), (2, 0, 4, 4)
     assert distance(instances(second, first), instances(first, second)) == 0  # two of one class may change places
-    assert distance(instances(first, second), instances(first, first)) == 0
-    assert distance(instances(first, first), instances(first, second)) == 0.5
+    assert distance(instances(first, first), instances(first, second)) == 0.5  # each has one partner
+    assert distance(instances(first, second), instances(first, first)) == 0.5
+    beside = instances((0, 0, 4, 4), first, scores=sure + doubtful)
+    assert distance(beside, whole) == distance(whole, beside) == pytest.approx(0.25 / 2.25)  # a doubtful one more
+    assert distance(instances(first, scores=doubtful), instances()) == 0.25
+    assert distance(instances(first, scores=doubtful), instances(first, scores=sure)) == pytest.approx(0.75 / 1.25)
+
+
+def test_a_lost_instance_fails_verify_where_it_was_sure():
+    gates = LABEL_KINDS["instance"].gates
+    whole, nothing = instances((0, 0, 4, 4), scores=[0.9]), instances()
+    lost = LABEL_KINDS["instance"].distance(nothing, whole)
+    assert all(lost > limit for pair in (gates.free_rounded, gates.rounded, gates.free_exact) for limit in pair)
 
 
 def test_people_differ_by_the_mean_distance_of_their_joints():

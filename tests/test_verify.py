@@ -268,7 +268,7 @@ def test_distances_of_labels():
 
     assert (
         LABEL_KINDS["instance"].distance(instances((1, 0)), instances((0, 1))) == 0
-        and LABEL_KINDS["instance"].distance(instances((0, 1), (0, 1)), instances((0, 1))) == 1
+        and LABEL_KINDS["instance"].distance(instances((0, 1), (0, 1)), instances((0, 1))) == 0.5
     )
     assert LABEL_KINDS["instance"].distance(instances(()), instances(())) == 0
 

@@ -53,7 +53,7 @@ def _taken(label: Instances, chosen: Sequence[int]) -> Instances:
     return Instances(label.masks[order], label.class_ids[order], label.scores[order], label.classes, ids)
 
 
-def _matches(first: Instances, second: Instances) -> dict[int, int]:
+def _matches(first: Instances, second: Instances, least: float = SAME) -> dict[int, int]:
     """Place of an instance in the first label -> place of the same thing in the second, the most alike pairs first."""
     pairs = [
         (iou(mask, other), a, b)
@@ -63,7 +63,7 @@ def _matches(first: Instances, second: Instances) -> dict[int, int]:
     ]
     found: dict[int, int] = {}
     for like, a, b in sorted(pairs, key=lambda pair: (-pair[0], pair[1:])):
-        if like >= SAME and a not in found and b not in found.values():
+        if like >= least and a not in found and b not in found.values():
             found[a] = b
     return found
 
@@ -72,9 +72,7 @@ class InstanceKind(LabelKind):
     attribute, title = "instances", "Instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
-    # In half precision the worst image may gain or lose an instance where each engine goes its own way: noise of 0.3 %
-    # a call, less than bf16 makes, takes two of four from the first image of the bench every other time.
-    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 1.0))
+    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(2e-2, 0.1), free_rounded=(5e-2, 0.4))
     table_form = {"classes": [str], "size": [int]}
     layout = ("numbers",)
     first_number = 1
@@ -195,18 +193,16 @@ class InstanceKind(LabelKind):
         yield ""
 
     def distance(self, found: Instances, truth: Instances) -> float:
-        """One minus the mean IoU, 1 where their classes differ."""
-        if sorted(found.class_ids) != sorted(truth.class_ids):
-            return 1.0
-        if not len(truth.masks):
-            return 0.0
-        # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most
-        # like its own.
-        ious = [
-            max(iou(mask, other) for other in found.masks[found.class_ids == kind])
-            for mask, kind in zip(truth.masks, truth.class_ids)
-        ]
-        return 1.0 - float(np.mean(ious))
+        """The share of the scores that the two do not have in common: a pair of one class has that of its masks' IoU.
+
+        So a sure thing that only one of them has counts much, a doubtful one little.
+        """
+        common = sum(
+            iou(found.masks[a], truth.masks[b]) * min(float(found.scores[a]), float(truth.scores[b]))
+            for a, b in _matches(found, truth, least=0.0).items()
+        )
+        total = float(found.scores.sum() + truth.scores.sum())
+        return (total - 2 * common) / max(total, 1.0)
 
     def overlap(self, found: Instances, truth: Instances) -> float:
         """Mean over the instances of `truth` of the IoU with the one of their class that is most like them."""
