@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasetdm_fast.data import Annotation, Capture, ProjectedCapture, Request
 from datasetdm_fast.engines.torch import TorchEngine
@@ -114,7 +114,8 @@ class Rounded(TorchEngine):
 
     def __init__(self, engine: TorchEngine, dtype: torch.dtype):
         model, self.dtype = engine.model, dtype
-        parts = {part: copy.deepcopy(getattr(model, part)).to(dtype) for part in ("unet", "vae")}
+        # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
+        parts = {part: nn.Module.to(copy.deepcopy(getattr(model, part)), dtype) for part in ("unet", "vae")}
         super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
