@@ -29,17 +29,25 @@ INLINE float largest_of(const Vector& value) {
     return folded(value, [](float a, float b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 127, to 1e-7; below -126 it stays at 2^-126, which no sum with 1 in it can tell from 0.
+// 2^x for x <= 127, to 1e-7, or to 8e-5 where it is rounded to bf16; below -126 it stays at 2^-126, which no sum with 1 in it can tell from 0.
+template <bool is_rounded = false>
 INLINE void power_of_two(Vector& x) {
     const Vector clamped = larger(x, all(-126.0f));
     const Vector shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the lowest bits now hold the nearest whole number
     const Vector r = clamped - (shifted - 12582912.0f);
-    Vector y = all(1.32647484e-3f);
-    y = y * r + 9.671513e-3f;
-    y = y * r + 5.55073369e-2f;
-    y = y * r + 2.40222421e-1f;
-    y = y * r + 6.93146978e-1f;
-    y = y * r + 1.0f;
+    Vector y;
+    if constexpr (is_rounded) {
+        y = 5.517167e-2f * r + 2.4261113e-1f;
+        y = y * r + 6.9326099e-1f;
+        y = y * r + 9.9992807e-1f;
+    } else {
+        y = all(1.32647484e-3f);
+        y = y * r + 9.671513e-3f;
+        y = y * r + 5.55073369e-2f;
+        y = y * r + 2.40222421e-1f;
+        y = y * r + 6.93146978e-1f;
+        y = y * r + 1.0f;
+    }
     Integers exponent, bits;
     __builtin_memcpy(&exponent, &shifted, sizeof exponent);
     __builtin_memcpy(&bits, &y, sizeof bits);
@@ -106,6 +114,8 @@ struct PlainKeys {
 
     static INLINE Vector read(const float* right) { return load(right); }
     static INLINE void add(Vector& sum, const float* left, const Vector& columns) { sum += *left * columns; }
+    static INLINE void power(Vector& x) { power_of_two(x); }
+    static INLINE void put(float* to, const Vector& values) { store(to, values); }
 };
 
 #ifdef HAS_DOTS
@@ -115,6 +125,8 @@ struct PairedKeys {
 
     static INLINE Factors read(const int32_t* right) { return factors(right); }
     static INLINE void add(Vector& sum, const int32_t* left, const Factors& columns) { add_product(sum, left, columns); }
+    static INLINE void power(Vector& x) { power_of_two<true>(x); }
+    static INLINE void put(int32_t* to, const Vector& values) { store_paired(to, values); }
 };
 #endif
 
@@ -150,8 +162,10 @@ INSTRUCTIONS void multiply(const Left* left, int64_t left_pitch, int64_t steps, 
 }
 
 // The scores of some keys as powers of two of what `scale` makes of them, relative to each row's `highest` so far, and their sums, a vector a row;
-// `share` becomes what all before them now counts for. Each stage is done for all rows before the next: their folds then overlap.
-INSTRUCTIONS inline void softmax(float* scores, int64_t keys, int64_t columns, float scale, float* highest, float* total, float* share) {
+// `share` becomes what all before them now counts for. Each stage is done for all rows before the next: their folds then overlap. The powers lie as
+// they are multiplied, from where the scores were on: never ahead of those that are still to be read.
+template <typename Kind>
+INSTRUCTIONS const typename Kind::Left* softmax(float* scores, int64_t keys, int64_t columns, float scale, float* highest, float* total, float* share) {
     Vector most[kQueries];
     for (int64_t row = 0; row < kQueries; ++row) {
         float* score = scores + row * columns;
@@ -166,17 +180,19 @@ INSTRUCTIONS inline void softmax(float* scores, int64_t keys, int64_t columns, f
         power_of_two(power);
         share[row] = power[0];
     }
+    auto* powers = reinterpret_cast<typename Kind::Left*>(scores);
     for (int64_t row = 0; row < kQueries; ++row) {
-        float* score = scores + row * columns;
+        const int64_t start = row * columns;
         Vector sum = load(total + row * kLanes) * share[row];
-        for (int64_t key = 0; key < columns; key += kLanes) {
-            Vector power = load(score + key) * scale - highest[row];
-            power_of_two(power);
+        for (int64_t key = start; key < start + columns; key += kLanes) {
+            Vector power = load(scores + key) * scale - highest[row];
+            Kind::power(power);
             sum += power;
-            store(score + key, power);
+            Kind::put(powers + key / Kind::kSteps, power);
         }
         store(total + row * kLanes, sum);
     }
+    return powers;
 }
 
 // Below it the sigmoid of a logit rounds to less than one half.
@@ -206,7 +222,6 @@ INLINE void put_values(PlainKeys, const Stored* from, int64_t pitch, int64_t key
         std::fill(to + width, to + columns, 0.0f);
     }
 }
-INLINE const float* put_scores(PlainKeys, const float* scores, int64_t) { return scores; }
 
 #ifdef HAS_DOTS
 INLINE void round_to(const Bfloat* from, uint16_t* to, int64_t count) { std::memcpy(to, from, count * sizeof *to); }
@@ -238,12 +253,6 @@ INLINE void put_values(PairedKeys, const Stored* from, int64_t pitch, int64_t ke
         if (key + 1 < keys) round_to(from + (key + 1) * pitch, other, width);
         for (int64_t i = 0; i < columns; ++i) to[i] = static_cast<int32_t>(one[i] | static_cast<uint32_t>(other[i]) << 16);
     }
-}
-// In the place of the scores, in half of it.
-INLINE const int32_t* put_scores(PairedKeys, float* scores, int64_t count) {
-    int32_t* pairs = reinterpret_cast<int32_t*>(scores);
-    pair_up(scores, count, pairs);
-    return pairs;
 }
 #endif
 
@@ -287,8 +296,8 @@ INSTRUCTIONS void attend_with(const Attention<Stored>& all_of, int64_t pair) {
                     const float* logits = all_of.logits + query + std::min(row + own, count - 1);
                     if (sees_any(logits, all_of.queries, keys)) leave_out(logits + key * all_of.queries, all_of.queries, here, scores + own * columns);
                 }
-                softmax(scores, here, columns, scale, highest + row, total + row * kLanes, share);
-                multiply<Kind>(put_scores(Kind(), scores, kQueries * columns), columns / kSteps, (here + kSteps - 1) / kSteps,
+                const Left* powers = softmax<Kind>(scores, here, columns, scale, highest + row, total + row * kLanes, share);
+                multiply<Kind>(powers, columns / kSteps, (here + kSteps - 1) / kSteps,
                                values + key / kSteps * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns, value_columns,
                                value_columns);
             }
