@@ -290,13 +290,15 @@ def test_slices_at_once_share_one_packed_weight():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("side", [1, 3, 16])
 @torch.inference_mode()
-def test_a_packed_upsample_says_what_the_plain_one_says(side):
+def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, limit):
     plain = Upsample(weights(32, 32))
-    (ours,) = packed(torch.nn.Sequential(plain))
-    x = image(2, 32, side, side)
-    assert isinstance(ours, PackedUpsample) and distance(ours(x), plain(x).double()) <= 2e-6
+    truth = plain(image(2, 32, side, side).to(dtype).float())
+    (ours,) = packed(torch.nn.Sequential(plain.to(dtype)))
+    found = ours(image(2, 32, side, side).to(dtype))
+    assert isinstance(ours, PackedUpsample) and found.dtype == dtype and distance(found, truth.double()) <= limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

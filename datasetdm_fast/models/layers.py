@@ -160,7 +160,7 @@ class Upsample(nn.Module):
     def __init__(self, weights: Weights):
         super().__init__()
         taps, dtype = weights["weight"], weights.computed_as  # of the 3x3 convolution
-        self.taps: Tensor | None = taps if dtype in (None, torch.float32) else None  # of which other forms are made
+        self.taps: Tensor | None = taps  # of which other forms are made
         self.weight = frozen(by_place(taps) if dtype is None else by_place(taps).to(dtype))
         self.bias = frozen(weights["bias"].repeat(4))
 

@@ -14,10 +14,10 @@ def shared_by_words(share: Tensor, attention: Tensor, config: DecoderConfig) -> 
     attention to their words, too.
     """
     is_named = torch.tensor([name in config.named for name in config.classes], device=share.device)
-    is_named = is_named.view(1, -1, *[1] * (share.ndim - 2))
-    own = torch.where(is_named, share, 0)
-    said = (attention.clamp(min=LEAST_MEAN).log() * POWER).masked_fill(own <= 0, -float("inf"))
-    weighed = own * (said - said.amax(1, keepdim=True)).nan_to_num(-float("inf")).exp()
-    total = own.sum(1, keepdim=True)
-    divided = weighed / weighed.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny) * total
-    return torch.where(is_named, divided, share)
+    is_named = is_named.view(1, -1, *[1] * (share.ndim - 2)).to(share.dtype)
+    own = share * is_named
+    # in place, as these are the largest tensors of a label; relative to the largest, whose power would be 0 on its own
+    said = attention.clamp(min=LEAST_MEAN).mul_(own > 0)
+    weighed = said.div_(said.amax(1, keepdim=True).clamp(min=LEAST_MEAN)).pow_(POWER).mul_(own)
+    weighed *= own.sum(1, keepdim=True) / weighed.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    return torch.addcmul(weighed, share, 1 - is_named)

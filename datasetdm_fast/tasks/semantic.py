@@ -37,7 +37,7 @@ def without_small(found: Tensor, min_area: float) -> Tensor:
     """The evidence with every class but class 0 zeroed whose values above one half sum to less than `min_area`."""
     is_small = (found * (found > SURE)).sum((2, 3)) < min_area
     is_small[:, 0] = False
-    return found.masked_fill(is_small[..., None, None], 0)
+    return found * ~is_small[..., None, None]
 
 
 def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
