@@ -10,7 +10,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 
 PROG = "python -m bench sd14"
-NAMES = ("diffusers-1", "ort-1", "openvino-1", "openvino-bf16", "ours-bf16")  # each in turn with ours
+NAMES = ("diffusers-1", "ort-1", "openvino-1", "ours-bf16", "openvino-bf16")  # each in turn with ours
 STEPS = 3  # a call takes two cores five to thirteen seconds
 
 

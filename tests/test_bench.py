@@ -26,7 +26,7 @@ from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
 from bench.report import report, results
-from bench.rows import alone, layers, race, scale
+from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
@@ -421,6 +421,18 @@ def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
     assert theirs["call_s"]["rounds"] == [0.6] * race.LEAST_ROUNDS and theirs["call_over"]["median"] == 1.2
     assert theirs["peak_mib"] == 3072 and theirs["attention"]["others"] == 0.02 and theirs["first_s"] == 6
     assert ours["ours_over"]["median"] == ours["call_over"]["median"] == 1 and ours["tflops"] == 0.5
+
+
+def test_a_peer_in_bf16_is_compared_with_ours_in_bf16():
+    each = {"ours": [2.0] * 5, "ours-bf16": [1.0] * 5, "openvino-bf16": [1.5] * 5, "openvino": [3.0] * 5}
+    rows = [{"peer": name, "dtype": "bf16" if "bf16" in name else "fp32"} for name in each]
+    setting, limits = SimpleNamespace(flops=10**12), {"tflops": {}}
+    race.add_times(rows, each, setting, limits)
+    said = "1.5× (1.5–1.5) in bf16", "1.5× (1.5–1.5)"
+    assert [peers.our_speedup(row) for row in rows] == ["", "2× as fast as in fp32", *said]
+    alone_rows = [row for row in rows if row["peer"] in ("ours", "openvino-bf16")]
+    race.add_times(alone_rows, {"ours": each["ours"], "openvino-bf16": each["openvino-bf16"]}, setting, limits)
+    assert alone_rows[1]["ours_over"]["median"] == 0.75
 
 
 @pytest.mark.parametrize(("name", "status"), [("openvino-1", "absent"), ("ours", "failed")])

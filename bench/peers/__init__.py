@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bench.peers import compiled, diffusers, engine, upstream, upstream_classes
@@ -41,6 +41,7 @@ class Offer(NamedTuple):
     batch: int = 0  # 0 = the one that proves best
     like: str = ""  # the peer whose best batch it takes: to try several would mean to compile for each
     draws: bool = False  # whether its images without labels are timed as well
+    beside: str = "ours"  # the one of ours that it is compared with
     must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
     not_on_cpu: str = ""  # why a CPU does not run it
     not_on_gpu: str = ""  # why a GPU does not
@@ -64,9 +65,15 @@ PEERS = {
     "ort": Offer("ONNX Runtime", engine.named("ort")),
     "openvino-1": Offer("OpenVINO, one image at a time", engine.named("openvino"), batch=1, not_on_gpu=CPU_ONLY),
     "openvino": Offer("OpenVINO", engine.named("openvino"), draws=True, not_on_gpu=CPU_ONLY),
-    "openvino-bf16": Offer("OpenVINO, bf16", engine.named("openvino", "bf16"), not_on_gpu=CPU_ONLY),
+    "openvino-bf16": Offer("OpenVINO, bf16", engine.named("openvino", "bf16"), beside="ours-bf16", not_on_gpu=CPU_ONLY),
     "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", draws=True, not_on_cpu=TENSORRT),
     "ours-1": Offer("datasetdm_fast, one image at a time", engine.named("fast"), batch=1, must_run=True),
     OURS: Offer("datasetdm_fast", engine.named("fast"), draws=True, must_run=True),
     "ours-bf16": Offer("datasetdm_fast, bf16", engine.named("fast", "bf16"), must_run=True),
 }
+
+
+def beside(name: str, names: Container[str]) -> str:
+    """Which of ours a peer, or a technique, is compared with where these are there."""
+    wanted = PEERS[name].beside if name in PEERS else OURS
+    return wanted if wanted in names else OURS

@@ -18,7 +18,7 @@ import torch
 from bench.machine.measure import CpuShare, mib, release, reset_peak, spread, status, watched
 from bench.machine.processes import another_process
 from bench.options import say
-from bench.peers import OURS, PEERS, Peer
+from bench.peers import PEERS, Peer, beside
 from bench.peers.samples import noise_of
 from bench.report.results import ResultFile
 from bench.report.tables import Row
@@ -86,7 +86,8 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
     images = {name: [one.image_s for one in turns[name]] for name in racing}
     add_times(list(racing.values()), images, run.setting, run.limits)
     for name, row in racing.items():
-        row |= of_turns(turns[name], turns[OURS] if OURS in racing else ())
+        own = beside(name, racing)
+        row |= of_turns(turns[name], turns[own] if own in racing else ())
     return rows
 
 

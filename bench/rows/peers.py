@@ -37,7 +37,7 @@ def rows(run: BenchRun) -> Rows:
 
 def ratios(document: dict[str, Any]) -> dict[str, float]:
     """The speed-ups that programs read, of the peers that were timed."""
-    timed = (row for row in rows_of(document, "peers") if row.get("status") == "ok" and "ours_over" in row)
+    timed = (row for row in rows_of(document, "peers") if row.get("status") == "ok" and "seconds_per_image" in row)
     found = {row["peer"]: row for row in timed}
     return {
         name: ratio(found[first], found[second])
@@ -50,17 +50,23 @@ def method(row: Row) -> str:
     return row["title"] + (f" (unsteady: {why})" if (why := unsteady(row)) else "")
 
 
-def our_speedup(row: Row) -> str:
-    """Of ours over a peer; where ours is the peer, in another precision, of that over fp32."""
-    if row["peer"] == OURS or "ours_over" not in row:
+def speedup(row: Row, times: str) -> str:
+    """How many times as fast ours is as a peer, by the times of that name; of ours in another precision, itself over
+    fp32.
+    """
+    if row["peer"] == OURS or times not in row:
         return "" if row["peer"] == OURS else span(None)
     if row["peer"].startswith(f"{OURS}-") and row["dtype"] != "fp32":
-        return f"{number(1 / row['ours_over']['median'])}× as fast as in fp32"
-    return span(row["ours_over"], unit="×")
+        return f"{number(1 / row[times]['median'])}× as fast as in fp32"
+    return span(row[times], unit="×") + (f" in {row['dtype']}" if "beside" in row else "")
+
+
+def our_speedup(row: Row) -> str:
+    return speedup(row, "ours_over")
 
 
 def our_call_speedup(row: Row) -> str:
-    return "" if row["peer"] == OURS else span(row.get("call_over"), unit="×")
+    return speedup(row, "call_over")
 
 
 COLUMNS = {"method": method, "precision": text("dtype"), "batch": text("batch")}
@@ -90,7 +96,7 @@ def one_by_one(
             MEASUREMENT,
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
-            rows=lambda run: raced(run, tuple(dict.fromkeys((name, OURS)))),
+            rows=lambda run: raced(run, tuple(dict.fromkeys((name, PEERS[name].beside)))),
             least_seconds=240 if "compiled" in name else 60,
         )
 

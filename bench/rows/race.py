@@ -24,7 +24,7 @@ from bench.machine.measure import (
     wait,
     watched,
 )
-from bench.peers import OURS, PEERS, Offer, Peer
+from bench.peers import OURS, PEERS, Offer, Peer, beside
 from bench.report.tables import Row
 from bench.rows import parity
 from bench.rows.measurement import BenchRun, Rows
@@ -174,7 +174,7 @@ def write(samples: Iterable[Sample], tables: Mapping[str, Table], folder: Path) 
 
 def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting, limits: dict[str, Any]) -> None:
     """Rates and ratios into the rows, from the seconds that `each` peer took for an image in every round; `ours_over`
-    is how many times as many images ours makes, pair by pair.
+    is how many times as many images ours makes, pair by pair, and `beside` says which of ours, unless it is in fp32.
     """
     for row in rows:
         taken = each[row["peer"]]
@@ -184,11 +184,12 @@ def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting,
         row["tflops"] = float(f"{rate * setting.flops / 1e12:.4g}")
         limit = limits["tflops"].get(row["dtype"])
         row["share_of_products"] = round(row["tflops"] / limit, 4) if limit else None
-        if OURS in each:
-            row["ours_over"] = spread([theirs / own for theirs, own in zip(taken, each[OURS])])
+        if (own := beside(row["peer"], each)) in each:
+            row["ours_over"] = spread([theirs / ours for theirs, ours in zip(taken, each[own])])
+            row |= {"beside": own} if own != OURS else {}
 
 
 def ratio(first: Row, second: Row) -> float:
     """How many times as many images the first makes as the second: the median over pairs of neighbours in time."""
-    rounds = zip(first["ours_over"]["rounds"], second["ours_over"]["rounds"])
+    rounds = zip(first["seconds_per_image"]["rounds"], second["seconds_per_image"]["rounds"])
     return round(statistics.median(theirs / own for own, theirs in rounds), 3)
