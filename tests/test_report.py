@@ -1,6 +1,7 @@
 """Tables and charts: drawn from a result file, and those of this checkout are the newest file's."""
 
 import copy
+import json
 import re
 import xml.etree.ElementTree as ET
 
@@ -264,8 +265,15 @@ def test_unsteady_rows_stay_off_the_front_page(document):
 def test_results_of_another_model_have_a_table_of_their_own(document):
     assert results.cpu_suite("demo") == "cpu" and report.FULL_SIZE == "cpu-random-sd14"
     assert "Not measured yet" in report.full_size({"cpu": document}, "charts")
-    shown = report.full_size({report.FULL_SIZE: document}, "charts")
-    assert "| method | precision | s/image |" in shown and "title of ours" in shown
+    shown = report.full_size({f"{report.FULL_SIZE} 0": document, f"{report.FULL_SIZE} 1": document}, "charts")
+    assert shown.count("| method | precision | s/image |") == 2 and "title of ours" in shown
+
+
+def test_of_each_machine_the_newest_result_is_shown(document, tmp_path):
+    for day, device in ((1, "one"), (2, "other"), (3, "one")):
+        own = document | {"date": f"2026-01-0{day}", "machine": document["machine"] | {"device": device}}
+        (tmp_path / f"{day}.json").write_text(json.dumps(own), encoding="utf-8")
+    assert [path.stem for path in results.newest_of_each_machine("cpu", tmp_path)] == ["3", "2"]
 
 
 def test_our_own_second_precision_does_not_read_as_a_loss():

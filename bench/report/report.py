@@ -15,7 +15,17 @@ from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
-from bench.report.results import FEWER, STUDENTS, SUITES, cpu_suite, measured, newest, read, rows_of
+from bench.report.results import (
+    FEWER,
+    STUDENTS,
+    SUITES,
+    cpu_suite,
+    measured,
+    newest,
+    newest_of_each_machine,
+    read,
+    rows_of,
+)
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
@@ -83,7 +93,8 @@ def main(arguments: Sequence[str]) -> int:
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, *STUDENTS) if (path := newest(suite, folder))}
+    found = {suite: read(path) for suite in (*SUITES, *STUDENTS) if (path := newest(suite, folder))}
+    found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
     if before := measured("claims", folder)[:-1]:
         found["claims before"] = read(before[-1])
     if not any(suite in found for suite in SUITES):
@@ -274,13 +285,13 @@ def forms_table() -> Cells:
 
 
 def full_size(found: Documents, charts: str) -> str:
-    """The peers at the size of Stable Diffusion 1.4 on a CPU, one image at a time."""
-    if FULL_SIZE not in found:
-        return "Not measured yet: `python -m bench sd14`."
-    document = found[FULL_SIZE]
-    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-    table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in FULL_SIZE_COLUMNS})
-    return f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}"
+    """The peers at the size of Stable Diffusion 1.4 on each CPU that was measured, one image at a time."""
+    tables = []
+    for document in (found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")):
+        rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
+        table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in FULL_SIZE_COLUMNS})
+        tables.append(f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}")
+    return "\n\n".join(tables) or "Not measured yet: `python -m bench sd14`."
 
 
 def tuned_front(found: Documents, charts: str) -> str:

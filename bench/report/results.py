@@ -154,6 +154,14 @@ def newest(suite: str, folder: Path = FOLDER) -> Path | None:
     return (measured(suite, folder) or [None])[-1]
 
 
+def newest_of_each_machine(suite: str, folder: Path = FOLDER) -> list[Path]:
+    """The same for every processor or GPU, the newest first."""
+    found: dict[str, Path] = {}
+    for path in reversed(measured(suite, folder)):
+        found.setdefault(read(path)["machine"]["device"], path)
+    return list(found.values())
+
+
 def measured(suite: str, folder: Path = FOLDER) -> list[Path]:
     """The files of a suite in the order of their dates: those whose peers were measured, as a run of single parts is
     none for the pages.
