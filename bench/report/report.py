@@ -286,10 +286,9 @@ def forms_table() -> Cells:
 
 def full_size(found: Documents, charts: str) -> str:
     """The peers at the size of Stable Diffusion 1.4 on each CPU that was measured, one image at a time."""
-    tables = []
+    table, tables = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in FULL_SIZE_COLUMNS}), []
     for document in (found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")):
         rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-        table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in FULL_SIZE_COLUMNS})
         tables.append(f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}")
     return "\n\n".join(tables) or "Not measured yet: `python -m bench sd14`."
 

@@ -104,8 +104,7 @@ class PackedUpsample(nn.Module):
 
     def __init__(self, upsample: Upsample):
         super().__init__()
-        taps = upsample.taps.to(upsample.weight.dtype)
-        self.bias, is_small = upsample.bias, is_held(taps)
+        self.bias, is_small, taps = upsample.bias, is_held(upsample.taps), upsample.taps
         self.weight = upsample.weight if is_small else None
         self._minimal = winograd.transformed(taps) if is_small else winograd.in_panels(taps)
 
@@ -171,7 +170,8 @@ def packed(module: nn.Module) -> nn.Module:
         if isinstance(child, Resnet) and child.norm2.op is group_norm_silu.native:
             child.norm2 = SpendingNorm(child.norm2)
         if isinstance(child, Upsample):
-            if winograd.takes(child.taps.to(child.weight.dtype)):
+            child.taps = child.taps.to(child.weight.dtype)  # no parameter, so the module's own `to` left it
+            if winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
