@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +61,13 @@ def main(arguments: Sequence[str]) -> int:
                     if crossed[task] is None:
                         results[task] = None
                         break
-                if results[task] is not None:
+                is_done = results[task] is not None
+                if is_done and ranks.said(ranks.is_first and task_run.shows_folds(folders[task], crossed[task])):
                     continue
                 training = session.training(folders[task], plans[task], interruption.is_stopping, line, crossed[task])
-                if training is not None:
+                if training is not None and is_done:
+                    task_run.show_folds(training, results[task], ranks)
+                elif training is not None:
                     with StepProgress(task, plans[task].schedule.steps, is_quiet) as progress:
                         results[task] = task_run.run(training, ranks, progress.on_step, interruption.is_stopping)
                 if results[task] is None:
@@ -83,38 +86,44 @@ def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int]
     return lambda number, steps: StepProgress(f"{task}, fold {number} of {count},", steps, is_quiet)
 
 
-def _figures(held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
-    """Each figure with its interval."""
-    return "  ".join(
+def _figures(images: str, held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
+    """Each figure on so many images, with its interval."""
+    told = "  ".join(
         f"{name} {value:.4f}" + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
         for name, value in held_out.items()
         if isinstance(value, float)
     )
+    return f"on {images}{' (95 % intervals)' if bounds else ''}: {told}"
 
 
 def _end(config: TrainConfig, results: dict[str, Any], crossed: dict[str, Any]) -> None:
-    from datasetdm_fast.training.held_out import cautions
-
     told = {
         task: result if result is None or crossed[task] is None else {**result, "folds": crossed[task]}
         for task, result in results.items()
     }
     print(json.dumps({"path": config.out, "tasks": told}) if config.json else config.out, flush=True)
     for task, result in () if config.quiet else results.items():
-        if result is None:
-            continue
-        judged, folds = "", crossed[task]
-        figures = _figures(result["held_out"], result.get("held_out_intervals", {}))
-        if figures:
-            count, place = result["held_out_images"], f"{config.out}/{task}/training/page.html"
-            notes = cautions(count, result.get("step_chosen_on_held_out", False), bool(folds))
-            images = counted(count, "held-out image")
-            judged = f" on {images}: {figures}{''.join(f'; {one}' for one in notes)}; look at {place}"
-        ended = ", stopped early" if result.get("stopped_early") else ""
-        print(f"{task}: {counted(result['steps'], 'step')}{ended}{judged}", file=sys.stderr)
-        if folds:
-            figures = _figures(folds["held_out"], folds["held_out_intervals"])
-            print(f"{task}: {folds['folds']}-fold on {counted(folds['images'], 'image')}: {figures}", file=sys.stderr)
+        for line in () if result is None else _lines(config, task, result, crossed[task]):
+            print(line, file=sys.stderr)
+
+
+def _lines(config: TrainConfig, task: str, result: dict[str, Any], folds: dict[str, Any] | None) -> Iterator[str]:
+    """What a training came to, the figures to rely on first."""
+    from datasetdm_fast.training.held_out import cautions
+
+    if folds:
+        images = counted(folds["images"], "image")
+        yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
+    steps, count = counted(result["steps"], "step"), result["held_out_images"]
+    if result.get("stopped_early"):
+        steps += f", stopped early, weights of step {result['weights_of_step']}"
+    if not result["held_out"]:
+        yield f"{task}: {steps}; no image was held out to measure it"
+        return
+    bounds = result.get("held_out_intervals", {})
+    yield f"{task}: {steps}; {_figures(counted(count, 'held-out image'), result['held_out'], bounds)}"
+    yield from (f"  {note}" for note in cautions(result, bool(folds)))
+    yield f"  look at {config.out}/{task}/training/page.html"
 
 
 if __name__ == "__main__":

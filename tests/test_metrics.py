@@ -192,11 +192,8 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
         for task, meter in meters.items():
             result, bounds = meter.result(), meter.intervals(200)
             for name, value in result.items():
-                pairs = (
-                    [(value, bounds[name])]
-                    if isinstance(value, float)
-                    else [(value[key], bounds[name][key]) for key in value if key in bounds[name]]
-                )
+                values, given = ({name: value}, bounds) if isinstance(value, float) else (value, bounds[name])
+                pairs = [(values[key], given[key]) for key in values if key in given]
                 assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
         assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
         widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
@@ -320,4 +317,16 @@ def test_intervals_of_few_held_out_images_are_wide():
     assert held[4] >= 50 and held[40] >= 54  # of 60, where plain percentiles hold 44 and 56 or fewer
     meter.rows = meter.rows[:1]
     assert held_out.intervals(meter) == {}
-    assert held_out.cautions(30, has_chosen=False) == [] and len(held_out.cautions(29, has_chosen=True)) == 2
+    meter.rows = [(1.0, 0.0, 0.0, 0.0, 0.0)] * 5
+    assert "absrel" not in held_out.intervals(meter)  # five images that agree do not make a figure certain
+
+
+def test_what_to_know_of_a_figure():
+    assert held_out.cautions({"images": 30, "held_out_images": 30}) == []
+    few = {"images": 36, "held_out_images": 4, "not_shown": ["mug"], "named_by_captions": True}
+    notes = held_out.cautions(few)
+    assert len(notes) == 3 and "--folds auto" in notes[0] and "raise --held-out" not in notes[0]
+    assert notes[1] == "no held-out image shows mug: means leave it out" and "--captions none" in notes[2]
+    assert "raise --held-out to 30" in held_out.cautions({"images": 56, "held_out_images": 4})[0]
+    many = held_out.cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})
+    assert many == ["no held-out image shows a, b, c, d, e and 2 more: means leave them out"]

@@ -62,16 +62,17 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
         "images     11 to learn from in 2 looks each, 1 held out",
         "captures   features and maps kept in",
         "depth decoder, 6 steps of 4 views",
-        "the step of the weights was chosen on the same images",
+        "depth: 6 steps; on 1 held-out image: absrel",
         "1 image is too few for a figure to rely on: --folds auto measures on all of them",
     ):
         assert line in err
-    assert result["depth"]["step_chosen_on_held_out"] and not result["depth"]["held_out_intervals"]
+    assert "chosen on the same images" not in err and not result["depth"]["step_chosen_on_held_out"]
+    assert result["depth"]["weights_of_step"] == 6 and not result["depth"]["held_out_intervals"]
     assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
-    assert "chosen on the same images" in page and page.count("<svg") == 2 and 'name="viewport"' in page
+    assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
     assert "python -m datasetdm_fast.train --model tiny" in page
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -247,27 +248,18 @@ def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
     ] == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
-def test_it_ends_early_where_nothing_gets_better(run, tmp_path):
-    assert (
-        run(
-            "--data",
-            "demo:10@1000",
-            "--task",
-            "depth",
-            "--steps",
-            "20",
-            "--checks",
-            "10",
-            "--patience",
-            "2",
-            "--rate",
-            "1e-12",
-            "--quiet",
-        )
-        == 0
-    )
+@pytest.mark.parametrize("images", [60, 59])
+def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp_path, capsys, images):
+    line = ["--task", "depth", "--steps", "20", "--checks", "10", "--patience", "2", "--rate", "1e-12", "--draws", "1"]
+    assert run("--data", f"demo:{images}@1000", "--held-out", str(30 / 60 if images == 60 else 29 / 59), *line) == 0
     result = json.loads((tmp_path / "decoder" / "depth" / "training" / "result.json").read_text())
-    assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
+    err = capsys.readouterr().err
+    assert result["held_out_images"] == images - 30
+    if images == 60:
+        assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
+        assert "stopped early, weights of step" in err and "the step of the weights was chosen on the same" in err
+    else:  # 29 are too few to choose a step by: the last weights are kept
+        assert result["steps"] == result["weights_of_step"] == 20 and "stopped early" not in err
 
 
 def environment(**more):
@@ -375,11 +367,12 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     told = json.loads(out)["tasks"]["semantic"]["folds"]
     assert told == json.loads((state / "folds.json").read_text()) and told["folds"] == 3 and told["images"] == 10
     low, high = told["held_out_intervals"]["miou"]
-    assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images: miou" in err
+    assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images (95 % intervals): miou" in err
     page = (state / "page.html").read_text()
     assert "3-fold cross-validation" in page and "In no held-out image: " in page and 'class="legend"' in page
     judged.clear()
     assert run(*arguments) == 0 and not judged  # there is nothing left to do
+    assert run(*arguments[:-1], "2") == 0 and "2-fold cross-validation" in (state / "page.html").read_text()
 
 
 @pytest.mark.parametrize("folds_asked", ["1", "11", "many", "101"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,10 @@ class Meter:
         single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
         return single | ({self.each: self._named(found[self.each])} if self.each in found else {})
 
+    def not_shown(self, result: Mapping[str, Any]) -> list[str]:
+        """The classes or joints that have no figure in a result, as no image shows them."""
+        return [name for name in self.columns if name not in result.get(self.each, {})]
+
     def by_things(self) -> dict[str, dict[str, float]]:
         """The figures of `shown_by_things` over the images with 1, 2, 3 ... things, and how many images these are."""
         found = {}
@@ -85,8 +89,8 @@ class Meter:
     def intervals(
         self, number: int = 500, level: float = 0.95, seed: int = 0, each_level: Sequence[float] | None = None
     ) -> dict:
-        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none of a class that
-        one image alone shows, as its draws are all alike. Classes may have levels of their own.
+        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none where all draws
+        are alike, as for a class that one image alone shows. Classes may have levels of their own.
         """
         if self.count < 2:
             return {}
@@ -97,8 +101,8 @@ class Meter:
                 alone = np.isnan(values).mean(0) > ALONE
                 found = [_between(*one) for one in zip(values.T, levels, strict=True)]
                 bounds[name] = self._named(np.where(alone[:, None], np.nan, found))
-            else:
-                bounds[name] = np.nan_to_num(_between(values, level)).tolist()
+            elif np.ptp(values := np.nan_to_num(values)):
+                bounds[name] = _between(values, level).tolist()
         return bounds
 
     def _named(self, values: np.ndarray) -> dict[str, Any]:

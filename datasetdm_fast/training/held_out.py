@@ -2,7 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from datasetdm_fast.truth.labelled import LabelledSource
 LEAST_IMAGES = 10  # images below which none is held out
 DRAWS = 2000  # bootstrap resamples
 FOLDS = 5  # of `--folds auto`
-ENOUGH_IMAGES = 30  # held-out images below which a figure is told with a warning
+ENOUGH_IMAGES = 30  # held-out images below which no step is chosen by a figure, and it is told with a warning
+NAMED = 5  # classes that a warning lists
 
 
 def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -96,20 +98,32 @@ def expanded(level: float, images: int) -> float:
     return float(2 * stats.norm.cdf(away) - 1)
 
 
-def cautions(images: int, has_chosen: bool, has_folds: bool = False) -> list[str]:
-    """What to know of figures on so many held-out images; `has_chosen` where these chose the step of the weights,
-    `has_folds` where cross-validation has better ones.
-    """
-    found = []
-    if has_chosen:
+def are_enough(images: int) -> bool:
+    """Whether a figure on so many images can be relied on, to choose by, too."""
+    return images >= ENOUGH_IMAGES
+
+
+def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
+    """What to know of the held-out figures of a result; `has_folds` where cross-validation has better ones."""
+    found, images = [], result["held_out_images"]
+    if result.get("step_chosen_on_held_out"):
         found.append("the step of the weights was chosen on the same images, so that other images will score lower")
     few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
-    if images < ENOUGH_IMAGES and has_folds:
+    if not are_enough(images) and has_folds:
         found.append(f"{few}: see those of cross-validation")
-    elif images < ENOUGH_IMAGES:
+    elif not are_enough(images):
+        is_possible = (images + result["images"]) // 2 >= ENOUGH_IMAGES
+        more = f"raise --held-out to {ENOUGH_IMAGES} images or more, or " if is_possible else ""
         found.append(
-            f"{few}: --folds auto measures on all of them by "
-            f"cross-validation; or raise --held-out to {ENOUGH_IMAGES} images or more, or evaluate on other data"
+            f"{few}: --folds auto measures on all of them by cross-validation ({FOLDS} more trainings); or {more}"
+            "evaluate on other data"
+        )
+    if lacking := result.get("not_shown"):
+        names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+        found.append(f"no held-out image shows {names}: means leave {'it' if len(lacking) == 1 else 'them'} out")
+    if result.get("named_by_captions"):
+        found.append(
+            "only what an image's caption names was looked for; evaluate --captions none tells the figures without"
         )
     return found
 

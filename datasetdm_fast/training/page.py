@@ -58,15 +58,15 @@ def page(
     body = [
         f"<h1>{html.escape(task)} decoder</h1>",
         _table((name, str(value)) for name, value in facts.items()),
-        "<h2>On the held-out images</h2>",
+        "<h2>On the held-out images (95 % intervals)</h2>",
         _table((name, f"{value:.4g}{_between(intervals.get(name))}") for name, value in single.items()),
         *(f"<p><b>Note:</b> {html.escape(one)}.</p>" for one in cautions),
         *_of_each(meter, figures, intervals),
     ]
     if folds:
         body.append(
-            f"<h2>{folds['folds']}-fold cross-validation</h2><p>All {folds['images']} images, each judged by a decoder "
-            "whose weights and whose step come from the others.</p>"
+            f"<h2>{title_of(folds)}</h2><p>All {folds['images']} images, each judged by a decoder that has learnt from "
+            "others only.</p>"
         )
         bounds = folds["held_out_intervals"]
         given = {name: value for name, value in folds["held_out"].items() if isinstance(value, float)}
@@ -79,6 +79,11 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(task)} decoder</title><style>{STYLE}</style>{''.join(body)}</html>\n"
     ).encode()
+
+
+def title_of(folds: Mapping[str, Any]) -> str:
+    """The heading over figures of cross-validation."""
+    return f"{folds['folds']}-fold cross-validation"
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -26,7 +26,7 @@ from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import recipes, word_heads
-from datasetdm_fast.training.held_out import split
+from datasetdm_fast.training.held_out import are_enough, split
 from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
@@ -170,7 +170,7 @@ class TrainingSession:
         self.say(f"captures   {self.cache_plan}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
-            done = " - finished" if results[task] is not None else ""
+            done = " - finished; labels changed since then want another --out" if results[task] is not None else ""
             self.say(f"{task:<16}{plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
@@ -180,7 +180,7 @@ class TrainingSession:
     def _patience(self) -> str:
         """When the training stops before its last step."""
         config = self.config
-        if not (config.patience and self.parts[1]):
+        if not (config.patience and are_enough(len(self.parts[1]))):
             return ""
         return f", fewer once {config.patience} of {config.checks} evaluations in turn bring no improvement"
 

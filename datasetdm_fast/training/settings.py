@@ -92,7 +92,9 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
     patience: int = setting(
-        4, "early-stopping patience: evaluations without improvement, 0 = never stop early", metavar="N"
+        4,
+        "early-stopping patience: evaluations without improvement on 30 held-out images or more, 0 = never stop early",
+        metavar="N",
     )
     checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N")
     draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N")

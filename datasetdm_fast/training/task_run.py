@@ -9,7 +9,7 @@ FOLDER/training/result.json, page.html  figures, and answers beside the truth
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
+from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engines.memory import keep_freed
@@ -35,7 +35,7 @@ from datasetdm_fast.training.schedule import TrainingSchedule
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.word_heads import WordHeads
 
-LOCK = ".lock"
+LOCK, PAGE = ".lock", "page.html"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
 
 
@@ -206,14 +206,22 @@ class _StartedTraining:
         found = held_out.answers(decoder, training.held, *given)
         return found, held_out.score(training.task, training.held, found)
 
+    @property
+    def _is_choosing(self) -> bool:
+        """Whether the held-out images are enough to choose by: of a few, chance picks weights of far too early."""
+        held = self.training.held
+        return held is not None and held_out.are_enough(held.images)
+
     def look(self) -> float:
-        """The held-out figure now; the weights are kept where it is the best so far."""
+        """The held-out figure now; the weights are kept where it is the best so far of enough images."""
         task, numbers, patience = self.training.task, self.numbers, self.training.config.patience
         decoder, figure = self._decoder(), None
         if self.ranks.is_first:
             figure = self._held_out(decoder)[1].result()[METRICS[task].held_out_figure]
             numbers["looks"] += 1
         figure = float(self.ranks.said(figure))
+        if not self._is_choosing:
+            return figure
         if held_out.is_better(task, figure, numbers["figure"]):
             self.best = {name: value.detach().cpu().clone() for name, value in decoder.state_dict().items()}
             numbers |= {"figure": figure, "step": self.trainer.done, "worse": 0}
@@ -235,43 +243,65 @@ class _StartedTraining:
             checkpoint.write(self.training.state, tensors, {"trainer": numbers, "journey": self.numbers})
         self.saved = time.monotonic()
 
-    def _steps_told(self) -> str:
-        done, steps = self.trainer.done, self.training.plan.schedule.steps
-        why = f" of {steps}: {self.numbers['worse']} evaluations in turn brought no improvement"
-        return str(done) + (why if done < steps else "")
-
     def end(self) -> dict:
-        """Writes the decoder, the best by the held-out images or else the last, its figures and its page."""
-        training, done, best = self.training, self.trainer.done, self.numbers["step"]
-        images, held = training.lessons.images, training.held
+        """Writes the decoder, the best by enough held-out images or else the last, its figures and its page."""
+        training, done, held = self.training, self.trainer.done, self.training.held
         self.save()
-        decoder = self._decoder()
-        if self.best:
+        decoder, is_choosing = self._decoder(), self._is_choosing and bool(self.best)
+        if is_choosing:
             decoder.load_state_dict(self.best)
         save_decoder(decoder, training.folder, storage=training.config.storage)
-        figures, intervals, files, has_chosen = {}, {}, {}, self.numbers["looks"] > 1
-        if held:
-            found, meter = self._held_out(decoder)
-            figures, intervals = meter.result(), held_out.intervals(meter)
-            facts = {"data": training.config.data, "images learnt from": images, "images held out": held.images}
-            facts |= {"steps": self._steps_told(), "weights of step": best, "pixels a side": training.size}
-            facts |= {"command": training.command} if training.command else {}
-            cautions = held_out.cautions(held.images, has_chosen, bool(training.folds))
-            given = (training.task, held, found, facts, meter, intervals, log_lines(training.state))
-            files[training.state / "page.html"] = page.page(*given, cautions, training.folds)
+        found, meter = self._held_out(decoder) if held else ([], None)
+        figures = meter.result() if meter else {}
         result = {
             "task": training.task,
-            "images": images,
+            "images": training.lessons.images,
             "held_out_images": held.images if held else 0,
             "steps": done,
             "stopped_early": done < training.plan.schedule.steps,
-            "weights_of_step": best or done,
+            "weights_of_step": self.numbers["step"] if is_choosing else done,
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
-            "held_out_intervals": intervals,
-            "step_chosen_on_held_out": bool(held) and has_chosen,
+            "held_out_intervals": held_out.intervals(meter) if meter else {},
+            "step_chosen_on_held_out": is_choosing and self.numbers["looks"] > 1,
+            "not_shown": meter.not_shown(figures) if meter else [],
+            "named_by_captions": bool(decoder.config.named),
         }
-        storage.publish({**files, training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
+        files = {training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()}
+        if meter:
+            files[training.state / PAGE] = _page(training, result, found, meter)
+        storage.publish(files)
         checkpoint.remove(training.state)
         return result
+
+
+def show_folds(training: TaskTraining, result: Mapping[str, Any], ranks: Ranks) -> None:
+    """Makes the page of a finished training again, with the figures of a cross-validation that came later."""
+    held = training.held
+    if held is None or not ranks.is_first:
+        return
+    decoder = load_decoder(training.folder)
+    given = (training.plan.words, training.size, training.device, training.tokenizer)
+    found = held_out.answers(decoder, held, *given)
+    meter = held_out.score(training.task, held, found)
+    storage.publish({training.state / PAGE: _page(training, result, found, meter)})
+
+
+def shows_folds(folder: Path, folds: Mapping[str, Any]) -> bool:
+    """Whether the page of a decoder's folder, where there is one, has these figures of cross-validation."""
+    path = folder / "training" / PAGE
+    return not path.exists() or page.title_of(folds).encode() in path.read_bytes()
+
+
+def _page(training: TaskTraining, result: Mapping[str, Any], found: Sequence[Annotation], meter: Meter) -> bytes:
+    steps, patience = str(result["steps"]), training.config.patience
+    if result["stopped_early"]:
+        steps += f" of {training.plan.schedule.steps}: {patience} evaluations in turn brought no improvement"
+    facts = {"data": training.config.data, "images learnt from": result["images"]}
+    facts |= {"images held out": result["held_out_images"], "steps": steps}
+    facts |= {"weights of step": result["weights_of_step"], "pixels a side": training.size}
+    facts |= {"command": training.command} if training.command else {}
+    cautions = held_out.cautions(result, bool(training.folds))
+    given = (training.task, training.held, found, facts, meter, result["held_out_intervals"])
+    return page.page(*given, log_lines(training.state), cautions, training.folds)
