@@ -71,21 +71,23 @@ class ImageProgress(Progress):
 
 
 class StepProgress(Progress):
-    def __init__(self, task: str, steps: int, is_quiet: bool):
-        self._task, self._first_step, self._figure = task, None, ""
-        super().__init__(steps, "step", task, is_quiet)
+    """Progress of a training, with its last figure on held-out images, of which `metric` is the name."""
+
+    def __init__(self, title: str, metric: str, steps: int, is_quiet: bool):
+        self._title, self._metric, self._first_step, self._figure = title, metric, None, ""
+        super().__init__(steps, "step", title, is_quiet)
 
     def on_step(self, step: int, loss: float, figure: float | None) -> None:
         if self._first_step is None:
             self._first_step = step - 1
         if figure is not None:
-            self._figure = f", held out {figure:.4f}"
+            self._figure = f", held-out {self._metric} {figure:.4f}"
         if self._bar:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}")
         elif self.is_line_due() or step == self.total:
             left = self.seconds_left(step, self._first_step)
-            self.print(f"{self._task} {step}/{self.total}, loss {loss:.4f}{self._figure}, about {left:.0f} s left")
+            self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}, about {left:.0f} s left")
 
 
 def counted(count: int, noun: str, several: str = "") -> str:
