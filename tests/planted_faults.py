@@ -32,7 +32,11 @@ FAULTS = {
     "images decoded by other threads": Fault(
         f"{FAST}:FastEngine.decode_and_check", 'if self.device.type == "cuda":', 'if self.device.type == "tpu":'
     ),
-    "sums given back too early": Fault(f"{DRIVER}:BatchGenerator.label", "release(tensors_of(capture))", "pass"),
+    "sums given back too early": Fault(
+        f"{DRIVER}:BatchGenerator.label",
+        "release(value for capture in drawn.captures.values() for value in tensors_of(capture))",
+        "pass",
+    ),
     "the label stream does not wait": Fault(f"{LABELS}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
     "a number is read in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output).sum().item()"
@@ -62,6 +66,37 @@ FAULTS = {
         "torch.cuda.device_of(x)",
         "torch.cuda.device(0)",
         {"device": "cuda:1"},
+    ),
+    "the answer of a graph is not copied": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "tuple(value.clone() for value in self.outputs)",
+        "self.outputs",
+    ),
+    "graphs of two threads in one pool": Fault(
+        f"{FAST}:FastEngine._labelled", "self._label_pool or torch.cuda.graph_pool_handle()", "self._pool"
+    ),
+    "a graph recorded at every call": Fault(
+        f"{FAST}:FastEngine._graph", "key = (len(inputs[0]),", "key = (len(self._graphs),"
+    ),
+    "a recording that other threads can spoil": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
+    ),
+    "an array over memory that is used again": Fault(
+        "datasetdm_fast.tasks.to_host:_copied", "place.numpy().copy()", "place.numpy()"
+    ),
+    "labels on the sampler's stream": Fault(
+        f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
+    ),
+    "numbers of a schedule copied at every batch": Fault(
+        "datasetdm_fast.sampling.walk:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
+    ),
+    "a tensor printed in the loop": Fault(
+        f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output), f'{output}'"
+    ),
+    "fp64 in the network": Fault(
+        "datasetdm_fast.models.fused:MeasuredTransformer.forward",
+        "h = self.entry(tokens(self.norm(x)))",
+        "h = self.entry(tokens(self.norm(x)).double().to(x.image.dtype))",
     ),
     "fp32 that is TF32": Fault(
         "datasetdm_fast.engines.device:allow_tf32", "= is_allowed, False", "= True, False", {"dtype": "fp32"}

@@ -13,7 +13,7 @@ from bench.rehearsal.kernels import storages
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import open_engine, stage
 from bench.rehearsal.timeline import Timeline
-from bench.report.reckoned import BUDGET
+from bench.report.reckoned import AROUND, BUDGET
 from datasetdm_fast.engines.fast import FastEngine
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
@@ -36,12 +36,19 @@ def reckoned() -> Reckoned:
             f"UNet call, {batch} image{'s' * (batch > 1)}": unet_call(engine, batch, "_plain") for batch in BATCHES
         }
         calls |= {f"captured call, {USUAL} images": unet_call(engine, USUAL, "_captured")}
-        _, capture = _captured(engine)
+        _, capture = _captured(engine)  # records the graph
         found = {name: reckon(launched(timeline, call)) for name, call in calls.items()}
-        with torch.inference_mode():  # records the graphs
+        latents, context = _latents(engine, USUAL), _context(engine, USUAL)
+
+        def label() -> None:
             for task in engine.decoders:
                 engine.annotate(task, capture)
-            engine.decode_and_check(_latents(engine, USUAL))
+            engine.decode_and_check(latents)
+
+        around = {"UNet call": lambda: engine.denoise(latents, 1.0, context), "label decoders and autoencoder": label}
+        for name, call in around.items():
+            launched(timeline, call)  # records its graphs, so that what is launched afterwards lies around them
+            found[f"{AROUND} {name}, {USUAL} images"] = reckon(launched(timeline, call))
         found[f"label decoders, {USUAL} images"] = reckon(recorded(engine, engine.decoders))
         found[f"autoencoder, {USUAL} images"] = reckon(recorded(engine, ["image"]))
         return Reckoned(found, storages(timeline.kernels))

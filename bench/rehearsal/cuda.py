@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline
+from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline, merge
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -94,7 +94,6 @@ def _cards(timeline: Timeline) -> dict[str, Any]:
         "set_device": lambda device: setattr(timeline.thread, "device", _index(device, timeline)),
         "device": OnDevice,
         "device_of": device_of,
-        "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
     }
 
@@ -122,7 +121,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             return event
 
         def synchronize(self) -> None:
-            timeline.host_waits(f"stream {self.id}", timeline.reached(self.id))
+            timeline.host_waits(f"stream {self.id}", timeline.reached(self.id), self.id)
 
         def query(self) -> bool:
             return False
@@ -162,15 +161,20 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
         return Stream(id=timeline.thread.stream(_index(device, timeline)))
 
     def synchronize(device=None) -> None:
+        wait_for_all("torch.cuda.synchronize()", device)
+
+    def wait_for_all(what: str, device=None) -> None:
         index, clock = _index(device, timeline), {}
-        for stream in [stream for stream in timeline.counts if stream[0] == index]:
-            clock |= timeline.reached(stream)
-        timeline.host_waits("torch.cuda.synchronize()", clock)
+        streams = [stream for stream in timeline.counts if stream[0] == index]
+        for stream in streams:
+            merge(clock, timeline.reached(stream))
+        timeline.host_waits(what, clock, *streams)
 
     class SimulatedGraph:
         def __init__(self, keep_graph: bool = False):
             self.launches: list[Operation] = []
             self.stream: StreamId | None = None
+            self.pool: Any = None
 
         def replay(self) -> None:
             if not self.launches:
@@ -180,7 +184,9 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
                 timeline.find("wrong GPU", f"a graph of GPU {self.stream[0]} is replayed on GPU {stream[0]}")
             reads = {number for launch in self.launches for number in launch.reads}
             writes = {number for launch in self.launches for number in launch.writes}
-            timeline.use(stream, reads, writes, sum(launch.kernels for launch in self.launches))
+            timeline.overwritten(writes)
+            kernels = sum(launch.kernels for launch in self.launches)
+            timeline.use(stream, reads, writes | {timeline.pool(self.pool, stream[0])}, kernels)
             timeline.replays += 1
 
         def reset(self) -> None:
@@ -198,7 +204,9 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
                 Recording.shared = Recording.shared or Stream()
                 stream = Recording.shared
             self.graph, self.stream = graph, use(stream)
-            graph.stream = stream.id
+            graph.stream, graph.pool = stream.id, pool or object()
+            if capture_error_mode == "global" and timeline.is_threaded:
+                timeline.find("capture", "a recording in mode global fails by what other threads ask of a GPU")
 
         def __enter__(self):
             if timeline.capture is not None:
@@ -224,6 +232,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
         "current_stream": current,
         "default_stream": lambda device=None: Stream(id=(_index(device, timeline), 0)),
         "synchronize": synchronize,
+        "empty_cache": lambda: wait_for_all("torch.cuda.empty_cache()"),  # giving memory back waits for the GPU
         "graph_pool_handle": object,
         "is_current_stream_capturing": lambda: timeline.capture is not None,
     }
@@ -232,9 +241,9 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
 class DeferredFuture(Future):
     """Work of a pool's thread. It runs as late as possible: where its result is asked for, or at the pool's end."""
 
-    def __init__(self, pool: DeferredPool, work: Callable[[], Any], clock: Clock):
+    def __init__(self, pool: DeferredPool, work: Callable[[], Any], clock: Clock, phase: str):
         super().__init__()
-        self.pool, self.work, self.clock = pool, work, clock
+        self.pool, self.work, self.clock, self.phase = pool, work, clock, phase
 
     def done(self) -> bool:
         return False
@@ -266,7 +275,7 @@ class DeferredPool:
         self.threads.rotate(-1)
         self.timeline.knows(thread, one.clock)
         work, one.work = one.work, None
-        with self.timeline.on_thread(thread):
+        with self.timeline.on_thread(thread, one.phase):
             try:
                 one.set_result(work())
             except BaseException as error:
@@ -285,7 +294,8 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
     def submit(executor: ThreadPoolExecutor, work: Callable, /, *arguments: Any, **named: Any) -> DeferredFuture:
         name = executor._thread_name_prefix or "pool"
         pool = pools.setdefault(id(executor), DeferredPool(timeline, name, executor._max_workers))
-        one = DeferredFuture(pool, lambda: work(*arguments, **named), dict(timeline.thread.clock))
+        one = DeferredFuture(pool, lambda: work(*arguments, **named), dict(timeline.thread.clock), timeline.phase)
+        timeline.is_threaded = True
         pool.queue.append(one)
         return one
 

@@ -24,6 +24,8 @@ PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
 RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without a GPU PyTorch would take them apart
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
+LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
+INDEXED = ("index", "index_put_", "index_put")
 FOUND = 7  # rows that an operation finds whose result depends on data
 
 
@@ -57,9 +59,12 @@ class Operations(TorchDispatchMode):
             return self.pin(func(*args, **kwargs))
         if name == "is_pinned":
             return self.is_pinned(inputs[0])
+        self.used_by_host(name, func, args, kwargs)
         cuda = [value for value in inputs if value.device.type == "cuda"]
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
             return answer
+        if name in INDEXED and inputs[0].device.type == "cuda":
+            self.indices_copied(inputs[0], args[1])
         for value in inputs:
             if isinstance(value, FakeTensor) and value.constant is not None:
                 value.constant = None  # the mode would compute with small known numbers instead of launching
@@ -73,9 +78,13 @@ class Operations(TorchDispatchMode):
             result = like_cudnn(result, args)
         results = tensors(result)
         is_copy = name in ("_to_copy", "copy_")
+        if name == "_to_copy" and cuda and kwargs.get("non_blocking") and results[0].device.type == "cpu":
+            self.pin(results[0])  # PyTorch makes it so
         written = [value for value in results if value.device.type == "cuda" or (is_copy and cuda)]
         if (cuda or written) and name not in WITHOUT_LAUNCH and not is_view(func, inputs, results):
-            self.launched(name, func, args, kwargs, result, cuda, written)
+            sources = inputs[-1:] if is_copy and is_asynchronous(name, args, kwargs) else []
+            queued = [value for value in sources if value.device.type == "cpu" and self.is_pinned(value)]
+            self.launched(name, func, args, kwargs, result, cuda, written, queued)
         for value in written if name in WITHOUT_LAUNCH else ():
             self.timeline.number(value, value.device.index)
         if is_copy:
@@ -83,7 +92,10 @@ class Operations(TorchDispatchMode):
         return result
 
     # Launches ---------------------------------------------------------------------------------------------------------
-    def launched(self, name: str, func, args, kwargs, result, cuda: list[Tensor], written: list[Tensor]) -> None:
+    def launched(
+        self, name: str, func, args, kwargs, result, cuda: list[Tensor], written: list[Tensor], queued: list[Tensor]
+    ) -> None:
+        """`queued` is page-locked memory of the host that a copy will read."""
         card = (cuda or written)[0].device.index
         moved, kernels = size(cuda) + size(written), 1
         if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
@@ -92,7 +104,7 @@ class Operations(TorchDispatchMode):
         self.timeline.launch(
             name,
             card,
-            cuda,
+            [*cuda, *queued],
             written,
             flops=flops_of(name, func, args, kwargs, result),
             moved=moved,
@@ -132,8 +144,9 @@ class Operations(TorchDispatchMode):
         if cuda:
             device, kernels = cuda[0].device.index, READ_BY_HOST.get(name, 3)
             self.timeline.launch(name, device, cuda, [], moved=size(cuda), kernels=kernels)
-            over = self.timeline.reached(self.timeline.thread.stream(device))
-            self.timeline.host_waits(f"aten.{name} of {list(first.shape)} {first.dtype}", over)
+            stream = self.timeline.thread.stream(device)
+            over = self.timeline.reached(stream)
+            self.timeline.host_waits(f"aten.{name} of {list(first.shape)} {first.dtype}", over, stream)
         if name == "index_put_":
             return first
         if is_masked:
@@ -144,23 +157,51 @@ class Operations(TorchDispatchMode):
             return first.new_empty(FOUND)
         return True if first.dtype == torch.bool or name == "equal" else 1.0 if first.is_floating_point() else 1
 
+    def used_by_host(self, name: str, func, args, kwargs) -> None:
+        """What an operation reads and writes of the host's own memory; copies to and from a GPU are the GPU's."""
+        named = zip((one.name for one in func._schema.arguments), args)
+        given = {**dict(named), **kwargs}
+        held = tensors(given)
+        is_copy = name in ("_to_copy", "copy_") and any(value.device.type == "cuda" for value in held)
+        if is_copy or all(value.device.type != "cpu" for value in held):
+            return
+        is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.arguments)
+        for argument in func._schema.arguments:
+            for value in tensors(given.get(argument.name)):
+                if value.device.type != "cpu" or is_view:
+                    continue
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.timeline.written_by_host(value)
+                else:
+                    self.timeline.read_by_host(value)
+
     def copied(self, name: str, args, kwargs, inputs: list[Tensor], results: list[Tensor]) -> None:
         """A copy between host and GPU makes the host wait unless it is asked not to and its memory is page-locked."""
         source, target = (inputs[1], inputs[0]) if name == "copy_" else (inputs[0], results[0])
         places = source.device.type, target.device.type
         if sorted(places) != ["cpu", "cuda"]:
             return
-        is_asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         host, card = (source, target) if places[0] == "cpu" else (target, source)
-        if is_asynchronous and self.is_pinned(host):
+        if is_asynchronous(name, args, kwargs) and self.is_pinned(host):
             return
         way = "to the GPU" if places[0] == "cpu" else "to the host"
         stream = self.timeline.thread.stream(card.device.index)
         kind = "pageable" if not self.is_pinned(host) else "waiting"
-        self.timeline.host_waits(f"{kind} copy {way} of {list(card.shape)} {card.dtype}", self.timeline.reached(stream))
+        self.timeline.host_waits(
+            f"{kind} copy {way} of {list(card.shape)} {card.dtype}", self.timeline.reached(stream), stream
+        )
+
+    def indices_copied(self, of: Tensor, indices: Iterable[Tensor | None]) -> None:
+        """PyTorch brings the indices of a tensor on a GPU there, and waits."""
+        stream = self.timeline.thread.stream(of.device.index)
+        for index in indices:
+            if index is not None and index.device.type == "cpu":
+                what = f"pageable copy to the GPU of indices {list(index.shape)}"
+                self.timeline.host_waits(what, self.timeline.reached(stream), stream)
 
     def pin(self, value: Tensor) -> Tensor:
         self.pinned.append(StorageWeakRef(value.untyped_storage()))
+        self.timeline.pinned.add(self.pinned[-1].cdata)
         return value
 
     def is_pinned(self, value: Tensor) -> bool:
@@ -180,10 +221,17 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             return self.array(args[0])
+        if func in (Tensor.__repr__, Tensor.__format__) and args[0].device.type == "cuda" and args[0].dim():
+            stream = self.timeline.thread.stream(args[0].device.index)
+            self.timeline.host_waits(f"{list(args[0].shape)} printed", self.timeline.reached(stream), stream)
+            return f"tensor(..., device={str(args[0].device)!r})"
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[1].setdefault(id(args[0]), args[0].clone())
-        if func is torch.tensor and kwargs.get("device") is not None:  # made on the host and copied, as PyTorch does
-            device = self.numbered(kwargs.pop("device"))
+        if func is Tensor.new_tensor:
+            of, *args = args
+            func, kwargs = torch.tensor, {"dtype": of.dtype, "device": of.device, **kwargs}
+        if func in LISTED and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
+            device = self.numbered(kwargs.pop("device"))  # made on the host and copied, as PyTorch does
             return func(*args, **kwargs).to(device)
         named = {name: self.numbered(value) for name, value in kwargs.items()}
         return func(*map(self.numbered, args), **named)
@@ -201,11 +249,18 @@ class Calls(TorchFunctionMode):
             raise TypeError(f"can't convert {value.device} tensor to numpy, copy it to host memory first")
         self.timeline.read_by_host(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        return (np.ones if value.dtype == torch.bool else np.zeros)(shape, dtype=dtype)
+        array = (np.ones if value.dtype == torch.bool else np.zeros)(shape, dtype=dtype)
+        self.timeline.viewed(value, array)
+        return array
 
 
 def tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+def is_asynchronous(name: str, args, kwargs) -> bool:
+    """Whether a copy is asked not to make the host wait."""
+    return bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
 
 
 def size(values: Iterable[Tensor]) -> int:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -88,6 +91,12 @@ class Memory:
     reads: list[Use] = field(default_factory=list)
     writes: list[Use] = field(default_factory=list)
     kept_for: set[StreamId] = field(default_factory=set)  # record_stream: the allocator waits for these
+    is_host: bool = False  # page-locked: its allocator waits for every copy by itself
+    is_unread: bool = False  # nothing has read what was written last
+    name: str = ""  # where it is no single storage
+
+    def __str__(self) -> str:
+        return self.name or f"{self.size:,} bytes"
 
 
 class Timeline:
@@ -104,6 +113,11 @@ class Timeline:
         self.clocks: dict[StreamId, Clock] = {}
         self.memory: dict[int, Memory] = {}
         self.replays = 0  # of graphs
+        self.is_threaded = False  # whether other threads have been given work
+        self.users: dict[StreamId, set[str]] = {}  # the threads that have launched on a stream
+        self.pinned: set[int] = set()  # storages of the host's page-locked memory
+        self.arrays: dict[int, list[tuple[weakref.ref, str]]] = {}  # of the host's memory: the arrays over it
+        self._pools: dict[Any, int] = {}  # of graphs: the number of what all of a pool share
         self._shared: set[int] = set()  # storages of batches that streams other than their own have used
         self._streams = 0
 
@@ -119,10 +133,13 @@ class Timeline:
     def wait(self, stream: StreamId, clock: Clock) -> None:
         merge(self.clocks.setdefault(stream, {}), clock)
 
-    def host_waits(self, what: str, clock: Clock) -> None:
-        """The host waits until all of `clock` is over."""
+    def host_waits(self, what: str, clock: Clock, *streams: StreamId) -> None:
+        """The host waits until all of `clock` is over, the last of which was queued on `streams`."""
         rule = "wait in a recording" if self.capture is not None else WAIT
         self.find(rule, what)
+        for stream in streams:
+            if others := sorted(self.users.get(stream, set()) - {self.thread.name}):
+                self.find("wait for another thread", f"{what}: stream {stream} is {', '.join(others)}'s, too")
         merge(self.thread.clock, clock)
 
     def knows(self, thread: HostThread, clock: Clock) -> None:
@@ -134,23 +151,38 @@ class Timeline:
         merge(self.thread.clock, clock)
 
     @contextmanager
-    def on_thread(self, thread: HostThread) -> Iterator[None]:
-        """The work of another host thread."""
-        before, self.thread = self.thread, thread
+    def on_thread(self, thread: HostThread, phase: str = "") -> Iterator[None]:
+        """The work of another host thread, which it was given in `phase`."""
+        before = self.thread, self.phase
+        self.thread, self.phase = thread, phase or self.phase
         try:
             yield
         finally:
             self.sweep()
-            self.thread = before
+            self.thread, self.phase = before
 
     def read_by_host(self, value: Tensor) -> None:
         """The host reads its own memory, which a GPU may have written."""
+        self._waited_for("reads", value, lambda memory: memory.writes)
+
+    def written_by_host(self, value: Tensor) -> None:
+        """The host writes its own memory, which a GPU may be reading or writing."""
+        self._waited_for("writes", value, lambda memory: memory.writes + memory.reads)
+
+    def _waited_for(self, verb: str, value: Tensor, uses: Callable[[Memory], list[Use]]) -> None:
         memory = self.memory.get(value.untyped_storage()._cdata)
-        for use in memory.writes if memory else ():
+        for use in uses(memory) if memory else ():
             if self.thread.clock.get(use.stream, 0) < use.count:
                 self.find(
-                    "race", f"the host reads {memory.size:,} bytes without waiting for stream {use.stream}, {use.line}"
+                    "race", f"the host {verb} {memory.size:,} bytes without waiting for stream {use.stream}, {use.line}"
                 )
+
+    def viewed(self, value: Tensor, array: np.ndarray) -> None:
+        """An array of the host over the memory of a tensor that a GPU has written."""
+        number = value.untyped_storage()._cdata
+        if number in self.memory:
+            line = next((f"{file}:{line}" for file, line, _ in frames_of_ours(sys._getframe(1))), "nowhere")
+            self.arrays.setdefault(number, []).append((weakref.ref(array), line))
 
     # Launches ---------------------------------------------------------------------------------------------------------
     def launch(
@@ -168,6 +200,8 @@ class Timeline:
         stream, reads, writes = self.thread.stream(device), list(reads), list(writes)
         if self.capture is not None and self.capture.stream != stream:
             self.find("wrong GPU", f"{name} runs on stream {stream}, the graph records {self.capture.stream}")
+        if self.phase != LOAD and any(value.dtype == torch.float64 and value.dim() for value in (*reads, *writes)):
+            self.find("dtype", f"{name} in float64")
         used = [self.number(value, device) for value in reads], [self.number(value, device) for value in writes]
         if self.capture is None:  # what is recorded runs when the graph is replayed
             self.use(stream, *used, kernels)
@@ -185,26 +219,30 @@ class Timeline:
         clock = self.clocks.setdefault(stream, {})
         merge(clock, self.thread.clock)
         self.counts[stream] += kernels
+        self.users.setdefault(stream, set()).add(self.thread.name)
         file, line, _ = next(frames_of_ours(sys._getframe(1)), ("nowhere", 0, ""))
         now = Use(stream, self.counts[stream], f"{file}:{line}")
         for number in reads:
             self._ordered("reads", number, stream, self.memory[number].writes)
             self.memory[number].reads = [now, *(use for use in self.memory[number].reads if use[0] != stream)]
+            self.memory[number].is_unread = False
         for number in writes:
             self._ordered("writes", number, stream, self.memory[number].writes + self.memory[number].reads)
             self.memory[number].writes = [now, *(use for use in self.memory[number].writes if use[0] != stream)]
+            self.memory[number].is_unread = True
+            for array, line in self.arrays.pop(number, ()):
+                if array() is not None:
+                    self.find("race", f"a GPU writes {self.memory[number]} of the host that an array of {line} shows")
         for number in (*reads, *writes):
             memory = self.memory[number]
-            if memory.home not in (stream, (stream[0], GRAPH_POOL)) and memory.phase != LOAD:
+            if memory.home not in (stream, (stream[0], GRAPH_POOL)) and memory.phase != LOAD and not memory.is_host:
                 self._shared.add(number)
 
     def _ordered(self, verb: str, number: int, stream: StreamId, uses: Iterable[Use]) -> None:
         for use in uses:
             if use.stream != stream and self.clocks[stream].get(use.stream, 0) < use.count:
-                size = self.memory[number].size
-                self.find(
-                    "race", f"stream {stream} {verb} {size:,} bytes without waiting for stream {use.stream}, {use.line}"
-                )
+                what = self.memory[number]
+                self.find("race", f"stream {stream} {verb} {what} without waiting for stream {use.stream}, {use.line}")
 
     # Memory -----------------------------------------------------------------------------------------------------------
     def number(self, value: Tensor, device: int) -> int:
@@ -213,8 +251,23 @@ class Timeline:
         number = storage._cdata  # the weak reference keeps this address from being given to another one
         if number not in self.memory:
             home = (device, GRAPH_POOL) if self.capture is not None else self.thread.stream(device)
-            self.memory[number] = Memory(StorageWeakRef(storage), home, storage.nbytes(), self.phase)
+            alive, is_host = StorageWeakRef(storage), number in self.pinned
+            self.memory[number] = Memory(alive, home, storage.nbytes(), self.phase, is_host=is_host)
         return number
+
+    def pool(self, handle: Any, device: int) -> int:
+        """The number of what the graphs of one pool share: each writes over what the others left there."""
+        number = self._pools.setdefault(handle, -1 - len(self._pools))
+        if number not in self.memory:
+            self.memory[number] = Memory(None, (device, GRAPH_POOL), 0, LOAD, name="the memory of a pool of graphs")
+        return number
+
+    def overwritten(self, numbers: Iterable[int]) -> None:
+        """A graph is about to be replayed that writes these: its outputs, as far as they are still held."""
+        for number in numbers:
+            memory = self.memory[number]
+            if memory.is_unread and not memory.alive.expired():
+                self.find("overwritten", f"{memory} that a graph answered with, before anything has read them")
 
     def keep(self, value: Tensor, stream: StreamId) -> None:
         """record_stream: the allocator waits for what this stream was given so far."""

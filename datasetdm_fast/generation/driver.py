@@ -181,8 +181,7 @@ class BatchGenerator:
         checks = {"latents": is_finite(drawn.latents)}
         if drawn.captures:
             checks["features"] = all_of(capture_is_finite(capture) for capture in drawn.captures.values())
-        for capture in drawn.captures.values():
-            release(tensors_of(capture))
+        release(value for capture in drawn.captures.values() for value in tensors_of(capture))
         if drawn.averages is not None:
             checks[ATTENTION] = is_finite(drawn.averages.cells) & is_finite(drawn.averages.tokens)
             release((drawn.averages.cells, drawn.averages.tokens))
