@@ -89,8 +89,8 @@ class Meter:
     def intervals(
         self, number: int = 500, level: float = 0.95, seed: int = 0, each_level: Sequence[float] | None = None
     ) -> dict:
-        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none where all draws
-        are alike, as for a class that one image alone shows. Classes may have levels of their own.
+        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none of a class that
+        one image alone shows, as its draws are all alike. Classes may have levels of their own.
         """
         if self.count < 2:
             return {}
@@ -101,8 +101,8 @@ class Meter:
                 alone = np.isnan(values).mean(0) > ALONE
                 found = [_between(*one) for one in zip(values.T, levels, strict=True)]
                 bounds[name] = self._named(np.where(alone[:, None], np.nan, found))
-            elif np.ptp(values := np.nan_to_num(values)):
-                bounds[name] = _between(values, level).tolist()
+            else:
+                bounds[name] = np.nan_to_num(_between(values, level)).tolist()
         return bounds
 
     def _named(self, values: np.ndarray) -> dict[str, Any]:

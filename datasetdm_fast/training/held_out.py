@@ -81,11 +81,13 @@ def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Met
 
 def intervals(meter: Meter, level: float = 0.95) -> dict:
     """[low, high] of every figure by bootstrap percentiles, expanded for few images: those that were held out, and for
-    a class those of them that show it. None of a single image.
+    a class those of them that show it. None of a single image, and none of a figure whose draws all agree, as of few
+    images that says nothing.
     """
     is_counted = meter.columns and 1 < meter.count <= DRAWS  # of more images, counting takes longer than all draws
     of_each = [expanded(level, count) for count in meter.shown()] if is_counted else None
-    return meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each)
+    found = meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each)
+    return {name: bounds for name, bounds in found.items() if name == meter.each or bounds[0] < bounds[1]}
 
 
 def expanded(level: float, images: int) -> float:
