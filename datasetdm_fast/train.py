@@ -121,7 +121,7 @@ def _lines(config: TrainConfig, task: str, result: dict[str, Any], folds: dict[s
         yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
     steps, count = counted(result["steps"], "step"), result["held_out_images"]
     if result.get("stopped_early"):
-        steps += f", stopped early, weights of step {result['weights_of_step']}"
+        steps += f", stopped early, weights of step {result.get('weights_of_step')}"
     if not result["held_out"]:
         yield f"{task}: {steps}; no image was held out to measure it"
         return

@@ -295,13 +295,13 @@ def shows_folds(folder: Path, folds: Mapping[str, Any]) -> bool:
 
 
 def _page(training: TaskTraining, result: Mapping[str, Any], found: Sequence[Annotation], meter: Meter) -> bytes:
-    steps, patience = str(result["steps"]), training.config.patience
-    if result["stopped_early"]:
+    steps, patience = str(result["steps"]), training.config.patience  # results of earlier versions lack some entries
+    if result.get("stopped_early"):
         steps += f" of {training.plan.schedule.steps}: {patience} evaluations in turn brought no improvement"
     facts = {"data": training.config.data, "images learnt from": result["images"]}
     facts |= {"images held out": result["held_out_images"], "steps": steps}
-    facts |= {"weights of step": result["weights_of_step"], "pixels a side": training.size}
+    facts |= {"weights of step": result.get("weights_of_step", result["steps"]), "pixels a side": training.size}
     facts |= {"command": training.command} if training.command else {}
     cautions = held_out.cautions(result, bool(training.folds))
-    given = (training.task, training.held, found, facts, meter, result["held_out_intervals"])
+    given = (training.task, training.held, found, facts, meter, result.get("held_out_intervals", {}))
     return page.page(*given, log_lines(training.state), cautions, training.folds)
