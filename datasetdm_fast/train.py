@@ -30,7 +30,6 @@ def main(arguments: Sequence[str]) -> int:
     config.check()
     import torch
 
-    from datasetdm_fast.evaluation.metrics import METRICS
     from datasetdm_fast.training import folds, task_run
     from datasetdm_fast.training.processes import joined, leave
     from datasetdm_fast.training.session import open_session
@@ -69,8 +68,7 @@ def main(arguments: Sequence[str]) -> int:
                 if training is not None and is_done:
                     task_run.show_folds(training, results[task], ranks)
                 elif training is not None:
-                    metric, steps = METRICS[task].held_out_figure, plans[task].schedule.steps
-                    with StepProgress(task, metric, steps, is_quiet) as progress:
+                    with _progress(task, task, plans[task].schedule.steps, is_quiet) as progress:
                         results[task] = task_run.run(training, ranks, progress.on_step, interruption.is_stopping)
                 if results[task] is None:
                     break
@@ -85,10 +83,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int], StepProgress]:
     """Progress of one fold after the other."""
+    return lambda number, steps: _progress(task, f"{task}, fold {number} of {count},", steps, is_quiet)
+
+
+def _progress(task: str, title: str, steps: int, is_quiet: bool) -> StepProgress:
     from datasetdm_fast.evaluation.metrics import METRICS
 
-    metric = METRICS[task].held_out_figure
-    return lambda number, steps: StepProgress(f"{task}, fold {number} of {count},", metric, steps, is_quiet)
+    return StepProgress(title, METRICS[task].held_out_figure, steps, is_quiet)
 
 
 def _figures(images: str, held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:

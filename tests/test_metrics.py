@@ -192,8 +192,11 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
         for task, meter in meters.items():
             result, bounds = meter.result(), meter.intervals(200)
             for name, value in result.items():
-                values, given = ({name: value}, bounds) if isinstance(value, float) else (value, bounds[name])
-                pairs = [(values[key], given[key]) for key in values if key in given]
+                pairs = (
+                    [(value, bounds[name])]
+                    if isinstance(value, float)
+                    else [(value[key], bounds[name][key]) for key in value if key in bounds[name]]
+                )
                 assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
         assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
         widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
@@ -323,6 +326,7 @@ def test_intervals_of_few_held_out_images_are_wide():
 
 def test_what_to_know_of_a_figure():
     assert held_out.cautions({"images": 30, "held_out_images": 30}) == []
+    assert len(held_out.cautions({"images": 90, "held_out_images": 29, "step_chosen_on_held_out": True})) == 2
     few = {"images": 36, "held_out_images": 4, "not_shown": ["mug"], "named_by_captions": True}
     notes = held_out.cautions(few)
     assert len(notes) == 3 and "--folds auto" in notes[0] and "raise --held-out" not in notes[0]

@@ -13,7 +13,7 @@ from bench.rehearsal.kernels import storages
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import open_engine, stage
 from bench.rehearsal.timeline import Timeline
-from bench.report.reckoned import AROUND, BUDGET
+from bench.report.reckoned import AROUND, BUDGET, COPIED
 from datasetdm_fast.engines.fast import FastEngine
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
@@ -45,8 +45,7 @@ def reckoned() -> Reckoned:
                 engine.annotate(task, capture)
             engine.decode_and_check(latents)
 
-        around = {"UNet call": lambda: engine.denoise(latents, 1.0, context), "label decoders and autoencoder": label}
-        for name, call in around.items():
+        for name, call in zip(COPIED, (lambda: engine.denoise(latents, 1.0, context), label), strict=True):
             launched(timeline, call)  # records its graphs, so that what is launched afterwards lies around them
             found[f"{AROUND} {name}, {USUAL} images"] = reckon(launched(timeline, call))
         found[f"label decoders, {USUAL} images"] = reckon(recorded(engine, engine.decoders))

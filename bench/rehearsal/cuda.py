@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline, merge
+from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -121,7 +121,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             return event
 
         def synchronize(self) -> None:
-            timeline.host_waits(f"stream {self.id}", timeline.reached(self.id), self.id)
+            timeline.host_waits_for(f"stream {self.id}", self.id)
 
         def query(self) -> bool:
             return False
@@ -164,11 +164,8 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
         wait_for_all("torch.cuda.synchronize()", device)
 
     def wait_for_all(what: str, device=None) -> None:
-        index, clock = _index(device, timeline), {}
-        streams = [stream for stream in timeline.counts if stream[0] == index]
-        for stream in streams:
-            merge(clock, timeline.reached(stream))
-        timeline.host_waits(what, clock, *streams)
+        index = _index(device, timeline)
+        timeline.host_waits_for(what, *(stream for stream in timeline.counts if stream[0] == index))
 
     class SimulatedGraph:
         def __init__(self, keep_graph: bool = False):

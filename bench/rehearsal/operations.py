@@ -145,8 +145,7 @@ class Operations(TorchDispatchMode):
             device, kernels = cuda[0].device.index, READ_BY_HOST.get(name, 3)
             self.timeline.launch(name, device, cuda, [], moved=size(cuda), kernels=kernels)
             stream = self.timeline.thread.stream(device)
-            over = self.timeline.reached(stream)
-            self.timeline.host_waits(f"aten.{name} of {list(first.shape)} {first.dtype}", over, stream)
+            self.timeline.host_waits_for(f"aten.{name} of {list(first.shape)} {first.dtype}", stream)
         if name == "index_put_":
             return first
         if is_masked:
@@ -163,12 +162,12 @@ class Operations(TorchDispatchMode):
         given = {**dict(named), **kwargs}
         held = tensors(given)
         is_copy = name in ("_to_copy", "copy_") and any(value.device.type == "cuda" for value in held)
-        if is_copy or all(value.device.type != "cpu" for value in held):
-            return
         is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.arguments)
+        if is_copy or is_view or all(value.device.type != "cpu" for value in held):
+            return
         for argument in func._schema.arguments:
             for value in tensors(given.get(argument.name)):
-                if value.device.type != "cpu" or is_view:
+                if value.device.type != "cpu":
                     continue
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self.timeline.written_by_host(value)
@@ -187,9 +186,7 @@ class Operations(TorchDispatchMode):
         way = "to the GPU" if places[0] == "cpu" else "to the host"
         stream = self.timeline.thread.stream(card.device.index)
         kind = "pageable" if not self.is_pinned(host) else "waiting"
-        self.timeline.host_waits(
-            f"{kind} copy {way} of {list(card.shape)} {card.dtype}", self.timeline.reached(stream), stream
-        )
+        self.timeline.host_waits_for(f"{kind} copy {way} of {list(card.shape)} {card.dtype}", stream)
 
     def indices_copied(self, of: Tensor, indices: Iterable[Tensor | None]) -> None:
         """PyTorch brings the indices of a tensor on a GPU there, and waits."""
@@ -197,7 +194,7 @@ class Operations(TorchDispatchMode):
         for index in indices:
             if index is not None and index.device.type == "cpu":
                 what = f"pageable copy to the GPU of indices {list(index.shape)}"
-                self.timeline.host_waits(what, self.timeline.reached(stream), stream)
+                self.timeline.host_waits_for(what, stream)
 
     def pin(self, value: Tensor) -> Tensor:
         self.pinned.append(StorageWeakRef(value.untyped_storage()))
@@ -223,7 +220,7 @@ class Calls(TorchFunctionMode):
             return self.array(args[0])
         if func in (Tensor.__repr__, Tensor.__format__) and args[0].device.type == "cuda" and args[0].dim():
             stream = self.timeline.thread.stream(args[0].device.index)
-            self.timeline.host_waits(f"{list(args[0].shape)} printed", self.timeline.reached(stream), stream)
+            self.timeline.host_waits_for(f"{list(args[0].shape)} printed", stream)
             return f"tensor(..., device={str(args[0].device)!r})"
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[1].setdefault(id(args[0]), args[0].clone())

@@ -133,14 +133,20 @@ class Timeline:
     def wait(self, stream: StreamId, clock: Clock) -> None:
         merge(self.clocks.setdefault(stream, {}), clock)
 
-    def host_waits(self, what: str, clock: Clock, *streams: StreamId) -> None:
-        """The host waits until all of `clock` is over, the last of which was queued on `streams`."""
+    def host_waits(self, what: str, clock: Clock) -> None:
+        """The host waits until all of `clock` is over."""
         rule = "wait in a recording" if self.capture is not None else WAIT
         self.find(rule, what)
+        merge(self.thread.clock, clock)
+
+    def host_waits_for(self, what: str, *streams: StreamId) -> None:
+        """The host waits until all that was queued on these streams is over."""
+        clock: Clock = {}
         for stream in streams:
+            merge(clock, self.reached(stream))
             if others := sorted(self.users.get(stream, set()) - {self.thread.name}):
                 self.find("wait for another thread", f"{what}: stream {stream} is {', '.join(others)}'s, too")
-        merge(self.thread.clock, clock)
+        self.host_waits(what, clock)
 
     def knows(self, thread: HostThread, clock: Clock) -> None:
         """A thread was started, or given work, by one that knew this to be over."""

@@ -34,7 +34,7 @@ def count_of(session: TrainingSession) -> int:
     if asked == "no":
         return 0
     if asked == "auto":
-        is_wanted = held < held_out.ENOUGH_IMAGES and images >= held_out.LEAST_IMAGES
+        is_wanted = not held_out.are_enough(held) and images >= held_out.LEAST_IMAGES
         return held_out.FOLDS if is_wanted else 0
     if int(asked) > images:
         raise Refused(f"--folds: {asked} folds of {images} images", "ask for no more folds than there are images")

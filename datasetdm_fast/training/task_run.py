@@ -199,13 +199,6 @@ class _StartedTraining:
         self.ranks.total([flag])
         return bool(flag.item())
 
-    def _held_out(self, decoder: Decoder) -> tuple[list[Annotation], Meter]:
-        """What a decoder says about the held-out images, and its figures on them."""
-        training = self.training
-        given = (self.trainer.words, training.size, training.device, training.tokenizer)
-        found = held_out.answers(decoder, training.held, *given)
-        return found, held_out.score(training.task, training.held, found)
-
     @property
     def _is_choosing(self) -> bool:
         """Whether the held-out images are enough to choose by: of a few, chance picks weights of far too early."""
@@ -217,7 +210,7 @@ class _StartedTraining:
         task, numbers, patience = self.training.task, self.numbers, self.training.config.patience
         decoder, figure = self._decoder(), None
         if self.ranks.is_first:
-            figure = self._held_out(decoder)[1].result()[METRICS[task].held_out_figure]
+            figure = _judged(self.training, decoder)[1].result()[METRICS[task].held_out_figure]
             numbers["looks"] += 1
         figure = float(self.ranks.said(figure))
         if not self._is_choosing:
@@ -247,11 +240,11 @@ class _StartedTraining:
         """Writes the decoder, the best by enough held-out images or else the last, its figures and its page."""
         training, done, held = self.training, self.trainer.done, self.training.held
         self.save()
-        decoder, is_choosing = self._decoder(), self._is_choosing and bool(self.best)
-        if is_choosing:
+        decoder, is_chosen = self._decoder(), self._is_choosing and bool(self.best)
+        if is_chosen:
             decoder.load_state_dict(self.best)
         save_decoder(decoder, training.folder, storage=training.config.storage)
-        found, meter = self._held_out(decoder) if held else ([], None)
+        found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
         result = {
             "task": training.task,
@@ -259,12 +252,12 @@ class _StartedTraining:
             "held_out_images": held.images if held else 0,
             "steps": done,
             "stopped_early": done < training.plan.schedule.steps,
-            "weights_of_step": self.numbers["step"] if is_choosing else done,
+            "weights_of_step": self.numbers["step"] if is_chosen else done,
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
             "held_out_intervals": held_out.intervals(meter) if meter else {},
-            "step_chosen_on_held_out": is_choosing and self.numbers["looks"] > 1,
+            "step_chosen_on_held_out": is_chosen and self.numbers["looks"] > 1,
             "not_shown": meter.not_shown(figures) if meter else [],
             "named_by_captions": bool(decoder.config.named),
         }
@@ -278,20 +271,22 @@ class _StartedTraining:
 
 def show_folds(training: TaskTraining, result: Mapping[str, Any], ranks: Ranks) -> None:
     """Makes the page of a finished training again, with the figures of a cross-validation that came later."""
-    held = training.held
-    if held is None or not ranks.is_first:
-        return
-    decoder = load_decoder(training.folder)
-    given = (training.plan.words, training.size, training.device, training.tokenizer)
-    found = held_out.answers(decoder, held, *given)
-    meter = held_out.score(training.task, held, found)
-    storage.publish({training.state / PAGE: _page(training, result, found, meter)})
+    if training.held and ranks.is_first:
+        judged = _judged(training, load_decoder(training.folder))
+        storage.publish({training.state / PAGE: _page(training, result, *judged)})
 
 
 def shows_folds(folder: Path, folds: Mapping[str, Any]) -> bool:
     """Whether the page of a decoder's folder, where there is one, has these figures of cross-validation."""
     path = folder / "training" / PAGE
     return not path.exists() or page.title_of(folds).encode() in path.read_bytes()
+
+
+def _judged(training: TaskTraining, decoder: Decoder) -> tuple[list[Annotation], Meter]:
+    """What a decoder says about the held-out images, and its figures on them."""
+    given = (training.plan.words, training.size, training.device, training.tokenizer)
+    found = held_out.answers(decoder, training.held, *given)
+    return found, held_out.score(training.task, training.held, found)
 
 
 def _page(training: TaskTraining, result: Mapping[str, Any], found: Sequence[Annotation], meter: Meter) -> bytes:
