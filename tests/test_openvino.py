@@ -8,20 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
+import openvino
+
 from datasetdm_fast import verify
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines import build_engine, check_engine
 from datasetdm_fast.engines.exported.cached import joined, split
-from datasetdm_fast.engines.exported.openvino import OpenVinoEngine, resolve_precision
+from datasetdm_fast.engines.exported.openvino import OpenVinoEngine, names_of, parted, resolve_precision
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling.times import initial_noise
 
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
 
 
@@ -68,6 +72,46 @@ def test_streams_and_threads_change_no_bit(engine):
         engine._stages.clear()
         engine.streams = kept
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
+    """Compiled apart, both halves in fp32, they answer as the whole does."""
+    latents, context = inputs(engine, 1)
+    whole = engine.denoise(latents, 999, context)
+    path, core = engine.manifest.graph(engine.folder, "denoise"), openvino.Core()
+    graph = core.read_model(str(path))
+    beside = parted(graph, "timestep")
+    assert [given.any_name for given in beside.inputs] == ["timestep"] and "timestep" not in names_of(graph)
+    left = [node.get_type_name() for node in graph.get_ordered_ops()]
+    assert not {"Sin", "Cos"} & set(left) and left.count("Convolution") > 20
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    made = core.compile_model(beside, "CPU", exact)({"timestep": np.float32(999)})
+    given = {output.any_name: value for output, value in made.items()}
+    given |= {"latents": latents.numpy(), "context": context.numpy()}
+    (noise,) = core.compile_model(graph, "CPU", exact)(given).values()
+    assert float((torch.from_numpy(noise) - whole).norm() / whole.norm()) < 1e-6
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16")
+@pytest.mark.parametrize("timestep", [1, 500, 999])
+def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, timestep):
+    rounded = build_engine("openvino", engine.model, engine.decoders, device="cpu", dtype="bf16")
+    latents, context = inputs(engine, 2)
+    truth, found = (one.denoise(latents, timestep, context) for one in (engine, rounded))
+    assert 1e-4 < float((found - truth).norm() / truth.norm()) < 7.3e-3  # 8.0e-3 at 500 with phases in bf16
+    assert rounded._stages["denoise"]._beside is not None and engine._stages["denoise"]._beside is None
+
+
+def test_networks_that_the_export_alone_needs_are_let_go(cache):
+    model = load_model("demo")
+    engine = build_engine("openvino", model, {}, device="cpu")
+    assert not any(network.is_built for network in model.networks.values())
+    kept = load_model("demo")
+    unet = kept.unet
+    build_engine("openvino", kept, {}, device="cpu")
+    assert kept.unet is unet and not kept.networks["vae"].is_built
+    engine.encode_image(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
+    assert not model.networks["vae"].is_built
 
 
 def test_results_are_the_callers_own(engine):

@@ -58,12 +58,8 @@ def reference_of(job: Job) -> Iterator[Engine]:
     the end.
     """
     engine = job.engine
-    unbuilt = [network for network in engine.model.networks.values() if not network.is_built]
-    try:
+    with engine.model.built_for_now():
         yield build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
-    finally:
-        for network in unbuilt:
-            network.let_go()
 
 
 def compared(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -69,6 +70,16 @@ class Model:
     def with_modules(self, **modules: nn.Module) -> Model:
         """The same model with other networks."""
         return replace(self, networks={**self.networks, **{name: Network.of(one) for name, one in modules.items()}})
+
+    @contextmanager
+    def built_for_now(self) -> Iterator[None]:
+        """Networks that are built meanwhile are let go at the end."""
+        unbuilt = [network for network in self.networks.values() if not network.is_built]
+        try:
+            yield
+        finally:
+            for network in unbuilt:
+                network.let_go()
 
     @property
     def text_length(self) -> int:

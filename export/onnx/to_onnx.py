@@ -57,14 +57,16 @@ def export(model: Model, decoders: Mapping[str, Decoder], out: Path | str, **opt
     The options are those of `StageExport`. A folder that holds this very export already is left as it is; of several
     processes that export into it at once one does the work.
     """
-    return StageExport(model, decoders, **options).into(Path(out))
+    with model.built_for_now():
+        return StageExport(model, decoders, **options).into(Path(out))
 
 
 def cached(model: Model, decoders: Mapping[str, Decoder], **options: Any) -> tuple[Path, Manifest]:
     """The same in a folder of the cache, named by all that decides its files."""
-    made = StageExport(model, decoders, **options)
-    folder = cache_folder() / "onnx" / hashlib.sha256(repr(made.wish).encode()).hexdigest()[:32]
-    return folder, made.into(folder)
+    with model.built_for_now():
+        made = StageExport(model, decoders, **options)
+        folder = cache_folder() / "onnx" / hashlib.sha256(repr(made.wish).encode()).hexdigest()[:32]
+        return folder, made.into(folder)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class GraphEngine:
     ) -> Tensor:  # [B, 4, h, w]
         return (
             drawn(self._call_autoencoder("encode_image", "image", images)["moments"], generators)
-            * self.model.vae.config.scaling_factor
+            * self.model.networks["vae"].config.scaling_factor
         )
 
     @torch.inference_mode()

@@ -51,7 +51,8 @@ class TrtEngine(GraphEngine):
         self.precision = "fp16" if dtype == "auto" else dtype
         if self.precision not in (*PRECISIONS, "fp8"):
             raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8")
-        self.source = source_digest(model, self.decoders)
+        with model.built_for_now():
+            self.source = source_digest(model, self.decoders)
         self.folder = Path(engines) if engines else cached_plans() / f"{self.source[:16]}-{self.precision}-{model.size}"
         self.is_given = bool(engines)
         self._golden = Reference(lambda: FastEngine(model, self.decoders, dtype="fp32", device="cpu"))
