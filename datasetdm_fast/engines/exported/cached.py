@@ -14,6 +14,7 @@ from torch import Tensor
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.exported.graphs import GraphEngine
 from datasetdm_fast.engines.fast import CHUNK_PIXELS
+from datasetdm_fast.engines.memory import trim
 from datasetdm_fast.export.manifest import Manifest, StageFile
 from datasetdm_fast.export.onnx.to_onnx import cached, exported_apart
 from datasetdm_fast.export.staging import say
@@ -39,6 +40,7 @@ class CachedEngine(GraphEngine):
     def __init__(self, model: Model, decoders: Mapping[str, Decoder] | None, tell: Callable[[str], None] = say):
         self.model, self.decoders, self.tell = model, dict(decoders or {}), tell
         self.folder, self.manifest = self._export()
+        trim()  # what the weights were read into
         self._stages: dict[str, OpenedGraph] = {}
 
     def _open(self, path: Path, name: str, file: StageFile) -> OpenedGraph:
