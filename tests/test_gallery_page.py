@@ -351,6 +351,17 @@ def test_the_text_of_a_card_is_cut_off_nowhere_but_at_its_lines(chromium, run, t
         page.close()
 
 
+def test_long_names_of_classes_leave_room_for_the_rest(chromium, run):
+    page = Watched(chromium, 390, 844).open(address(run))
+    page.evaluate("run.words = run.words.map(word => `${word}, which has a name of a good many words and letters`)")
+    page.evaluate("by('filters').classList.add('open')")
+    page.evaluate("by('classes').replaceChildren(); by('flags').replaceChildren(); filterButtons()")
+    assert page.evaluate("root.scrollWidth <= root.clientWidth")
+    page.click("#counting")
+    assert page.locator(".bars > i").first.bounding_box()["width"] > 100
+    page.close()
+
+
 def test_a_limit_without_bounds_limits_nothing(chromium, run):
     page = Watched(chromium).open(address(run, "#range=~~score"))
     assert len(shown(page)) == NUMBER and page.locator("#filtering").inner_text() == "Filters"
