@@ -209,6 +209,14 @@ def test_every_layer_is_drawn_in_a_way_the_page_knows():
     assert all(layer.role in kind.roles for kind in LABEL_KINDS.values() for layer in kind.layers if layer.role)
 
 
+@pytest.mark.parametrize("red, alpha, drawn", [(1, 1, 0), (0, 1, 1), (0.25, 1, 0.75), (0, 0, 0)])
+def test_uncertainty_is_drawn_over_the_picture_alone(red, alpha, drawn):
+    """A picture that is not square leaves room beside it, which is transparent and black before it is coloured."""
+    page = (gallery.HERE / "index.html").read_text(encoding="utf-8")
+    weights = [float(one) for one in re.search(r'feColorMatrix values="([^"]+)"', page)[1].split()]
+    assert sum(w * value for w, value in zip(weights[15:], (red, red, red, alpha, 1), strict=True)) == drawn
+
+
 def test_a_run_without_labels_of_a_kind_has_no_layer_of_it():
     values = document(1) | {"config": document(1)["config"] | {"task": ["depth", "semantic"]}}
     assert [layer.name for layer in layers_of(values)] == ["semantic", "confidence", "depth"]

@@ -274,7 +274,7 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
             box = page.locator("#frame .stack").bounding_box()
             page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
             until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")
-            page.mouse.move(box["x"] + box["width"] * 0.4 + 1, box["y"] + box["height"] * 0.7)
+            until(page, "by('pointed').textContent.includes(' m')")  # though the cursor rests
             told = page.locator("#pointed").inner_text()
             x, y = map(int, told.partition(" · ")[0].split(", "))
             view = rendered(1, 48).annotations
@@ -300,6 +300,90 @@ def test_statistics_are_those_of_the_samples_shown(chromium, run):
     assert found["repeated"] == len(shown(page)) - len(set(page.evaluate("shown.map(sample => sample.text)")))
     told = page.locator("#statistics").inner_text()
     assert f"Statistics of {len(shown(page))} of {NUMBER} samples" in told and "Near duplicates are known once" in told
+    page.close()
+
+
+def test_one_sample_is_counted_in_the_singular_and_statistics_name_whole_steps(chromium, tmp_path):
+    write_run(tmp_path, 1, 48)
+    page = Watched(chromium).open(address(tmp_path))
+    assert page.locator("#summary").inner_text().startswith("1 sample ·")
+    page.click("#counting")
+    assert page.locator("#counted").inner_text() == "Statistics of 1 sample"
+    assert "0 prompts repeat an earlier one." in page.locator("#charts").inner_text()
+    rows = page.evaluate("[spans([[1, 5], [3, 2]], true), spans([[2, 5], [5, 2]])]")
+    names = [[name for name, _ in each] for each in rows]
+    assert names == [["1 to 2", "3 to 4"], ["2 to 5", "5 and more"]]
+    page.close()
+
+
+def test_a_run_without_classes_has_no_charts_of_them(chromium, tmp_path):
+    sample, values = rendered(0, 48), document(1, 48)
+    values["labels"] = {"depth": values["labels"]["depth"]}
+    values["config"]["task"] = ["depth"]
+    with RunFolder(tmp_path, {**values, "classes": []}) as folder:
+        folder.add([type(sample)(sample.request, sample.image, {"depth": sample.annotations["depth"]})], {})
+        folder.rebuild()
+    page = Watched(chromium).open(address(tmp_path))
+    page.click("#counting")
+    told = page.locator("#charts").inner_text()
+    assert "Nearest depth" in told and "show a class" not in told and "of a row" not in told
+    page.close()
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (320, 640), (844, 390)])
+def test_nothing_is_wider_than_a_phone(chromium, run, width, height):
+    page = Watched(chromium, width, height).open(address(run))
+    page.evaluate("by('filters').classList.add('open')")
+    page.locator("#ranges button").click()
+    assert page.evaluate("root.scrollWidth <= root.clientWidth")
+    assert all(page.locator(f"#{name}").bounding_box()["width"] > 60 for name in ("sort", "search"))
+    page.evaluate("open(0)")
+    assert page.evaluate("by('side').scrollWidth <= by('side').clientWidth")
+    page.close()
+
+
+def test_the_text_of_a_card_is_cut_off_nowhere_but_at_its_lines(chromium, run, tmp_path):
+    """Whether some cards have a line for what is wrong with them, or none."""
+    write_run(tmp_path, 8, 48)
+    for path in (run, tmp_path):
+        page = Watched(chromium).open(address(path))
+        assert page.evaluate("[...document.querySelectorAll('.words')].every(e => e.scrollHeight <= e.clientHeight)")
+        page.close()
+
+
+def test_long_names_of_classes_leave_room_for_the_rest(chromium, run):
+    page = Watched(chromium, 390, 844).open(address(run))
+    page.evaluate("run.words = run.words.map(word => `${word}, which has a name of a good many words and letters`)")
+    page.evaluate("by('filters').classList.add('open')")
+    page.evaluate("by('classes').replaceChildren(); by('flags').replaceChildren(); filterButtons()")
+    assert page.evaluate("root.scrollWidth <= root.clientWidth")
+    page.click("#counting")
+    assert page.locator(".bars > i").first.bounding_box()["width"] > 100
+    page.close()
+
+
+def test_a_limit_without_bounds_limits_nothing(chromium, run):
+    page = Watched(chromium).open(address(run, "#range=~~score"))
+    assert len(shown(page)) == NUMBER and page.locator("#filtering").inner_text() == "Filters"
+    page.goto(address(run, "#range=1~~things"))
+    until(page, "by('filtering').textContent === 'Filters (1)'")
+    page.close()
+
+
+def test_an_empty_page_offers_to_reset_its_filters(chromium, run):
+    page = Watched(chromium).open(address(run, "#search=nothing like it"))
+    page.locator(".nothing button").click()
+    assert len(shown(page)) == NUMBER and focused(page) == "grid" and page.locator(".nothing").count() == 0
+    page.close()
+
+
+def test_opacity_is_one_value_on_the_page_and_beside_the_opened_sample(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000001"))
+    before = page.evaluate("by('opacity').value")
+    page.focus("#viewer-opacity")
+    page.keyboard.press("ArrowRight")
+    after = page.evaluate("[by('opacity').value, getComputedStyle(root).getPropertyValue('--overlay')]")
+    assert float(after[0]) == float(before) + 1 == 100 * float(after[1])
     page.close()
 
 

@@ -177,6 +177,7 @@ def test_every_method_has_a_line_in_the_chart_of_batches(document):
     rows = document["parts"]["batches"]["rows"]
     rows += [{**row, "peer": f"method {k}"} for k in range(9) for row in rows if row["peer"] == "ours"]
     drawn = charts.batches(document)
+    assert ">datasetdm_fast<" in drawn and ">ours" not in drawn
     assert all(f">method {k}<" in drawn for k in range(9)) and "s7" in drawn
 
 

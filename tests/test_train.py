@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -74,6 +75,8 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
     assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
     assert "python -m datasetdm_fast.train --model tiny" in page
+    assert ">step 1<" in page and ">step 6<" in page and ">step 2<" in page  # ends of the loss and of the figure
+    assert re.search(r"<figcaption>loss: [\d.]+ at step 1, [\d.]+ at step 6</figcaption>", page)
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (

@@ -310,6 +310,7 @@ def test_the_command_says_what_it_found(folder, tmp_path, capsys):
         and "&lt;b&gt;cat" in text
         and "data:image/png;base64," in text
         and "default-src 'none'" in text
+        and 'name="viewport"' in text
     )
 
 

@@ -15,11 +15,15 @@ from datasetdm_fast.labels.image_files import image_bytes, picture_bytes
 
 SHOWN = 4  # worst samples on the page
 STYLE = (
+    ":root{color-scheme:light dark;--line:#ddd;--failed:#b00020}"
+    "@media(prefers-color-scheme:dark){:root{--line:#444;--failed:#ff8a80}}"
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 "
     "1rem}table{border-collapse:collapse}"
-    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid "
-    "#ddd}td:first-child,th:first-child{text-align:left}"
-    ".failed{color:#b00020;font-weight:600}figure{display:inline-block;margin:.4rem}img{width:13rem;image-rendering:pixelated;display:block}"
+    ".wide{overflow-x:auto}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid "
+    "var(--line)}td:first-child,th:first-child{text-align:left}"
+    ".failed{color:var(--failed);font-weight:600}figure{display:inline-block;margin:.4rem;vertical-align:top}"
+    "figcaption{max-width:min(13rem,42vw)}img{width:min(13rem,42vw);image-rendering:pixelated;display:block}"
+    ".facts td{text-align:left}.facts td+td{overflow-wrap:anywhere}.facts{margin-top:2rem}"
 )
 
 
@@ -35,18 +39,29 @@ def page(verdict: Verdict) -> str:
         f"<td>{row.p99:.2e}</td><td>{row.limit[0]:.1e}</td><td>{row.limit[1]:.1e}</td><td>{row.worst}</td></tr>"
         for row in verdict.rows
     )
-    facts = html.escape(
-        json.dumps({"engine": verdict.engine, "against": verdict.against, **verdict.facts}, ensure_ascii=False)
+    facts = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_told(value))}</td></tr>"
+        for name, value in {"engine": verdict.engine, "against": verdict.against, **verdict.facts}.items()
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Agreement of two engines</title><style>{STYLE}</style></head><body><h1>The engines "
         f"{'agree' if verdict.agrees else 'disagree'}</h1>"
-        "<table><tr><th>measure</th><th>median</th><th>p99</th><th>limit of median</th><th>limit of "
-        "p99</th><th>worst sample</th></tr>"
-        f"{rows}</table><p>{facts}</p><h2>Worst samples</h2>{samples}</body></html>\n"
+        '<div class="wide" tabindex="0"><table><tr><th>measure</th><th>median</th><th>p99</th>'
+        "<th>limit of median</th><th>limit of p99</th><th>worst sample</th></tr>"
+        f'{rows}</table></div><table class="facts">{facts}</table><h2>Worst samples</h2>{samples}</body></html>\n'
     )
+
+
+def _told(value: object) -> str:
+    """A fact in words: nested names beside their values."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_told, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _sample(verdict: Verdict, place: int) -> str:

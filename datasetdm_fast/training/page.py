@@ -18,7 +18,8 @@ from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.truth.labelled import LabelledSource
 
 SHOWN = 12  # images of the page
-WIDTH, HEIGHT, MARGIN = 420, 150, 8  # pixels of a curve, and around it
+WIDTH, HEIGHT = 440, 170  # pixels of a chart
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # pixels between its sides and the curve
 POINTS = 200  # of a curve
 STYLE = """
 :root{color-scheme:light dark;--ink:#222;--dim:#666;--back:#fff;--line:#d5d5d5;--curve:#2563c4}
@@ -26,16 +27,17 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;background:var(--back);
 color:var(--ink)}
 h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
-code{overflow-wrap:anywhere}
 table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:left;vertical-align:top}
+td{overflow-wrap:anywhere}
 th{font-weight:normal;color:var(--dim);white-space:nowrap}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
 .views{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.views img{width:100%;image-rendering:pixelated}
-.legend span{display:inline-block;margin-right:1rem}
+.legend span{display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
 .legend i{display:inline-block;width:.9rem;height:.9rem;margin-right:.35rem;vertical-align:-.1rem;
 border:1px solid var(--line)}
 svg{max-width:100%;height:auto}polyline{fill:none;stroke:var(--curve);stroke-width:1.5}
-rect{fill:none;stroke:var(--line)}text{font-size:11px;fill:var(--dim)}circle{fill:var(--curve)}
+rect{fill:none;stroke:var(--line)}.end{text-anchor:end}text{font-size:11px;fill:var(--dim)}circle{fill:var(--curve)}
 """
 
 
@@ -71,8 +73,9 @@ def page(
         bounds = folds["held_out_intervals"]
         given = {name: value for name, value in folds["held_out"].items() if isinstance(value, float)}
         body.append(_table((name, f"{value:.4g}{_between(bounds.get(name))}") for name, value in given.items()))
-    body += [*_curves(log), *_legend(task, source)]
+    body += _curves(log)
     body.append("<h2>Image, truth and answer, on images it was not taught from</h2>")
+    body += _legend(task, source)
     body += [_views(task, source, lessons.views.item(view), found[view]) for view in range(min(lessons.count, SHOWN))]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -87,7 +90,7 @@ def title_of(folds: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    lines = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    lines = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -98,7 +101,7 @@ def _of_each(meter: Meter, figures: Mapping[str, Any], intervals: Mapping[str, A
     values, bounds = figures.get(meter.each, {}), intervals.get(meter.each, {})
     rows = [(name, f"{value:.4g}{_between(bounds.get(name))}") for name, value in values.items()]
     absent = [name for name in meter.columns if name not in values]
-    found = [f"<h3>{meter.each.replace('_', ' ').capitalize()}</h3>", _table(rows)]
+    found = [f"<h3>{meter.each.replace('_', ' ').capitalize()}</h3>", *([_table(rows)] if rows else [])]
     if absent:
         found.append(f'<p class="dim">In no held-out image: {html.escape(", ".join(absent))}.</p>')
     return found
@@ -107,11 +110,11 @@ def _of_each(meter: Meter, figures: Mapping[str, Any], intervals: Mapping[str, A
 def _curves(log: Sequence[Mapping[str, float]]) -> list[str]:
     """The loss and the held-out figure over the steps."""
     names = dict.fromkeys(name for line in log for name in line if name == "loss" or name.startswith("held_out_"))
-    found = ["<h2>Curves</h2>"] if names else []
+    found = []
     for name in names:
         points = [(line["step"], line[name]) for line in log if name in line]
         found.append(_curve(name.removeprefix("held_out_") + (", held out" if name != "loss" else ""), points))
-    return found
+    return ["<h2>Curves</h2>", f'<div class="curves">{"".join(found)}</div>'] if any(found) else []
 
 
 def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
@@ -122,15 +125,22 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
     if not len(means):
         return ""
     (first, low), (last, high) = means.min(0), means.max(0)
-    x = MARGIN + (means[:, 0] - first) / max(last - first, 1e-9) * (WIDTH - 2 * MARGIN)
-    y = HEIGHT - MARGIN - (means[:, 1] - low) / max(high - low, 1e-12) * (HEIGHT - 2 * MARGIN)
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    x = LEFT + (means[:, 0] - first) / max(last - first, 1e-9) * (right - LEFT)
+    y = bottom - (means[:, 1] - low) / max(high - low, 1e-12) * (bottom - TOP)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2"/>' for a, b in zip(x, y)) if len(means) <= 30 else ""
-    said = f"{name}: {low:.4g} to {high:.4g}, steps {points[0][0]:.0f} to {points[-1][0]:.0f}"
+    scale = [(LEFT - 8, bottom + 4, f"{low:.3g}", "end"), (LEFT, HEIGHT - 6, f"step {first:.0f}", "")]
+    scale += [(LEFT - 8, TOP + 4, f"{high:.3g}", "end")] if high > low else []
+    scale += [(right, HEIGHT - 6, f"step {last:.0f}", "end")] if last > first else []
+    words = "".join(f'<text x="{a}" y="{b}" class="{kind}">{said}</text>' for a, b, said, kind in scale)
+    ends = [means[0], means[-1]] if last > first else [means[0]]
+    said = f"{name}: " + ", ".join(f"{value:.4g} at step {step:.0f}" for step, value in ends)
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="{html.escape(said)}"><rect x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}"/>'
-        f'<polyline points="{path}"/>{dots}</svg><figcaption>{html.escape(said)}</figcaption></figure>'
+        f'aria-label="{html.escape(said)}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8}" '
+        f'height="{bottom - TOP + 8}"/><polyline points="{path}"/>{dots}{words}</svg>'
+        f"<figcaption>{html.escape(said)}</figcaption></figure>"
     )
 
 

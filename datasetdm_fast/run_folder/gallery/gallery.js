@@ -3,14 +3,17 @@
 
 const run = received.run, SVG = "http://www.w3.org/2000/svg";
 const BONES = ["#ff5d5d", "#ffb454", "#ffe066", "#7bd88f", "#4cc9f0", "#9d8df1", "#f78fb3"];
-const GAP = 16, WORDS = 92, SMALL = 150; // pixels: between cards, of their text, and the width below which they have none
+const GAP = 16, SMALL = 150; // pixels: between cards, and the width below which they have no text
 const SETTLED = 120; // milliseconds after which a card that is still in view gets its image and labels
 const MADE_AT_ONCE = 48; // cards in one frame of a scroll: large windows fill over a few
 const KEPT_DETAILS = 200; // groups of details in memory
 const LOADED_AT_ONCE = 4;
+const MOST_BARS = 60; // classes of a chart
 const root = document.documentElement, by = id => document.getElementById(id);
 const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
-const leftOut = new Map(received.leftOut), quantities = quantitiesOf(run.figures), marks = new Map();
+const leftOut = new Map(received.leftOut), hasDoubts = Boolean(run.doubtful || run.missing || leftOut.size);
+const WORDS = hasDoubts ? 92 : 74; // pixels of a card's text: a third line where some cards say what is wrong with them
+const quantities = quantitiesOf(run.figures), marks = new Map();
 let wish = { ...EMPTY }, layersOn = [], samples = [], shown = [], first = 0, opened = null, wanted = "";
 let layout = layoutOf(1000, 232, GAP, WORDS, 0), cards = new Map(), settling = 0, filled = false;
 
@@ -40,6 +43,8 @@ function picture(path, name, alt) {
   return image;
 }
 function count(number) { return number.toLocaleString("en"); }
+function several(number, one, many = `${one}s`) { return `${count(number)} ${number === 1 ? one : many}`; }
+function portion(number, whole) { return number === whole ? several(whole, "sample") : `${count(number)} of ${several(whole, "sample")}`; }
 function percent(score) { return `${Math.round(score * 100)} %`; }
 function dotted(tag, name, word) {
   const element = make(tag, name), dot = make("span", "dot");
@@ -232,7 +237,7 @@ async function send() {
       if (!answer.ok) throw new Error(String(answer.status));
     } catch {
       for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
-      by("summary").textContent = `${count(unsent.size)} marks could not be written; the next one tries again`;
+      by("summary").textContent = `${several(unsent.size, "mark")} could not be written; the next one tries again`;
       break;
     }
   }
@@ -312,10 +317,12 @@ function comparedStack(sample) {
 
 const PIXELS = new Map(); // path -> pixels of a file, or that they are on their way
 const KEPT_PIXELS = 40;
+let pointed = null; // the last move over the picture: pixels may arrive while the cursor rests
 async function pixelsAt(path) {
   PIXELS.set(path, null);
   for (const old of [...PIXELS.keys()].slice(0, -KEPT_PIXELS)) PIXELS.delete(old);
   try { PIXELS.set(path, await pixelsOf(await (await fetch(path)).arrayBuffer())); } catch { PIXELS.set(path, null); }
+  if (pointed && opened) point(pointed);
 }
 function valueAt(layer, sample, x, y) {
   const path = placeOf(sample) + layer.file.replace("ID", sample.id);
@@ -342,7 +349,7 @@ function card(place) {
   const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
   if (reason) words.append(make("span", "told doubts", reason));
   element.append(box, words);
-  element.title = sample.prompt;
+  element.title = [sample.prompt, reason].filter(Boolean).join("\n");
   showMark(element, sample);
   return element;
 }
@@ -397,6 +404,7 @@ function settle() {
 }
 function arrange() {
   const tile = Number(by("size").value), words = tile < SMALL ? 0 : WORDS;
+  grid.classList.toggle("with-doubts", hasDoubts);
   grid.classList.toggle("small", tile < SMALL);
   layout = layoutOf(grid.clientWidth, Math.min(tile, grid.clientWidth), words ? GAP : 6, words, shown.length);
   first = Math.min(first, Math.floor(Math.max(shown.length - 1, 0) / layout.most) * layout.most);
@@ -421,22 +429,32 @@ function refresh(isGrowing = false) {
     cards.delete(place);
   }
   grid.querySelector(".nothing")?.remove();
-  if (!shown.length && filled) grid.append(make("p", "nothing", "No sample matches."));
+  if (!shown.length && filled) showNothing();
   arrange();
   if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
-  const total = shown.length === run.samples ? `${count(run.samples)} samples` : `${count(shown.length)} of ${count(run.samples)} samples`;
   const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
   const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
-  by("summary").textContent = [total, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
+  by("summary").textContent = [portion(shown.length, run.samples), rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
   if (opened) tellPlace();
   if (wanted) {
     const place = shown.findIndex(sample => sample.id === wanted);
     if (place >= 0) open(place);
   }
 }
+function showNothing() {
+  const told = make("p", "nothing", run.samples ? "No sample matches. " : "No sample yet.");
+  if (run.samples) told.append(button("Reset", () => { reset(); grid.focus({ preventScroll: true }); }));
+  grid.append(told);
+}
+function reset() {
+  wish = { ...EMPTY };
+  changed();
+  showFilters();
+}
 function changed() {
   first = 0;
   refresh();
+  countFilters();
   keepAddress();
 }
 function reveal(place) {
@@ -458,7 +476,7 @@ let zoom = { x: 0, y: 0, scale: 1 };
 function open(place) {
   opened = shown[place];
   wanted = "";
-  by("prompt").textContent = opened.prompt;
+  by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
   box.append(imageOf(opened));
   if (beside === "difference") box.append(comparedImage(opened));
@@ -476,6 +494,7 @@ function open(place) {
   tellPlace();
   by("line").textContent = lineOf(opened);
   by("pointed").textContent = "";
+  pointed = null;
   if (!viewer.open) {
     viewer.showModal();
     frame.focus({ preventScroll: true });
@@ -557,6 +576,7 @@ function zoomed(factor, clientX, clientY) {
 function point(event) {
   const box = frame.firstChild?.getBoundingClientRect();
   if (!box || !opened) return;
+  pointed = event;
   const x = Math.floor((event.clientX - box.left) / box.width * opened.sides[1]), y = Math.floor((event.clientY - box.top) / box.height * opened.sides[0]);
   if (x < 0 || y < 0 || x >= opened.sides[1] || y >= opened.sides[0]) { by("pointed").textContent = ""; return; }
   const things = document.elementsFromPoint(event.clientX, event.clientY).map(element => element.told).filter(Boolean);
@@ -575,6 +595,15 @@ function bars(title, rows) {
   }
   box.append(make("h3", "", title), rows.length ? list : make("p", "", "none"));
   return box;
+}
+// Bars of a histogram, each named by its step; `isWhole` where values are whole numbers.
+function spans(counts, isWhole = false) {
+  const width = counts.length > 1 ? counts[1][0] - counts[0][0] : 1;
+  return counts.map(([from, number], k) => {
+    const next = counts[k + 1]?.[0];
+    if (isWhole) return [width > 1 ? `${from} to ${from + width - 1}` : from, number];
+    return [next === undefined ? `${from} and more` : `${from} to ${next}`, number];
+  });
 }
 function centres(cells) {
   const box = make("section"), most = Math.max(...cells, 1), svg = draw("svg", { viewBox: `0 0 ${CELLS} ${CELLS}`, class: "cells", role: "img", "aria-label": "Where the middles of things lie" });
@@ -605,19 +634,21 @@ function together(found) {
 }
 function showStatistics() {
   const found = statisticsOf(shown, run.figures), charts = [];
-  const classes = found.classes.slice(0, 60);
-  charts.push(bars("Samples that show a class", classes.map(each => [dotted("span", "", each.word), each.samples])));
-  charts.push(bars("Samples whose prompt names it", classes.filter(each => each.named).map(each => [dotted("span", "", each.word), each.named])));
+  const classes = found.classes.slice(0, MOST_BARS), isShowing = classes.some(each => each.samples), named = classes.filter(each => each.named);
+  const most = found.classes.length > MOST_BARS ? `, the ${MOST_BARS} most frequent of ${count(found.classes.length)}` : "";
+  if (isShowing) charts.push(bars(`Samples that show a class${most}`, classes.map(each => [dotted("span", "", each.word), each.samples])));
+  if (named.length) charts.push(bars("Samples whose prompt names a class", named.map(each => [dotted("span", "", each.word), each.named])));
   if (found.areas.length) {
     charts.push(bars("Things of a class", classes.filter(each => each.things).map(each => [dotted("span", "", each.word), each.things])));
-    charts.push(bars("Sizes of things: % of the picture, from", found.areas), bars("Things of a sample", found.things), centres(found.cells));
+    charts.push(bars("Sizes of things, % of the picture", spans(found.areas)), bars("Things in a sample", spans(found.things, true)), centres(found.cells));
   }
-  if (found.nearest.length) charts.push(bars("Nearest depth of a sample: m, from", found.nearest), bars("Farthest depth of a sample: m, from", found.farthest));
-  charts.push(bars("Words of a prompt, from", found.lengths));
-  const repeats = make("section"), near = found.duplicates === null ? "Near duplicates are known once `filter` has scored the run." : `${count(found.duplicates)} pictures are nearly those of a sample before them.`;
-  repeats.append(make("h3", "", "Repetitions"), make("p", "", `${count(found.repeated)} prompts repeat an earlier one. ${near}`));
-  charts.push(repeats, together(found));
-  by("counted").textContent = `Statistics of ${count(shown.length)} of ${count(run.samples)} samples`;
+  if (found.nearest.length) charts.push(bars("Nearest depth in a sample, m", spans(found.nearest)), bars("Farthest depth in a sample, m", spans(found.farthest)));
+  charts.push(bars("Words in a prompt", spans(found.lengths, true)));
+  const repeats = make("section"), near = found.duplicates === null ? "Near duplicates are known once the command filter has scored the run." : `${several(found.duplicates, "picture is nearly that", "pictures are nearly those")} of an earlier sample.`;
+  repeats.append(make("h3", "", "Repetitions"), make("p", "", `${several(found.repeated, "prompt repeats", "prompts repeat")} an earlier one. ${near}`));
+  charts.push(repeats);
+  if (isShowing) charts.push(together(found));
+  by("counted").textContent = `Statistics of ${portion(shown.length, run.samples)}`;
   by("charts").replaceChildren(...charts);
   by("statistics").showModal();
 }
@@ -670,11 +701,7 @@ function filterButtons() {
     wish.any = !wish.any;
     changed();
     showFilters();
-  }), button("Reset", () => {
-    wish = { ...EMPTY };
-    changed();
-    showFilters();
-  }));
+  }), button("Reset", reset));
   by("flags").children[by("flags").children.length - 2].id = "any";
   const order = run.words.map((word, k) => k).filter(k => run.shown[k]).sort((a, b) => run.shown[b] - run.shown[a] || a - b);
   by("classes").append(...order.map(word => {
@@ -704,13 +731,16 @@ function showFilters() {
   by("search").value = wish.search;
   by("sort").value = quantities.has(wish.sort) ? wish.sort : EMPTY.sort;
   by("direction").textContent = wish.down ? "↓ falling" : "↑ rising";
-  const limits = wish.ranges.length + wish.has.length + wish.not.length + wish.flags.length;
-  by("filtering").textContent = limits ? `Filters (${limits})` : "Filters";
+  countFilters();
   by("ranges").replaceChildren(...wish.ranges.map(rangeRow), button("+ Limit", () => {
     wish.ranges.push([quantities.has("score") ? "score" : "things", null, null]);
     showFilters();
     by("ranges").querySelector("label:last-of-type select")?.focus();
   }));
+}
+function countFilters() {
+  const number = wish.ranges.filter(isBound).length + wish.has.length + wish.not.length + wish.flags.length;
+  by("filtering").textContent = number ? `Filters (${number})` : "Filters";
 }
 function rangeRow(range, k) {
   const row = make("label"), select = quantitySelect(range[0]);
@@ -752,13 +782,19 @@ function theme(name) {
   root.dataset.theme = name;
   by("theme").textContent = name === "dark" ? "Light" : "Dark";
 }
-function slide(id, act, value) {
-  by(id).value = value ?? by(id).value;
-  act(by(id).value);
-  by(id).addEventListener("input", () => {
-    act(by(id).value);
-    remember(id, by(id).value);
-  });
+// Sliders of one value, which begins with `value` where that is known.
+function slide(name, act, value, ids = [name]) {
+  const take = now => {
+    for (const id of ids) by(id).value = now;
+    act(by(name).value);
+  };
+  take(value ?? by(name).value);
+  for (const id of ids) {
+    by(id).addEventListener("input", () => {
+      take(by(id).value);
+      remember(name, by(name).value);
+    });
+  }
 }
 function applyAddress() {
   const found = wishOf(location.hash, run.words);
@@ -887,7 +923,7 @@ addEventListener("hashchange", () => {
   refresh();
 });
 new ResizeObserver(() => arrange()).observe(grid);
-slide("opacity", value => root.style.setProperty("--overlay", value / 100), remembered("opacity"));
+slide("opacity", value => root.style.setProperty("--overlay", value / 100), remembered("opacity"), ["opacity", "viewer-opacity"]);
 slide("size", () => arrange(), remembered("size") ?? (innerWidth < 500 ? 160 : 232));
 applyAddress();
 startReview();

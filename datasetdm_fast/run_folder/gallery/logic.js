@@ -56,13 +56,14 @@ const FLAGS = {
   unmarked: (sample, marks) => !marks.has(sample.id),
 };
 
+function isBound([, least, most]) { return least !== null || most !== null; }
 function passes(sample, wish, quantities, marks) {
   if (sample.leftOut && !wish.flags.includes("left-out")) return false;
   if (sample.aside && !wish.flags.includes("aside") && !wish.flags.includes("doubtful")) return false;
   if (!wish.flags.every(flag => FLAGS[flag](sample, marks))) return false;
   if (wish.has.length && !wish.has[wish.any ? "some" : "every"](word => sample.shown.includes(word))) return false;
   if (wish.not.some(word => sample.shown.includes(word))) return false;
-  for (const [name, least, most] of wish.ranges) {
+  for (const [name, least, most] of wish.ranges.filter(isBound)) {
     const value = quantities.get(name)?.(sample) ?? null;
     if (value === null || (least !== null && value < least) || (most !== null && value > most)) return false;
   }
