@@ -76,7 +76,7 @@ FAULTS = {
         f"{FAST}:FastEngine._labelled", "self._label_pool or torch.cuda.graph_pool_handle()", "self._pool"
     ),
     "a graph recorded at every call": Fault(
-        f"{FAST}:FastEngine._graph", "key = (len(inputs[0]),", "key = (len(self._graphs),"
+        f"{FAST}:FastEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
     ),
     "a recording that other threads can spoil": Fault(
         "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
