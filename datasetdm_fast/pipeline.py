@@ -425,6 +425,7 @@ class Pipeline:
         """The capture of one image on its way from noise."""
         import torch
 
+        from datasetdm_fast.engines.device import to_device
         from datasetdm_fast.sampling import make_schedule
         from datasetdm_fast.sampling.times import initial_noise
         from datasetdm_fast.sampling.walk import SamplerState
@@ -433,7 +434,7 @@ class Pipeline:
         schedule = make_schedule(engine.model.scheduler, "pndm", steps or engine.model.defaults.steps, "0.3.0")
         last = capture_calls(schedule, {"": timestep})[""]
         context = torch.cat([engine.encode_text([""]), engine.encode_text([prompt])])
-        noise = initial_noise(seed, 4, side, side)[None].to(engine.device)
+        noise = to_device(initial_noise(seed, 4, side, side)[None], engine.device)
         state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
         for call, time in enumerate(schedule.timesteps[:last]):
             state.step(call, engine.denoise(state.latents, time, context))

@@ -76,7 +76,7 @@ FAULTS = {
         f"{FAST}:FastEngine._labelled", "self._label_pool or torch.cuda.graph_pool_handle()", "self._pool"
     ),
     "a graph recorded at every call": Fault(
-        f"{FAST}:FastEngine._graph", "key = (len(inputs[0]),", "key = (len(self._graphs),"
+        f"{FAST}:FastEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
     ),
     "a recording that other threads can spoil": Fault(
         "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
@@ -100,6 +100,170 @@ FAULTS = {
     ),
     "fp32 that is TF32": Fault(
         "datasetdm_fast.engines.device:allow_tf32", "= is_allowed, False", "= True, False", {"dtype": "fp32"}
+    ),
+    "sums of attention on the host": Fault(
+        f"{DRIVER}:BatchGenerator.nothing_yet",
+        "torch.zeros(shape, device=self.engine.device)",
+        "torch.zeros(shape)",
+        {"scenario": "attention"},
+    ),
+    "a graph for other shapes": Fault(
+        f"{FAST}:FastEngine._graph",
+        "*(tuple(value.shape) for value in inputs)",
+        "len(inputs[0])",
+        {"scenario": "attention"},
+    ),
+    "sums of attention in fp16": Fault(
+        "datasetdm_fast.models.capture:SummedAttention.attend_self",
+        "self.cells, self.shares",
+        "self.cells.half(), self.shares",
+        {"scenario": "attention"},
+    ),
+    "columns as a list": Fault(
+        "datasetdm_fast.tasks.attention:spread_maps",
+        "torch.stack([tokens[:, place] for place in places], 1)",
+        "tokens[:, list(places)]",
+        {"scenario": "attention"},
+    ),
+    "words left on the host": Fault(
+        "datasetdm_fast.tasks.captions:held_to",
+        ').to(raw["pred_logits"].device)',
+        ")",
+        {"scenario": "words"},
+    ),
+    "a wait of another kind where some are allowed": Fault(
+        "datasetdm_fast.tasks.instance:InstanceTask.postprocess",
+        "queries, classes, scores = candidates(",
+        "probability.max().item(); queries, classes, scores = candidates(",
+    ),
+    "pictures copied while the host waits": Fault(
+        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "to_device(pixels, engine.device)",
+        "pixels.to(engine.device)",
+        {"scenario": "label"},
+    ),
+    "pictures encoded on a stream of its own": Fault(
+        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "clean = engine.encode_image(pixels)",
+        "clean = torch.cuda.stream(torch.cuda.Stream(engine.device)).__enter__() or engine.encode_image(pixels)",
+        {"scenario": "label"},
+    ),
+    "a generator of the host for noise on a GPU": Fault(
+        "datasetdm_fast.sampling.times:initial_noise",
+        'generator=torch.Generator("cpu")',
+        'device="cuda", generator=torch.Generator("cpu")',
+        {"scenario": "label"},
+    ),
+    "an event of another GPU": Fault(
+        f"{LABELS}:LabelStream.put",
+        "torch.cuda.current_stream(self._device)",
+        "torch.cuda.current_stream()",
+        {"scenario": "label", "device": "cuda:1"},
+    ),
+    "a kernel of attention on another GPU": Fault(
+        "datasetdm_fast.kernels.attention_average:fused",
+        "torch.cuda.device_of(q)",
+        "torch.cuda.device(0)",
+        {"scenario": "label", "device": "cuda:1"},
+    ),
+    "a tile is read before its copy is over": Fault(
+        "datasetdm_fast.tasks.attention:joined_label",
+        "one[None, k : k + 1].cpu()",
+        'one[None, k : k + 1].to("cpu", non_blocking=True)',
+        {"scenario": "tiles"},
+    ),
+    "pictures of a labeller on the host": Fault(
+        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "to_device(pixels, engine.device)",
+        "pixels",
+        {"scenario": "labeller"},
+    ),
+    "another stream than that of the copies is waited for": Fault(
+        "datasetdm_fast.tasks.to_host:_copied",
+        "torch.cuda.current_stream(group[0].device)",
+        "torch.cuda.default_stream(group[0].device)",
+        {"scenario": "files"},
+    ),
+    "a region copied while the host waits": Fault(
+        "datasetdm_fast.compositions.edit:Edits.begin",
+        "to_device(torch.from_numpy(cells)[:, None], source.clean.device)",
+        "torch.from_numpy(cells)[:, None].to(source.clean.device)",
+        {"scenario": "files"},
+    ),
+    "latents of a callback by way of the host": Fault(
+        "datasetdm_fast.generation.diffusing:_after",
+        "changed.to(latents)",
+        "changed.cpu().to(latents)",
+        {"scenario": "library"},
+    ),
+    "page-locked memory written while it is copied": Fault(
+        "datasetdm_fast.engines.device:to_device",
+        "value.pin_memory().to(device, non_blocking=True)",
+        "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * held.zero_().numel()",
+        {"scenario": "library"},
+    ),
+    "one of two texts on the host": Fault(
+        "datasetdm_fast.pipeline:Pipeline._sampled_capture",
+        "engine.encode_text([prompt])",
+        "engine.encode_text([prompt]).cpu()",
+        {"scenario": "features"},
+    ),
+    "earlier outputs of a sampler in fp16": Fault(
+        "datasetdm_fast.sampling.walk:SamplerState.__init__",
+        "latents.new_zeros((schedule.memory, *latents.shape))",
+        "latents.new_zeros((schedule.memory, *latents.shape), dtype=torch.float16)",
+        {"scenario": "samplers"},
+    ),
+    "numbers drawn by a GPU": Fault(
+        f"{FAST}:FastEngine._latents",
+        "latents.to(self.device, self.unet_dtype)",
+        "(latents + 0 * torch.randn_like(latents)).to(self.device, self.unet_dtype)",
+        {"scenario": "samplers"},
+    ),
+    "fp32 between the products of the fp16 network": Fault(
+        "datasetdm_fast.models.fused:MeasuredResnet.forward",
+        "(h, x.image, self.bias)",
+        "(h, (x.image.float() * 1.0).to(x.image.dtype), self.bias)",
+        {"scenario": "library"},
+    ),
+    "an input of a graph is written to": Fault(
+        f"{FAST}:FastEngine._row",
+        "(row := self._rows.get(float(timestep))) is None",
+        "(row := next((one.add_(0) for one in self._rows.values()), None)) is None",
+        {"scenario": "library"},
+    ),
+    "a second engine records while labels are read": Fault(
+        f"{DRIVER}:generate", "label_stream.settle()", "pass", {"scenario": "retry"}
+    ),
+    "an autoencoder of fp32 is given fp16": Fault(
+        f"{FAST}:FastEngine._decoded",
+        "_channels_last(latents, torch.float32)",
+        "_channels_last(latents, self.dtype)",
+        {"scenario": "retry"},
+    ),
+    "a wait for the whole GPU where memory ran out": Fault(
+        f"{FAST}:FastEngine._call",
+        "self.widest, self.adjustments = worked",
+        "torch.cuda.synchronize(); self.widest, self.adjustments = worked",
+        {"scenario": "memory"},
+    ),
+    "one buffer for the threads of two GPUs": Fault(
+        "datasetdm_fast.tasks.to_host:_buffer",
+        "return _own.bytes",
+        'return vars(threading).setdefault("buffer", torch.empty(2**20, dtype=torch.uint8, pin_memory=True))',
+        {"scenario": "cards"},
+    ),
+    "memory given back at every batch": Fault(
+        f"{FAST}:FastEngine.decode_and_check",
+        "chunks = latents.to(self.device)",
+        "torch.cuda.empty_cache(); chunks = latents.to(self.device)",
+        {"scenario": "cards"},
+    ),
+    "the reference's tokens on the host": Fault(
+        "datasetdm_fast.engines.torch:TorchEngine.encode_text",
+        "tokens.input_ids.to(self.device)",
+        "tokens.input_ids",
+        {"scenario": "verify"},
     ),
 }
 
@@ -141,7 +305,7 @@ def main(names: list[str]) -> None:
     for name in names:
         fault = FAULTS[name]
         with planted(fault) as line:
-            found = rehearse("tiny", 4, batches=2, steps=2, **fault.options)
+            found = rehearse("tiny", 4, **{"batches": 2, "steps": 2, **fault.options})
         findings = [asdict(one) for one in found.findings]
         print(json.dumps({"name": name, "line": line, "findings": findings}), flush=True)
 

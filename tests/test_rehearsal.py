@@ -13,10 +13,12 @@ import torch
 from skips import long_test
 
 from bench.kernels.audit import name_of
-from bench.rehearsal import budget, carried
+from bench.rehearsal import budget, carried, scenarios
+from bench.rehearsal.command import SCENARIOS
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
 from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer
 from bench.rehearsal.roofline import Reckoning
+from bench.rehearsal.run import OfThread
 from bench.rehearsal.timeline import HostThread, Timeline
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
@@ -25,6 +27,10 @@ ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
     launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
 )
+
+# Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
+SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
+SAMPLES |= {"cards": 16, "verify": 13}
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
@@ -48,6 +54,34 @@ EXPECTED = {
     "a tensor printed in the loop": ("host wait", "generation/driver.py"),
     "fp64 in the network": ("dtype", "models/fused.py"),
     "fp32 that is TF32": ("precision", "engines/fast.py"),
+    "sums of attention on the host": ("device", "generation/driver.py"),  # where they were made
+    "a graph for other shapes": ("error", "engines/cuda_graph.py"),
+    "sums of attention in fp16": ("dtype", "models/capture.py"),
+    "columns as a list": ("host wait", "tasks/attention.py"),
+    "words left on the host": ("error", "tasks/captions.py"),
+    "a wait of another kind where some are allowed": ("host wait", "tasks/instance.py"),
+    "pictures copied while the host waits": ("host wait", "generation/inverting.py"),
+    "pictures encoded on a stream of its own": ("race", "generation/inverting.py"),
+    "a generator of the host for noise on a GPU": ("device", "sampling/times.py"),
+    "an event of another GPU": ("race", "generation/overlap.py"),  # which the race's stream waited for
+    "a kernel of attention on another GPU": ("wrong GPU", "kernels/attention_average.py"),
+    "a tile is read before its copy is over": ("race", "tasks/attention.py"),
+    "pictures of a labeller on the host": ("error", "tasks/labeller.py"),
+    "another stream than that of the copies is waited for": ("race", "tasks/to_host.py"),
+    "a region copied while the host waits": ("host wait", "compositions/edit.py"),
+    "latents of a callback by way of the host": ("host wait", "generation/diffusing.py"),
+    "page-locked memory written while it is copied": ("race", "engines/device.py"),
+    "one of two texts on the host": ("error", "datasetdm_fast/pipeline.py"),
+    "earlier outputs of a sampler in fp16": ("dtype", "sampling/walk.py"),
+    "numbers drawn by a GPU": ("random", "engines/fast.py"),
+    "fp32 between the products of the fp16 network": ("dtype", "models/fused.py"),
+    "an input of a graph is written to": ("stale", "engines/fast.py"),
+    "a second engine records while labels are read": ("capture", "engines/cuda_graph.py"),
+    "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast.py"),
+    "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast.py"),
+    "one buffer for the threads of two GPUs": ("race", "tasks/to_host.py"),
+    "memory given back at every batch": ("host wait", "engines/fast.py"),
+    "the reference's tokens on the host": ("error", "engines/torch.py"),
 }
 
 
@@ -60,9 +94,11 @@ def ran(*arguments: str, seconds: float = 900, **variables: str) -> subprocess.C
 
 
 def rehearsed(*flags: str) -> dict:
+    """What a rehearsal of one scenario says."""
     done = ran("-m", "bench", "rehearse", "--json", *flags)
     assert done.stdout, done.stderr
-    return json.loads(done.stdout) | {"code": done.returncode, "said": done.stderr}
+    (found,) = json.loads(done.stdout)
+    return found | {"code": done.returncode, "said": done.stderr}
 
 
 def test_a_run_on_a_gpu_is_in_order():
@@ -72,21 +108,40 @@ def test_a_run_on_a_gpu_is_in_order():
     assert found["samples"] == 12 and found["replays"] == 33 and found["kernels"] > 20
 
 
+def test_so_are_labels_of_pictures_that_exist():
+    """A decoder and attention read them: encoder, noise, a captured call, two that add up attention."""
+    found = rehearsed("--model", "tiny", "--batch", "2", "--scenario", "label")
+    assert found["findings"] == [] and found["code"] == 0, found["findings"]
+    assert found["samples"] == 4 and found["replays"] == 8
+
+
+@long_test
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_so_is_every_other_use_of_an_engine(scenario, device):
+    found = rehearsed("--model", "tiny", "--scenario", scenario, "--device", device)
+    assert found["findings"] == [] and found["code"] == 0, found["findings"]
+    assert found["samples"] == SAMPLES.get(scenario, 8)
+
+
 @long_test
 @pytest.mark.parametrize(
     "flags",
     [
         *(("--model", "random-sd14", "--batch", str(batch)) for batch in (1, 8, 32)),
-        ("--model", "tiny", "--device", "cuda:1"),
-        ("--model", "tiny", "--dtype", "fp32"),
-        ("--model", "tiny", "--dtype", "tf32"),
-        ("--model", "tiny", "--dtype", "bf16"),
+        ("--model", "random-sd14", "--scenario", "attention", "--batches", "1"),
+        *(("--model", "tiny", "--dtype", dtype) for dtype in ("fp32", "tf32", "bf16")),
+        *(("--model", "tiny", "--dtype", dtype, "--scenario", "label") for dtype in ("fp32", "bf16")),
     ],
     ids=" ".join,
 )
-def test_so_are_runs_of_every_size_card_and_precision(flags):
+def test_so_are_runs_of_every_size_and_precision(flags):
     found = rehearsed(*flags)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
+
+
+def test_every_scenario_can_be_named():
+    assert tuple(scenarios.SCENARIOS) == SCENARIOS
 
 
 @long_test
@@ -102,7 +157,7 @@ def test_every_kernel_of_a_run_fits_every_gpu(model, dtype):
 
 @long_test
 def test_what_is_planted_is_found_at_its_line():
-    done = ran("tests/planted_faults.py")
+    done = ran("tests/planted_faults.py", seconds=2400)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert {one["name"] for one in answers} == set(EXPECTED), done.stderr
     for one in answers:
@@ -154,6 +209,28 @@ def test_uses_that_nothing_orders_are_found():
     assert used_on_two_streams("event") == [unread, "freed too early"]
     assert used_on_two_streams("kept") == [unread]
     assert used_on_two_streams("host") == ["host wait", unread]
+
+
+def test_an_input_of_a_graph_that_is_written_to_is_found():
+    timeline = Timeline()
+    value, buffer = torch.empty(8), torch.empty(8)
+    timeline.launch("write", 0, [], [value])
+    timeline.launch("copy", 0, [value], [buffer])
+    timeline.held([value, None], [buffer, torch.empty(8)])
+    assert not timeline.found
+    timeline.launch("write", 0, [], [value])
+    timeline.held([value], [buffer])
+    assert [flaw.rule for flaw in timeline.found] == ["stale"]
+
+
+def test_threads_that_run_in_one_have_values_of_their_own():
+    timeline = Timeline()
+    kept, other = OfThread(timeline), HostThread("labels")
+    kept.bytes = 1
+    with timeline.on_thread(other):
+        assert not hasattr(kept, "bytes")
+        kept.bytes = 2
+    assert kept.bytes == 1
 
 
 @long_test

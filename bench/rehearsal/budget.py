@@ -11,7 +11,8 @@ import torch
 
 from bench.rehearsal.kernels import storages
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
-from bench.rehearsal.run import open_engine, stage
+from bench.rehearsal.run import stage
+from bench.rehearsal.scenarios import open_engine
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
 from datasetdm_fast.engines.fast import FastEngine

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.options import check_numbers, say
 from datasetdm_fast.config import setting
@@ -19,9 +19,14 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 if TYPE_CHECKING:
     from bench.rehearsal.kernels import NotedLaunch
+    from bench.rehearsal.run import Rehearsal
 
-PROG = "python -m bench rehearse"
+PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
+SCENARIOS = (  # functions of scenarios.py
+    "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
+    "retry", "memory", "cards", "verify",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class RehearsalConfig:
     batches: int = setting(2, "batches of the run", metavar="N")
     dtype: str = setting("auto", "precision of the engine", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("cuda", "cuda or cuda:N of two simulated GPUs", metavar="DEVICE")
+    scenario: tuple[str, ...] = setting(
+        ("decoders",),
+        f"what is run, comma-separated: {', '.join(SCENARIOS)}; all of these",
+        choices=(*SCENARIOS, ALL),
+        metavar="LIST",
+    )
     compile: bool = setting(False, "compile every kernel that was launched, and judge what it takes of a GPU")
     targets: tuple[str, ...] = setting(
         TARGETS, "with --compile: compute capabilities, times ten, comma-separated", choices=TARGETS, metavar="LIST"
@@ -68,36 +79,53 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rehearsed(config: RehearsalConfig) -> int:
-    from bench.rehearsal.run import reason_of, rehearse
+    from bench.rehearsal.run import rehearse
 
-    begin = time.monotonic()
-    found = rehearse(config.model, config.batch, batches=config.batches, dtype=config.dtype, device=config.device)
+    wanted = SCENARIOS if ALL in config.scenario else config.scenario
+    sizes = {"batches": config.batches, "dtype": config.dtype, "device": config.device}
+    documents, findings, kernels = [], [], {}
+    for name in wanted:
+        begin = time.monotonic()
+        found = rehearse(config.model, config.batch, **sizes, scenario=name)
+        documents.append({"scenario": name, **document(found)})
+        if not config.json:
+            tell(found)
+        say(
+            f"{name}, {config.model}, {config.batches} batches of {config.batch}: {len(found.launches)} operations "
+            f"launched or recorded, {found.replays} replays of {len(found.graphs)} graphs, {len(found.kernels)} "
+            f"compiled forms of kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
+        )
+        findings += found.findings
+        kernels |= found.kernels
     if config.json:
-        named = {"findings": found.findings, "waits": found.waits}
-        rows = {name: [asdict(one) | {"count": count} for one, count in part.items()] for name, part in named.items()}
-        facts = {"launches": len(found.launches), "replays": found.replays, "samples": found.samples}
-        print(json.dumps({**rows, **facts, "kernels": len(found.kernels)}, indent=1))
-    else:
-        for one, count in found.waits.items():
-            print(f"allowed: {count} x {one.what}, {one.place.partition(' <')[0]} ({one.thread}): {reason_of(one)}")
-        for one, count in found.findings.items():
-            print(
-                f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase})\n    {one.code}"
-            )
-    say(
-        f"{config.model}, {config.batches} batches of {config.batch}: {len(found.launches)} operations launched or "
-        f"recorded, {found.replays} replays of {len(found.graphs)} graphs, {len(found.kernels)} compiled forms of "
-        f"kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
-    )
+        print(json.dumps(documents, indent=1))
     if config.compile:
-        compiled(found.kernels.values(), config)
-    if found.findings:
-        first = next(iter(found.findings))
+        compiled(kernels.values(), config)
+    if findings:
+        first = findings[0]
         raise GateFailed(
-            f"bench rehearse: {len(found.findings)} findings, first {first.rule}: {first.what} at {first.place}",
+            f"bench rehearse: {len(findings)} findings, first {first.rule}: {first.what} at {first.place}",
             "the lines above name each with its place",
         )
     return 0
+
+
+def document(found: Rehearsal) -> dict[str, Any]:
+    """What --json says of a scenario."""
+    named = {"findings": found.findings, "waits": found.waits}
+    rows = {name: [asdict(one) | {"count": count} for one, count in part.items()] for name, part in named.items()}
+    facts = {"launches": len(found.launches), "replays": found.replays, "samples": found.samples}
+    return {**rows, **facts, "kernels": len(found.kernels)}
+
+
+def tell(found: Rehearsal) -> None:
+    """A line for every wait that is allowed, and three for every finding."""
+    from bench.rehearsal.run import reason_of
+
+    for one, count in found.waits.items():
+        print(f"allowed: {count} x {one.what}, {one.place.partition(' <')[0]} ({one.thread}): {reason_of(one)}")
+    for one, count in found.findings.items():
+        print(f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase})\n    {one.code}")
 
 
 def budgeted(config: RehearsalConfig) -> int:

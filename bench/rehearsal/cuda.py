@@ -5,6 +5,7 @@ until somebody asks for it.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ from unittest import mock
 
 import torch
 
-from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline
+from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
 MEMORY = 80 * 2**30
 CARD = "NVIDIA H100 80GB HBM3"
 CAPABILITY = (9, 0)
+LABELS = "labels"  # the pool whose thread reads labels
 
 
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # in libc10: a pointer for every type of device
@@ -95,6 +97,10 @@ def _cards(timeline: Timeline) -> dict[str, Any]:
         "device": OnDevice,
         "device_of": device_of,
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: MEMORY // 2,
+        "memory_reserved": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
     }
 
 
@@ -113,7 +119,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             timeline.wait(self.id, timeline.reached(other.id))
 
         def wait_event(self, event: Event) -> None:
-            timeline.wait(self.id, event.clock)
+            timeline.wait(self.id, event.clock, f", for an event of {event.line}")
 
         def record_event(self, event: Event | None = None) -> Event:
             event = event or Event()
@@ -129,9 +135,10 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
     class Event:
         def __init__(self, *_, **__):
             self.clock: Clock = {}
+            self.line = "nowhere"
 
         def record(self, stream: Stream | None = None) -> None:
-            self.clock = timeline.reached((stream or current()).id)
+            self.clock, self.line = timeline.reached((stream or current()).id), line_of_ours(sys._getframe(1))
 
         def wait(self, stream: Stream | None = None) -> None:
             (stream or current()).wait_event(self)
@@ -208,6 +215,11 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
         def __enter__(self):
             if timeline.capture is not None:
                 timeline.find("capture", "a second graph is recorded while another one is")
+            card = self.graph.stream[0]
+            for pool in timeline.pools.values():
+                works_here = any(card in thread.cards for thread in pool.threads)
+                if pool.queue and pool.records and works_here and timeline.thread not in pool.threads:
+                    timeline.find("capture", f"a graph is recorded while the thread {pool.name} may record one, too")
             timeline.host_waits(
                 "the start of a recording", timeline.reached(timeline.thread.stream(self.graph.stream[0]))
             )
@@ -258,7 +270,8 @@ class DeferredPool:
     """The queue and the threads behind one ThreadPoolExecutor."""
 
     def __init__(self, timeline: Timeline, name: str, workers: int):
-        self.timeline, self.queue = timeline, deque()
+        self.timeline, self.queue, self.name = timeline, deque(), name
+        self.records = name == LABELS  # the other pools use no network
         self.threads = deque(HostThread(f"{name} {place}" if workers > 1 else name) for place in range(workers))
 
     def run_until(self, last: DeferredFuture) -> None:
@@ -286,7 +299,7 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
     """Every ThreadPoolExecutor runs its work in this thread, as if in threads of its own."""
     from datasetdm_fast.generation import overlap
 
-    pools: dict[int, DeferredPool] = {}
+    pools: dict[int, DeferredPool] = timeline.pools
 
     def submit(executor: ThreadPoolExecutor, work: Callable, /, *arguments: Any, **named: Any) -> DeferredFuture:
         name = executor._thread_name_prefix or "pool"

@@ -44,6 +44,13 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 }  # fmt: skip
 
 
+# What stays in fp32 whatever the networks are stored in.
+WIDE = {
+    "attention_average": ("total_ptr", "sum_ptr"),
+    "guided_step": ("latents_ptr", "history_ptr", "numbers_ptr", "out_ptr"),
+}
+
+
 @dataclass(frozen=True)
 class Pointer:
     """What Triton specialises a kernel for of a tensor."""
@@ -101,11 +108,14 @@ class NotedKernel:
         card = timeline.thread.device
         for name, value in pointers.items():
             if value.device.type != "cuda":
-                timeline.find("device", f"{self.name}: {name} lies on {value.device}")
+                timeline.find("device", f"{self.name}: {name} lies on {value.device}, made at {timeline.made(value)}")
             elif value.device.index != card:
                 timeline.find("wrong GPU", f"{self.name} is launched on GPU {card}, {name} lies on {value.device}")
         if any(count > LARGEST_GRID for count in grid[1:]):
             timeline.find("grid", f"{self.name}: {grid}, at most {LARGEST_GRID} along y and z")
+        for name in WIDE.get(self.name, ()):
+            if (value := pointers[name]).dtype != torch.float32:
+                timeline.find("dtype", f"{self.name}: {name} is {value.dtype}, made at {timeline.made(value)}")
         stored = written(self.kernel.fn)
         reads = [value for name, value in pointers.items() if name not in stored]
         writes = [value for name, value in pointers.items() if name in stored]

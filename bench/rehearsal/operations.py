@@ -4,6 +4,8 @@ data, which are chosen.
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from bench.rehearsal.timeline import Timeline
+from bench.rehearsal.timeline import Timeline, frames_of_ours
+from datasetdm_fast.engines.fast import FastEngine
 
 ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
@@ -26,6 +28,19 @@ WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empt
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
 LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
 INDEXED = ("index", "index_put_", "index_put")
+# What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
+RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
+          "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
+# Where a recorded network of narrow storage computes in fp32, by file and function.
+IN_FP32 = {
+    ("datasetdm_fast/engines/fast.py", "_run"),  # the answer of the U-Net,
+    ("datasetdm_fast/engines/fast.py", "run"),  # and of a decoder
+    ("datasetdm_fast/engines/fast.py", "as_images"),
+    ("datasetdm_fast/models/capture.py", "__init__"),  # sums over all layers of a level
+    ("datasetdm_fast/models/capture.py", "feature"),
+    ("datasetdm_fast/models/capture.py", "attend"),
+    ("datasetdm_fast/models/fused.py", "both_doubled"),  # statistics of a norm
+}
 FOUND = 7  # rows that an operation finds whose result depends on data
 
 
@@ -38,6 +53,12 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.timeline, self.storage, self.is_exact = timeline, set(), False
         self.pinned: list[StorageWeakRef] = []
+        self.truths: deque[bool] = deque()  # what the host reads of single flags; all others are true
+        self.flags: deque[bool] = deque()  # and of arrays of flags
+
+    def judge(self, engine: FastEngine) -> None:
+        """Judges what comes next by the precision of an engine."""
+        self.storage, self.is_exact = {engine.dtype, engine.label_dtype}, engine.precision == "fp32"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")
@@ -59,6 +80,8 @@ class Operations(TorchDispatchMode):
             return self.pin(func(*args, **kwargs))
         if name == "is_pinned":
             return self.is_pinned(inputs[0])
+        if name in RANDOM:
+            self.random(name, inputs, kwargs)
         self.used_by_host(name, func, args, kwargs)
         cuda = [value for value in inputs if value.device.type == "cuda"]
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
@@ -85,6 +108,9 @@ class Operations(TorchDispatchMode):
             sources = inputs[-1:] if is_copy and is_asynchronous(name, args, kwargs) else []
             queued = [value for value in sources if value.device.type == "cpu" and self.is_pinned(value)]
             self.launched(name, func, args, kwargs, result, cuda, written, queued)
+        for value in results:
+            if value.device.type == "cpu":
+                self.timeline.made_on_host(value)
         for value in written if name in WITHOUT_LAUNCH else ():
             self.timeline.number(value, value.device.index)
         if is_copy:
@@ -101,6 +127,8 @@ class Operations(TorchDispatchMode):
         if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
             moved, kernels = moved + 2 * size(written), 2
         self.check_dtypes(name, func, cuda, written)
+        # what a copy narrows, and what a norm says beside its answer, may be wide
+        self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))
         self.timeline.launch(
             name,
             card,
@@ -123,6 +151,24 @@ class Operations(TorchDispatchMode):
             self.timeline.find("dtype", f"{name} in {dtypes.pop()}, the recorded network is {self.storage}")
         elif len(dtypes) > 1 and not func._schema.is_mutable:
             self.timeline.find("dtype", f"{name} joins {' and '.join(sorted(map(str, dtypes)))}")
+
+    def check_width(self, name: str, values: Iterable[Tensor]) -> None:
+        """fp32 between the products of a recorded network that is stored in less."""
+        if self.timeline.capture is None or not self.storage or torch.float32 in self.storage or name in PRODUCTS:
+            return
+        if any(value.dtype == torch.float32 and value.dim() > 1 for value in values):
+            frames = ((file, function) for file, _, function in frames_of_ours(sys._getframe(1)))
+            if next((frame for frame in frames if frame[1][0] != "<"), ("", "")) not in IN_FP32:
+                self.timeline.find("dtype", f"{name} in fp32, the recorded network is {self.storage}")
+
+    def random(self, name: str, inputs: list[Tensor], kwargs: Mapping[str, Any]) -> None:
+        """Numbers that a GPU draws, or that a generator of another device is asked for."""
+        device = torch.device(kwargs.get("device") or (inputs[0].device if inputs else "cpu"))
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type != device.type:
+            self.timeline.find("device", f"{name} on {device} by a generator of {generator.device}")
+        elif device.type == "cuda":
+            self.timeline.find("random", f"{name} on {device}: a GPU's numbers are others than those of the host")
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
         """As CUDA's kernels give it: heads side by side."""
@@ -154,6 +200,8 @@ class Operations(TorchDispatchMode):
             return torch.empty((FOUND, first.dim()), dtype=torch.int64, device=first.device)
         if name in ("masked_select", "_unique2"):
             return first.new_empty(FOUND)
+        if name in ("_local_scalar_dense", "is_nonzero") and first.dtype == torch.bool and self.truths:
+            return self.truths.popleft()
         return True if first.dtype == torch.bool or name == "equal" else 1.0 if first.is_floating_point() else 1
 
     def used_by_host(self, name: str, func, args, kwargs) -> None:
@@ -208,13 +256,13 @@ class Operations(TorchDispatchMode):
 class Calls(TorchFunctionMode):
     """Calls that no dispatched operation shows: devices without a number, and arrays of the host."""
 
-    def __init__(self, timeline: Timeline):
+    def __init__(self, operations: Operations):
         super().__init__()
-        self.timeline = timeline
+        self.timeline, self.flags = operations.timeline, operations.flags
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.device:
+        if func is torch.device or func.__name__ == "__get__":  # of an attribute, such as a shape
             return func(*args, **kwargs)
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             return self.array(args[0])
@@ -224,6 +272,8 @@ class Calls(TorchFunctionMode):
             return f"tensor(..., device={str(args[0].device)!r})"
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[1].setdefault(id(args[0]), args[0].clone())
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self.indices(args[1]), *args[2:])
         if func is Tensor.new_tensor:
             of, *args = args
             func, kwargs = torch.tensor, {"dtype": of.dtype, "device": of.device, **kwargs}
@@ -240,19 +290,31 @@ class Calls(TorchFunctionMode):
         is_cuda = isinstance(value, str) and value == "cuda"
         return torch.device("cuda", self.timeline.thread.device) if is_cuda else value
 
+    def indices(self, given: Any) -> Any:
+        """Lists of places as tensors of the host, which is what PyTorch makes of them."""
+        if isinstance(given, tuple):
+            return tuple(map(self.indices, given))
+        return torch.tensor(given, dtype=torch.int64) if isinstance(given, list) else given
+
     def array(self, value: Tensor) -> np.ndarray:
-        """Ones for flags and zeros else; what a GPU writes must have been waited for."""
+        """Flags as they are chosen and zeros else; what a GPU writes must have been waited for."""
         if value.device.type != "cpu":
             raise TypeError(f"can't convert {value.device} tensor to numpy, copy it to host memory first")
         self.timeline.read_by_host(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        array = (np.ones if value.dtype == torch.bool else np.zeros)(shape, dtype=dtype)
+        filled = value.dtype == torch.bool and (self.flags.popleft() if self.flags else True)
+        array = np.full(shape, filled, dtype=dtype)
         self.timeline.viewed(value, array)
         return array
 
 
 def tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+    """Those among the arguments or results of an operation."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [one for value in values for one in tensors(value)]
+    return [one for value in values.values() for one in tensors(value)] if isinstance(values, dict) else []
 
 
 def is_asynchronous(name: str, args, kwargs) -> bool:

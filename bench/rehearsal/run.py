@@ -1,60 +1,77 @@
-"""One rehearsal: model, engine and `generate` on two simulated GPUs, and what came of it."""
+"""One rehearsal: a scenario on two simulated GPUs, and what came of it."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
 from bench.rehearsal.operations import Calls, Operations, fake_mode
-from bench.rehearsal.timeline import LOAD, WAIT, Flaw, Operation, Timeline
-from bench.setting import PROFILE, TASKS
+from bench.rehearsal.scenarios import SCENARIOS, Machine
+from bench.rehearsal.timeline import LOAD, OTHERS, WAIT, Flaw, Operation, Timeline
 from datasetdm_fast import sampling
-from datasetdm_fast.data import Batch, Request, Sample
-from datasetdm_fast.decoders.checkpoint import for_inference
-from datasetdm_fast.decoders.seeded import untrained_decoders
+from datasetdm_fast.data import Batch
 from datasetdm_fast.engines import fast
+from datasetdm_fast.engines.cuda_graph import StepGraph
 from datasetdm_fast.generation import driver
-from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice, launch
-from datasetdm_fast.loading import PRESETS
 from datasetdm_fast.sampling import walk
 from datasetdm_fast.tasks.to_host import to_host
 
-PROMPT = "a photo of a red car and a dog"
-
 FIRST = "batch 0"
+
+
+class Allowed(NamedTuple):
+    """A place where the host may wait for the GPU, and why."""
+
+    reason: str
+    waits: tuple[str, ...]  # what they begin with; any other wait there is a finding
+    is_once: bool = False  # only for the first batch
+    is_shared: bool = False  # other threads' work may be waited for, too
+
+
 LABELS = "the labels' own thread waits, on its own stream: the sampler goes on"
-
-ONCE = ("datasetdm_fast/engines/cuda_graph.py", "datasetdm_fast/sampling/walk.py")  # only for the first batch
-
-# Where the host may wait for the GPU, by thread, file and function, and why; any other wait is a finding.
+ONCE = "it is read, recorded or copied once a run"
+COPY, ANSWER = "pageable copy to the GPU", "pageable copy to the host"
+FLAG, STREAM, CHOSEN = "aten._local_scalar_dense of [] torch.bool", "stream", "aten.index"
+RECORDING = Allowed(ONCE, ("the start of a recording",), is_once=True)
+JOINED, ASKED = Allowed("tiles are joined on the host", (ANSWER,)), Allowed("latents are the answer", (ANSWER,))
+# By thread, file and function.
 WAITS = {
-    ("main", "datasetdm_fast/engines/cuda_graph.py", "__init__"): "a call of a new shape is recorded once a run",
-    ("labels", "datasetdm_fast/engines/cuda_graph.py", "__init__"): "a decoder's call is recorded once a run",
-    ("main", "datasetdm_fast/sampling/walk.py", "_walk_numbers"): "the numbers of a schedule are copied once a run",
-    (
-        "calls",
-        "datasetdm_fast/generation/overlap.py",
-        "_finished",
-    ): "the thread that counts calls waits for them",
-    ("labels", "datasetdm_fast/engines/fast.py", "_decoded"): "an autoencoder that leaves fp16 is run again in fp32",
-    ("labels", "datasetdm_fast/tasks/to_host.py", "_copied"): LABELS,
-    ("labels", "datasetdm_fast/generation/overlap.py", "_follow"): LABELS,
-    ("labels", "datasetdm_fast/tasks/instance.py", "not_overlapping"): LABELS,
-    ("labels", "datasetdm_fast/tasks/instance.py", "postprocess"): LABELS,
-    ("labels", "datasetdm_fast/tasks/instance.py", "<genexpr>"): LABELS,
-    ("labels", "datasetdm_fast/tasks/pose.py", "summit"): LABELS,
+    (thread, f"datasetdm_fast/{file}", function): allowed
+    for thread, file, function, allowed in (
+        ("main", "engines/cuda_graph.py", "__init__", RECORDING),
+        ("labels", "engines/cuda_graph.py", "__init__", RECORDING),
+        ("main", "sampling/walk.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
+        ("calls", "generation/overlap.py", "_finished", Allowed("the thread that counts calls waits", ("an event",))),
+        ("labels", "engines/fast.py", "_decoded", Allowed("an autoencoder that leaves fp16 runs again", (FLAG,))),
+        ("labels", "tasks/to_host.py", "_copied", Allowed(LABELS, (STREAM,))),
+        ("labels", "generation/overlap.py", "_follow", Allowed(LABELS, (STREAM,))),
+        ("labels", "tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),
+        ("labels", "tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
+        ("labels", "tasks/instance.py", "<genexpr>", Allowed(LABELS, (CHOSEN,))),
+        ("labels", "tasks/pose.py", "summit", Allowed(LABELS, (COPY,))),
+        ("labels", "tasks/attention.py", "label_maps", Allowed(LABELS, (COPY,))),
+        ("labels", "tasks/captions.py", "held_to", Allowed(LABELS, (COPY,))),
+        ("labels", "tasks/named_words.py", "shared_by_words", Allowed(LABELS, (COPY,))),
+        ("labels", "tasks/attention.py", "joined_label", JOINED),
+        ("main", "generation/diffusing.py", "converted", ASKED),
+        ("main", "sampling/inversion.py", "invert", Allowed("features of one image are asked for", (COPY,))),
+        ("main", "engines/fast.py", "_forget", Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True)),
+        ("main", "engines/fast.py", "placed", Allowed(ONCE, (COPY,), is_once=True)),
+        ("labels", "engines/fast.py", "placed", Allowed(ONCE, (COPY,), is_once=True)),
+    )
 }
 
 
@@ -72,77 +89,120 @@ class Rehearsal:
 
 
 def rehearse(
-    model: str, batch: int, *, batches: int = 3, steps: int = 4, dtype: str = "auto", device: str = "cuda"
+    model: str,
+    batch: int,
+    *,
+    batches: int = 3,
+    steps: int = 4,
+    dtype: str = "auto",
+    device: str = "cuda",
+    scenario: str = "decoders",
 ) -> Rehearsal:
-    """`generate` over some batches, each decoded in two chunks as large ones are; what raises is a finding, too."""
-    timeline, graphs, samples = Timeline(), {}, 0
+    """A scenario over some batches, each decoded in two chunks as large ones are; what raises is a finding, too."""
+    timeline, samples = Timeline(), 0
     with stage(timeline) as operations:
+        machine = Machine(timeline, operations, model, batch, batches, steps, dtype, device)
         try:
-            engine = open_engine(model, dtype, device)
-            operations.storage, operations.is_exact = {engine.dtype, engine.label_dtype}, engine.precision == "fp32"
-            chosen = make_recipe(engine, TASKS, steps=steps, profile=PROFILE)
-            chunk = -(-batch // 2) * engine.model.size**2
-            with mock.patch.dict(fast.CHUNK_PIXELS, cuda=chunk):
-                for _, results in driver.generate(requests(timeline, batch, batches), engine, chosen):
-                    samples += sum(isinstance(result, Sample) for result in results)
-            graphs = {key: graph.graph.launches for key, graph in engine._graphs.items()}
+            samples = SCENARIOS[scenario](machine)
         except Exception as error:
             timeline.raised(error)
+        graphs = {key: graph.graph.launches for engine in machine.engines for key, graph in engine._graphs.items()}
         timeline.phase = "end"
         timeline.sweep()
     findings = {one: count for one, count in timeline.found.items() if one.phase != LOAD or one.rule != WAIT}
-    waits = {one: count for one, count in findings.items() if one.rule == WAIT and reason_of(one)}
+    waits = {one: count for one, count in findings.items() if one.rule in (WAIT, OTHERS) and reason_of(one)}
     findings = {one: count for one, count in findings.items() if one not in waits}
     return Rehearsal(findings, waits, timeline.launches, graphs, timeline.kernels, timeline.replays, samples)
 
 
 def reason_of(wait: Flaw) -> str | None:
     """Why the host may wait there."""
-    file = wait.place.partition(":")[0]
-    if file in ONCE and wait.phase not in (LOAD, FIRST):
+    allowed = WAITS.get((wait.thread, wait.place.partition(":")[0], wait.function))
+    if allowed is None or (allowed.is_once and wait.phase not in (LOAD, FIRST)):
         return None
-    return WAITS.get((wait.thread, file, wait.function))
+    if not wait.what.startswith(allowed.waits) or (wait.rule == OTHERS and not allowed.is_shared):
+        return None
+    return allowed.reason
 
 
-def open_engine(model: str, dtype: str, device: str) -> fast.FastEngine:
-    """The fast engine over a preset, with decoders of upstream's form."""
-    loaded = PRESETS[model](0)
-    decoders = {
-        task: for_inference(one, strict=False)
-        for task, one in untrained_decoders(loaded.levels, loaded.networks["text_encoder"].config.hidden_size).items()
-    }
-    return fast.FastEngine(loaded, decoders, dtype=dtype, device=device)
+def in_phases(generate: Callable, timeline: Timeline) -> Callable:
+    """driver.generate with a phase for each batch that it takes."""
 
+    def phased(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for place, batch in enumerate(batches):
+            timeline.phase = f"batch {place}"
+            yield batch
 
-def requests(timeline: Timeline, size: int, count: int) -> Iterator[Batch]:
-    for place in range(count):
-        timeline.phase = f"batch {place}"
-        yield Batch(place, tuple(Request(place * size + k, PROMPT, k) for k in range(size)))
+    return lambda batches, *others, **named: generate(phased(batches), *others, **named)
 
 
 @contextmanager
 def stage(timeline: Timeline) -> Iterator[Operations]:
     """The simulated machine: inside, tensors have no memory, and the GPU's work is noted in `timeline`."""
-    operations, calls = Operations(timeline), Calls(timeline)
+    operations = Operations(timeline)
+    is_local = isinstance(sys.modules[to_host.__module__]._own, threading.local)
     logging.disable(logging.WARNING)
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
-            (sys.modules[to_host.__module__], "_own", threading.local()),
+            *([(sys.modules[to_host.__module__], "_own", OfThread(timeline))] if is_local else []),
             (choice, "is_sound", lambda name, form, device, dtype: True),
+            (driver, "generate", in_phases(driver.generate, timeline)),
+            (StepGraph, "__init__", on_gpu(StepGraph.__init__, timeline)),
+            (StepGraph, "__call__", watched(StepGraph.__call__, timeline)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         for cached in (walk._walk_numbers, launch.names_of):  # what they keep is of one machine
             cached.cache_clear()
             stack.callback(cached.cache_clear)
+        stack.enter_context(mock.patch.dict(fast.CHUNK_PIXELS))
         stack.enter_context(cuda.simulated(timeline))
         timeline.kernels = stack.enter_context(noted_kernels(timeline, lambda: operations.storage))
         stack.enter_context(fake_mode())
         stack.enter_context(operations)
-        stack.enter_context(calls)
+        stack.enter_context(Calls(operations))
         yield operations
     logging.disable(logging.NOTSET)
+
+
+def on_gpu(record: Callable, timeline: Timeline) -> Callable:
+    """StepGraph.__init__, whose inputs have to lie on a GPU."""
+
+    def called(graph: StepGraph, run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> None:
+        for place, value in enumerate(inputs):
+            if value.device.type == "cpu":
+                timeline.find("device", f"input {place} of a graph lies on the host, made at {timeline.made(value)}")
+        record(graph, run, inputs, *others, **named)
+
+    return called
+
+
+def watched(replay: Callable, timeline: Timeline) -> Callable:
+    """StepGraph.__call__, after which its inputs are judged that it did not copy."""
+
+    def called(graph: StepGraph, *values: Tensor) -> tuple[Tensor, ...]:
+        answers = replay(graph, *values)
+        timeline.held(graph.held, graph.inputs)
+        return answers
+
+    return called
+
+
+class OfThread:
+    """A threading.local of the simulated threads, which all run in one."""
+
+    def __init__(self, timeline: Timeline):
+        vars(self)["_kept"], vars(self)["_timeline"] = WeakKeyDictionary(), timeline
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self._kept[self._timeline.thread][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._kept.setdefault(self._timeline.thread, {})[name] = value
 
 
 def unobserved(function: Callable) -> Callable:

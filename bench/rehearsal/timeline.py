@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench.machine.machine import ROOT
 
-DEEPEST = 5  # lines that a finding names
+DEEPEST, MADE = 5, 3  # lines that a finding names, and of what made a tensor
 OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
-LOAD, WAIT = "load", "host wait"  # a phase, in which the host may wait, and a rule
+LOAD, WAIT, OTHERS = "load", "host wait", "wait for another thread"  # a phase, in which the host may wait, and rules
 GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
 StreamId = tuple[int, int]  # GPU, number on it; 0 is the default stream
 Clock = dict[StreamId, int]  # stream -> launches of it that are known to be over
@@ -67,7 +68,7 @@ class Operation:
     kernels: int = 1
 
 
-@dataclass
+@dataclass(eq=False)
 class HostThread:
     """A thread of the process: its current GPU and streams, and what it knows to be over."""
 
@@ -75,6 +76,8 @@ class HostThread:
     clock: Clock = field(default_factory=dict)
     device: int = 0
     streams: dict[int, int] = field(default_factory=dict)
+    cards: set[int] = field(default_factory=set)  # the GPUs it has launched work on
+    work: str = ""  # the thread whose work this one does for a while, where it is another one's
 
     def stream(self, device: int) -> StreamId:
         return device, self.streams.get(device, 0)
@@ -93,6 +96,8 @@ class Memory:
     kept_for: set[StreamId] = field(default_factory=set)  # record_stream: the allocator waits for these
     is_host: bool = False  # page-locked: its allocator waits for every copy by itself
     is_unread: bool = False  # nothing has read what was written last
+    made: str = ""  # the lines that made it
+    written: int = 0  # the place of its last write among all operations
     name: str = ""  # where it is no single storage
 
     def __str__(self) -> str:
@@ -111,13 +116,18 @@ class Timeline:
         self.capture: Any = None  # the graph that is being recorded
         self.counts: Counter[StreamId] = Counter()
         self.clocks: dict[StreamId, Clock] = {}
+        self.waited: dict[StreamId, str] = {}  # the line of each stream's last wait
+        self.pools: dict[int, Any] = {}  # of threads, by their executors
         self.memory: dict[int, Memory] = {}
         self.replays = 0  # of graphs
+        self.is_ended = False  # by an error, after which nothing is in order
         self.is_threaded = False  # whether other threads have been given work
         self.users: dict[StreamId, set[str]] = {}  # the threads that have launched on a stream
         self.pinned: set[int] = set()  # storages of the host's page-locked memory
         self.arrays: dict[int, list[tuple[weakref.ref, str]]] = {}  # of the host's memory: the arrays over it
         self._pools: dict[Any, int] = {}  # of graphs: the number of what all of a pool share
+        self._hosts: dict[int, tuple[StorageWeakRef, str]] = {}  # tensors of the host, and the lines that made them
+        self._operations = 0
         self._shared: set[int] = set()  # storages of batches that streams other than their own have used
         self._streams = 0
 
@@ -130,8 +140,10 @@ class Timeline:
         """What is over once everything queued on a stream so far is."""
         return {**self.clocks.get(stream, {}), stream: self.counts[stream]}
 
-    def wait(self, stream: StreamId, clock: Clock) -> None:
+    def wait(self, stream: StreamId, clock: Clock, told: str = "") -> None:
+        """All that a stream is given from now on comes after `clock`; `told` says more of what it waits for."""
         merge(self.clocks.setdefault(stream, {}), clock)
+        self.waited[stream] = f"{line_of_ours(sys._getframe(1))}{told}"
 
     def host_waits(self, what: str, clock: Clock) -> None:
         """The host waits until all of `clock` is over."""
@@ -145,7 +157,7 @@ class Timeline:
         for stream in streams:
             merge(clock, self.reached(stream))
             if others := sorted(self.users.get(stream, set()) - {self.thread.name}):
-                self.find("wait for another thread", f"{what}: stream {stream} is {', '.join(others)}'s, too")
+                self.find(OTHERS, f"{what}: stream {stream} is {', '.join(others)}'s, too")
         self.host_waits(what, clock)
 
     def knows(self, thread: HostThread, clock: Clock) -> None:
@@ -187,8 +199,7 @@ class Timeline:
         """An array of the host over the memory of a tensor that a GPU has written."""
         number = value.untyped_storage()._cdata
         if number in self.memory:
-            line = next((f"{file}:{line}" for file, line, _ in frames_of_ours(sys._getframe(1))), "nowhere")
-            self.arrays.setdefault(number, []).append((weakref.ref(array), line))
+            self.arrays.setdefault(number, []).append((weakref.ref(array), line_of_ours(sys._getframe(1))))
 
     # Launches ---------------------------------------------------------------------------------------------------------
     def launch(
@@ -226,8 +237,9 @@ class Timeline:
         merge(clock, self.thread.clock)
         self.counts[stream] += kernels
         self.users.setdefault(stream, set()).add(self.thread.name)
-        file, line, _ = next(frames_of_ours(sys._getframe(1)), ("nowhere", 0, ""))
-        now = Use(stream, self.counts[stream], f"{file}:{line}")
+        self.thread.cards.add(stream[0])
+        now = Use(stream, self.counts[stream], line_of_ours(sys._getframe(1)))
+        self._operations += 1
         for number in reads:
             self._ordered("reads", number, stream, self.memory[number].writes)
             self.memory[number].reads = [now, *(use for use in self.memory[number].reads if use[0] != stream)]
@@ -235,7 +247,7 @@ class Timeline:
         for number in writes:
             self._ordered("writes", number, stream, self.memory[number].writes + self.memory[number].reads)
             self.memory[number].writes = [now, *(use for use in self.memory[number].writes if use[0] != stream)]
-            self.memory[number].is_unread = True
+            self.memory[number].is_unread, self.memory[number].written = True, self._operations
             for array, line in self.arrays.pop(number, ()):
                 if array() is not None:
                     self.find("race", f"a GPU writes {self.memory[number]} of the host that an array of {line} shows")
@@ -248,7 +260,9 @@ class Timeline:
         for use in uses:
             if use.stream != stream and self.clocks[stream].get(use.stream, 0) < use.count:
                 what = self.memory[number]
-                self.find("race", f"stream {stream} {verb} {what} without waiting for stream {use.stream}, {use.line}")
+                waited = f"its last wait is {self.waited[stream]}" if stream in self.waited else "it never waited"
+                told = f"stream {stream} {verb} {what} without waiting for stream {use.stream}, {use.line}; {waited}"
+                self.find("race", told)
 
     # Memory -----------------------------------------------------------------------------------------------------------
     def number(self, value: Tensor, device: int) -> int:
@@ -258,8 +272,22 @@ class Timeline:
         if number not in self.memory:
             home = (device, GRAPH_POOL) if self.capture is not None else self.thread.stream(device)
             alive, is_host = StorageWeakRef(storage), number in self.pinned
-            self.memory[number] = Memory(alive, home, storage.nbytes(), self.phase, is_host=is_host)
+            made = line_of_ours(sys._getframe(1), MADE)
+            self.memory[number] = Memory(alive, home, storage.nbytes(), self.phase, is_host=is_host, made=made)
         return number
+
+    def made(self, value: Tensor) -> str:
+        """The line that made a tensor of a GPU or of the host, as far as it is known."""
+        number = value.untyped_storage()._cdata
+        if value.device.type == "cpu":
+            return self._hosts[number][1] if number in self._hosts else "nowhere"
+        return self.memory[number].made if number in self.memory else "nowhere"
+
+    def made_on_host(self, value: Tensor) -> None:
+        """Notes the line that made a tensor of the host."""
+        storage = value.untyped_storage()
+        if storage._cdata not in self._hosts:
+            self._hosts[storage._cdata] = StorageWeakRef(storage), line_of_ours(sys._getframe(1), MADE)
 
     def pool(self, handle: Any, device: int) -> int:
         """The number of what the graphs of one pool share: each writes over what the others left there."""
@@ -275,12 +303,24 @@ class Timeline:
             if memory.is_unread and not memory.alive.expired():
                 self.find("overwritten", f"{memory} that a graph answered with, before anything has read them")
 
+    def held(self, values: Iterable[Tensor | None], buffers: Iterable[Tensor]) -> None:
+        """Inputs of a graph that were not copied again, each the same tensor as before."""
+        for value, buffer in zip(values, buffers):
+            if value is None:
+                continue
+            source, copy = (self.memory.get(one.untyped_storage()._cdata) for one in (value, buffer))
+            if source and copy and source.written > copy.written:
+                lines = " and ".join(use.line for use in source.writes)
+                self.find("stale", f"a graph does not see what {lines} wrote into an input that it has copied before")
+
     def keep(self, value: Tensor, stream: StreamId) -> None:
         """record_stream: the allocator waits for what this stream was given so far."""
         self.memory[self.number(value, stream[0])].kept_for.add(stream)
 
     def sweep(self) -> None:
         """Judges the storages that were released: their bytes are their home stream's again, at once."""
+        if self.is_ended:
+            return
         for number in [number for number in self._shared if self.memory[number].alive.expired()]:
             memory = self.memory[number]
             known = merge(dict(self.clocks.get(memory.home, {})), self.thread.clock)
@@ -299,20 +339,40 @@ class Timeline:
         """What ended the run, at the line of ours that it came from."""
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        held = [one for frame, _ in frames[-DEEPEST:] for one in tensors_in(frame.f_locals.values())]
+        if len(devices := sorted({str(one.device) for one in held})) > 1:
+            lines = {name: sorted({self.made(one) for one in held if str(one.device) == name}) for name in devices}
+            what += "".join(f"; on {name}, made at {', '.join(made)}" for name, made in lines.items())
         self.find("error", what, [one for frame, line in reversed(frames) for one in ours(frame, line)])
+        self.is_ended = True
 
     def find(self, rule: str, what: str, frames: list[tuple[str, int, str]] | None = None) -> None:
         frames = (list(frames_of_ours(sys._getframe(1))) if frames is None else frames)[:DEEPEST]
         place = " < ".join(f"{name}:{line}" for name, line, _ in frames)
         name, line, function = frames[0] if frames else ("", 0, "")
         code = linecache.getline(str(ROOT / name), line).strip()
-        self.found[Flaw(rule, what, place, function, code, self.thread.name, self.phase)] += 1
+        self.found[Flaw(rule, what, place, function, code, self.thread.work or self.thread.name, self.phase)] += 1
 
 
 def merge(clock: Clock, other: Clock) -> Clock:
     for stream, count in other.items():
         clock[stream] = max(clock.get(stream, 0), count)
     return clock
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among local variables."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, Tensor) and value.dim():
+            yield value
+
+
+def line_of_ours(frame, deepest: int = 1) -> str:
+    """FILE:LINE of the innermost frame of the product, and of those that called it."""
+    frames = islice(frames_of_ours(frame), deepest)
+    return " < ".join(f"{file}:{line}" for file, line, _ in frames) or "nowhere"
 
 
 def frames_of_ours(frame) -> Iterator[tuple[str, int, str]]:

@@ -155,9 +155,11 @@ class Edits(Redrawing):
         """Latents blended by the region: outside they are the source's at every call."""
         import torch
 
+        from datasetdm_fast.engines.device import to_device
+
         source, last = self.latents(engine, requests), len(schedule) - 1
         cells = np.stack([regions.cells(self.region_of(self.tile(request.index))) for request in requests])
-        is_new = torch.from_numpy(cells)[:, None].to(source.clean.device)
+        is_new = to_device(torch.from_numpy(cells)[:, None], source.clean.device)
         outside = source.noised(schedule.noise_step(0))
         inside = source.noise if self.settings.strength == 1 else outside
 

@@ -122,9 +122,12 @@ class Redrawing(ABC):
         import numpy as np
         import torch
 
+        from datasetdm_fast.engines.device import to_device
+
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)
-        return SourceLatents(engine.model.scheduler, clean, drawn_noise(requests, engine.model.size).to(clean))
+        noise = to_device(drawn_noise(requests, engine.model.size), clean.device)
+        return SourceLatents(engine.model.scheduler, clean, noise)
 
     def _places(self) -> list[int]:
         """Positions in the source of the samples that are taken."""

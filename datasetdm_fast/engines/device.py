@@ -34,8 +34,9 @@ def half_of(device: torch.device) -> str:
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A value of the host on `device`; for a GPU the copy is queued behind its work, and the host goes on."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    """A value on `device`; what the host holds is copied to a GPU behind its work, and the host goes on."""
+    is_queued = device.type == "cuda" and value.device.type == "cpu"
+    return value.pin_memory().to(device, non_blocking=True) if is_queued else value.to(device)
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:

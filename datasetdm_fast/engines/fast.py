@@ -181,7 +181,7 @@ class FastEngine:
         )
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._classes: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, their keys by layer
-        self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
+        self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
         # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
         self._label_graphs: dict[tuple, StepGraph] = {}
         self._pool = self._label_pool = None
@@ -429,7 +429,7 @@ class FastEngine:
         return noise, hook.cells, hook.tokens
 
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
-        key = (len(inputs[0]), *inputs[0].shape[-2:], step.__name__)
+        key = (step.__name__, *(tuple(value.shape) for value in inputs))
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = StepGraph(step, inputs, self._pool)
@@ -484,7 +484,7 @@ class FastEngine:
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
         self._keep_alone("image_encoder")
-        parts = images.to(self.device).split(self._chunk(images.shape[2]))
+        parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat(
             [
                 self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()
@@ -610,7 +610,7 @@ def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tens
     if generators is None:
         return latents
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    return latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(latents.device)
+    return latents + (0.5 * log_variance.clamp(-30, 20)).exp() * to_device(noise, latents.device)
 
 
 def slice_of(batch: int) -> int:

@@ -129,6 +129,6 @@ def converted(samples: Sequence[Sample], output_type: str, kept: Mapping[int, Te
 
         return [Image.fromarray(sample.image) for sample in samples]
     if output_type == "latent":
-        return torch.stack([kept[place].cpu() for place in range(len(samples))])
+        return torch.stack([kept[place] for place in range(len(samples))]).cpu()
     pixels = np.stack([sample.image for sample in samples]).astype(np.float32) / 255
     return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

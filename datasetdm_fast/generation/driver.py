@@ -363,11 +363,13 @@ class WordTable:
         """[B, K, D]: the words asked of each image, its last repeated up to the longest's K; the first where none."""
         import torch
 
+        from datasetdm_fast.engines.device import to_device
+
         asked = [tuple(self.places) if self.asks_all else request.classes for request in requests]
         slots = max(word_slots(asked), 1)
         named = [[self.places[word] for word in words] or [0] for words in asked]
         padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
-        return self.embeddings[torch.tensor(padded, device=self.embeddings.device)]
+        return self.embeddings[to_device(torch.tensor(padded), self.embeddings.device)]
 
 
 def word_slots(asked: Sequence[Sequence[str]]) -> int:

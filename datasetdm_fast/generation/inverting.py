@@ -43,6 +43,7 @@ class InvertingGenerator(driver.BatchGenerator):
         from datasetdm_fast.sampling import times
 
         engine, recipe = self.engine, self.recipe
+        pixels = to_device(pixels, engine.device)  # where labellers of other packages read them, too
         clean = engine.encode_image(pixels)
         context, words = self.contexts(requests)
         sums = self.nothing_yet(len(requests))

@@ -30,7 +30,9 @@ def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int
         if not named:
             found.append(cells.new_zeros(0, side, side))
             continue
-        seen = torch.stack([tokens[:, list(places)].mean(1) for places in named]).unflatten(1, (cross, cross))
+        # one column at a time: a list of them would be copied to a GPU while the host waits
+        own = [torch.stack([tokens[:, place] for place in places], 1).mean(1) for places in named]
+        seen = torch.stack(own).unflatten(1, (cross, cross))
         spread = F.interpolate(seen[None], (side, side), mode="bicubic")[0].flatten(1).T  # [S, K]
         for _ in range(exponent):
             spread = cells @ spread

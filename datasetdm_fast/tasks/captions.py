@@ -81,6 +81,6 @@ def word_attention(
         if len(own) < 2 or not own <= set(places):
             continue
         for name in sorted(own):
-            seen = attention[b, list(places[name])].mean(0)
+            seen = torch.stack([attention[b, place] for place in places[name]]).mean(0)
             found[b, config.classes.index(name)] = seen / seen.mean().clamp(min=LEAST_MEAN)
     return found

@@ -1,0 +1,369 @@
+"""What a rehearsal runs: each way in which an engine on a GPU is used, as a function of the simulated machine that
+says how many samples came out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.rehearsal.timeline import LOAD, Timeline
+from datasetdm_fast.compositions import redraw
+from datasetdm_fast.compositions.edit import Edits
+from datasetdm_fast.compositions.settings import EditSettings, VarySettings
+from datasetdm_fast.compositions.source import Source
+from datasetdm_fast.compositions.vary import Variants
+from datasetdm_fast.config import (
+    ATTENTION,
+    LABELLER_KINDS,
+    LABELS,
+    SAMPLERS,
+    UNDECODED,
+    LabelConfig,
+    LabellerKind,
+    RunConfig,
+)
+from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.decoders.checkpoint import build_decoder, for_inference, upstream
+from datasetdm_fast.decoders.seeded import KINDS, untrained_decoders
+from datasetdm_fast.decoders.trunk import Decoder
+from datasetdm_fast.engines import fast, opening
+from datasetdm_fast.generation import driver, inverted, job
+from datasetdm_fast.generation import recipe as recipes
+from datasetdm_fast.generation.diffusing import PROFILE
+from datasetdm_fast.generation.pictures import in_memory
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.generation.run import run
+from datasetdm_fast.labels import LABEL_KINDS, names
+from datasetdm_fast.loading import PRESETS
+from datasetdm_fast.loading.model import Model
+from datasetdm_fast.pipeline import Pipeline
+from datasetdm_fast.plugins import GROUP
+from datasetdm_fast.tasks.labeller import Labeller, LabellerInput
+from datasetdm_fast.tasks.to_host import to_host
+
+if TYPE_CHECKING:
+    from bench.rehearsal.operations import Operations
+
+TASKS = tuple(KINDS)  # what most runs make
+WORDS = ("car", "dog")
+PROMPT = "a photo of a red car and a dog"
+OPEN, NAMED, SIMCC = "open-vocabulary", "semantic:named", "pose:simcc"  # other decoders
+MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
+
+
+def open_engine(model: str, dtype: str, device: str, labels: Sequence[str] = TASKS) -> fast.FastEngine:
+    """The fast engine over a preset, with decoders of upstream's form."""
+    loaded = PRESETS[model](0)
+    return fast.FastEngine(loaded, decoders_of(loaded, labels), dtype=dtype, device=device)
+
+
+def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
+    """Decoders of these labels: of those that every run makes, and of words, of a prompt's words, of joints by bins."""
+    width = model.networks["text_encoder"].config.hidden_size
+    found = untrained_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
+    sizes = {"levels": model.levels, "text_width": width, "width": 64, "mask_dim": 64, "feed_forward": 128}
+    heads = sum(sum(level.heads) for level in model.levels)
+    named = {"classes": ("background", *WORDS), "named": WORDS, "word_heads": (1.0,) * heads}
+    others = {
+        OPEN: ("open-vocabulary", {"classes": WORDS}),
+        NAMED: ("segmentation", named),
+        SIMCC: ("simcc", {}),
+    }
+    found |= {
+        label: build_decoder(upstream(kind, **sizes, **settings))
+        for label, (kind, settings) in others.items()
+        if label in labels
+    }
+    return {label: for_inference(found[label], strict=False) for label in labels}
+
+
+@dataclass
+class Machine:
+    """What a scenario is given: the simulated machine, and how much to do on it."""
+
+    timeline: Timeline
+    operations: Operations
+    model: str
+    batch: int
+    batches: int
+    steps: int
+    dtype: str
+    device: str
+    engines: list[fast.FastEngine] = field(default_factory=list)
+
+    def engine(self, *labels: str, device: str = "") -> fast.FastEngine:
+        """An engine whose image decoder works in two chunks, as with large images."""
+        self.timeline.phase = LOAD
+        engine = open_engine(self.model, self.dtype, device or self.device, labels)
+        self.engines.append(engine)
+        self.operations.judge(engine)
+        fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
+        return engine
+
+    @contextmanager
+    def of(self, engine: fast.FastEngine) -> Iterator[None]:
+        """Judges calls as those of another engine."""
+        self.operations.judge(engine)
+        yield
+        self.operations.judge(self.engines[-1])
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        before, self.timeline.phase = self.timeline.phase, phase
+        yield
+        self.timeline.phase = before
+
+    def recipe(self, engine: fast.FastEngine, labels: Sequence[str], **choices: Any) -> Recipe:
+        return make_recipe(engine, labels, **{"steps": self.steps, "profile": PROFILE, **choices})
+
+    def batch_of(self, place: int) -> Batch:
+        numbers = range(place * self.batch, (place + 1) * self.batch)
+        return Batch(place, tuple(Request(number, PROMPT, number, WORDS) for number in numbers))
+
+    def made(self, engine: fast.FastEngine, recipe: Recipe, make: Callable | None = None) -> int:
+        """Samples of all batches, by one run of the driver."""
+        batches = map(self.batch_of, range(self.batches))
+        answers = driver.generate(batches, engine, recipe, make=make)
+        return sum(isinstance(one, Sample) for _, results in answers for one in results)
+
+
+def decoders(machine: Machine) -> int:
+    """What generate does, with the four decoders of most runs."""
+    engine = machine.engine(*TASKS)
+    return machine.made(engine, machine.recipe(engine, TASKS))
+
+
+def attention(machine: Machine) -> int:
+    """Labels from attention alone; then beside a decoder, and over other cells, by the same engine."""
+    engine = machine.engine()
+    found = machine.made(engine, machine.recipe(engine, (ATTENTION,), classes=WORDS))
+    side = engine.model.levels[-1].side
+    others = {"self_cells": side // 4, "cross_cells": side // 2}
+    found += machine.made(engine, machine.recipe(engine, (ATTENTION,), classes=WORDS, **others))
+    engine = machine.engine("depth")
+    return found + machine.made(engine, machine.recipe(engine, ("depth", ATTENTION), classes=WORDS, ask="all"))
+
+
+def words(machine: Machine) -> int:
+    """Decoders of class words and of a prompt's words, joints by bins, one label within another."""
+    labels = (OPEN, NAMED, SIMCC)
+    engine, within = machine.engine(*labels), f"{OPEN} within {NAMED}:{WORDS[0]}"
+    return machine.made(engine, machine.recipe(engine, labels, classes=WORDS, combine=(within,)))
+
+
+def label(machine: Machine) -> int:
+    """Labels of pictures that exist, by a decoder and by attention."""
+    engine = machine.engine("depth")
+    recipe = machine.recipe(engine, ("depth", ATTENTION), classes=WORDS)
+    pictures = in_memory([blank(engine.model.size) for _ in range(machine.batch * machine.batches)])
+    recipe = inverted.inverting(recipe, engine, (100, 300))
+    return machine.made(engine, recipe, inverted.generator_of(recipe, pictures))
+
+
+def tiles(machine: Machine) -> int:
+    """Labels of pictures larger than the model, tile by tile; one thread makes captures and labels."""
+    labels = "instance", ATTENTION
+    engine = machine.engine("instance")
+    machine.timeline.thread.work = "labels"
+    with run_folders(engine) as folder:
+        images = folder / "images"
+        images.mkdir()
+        for place in range(machine.batches):
+            Image.fromarray(blank(engine.model.size, engine.model.size * 3 // 2)).save(images / f"{place}.png")
+        config = LabelConfig(
+            images=str(images), tiles=True, task=labels, classes=WORDS, timesteps=("100",), batch_size=2,
+            out=str(folder / "run"),
+        )  # fmt: skip
+        return run(inverted.prepare(config)).done
+
+
+def labeller(machine: Machine) -> int:
+    """A labeller of another package, which reads a captured call: of drawn images, then of pictures that exist."""
+    engine = machine.engine("depth")
+    point = EntryPoint("bright", f"{__name__}:BRIGHT", f"{GROUP}labellers")
+    with (
+        mock.patch.dict(LABELLER_KINDS.others, bright=point),
+        mock.patch.dict(LABEL_KINDS.others, bright=LABELLER_KINDS),
+        mock.patch.object(recipes, "UNDECODED", (*UNDECODED, "bright")),
+        mock.patch.object(names, "LABELS", (*LABELS, "bright")),
+    ):
+        recipe = machine.recipe(engine, ("depth", "bright"))
+        found = machine.made(engine, recipe)
+        pictures = in_memory([blank(engine.model.size)] * machine.batch * machine.batches)
+        recipe = inverted.inverting(recipe, engine, ())
+        return found + machine.made(engine, recipe, inverted.generator_of(recipe, pictures))
+
+
+class Bright(Labeller):
+    """Which pixels are brighter than latents and features, all on the run's device."""
+
+    classes = ("dark", "bright")
+    reads_capture = True
+
+    def label(self, given: LabellerInput) -> list[Annotation]:
+        highest = given.capture.features[-1][0].float().mean((1, 2, 3)) + given.latents.mean((1, 2, 3))
+        grey = given.images.float().mean(3) / 255
+        is_bright = (grey > highest[:, None, None]).to(torch.uint8)
+        return [SemanticMap(*both, self.classes) for both in zip(*to_host(is_bright, grey), strict=True)]
+
+
+BRIGHT = LabellerKind("datasetdm_fast.labels.semantic:SemanticKind", f"{__name__}:Bright")
+
+
+def files(machine: Machine) -> int:
+    """The command generate down to the files of its run folder, and the commands edit and vary on these."""
+    engine = machine.engine("semantic", "instance")
+    with run_folders(engine) as folder:
+        number, source = machine.batch * machine.batches, str(folder / "drawn")
+        config = RunConfig(
+            prompts=PROMPT, task=tuple(engine.decoders), steps=machine.steps, number=number, batch_size=machine.batch,
+            out=source,
+        )  # fmt: skip
+        found = run(job.prepare(config)).done
+        for kind, chosen in (
+            (Edits, EditSettings(prompt="a cat", box="8,8,64,64")),
+            (Variants, VarySettings(domain=("fog",))),
+        ):
+            settings = replace(chosen, run=source, out=str(folder / kind.command), steps=machine.steps)
+            machine.timeline.phase = LOAD
+            found += run(redraw.prepare(kind(Source(Path(source)), settings), Path(settings.out))).done
+        return found
+
+
+def library(machine: Machine) -> int:
+    """The library with the arguments of diffusers: latents changed after every call, latents as the answer."""
+    engine = machine.engine("depth")
+
+    def changed(pipeline: Pipeline, call: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": given["latents"] * 0.9}
+
+    generators = [torch.Generator().manual_seed(k) for k in range(machine.batch * machine.batches - 1)]
+    answer = Pipeline(engine).diffuse(
+        [PROMPT] * len(generators), num_inference_steps=machine.steps, generator=generators, output_type="latent",
+        callback_on_step_end=changed, batch_size=machine.batch,
+    )  # fmt: skip
+    return len(answer.samples)
+
+
+def features(machine: Machine) -> int:
+    """What the library tells of one image: features and maps, and what decoders make of them."""
+    engine = machine.engine("depth")
+    pipeline, image, count = Pipeline(engine), blank(engine.model.size), 0
+    machine.timeline.phase = "batch 0"
+    for given in ({"image": image}, {"prompt": PROMPT, "steps": machine.steps}):
+        for is_projected in (False, True):
+            count += len(pipeline.features(**given, projected=is_projected))
+    return count
+
+
+def samplers(machine: Machine) -> int:
+    """Images without labels by every sampler, without guidance and by a part of the schedule."""
+    engine, found = machine.engine(), 0
+    for sampler in SAMPLERS:
+        for choices in ({"guidance": 1.0}, {"strength": 0.6, "profile": "0.3.0"}):
+            recipe = machine.recipe(engine, (), sampler=sampler, **{"steps": machine.steps + 1, **choices})
+            found += machine.made(engine, recipe)
+    return found
+
+
+def retry(machine: Machine) -> int:
+    """A chunk whose pixels leave the range of fp16, and a sample that is made again in fp32."""
+    engine, timeline = machine.engine("depth"), machine.timeline
+    machine.operations.truths.append(False)  # whether all pixels of the first chunk are finite
+    machine.operations.flags.append(False)  # whether latents, features, image and labels of the first batch are
+
+    class Second(driver.BatchGenerator):
+        """What makes a batch in fp32 is an engine's first batch, and in one thread."""
+
+        def make(self, batch: Batch) -> list[Sample | SetAside]:
+            with machine.of(self.engine), machine.within("batch 0"):
+                timeline.thread.work = "labels"
+                made = super().make(batch)
+                timeline.thread.work = ""
+                return made
+
+    def fallback() -> fast.FastEngine | None:
+        with machine.within(LOAD):
+            return fast.FastEngine.fp32_fallback(engine)
+
+    with mock.patch.object(engine, "fp32_fallback", fallback):
+        return machine.made(engine, machine.recipe(engine, ("depth",)), Second)
+
+
+def memory(machine: Machine) -> int:
+    """A GPU that takes fewer images at once than a batch has."""
+    engine, record = machine.engine("depth"), fast.StepGraph
+
+    def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
+        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._step, engine._captured):
+            raise torch.OutOfMemoryError("simulated")
+        return record(run, inputs, *others, **named)
+
+    with mock.patch.object(fast, "StepGraph", recorded):
+        machine.batch = 2 * MOST_AT_ONCE
+        return machine.made(engine, machine.recipe(engine, ("depth",)))
+
+
+def cards(machine: Machine) -> int:
+    """Two engines in one process, on a GPU each, batch by batch."""
+    runs = []
+    for device in ("cuda:1", "cuda:0"):
+        engine = machine.engine("depth", device=device)
+        batches = map(machine.batch_of, range(machine.batches))
+        runs.append(driver.generate(batches, engine, machine.recipe(engine, ("depth",))))
+    return sum(isinstance(one, Sample) for both in zip(*runs) for _, results in both for one in results)
+
+
+def verify(machine: Machine) -> int:
+    """The engine compared with the reference engine on the same GPU; the host waits for every stage."""
+    from datasetdm_fast.agreement import before  # whose libraries take seconds
+
+    engine = machine.engine("semantic")
+    with run_folders(engine) as folder:
+        config = RunConfig(
+            prompts=PROMPT, task=("semantic",), steps=machine.steps, number=2, batch_size=2, out=str(folder / "run")
+        )
+        return len(before.compared(job.prepare(config), 2).rows)
+
+
+SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
+    "decoders": decoders,
+    "attention": attention,
+    "words": words,
+    "label": label,
+    "tiles": tiles,
+    "labeller": labeller,
+    "files": files,
+    "library": library,
+    "features": features,
+    "samplers": samplers,
+    "retry": retry,
+    "memory": memory,
+    "cards": cards,
+    "verify": verify,
+}
+
+
+def blank(height: int, width: int = 0) -> np.ndarray:  # [H, W, 3] uint8
+    return np.zeros((height, width or height, 3), np.uint8)
+
+
+@contextmanager
+def run_folders(engine: fast.FastEngine) -> Iterator[Path]:
+    """A folder for run folders; commands that open an engine get this one."""
+    told = {label: {"digest": f"seeded: {label}", "licence": "none"} for label in engine.decoders}
+    with tempfile.TemporaryDirectory() as folder:
+        with mock.patch.object(opening, "open_engine", lambda *arguments, **named: (engine, told)):
+            yield Path(folder)
