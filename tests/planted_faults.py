@@ -232,6 +232,12 @@ FAULTS = {
         "(row := next((one.add_(0) for one in self._rows.values()), None)) is None",
         {"scenario": "library"},
     ),
+    "an input of a graph is not copied": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "if is_fresh or self.held[place] is not value:",
+        "if is_fresh:",
+        {"scenario": "attention"},
+    ),
     "a second engine records while labels are read": Fault(
         f"{DRIVER}:generate", "label_stream.settle()", "pass", {"scenario": "retry"}
     ),

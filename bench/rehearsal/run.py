@@ -179,11 +179,11 @@ def on_gpu(record: Callable, timeline: Timeline) -> Callable:
 
 
 def watched(replay: Callable, timeline: Timeline) -> Callable:
-    """StepGraph.__call__, after which its inputs are judged that it did not copy."""
+    """StepGraph.__call__, after which its buffers have to hold what it was given."""
 
     def called(graph: StepGraph, *values: Tensor) -> tuple[Tensor, ...]:
         answers = replay(graph, *values)
-        timeline.held(graph.held, graph.inputs)
+        timeline.seen(values, graph.inputs)
         return answers
 
     return called

@@ -303,15 +303,13 @@ class Timeline:
             if memory.is_unread and not memory.alive.expired():
                 self.find("overwritten", f"{memory} that a graph answered with, before anything has read them")
 
-    def held(self, values: Iterable[Tensor | None], buffers: Iterable[Tensor]) -> None:
-        """Inputs of a graph that were not copied again, each the same tensor as before."""
+    def seen(self, values: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
+        """Inputs of a graph are judged, each with the buffer that it is copied to where it is another than before."""
         for value, buffer in zip(values, buffers):
-            if value is None:
-                continue
             source, copy = (self.memory.get(one.untyped_storage()._cdata) for one in (value, buffer))
             if source and copy and source.written > copy.written:
                 lines = " and ".join(use.line for use in source.writes)
-                self.find("stale", f"a graph does not see what {lines} wrote into an input that it has copied before")
+                self.find("stale", f"a graph does not see what {lines} wrote into an input after it was copied")
 
     def keep(self, value: Tensor, stream: StreamId) -> None:
         """record_stream: the allocator waits for what this stream was given so far."""
