@@ -27,6 +27,7 @@ REASONS = {
     "ray is not installed": "platforms without Ray",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
     "OpenVINO is not installed": "platforms without OpenVINO",
+    "this CPU has no instructions for bf16": "where OpenVINO has no bf16 to compute in",
     "could not import 'onnx'": "environments without the extra `ort`",
     "could not import 'onnxruntime'": "the same",
     "could not import 'tensorrt_rtx'": "platforms without TensorRT-RTX",

@@ -71,9 +71,14 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None])
         raise _too_large(-(-size // 2)) from error
 
 
+def _loaded() -> ctypes.CDLL:
+    """All that the process has loaded; nothing is opened for it."""
+    return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
+
+
 def trim() -> None:
     """Gives back what the C library keeps of freed memory, where it has a function for that."""
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+    if hasattr(library := _loaded(), "malloc_trim"):
         library.malloc_trim(0)
 
 
@@ -81,7 +86,7 @@ def keep_freed() -> None:
     """Lets glibc keep freed memory for what is asked for next: a step of a training frees all that the next one needs,
     and fresh pages cost more than the work on them.
     """
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+    if hasattr(library := _loaded(), "mallopt"):
         for parameter, value in KEPT.items():
             library.mallopt(parameter, value)
 
