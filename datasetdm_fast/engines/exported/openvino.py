@@ -115,8 +115,9 @@ class OpenVinoStage:
             if not self.takes_any_batch:
                 graph.reshape({info.name: shape for info, shape in zip(self.file.inputs, shapes)})
             if self.options["INFERENCE_PRECISION_HINT"] != HINTS["fp32"] and MOMENT in names_of(graph):
+                beside = parted(graph, MOMENT)  # the same for every size of batch
                 options = {**self.options, "INFERENCE_PRECISION_HINT": HINTS["fp32"], "NUM_STREAMS": 1}
-                self._beside = self.core.compile_model(parted(graph, MOMENT), "CPU", options)
+                self._beside = self._beside or self.core.compile_model(beside, "CPU", options)
             options = {**self.options, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
             compiled = self.core.compile_model(graph, "CPU", options)
             self._requests[key] = [compiled.create_infer_request() for _ in range(streams)]
