@@ -14,6 +14,7 @@ import troubled
 from skips import IS_LONG, long_test
 from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
+from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.workers import heartbeat, launched
@@ -214,7 +215,8 @@ def test_a_signal_to_all_peers_finishes_their_batches(alone, start, tmp_path):  
         process.send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=60)[1] for process in world]
     assert [process.returncode for process in world] == [143, 143]
-    assert "go on with" in errors[0] and errors[1] == "" and not list((tmp_path / "run").rglob("*.part"))
+    assert "go on with" in errors[0] and not list((tmp_path / "run").rglob("*.part"))
+    assert errors[1] in ("", f"{ENDED}\n")  # on a busy machine the other may not have begun
     assert [process.wait(60) for process in [start(rank) for rank in range(2)]] == [0, 0]
     check_equal(tmp_path / "run", alone)
 
