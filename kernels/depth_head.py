@@ -68,6 +68,38 @@ def plain(
     return answer
 
 
+class _TrainedEnd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
+        hidden, bias, taps = (one.detach().contiguous() for one in (hidden, bias, taps))
+        ctx.save_for_backward(hidden, bias, taps)
+        out = hidden.new_empty(len(hidden), *hidden.shape[2:])
+        _C.hidden_convolution(*(one.numpy() for one in (hidden, bias, taps, out)), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        answers = tuple(torch.empty_like(one) for one in ctx.saved_tensors)
+        arrays = (*ctx.saved_tensors, gradients[0].contiguous(), *answers)
+        _C.hidden_convolution_gradient(*(one.numpy() for one in arrays), torch.get_num_threads())
+        return answers
+
+
+def trained(
+    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
+) -> Tensor:
+    """What `plain` says, for training: on a CPU, where its precision is exact, bias, ReLU and last convolution are one
+    pass forward and one backward, by csrc/hidden_convolution.cpp.
+    """
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        return plain(x, weight, bias, last_weight, last_bias, sides)
+    taps, answer = last_weight[0].flatten(1).T, last_bias[:, None, None]
+    for start, hidden in hidden_parts(x, weight, sides, CHUNK):
+        stop = start + hidden.shape[1]
+        answer = answer + _TrainedEnd.apply(hidden, bias[start:stop], taps[:, start:stop])[:, None]
+    return answer
+
+
 def hidden_parts(x: Tensor, weight: Tensor, sides: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
     """The first convolution without its bias, [B, o, H, W] for each `chunk` of its channels, and where that begins."""
     side = x.shape[-1]

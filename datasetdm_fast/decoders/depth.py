@@ -8,6 +8,7 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import MASKS, Upscale
 from datasetdm_fast.decoders.trunk import Decoder, wide_mixes
+from datasetdm_fast.kernels import depth_head
 from datasetdm_fast.stages import FACTOR
 
 
@@ -35,5 +36,6 @@ class DepthDecoder(Decoder):
             x, sides = self.upscale(x), (side * FACTOR,)
         else:
             sides = (round(side * MASKS), side * FACTOR)
-        logits = self.ops.depth_head(x, first.weight, first.bias, last.weight, last.bias, sides)
+        head = depth_head.trained if self.training else self.ops.depth_head
+        logits = head(x, first.weight, first.bias, last.weight, last.bias, sides)
         return {"depth": logits.sigmoid() * self.config.max_depth}
