@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.labels import LABEL_KINDS, pictures
+from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -185,6 +186,24 @@ def test_classes_are_those_that_labels_show(tmp_path):
             thing.kind for thing in views[k].scene.things
         ]
     assert run["missing"] == sum("ring" not in words for words in shown)
+
+
+@pytest.mark.parametrize("palette", ["ours", "voc"])
+def test_a_map_tells_its_shares_of_background_and_of_ignored_pixels_and_their_colours(tmp_path, palette):
+    values, labels = document(1, 32), np.ones((32, 32), np.uint8)
+    labels[:8], labels[8:12] = 255, 0
+    values["config"]["task"] = ["semantic"]
+    values |= numbered({"semantic": {"classes": ["background", "cat", "dog"], "ignore": 255, "palette": palette}})
+    label = SemanticMap(labels, np.ones((32, 32), np.float32), ("background", "cat", "dog"))
+    with RunFolder(tmp_path, values) as folder:
+        folder.add([Sample(Request(0, "a cat", 0, ()), rendered(0, 32).image, {"semantic": label})], {})
+        folder.rebuild()
+    run, details = data(tmp_path / "gallery/run.js", "run"), data(tmp_path / "gallery/details/000000.js", "details")
+    assert details == [[0, {"semantic": [0.125, 0.25]}]]
+    seen = Image.open(tmp_path / "semantic/00000000.png").convert("RGB")
+    told = run["layers"][0]["ignored"], run["colours"][run["words"].index("background")]
+    assert told == tuple("#{:02x}{:02x}{:02x}".format(*seen.getpixel((0, y))) for y in (0, 8))
+    assert [layer["ignored"] for layer in run["layers"][1:]] == [told[0]]
 
 
 def test_every_picture_it_names_is_there(tmp_path):

@@ -8,6 +8,9 @@ from browser import Watched, browser, until
 from PIL import Image
 from rendered import document, rendered, write_run
 
+from datasetdm_fast.data import Request, Sample, SemanticMap
+from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import server
 
@@ -417,3 +420,85 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
         finally:
             serving.shutdown()
             thread.join()
+
+
+def many_classes(path, number=110):
+    """One sample whose map shows that many classes and, in its first rows, ignored pixels."""
+    names, values = tuple(f"class {k}" for k in range(number)), document(1, 48)
+    labels = (np.arange(48 * 48) % number).astype(np.uint8).reshape(48, 48)
+    labels[:12] = 255
+    values["config"]["task"] = ["semantic"]
+    values |= numbered({"semantic": {"classes": list(names), "ignore": 255}})
+    label = SemanticMap(labels, np.ones((48, 48), np.float32), names)
+    with RunFolder(path, values) as folder:
+        folder.add([Sample(Request(0, "", 0, ("class 109",)), rendered(0, 48).image, {"semantic": label})], {})
+        folder.rebuild()
+
+
+def test_a_legend_of_many_classes_is_folded(chromium, tmp_path):
+    many_classes(tmp_path)
+    page = Watched(chromium).open(address(tmp_path, "#id=00000000"))
+    legend = page.locator("#legend").inner_text().split("\n")
+    assert legend[:2] == ["class 0", "class 1"] and "98 more classes" in legend and "class 12" not in legend
+    page.locator("#legend summary").click()
+    assert "class 12" in page.locator("#legend").inner_text()
+    page.keyboard.press("1")  # the legend is made anew, and stays unfolded
+    page.keyboard.press("1")
+    assert "class 12" in page.locator("#legend").inner_text()
+    page.close()
+
+
+def test_ignored_pixels_have_a_line_in_the_legend_while_the_map_is_shown(chromium, tmp_path):
+    many_classes(tmp_path, 3)
+    page = Watched(chromium).open(address(tmp_path, "#id=00000000&layer=semantic"))
+    until(page, "by('legend').innerText.includes('ignored')")
+    assert page.locator("#legend").inner_text().split()[-6:] == "ignored 25.0 % of the picture".split()
+    dot = page.evaluate("getComputedStyle(by('legend').lastChild.querySelector('.dot')).backgroundColor")
+    assert dot == f"rgb{colour(255)}"
+    page.keyboard.press("1")
+    assert "ignored" not in page.locator("#legend").inner_text()
+    page.close()
+
+
+def test_a_sample_without_a_prompt_says_so_and_its_picture_is_named(chromium, tmp_path):
+    many_classes(tmp_path, 3)
+    page = Watched(chromium).open(address(tmp_path))
+    assert page.locator(".card .prompt").inner_text() == "No prompt"
+    page.click(".card")
+    assert page.locator("#frame .image").get_attribute("alt") == "Sample 00000000"
+    page.close()
+
+
+def test_the_filters_are_remembered_as_open_only_by_who_opened_them(chromium, run):
+    page = Watched(chromium, 1280, 800).open(address(run))
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    until(page, "filled")
+    assert page.locator("#filtering").get_attribute("aria-expanded") == "true"
+    assert page.evaluate("remembered('filters')") is None
+    page.click("#filtering")
+    page.reload()
+    until(page, "filled")
+    assert page.locator("#filtering").get_attribute("aria-expanded") == "false"
+    page.close()
+
+
+def test_the_way_past_the_bars_keeps_what_is_filtered(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.fill("#search", "ball")
+    found, link = shown(page), page.url
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    until(page, "document.activeElement === grid")
+    assert shown(page) == found != [] and page.url == link
+    page.close()
+
+
+def test_cards_are_items_of_a_list(chromium, run):
+    page = Watched(chromium).open(address(run))
+    places = "[...grid.querySelectorAll('[role=listitem]')].map(item => [item.ariaPosInSet, item.ariaSetSize])"
+    assert page.evaluate(places)[:2] == [["1", str(NUMBER)], ["2", str(NUMBER)]]
+    assert page.evaluate("grid.children.length === cards.size")
+    page.fill("#search", "ball")
+    assert page.evaluate("grid.children.length === cards.size && cards.size > 0")
+    page.close()

@@ -94,7 +94,7 @@ class RunFacts:
             "seed": request.seed if abs(request.seed) < SAFE else str(request.seed),
             "sides": [height, width],
             "named": [self.number(word) for word in request.classes],
-            "shown": [self.number(word) for word in visible],
+            "shown": sorted(map(self.number, visible)),
             "missing": [self.number(word) for word in missing],
             "reasons": list(reasons),
             "aside": int(row.status == DOUBTFUL),
@@ -140,6 +140,7 @@ class RunFacts:
                 "classes": {
                     number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
                 },
+                "ignored": _css(kind_of(task).ignored(document["labels"][task])),
                 "steps": kind_of(task).steps(document["labels"][task]),
                 "limbs": document["labels"][task].get("limbs", []),
             }
@@ -193,7 +194,12 @@ class RunFacts:
             for name, each in zip(table.get("classes", ()), table.get("colours", ()))
         }
         found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
-        return ["#{:02x}{:02x}{:02x}".format(*each) for each in found]
+        return [_css(each) for each in found]
+
+
+def _css(colour: Iterable[int]) -> str:
+    """A colour as style sheets write it, nothing of nothing."""
+    return "".join(("#", *(f"{value:02x}" for value in colour))) if colour else ""
 
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:

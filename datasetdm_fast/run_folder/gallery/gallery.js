@@ -9,6 +9,7 @@ const MADE_AT_ONCE = 48; // cards in one frame of a scroll: large windows fill o
 const KEPT_DETAILS = 200; // groups of details in memory
 const LOADED_AT_ONCE = 4;
 const MOST_BARS = 60; // classes of a chart
+const MOST_LINES = 12; // classes of a legend that is folded
 const root = document.documentElement, by = id => document.getElementById(id);
 const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
 const leftOut = new Map(received.leftOut), hasDoubts = Boolean(run.doubtful || run.missing || leftOut.size);
@@ -46,12 +47,13 @@ function count(number) { return number.toLocaleString("en"); }
 function several(number, one, many = `${one}s`) { return `${count(number)} ${number === 1 ? one : many}`; }
 function portion(number, whole) { return number === whole ? several(whole, "sample") : `${count(number)} of ${several(whole, "sample")}`; }
 function percent(score) { return `${Math.round(score * 100)} %`; }
-function dotted(tag, name, word) {
+function spotted(tag, name, colour, text) {
   const element = make(tag, name), dot = make("span", "dot");
-  dot.style.background = run.colours[word];
-  element.append(dot, run.words[word]);
+  dot.style.background = colour;
+  element.append(dot, text);
   return element;
 }
+function dotted(tag, name, word) { return spotted(tag, name, run.colours[word], run.words[word]); }
 
 // ---- what a browser remembers
 
@@ -130,7 +132,7 @@ received.on = (kind, number) => {
 // ---- pictures and what is drawn over them
 
 function placeOf(sample) { return sample.aside ? "../doubtful/" : "../"; }
-function imageOf(sample) { return picture(`${placeOf(sample)}images/${sample.id}.${run.format}`, "image", sample.prompt); }
+function imageOf(sample, alt = "") { return picture(`${placeOf(sample)}images/${sample.id}.${run.format}`, "image", alt); }
 function file(layer, sample) {
   return [picture((layer.is_drawn ? "" : placeOf(sample)) + layer.file.replace("ID", sample.id), `layer ${layer.drawing}`, "")];
 }
@@ -339,13 +341,16 @@ function valueAt(layer, sample, x, y) {
 
 function card(place) {
   const sample = shown[place], element = button(undefined, () => open(place), "card"), box = make("span", "stack"), words = make("span", "words");
+  const item = make("div");
   element.dataset.id = sample.id;
-  element.setAttribute("aria-setsize", shown.length);
-  element.setAttribute("aria-posinset", place + 1);
+  item.setAttribute("role", "listitem");
+  item.setAttribute("aria-setsize", shown.length);
+  item.setAttribute("aria-posinset", place + 1);
+  item.append(element);
   if (run.sheet) box.append(thumbnail(sample));
   const value = wish.sort === "number" || wish.sort === "seed" ? null : quantities.get(wish.sort)?.(sample);
   const told = [sample.id, `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
-  words.append(make("span", "prompt", sample.prompt), make("span", "told", told));
+  words.append(make("span", sample.prompt ? "prompt" : "prompt told", sample.prompt || "No prompt"), make("span", "told", told));
   const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
   if (reason) words.append(make("span", "told doubts", reason));
   element.append(box, words);
@@ -366,7 +371,7 @@ function draft(most = Infinity) {
   const [from, to] = visible(layout, top, top + innerHeight, part);
   for (const [place, element] of cards) {
     if ((place < first + from || place >= first + to) && element !== document.activeElement) {
-      element.remove();
+      element.parentNode.remove();
       cards.delete(place);
     }
   }
@@ -381,10 +386,10 @@ function draft(most = Infinity) {
       element = card(place);
       cards.set(place, element);
       position(element, place);
-      if (before) before.after(element);
-      else grid.prepend(element);
+      if (before) before.after(element.parentNode);
+      else grid.prepend(element.parentNode);
     }
-    before = element;
+    before = element.parentNode;
   }
   clearTimeout(settling);
   settling = setTimeout(settle, run.sheet ? SETTLED : 0);
@@ -422,10 +427,10 @@ function refresh(isGrowing = false) {
   shown = chosen(samples, wish, quantities, marks);
   for (const [place, element] of cards) {
     if (isGrowing && shown[place]?.index === before[place].index) {
-      element.setAttribute("aria-setsize", shown.length);
+      element.parentNode.setAttribute("aria-setsize", shown.length);
       continue;
     }
-    element.remove();
+    element.parentNode.remove();
     cards.delete(place);
   }
   grid.querySelector(".nothing")?.remove();
@@ -478,7 +483,7 @@ function open(place) {
   wanted = "";
   by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
-  box.append(imageOf(opened));
+  box.append(imageOf(opened, opened.prompt || `Sample ${opened.id}`));
   if (beside === "difference") box.append(comparedImage(opened));
   frame.replaceChildren(box, ...(beside === "two" ? [comparedStack(opened)] : []));
   frame.classList.toggle("two", beside === "two");
@@ -539,15 +544,37 @@ function tellFacts() {
     if (layer.drawing === "uncertainty" && layersOn.includes(layer.name)) legend.push(scale("sure-to-unsure", "sure", "unsure"));
   }
   run.figures.forEach((name, k) => { if (opened.figures[k] != null) facts.push([name, short(opened.figures[k])]); });
-  const words = new Set([...opened.shown, ...opened.named]);
+  const words = new Set([...opened.missing, ...opened.shown, ...opened.named]), lines = [], others = [];
   for (const word of words) {
     const things = opened.things.filter(thing => thing[0] === word), line = dotted("span", "", word);
     const told = [things.length ? `× ${things.length}` : "", things.length ? `${(sum(things.map(thing => thing[2])) / 10).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
     line.append(make("small", opened.missing.includes(word) ? "doubts" : "", told.filter(Boolean).join(", ")));
-    legend.push(line);
+    lines.push(line);
   }
-  by("legend").replaceChildren(...legend);
+  for (const layer of active().filter(each => each.drawing === "map")) others.push(...unclassed(layer, details[layer.name] ?? [0, 0]));
+  by("legend").replaceChildren(...legend, ...folded(lines), ...others);
   by("facts").replaceChildren(...[...facts, ...run.facts].flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+// Lines of the legend for what a map shows besides its classes: background and ignored pixels.
+function unclassed(layer, [background, ignored]) {
+  const line = (share, colour, text) => {
+    const element = spotted("span", "", colour, text);
+    element.append(make("small", "", `${(100 * share).toFixed(1)} % of the picture`));
+    return share ? [element] : [];
+  };
+  const name = `${active().filter(each => each.drawing === "map").length > 1 ? `${layer.title}: ` : ""}ignored`;
+  return [...line(background, run.colours[run.words.indexOf("background")], "background"), ...line(ignored, layer.ignored, name)];
+}
+// The first lines of a legend, the rest under a line that unfolds them.
+let isUnfolded = false;
+function folded(lines) {
+  if (lines.length <= MOST_LINES + 1) return lines;
+  const rest = make("details"), box = make("div", "legend");
+  box.append(...lines.slice(MOST_LINES));
+  rest.open = isUnfolded;
+  rest.append(make("summary", "", `${count(lines.length - MOST_LINES)} more classes`), box);
+  rest.addEventListener("toggle", () => { isUnfolded = rest.open; });
+  return [...lines.slice(0, MOST_LINES), rest];
 }
 function scale(name, low, high) {
   const element = make("div", "scale");
@@ -591,6 +618,7 @@ function bars(title, rows) {
   for (const [name, value] of rows) {
     const bar = make("i");
     bar.style.width = `${(100 * value) / most}%`;
+    bar.style.minWidth = value ? "" : "0";
     list.append(name instanceof Node ? name : make("span", "", String(name)), bar, make("span", "", count(value)));
   }
   box.append(make("h3", "", title), rows.length ? list : make("p", "", "none"));
@@ -864,13 +892,20 @@ by("search").addEventListener("input", () => {
   wish.search = by("search").value;
   changed();
 });
-by("filtering").addEventListener("click", () => {
-  const isOpen = by("filters").classList.toggle("open");
+function unfold(isOpen) {
+  by("filters").classList.toggle("open", isOpen);
   by("filtering").setAttribute("aria-expanded", String(isOpen));
-  remember("filters", isOpen);
   arrange();
+}
+by("filtering").addEventListener("click", () => {
+  unfold(!by("filters").classList.contains("open"));
+  remember("filters", by("filters").classList.contains("open"));
 });
-if (remembered("filters") ?? (innerWidth > 760 && innerHeight > 700)) by("filtering").click();
+unfold(remembered("filters") ?? (innerWidth > 760 && innerHeight > 700));
+document.querySelector(".skip").addEventListener("click", event => {
+  event.preventDefault(); // the part of the address behind # tells the filters
+  grid.focus();
+});
 by("counting").addEventListener("click", showStatistics);
 by("uncount").addEventListener("click", () => by("statistics").close());
 by("earlier").addEventListener("click", () => { if (first > 0) reveal(first - layout.most); });
