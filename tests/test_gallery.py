@@ -11,7 +11,7 @@ from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.labels import LABEL_KINDS, pictures
 from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.run_folder import gallery
+from datasetdm_fast.run_folder import gallery, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import sheets
@@ -282,3 +282,13 @@ def test_simplified_rings_stay_within_the_tolerance():
     few = pictures.simplified(ring, 0.7)
     assert 8 <= len(few) < len(ring) / 3
     assert np.abs(np.hypot(*(few - [32.5, 30.5]).T) - 20).max() < 1.2
+
+
+def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_path):
+    with RunFolder(tmp_path, document(3, 32)) as folder:
+        folder.add([rendered(0, 32)], {})
+        showing.write_so_far(tmp_path)
+        told = data(tmp_path / "gallery/run.js", "run")
+        assert (told["is_in_progress"], told["samples"], told["planned"]) == (True, 1, 3)
+        folder.rebuild()
+    assert data(tmp_path / "gallery/run.js", "run") == told | {"is_in_progress": False}

@@ -11,6 +11,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.numbering import numbered
+from datasetdm_fast.run_folder import showing
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import server
 
@@ -501,4 +502,45 @@ def test_cards_are_items_of_a_list(chromium, run):
     assert page.evaluate("grid.children.length === cards.size")
     page.fill("#search", "ball")
     assert page.evaluate("grid.children.length === cards.size && cards.size > 0")
+    page.close()
+
+
+def test_the_page_of_a_run_in_progress_offers_the_samples_that_were_added(chromium, tmp_path):
+    with RunFolder(tmp_path, document(6, 48)) as folder:
+        folder.add([rendered(k, 48) for k in range(4)], {})
+        showing.write_so_far(tmp_path)
+        page = Watched(chromium).open(address(tmp_path, "#search=a&layer=semantic"))
+        assert page.locator("#summary").inner_text().startswith("4 samples so far · 6 planned")
+        page.evaluate("lookForNews()")
+        page.wait_for_timeout(300)
+        assert not page.locator("#newer").is_visible()
+        before = (tmp_path / "gallery/run.js").read_bytes()
+        folder.add([rendered(k, 48) for k in (4, 5)], {})
+        showing.write_so_far(tmp_path)
+        page.evaluate("lookForNews()")
+        until(page, "by('newer').textContent === 'Show 2 more samples'")
+        page.click("#newer")
+        until(page, "run.samples === 6 && filled")
+        assert len(shown(page)) == 6 and page.evaluate("wish.search + layersOn") == "asemantic"
+        after = (tmp_path / "gallery/run.js").read_bytes()
+        (tmp_path / "gallery/run.js").write_bytes(before)  # as one that is read while the next is written
+        other = Watched(chromium).open(address(tmp_path))
+        until(other, "by('newer').textContent === 'Read the page again'")
+        assert other.locator("#summary").inner_text().startswith("6 samples so far")
+        other.close()
+        (tmp_path / "gallery/run.js").write_bytes(after)
+        folder.rebuild()
+    page.evaluate("lookForNews()")
+    until(page, "by('newer').textContent === 'Show the finished run'")
+    page.click("#newer")
+    until(page, "filled && !run.is_in_progress")
+    assert page.locator("#summary").inner_text().startswith("6 samples · 48")
+    page.close()
+
+
+def test_a_part_that_cannot_be_read_stays_named(chromium, tmp_path):
+    write_run(tmp_path, 2, 48)
+    (tmp_path / "gallery/pages/000000.js").unlink()
+    page = Watched(chromium).open(address(tmp_path))
+    assert page.locator("#summary").inner_text().startswith("pages/000000.js could not be read; audit says more · ")
     page.close()

@@ -125,7 +125,7 @@ class RunFacts:
             for row in rows
         ]
 
-    def whole(self, *, has_sheets: bool) -> dict[str, Any]:
+    def whole(self, *, has_sheets: bool, is_in_progress: bool) -> dict[str, Any]:
         """What all samples share."""
         document, words = self.document, list(self._numbers)
         config, sampling = document["config"], document["sampling"]
@@ -165,6 +165,7 @@ class RunFacts:
             "pages": self.pages,
             "samples": sum(count for _, count in self.pages),
             "planned": document["plan"]["number"],
+            "is_in_progress": is_in_progress,
             "sheet": {"side": sheets.SIDE, "columns": sheets.COLUMNS, "rows": sheets.ROWS} if has_sheets else None,
             "group": sheets.GROUP,
             "summary": ", ".join(config["task"]),

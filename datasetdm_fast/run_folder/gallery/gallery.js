@@ -8,6 +8,7 @@ const SETTLED = 120; // milliseconds after which a card that is still in view ge
 const MADE_AT_ONCE = 48; // cards in one frame of a scroll: large windows fill over a few
 const KEPT_DETAILS = 200; // groups of details in memory
 const LOADED_AT_ONCE = 4;
+const ASKED_AGAIN = 15000; // milliseconds between two looks at whether a run in progress has gone on
 const MOST_BARS = 60; // classes of a chart
 const MOST_LINES = 12; // classes of a legend that is folded
 const root = document.documentElement, by = id => document.getElementById(id);
@@ -73,29 +74,36 @@ function keepAddress() {
 // ---- data that lies in scripts beside the page
 
 const asked = new Set();
-function load(path, isCompared = false) {
+function load(path, isCompared = false, onFault = fault) {
   if (asked.has(path)) return Promise.resolve(true);
   asked.add(path);
   return new Promise(done => {
     const script = make("script");
     if (isCompared) script.dataset.compared = "yes";
     script.onload = () => { script.remove(); done(true); };
-    script.onerror = () => { script.remove(); fault(path); done(false); };
+    script.onerror = () => { script.remove(); onFault(path); done(false); };
     script.src = path;
     document.body.append(script);
   });
 }
-function fault(path) { by("summary").textContent = `${path} could not be read; audit says more`; }
+const troubles = new Map(); // what went wrong, by what it happened to
+function trouble(about, text) {
+  if (text) troubles.set(about, text);
+  else troubles.delete(about);
+  summarise();
+}
+function fault(path) { trouble("files", `${path} could not be read; audit says more`); }
 function named(folder, number) { return `${folder}/${String(number).padStart(6, "0")}.js`; }
 
 async function loadPages() {
   const parts = new Array(run.pages.length), waiting = run.pages.map((page, k) => [k, page[0]]);
-  let last = 0;
+  let last = 0, isMixed = false;
   const work = async () => {
     for (let next = waiting.shift(); next; next = waiting.shift()) {
       const [k, number] = next;
       if (!(await load(named("pages", number)))) continue;
       parts[k] = samplesOf(received.pages.get(number), leftOut);
+      isMixed ||= parts[k].length !== run.pages[k][1];
       received.pages.delete(number);
       if (performance.now() - last > 400 || !filled) {
         const end = parts.findIndex(part => !part);
@@ -109,6 +117,23 @@ async function loadPages() {
   samples = parts.filter(Boolean).flat();
   filled = true;
   refresh(true);
+  if (isMixed) readAgain();
+}
+// The page of a run in progress was written anew between its scripts: those of one time are read together.
+function readAgain() {
+  if (performance.getEntriesByType("navigation")[0]?.type !== "reload") location.reload();
+  else tellNews("Read the page again");
+}
+function tellNews(text) {
+  by("newer").textContent = text;
+  by("newer").hidden = !text;
+}
+async function lookForNews() {
+  if (document.hidden || !received.run.is_in_progress) return;
+  const path = `run.js?${Date.now()}`; // another address, or the browser would give what it has
+  await load(path, false, () => {});
+  asked.delete(path);
+  if (received.run !== run) tellNews(newsOf(run, received.run));
 }
 
 function detailsOf(sample) {
@@ -237,9 +262,10 @@ async function send() {
     try {
       const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some }), headers: { "Content-Type": "application/json" } });
       if (!answer.ok) throw new Error(String(answer.status));
+      trouble("marks", "");
     } catch {
       for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
-      by("summary").textContent = `${several(unsent.size, "mark")} could not be written; the next one tries again`;
+      trouble("marks", `${several(unsent.size, "mark")} could not be written; the next one tries again`);
       break;
     }
   }
@@ -437,14 +463,18 @@ function refresh(isGrowing = false) {
   if (!shown.length && filled) showNothing();
   arrange();
   if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
-  const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
-  const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
-  by("summary").textContent = [portion(shown.length, run.samples), rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
+  summarise();
   if (opened) tellPlace();
   if (wanted) {
     const place = shown.findIndex(sample => sample.id === wanted);
     if (place >= 0) open(place);
   }
+}
+function summarise() {
+  const number = portion(shown.length, Math.max(run.samples, samples.length)) + (run.is_in_progress ? " so far" : "");
+  const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
+  const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
+  by("summary").textContent = [...troubles.values(), number, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
 }
 function showNothing() {
   const told = make("p", "nothing", run.samples ? "No sample matches. " : "No sample yet.");
@@ -963,3 +993,5 @@ slide("size", () => arrange(), remembered("size") ?? (innerWidth < 500 ? 160 : 2
 applyAddress();
 startReview();
 loadPages();
+by("newer").addEventListener("click", () => location.reload());
+if (run.is_in_progress) setInterval(lookForNews, ASKED_AGAIN);

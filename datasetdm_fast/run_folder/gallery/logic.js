@@ -120,6 +120,13 @@ function wishOf(address, words) {
   };
 }
 
+// What there is to see of a run that has gone on since its page was read: `newer` is what is now told of it.
+function newsOf(run, newer) {
+  const more = newer.samples - run.samples;
+  if (more > 0) return `Show ${more.toLocaleString("en")} more ${more === 1 ? "sample" : "samples"}`;
+  return run.is_in_progress && !newer.is_in_progress ? "Show the finished run" : "";
+}
+
 // Where cards lie: columns of equal width, rows of equal height, so that any card's place is known without the others.
 const LARGEST_HEIGHT = 12e6; // pixels: browsers lose lines of a page that is much higher
 function layoutOf(width, tile, gap, words, count) {
