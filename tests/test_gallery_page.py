@@ -1,5 +1,6 @@
 """The gallery's page in a browser: opened from the disk, as most people open it."""
 
+import shlex
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ from browser import Watched, browser, until
 from PIL import Image
 from rendered import document, rendered, write_run
 
+from datasetdm_fast import drop
 from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.numbering import numbered
@@ -240,7 +242,7 @@ def test_hostile_prompts_leave_the_page_as_it_is(chromium, tmp_path):
     page.close()
 
 
-def test_marks_are_kept_and_saved_as_a_list(chromium, run):
+def test_marks_are_kept_and_saved_as_a_list(chromium, run, capsys):
     page = Watched(chromium).open(address(run))
     page.focus("[data-id='00000003']")
     page.keyboard.press("b")
@@ -255,6 +257,10 @@ def test_marks_are_kept_and_saved_as_a_list(chromium, run):
     with page.expect_download() as saved:
         page.click("#save-bad")
     assert saved.value.suggested_filename == "bad.txt" and saved.value.path().read_text() == "00000001\n00000003\n"
+    line = shlex.split(page.locator("#dropping").inner_text())
+    assert line == ["python", "-m", "datasetdm_fast.drop", str(run), "--file", "bad.txt"]
+    assert drop.main([line[3], "--file", str(saved.value.path()), "--dry-run"]) == 0
+    assert capsys.readouterr().out.split() == ["00000001", "00000003"]
     page.goto(address(run, "#only=bad"))
     until(page, "shown.length === 2")
     assert shown(page) == ["00000001", "00000003"] and page.locator(".card .mark.bad").count() == 2
@@ -275,6 +281,8 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
             until(page, "!isSending")
             assert bad.read_text() == "00000001\n"
             assert f"--out '{run.resolve()}'" in page.locator("#line").inner_text()
+            dropping = shlex.split(page.evaluate("by('dropping').textContent"))
+            assert dropping[3:] == [str(run.resolve()), "--file", str(run.resolve() / "review/bad.txt")]
             box = page.locator("#frame .stack").bounding_box()
             page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
             until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")

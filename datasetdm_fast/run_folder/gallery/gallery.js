@@ -285,6 +285,8 @@ function showReview() {
     by(`save-${name}`).hidden = !number;
     by(`save-${name}`).textContent = `Save ${name}.txt (${count(number)})`;
   }
+  by("dropping").hidden = by("save-bad").hidden || served?.path === "";
+  by("dropping").textContent = `python -m datasetdm_fast.drop ${quoted(folderOfRun())} --file ${quoted(served?.path ? `${served.path}/review/bad.txt` : "bad.txt")}`;
 }
 function save(name) {
   const link = make("a");
@@ -300,6 +302,9 @@ function reviewButtons() {
     element.title = `The ids of the samples marked ${name}, one a line`;
     by("review").append(element);
   }
+  by("review").append(make("code"));
+  by("review").lastChild.id = "dropping";
+  by("review").lastChild.title = "This line takes the samples marked bad out of the run; the command restore brings them back";
   for (const element of viewer.querySelectorAll("[data-mark]")) element.addEventListener("click", () => mark(opened, element.dataset.mark));
 }
 
@@ -559,9 +564,9 @@ function step(way) {
   const place = shown.indexOf(opened) + way;
   if (shown.includes(opened) && shown[place]) open(place);
 }
+function folderOfRun() { return (served ? served.path : folderOf(location)) || "RUN"; }
 function lineOf(sample) {
-  const folder = served ? served.path : folderOf(location);
-  return `${run.command} --out ${quoted(folder || "RUN")} --only ${sample.id}`;
+  return `${run.command} --out ${quoted(folderOfRun())} --only ${sample.id}`;
 }
 function tellFacts() {
   const facts = [["Sample", opened.id], ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
