@@ -11,7 +11,7 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.names import LabelName, by_task
-from datasetdm_fast.run_folder.document import described_sides, maker, sides
+from datasetdm_fast.run_folder.document import maker, sides, size_in_words
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import traced
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
@@ -150,7 +150,7 @@ class RunFacts:
             "key": hashlib.sha256(canonical([config, document["plan"], document["decoders"]]).encode()).hexdigest()[
                 :16
             ],
-            "pixels": described_sides(document),
+            "pixels": size_in_words(document),
             "format": config["image_format"],
             "layers": drawn,
             "first": next((kind_of(label).layers[0].name for label in self.tasks), ""),
