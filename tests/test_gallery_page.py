@@ -416,6 +416,7 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
             )
             boxes = [page.locator("#frame .stack").nth(k).bounding_box() for k in (0, 1)]
             assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1 and boxes[0]["width"] > 300
+            assert page.evaluate("[...frame.children].map(stack => stack.dataset.name)") == [run.name, "other"]
             page.click("#beside [data-way=difference]")
             found = []
             for key in ("ArrowLeft", "ArrowRight"):

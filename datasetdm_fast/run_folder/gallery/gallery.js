@@ -316,6 +316,7 @@ async function startComparing() {
   compared.on = () => { if (opened && beside) open(shown.indexOf(opened)); };
   by("beside").hidden = false;
   const name = decodeURIComponent(served.against.split("/").at(-2));
+  served.other = name;
   by("beside").append(...[["two", `Beside ${name}`], ["difference", "Difference"]].map(([way, text]) => {
     const element = button(text, () => {
       beside = beside === way ? "" : way;
@@ -521,6 +522,7 @@ function open(place) {
   box.append(imageOf(opened, opened.prompt || `Sample ${opened.id}`));
   if (beside === "difference") box.append(comparedImage(opened));
   frame.replaceChildren(box, ...(beside === "two" ? [comparedStack(opened)] : []));
+  if (beside === "two") [title, served.other].forEach((name, k) => { frame.children[k].dataset.name = name; });
   frame.classList.toggle("two", beside === "two");
   frame.classList.toggle("difference", beside === "difference");
   for (const each of frame.children) {
