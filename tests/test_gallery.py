@@ -284,6 +284,16 @@ def test_simplified_rings_stay_within_the_tolerance():
     assert np.abs(np.hypot(*(few - [32.5, 30.5]).T) - 20).max() < 1.2
 
 
+def test_the_page_tells_the_file_names_of_pictures_that_were_labelled(tmp_path):
+    names = ["a/1 <b>.png", "2.jpg"]
+    with RunFolder(tmp_path / "labelled", document(2, 32)) as folder:
+        folder.add([replace(rendered(k, 32), provenance={"picture": names[k]}) for k in range(2)], {})
+        folder.rebuild()
+    write_run(tmp_path / "drawn", 2, 32)
+    assert data(tmp_path / "labelled/gallery/pages/000000.js", "page")["picture"] == names
+    assert "picture" not in data(tmp_path / "drawn/gallery/pages/000000.js", "page")
+
+
 def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_path):
     with RunFolder(tmp_path, document(3, 32)) as folder:
         folder.add([rendered(0, 32)], {})

@@ -2,6 +2,7 @@
 
 import shlex
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -552,4 +553,16 @@ def test_a_part_that_cannot_be_read_stays_named(chromium, tmp_path):
     (tmp_path / "gallery/pages/000000.js").unlink()
     page = Watched(chromium).open(address(tmp_path))
     assert page.locator("#summary").inner_text().startswith("pages/000000.js could not be read; audit says more · ")
+    page.close()
+
+
+def test_pictures_that_were_labelled_are_found_by_their_file_names(chromium, tmp_path):
+    names = ["a/Street <1>.png", "a/Room.png"]
+    with RunFolder(tmp_path, document(2, 48)) as folder:
+        folder.add([replace(rendered(k, 48, "a photo"), provenance={"picture": names[k]}) for k in (0, 1)], {})
+        folder.rebuild()
+    page = Watched(chromium).open(address(tmp_path, "#search=street"))
+    assert shown(page) == ["00000000"] and page.locator(".card .told").inner_text() == f"00000000 · {names[0]}"
+    page.click(".card")
+    assert names[0] in page.locator("#facts").inner_text()
     page.close()

@@ -56,7 +56,8 @@ class RunFacts:
     def index(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
         """One column a fact: what the page filters and sorts a thousand samples by."""
         samples = [self._sample(row) for row in rows]
-        return {name: [sample[name] for sample in samples] for name in samples[0]}
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return {name: column for name, column in columns.items() if name != "picture" or any(column)}
 
     def _sample(self, row: Row) -> dict[str, Any]:
         request, tables = row.request, self.document["labels"]
@@ -98,6 +99,7 @@ class RunFacts:
             "missing": [self.number(word) for word in missing],
             "reasons": list(reasons),
             "aside": int(row.status == DOUBTFUL),
+            "picture": str(row.recipe.get("picture", "")),
             "source": int(row.recipe["source"]) if str(row.recipe.get("source", "")).isdecimal() else request.index,
             "things": [
                 [self.number(word), round(100 * score), *(round(1000 * share) for share in (area, x, y))]

@@ -381,7 +381,7 @@ function card(place) {
   item.append(element);
   if (run.sheet) box.append(thumbnail(sample));
   const value = wish.sort === "number" || wish.sort === "seed" ? null : quantities.get(wish.sort)?.(sample);
-  const told = [sample.id, `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
+  const told = [sample.id, sample.picture || `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
   words.append(make("span", sample.prompt ? "prompt" : "prompt told", sample.prompt || "No prompt"), make("span", "told", told));
   const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
   if (reason) words.append(make("span", "told doubts", reason));
@@ -519,7 +519,7 @@ function open(place) {
   wanted = "";
   by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
-  box.append(imageOf(opened, opened.prompt || `Sample ${opened.id}`));
+  box.append(imageOf(opened, opened.prompt || opened.picture || `Sample ${opened.id}`));
   if (beside === "difference") box.append(comparedImage(opened));
   frame.replaceChildren(box, ...(beside === "two" ? [comparedStack(opened)] : []));
   if (beside === "two") [title, served.other].forEach((name, k) => { frame.children[k].dataset.name = name; });
@@ -571,7 +571,7 @@ function lineOf(sample) {
   return `${run.command} --out ${quoted(folderOfRun())} --only ${sample.id}`;
 }
 function tellFacts() {
-  const facts = [["Sample", opened.id], ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
+  const facts = [["Sample", opened.id], ...(opened.picture ? [["Picture", opened.picture]] : []), ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
   if (opened.leftOut) facts.push(["Left out", opened.leftOut]);
   if (opened.reasons.length) facts.push(["Doubtful", opened.reasons.join("; ")]);
   for (const layer of run.layers) {
