@@ -176,6 +176,8 @@ def test_a_reload_and_a_link_show_the_same(chromium, run):
     assert shown(page) == found and page.evaluate("root.dataset.theme") == theme
     assert page.evaluate("layersOn.includes('pose')")
     assert ball.get_attribute("aria-pressed") == "true" and cone.get_attribute("aria-pressed") == "mixed"
+    number = page.evaluate("run.shown[run.words.indexOf('ball')]")
+    assert ball.get_attribute("aria-label") == f"ball, {number} samples: asked for"
     link = page.url
     page.close()
     other = Watched(chromium).open(link + "&id=" + found[2])

@@ -789,7 +789,7 @@ function showFilters() {
   for (const element of by("classes").children) {
     const word = Number(element.dataset.word);
     element.setAttribute("aria-pressed", wish.has.includes(word) ? "true" : wish.not.includes(word) ? "mixed" : "false");
-    element.setAttribute("aria-label", `${run.words[word]}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
+    element.setAttribute("aria-label", `${run.words[word]}, ${several(run.shown[word], "sample")}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
   }
   by("any").hidden = wish.has.length < 2;
   by("any").textContent = wish.any ? "Any of these" : "All of these";
@@ -846,6 +846,7 @@ function quantitySelect(value) {
 function theme(name) {
   root.dataset.theme = name;
   by("theme").textContent = name === "dark" ? "Light" : "Dark";
+  by("theme").title = `${by("theme").textContent} colours`;
 }
 // Sliders of one value, which begins with `value` where that is known.
 function slide(name, act, value, ids = [name]) {
