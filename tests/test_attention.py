@@ -365,6 +365,7 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     assert label.main([*line, "--out", str(cut), "--limit", "1"]) == label.main([*line, "--out", str(cut)]) == 0
     for path in sorted((whole / "attention").iterdir()) + [whole / "instances.json", whole / "samples.jsonl"]:
         assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert "\n2 of 2 images of their own sizes with their labels" in (whole / "README.md").read_text()
     run = open_run(whole)
     assert run.tasks == ("semantic", "instance", "attention")  # depth and pose need the whole picture
     first, second = run

@@ -315,6 +315,8 @@ def test_page_chart_and_table_show_what_does_not_hold():
     )
     assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1
     assert "20.0 (" in text and "small student, 50 real" in text
+    scrolling = '<div class="wide" tabindex="0">'  # what is wider than a phone, so that the page itself is not
+    assert written.count(scrolling) == 3 == written.count(f"{scrolling}<table") + written.count(f"{scrolling}<svg")
 
 
 class Generated(list):

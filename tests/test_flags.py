@@ -21,6 +21,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.gallery import GalleryConfig
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig
 from datasetdm_fast.version import __version__
@@ -39,6 +40,12 @@ def test_hyphens_and_underscores_name_the_same_flag():
 def test_values_keep_their_underscores_and_equals_signs():
     assert parse(["--prompts=a_b = c_d"])[0].prompts == "a_b = c_d"
     assert parse(["--out", "my_run"])[0].out == "my_run"
+
+
+@pytest.mark.parametrize("line", [["--run", "RUN"], ["--run=RUN"]])
+def test_a_setting_that_has_no_flag_is_not_suggested_as_one(line):
+    with pytest.raises(Refused, match="gallery: --run is no flag"):
+        parse(line, GalleryConfig, "gallery")
 
 
 def test_every_type_is_read():

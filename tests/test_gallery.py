@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.labels import LABEL_KINDS, pictures
-from datasetdm_fast.run_folder import gallery
+from datasetdm_fast.labels.numbering import numbered
+from datasetdm_fast.run_folder import gallery, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import sheets
@@ -187,6 +188,24 @@ def test_classes_are_those_that_labels_show(tmp_path):
     assert run["missing"] == sum("ring" not in words for words in shown)
 
 
+@pytest.mark.parametrize("palette", ["ours", "voc"])
+def test_a_map_tells_its_shares_of_background_and_of_ignored_pixels_and_their_colours(tmp_path, palette):
+    values, labels = document(1, 32), np.ones((32, 32), np.uint8)
+    labels[:8], labels[8:12] = 255, 0
+    values["config"]["task"] = ["semantic"]
+    values |= numbered({"semantic": {"classes": ["background", "cat", "dog"], "ignore": 255, "palette": palette}})
+    label = SemanticMap(labels, np.ones((32, 32), np.float32), ("background", "cat", "dog"))
+    with RunFolder(tmp_path, values) as folder:
+        folder.add([Sample(Request(0, "a cat", 0, ()), rendered(0, 32).image, {"semantic": label})], {})
+        folder.rebuild()
+    run, details = data(tmp_path / "gallery/run.js", "run"), data(tmp_path / "gallery/details/000000.js", "details")
+    assert details == [[0, {"semantic": [0.125, 0.25]}]]
+    seen = Image.open(tmp_path / "semantic/00000000.png").convert("RGB")
+    told = run["layers"][0]["ignored"], run["colours"][run["words"].index("background")]
+    assert told == tuple("#{:02x}{:02x}{:02x}".format(*seen.getpixel((0, y))) for y in (0, 8))
+    assert [layer["ignored"] for layer in run["layers"][1:]] == [told[0]]
+
+
 def test_every_picture_it_names_is_there(tmp_path):
     page_of(tmp_path, number=3)
     for k in range(3):
@@ -263,3 +282,23 @@ def test_simplified_rings_stay_within_the_tolerance():
     few = pictures.simplified(ring, 0.7)
     assert 8 <= len(few) < len(ring) / 3
     assert np.abs(np.hypot(*(few - [32.5, 30.5]).T) - 20).max() < 1.2
+
+
+def test_the_page_tells_the_file_names_of_pictures_that_were_labelled(tmp_path):
+    names = ["a/1 <b>.png", "2.jpg"]
+    with RunFolder(tmp_path / "labelled", document(2, 32)) as folder:
+        folder.add([replace(rendered(k, 32), provenance={"picture": names[k]}) for k in range(2)], {})
+        folder.rebuild()
+    write_run(tmp_path / "drawn", 2, 32)
+    assert data(tmp_path / "labelled/gallery/pages/000000.js", "page")["picture"] == names
+    assert "picture" not in data(tmp_path / "drawn/gallery/pages/000000.js", "page")
+
+
+def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_path):
+    with RunFolder(tmp_path, document(3, 32)) as folder:
+        folder.add([rendered(0, 32)], {})
+        showing.write_so_far(tmp_path)
+        told = data(tmp_path / "gallery/run.js", "run")
+        assert (told["is_in_progress"], told["samples"], told["planned"]) == (True, 1, 3)
+        folder.rebuild()
+    assert data(tmp_path / "gallery/run.js", "run") == told | {"is_in_progress": False}

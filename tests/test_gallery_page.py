@@ -1,6 +1,8 @@
 """The gallery's page in a browser: opened from the disk, as most people open it."""
 
+import shlex
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +10,11 @@ from browser import Watched, browser, until
 from PIL import Image
 from rendered import document, rendered, write_run
 
+from datasetdm_fast import drop
+from datasetdm_fast.data import Request, Sample, SemanticMap
+from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.numbering import numbered
+from datasetdm_fast.run_folder import showing
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import server
 
@@ -169,6 +176,8 @@ def test_a_reload_and_a_link_show_the_same(chromium, run):
     assert shown(page) == found and page.evaluate("root.dataset.theme") == theme
     assert page.evaluate("layersOn.includes('pose')")
     assert ball.get_attribute("aria-pressed") == "true" and cone.get_attribute("aria-pressed") == "mixed"
+    number = page.evaluate("run.shown[run.words.indexOf('ball')]")
+    assert ball.get_attribute("aria-label") == f"ball, {number} samples: asked for"
     link = page.url
     page.close()
     other = Watched(chromium).open(link + "&id=" + found[2])
@@ -236,7 +245,7 @@ def test_hostile_prompts_leave_the_page_as_it_is(chromium, tmp_path):
     page.close()
 
 
-def test_marks_are_kept_and_saved_as_a_list(chromium, run):
+def test_marks_are_kept_and_saved_as_a_list(chromium, run, capsys):
     page = Watched(chromium).open(address(run))
     page.focus("[data-id='00000003']")
     page.keyboard.press("b")
@@ -251,6 +260,10 @@ def test_marks_are_kept_and_saved_as_a_list(chromium, run):
     with page.expect_download() as saved:
         page.click("#save-bad")
     assert saved.value.suggested_filename == "bad.txt" and saved.value.path().read_text() == "00000001\n00000003\n"
+    line = shlex.split(page.locator("#dropping").inner_text())
+    assert line == ["python", "-m", "datasetdm_fast.drop", str(run), "--file", "bad.txt"]
+    assert drop.main([line[3], "--file", str(saved.value.path()), "--dry-run"]) == 0
+    assert capsys.readouterr().out.split() == ["00000001", "00000003"]
     page.goto(address(run, "#only=bad"))
     until(page, "shown.length === 2")
     assert shown(page) == ["00000001", "00000003"] and page.locator(".card .mark.bad").count() == 2
@@ -271,6 +284,8 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
             until(page, "!isSending")
             assert bad.read_text() == "00000001\n"
             assert f"--out '{run.resolve()}'" in page.locator("#line").inner_text()
+            dropping = shlex.split(page.evaluate("by('dropping').textContent"))
+            assert dropping[3:] == [str(run.resolve()), "--file", str(run.resolve() / "review/bad.txt")]
             box = page.locator("#frame .stack").bounding_box()
             page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
             until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")
@@ -404,6 +419,7 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
             )
             boxes = [page.locator("#frame .stack").nth(k).bounding_box() for k in (0, 1)]
             assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1 and boxes[0]["width"] > 300
+            assert page.evaluate("[...frame.children].map(stack => stack.dataset.name)") == [run.name, "other"]
             page.click("#beside [data-way=difference]")
             found = []
             for key in ("ArrowLeft", "ArrowRight"):
@@ -417,3 +433,138 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
         finally:
             serving.shutdown()
             thread.join()
+
+
+def many_classes(path, number=110):
+    """One sample whose map shows that many classes and, in its first rows, ignored pixels."""
+    names, values = tuple(f"class {k}" for k in range(number)), document(1, 48)
+    labels = (np.arange(48 * 48) % number).astype(np.uint8).reshape(48, 48)
+    labels[:12] = 255
+    values["config"]["task"] = ["semantic"]
+    values |= numbered({"semantic": {"classes": list(names), "ignore": 255}})
+    label = SemanticMap(labels, np.ones((48, 48), np.float32), names)
+    with RunFolder(path, values) as folder:
+        folder.add([Sample(Request(0, "", 0, ("class 109",)), rendered(0, 48).image, {"semantic": label})], {})
+        folder.rebuild()
+
+
+def test_a_legend_of_many_classes_is_folded(chromium, tmp_path):
+    many_classes(tmp_path)
+    page = Watched(chromium).open(address(tmp_path, "#id=00000000"))
+    legend = page.locator("#legend").inner_text().split("\n")
+    assert legend[:2] == ["class 0", "class 1"] and "98 more classes" in legend and "class 12" not in legend
+    page.locator("#legend summary").click()
+    assert "class 12" in page.locator("#legend").inner_text()
+    page.keyboard.press("1")  # the legend is made anew, and stays unfolded
+    page.keyboard.press("1")
+    assert "class 12" in page.locator("#legend").inner_text()
+    page.close()
+
+
+def test_ignored_pixels_have_a_line_in_the_legend_while_the_map_is_shown(chromium, tmp_path):
+    many_classes(tmp_path, 3)
+    page = Watched(chromium).open(address(tmp_path, "#id=00000000&layer=semantic"))
+    until(page, "by('legend').innerText.includes('ignored')")
+    assert page.locator("#legend").inner_text().split()[-6:] == "ignored 25.0 % of the picture".split()
+    dot = page.evaluate("getComputedStyle(by('legend').lastChild.querySelector('.dot')).backgroundColor")
+    assert dot == f"rgb{colour(255)}"
+    page.keyboard.press("1")
+    assert "ignored" not in page.locator("#legend").inner_text()
+    page.close()
+
+
+def test_a_sample_without_a_prompt_says_so_and_its_picture_is_named(chromium, tmp_path):
+    many_classes(tmp_path, 3)
+    page = Watched(chromium).open(address(tmp_path))
+    assert page.locator(".card .prompt").inner_text() == "No prompt"
+    page.click(".card")
+    assert page.locator("#frame .image").get_attribute("alt") == "Sample 00000000"
+    page.close()
+
+
+def test_the_filters_are_remembered_as_open_only_by_who_opened_them(chromium, run):
+    page = Watched(chromium, 1280, 800).open(address(run))
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    until(page, "filled")
+    assert page.locator("#filtering").get_attribute("aria-expanded") == "true"
+    assert page.evaluate("remembered('filters')") is None
+    page.click("#filtering")
+    page.reload()
+    until(page, "filled")
+    assert page.locator("#filtering").get_attribute("aria-expanded") == "false"
+    page.close()
+
+
+def test_the_way_past_the_bars_keeps_what_is_filtered(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.fill("#search", "ball")
+    found, link = shown(page), page.url
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    until(page, "document.activeElement === grid")
+    assert shown(page) == found != [] and page.url == link
+    page.close()
+
+
+def test_cards_are_items_of_a_list(chromium, run):
+    page = Watched(chromium).open(address(run))
+    places = "[...grid.querySelectorAll('[role=listitem]')].map(item => [item.ariaPosInSet, item.ariaSetSize])"
+    assert page.evaluate(places)[:2] == [["1", str(NUMBER)], ["2", str(NUMBER)]]
+    assert page.evaluate("grid.children.length === cards.size")
+    page.fill("#search", "ball")
+    assert page.evaluate("grid.children.length === cards.size && cards.size > 0")
+    page.close()
+
+
+def test_the_page_of_a_run_in_progress_offers_the_samples_that_were_added(chromium, tmp_path):
+    with RunFolder(tmp_path, document(6, 48)) as folder:
+        folder.add([rendered(k, 48) for k in range(4)], {})
+        showing.write_so_far(tmp_path)
+        page = Watched(chromium).open(address(tmp_path, "#search=a&layer=semantic"))
+        assert page.locator("#summary").inner_text().startswith("4 samples so far · 6 planned")
+        page.evaluate("lookForNews()")
+        page.wait_for_timeout(300)
+        assert not page.locator("#newer").is_visible()
+        before = (tmp_path / "gallery/run.js").read_bytes()
+        folder.add([rendered(k, 48) for k in (4, 5)], {})
+        showing.write_so_far(tmp_path)
+        page.evaluate("lookForNews()")
+        until(page, "by('newer').textContent === 'Show 2 more samples'")
+        page.click("#newer")
+        until(page, "run.samples === 6 && filled")
+        assert len(shown(page)) == 6 and page.evaluate("wish.search + layersOn") == "asemantic"
+        after = (tmp_path / "gallery/run.js").read_bytes()
+        (tmp_path / "gallery/run.js").write_bytes(before)  # as one that is read while the next is written
+        other = Watched(chromium).open(address(tmp_path))
+        until(other, "by('newer').textContent === 'Read the page again'")
+        assert other.locator("#summary").inner_text().startswith("6 samples so far")
+        other.close()
+        (tmp_path / "gallery/run.js").write_bytes(after)
+        folder.rebuild()
+    page.evaluate("lookForNews()")
+    until(page, "by('newer').textContent === 'Show the finished run'")
+    page.click("#newer")
+    until(page, "filled && !run.is_in_progress")
+    assert page.locator("#summary").inner_text().startswith("6 samples · 48")
+    page.close()
+
+
+def test_a_part_that_cannot_be_read_stays_named(chromium, tmp_path):
+    write_run(tmp_path, 2, 48)
+    (tmp_path / "gallery/pages/000000.js").unlink()
+    page = Watched(chromium).open(address(tmp_path))
+    assert page.locator("#summary").inner_text().startswith("pages/000000.js could not be read; audit says more · ")
+    page.close()
+
+
+def test_pictures_that_were_labelled_are_found_by_their_file_names(chromium, tmp_path):
+    names = ["a/Street <1>.png", "a/Room.png"]
+    with RunFolder(tmp_path, document(2, 48)) as folder:
+        folder.add([replace(rendered(k, 48, "a photo"), provenance={"picture": names[k]}) for k in (0, 1)], {})
+        folder.rebuild()
+    page = Watched(chromium).open(address(tmp_path, "#search=street"))
+    assert shown(page) == ["00000000"] and page.locator(".card .told").inner_text() == f"00000000 · {names[0]}"
+    page.click(".card")
+    assert names[0] in page.locator("#facts").inner_text()
+    page.close()

@@ -1,6 +1,9 @@
+import base64
 import errno
+import io
 import json
 import os
+import re
 import sqlite3
 
 import numpy as np
@@ -536,6 +539,19 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     with pytest.raises(Refused, match="did you mean score"):
         run.where("scroe > 3")
     assert "<img" in run[0]._repr_html_() and len(repr(run[0])) < 400
+
+
+def test_a_notebook_shows_a_class_in_one_colour_and_only_the_beginning_of_a_long_prompt(tmp_path):
+    write_run(tmp_path, 2, 160, ["a ball " * 100] * 2)
+    sample = open_run(tmp_path)[1]  # two balls
+    text = sample._repr_html_()
+    shown = re.findall(r'base64,([^"]*)" alt="[^"]*"><figcaption>([^<]*)<', text)
+    pictures = {name: np.array(Image.open(io.BytesIO(base64.b64decode(data))), int) for data, name in shown}
+    ball = np.argwhere(sample.semantic.labels == sample.semantic.classes.index("ball")).mean(0).astype(int)
+    colours = [pictures[task][tuple(ball)] for task in ("semantic", "open-vocabulary")]
+    assert np.abs(colours[0] - colours[1]).max() < 12 < np.ptp(colours[0])  # JPEG
+    (line,) = (name for name in pictures if name.startswith(sample.id))
+    assert len(line) == 90 and line.endswith("…") and f'title="{sample.id}: {"a ball " * 100}"' in text
 
 
 def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, monkeypatch):

@@ -185,14 +185,16 @@ def test_words_at_the_end_of_lines_do_not_meet():
     assert charts.apart({"a": 50.0, "b": 48.0, "c": 100.0}, 17) == {"b": 48.0, "a": 65.0, "c": 100.0}
 
 
-def test_names_beside_dots_cover_no_dot_and_no_other_name():
+def test_names_beside_dots_cover_no_dot_no_other_name_and_no_line():
     dots = {"here": (100.0, 50.0), "near": (125.0, 52.0), "edge": (290.0, 50.0), "mid": (200.0, 100.0)}
-    assert charts.beside(dots, [(170.0, 100.0), (230.0, 100.0)], 300.0) == {
+    assert charts.beside(dots, [(170.0, 100.0), (230.0, 100.0)], [], 300.0) == {
         "here": (92.0, 54.0, "end"),
         "near": (133.0, 56.0, "start"),
         "edge": (282.0, 54.0, "end"),
-        "mid": (200.0, 118.0, "middle"),
+        "mid": (200.0, 119.0, "middle"),
     }
+    lines = [110.0]  # one that the name below the last dot would cross
+    assert charts.beside(dots, [(170.0, 100.0), (230.0, 100.0)], lines, 300.0)["mid"] == (200.0, 91.0, "middle")
 
 
 def test_a_chart_without_rows_is_not_drawn(document):

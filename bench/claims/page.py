@@ -24,14 +24,18 @@ SHOWN = 8  # pictures in a row of a sheet
 TITLE = "Do generated images help?"
 
 CSS = """
+:root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1f2328;background:#fff;
-max-width:1120px;margin:2em auto;padding:0 1em}
+max-width:1280px;margin:2em auto;padding:0 1em}
+h1{line-height:1.2}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}
 td,th{border-bottom:1px solid #d1d9e0;padding:.4em .6em;text-align:left;vertical-align:top}
-th{background:#f6f8fa}.figures td{min-width:5em}.figures td:nth-child(n+3):nth-child(-n+6){white-space:nowrap}
-.yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00;font-weight:600}.dim{color:#59636e}
+th{background:#f6f8fa}.words td{min-width:9em}.figures td{min-width:5em}
+.figures td:nth-child(n+3):nth-child(-n+6){white-space:nowrap}.figures td:first-child{min-width:9em}
+.figures td:nth-last-child(2){min-width:8em}.figures td:last-child{min-width:13em}
+.yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00}.dim{color:#59636e}
 img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}
-svg{max-width:100%;height:auto;margin:1.5em 0}
+svg{max-width:100%;min-width:640px;height:auto;margin:1.5em 0}
 @media (prefers-color-scheme:dark){
 body{color:#f0f6fc;background:#0d1117}th{background:#161b22}td,th{border-color:#3d444d}
 .dim,figcaption{color:#9aa4b0}.yes{color:#3fb950}.no{color:#f0883e}}
@@ -168,22 +172,27 @@ def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
     made = f"{document['command']}; {document['date']}; {machine['device']}; torch {machine['versions']['torch']}"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{TITLE}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{TITLE}</title>'
         f"<style>{CSS}</style><h1>{TITLE}</h1><p>{escape(setting_line(document))}.</p>"
-        f'<table class="figures">{_table(head, rows)}</table>{chart(document)}'
-        f"<h2>What was compared</h2><table>{_table(('claim', 'in the papers', 'here'), claims)}</table>"
+        f"{_table(head, rows, 'figures')}{_wide(chart(document))}"
+        f"<h2>What was compared</h2>{_table(('claim', 'in the papers', 'here'), claims, 'words')}"
         f'<h2>Pictures</h2>{pictures}<p class="dim">{escape(made)}; commit {escape(machine["commit"])}</p></html>\n'
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of HTML; a cell that says whether a claim holds is coloured."""
+def _wide(content: str) -> str:
+    """What is wider than a small window and scrolls by itself there, by keys too."""
+    return f'<div class="wide" tabindex="0">{content}</div>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+    """A table; a cell that says whether a claim holds is coloured."""
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
     for row in rows:
         kinds = [{"yes": ' class="yes"', "no": ' class="no"'}.get(cell.partition(":")[0], "") for cell in row]
         row = [cell.replace("**", "") for cell in row]
         lines.append("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row)))
-    return "".join(f"<tr>{line}</tr>" for line in lines)
+    return _wide(f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>')
 
 
 def _images(row: Row) -> str:

@@ -10,6 +10,7 @@ from bench.report.results import rows_of
 from bench.report.tables import number, unsteady
 
 WIDTH, MARGIN, LINE, LETTERS = 820, 20, 17, 13
+DESCENT = 4  # pixels of letters below their line
 LABELS = 300  # pixels left of horizontal bars
 STYLE = """
 svg{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}
@@ -173,19 +174,21 @@ def batches(document: dict[str, Any]) -> str:
 
 
 def beside(
-    dots: dict[str, tuple[float, float]], others: Sequence[tuple[float, float]], right: float
+    dots: dict[str, tuple[float, float]], others: Sequence[tuple[float, float]], lines: Sequence[float], right: float
 ) -> dict[str, tuple[float, float, str]]:
     """Where the name of each dot is written, and how anchored: the first place left of `right`, of those right of it,
-    left of it, below and above, where it covers no other name and no dot.
+    left of it, below and above, near and far, where it covers no other name, no dot and none of the level lines.
     """
     found: dict[str, tuple[float, float, str]] = {}
     taken = [(x - 4, x + 4, y + 4) for x, y in (*dots.values(), *others)]  # left and right end, and lower
     for name, (x, y) in dots.items():
         length = 7.0 * len(name)
-        places = ((x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y + 18, "middle"), (x, y - 9, "middle"))
+        heights = (y + 19, y - 9, y + 32, y - 22)
+        places = ((x + 8, y + 4, "start"), (x - 8, y + 4, "end"), *((x, height, "middle") for height in heights))
         spans = [(at - {"start": 0.0, "end": length, "middle": length / 2}[anchor], y) for at, y, anchor in places]
         is_free = [
             start + length <= right
+            and not any(y - LETTERS < line < y + DESCENT for line in lines)
             and all(end <= start or start + length <= begin or abs(y - low) >= LETTERS for begin, end, low in taken)
             for start, y in spans
         ]
@@ -217,6 +220,7 @@ def roofline(document: dict[str, Any]) -> str:
     least_x, most_x = min([limits["tflops"]["fp32"] / slope / 3, *xs]), max([2 * most / slope, *xs])
     axes = Axes(drawing, (least_x / 1.5, most_x * 1.5), (min(ys) / 1.5, max([most, *ys]) * 1.5))
     axes.frame(ticks(*axes.xs), ticks(*axes.ys), "operations a byte", "TFLOP/s")
+    levels = [axes.at(axes.xs[1], rate)[1] for rate in limits["tflops"].values()]
     for place, (name, rate) in enumerate(limits["tflops"].items()):
         knee = max(1e3 * rate / limits["gbps"], axes.xs[0])
         drawing.line([axes.at(knee, rate), axes.at(axes.xs[1], rate)], f"s{place + 2}", 1.5, "6 4")
@@ -229,7 +233,7 @@ def roofline(document: dict[str, Any]) -> str:
         kind, radius = "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5
         drawing.dot(*place, kind, radius)
     dots = {row["op"]: axes.at(row["flop_per_byte"], row["tflops"]) for row in ops}
-    for name, (x, y, anchor) in beside(dots, others, axes.right).items():
+    for name, (x, y, anchor) in beside(dots, others, levels, axes.right).items():
         drawing.dot(*dots[name], "c0")
         drawing.text(x, y, name, anchor=anchor)
     x = axes.left

@@ -42,7 +42,7 @@ def parse(
     parser = _build_parser(cls, hints, converters, prog, description, examples)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
     if unknown:
-        _refuse_unknown(unknown, [*(_flag(name)[2:] for name in converters), "config", "version", "help"], prog)
+        _refuse_unknown(unknown, cls, prog)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(flags).items()}
     path = given.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
@@ -156,14 +156,18 @@ def _hyphenate(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _refuse_unknown(unknown: list[str], known: list[str], prog: str) -> NoReturn:
-    remedy = f"run `{prog} --help` for the flags"
+def _refuse_unknown(unknown: list[str], cls: type, prog: str) -> NoReturn:
+    remedy, fields = f"run `{prog} --help` for the flags", flags_of(cls)
+    bare = {_flag(field.name): field.metadata["metavar"] for field in fields if field.metadata.get("positional")}
+    known = [*(flag[2:] for field in fields if (flag := _flag(field.name)) not in bare), "config", "version", "help"]
     flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise Refused(
             f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag",
             f"{remedy}; quote a value that has spaces",
         )
+    if flag in bare:
+        raise Refused(f"{prog}: {flag} is no flag", f"Give {bare[flag]} without a flag before it.")
     raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
 
 

@@ -105,7 +105,7 @@ def prepare(config: LabelConfig) -> Job:
         "command": "label",
         "composition": {
             "told": f"Labels of {number} pictures from the folder {pictures.folder.resolve().name}",
-            "sides": "their own number of pixels" if tiles else f"{recipe.size} × {recipe.size} pixels",
+            "sides": "their own sizes" if tiles else f"{recipe.size} × {recipe.size} pixels",
             **({"together": together} if tiles else {}),
             "source": {
                 "path": str(pictures.folder),

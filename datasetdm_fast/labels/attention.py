@@ -6,7 +6,7 @@ from typing import Any
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.kind import GalleryLayer, Table
 from datasetdm_fast.labels.open_vocabulary import OpenVocabularyKind
-from datasetdm_fast.labels.semantic import IGNORE
+from datasetdm_fast.labels.semantic import IGNORE, unclassed
 
 OTHERS = ("semantic", "open-vocabulary")  # maps of decoders that it can be compared with
 
@@ -30,7 +30,7 @@ class AttentionKind(OpenVocabularyKind):
     )
     roles = ("attention", "attention_confidence")
     layers = (
-        GalleryLayer("attention", "Attention", "map", role="attention"),
+        GalleryLayer("attention", "Attention", "map", role="attention", values=unclassed),
         GalleryLayer("attention-confidence", "Uncertainty of attention", "uncertainty", role="attention_confidence"),
     )
 

@@ -56,9 +56,9 @@ class Placement:
 class GalleryLayer:
     """What the gallery draws over an image.
 
-    `drawing` is one of: map (a picture file with sharp pixels), picture (a smooth one), uncertainty (a grey file, clear
-    where it is white), outlines (`values` are [class word, score, path of an SVG]), skeletons (`values` are x, y,
-    visibility of every joint).
+    `drawing` is one of: map (a picture file with sharp pixels; `values` are the shares of background and of ignored
+    pixels), picture (a smooth one), uncertainty (a grey file, clear where it is white), outlines (`values` are [class
+    word, score, path of an SVG]), skeletons (`values` are x, y, visibility of every joint).
     """
 
     name: str
@@ -219,6 +219,10 @@ class LabelKind(ABC):
     def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
         """Class word -> number of the colour its pixels have, from its own table and those of all tasks."""
         return {}
+
+    def ignored(self, table: Table) -> tuple[int, ...]:
+        """Red, green and blue of the ignored pixels of a map; nothing where there are none."""
+        return ()
 
     def categories(self, table: Table) -> list[dict[str, Any]]:
         """The categories of the index file in COCO's form."""

@@ -15,6 +15,7 @@ from datasetdm_fast.labels.colours import colour
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
 PREVIEW_SIDE = 160  # pixels of a picture in a notebook
+PREVIEW_LETTERS = 90  # of the line below it; the whole line is told when the cursor rests there
 OUTLINE_SIDE = 256  # cells an outline is traced on at most
 KEPT_OUTLINES = 4096
 TOLERANCE = 1 / 260  # image widths an outline may be simplified by
@@ -46,10 +47,11 @@ def preview(pictures: Sequence[tuple[np.ndarray | Image.Image, str]], title: str
         buffer = io.BytesIO()
         shown.save(buffer, "JPEG", quality=85)
         source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        text = html.escape(line)
+        text = html.escape(line if len(line) <= PREVIEW_LETTERS else f"{line[: PREVIEW_LETTERS - 1]}…")
+        style = f"display:inline-block;margin:4px;width:{PREVIEW_SIDE}px;vertical-align:top;overflow-wrap:anywhere"
         cells.append(
-            f'<figure style="display:inline-block;margin:4px;width:{PREVIEW_SIDE}px;vertical-align:top">'
-            f'<img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+            f'<figure style="{style}" title="{html.escape(line)}"><img src="{source}" alt="{text}">'
+            f"<figcaption>{text}</figcaption></figure>"
         )
     return f"<div>{html.escape(title)}<br>{''.join(cells)}</div>" if title else f"<div>{''.join(cells)}</div>"
 

@@ -11,7 +11,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.colours import OURS, OWN, official_palette, own_palette, palette
 from datasetdm_fast.labels.image_files import index_png
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell, rounded
 from datasetdm_fast.labels.pictures import painted
 
 IGNORE = 255
@@ -26,6 +26,13 @@ def count_pixels(labels: np.ndarray) -> dict[str, int]:
 def mean_confidence(sure: np.ndarray) -> float:
     """Of a confidence file [H, W] uint8, 0..1."""
     return round(float(sure.mean()) / 255, 4)
+
+
+def unclassed(record: Any, table: Table, _: Any) -> list[float]:
+    """Shares of the pixels that are background and that are ignored."""
+    names, counts = SemanticKind().names(table), SemanticKind().count(record)
+    background = sum(count for number, count in counts.items() if names.get(number) == BACKGROUND)
+    return [rounded(count / max(sum(counts.values()), 1)) for count in (background, counts.get(IGNORE, 0))]
 
 
 class ClassMap(LabelKind):
@@ -56,6 +63,9 @@ class ClassMap(LabelKind):
         if name == OWN:
             return own_palette(self.numbers(table), table["colours"])
         return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
+
+    def ignored(self, table: Table) -> tuple[int, ...]:
+        return tuple(self.palette(table)[-3:])
 
     def encode(
         self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: bytes = b""
@@ -147,7 +157,7 @@ class SemanticKind(ClassMap):
     contents = "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255"
     roles = ("semantic", "confidence")
     layers = (
-        GalleryLayer("semantic", "Semantic", "map", role="semantic"),
+        GalleryLayer("semantic", "Semantic", "map", role="semantic", values=unclassed),
         GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),
     )
 

@@ -154,7 +154,7 @@ def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, 
     return height, width
 
 
-def described_sides(document: Mapping[str, Any]) -> str:
+def size_in_words(document: Mapping[str, Any]) -> str:
     """Width and height of the images of a run, for a reader."""
     size = document["sampling"]["size"]
     return document["composition"]["sides"] if "composition" in document else f"{size} × {size} pixels"

@@ -29,6 +29,7 @@ from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url, r
 from datasetdm_fast.run_folder.score_table import passing
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
@@ -89,8 +90,16 @@ class StoredSample:
 
     def _repr_html_(self) -> str:
         image = self.image
-        labels = [(kind_of(task).picture(self.label(task), image), task) for task in self.row.labels]
+        labels = [(self._label_picture(task, image), task) for task in self.row.labels]
         return preview([(image, f"{self.id}: {self.prompt}"), *labels])
+
+    def _label_picture(self, task: str, image: np.ndarray) -> Image.Image:
+        """What a reader sees of a label; a class has the colour of the run's files in all of them."""
+        kind = kind_of(task)
+        if not kind.is_map:
+            return kind.picture(self.label(task), image)
+        with self._naming_damage():
+            return images.read_image(self._place() / self.row.files[kind.roles[0]][0])
 
     if TYPE_CHECKING:  # what `__getattr__` gives
 

@@ -11,14 +11,12 @@ from datasetdm_fast.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.run_folder.seal import ELSEWHERE
 
 
-def rebuild(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
-    """Writes every index file and the page."""
+def rebuild(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, is_in_progress: bool = False) -> None:
+    """Writes every index file and the page; that of a run in progress looks for later ones."""
     files = {folder / name: writer(document, ledger) for name, writer in writers(document).items()}
     has_samples = not (folder / ELSEWHERE).exists()
-    with (
-        gallery.PageWriter(folder, document, ledger, has_samples=has_samples) as page,
-        storage.Publication(files) as publication,
-    ):
+    page = gallery.PageWriter(folder, document, ledger, has_samples=has_samples, is_in_progress=is_in_progress)
+    with page, storage.Publication(files) as publication:
         for path, file in files.items():
             publication.write(path, file.begin())
         for rows in gallery.thousands(ledger):

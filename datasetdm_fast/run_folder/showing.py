@@ -79,7 +79,7 @@ def write_so_far(folder: Path) -> None:
         if is_sealed(folder):
             return
         with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
-            rebuild(folder, document, ledger)
+            rebuild(folder, document, ledger, is_in_progress=True)
 
 
 class ShownSoFar(AbstractContextManager):

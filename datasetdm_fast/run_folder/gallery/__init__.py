@@ -82,8 +82,17 @@ class PageWriter(AbstractContextManager):
     is given the rows of every thousand.
     """
 
-    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        document: Mapping[str, Any],
+        ledger: Ledger,
+        *,
+        has_samples: bool = True,
+        is_in_progress: bool = False,
+    ):
         self._folder, self._has_samples, self._facts = folder, has_samples, RunFacts(document, ledger)
+        self._is_in_progress = is_in_progress
         self._shown: dict[str, str] = {}
         self._names: set[str] = set()
         for role in [layer.role for layer in layers_of(document) if layer.picture and has_samples]:
@@ -116,7 +125,8 @@ class PageWriter(AbstractContextManager):
             sheets.write_shown(folder, shown)
         for name in set(_scattered(folder)) - self._names - {sheets.sheet_name(int(number)) for number in shown}:
             storage.remove(folder / name)
-        contents = {RUN: script("run", 0, self._facts.whole(has_sheets=self._has_samples))}
+        whole = self._facts.whole(has_sheets=self._has_samples, is_in_progress=self._is_in_progress)
+        contents = {RUN: script("run", 0, whole)}
         contents |= {LEFT_OUT: _left_out(read_kept(folder))}
         contents |= {f"gallery/{name}": (HERE / name).read_bytes() for name in FIXED}
         storage.publish({folder / name: content for name, content in contents.items()})

@@ -11,7 +11,7 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.names import LabelName, by_task
-from datasetdm_fast.run_folder.document import described_sides, maker, sides
+from datasetdm_fast.run_folder.document import maker, sides, size_in_words
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import traced
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
@@ -56,7 +56,8 @@ class RunFacts:
     def index(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
         """One column a fact: what the page filters and sorts a thousand samples by."""
         samples = [self._sample(row) for row in rows]
-        return {name: [sample[name] for sample in samples] for name in samples[0]}
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return {name: column for name, column in columns.items() if name != "picture" or any(column)}
 
     def _sample(self, row: Row) -> dict[str, Any]:
         request, tables = row.request, self.document["labels"]
@@ -94,10 +95,11 @@ class RunFacts:
             "seed": request.seed if abs(request.seed) < SAFE else str(request.seed),
             "sides": [height, width],
             "named": [self.number(word) for word in request.classes],
-            "shown": [self.number(word) for word in visible],
+            "shown": sorted(map(self.number, visible)),
             "missing": [self.number(word) for word in missing],
             "reasons": list(reasons),
             "aside": int(row.status == DOUBTFUL),
+            "picture": str(row.recipe.get("picture", "")),
             "source": int(row.recipe["source"]) if str(row.recipe.get("source", "")).isdecimal() else request.index,
             "things": [
                 [self.number(word), round(100 * score), *(round(1000 * share) for share in (area, x, y))]
@@ -125,7 +127,7 @@ class RunFacts:
             for row in rows
         ]
 
-    def whole(self, *, has_sheets: bool) -> dict[str, Any]:
+    def whole(self, *, has_sheets: bool, is_in_progress: bool) -> dict[str, Any]:
         """What all samples share."""
         document, words = self.document, list(self._numbers)
         config, sampling = document["config"], document["sampling"]
@@ -140,6 +142,7 @@ class RunFacts:
                 "classes": {
                     number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
                 },
+                "ignored": _css(kind_of(task).ignored(document["labels"][task])),
                 "steps": kind_of(task).steps(document["labels"][task]),
                 "limbs": document["labels"][task].get("limbs", []),
             }
@@ -149,7 +152,7 @@ class RunFacts:
             "key": hashlib.sha256(canonical([config, document["plan"], document["decoders"]]).encode()).hexdigest()[
                 :16
             ],
-            "pixels": described_sides(document),
+            "pixels": size_in_words(document),
             "format": config["image_format"],
             "layers": drawn,
             "first": next((kind_of(label).layers[0].name for label in self.tasks), ""),
@@ -164,6 +167,7 @@ class RunFacts:
             "pages": self.pages,
             "samples": sum(count for _, count in self.pages),
             "planned": document["plan"]["number"],
+            "is_in_progress": is_in_progress,
             "sheet": {"side": sheets.SIDE, "columns": sheets.COLUMNS, "rows": sheets.ROWS} if has_sheets else None,
             "group": sheets.GROUP,
             "summary": ", ".join(config["task"]),
@@ -193,7 +197,12 @@ class RunFacts:
             for name, each in zip(table.get("classes", ()), table.get("colours", ()))
         }
         found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
-        return ["#{:02x}{:02x}{:02x}".format(*each) for each in found]
+        return [_css(each) for each in found]
+
+
+def _css(colour: Iterable[int]) -> str:
+    """A colour as style sheets write it, nothing of nothing."""
+    return "".join(("#", *(f"{value:02x}" for value in colour))) if colour else ""
 
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:

@@ -8,7 +8,9 @@ const SETTLED = 120; // milliseconds after which a card that is still in view ge
 const MADE_AT_ONCE = 48; // cards in one frame of a scroll: large windows fill over a few
 const KEPT_DETAILS = 200; // groups of details in memory
 const LOADED_AT_ONCE = 4;
+const ASKED_AGAIN = 15000; // milliseconds between two looks at whether a run in progress has gone on
 const MOST_BARS = 60; // classes of a chart
+const MOST_LINES = 12; // classes of a legend that is folded
 const root = document.documentElement, by = id => document.getElementById(id);
 const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
 const leftOut = new Map(received.leftOut), hasDoubts = Boolean(run.doubtful || run.missing || leftOut.size);
@@ -46,12 +48,13 @@ function count(number) { return number.toLocaleString("en"); }
 function several(number, one, many = `${one}s`) { return `${count(number)} ${number === 1 ? one : many}`; }
 function portion(number, whole) { return number === whole ? several(whole, "sample") : `${count(number)} of ${several(whole, "sample")}`; }
 function percent(score) { return `${Math.round(score * 100)} %`; }
-function dotted(tag, name, word) {
+function spotted(tag, name, colour, text) {
   const element = make(tag, name), dot = make("span", "dot");
-  dot.style.background = run.colours[word];
-  element.append(dot, run.words[word]);
+  dot.style.background = colour;
+  element.append(dot, text);
   return element;
 }
+function dotted(tag, name, word) { return spotted(tag, name, run.colours[word], run.words[word]); }
 
 // ---- what a browser remembers
 
@@ -71,29 +74,36 @@ function keepAddress() {
 // ---- data that lies in scripts beside the page
 
 const asked = new Set();
-function load(path, isCompared = false) {
+function load(path, isCompared = false, onFault = fault) {
   if (asked.has(path)) return Promise.resolve(true);
   asked.add(path);
   return new Promise(done => {
     const script = make("script");
     if (isCompared) script.dataset.compared = "yes";
     script.onload = () => { script.remove(); done(true); };
-    script.onerror = () => { script.remove(); fault(path); done(false); };
+    script.onerror = () => { script.remove(); onFault(path); done(false); };
     script.src = path;
     document.body.append(script);
   });
 }
-function fault(path) { by("summary").textContent = `${path} could not be read; audit says more`; }
+const troubles = new Map(); // what went wrong, by what it happened to
+function trouble(about, text) {
+  if (text) troubles.set(about, text);
+  else troubles.delete(about);
+  summarise();
+}
+function fault(path) { trouble("files", `${path} could not be read; audit says more`); }
 function named(folder, number) { return `${folder}/${String(number).padStart(6, "0")}.js`; }
 
 async function loadPages() {
   const parts = new Array(run.pages.length), waiting = run.pages.map((page, k) => [k, page[0]]);
-  let last = 0;
+  let last = 0, isMixed = false;
   const work = async () => {
     for (let next = waiting.shift(); next; next = waiting.shift()) {
       const [k, number] = next;
       if (!(await load(named("pages", number)))) continue;
       parts[k] = samplesOf(received.pages.get(number), leftOut);
+      isMixed ||= parts[k].length !== run.pages[k][1];
       received.pages.delete(number);
       if (performance.now() - last > 400 || !filled) {
         const end = parts.findIndex(part => !part);
@@ -107,6 +117,23 @@ async function loadPages() {
   samples = parts.filter(Boolean).flat();
   filled = true;
   refresh(true);
+  if (isMixed) readAgain();
+}
+// The page of a run in progress was written anew between its scripts: those of one time are read together.
+function readAgain() {
+  if (performance.getEntriesByType("navigation")[0]?.type !== "reload") location.reload();
+  else tellNews("Read the page again");
+}
+function tellNews(text) {
+  by("newer").textContent = text;
+  by("newer").hidden = !text;
+}
+async function lookForNews() {
+  if (document.hidden || !received.run.is_in_progress) return;
+  const path = `run.js?${Date.now()}`; // another address, or the browser would give what it has
+  await load(path, false, () => {});
+  asked.delete(path);
+  if (received.run !== run) tellNews(newsOf(run, received.run));
 }
 
 function detailsOf(sample) {
@@ -130,7 +157,7 @@ received.on = (kind, number) => {
 // ---- pictures and what is drawn over them
 
 function placeOf(sample) { return sample.aside ? "../doubtful/" : "../"; }
-function imageOf(sample) { return picture(`${placeOf(sample)}images/${sample.id}.${run.format}`, "image", sample.prompt); }
+function imageOf(sample, alt = "") { return picture(`${placeOf(sample)}images/${sample.id}.${run.format}`, "image", alt); }
 function file(layer, sample) {
   return [picture((layer.is_drawn ? "" : placeOf(sample)) + layer.file.replace("ID", sample.id), `layer ${layer.drawing}`, "")];
 }
@@ -235,9 +262,10 @@ async function send() {
     try {
       const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some }), headers: { "Content-Type": "application/json" } });
       if (!answer.ok) throw new Error(String(answer.status));
+      trouble("marks", "");
     } catch {
       for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
-      by("summary").textContent = `${several(unsent.size, "mark")} could not be written; the next one tries again`;
+      trouble("marks", `${several(unsent.size, "mark")} could not be written; the next one tries again`);
       break;
     }
   }
@@ -257,6 +285,8 @@ function showReview() {
     by(`save-${name}`).hidden = !number;
     by(`save-${name}`).textContent = `Save ${name}.txt (${count(number)})`;
   }
+  by("dropping").hidden = by("save-bad").hidden || served?.path === "";
+  by("dropping").textContent = `python -m datasetdm_fast.drop ${quoted(folderOfRun())} --file ${quoted(served?.path ? `${served.path}/review/bad.txt` : "bad.txt")}`;
 }
 function save(name) {
   const link = make("a");
@@ -272,6 +302,9 @@ function reviewButtons() {
     element.title = `The ids of the samples marked ${name}, one a line`;
     by("review").append(element);
   }
+  by("review").append(make("code"));
+  by("review").lastChild.id = "dropping";
+  by("review").lastChild.title = "This line takes the samples marked bad out of the run; the command restore brings them back";
   for (const element of viewer.querySelectorAll("[data-mark]")) element.addEventListener("click", () => mark(opened, element.dataset.mark));
 }
 
@@ -283,6 +316,7 @@ async function startComparing() {
   compared.on = () => { if (opened && beside) open(shown.indexOf(opened)); };
   by("beside").hidden = false;
   const name = decodeURIComponent(served.against.split("/").at(-2));
+  served.other = name;
   by("beside").append(...[["two", `Beside ${name}`], ["difference", "Difference"]].map(([way, text]) => {
     const element = button(text, () => {
       beside = beside === way ? "" : way;
@@ -339,13 +373,16 @@ function valueAt(layer, sample, x, y) {
 
 function card(place) {
   const sample = shown[place], element = button(undefined, () => open(place), "card"), box = make("span", "stack"), words = make("span", "words");
+  const item = make("div");
   element.dataset.id = sample.id;
-  element.setAttribute("aria-setsize", shown.length);
-  element.setAttribute("aria-posinset", place + 1);
+  item.setAttribute("role", "listitem");
+  item.setAttribute("aria-setsize", shown.length);
+  item.setAttribute("aria-posinset", place + 1);
+  item.append(element);
   if (run.sheet) box.append(thumbnail(sample));
   const value = wish.sort === "number" || wish.sort === "seed" ? null : quantities.get(wish.sort)?.(sample);
-  const told = [sample.id, `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
-  words.append(make("span", "prompt", sample.prompt), make("span", "told", told));
+  const told = [sample.id, sample.picture || `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
+  words.append(make("span", sample.prompt ? "prompt" : "prompt told", sample.prompt || "No prompt"), make("span", "told", told));
   const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
   if (reason) words.append(make("span", "told doubts", reason));
   element.append(box, words);
@@ -366,7 +403,7 @@ function draft(most = Infinity) {
   const [from, to] = visible(layout, top, top + innerHeight, part);
   for (const [place, element] of cards) {
     if ((place < first + from || place >= first + to) && element !== document.activeElement) {
-      element.remove();
+      element.parentNode.remove();
       cards.delete(place);
     }
   }
@@ -381,10 +418,10 @@ function draft(most = Infinity) {
       element = card(place);
       cards.set(place, element);
       position(element, place);
-      if (before) before.after(element);
-      else grid.prepend(element);
+      if (before) before.after(element.parentNode);
+      else grid.prepend(element.parentNode);
     }
-    before = element;
+    before = element.parentNode;
   }
   clearTimeout(settling);
   settling = setTimeout(settle, run.sheet ? SETTLED : 0);
@@ -422,24 +459,28 @@ function refresh(isGrowing = false) {
   shown = chosen(samples, wish, quantities, marks);
   for (const [place, element] of cards) {
     if (isGrowing && shown[place]?.index === before[place].index) {
-      element.setAttribute("aria-setsize", shown.length);
+      element.parentNode.setAttribute("aria-setsize", shown.length);
       continue;
     }
-    element.remove();
+    element.parentNode.remove();
     cards.delete(place);
   }
   grid.querySelector(".nothing")?.remove();
   if (!shown.length && filled) showNothing();
   arrange();
   if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
-  const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
-  const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
-  by("summary").textContent = [portion(shown.length, run.samples), rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
+  summarise();
   if (opened) tellPlace();
   if (wanted) {
     const place = shown.findIndex(sample => sample.id === wanted);
     if (place >= 0) open(place);
   }
+}
+function summarise() {
+  const number = portion(shown.length, Math.max(run.samples, samples.length)) + (run.is_in_progress ? " so far" : "");
+  const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
+  const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
+  by("summary").textContent = [...troubles.values(), number, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
 }
 function showNothing() {
   const told = make("p", "nothing", run.samples ? "No sample matches. " : "No sample yet.");
@@ -478,9 +519,10 @@ function open(place) {
   wanted = "";
   by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
-  box.append(imageOf(opened));
+  box.append(imageOf(opened, opened.prompt || opened.picture || `Sample ${opened.id}`));
   if (beside === "difference") box.append(comparedImage(opened));
   frame.replaceChildren(box, ...(beside === "two" ? [comparedStack(opened)] : []));
+  if (beside === "two") [title, served.other].forEach((name, k) => { frame.children[k].dataset.name = name; });
   frame.classList.toggle("two", beside === "two");
   frame.classList.toggle("difference", beside === "difference");
   for (const each of frame.children) {
@@ -524,12 +566,12 @@ function step(way) {
   const place = shown.indexOf(opened) + way;
   if (shown.includes(opened) && shown[place]) open(place);
 }
+function folderOfRun() { return (served ? served.path : folderOf(location)) || "RUN"; }
 function lineOf(sample) {
-  const folder = served ? served.path : folderOf(location);
-  return `${run.command} --out ${quoted(folder || "RUN")} --only ${sample.id}`;
+  return `${run.command} --out ${quoted(folderOfRun())} --only ${sample.id}`;
 }
 function tellFacts() {
-  const facts = [["Sample", opened.id], ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
+  const facts = [["Sample", opened.id], ...(opened.picture ? [["Picture", opened.picture]] : []), ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
   if (opened.leftOut) facts.push(["Left out", opened.leftOut]);
   if (opened.reasons.length) facts.push(["Doubtful", opened.reasons.join("; ")]);
   for (const layer of run.layers) {
@@ -539,15 +581,37 @@ function tellFacts() {
     if (layer.drawing === "uncertainty" && layersOn.includes(layer.name)) legend.push(scale("sure-to-unsure", "sure", "unsure"));
   }
   run.figures.forEach((name, k) => { if (opened.figures[k] != null) facts.push([name, short(opened.figures[k])]); });
-  const words = new Set([...opened.shown, ...opened.named]);
+  const words = new Set([...opened.missing, ...opened.shown, ...opened.named]), lines = [], others = [];
   for (const word of words) {
     const things = opened.things.filter(thing => thing[0] === word), line = dotted("span", "", word);
     const told = [things.length ? `× ${things.length}` : "", things.length ? `${(sum(things.map(thing => thing[2])) / 10).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
     line.append(make("small", opened.missing.includes(word) ? "doubts" : "", told.filter(Boolean).join(", ")));
-    legend.push(line);
+    lines.push(line);
   }
-  by("legend").replaceChildren(...legend);
+  for (const layer of active().filter(each => each.drawing === "map")) others.push(...unclassed(layer, details[layer.name] ?? [0, 0]));
+  by("legend").replaceChildren(...legend, ...folded(lines), ...others);
   by("facts").replaceChildren(...[...facts, ...run.facts].flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+// Lines of the legend for what a map shows besides its classes: background and ignored pixels.
+function unclassed(layer, [background, ignored]) {
+  const line = (share, colour, text) => {
+    const element = spotted("span", "", colour, text);
+    element.append(make("small", "", `${(100 * share).toFixed(1)} % of the picture`));
+    return share ? [element] : [];
+  };
+  const name = `${active().filter(each => each.drawing === "map").length > 1 ? `${layer.title}: ` : ""}ignored`;
+  return [...line(background, run.colours[run.words.indexOf("background")], "background"), ...line(ignored, layer.ignored, name)];
+}
+// The first lines of a legend, the rest under a line that unfolds them.
+let isUnfolded = false;
+function folded(lines) {
+  if (lines.length <= MOST_LINES + 1) return lines;
+  const rest = make("details"), box = make("div", "legend");
+  box.append(...lines.slice(MOST_LINES));
+  rest.open = isUnfolded;
+  rest.append(make("summary", "", `${count(lines.length - MOST_LINES)} more classes`), box);
+  rest.addEventListener("toggle", () => { isUnfolded = rest.open; });
+  return [...lines.slice(0, MOST_LINES), rest];
 }
 function scale(name, low, high) {
   const element = make("div", "scale");
@@ -591,6 +655,7 @@ function bars(title, rows) {
   for (const [name, value] of rows) {
     const bar = make("i");
     bar.style.width = `${(100 * value) / most}%`;
+    bar.style.minWidth = value ? "" : "0";
     list.append(name instanceof Node ? name : make("span", "", String(name)), bar, make("span", "", count(value)));
   }
   box.append(make("h3", "", title), rows.length ? list : make("p", "", "none"));
@@ -724,7 +789,7 @@ function showFilters() {
   for (const element of by("classes").children) {
     const word = Number(element.dataset.word);
     element.setAttribute("aria-pressed", wish.has.includes(word) ? "true" : wish.not.includes(word) ? "mixed" : "false");
-    element.setAttribute("aria-label", `${run.words[word]}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
+    element.setAttribute("aria-label", `${run.words[word]}, ${several(run.shown[word], "sample")}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
   }
   by("any").hidden = wish.has.length < 2;
   by("any").textContent = wish.any ? "Any of these" : "All of these";
@@ -781,6 +846,7 @@ function quantitySelect(value) {
 function theme(name) {
   root.dataset.theme = name;
   by("theme").textContent = name === "dark" ? "Light" : "Dark";
+  by("theme").title = `${by("theme").textContent} colours`;
 }
 // Sliders of one value, which begins with `value` where that is known.
 function slide(name, act, value, ids = [name]) {
@@ -864,13 +930,20 @@ by("search").addEventListener("input", () => {
   wish.search = by("search").value;
   changed();
 });
-by("filtering").addEventListener("click", () => {
-  const isOpen = by("filters").classList.toggle("open");
+function unfold(isOpen) {
+  by("filters").classList.toggle("open", isOpen);
   by("filtering").setAttribute("aria-expanded", String(isOpen));
-  remember("filters", isOpen);
   arrange();
+}
+by("filtering").addEventListener("click", () => {
+  unfold(!by("filters").classList.contains("open"));
+  remember("filters", by("filters").classList.contains("open"));
 });
-if (remembered("filters") ?? (innerWidth > 760 && innerHeight > 700)) by("filtering").click();
+unfold(remembered("filters") ?? (innerWidth > 760 && innerHeight > 700));
+document.querySelector(".skip").addEventListener("click", event => {
+  event.preventDefault(); // the part of the address behind # tells the filters
+  grid.focus();
+});
 by("counting").addEventListener("click", showStatistics);
 by("uncount").addEventListener("click", () => by("statistics").close());
 by("earlier").addEventListener("click", () => { if (first > 0) reveal(first - layout.most); });
@@ -928,3 +1001,5 @@ slide("size", () => arrange(), remembered("size") ?? (innerWidth < 500 ? 160 : 2
 applyAddress();
 startReview();
 loadPages();
+by("newer").addEventListener("click", () => location.reload());
+if (run.is_in_progress) setInterval(lookForNews, ASKED_AGAIN);

@@ -20,7 +20,7 @@ function sum(values) { return values.reduce((total, value) => total + value, 0);
 function samplesOf(columns, leftOut) {
   return columns.index.map((index, k) => ({
     index, id: idOf(index), prompt: columns.prompt[k], text: columns.prompt[k].toLowerCase(), seed: String(columns.seed[k]),
-    sides: columns.sides[k], named: columns.named[k], shown: columns.shown[k], missing: columns.missing[k],
+    picture: columns.picture?.[k] ?? "", sides: columns.sides[k], named: columns.named[k], shown: columns.shown[k], missing: columns.missing[k],
     reasons: columns.reasons[k], source: columns.source[k], aside: columns.aside[k] === 1, things: columns.things[k], figures: columns.figures[k],
     leftOut: leftOut.get(index) ?? "",
   }));
@@ -68,7 +68,7 @@ function passes(sample, wish, quantities, marks) {
     if (value === null || (least !== null && value < least) || (most !== null && value > most)) return false;
   }
   const text = wish.search.trim().toLowerCase();
-  return !text || sample.text.includes(text) || sample.id.includes(text) || sample.seed === text;
+  return !text || sample.text.includes(text) || sample.picture.toLowerCase().includes(text) || sample.id.includes(text) || sample.seed === text;
 }
 
 // The samples to show, in their order; those without a value come last, whatever the direction.
@@ -118,6 +118,13 @@ function wishOf(address, words) {
     layers: parts.has("layer") ? parts.get("layer").split(",").filter(Boolean) : null,
     id: parts.get("id") ?? "",
   };
+}
+
+// What there is to see of a run that has gone on since its page was read: `newer` is what is now told of it.
+function newsOf(run, newer) {
+  const more = newer.samples - run.samples;
+  if (more > 0) return `Show ${more.toLocaleString("en")} more ${more === 1 ? "sample" : "samples"}`;
+  return run.is_in_progress && !newer.is_in_progress ? "Show the finished run" : "";
 }
 
 // Where cards lie: columns of equal width, rows of equal height, so that any card's place is known without the others.

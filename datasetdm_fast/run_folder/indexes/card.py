@@ -10,7 +10,7 @@ from datasetdm_fast.config import ATTENTION, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
-from datasetdm_fast.run_folder.document import ASIDE, described_sides, maker, sets_aside
+from datasetdm_fast.run_folder.document import ASIDE, maker, sets_aside, size_in_words
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
@@ -96,7 +96,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     parts = [
         *_header(document, done),
         TITLES[is_label],
-        f"{done} of {document['plan']['number']} images of {described_sides(document)} with their "
+        f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
         f"labels ({', '.join(config['task'])}), {ORIGINS[is_label]}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
