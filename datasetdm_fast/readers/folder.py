@@ -49,11 +49,11 @@ class Folder(PictureSource):
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
         image = reading.colour_image(
-            path, reading.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png")
+            path, reading.as_its_labels(reading.png(self.maps if self.classes else self.depths, name))
         )
-        labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
+        labels = reading.label_map(reading.png(self.maps, name), image.shape, self.classes) if self.classes else None
         depth = (
-            reading.depth_map(self.depths / f"{name}.png", image.shape, self.depth_steps, self.max_depth)
+            reading.depth_map(reading.png(self.depths, name), image.shape, self.depth_steps, self.max_depth)
             if self.max_depth
             else None
         )

@@ -44,7 +44,7 @@ class Masks(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path = self.images[record]
-        mask = (self.masks / path.relative_to(self.folder)).with_suffix(".png")
+        mask = reading.png(self.masks, path.relative_to(self.folder).with_suffix("").as_posix())
         image = reading.colour_image(path, reading.as_its_labels(mask))
         labels = reading.binary_mask(mask, image.shape).astype(np.uint8)
         parts = path.stem.split(MARK)

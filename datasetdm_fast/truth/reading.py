@@ -12,7 +12,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels.depth import LARGEST_STEP
-from datasetdm_fast.truth.labelled import IGNORED
+from datasetdm_fast.truth.labelled import IGNORED, MEND
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
@@ -29,7 +29,6 @@ OTHER_PICTURES = (
 )  # listed to be refused by name, not passed over
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
-MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
@@ -202,6 +201,12 @@ def no_split(path: Path, split: str) -> Refused:
     return Refused(
         f"{path}: no split {split!r}", "Leave the brackets out for all images, or name the folder that holds the split."
     )
+
+
+def png(folder: Path, name: str) -> Path:
+    """The PNG file of a name, whose ending may be in capitals."""
+    path, other = folder / f"{name}.png", folder / f"{name}.PNG"
+    return other if other.exists() and not path.exists() else path
 
 
 def first_there(*paths: Path) -> Path:
