@@ -20,6 +20,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
+from datasetdm_fast.training.loop import TrainingViews
+from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import Ranks
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.truth.labelled import LabelledSource
@@ -74,7 +76,7 @@ def run(
         plan = inner.plan(task)
         plan = replace(plan, settings={**plan.settings, "fold": f"{number} of {count}"})
         place = folder / "training" / f"folds-{count}" / str(number)
-        if task_run.finished(place, plan.settings) is None:
+        if task_run.finished(place, plan) is None:
             has_changed, training = True, inner.training(place, plan, is_stopping)
             if training is None:
                 return None
@@ -101,6 +103,14 @@ def run(
         }
         storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
     return ranks.said(document)
+
+
+def shown(session: TrainingSession, task: str, folder: Path) -> tuple[TrainingViews, Path] | None:
+    """Images of the first fold for the page, with the folder of the decoder that has not seen them."""
+    if not (count := count_of(session)):
+        return None
+    first = parts(session.source, session.numbers, count, session.config.seed)[0]
+    return session.views(task, first[:SHOWN], 1), folder / "training" / f"folds-{count}" / "1"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
