@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -431,9 +432,11 @@ def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
     arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
     state, judged = tmp_path / "decoder" / "semantic" / "training", []
-    taught, real = [], task_run.run
+    taught, kept, real = [], [], task_run.run
 
     def stopping(training, *rest):  # as Ctrl-C does between two folds
+        assert not any(one() for one in kept)  # captures and targets of a fold are given back before the next begins
+        kept.append(weakref.ref(training.lessons))
         taught.append([training.lessons.views.source.order[k] for k in training.lessons.views.numbers])
         return None if len(taught) == 2 else real(training, *rest)
 
