@@ -178,6 +178,19 @@ def test_labels_are_found_in_capitals_and_a_missing_one_is_told_what_to_do_about
         source[1]
 
 
+@pytest.mark.parametrize("kind", ["yolo-seg", "mask"])
+def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pictures(tmp_path, kind):
+    LAYOUTS[kind][1](tmp_path)
+    source = open_data(f"{kind}:{tmp_path}", 64)
+    shown, picture = len(source[0].masks), source.images[0]
+    label = next(p for p in sorted(tmp_path.rglob(f"{picture.stem}.*")) if p.parent != picture.parent)
+    label.rename(label.with_suffix(label.suffix.upper()))
+    assert shown and len(open_data(f"{kind}:{tmp_path}", 64)[0].masks) == shown
+    save(picture.with_suffix(".png"), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(Refused, match="is the name of two images"):
+        open_data(f"{kind}:{tmp_path}", 64)
+
+
 def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
     assert not data_record.changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before

@@ -191,10 +191,7 @@ class TrainingSession:
     def _time_of_folds(self, task: str, plan: TaskPlan, folds: int, is_finished: bool) -> str:
         """How many steps the folds take with the decoder itself, and how long, where a log of these steps tells it."""
         steps = plan.schedule.steps
-        if self.config.preset == "upstream":  # counted in images
-            of_fold = round(steps * (1 - 1 / folds) * len(self.numbers) / len(self.parts[0]))
-        else:
-            of_fold = steps
+        of_fold = round(steps * (1 - 1 / folds)) if self.config.preset == "upstream" else steps  # by images
         whole = folds * of_fold + (0 if is_finished else steps)
         each = log.seconds_of_step(Path(self.config.out) / task / "training")
         time_of_all = f", about {duration(each * whole)} by the steps that were taken" if each else ""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,10 +131,10 @@ def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.nd
 
 
 def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
-    unknown = [int(value) for value in np.unique(found) if value != IGNORED and not 0 <= value < classes]
-    if unknown:
+    unknown = found[(found < 0) | ((found >= classes) & (found != IGNORED))]  # faster than sorting a photo's pixels
+    if len(unknown):
         raise bad(
-            path, f"the unknown class {unknown[0]}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
+            path, f"the unknown class {unknown.min()}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
         )
 
 
@@ -203,9 +204,17 @@ def no_split(path: Path, split: str) -> Refused:
     )
 
 
-def png(folder: Path, name: str) -> Path:
-    """The PNG file of a name, whose ending may be in capitals."""
-    path, other = folder / f"{name}.png", folder / f"{name}.PNG"
+def names_of(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """What labels are found by, paths in the folder without an ending; the same name twice is refused."""
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
+    if twice := [name for name, next_name in pairwise(sorted(names)) if name == next_name]:
+        raise bad(folder, f"{twice[0]!r} is the name of two images, and labels go by name")
+    return names
+
+
+def beside(folder: Path, name: str, ending: str) -> Path:
+    """The label file of a name, whose ending may be in capitals."""
+    path, other = folder / f"{name}{ending}", folder / f"{name}{ending.upper()}"
     return other if other.exists() and not path.exists() else path
 
 
