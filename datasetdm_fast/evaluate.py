@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -96,7 +96,12 @@ def _judged(
         with _bar(len(source), config.quiet) as bar:
             given = (config.captions, config.batch_size, config.seed, _moving(bar))
             meters = measure(engine, source, some, *given, unseen=config.unseen)
-        result |= {task: figures(meter, config.bootstrap, config.level) for task, meter in meters.items()}
+        for label, meter in meters.items():
+            result[label] = figures(meter, config.bootstrap, config.level) | {
+                "captions": config.captions,
+                "captions_name_all": config.captions == "true" and source.captions_name_all,
+                "named_by_captions": config.captions == "true" and bool(decoders[label].config.named),
+            }
         if config.class_names:
             result |= {task: naming.in_common(result[task], tuple(known)) for task in meters}
         skipped |= source.skipped
@@ -144,9 +149,12 @@ def _curve(config: EvaluateConfig) -> int:
 
         bounds = {"bootstrap": config.bootstrap, "level": config.level, "more": config.more}
         result[task] = curve.learning_curve(task, counts, config.repeats, judge, **bounds)
+        result[task] |= {"captions": config.captions}
         skipped |= labelled.skipped | judged.skipped
         if not config.json:
-            print(curve.told(task, result[task], config.level), flush=True)
+            print(
+                curve.told(task, result[task], config.level), _of_captions({task: result[task]}), sep="\n", flush=True
+            )
     return _end(config, {"curve": result}, skipped)
 
 
@@ -304,24 +312,43 @@ def _end(config: EvaluateConfig, result: dict, skipped: dict[str, str], text: st
 
 
 def table(result: dict[str, dict], level: float) -> str:
-    """Task, figure, value and interval, then the same for each class, and the figures by the number of things."""
-    rows = []
+    """Task, figure, value and interval, then the same for each class, the figures by the number of things, and what was
+    read of captions.
+    """
+    from datasetdm_fast.evaluation.meter import figure_name
+
+    rows: list[tuple[str, str, float, Sequence[float] | None]] = []
     for task, found in result.items():
         bounds = found.get("intervals", {})
-        rows += [(task, name, value, bounds.get(name)) for name, value in found.items() if isinstance(value, float)]
+        single = [(name, value) for name, value in found.items() if isinstance(value, float)]
+        rows += [(task, figure_name(name), value, bounds.get(name)) for name, value in single]
         for each in ("per_class", "per_joint"):
             own = bounds.get(each, {})
             rows += [(task, f"  {name}", value, own.get(name)) for name, value in found.get(each, {}).items()]
         for count, own in found.get("by_things", {}).items():
             shown = f"of {count} thing{'s' * (count != '1')}, {own['images']} images"
-            rows += [(task, f"  {name} {shown}", value, None) for name, value in own.items() if name != "images"]
+            values = [(figure_name(name), value) for name, value in own.items() if name != "images"]
+            rows += [(task, f"  {name} {shown}", value, None) for name, value in values]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))
     title = f"   {level:.0%} interval" if any(row[3] for row in rows) else ""
     lines = [
         f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "")
         for task, name, value, low in rows
     ]
-    return "\n".join([f"{'task':{tasks}}  {'figure':{names}}   value{title}", *lines])
+    return "\n".join([f"{'task':{tasks}}  {'figure':{names}}   value{title}", *lines, _of_captions(result)])
+
+
+def _of_captions(result: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was read of captions, in words, as figures differ by it."""
+    asked = next(iter(result.values()))["captions"]
+    if asked != "true":
+        return f"captions: {'none' if asked == 'none' else 'text condition only'}"
+    told = "captions: read"
+    if any(found.get("captions_name_all") for found in result.values()):
+        told += ", and they name all that an image shows"
+    if named := [task for task, found in result.items() if found.get("named_by_captions")]:
+        told += f"; of {', '.join(named)} only what they name was looked for"
+    return told
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         session = open_session(config, ranks)
         folders = {task: Path(config.out) / task for task in config.task}
         plans = {task: session.plan(task) for task in config.task}
-        results = {task: task_run.finished(folders[task], plan.settings) for task, plan in plans.items()}
+        results = {task: task_run.finished(folders[task], plan) for task, plan in plans.items()}
         crossed, count = {task: folds.read(folders[task]) for task in config.task}, folds.count_of(session)
         session.announce(plans, results, count)
         if config.dry_run:
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
                 if ranks.is_first:
                     held.enter_context(task_run.alone(folders[task]))
                 if count:
-                    given = (session, task, folders[task], ranks, _fold_progress(task, count, is_quiet))
+                    own = 0 if results[task] else plans[task].schedule.steps
+                    given = (session, task, folders[task], ranks, _fold_progress(task, count, own, is_quiet))
                     crossed[task] = folds.run(*given, interruption.is_stopping)
                     if crossed[task] is None:
                         results[task] = None
@@ -64,7 +65,10 @@ def main(arguments: Sequence[str]) -> int:
                 is_done = results[task] is not None
                 if is_done and ranks.said(ranks.is_first and task_run.shows_folds(folders[task], crossed[task])):
                     continue
-                training = session.training(folders[task], plans[task], interruption.is_stopping, line, crossed[task])
+                told = {"command": line, "folds": crossed[task], "is_finished": is_done}
+                training = session.training(folders[task], plans[task], interruption.is_stopping, **told)
+                if training is not None and training.held is None:
+                    training = replace(training, of_fold=folds.shown(session, task, folders[task]))
                 if training is not None and is_done:
                     task_run.show_folds(training, results[task], ranks)
                 elif training is not None:
@@ -81,21 +85,30 @@ def main(arguments: Sequence[str]) -> int:
         leave(ranks)
 
 
-def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int], StepProgress]:
-    """Progress of one fold after the other."""
-    return lambda number, steps: _progress(task, f"{task}, fold {number} of {count},", steps, is_quiet)
+def _fold_progress(task: str, count: int, own: int, is_quiet: bool) -> Callable[[int, int], StepProgress]:
+    """Progress of one fold after the other, and then of the decoder itself, which takes `own` steps."""
+
+    def progress(number: int, steps: int) -> StepProgress:
+        later = (count - number) * steps + own
+        return _progress(task, f"{task}, fold {number} of {count},", steps, is_quiet, later)
+
+    return progress
 
 
-def _progress(task: str, title: str, steps: int, is_quiet: bool) -> StepProgress:
+def _progress(task: str, title: str, steps: int, is_quiet: bool, later: int = 0) -> StepProgress:
+    from datasetdm_fast.evaluation.meter import figure_name
     from datasetdm_fast.evaluation.metrics import METRICS
 
-    return StepProgress(title, METRICS[task].held_out_figure, steps, is_quiet)
+    return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, is_quiet, later)
 
 
 def _figures(images: str, held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
     """Each figure on so many images, with its interval."""
+    from datasetdm_fast.evaluation.meter import figure_name
+
     told = "  ".join(
-        f"{name} {value:.4f}" + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
+        f"{figure_name(name)} {value:.4f}"
+        + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
         for name, value in held_out.items()
         if isinstance(value, float)
     )
@@ -124,10 +137,10 @@ def _lines(config: TrainConfig, task: str, result: dict[str, Any], folds: dict[s
     if result.get("stopped_early"):
         steps += f", stopped early, weights of step {result.get('weights_of_step')}"
     if not result["held_out"]:
-        yield f"{task}: {steps}; no image was held out to measure it"
-        return
-    bounds = result.get("held_out_intervals", {})
-    yield f"{task}: {steps}; {_figures(counted(count, 'held-out image'), result['held_out'], bounds)}"
+        yield f"{task}: {steps}"
+    else:
+        bounds = result.get("held_out_intervals", {})
+        yield f"{task}: {steps}; {_figures(counted(count, 'held-out image'), result['held_out'], bounds)}"
     yield from (f"  {note}" for note in cautions(result, bool(folds)))
     yield f"  look at {config.out}/{task}/training/page.html"
 

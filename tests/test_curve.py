@@ -57,7 +57,7 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
         assert point["interval"][0] <= point["value"] <= point["interval"][1]
     lines = told("depth", found, 0.95).splitlines()
     assert (
-        lines[-1].startswith("50 more labels would bring absrel to about 0.0")
+        lines[-1].startswith("50 more labels would bring AbsRel to about 0.0")
         and "lower" in lines[-1]
         and len(lines) == 7
     )

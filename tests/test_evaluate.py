@@ -10,12 +10,18 @@ from datasetdm_fast.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import _end, main
+from datasetdm_fast.evaluation.meter import figure_name
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
+HOW = {
+    "true": "captions: read, and they name all that an image shows; of semantic only what they name was looked for",
+    "unread": "captions: text condition only",
+    "none": "captions: none",
+}
 MAIN = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
 
 
@@ -68,7 +74,11 @@ def test_real_layouts_are_evaluated(decoders, tmp_path, capsys, name):
     if "open-vocabulary" in tasks:
         assert {"seen", "unseen", "harmonic"} <= set(result["open-vocabulary"])
     code, out, _ = run(capsys, "--decoder", folder, "--data", address, "--task", tasks[0])
-    assert code == 0 and "95% interval" in out and out.splitlines()[1].split()[:2] == [tasks[0], MAIN[tasks[0]]]
+    assert (
+        code == 0
+        and "95% interval" in out
+        and out.splitlines()[1].split()[:2] == [tasks[0], figure_name(MAIN[tasks[0]])]
+    )
 
 
 def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, capsys):
@@ -93,7 +103,19 @@ def test_captions_are_read_twice_once_or_not_at_all(decoders, capsys):
     held, unread, none = (json.loads(run(capsys, *lines, how)[1]) for how in ("true", "unread", "none"))
     free = decoders(source, ("semantic", "open-vocabulary"))
     lines[1] = free
-    assert json.loads(run(capsys, *lines, "true")[1]) == unread and held != unread and none != unread
+    said = {how: json.loads(run(capsys, *lines, how)[1]) for how in ("true", "unread")}
+    assert said["unread"] == unread and held != unread and none != unread
+    told = {"captions": "true", "captions_name_all": True, "named_by_captions": False}
+    assert said["true"] == {task: {**found, **told} for task, found in unread.items()}
+    assert held["semantic"]["named_by_captions"] and none["semantic"]["captions"] == "none"
+
+
+def test_the_table_says_what_was_read_of_captions(decoders, capsys):
+    source = open_data("demo:2", 64)
+    folder = decoders(source, ("semantic",), named=source.thing_classes[:4])
+    given = ("--decoder", folder, "--data", "demo:2", "--captions")
+    lines = {how: run(capsys, *given, how)[1].splitlines() for how in HOW}
+    assert {how: told[-1] for how, told in lines.items()} == HOW and "mIoU" in lines["none"][1]
 
 
 def test_selections_and_framing_are_flags(decoders, capsys):

@@ -10,22 +10,26 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from layouts import LAYOUTS, save
+from PIL import Image
 from skips import IS_LONG, long_test
 
 from datasetdm_fast import train
+from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import folds, held_out, session, task_run
+from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
 from datasetdm_fast.training.settings import QUIRKS
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
@@ -63,7 +67,7 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
         "images     11 to learn from in 2 looks each, 1 held out",
         "captures   features and maps kept in",
         "depth decoder, 6 steps of 4 views",
-        "depth: 6 steps; on 1 held-out image: absrel",
+        "depth: 6 steps; on 1 held-out image: AbsRel",
         "1 image is too few for a figure to rely on: --folds auto measures on all of them",
     ):
         assert line in err
@@ -72,9 +76,10 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
-    assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
+    assert page.count('<img src="data:image/png;base64,') == 3 and "AbsRel" in page and "absrel" not in page
+    assert 'src="http' not in page
     assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
-    assert "python -m datasetdm_fast.train --model tiny" in page
+    assert "<span>datasetdm_fast.train</span> <span>--model</span> <span>tiny</span>" in page
     assert ">step 1<" in page and ">step 6<" in page and ">step 2<" in page  # ends of the loss and of the figure
     assert re.search(r"<figcaption>loss: [\d.]+ at step 1, [\d.]+ at step 6</figcaption>", page)
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
@@ -128,6 +133,103 @@ def test_class_words_of_an_own_table_are_said_found_and_kept(run, tmp_path, caps
     (tmp_path / "other.csv").write_text("name\nunicorn\n")
     assert run(*line, "--class-table", str(tmp_path / "other.csv"), out="other") == 2
     assert "holds none of the data's classes" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, capsys):
+    LAYOUTS["folder"][1](data := tmp_path / "data")
+    line = ["--data", f"folder:{data}", "--task", "semantic", "--steps", "1"]
+    assert run(*line) == 0
+    (data / "masks" / "scene 1.png").touch()
+    assert run(*line) == 0  # the same pixels
+    with Image.open(data / "masks" / "scene 1.png") as image:
+        labels = np.array(image)
+    labels[0, 0] = 255
+    save(data / "masks" / "scene 1.png", labels)
+    for result in (True, False):  # of a finished training, and of one that is to go on
+        assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
+        assert f"taught from other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
+        (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
+    names = (data / "classes.txt").read_text().splitlines()
+    (data / "classes.txt").write_text("\n".join([*names[:2], *names[:1:-1]]))
+    assert run(*line) == 2 and "(decoder classes [" in capsys.readouterr().err
+    assert run(*line, out="other") == 0
+
+
+def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):
+    LAYOUTS["folder"][1](data := tmp_path / "semantic")
+    line = ["--data", f"folder:{data}[train]", "--task", "semantic", "--steps", "1"]
+    for out in ("semantic", "semantic/decoder", "."):  # where the folders of tasks would be labels, or the data
+        assert run(*line, out=out) == 2
+        assert f"lies in the data, {data}" in capsys.readouterr().err and not (data / "semantic").exists()
+    assert run("--data", "demo:1", "--task", "semantic", "--dry-run", out=".") == 0
+
+
+def test_labels_are_found_in_capitals_and_a_missing_one_is_told_what_to_do_about(tmp_path):
+    LAYOUTS["folder"][1](tmp_path)
+    for folder in ("images", "masks", "depth"):
+        (tmp_path / folder / "scene 1.png").rename(tmp_path / folder / "scene 1.PNG")
+    source = open_data(f"folder:{tmp_path}", 64)
+    assert source[1].id == "scene 1" and source[1].semantic.any()
+    (tmp_path / "masks" / "scene 1.PNG").write_bytes(b"")
+    with pytest.raises(Refused, match="scene 1.PNG: empty, expected a PNG or JPEG file"):
+        source[1]
+    (tmp_path / "masks" / "scene 1.PNG").unlink()
+    with pytest.raises(Refused, match="pass --skip-bad to go on without it"):
+        source[1]
+
+
+@pytest.mark.parametrize("kind", ["yolo-seg", "mask"])
+def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pictures(tmp_path, kind):
+    LAYOUTS[kind][1](tmp_path)
+    source = open_data(f"{kind}:{tmp_path}", 64)
+    shown, picture = len(source[0].masks), source.images[0]
+    label = next(p for p in sorted(tmp_path.rglob(f"{picture.stem}.*")) if p.parent != picture.parent)
+    label.rename(label.with_suffix(label.suffix.upper()))
+    assert shown and len(open_data(f"{kind}:{tmp_path}", 64)[0].masks) == shown
+    save(picture.with_suffix(".png"), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(Refused, match="is the name of two images"):
+        open_data(f"{kind}:{tmp_path}", 64)
+
+
+def test_what_changed_of_data_is_told():
+    old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
+    assert not data_record.changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
+    assert (
+        data_record.changes(old, [{**item, "image": "0"} for item in old]) == "another picture of a and 2 more images"
+    )
+    assert data_record.changes(old, old[1:]) == "now without a" and data_record.changes(old[1:], old) == "now with a"
+    assert data_record.changes(old, old[::-1]) == "the same images in another order"
+
+
+def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_images_have_a_page(
+    run, tmp_path, capsys, monkeypatch
+):
+    LAYOUTS["folder"][1](tmp_path / "data")
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "2", "--held-out", "0"]
+    state, whole = tmp_path / "decoder/semantic/training", "scaled to that and cut to the square in the middle"
+    assert run(*line) == 0 and "3-fold" not in (state / "page.html").read_text()
+    assert f"64 pixels a side (all 3 pictures are {whole})" in (err := capsys.readouterr().err)
+    assert "no image was held out to measure it: --folds 2 measures" in err
+    told = json.loads((state / "result.json").read_text())["framing"]
+    assert told == {"pixels_a_side": 64, "framing": "fit", "pictures": 3, "scaled": 3, "cut_to_a_square": 3}
+    assert run(*line, "--folds", "3", "--dry-run") == 0
+    assert "6 steps in all, 3 times those of one decoder, about" in capsys.readouterr().err
+    opened, stored = [], session.cache.stored
+    monkeypatch.setattr(session.cache, "stored", lambda *a, **b: opened.append(len(a[1].numbers)) or stored(*a, **b))
+    assert run(*line, "--folds", "3") == 0 and "s with what follows" in capsys.readouterr().err
+    assert max(opened) == 2 and 3 not in opened  # images that a fold learns from: those of the decoder stay closed
+    page = (state / "page.html").read_text()
+    assert "3-fold cross-validation" in page and page.count("<h3>Per class</h3>") == 1 and whole in page
+    assert '<th scope="row">mIoU</th>' in page and "miou" not in page and page.count('alt="answer"') == 1
+
+
+def test_things_have_the_colours_of_a_gallery_on_the_page():
+    source = open_data("demo:1", 64)
+    legend, ball = page._legend("instance", source)[0], source.classes.index("ball")
+    assert f'rgb{colour(ball)}"></i>ball' in legend and source.thing_classes[0] == "ball"
+    empty = np.zeros((1, 64, 64), bool)
+    label = Instances(empty, np.zeros(1, np.int64), np.ones(1, np.float32), source.thing_classes)
+    assert page._coloured(source, label).class_ids[0] + 1 == ball
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
@@ -343,9 +445,11 @@ def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
     arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
     state, judged = tmp_path / "decoder" / "semantic" / "training", []
-    taught, real = [], task_run.run
+    taught, kept, real = [], [], task_run.run
 
     def stopping(training, *rest):  # as Ctrl-C does between two folds
+        assert not any(one() for one in kept)  # captures and targets of a fold are given back before the next begins
+        kept.append(weakref.ref(training.lessons))
         taught.append([training.lessons.views.source.order[k] for k in training.lessons.views.numbers])
         return None if len(taught) == 2 else real(training, *rest)
 
@@ -370,9 +474,9 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     told = json.loads(out)["tasks"]["semantic"]["folds"]
     assert told == json.loads((state / "folds.json").read_text()) and told["folds"] == 3 and told["images"] == 10
     low, high = told["held_out_intervals"]["miou"]
-    assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images (95 % intervals): miou" in err
+    assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images (95 % intervals): mIoU" in err
     page = (state / "page.html").read_text()
-    assert "3-fold cross-validation" in page and "In no held-out image: " in page and 'class="legend"' in page
+    assert "3-fold cross-validation" in page and "In none of these images: " in page and 'class="legend"' in page
     judged.clear()
     assert run(*arguments) == 0 and not judged  # there is nothing left to do
     assert run(*arguments[:-1], "2") == 0 and "2-fold cross-validation" in (state / "page.html").read_text()

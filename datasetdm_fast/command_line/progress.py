@@ -71,9 +71,12 @@ class ImageProgress(Progress):
 
 
 class StepProgress(Progress):
-    """Progress of a training, with its last figure on held-out images, of which `metric` is the name."""
+    """Progress of a training, with its last figure on held-out images, of which `metric` is the name; `later` steps are
+    taken in the trainings that follow it.
+    """
 
-    def __init__(self, title: str, metric: str, steps: int, is_quiet: bool):
+    def __init__(self, title: str, metric: str, steps: int, is_quiet: bool, later: int = 0):
+        self._later = later
         self._title, self._metric, self._first_step, self._figure = title, metric, None, ""
         super().__init__(steps, "step", title, is_quiet)
 
@@ -82,12 +85,15 @@ class StepProgress(Progress):
             self._first_step = step - 1
         if figure is not None:
             self._figure = f", held-out {self._metric} {figure:.4f}"
+        each = (time.monotonic() - self._begin) / max(step - self._first_step, 1)
+        later = f", {duration(each * (self.total - step + self._later))} with what follows" if self._later else ""
         if self._bar:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}")
+            self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}{later}")
         elif self.is_line_due() or step == self.total:
-            left = self.seconds_left(step, self._first_step)
-            self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}, about {left:.0f} s left")
+            left = each * (self.total - step)
+            loss_and_figure = f"loss {loss:.4f}{self._figure}"
+            self.print(f"{self._title} {step}/{self.total}, {loss_and_figure}, about {left:.0f} s left{later}")
 
 
 def counted(count: int, noun: str, several: str = "") -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import figure_name
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.scenes.worlds import WORLDS
 
@@ -134,7 +135,7 @@ def _share_scenes(*addresses: str) -> bool:
 
 def told(task: str, found: dict[str, Any], level: float) -> str:
     """The curve as lines to read."""
-    figure, more, last = found["figure"], found["more"], found["points"][-1]
+    figure, more, last = figure_name(found["figure"]), found["more"], found["points"][-1]
     lines = [f"{task}, {figure}", f"{'labels':>8}   value   {level:.0%} interval"]
     for point in found["points"]:
         low, high = point["interval"]

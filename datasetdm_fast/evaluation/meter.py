@@ -15,6 +15,30 @@ from datasetdm_fast.truth.labelled import LabelledSource
 
 ALONE = 0.19  # share of the draws without a class: of one image 0.25 to 0.37 lack it, of two images at most 0.14
 
+FIGURES = {
+    "miou": "mIoU",
+    "seen": "mIoU of seen classes",
+    "unseen": "mIoU of unseen classes",
+    "harmonic": "harmonic mIoU",
+    "in_common": "mIoU of classes in common",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "absrel": "AbsRel",
+    "rmse": "RMSE (m)",
+    "delta_1.25": "delta < 1.25",
+    "delta_1.25_2": "delta < 1.25^2",
+    "delta_1.25_3": "delta < 1.25^3",
+    "pck": "PCK@0.1",
+    "oks_ap": "OKS-AP",
+    "oks_ap50": "OKS-AP50",
+}  # what people call the figures that files name by a key
+
+
+def figure_name(key: str) -> str:
+    """A figure as people call it."""
+    return FIGURES.get(key, key.replace("_", " "))
+
 
 class Meter:
     """What every task's figures share."""

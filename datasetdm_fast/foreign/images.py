@@ -25,6 +25,8 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, leas
     """The same for bytes in memory; of a JPEG whose sides are larger than `least_side`, where that is given, a smaller
     image, which takes less time.
     """
+    if not data:
+        raise Refused(f"{name}: empty, expected a PNG or JPEG file", GET_AGAIN)
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:

@@ -52,7 +52,15 @@ OWN_READERS = {
     "hf": HuggingFace,
 }
 READERS = Registry("readers", OWN_READERS)
+ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED"
+
+
+def folder_of(spec: str) -> Path | None:
+    """The folder that an address names; scenes that are rendered have none."""
+    kind, _, rest = spec.partition(":")
+    match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
+    return Path(match[1]).expanduser() if match else None
 
 
 def open_data(
@@ -72,7 +80,7 @@ def open_data(
     if kind in WORLDS:
         source: LabelledSource = demo.read(kind, rest, size)
     elif kind in READERS:
-        match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
+        match = ADDRESSED.fullmatch(rest)
         if not match:
             raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
         try:

@@ -13,7 +13,7 @@ from datasetdm_fast.truth.pictures import largest
 
 class DemoWorld(LabelledSource):
     tasks = TASKS
-    captions_name_all = True
+    is_rendered = captions_name_all = True
 
     def __init__(self, count: int, first: int, size: int, world: World = WORLDS["demo"]):
         self.first, self.world = first, world

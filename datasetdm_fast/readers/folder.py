@@ -1,6 +1,5 @@
 """folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit) or both, and classes.txt."""
 
-from itertools import pairwise
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
@@ -22,9 +21,7 @@ class Folder(PictureSource):
             raise reading.no_split(path, split)
         self.path = path = path / split if (path / split).is_dir() else path
         self.images = reading.listing(path / "images", *reading.PICTURES, *reading.OTHER_PICTURES)
-        self.ids = [image.relative_to(path / "images").with_suffix("").as_posix() for image in self.images]
-        if twice := [name for name, next_name in pairwise(sorted(self.ids)) if name == next_name]:
-            raise reading.bad(path / "images", f"{twice[0]!r} is the name of two images, and labels go by name")
+        self.ids = reading.names_of(path / "images", self.images)
         self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
         self.depths = path / "depth"
         has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
@@ -48,15 +45,10 @@ class Folder(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
-        image = reading.colour_image(
-            path, reading.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png")
-        )
-        labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
-        depth = (
-            reading.depth_map(self.depths / f"{name}.png", image.shape, self.depth_steps, self.max_depth)
-            if self.max_depth
-            else None
-        )
+        maps, depths = (reading.beside(folder, name, ".png") for folder in (self.maps, self.depths))
+        image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
+        labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
+        depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
         caption = self.captions.get(name)
         if caption is None:
             caption = self.caption(labels)

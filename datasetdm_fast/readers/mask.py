@@ -34,6 +34,7 @@ class Masks(PictureSource):
             raise reading.bad(path, f"no folder of images beside one of masks, expected {expected}")
         self.folder, self.masks = (path / name for name in there[0])
         self.images = reading.listing(self.folder, *reading.PICTURES, *reading.OTHER_PICTURES)
+        self.names = reading.names_of(self.folder, self.images)
         names = [path / "classes.txt", whole / "classes.txt"]
         found = [reading.class_file(file) for file in names if file.exists()]
         self.thing_classes = reading.without_background(found[0]) if found else (OBJECT,)
@@ -43,8 +44,7 @@ class Masks(PictureSource):
         super().__init__(size, len(self.images))
 
     def picture(self, record: int) -> Picture:
-        path = self.images[record]
-        mask = (self.masks / path.relative_to(self.folder)).with_suffix(".png")
+        path, mask = self.images[record], reading.beside(self.masks, self.names[record], ".png")
         image = reading.colour_image(path, reading.as_its_labels(mask))
         labels = reading.binary_mask(mask, image.shape).astype(np.uint8)
         parts = path.stem.split(MARK)

@@ -25,19 +25,19 @@ class Yolo(PictureSource):
         folder = reading.first_there(path / "images" / split, path / split / "images")
         self.labels = path / "labels" / split if folder.name == split else path / split / "labels"
         self.images = reading.listing(folder, *reading.PICTURES, *reading.OTHER_PICTURES)
-        self.folder = folder
+        self.names = reading.names_of(folder, self.images)
         if not self.labels.is_dir():
             raise reading.bad(self.labels, "no such folder, expected the labels of the images beside it")
-        if not any(self._label(image).exists() for image in self.images):
+        if not any(self._label(record).exists() for record in range(len(self.images))):
             raise reading.bad(self.labels, f"no label of any of the {len(self.images)} images of {folder}")
         super().__init__(size, len(self.images))
 
-    def _label(self, image: Path) -> Path:
-        return (self.labels / image.relative_to(self.folder)).with_suffix(".txt")
+    def _label(self, record: int) -> Path:
+        return reading.beside(self.labels, self.names[record], ".txt")
 
     def picture(self, record: int) -> Picture:
         path = self.images[record]
-        image, labels = reading.colour_image(path, reading.as_shown), self._label(path)
+        image, labels = reading.colour_image(path, reading.as_shown), self._label(record)
         rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
         caption = self.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(

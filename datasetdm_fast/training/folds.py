@@ -4,6 +4,7 @@ FOLDER/training/folds-K/1, 2 ...   the decoders of the folds, each trained and r
 FOLDER/training/folds.json         the figures over all images, with their intervals
 """
 
+import gc
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
+from datasetdm_fast.training.loop import TrainingViews
+from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import Ranks
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.truth.labelled import LabelledSource
@@ -74,13 +77,11 @@ def run(
         plan = inner.plan(task)
         plan = replace(plan, settings={**plan.settings, "fold": f"{number} of {count}"})
         place = folder / "training" / f"folds-{count}" / str(number)
-        if task_run.finished(place, plan.settings) is None:
-            has_changed, training = True, inner.training(place, plan, is_stopping)
-            if training is None:
+        if task_run.finished(place, plan) is None:
+            has_changed = True
+            if not _is_trained(inner, place, plan, ranks, progress(number, plan.schedule.steps), is_stopping):
                 return None
-            with progress(number, plan.schedule.steps) as shown:
-                if task_run.run(training, ranks, shown.on_step, is_stopping) is None:
-                    return None
+            gc.collect()  # a trainer refers to itself, and with it to its captures and targets
     if not has_changed and (found := read(folder)) is not None and found["folds"] == count:
         return found
     for number, fold in enumerate(folds, 1):
@@ -101,6 +102,28 @@ def run(
         }
         storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
     return ranks.said(document)
+
+
+def _is_trained(
+    inner: TrainingSession,
+    place: Path,
+    plan: task_run.TaskPlan,
+    ranks: Ranks,
+    progress: StepProgress,
+    is_stopping: Callable[[], bool],
+) -> bool:
+    """Trains the decoder of a fold; whether it was not stopped."""
+    with progress as shown:
+        training = inner.training(place, plan, is_stopping)
+        return training is not None and task_run.run(training, ranks, shown.on_step, is_stopping) is not None
+
+
+def shown(session: TrainingSession, task: str, folder: Path) -> tuple[TrainingViews, Path] | None:
+    """Images of the first fold for the page, with the folder of the decoder that has not seen them."""
+    if not (count := count_of(session)):
+        return None
+    first = parts(session.source, session.numbers, count, session.config.seed)[0]
+    return session.views(task, first[:SHOWN], 1), folder / "training" / f"folds-{count}" / "1"
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -111,7 +111,15 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
     if result.get("step_chosen_on_held_out"):
         found.append("the step of the weights was chosen on the same images, so that other images will score lower")
     few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
-    if not are_enough(images) and has_folds:
+    if not images and has_folds:
+        found.append("no image was held out to measure it: see the figures of cross-validation")
+    elif not images:
+        folds = FOLDS if result["images"] >= LEAST_IMAGES else 2
+        found.append(
+            f"no image was held out to measure it: --folds {folds} measures on all of them by cross-validation; or "
+            "evaluate on other data"
+        )
+    elif not are_enough(images) and has_folds:
         found.append(f"{few}: see those of cross-validation")
     elif not are_enough(images):
         is_possible = (images + result["images"]) // 2 >= ENOUGH_IMAGES

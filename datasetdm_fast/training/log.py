@@ -4,6 +4,7 @@ import json
 import time
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
@@ -62,6 +63,16 @@ def log_lines(folder: Path) -> list[dict]:
     """What the log of a folder holds."""
     lines = storage.read(folder / NAME, LARGEST_LOG).splitlines()
     return [json.loads(line) for line in lines if _step(line) < float("inf")]
+
+
+def seconds_of_step(folder: Path) -> float:
+    """Seconds a step took, 0 where the log of a folder does not tell; what was resumed counts from its own start."""
+    if not (folder / NAME).exists():
+        return 0.0
+    lines = [line for line in log_lines(folder) if "seconds" in line]
+    pairs = [(a, b) for a, b in pairwise(lines) if b["seconds"] >= a["seconds"]]
+    steps = sum(b["step"] - a["step"] for a, b in pairs)
+    return sum(b["seconds"] - a["seconds"] for a, b in pairs) / max(steps, 1)
 
 
 def _step(line: bytes) -> float:

@@ -3,21 +3,28 @@
 import base64
 import html
 import io
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.data import Annotation
-from datasetdm_fast.evaluation.meter import Meter
+from datasetdm_fast.data import Annotation, Instances, SemanticMap
+from datasetdm_fast.evaluation.meter import figure_name
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.semantic import BACKGROUND
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.truth.labelled import LabelledSource
 
 SHOWN = 12  # images of the page
+FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"
+COMMAND = "command"  # the fact that is set as code
 WIDTH, HEIGHT = 440, 170  # pixels of a chart
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # pixels between its sides and the curve
 POINTS = 200  # of a curve
@@ -28,12 +35,12 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding
 color:var(--ink)}
 h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:left;vertical-align:top}
-td{overflow-wrap:anywhere}
+td{overflow-wrap:anywhere}code span{display:inline-block;max-width:100%}p span{white-space:nowrap}
 th{font-weight:normal;color:var(--dim);white-space:nowrap}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
 .views{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.views img{width:100%;image-rendering:pixelated}
-.legend span{display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
+p.legend span{white-space:normal;display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
 .legend i{display:inline-block;width:.9rem;height:.9rem;margin-right:.35rem;vertical-align:-.1rem;
 border:1px solid var(--line)}
 svg{max-width:100%;height:auto}polyline{fill:none;stroke:var(--curve);stroke-width:1.5}
@@ -43,40 +50,36 @@ rect{fill:none;stroke:var(--line)}.end{text-anchor:end}text{font-size:11px;fill:
 
 def page(
     task: str,
-    lessons: TrainingViews,
-    found: Sequence[Annotation],
+    source: LabelledSource,
     facts: Mapping[str, object],
-    meter: Meter,
-    intervals: Mapping[str, Any],
+    result: Mapping[str, Any],
     log: Sequence[Mapping[str, float]],
     cautions: Sequence[str] = (),
     folds: Mapping[str, Any] | None = None,
+    views: TrainingViews | None = None,
+    found: Sequence[Annotation] = (),
+    shown: str = "",
 ) -> bytes:
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
-    of each class, the curves of the log, and image, truth and answer of some held-out images.
+    of each class, the curves of the log, and image, truth and answer of some images, which `shown` names.
     """
-    source, figures = lessons.views.source, meter.result()
-    single = {name: value for name, value in figures.items() if isinstance(value, float)}
-    body = [
-        f"<h1>{html.escape(task)} decoder</h1>",
-        _table((name, str(value)) for name, value in facts.items()),
-        "<h2>On the held-out images (95 % intervals)</h2>",
-        _table((name, f"{value:.4g}{_between(intervals.get(name))}") for name, value in single.items()),
-        *(f"<p><b>Note:</b> {html.escape(one)}.</p>" for one in cautions),
-        *_of_each(meter, figures, intervals),
-    ]
+    body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
+    notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(one))}.</p>" for one in cautions]
+    if result["held_out"]:
+        body += ["<h2>On the held-out images (95 % intervals)</h2>", *_figures(task, source, result, notes)]
+    else:
+        body += notes
     if folds:
         body.append(
-            f"<h2>{title_of(folds)}</h2><p>All {folds['images']} images, each judged by a decoder that has learnt from "
-            "others only.</p>"
+            f"<h2>{title_of(folds)} (95 % intervals)</h2><p>All {folds['images']} images, each judged by a decoder "
+            "that has learnt from others only.</p>"
         )
-        bounds = folds["held_out_intervals"]
-        given = {name: value for name, value in folds["held_out"].items() if isinstance(value, float)}
-        body.append(_table((name, f"{value:.4g}{_between(bounds.get(name))}") for name, value in given.items()))
+        body += _figures(task, source, folds)
     body += _curves(log)
-    body.append("<h2>Image, truth and answer, on images it was not taught from</h2>")
-    body += _legend(task, source)
-    body += [_views(task, source, lessons.views.item(view), found[view]) for view in range(min(lessons.count, SHOWN))]
+    if views is not None:
+        body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
+        body += _legend(task, source)
+        body += [_views(task, source, views.views.item(view), found[view]) for view in range(min(views.count, SHOWN))]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,21 +92,43 @@ def title_of(folds: Mapping[str, Any]) -> str:
     return f"{folds['folds']}-fold cross-validation"
 
 
+def _facts(facts: Mapping[str, object]) -> str:
+    """What was trained and how; a line of the command breaks between its words, as a browser would within a flag."""
+    rows = [(name, html.escape(str(value))) for name, value in facts.items() if name != COMMAND]
+    if COMMAND in facts:
+        words = (f"<span>{html.escape(word)}</span>" for word in _words(str(facts[COMMAND])))
+        rows.append((COMMAND, f"<code>{' '.join(words)}</code>"))
+    return _rows(rows)
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command as they were quoted, so that what is copied from the page still runs."""
+    return [shlex.quote(word) for word in shlex.split(command)]
+
+
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    lines = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
+    return _rows((name, html.escape(value)) for name, value in rows)
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and of values that are HTML."""
+    lines = (f'<tr><th scope="row">{html.escape(name)}</th><td>{value}</td></tr>' for name, value in rows)
     return f"<table>{''.join(lines)}</table>"
 
 
-def _of_each(meter: Meter, figures: Mapping[str, Any], intervals: Mapping[str, Any]) -> list[str]:
-    """The figure of each class or joint, and the names of those that no held-out image shows."""
+def _figures(task: str, source: LabelledSource, result: Mapping[str, Any], notes: Sequence[str] = ()) -> list[str]:
+    """The figures over all images, then those of each class or joint and the names of those that no image shows."""
+    figures, bounds, meter = result["held_out"], result.get("held_out_intervals", {}), METRICS[task](source)
+    single = {name: value for name, value in figures.items() if isinstance(value, float)}
+    found = [_table((figure_name(name), _told(value, bounds.get(name))) for name, value in single.items()), *notes]
     if not meter.columns:
-        return []
-    values, bounds = figures.get(meter.each, {}), intervals.get(meter.each, {})
-    rows = [(name, f"{value:.4g}{_between(bounds.get(name))}") for name, value in values.items()]
-    absent = [name for name in meter.columns if name not in values]
-    found = [f"<h3>{meter.each.replace('_', ' ').capitalize()}</h3>", *([_table(rows)] if rows else [])]
-    if absent:
-        found.append(f'<p class="dim">In no held-out image: {html.escape(", ".join(absent))}.</p>')
+        return found
+    values, limits = figures.get(meter.each, {}), bounds.get(meter.each, {})
+    rows = [(name, _told(value, limits.get(name))) for name, value in values.items()]
+    each = figure_name(meter.each)
+    found += [f"<h3>{each.capitalize()}</h3>", *([_table(rows)] if rows else [])]
+    if absent := meter.not_shown(figures):
+        found.append(f'<p class="dim">In none of these images: {html.escape(", ".join(absent))}.</p>')
     return found
 
 
@@ -113,7 +138,8 @@ def _curves(log: Sequence[Mapping[str, float]]) -> list[str]:
     found = []
     for name in names:
         points = [(line["step"], line[name]) for line in log if name in line]
-        found.append(_curve(name.removeprefix("held_out_") + (", held out" if name != "loss" else ""), points))
+        said = "loss" if name == "loss" else f"{figure_name(name.removeprefix('held_out_'))}, held out"
+        found.append(_curve(said, points))
     return ["<h2>Curves</h2>", f'<div class="curves">{"".join(found)}</div>'] if any(found) else []
 
 
@@ -146,21 +172,36 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 def _legend(task: str, source: LabelledSource) -> list[str]:
     """The colours of the classes, for labels that have some."""
-    if task == "semantic":
-        named = list(enumerate(source.classes))
-    elif task in ("instance", "open-vocabulary"):
-        named = list(enumerate(source.thing_classes, 1))
-    else:
+    if task not in ("semantic", "instance", "open-vocabulary"):
         return []
+    numbers = _numbers(source)
     spans = "".join(
-        f'<span><i style="background:rgb{colour(number)}"></i>{html.escape(name)}</span>' for number, name in named
+        f'<span><i style="background:rgb{colour(numbers[name])}"></i>{html.escape(name)}</span>'
+        for name in (source.classes if task == "semantic" else source.thing_classes)
     )
     return [f'<p class="legend">{spans}</p>']
 
 
+def _numbers(source: LabelledSource) -> dict[str, int]:
+    """Class -> the number whose colour it has, in the gallery of a run with semantic maps, too."""
+    names = dict.fromkeys((*(source.classes or (BACKGROUND,)), *source.thing_classes))
+    return {name: number for number, name in enumerate(names)}
+
+
+def _coloured(source: LabelledSource, label: Annotation) -> Annotation:
+    """A label under the numbers whose colours its classes have."""
+    if not isinstance(label, (Instances, SemanticMap)):
+        return label
+    numbers = [_numbers(source).get(name, 0) for name in label.classes]
+    if isinstance(label, Instances):  # whose pictures count from the first thing
+        return replace(label, class_ids=np.array(numbers, np.int64)[label.class_ids] - 1)
+    table = np.array([*numbers, *range(len(numbers), 256)], np.uint8)
+    return replace(label, labels=table[label.labels])
+
+
 def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> str:
-    label = LABEL_KINDS[task]
-    pictures = (item.image, *(label.picture(one, item.image) for one in (TASKS[task].truth(source, item), answer)))
+    label, both = LABEL_KINDS[task], (TASKS[task].truth(source, item), answer)
+    pictures = (item.image, *(label.picture(_coloured(source, one), item.image) for one in both))
     cells = "".join(
         f'<img src="{_address(picture)}" alt="{what}">' for picture, what in zip(pictures, ("image", "truth", "answer"))
     )
@@ -168,8 +209,9 @@ def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> 
     return f'<figure><div class="views">{cells}</div><figcaption>{said}</figcaption></figure>'
 
 
-def _between(bounds: object) -> str:
-    return f" ({bounds[0]:.4g} to {bounds[1]:.4g})" if isinstance(bounds, list) else ""
+def _told(value: float, bounds: object) -> str:
+    """A figure with its interval."""
+    return f"{value:.4g}" + (f" ({bounds[0]:.4g} to {bounds[1]:.4g})" if isinstance(bounds, list) else "")
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:

@@ -4,13 +4,13 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.command_line.progress import counted, duration
 from datasetdm_fast.decoders.trunk import Decoder, fold
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
@@ -24,10 +24,11 @@ from datasetdm_fast.lessons.cache import Inversion
 from datasetdm_fast.lessons.targets import check_shown, check_truth
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import recipes, word_heads
+from datasetdm_fast.readers import folder_of, open_data
+from datasetdm_fast.training import data_record, log, recipes, word_heads
 from datasetdm_fast.training.held_out import are_enough, split
 from datasetdm_fast.training.loop import TrainingViews, fit
+from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
@@ -48,6 +49,7 @@ class TrainingSession:
     ranks: Ranks
     numbers: tuple[int, ...]  # of the items learnt from or held out
     say: Callable[[str], None]
+    data: Mapping[str, Any] = field(default_factory=lambda: {"items": []})  # digests of the source's items
 
     @property
     def timestep(self) -> int:
@@ -136,7 +138,7 @@ class TrainingSession:
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
         settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
-        return TaskPlan(recipe.config, recipe.schedule, words, settings)
+        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data)
 
     def views(
         self,
@@ -162,18 +164,20 @@ class TrainingSession:
         return TrainingViews(found, views)
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
-        config, (learnt, held) = self.config, self.parts
+        config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
         self.say(
             f"images     {len(learnt)} to learn from in {counted(config.draws, 'look')} each, {len(held)} held out, "
-            f"{self.engine.model.size} pixels a side{self._own_size()}"
+            f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
         )
         self.say(f"captures   {self.cache_plan}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
-            done = " - finished; labels changed since then want another --out" if results[task] is not None else ""
+            done = " - finished" if results[task] is not None else ""
             self.say(f"{task:<16}{plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
+            for task, plan in plans.items():
+                self.say(f"{task:<16}{self._time_of_folds(task, plan, folds, results[task] is not None)}")
         for name in sorted(config.quirks):
             self.say(f"{name}        {QUIRKS[name]}")
 
@@ -184,18 +188,19 @@ class TrainingSession:
             return ""
         return f", fewer once {config.patience} of {config.checks} evaluations in turn bring no improvement"
 
-    def _own_size(self) -> str:
-        """What is lost of the first image, where it is larger than the model's."""
-        size, source = self.engine.model.size, self.source
-        if not (hasattr(source, "picture") and len(source)):
-            return ""
-        height, width = source.picture(source.order[0]).image.shape[:2]
-        whole = "" if height == width else ", and cut to a square"
-        return (
-            f" (the first has {width} x {height}: scaled to the model's size{whole})"
-            if max(height, width) != size
-            else ""
-        )
+    def _time_of_folds(self, task: str, plan: TaskPlan, folds: int, is_finished: bool) -> str:
+        """How many steps the folds take with the decoder itself, and how long, where a log of these steps tells it."""
+        steps = plan.schedule.steps
+        of_fold = round(steps * (1 - 1 / folds)) if self.config.preset == "upstream" else steps  # by images
+        whole = folds * of_fold + (0 if is_finished else steps)
+        each = log.seconds_of_step(Path(self.config.out) / task / "training")
+        time_of_all = f", about {duration(each * whole)} by the steps that were taken" if each else ""
+        return f"{whole} steps in all, {whole / steps:.2g} times those of one decoder{time_of_all}"
+
+    @cached_property
+    def framing(self) -> dict[str, Any]:
+        """How the pictures are brought to the model's size."""
+        return data_record.framing(self.data, len(self.source), self.engine.model.size, self.config.framing)
 
     def training(
         self,
@@ -204,11 +209,15 @@ class TrainingSession:
         is_stopping: Callable[[], bool],
         command: str = "",
         folds: dict[str, Any] | None = None,
+        is_finished: bool = False,
     ) -> TaskTraining | None:
         """The training of a task with its captures at hand, or None where the making of them was stopped. `command` and
-        `folds`, the figures of cross-validation, are for its page.
+        `folds`, the figures of cross-validation, are for its page; of one that `is_finished` only what the page shows
+        is opened.
         """
         (learnt, held), task = self.parts, plan.decoder.task
+        if is_finished:
+            learnt, held = [], held[:SHOWN]
         count = len(learnt) * self.config.draws + len(held)
         choice, began, told = self._as_begun(folder), time.monotonic(), time.monotonic()
         done = 0
@@ -229,8 +238,8 @@ class TrainingSession:
         except _Stopped:
             return None
         model, device = self.engine.model, self.engine.device
-        told = (command, folds)
-        return TaskTraining(folder, plan, lessons, judged, self.config, model.size, device, model.tokenizer, *told)
+        given = (folder, plan, lessons, judged, self.config, self.framing, device, model.tokenizer)
+        return TaskTraining(*given, command, folds)
 
     def _as_begun(self, folder: Path) -> cache.CachePlan:
         """The plan with captures kept or not as when the training began, as half precision decides bits."""
@@ -250,6 +259,20 @@ class TrainingSession:
 
 class _Stopped(Exception):
     """A signal came while captures were made; those that are there stay."""
+
+
+def _check_apart(config: TrainConfig) -> None:
+    """Refuses to begin a training in its data, whose reader would take the decoder's folders and files for labels."""
+    if (data := folder_of(config.data)) is None:
+        return
+    for task in config.task:
+        folder = Path(config.out) / task
+        has_begun = storage.is_there(folder / "training" / "settings.json")
+        if not has_begun and folder.resolve().is_relative_to(data.resolve()):
+            raise Refused(
+                f"--out: {folder} lies in the data, {data}, where a decoder's files can be taken for labels",
+                "choose an --out beside the data",
+            )
 
 
 def _table(path: str, source: LabelledSource) -> ClassTable:
@@ -302,6 +325,7 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
 
 def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     """Model, data and engine of the command, checked."""
+    _check_apart(config)
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     options = {"selection": config.selection(), "skip_bad": config.skip_bad, "framing": config.framing}
     source = open_data(config.data, model.size, tasks=config.task, **options)
@@ -332,4 +356,13 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
         say(f"left out   {documents.one_line(name)}: {documents.one_line(reason)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
-    return TrainingSession(config, engine, source, ranks, tuple(range(len(source))), say)
+    told = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= SECONDS_PER_LINE:
+            told = time.monotonic()
+            say(f"data       {done} of {len(source)} images read")
+
+    data = ranks.said(data_record.record(source, progress) if ranks.is_first else None)
+    return TrainingSession(config, engine, source, ranks, tuple(range(len(source))), say, data)

@@ -2,6 +2,7 @@
 
 FOLDER/config.json, model.safetensors   the decoder, once it is done
 FOLDER/training/settings.json           what decides its weights
+FOLDER/training/data.json               digests of the pictures and labels
 FOLDER/training/checkpoint.safetensors  the whole state, replaced from time to time
 FOLDER/training/log.jsonl               losses and held-out figures
 FOLDER/training/result.json, page.html  figures, and answers beside the truth
@@ -26,8 +27,9 @@ from datasetdm_fast.engines.memory import keep_freed
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.loading import checkpoint
-from datasetdm_fast.training import held_out, page, word_heads
+from datasetdm_fast.training import data_record, held_out, page, word_heads
 from datasetdm_fast.training.log import Log, log_lines
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks
@@ -44,7 +46,8 @@ class TaskPlan:
     decoder: DecoderConfig
     schedule: TrainingSchedule
     words: Tensor | None  # class embeddings
-    settings: Mapping[str, Any]  # everything that decides the weights, as JSON
+    settings: Mapping[str, Any]  # everything that decides the weights, as JSON, apart from:
+    data: Mapping[str, Any]  # the digests of the data's items
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ class TaskTraining:
     lessons: TrainingViews
     held: TrainingViews | None
     config: TrainConfig
-    size: int  # pixels of a side
+    framing: Mapping[str, Any]  # how pictures are brought to the model's size
     device: torch.device
     tokenizer: Callable[..., object]
     command: str = ""  # what the user typed
     folds: Mapping[str, Any] | None = None  # figures of cross-validation
+    of_fold: tuple[TrainingViews, Path] | None = None  # what the page shows where no image is held out, and the decoder
 
     @property
     def task(self) -> str:
@@ -69,30 +73,46 @@ class TaskTraining:
         return self.folder / "training"
 
     @property
+    def shown(self) -> str:
+        """Which images the page shows."""
+        if self.held:
+            return "Held-out images"
+        return "Images that the decoder of the first fold has not seen" if self.of_fold else ""
+
+    @property
     def dtype(self) -> str:
         auto = "bf16" if self.device.type == "cuda" else "fp32"
         return auto if self.config.dtype == "auto" else self.config.dtype
 
 
-def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
-    """The result of a training that ended here, None where there is work left; other settings are refused."""
-    path = folder / "training" / "settings.json"
+def finished(folder: Path, plan: TaskPlan) -> dict | None:
+    """The result of a training that ended here, None where there is work left; other settings or data are refused."""
+    path, settings = folder / "training" / "settings.json", _flat(plan.settings)
     if not storage.is_there(path):
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "choose another --out")
         return None
-    before = read_state(path)
+    before = _flat(read_state(path))
     if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
         said = ", ".join(
-            f"{name} {json.dumps(before.get(name))} there, {json.dumps(settings.get(name))} now"
+            f"{name} {one_line(json.dumps(before.get(name)))} there, {one_line(json.dumps(settings.get(name)))} now"
             for name in differing[:4]
         )
         raise Refused(
             f"--out: {folder} was trained with other settings ({said})",
             "choose another --out, or the settings it was begun with",
         )
+    if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
+        data_record.check(folder, read_state(data, data_record.LARGEST_RECORD), plan.data)
     result = folder / "training" / "result.json"
     return read_state(result) if result.exists() else None
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with each of the decoder under a name of its own, so that a difference is told in few words."""
+    own = settings.get("decoder")
+    inner = {f"decoder {name}": value for name, value in own.items()} if isinstance(own, dict) else {}
+    return {name: value for name, value in settings.items() if name != "decoder" or not inner} | inner
 
 
 @contextmanager
@@ -103,10 +123,10 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_state(path: Path) -> dict:
+def read_state(path: Path, most: int = LARGEST_STATE) -> dict:
     """A JSON file of a training."""
     try:
-        found = json.loads(storage.read(path, LARGEST_STATE))
+        found = json.loads(storage.read(path, most))
     except ValueError as error:
         raise Refused(f"{path}: not JSON ({error})", "choose another --out, or restore it from a copy") from None
     if not isinstance(found, dict):
@@ -124,7 +144,10 @@ def run(
     plan = training.plan
     keep_freed()
     if ranks.is_first:
-        storage.publish({training.state / "settings.json": (json.dumps(plan.settings, indent=2) + "\n").encode()})
+        files = {training.state / "settings.json": (json.dumps(plan.settings, indent=2) + "\n").encode()}
+        if not (data := training.state / data_record.NAME).exists():
+            files[data] = data_record.as_json(plan.data)
+        storage.publish(files)
     trainer = Trainer(
         *(plan.decoder, plan.schedule, training.lessons, plan.words, training.device, training.dtype, ranks),
         is_ahead=training.lessons.captures.is_stored,
@@ -249,6 +272,7 @@ class _StartedTraining:
         result = {
             "task": training.task,
             "images": training.lessons.images,
+            "framing": dict(training.framing),
             "held_out_images": held.images if held else 0,
             "steps": done,
             "stopped_early": done < training.plan.schedule.steps,
@@ -261,42 +285,58 @@ class _StartedTraining:
             "not_shown": meter.not_shown(figures) if meter else [],
             "named_by_captions": bool(decoder.config.named),
         }
-        files = {training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()}
-        if meter:
-            files[training.state / PAGE] = _page(training, result, found, meter)
-        storage.publish(files)
+        shown = (held, found) if held else _of_fold(training)
+        files = {training.state / PAGE: _page(training, result, *shown)}
+        storage.publish(files | {training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
         checkpoint.remove(training.state)
         return result
 
 
 def show_folds(training: TaskTraining, result: Mapping[str, Any], ranks: Ranks) -> None:
     """Makes the page of a finished training again, with the figures of a cross-validation that came later."""
-    if training.held and ranks.is_first:
-        judged = _judged(training, load_decoder(training.folder))
-        storage.publish({training.state / PAGE: _page(training, result, *judged)})
+    if ranks.is_first:
+        held = training.held
+        shown = (held, _judged(training, load_decoder(training.folder))[0]) if held else _of_fold(training)
+        storage.publish({training.state / PAGE: _page(training, result, *shown)})
 
 
 def shows_folds(folder: Path, folds: Mapping[str, Any]) -> bool:
-    """Whether the page of a decoder's folder, where there is one, has these figures of cross-validation."""
+    """Whether the page of a decoder's folder has these figures of cross-validation."""
     path = folder / "training" / PAGE
-    return not path.exists() or page.title_of(folds).encode() in path.read_bytes()
+    return path.exists() and page.title_of(folds).encode() in path.read_bytes()
 
 
 def _judged(training: TaskTraining, decoder: Decoder) -> tuple[list[Annotation], Meter]:
     """What a decoder says about the held-out images, and its figures on them."""
-    given = (training.plan.words, training.size, training.device, training.tokenizer)
-    found = held_out.answers(decoder, training.held, *given)
+    found = _answers(training, training.held, decoder)
     return found, held_out.score(training.task, training.held, found)
 
 
-def _page(training: TaskTraining, result: Mapping[str, Any], found: Sequence[Annotation], meter: Meter) -> bytes:
+def _answers(training: TaskTraining, views: TrainingViews, decoder: Decoder) -> list[Annotation]:
+    size = training.framing["pixels_a_side"]
+    return held_out.answers(decoder, views, training.plan.words, size, training.device, training.tokenizer)
+
+
+def _of_fold(training: TaskTraining) -> tuple[TrainingViews | None, list[Annotation]]:
+    """Some images with what a fold's decoder that has not seen them says, where there are folds."""
+    if training.of_fold is None:
+        return None, []
+    views, folder = training.of_fold
+    return views, _answers(training, views, load_decoder(folder))
+
+
+def _page(
+    training: TaskTraining, result: Mapping[str, Any], views: TrainingViews | None, found: Sequence[Annotation]
+) -> bytes:
     steps, patience = str(result["steps"]), training.config.patience  # results of earlier versions lack some entries
     if result.get("stopped_early"):
         steps += f" of {training.plan.schedule.steps}: {patience} evaluations in turn brought no improvement"
+    how = data_record.framed(training.framing)
     facts = {"data": training.config.data, "images learnt from": result["images"]}
     facts |= {"images held out": result["held_out_images"], "steps": steps}
-    facts |= {"weights of step": result.get("weights_of_step", result["steps"]), "pixels a side": training.size}
+    facts |= {"weights of step": result.get("weights_of_step", result["steps"])}
+    facts |= {"pixels a side": f"{training.framing['pixels_a_side']}{f': {how}' if how else ''}"}
     facts |= {"command": training.command} if training.command else {}
     cautions = held_out.cautions(result, bool(training.folds))
-    given = (training.task, training.held, found, facts, meter, result.get("held_out_intervals", {}))
-    return page.page(*given, log_lines(training.state), cautions, training.folds)
+    given = (training.lessons.views.source, facts, result, log_lines(training.state), cautions, training.folds)
+    return page.page(training.task, *given, views, found, training.shown)

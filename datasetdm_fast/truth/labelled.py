@@ -12,6 +12,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.labels.class_tables import ClassTable
 
 IGNORED = 255
+MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class LabelledSource:
     limbs: tuple[tuple[int, int], ...] = ()
     max_depth: float = 0.0
     tasks: tuple[str, ...] = ()  # those it has truth for
+    is_rendered: bool = False  # whether its address alone decides its items
     captions_name_all: bool = False  # whether captions are made of the labels, or name every thing by their making
     class_table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
     framing: str = "fit"
@@ -159,7 +161,6 @@ class LabelledSource:
         try:
             return read(*arguments)
         except OSError as error:
-            stop = storage.refusal(error, error.filename or "the data set")
-            raise Refused(stop.cause, stop.remedy) from error
+            raise Refused(storage.refusal(error, error.filename or "the data set").cause, MEND) from error
         except Missing as stop:
-            raise Refused(stop.cause, stop.remedy) from stop
+            raise Refused(stop.cause, MEND if isinstance(stop.__cause__, OSError) else stop.remedy) from stop

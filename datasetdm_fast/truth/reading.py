@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels.depth import LARGEST_STEP
-from datasetdm_fast.truth.labelled import IGNORED
+from datasetdm_fast.truth.labelled import IGNORED, MEND
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
@@ -29,7 +30,6 @@ OTHER_PICTURES = (
 )  # listed to be refused by name, not passed over
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
-MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
@@ -131,10 +131,10 @@ def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.nd
 
 
 def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
-    unknown = [int(value) for value in np.unique(found) if value != IGNORED and not 0 <= value < classes]
-    if unknown:
+    unknown = found[(found < 0) | ((found >= classes) & (found != IGNORED))]  # faster than sorting a photo's pixels
+    if len(unknown):
         raise bad(
-            path, f"the unknown class {unknown[0]}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
+            path, f"the unknown class {unknown.min()}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
         )
 
 
@@ -202,6 +202,20 @@ def no_split(path: Path, split: str) -> Refused:
     return Refused(
         f"{path}: no split {split!r}", "Leave the brackets out for all images, or name the folder that holds the split."
     )
+
+
+def names_of(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """What labels are found by, paths in the folder without an ending; the same name twice is refused."""
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
+    if twice := [name for name, next_name in pairwise(sorted(names)) if name == next_name]:
+        raise bad(folder, f"{twice[0]!r} is the name of two images, and labels go by name")
+    return names
+
+
+def beside(folder: Path, name: str, ending: str) -> Path:
+    """The label file of a name, whose ending may be in capitals."""
+    path, other = folder / f"{name}{ending}", folder / f"{name}{ending.upper()}"
+    return other if other.exists() and not path.exists() else path
 
 
 def first_there(*paths: Path) -> Path:

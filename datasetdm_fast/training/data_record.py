@@ -1,0 +1,134 @@
+"""Digests of the pictures and labels a decoder is taught from, by which a training that is resumed notices a change.
+
+FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.truth.labelled import LabelledSource
+
+NAME = "data.json"
+LARGEST_RECORD = 2**28  # bytes
+DIGITS = 16  # of a digest
+FORM = {"items": [{"name": str, "sides": [int]}]}
+KINDS = {  # what a change is called -> the fields of an item that tell it
+    "other labels": ("semantic", "things", "depth", "joints"),
+    "another picture": ("image",),
+    "another caption": ("caption",),
+}
+TOGETHER = {  # fields that are there together
+    "things": ("masks", "mask_classes", "crowds", "crowd_classes"),
+    "joints": ("keypoints", "keypoint_boxes", "keypoint_areas"),
+}
+
+
+def record(source: LabelledSource, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    """Every item of a data set at its own size, in order; nothing of scenes, which their address alone decides."""
+    found = []
+    for index in () if source.is_rendered else range(len(source)):
+        found.append(_item(source, index))
+        progress(index + 1)
+    return {"items": found}
+
+
+def _item(source: LabelledSource, index: int) -> dict[str, Any]:
+    number = source.order[index]
+    item = source.guarded(source.picture, number) if hasattr(source, "picture") else source[index]
+    fields = {"image": (item.image,), "caption": (item.caption,), "semantic": (item.semantic,), "depth": (item.depth,)}
+    fields |= {name: tuple(getattr(item, part) for part in parts) for name, parts in TOGETHER.items()}
+    said = {name: _digest(parts) for name, parts in fields.items() if parts[0] is not None}
+    return {"name": source.name(number), "sides": [item.image.shape[1], item.image.shape[0]], **said}
+
+
+def _digest(parts: tuple[Any, ...]) -> str:
+    """Of text, arrays, and lists of masks or of what makes them, one at a time."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for one in part if isinstance(part, (list, tuple)) else (part,):
+            value = one() if callable(one) else one
+            if isinstance(value, np.ndarray):
+                digest.update(f"{value.dtype.str}{value.shape}".encode())
+                digest.update(np.ascontiguousarray(value).data)
+            else:
+                digest.update(f"{value}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:DIGITS]
+
+
+def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to resume the training of a folder that was begun on other pictures or labels."""
+    try:
+        documents.check_form(before, FORM)
+    except ValueError as error:
+        raise Refused(
+            f"{folder}/training/{NAME}: not what a training writes ({error})", "choose another --out"
+        ) from None
+    if said := changes(before["items"], now["items"]):
+        raise Refused(
+            f"--out: {folder} was taught from other data: {said}",
+            "restore the data, or choose another --out for a training on the data as they are",
+        )
+
+
+def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """What of the data changed, in words, empty where nothing did; what only one of them read is not compared."""
+    names, later = ([item["name"] for item in items] for items in (before, now))
+    if names != later:
+        gone, new = _listed(set(names) - set(later)), _listed(set(later) - set(names))
+        moved = [f"{what} {said}" for what, said in (("without", gone), ("with", new)) if said]
+        return f"now {' and '.join(moved)}" if moved else "the same images in another order"
+    found = []
+    for kind, fields in KINDS.items():
+        pairs = zip(before, now, strict=True)
+        changed = {
+            old["name"]
+            for old, new in pairs
+            if any(old[name] != new[name] for name in fields if name in old and name in new)
+        }
+        found += [f"{kind} of {_listed(changed)}"] if changed else []
+    return "; ".join(found)
+
+
+def _listed(names: set[str]) -> str:
+    """The first of some names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {counted(len(ordered) - 1, 'more image')}" if len(ordered) > 1 else ""
+    return f"{documents.one_line(ordered[0])}{more}" if ordered else ""
+
+
+def as_json(found: Mapping[str, Any]) -> bytes:
+    """The record as a file, one item a line."""
+    lines = ",\n".join(json.dumps(item) for item in found["items"])
+    return f'{{"items": [\n{lines}\n]}}\n'.encode()
+
+
+def framing(found: Mapping[str, Any], pictures: int, size: int, rule: str) -> dict[str, Any]:
+    """How the pictures are brought to the model's size, and of how many that changes something."""
+    sides = [item["sides"] for item in found["items"]]
+    return {
+        "pixels_a_side": size,
+        "framing": rule,
+        "pictures": pictures,
+        "scaled": sum(each != [size, size] for each in sides),
+        "cut_to_a_square": sum(width != height for width, height in sides),
+    }
+
+
+def framed(framing: Mapping[str, Any]) -> str:
+    """The same in words, empty where all pictures have the model's size."""
+    scaled, cut, pictures = (framing[name] for name in ("scaled", "cut_to_a_square", "pictures"))
+    if not scaled:
+        return ""
+    of_all = counted(pictures, "picture")
+    which = f"all {of_all} are" if scaled == pictures > 1 else f"{scaled} of {of_all} {'is' if scaled == 1 else 'are'}"
+    square = "a square that DatasetDM's rule draws" if framing["framing"] == "upstream" else "the square in the middle"
+    some = f", {cut} of them cut to {square}" if cut else ""
+    return f"{which} scaled to that{f' and cut to {square}' if cut == scaled else some}"
