@@ -79,7 +79,7 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert page.count('<img src="data:image/png;base64,') == 3 and "AbsRel" in page and "absrel" not in page
     assert 'src="http' not in page
     assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
-    assert "<span>datasetdm_fast.train</span> <span>--model</span> <span>tiny</span>" in page
+    assert "<b>datasetdm_fast.train</b> <b>--model</b> <b>tiny</b>" in page
     assert ">step 1<" in page and ">step 6<" in page and ">step 2<" in page  # ends of the loss and of the figure
     assert re.search(r"<figcaption>loss: [\d.]+ at step 1, [\d.]+ at step 6</figcaption>", page)
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ from datasetdm_fast.truth.labelled import LabelledSource
 
 SHOWN = 12  # images of the page
 FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"
-COMMAND = "command"  # the fact that is set as code
+COMMAND = "command"  # the fact that has a line of its own
 WIDTH, HEIGHT = 440, 170  # pixels of a chart
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # pixels between its sides and the curve
 POINTS = 200  # of a curve
@@ -35,7 +35,8 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding
 color:var(--ink)}
 h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:left;vertical-align:top}
-td{overflow-wrap:anywhere}code span{display:inline-block;max-width:100%}p span{white-space:nowrap}
+td{overflow-wrap:anywhere}p span{white-space:nowrap}
+code{color:var(--ink)}code b{display:inline-block;max-width:100%;overflow-wrap:anywhere;font-weight:normal}
 th{font-weight:normal;color:var(--dim);white-space:nowrap}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
@@ -94,11 +95,11 @@ def title_of(folds: Mapping[str, Any]) -> str:
 
 def _facts(facts: Mapping[str, object]) -> str:
     """What was trained and how; a line of the command breaks between its words, as a browser would within a flag."""
-    rows = [(name, html.escape(str(value))) for name, value in facts.items() if name != COMMAND]
-    if COMMAND in facts:
-        words = (f"<span>{html.escape(word)}</span>" for word in _words(str(facts[COMMAND])))
-        rows.append((COMMAND, f"<code>{' '.join(words)}</code>"))
-    return _rows(rows)
+    found = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
+    if COMMAND not in facts:
+        return found
+    words = (f"<b>{html.escape(word)}</b>" for word in _words(str(facts[COMMAND])))
+    return f'{found}<p class="dim">{COMMAND}<br><code>{" ".join(words)}</code></p>'
 
 
 def _words(command: str) -> list[str]:
@@ -107,12 +108,7 @@ def _words(command: str) -> list[str]:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return _rows((name, html.escape(value)) for name, value in rows)
-
-
-def _rows(rows: Iterable[tuple[str, str]]) -> str:
-    """A table of names and of values that are HTML."""
-    lines = (f'<tr><th scope="row">{html.escape(name)}</th><td>{value}</td></tr>' for name, value in rows)
+    lines = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
     return f"<table>{''.join(lines)}</table>"
 
 
