@@ -158,9 +158,12 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
 def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):
     LAYOUTS["folder"][1](data := tmp_path / "semantic")
     line = ["--data", f"folder:{data}[train]", "--task", "semantic", "--steps", "1"]
-    for out in ("semantic", "semantic/decoder", "."):  # where the folders of tasks would be labels, or the data
+    for out in ("semantic", "semantic/masks", "semantic/train", "."):  # folders of tasks would be labels, or the data
         assert run(*line, out=out) == 2
-        assert f"lies in the data, {data}" in capsys.readouterr().err and not (data / "semantic").exists()
+        assert f"lies in the data, folder:{data}" in capsys.readouterr().err and not (data / "semantic").exists()
+    assert run("--data", f"yolo-seg:{data}", "--task", "semantic", out="semantic/decoder") == 2
+    assert "lies in the data" in capsys.readouterr().err  # whose reader looks into every folder
+    assert run(*line, "--dry-run", out="semantic/decoder") == 0
     assert run("--data", "demo:1", "--task", "semantic", "--dry-run", out=".") == 0
 
 

@@ -14,7 +14,7 @@ from datasetdm_fast.readers.cityscapes import Cityscapes
 from datasetdm_fast.readers.coco import Coco
 from datasetdm_fast.readers.cvat import Cvat
 from datasetdm_fast.readers.deepfashion import DeepFashion
-from datasetdm_fast.readers.folder import Folder
+from datasetdm_fast.readers.folder import PARTS, Folder
 from datasetdm_fast.readers.hf import HuggingFace
 from datasetdm_fast.readers.kitti import Kitti
 from datasetdm_fast.readers.labelme import LabelMe
@@ -56,11 +56,17 @@ ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED"
 
 
-def folder_of(spec: str) -> Path | None:
-    """The folder that an address names; scenes that are rendered have none."""
+def is_read(spec: str, path: Path) -> bool:
+    """Whether the reader of an address may take files in the folder `path` for the data set's."""
     kind, _, rest = spec.partition(":")
     match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
-    return Path(match[1]).expanduser() if match else None
+    if not match:
+        return False
+    data, path = Path(match[1]).expanduser().resolve(), path.resolve()
+    if not path.is_relative_to(data):
+        return False
+    first = path.relative_to(data).parts[:1]
+    return kind != "folder" or not first or first[0] in (*PARTS, match[2])
 
 
 def open_data(

@@ -8,6 +8,8 @@ from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
+PARTS = "images", "masks", "semantic", "depth"
+
 
 class Folder(PictureSource):
     """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json may be there, and max_depth.txt with the

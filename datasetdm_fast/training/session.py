@@ -24,7 +24,7 @@ from datasetdm_fast.lessons.cache import Inversion
 from datasetdm_fast.lessons.targets import check_shown, check_truth
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import folder_of, open_data
+from datasetdm_fast.readers import is_read, open_data
 from datasetdm_fast.training import data_record, log, recipes, word_heads
 from datasetdm_fast.training.held_out import are_enough, split
 from datasetdm_fast.training.loop import TrainingViews, fit
@@ -263,14 +263,12 @@ class _Stopped(Exception):
 
 def _check_apart(config: TrainConfig) -> None:
     """Refuses to begin a training in its data, whose reader would take the decoder's folders and files for labels."""
-    if (data := folder_of(config.data)) is None:
-        return
     for task in config.task:
         folder = Path(config.out) / task
         has_begun = storage.is_there(folder / "training" / "settings.json")
-        if not has_begun and folder.resolve().is_relative_to(data.resolve()):
+        if not has_begun and is_read(config.data, folder):
             raise Refused(
-                f"--out: {folder} lies in the data, {data}, where a decoder's files can be taken for labels",
+                f"--out: {folder} lies in the data, {config.data}, where a decoder's files can be taken for labels",
                 "choose an --out beside the data",
             )
 
