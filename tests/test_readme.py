@@ -155,7 +155,8 @@ def check(words: list[str]) -> None:
     elif program == "srun":
         check(rest)
     elif program == "make":
-        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        name, sets, _ = rest[0].partition("=")  # a target, or a variable
+        assert re.search(rf"^{name} [?]=" if sets else f"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         extras = re.fullmatch(r"\.(?:\[(.*)\])?", rest[1])[1]
