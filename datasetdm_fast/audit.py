@@ -54,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
             "Each line above, or in --json, ends with its remedy.",
         )
     if not config.json:
-        left = report.number - report.done - report.set_aside
+        left = report.number - report.done - report.set_aside - report.dropped
         state = "complete" if report.is_complete else f"{left} still to be made"
+        state += f", {report.dropped} dropped" if report.dropped else ""
         print(
             f"{report.path}: whole, {report.done} of {report.number} samples ({state}), {report.files} files, "
             f"{report.bytes / 1e6:,.1f} MB read"
@@ -66,7 +67,10 @@ def main(arguments: Sequence[str]) -> int:
 def _told(config: AuditConfig) -> Report:
     """The report on a run folder with the exports in it, or on an export."""
     if (copies := copy_of(config.run)) is not None:
-        return replace(_told(replace(config, run=str(copies.whole()))), path=config.run)
+        folder = copies.whole()
+        if not folder.is_dir():  # no file came
+            raise Refused(f"{config.run}: holds nothing, so it is no run", "Check the address.")
+        return replace(_told(replace(config, run=str(folder))), path=config.run)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)

@@ -33,6 +33,11 @@ COMMANDS = {
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
 }
 
+PROGRAMS = {  # the same of programs whose first word names a script of another project
+    "compat.showlab": ("datasetdm_fast.compat.showlab.__main__", "run the command lines of DatasetDM's own scripts"),
+    "compat.vinai": ("datasetdm_fast.compat.vinai", "run the command lines of Dataset Diffusion's own scripts"),
+}
+
 
 @command
 def main(arguments: Sequence[str]) -> int:
@@ -40,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
-        for known, (_, sentence) in COMMANDS.items():
-            print(f"  {known:{max(map(len, COMMANDS))}}  {sentence}")
+        for known, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
+            print(f"  {known:{max(map(len, PROGRAMS))}}  {sentence}")
         print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints what makes bash, zsh or fish")
         print("complete commands and flags.")
         return 0
@@ -51,8 +56,9 @@ def main(arguments: Sequence[str]) -> int:
     if name == "completion":
         print(completion(arguments[1] if len(arguments) > 1 else "", COMMANDS), end="")
         return 0
-    if name not in COMMANDS:
-        said = f"unknown command {name!r}{nearest(name, (*COMMANDS, 'completion'))}" if name else "no command given"
+    if name not in COMMANDS and name not in PROGRAMS:
+        known = (*COMMANDS, *PROGRAMS, "completion")
+        said = f"unknown command {name!r}{nearest(name, known)}" if name else "no command given"
         remedy = f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
         raise Refused(f"datasetdm-fast: {said}", remedy)
-    return import_module(COMMANDS[name][0]).main(arguments[1:])
+    return import_module({**COMMANDS, **PROGRAMS}[name][0]).main(arguments[1:])

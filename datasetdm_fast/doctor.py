@@ -280,6 +280,8 @@ def _command(arguments: Sequence[str]) -> int:
     from datasetdm_fast.errors import Missing
 
     config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__, EXAMPLES)
+    if not config.json:
+        print("trying every engine, then a first image: some ten seconds", file=sys.stderr, flush=True)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if problem := found["self_test"]["problem"]:

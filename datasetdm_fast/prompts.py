@@ -198,7 +198,9 @@ def _tell(config: PromptsConfig, sentences: Sequence[Sentence], total: int, reas
     print(f"prompts    {len(sentences):,}, {repeated:.1%} near duplicates, distinct-2 {found['distinct_2']:.3f}")
     if named:
         rarest, commonest = min(named, key=named.get), max(named, key=named.get)
-        print(f"classes    {len(named)}, from {named[rarest]:,} ({rarest}) to {named[commonest]:,} ({commonest})")
+        least, most = (f"{named[name]:,} ({name})" for name in (rarest, commonest))
+        even = named[rarest] == named[commonest]
+        print(f"classes    {len(named)}, {f'{named[rarest]:,} prompts each' if even else f'from {least} to {most}'}")
     for first, second, count in found["together"][:3]:
         print(f"together   {first} and {second}: {count:,}")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
-from datasetdm_fast.command_line.telling import planned
+from datasetdm_fast.command_line.telling import planned, say
 from datasetdm_fast.config import (
     ENGINE_NAMES,
     TASKS,
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if config.run:
         described(Path(config.run))  # minutes before the verdict is to be stored there
+    say(config, f"loading {config.model} for {config.engine} and {config.against}")
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 

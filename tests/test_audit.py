@@ -207,12 +207,14 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
         [str(tmp_path / "none")],
         [str(tmp_path / "file")],
         ["\0"],
+        [f"file://{tmp_path}/none"],
         [str(tmp_path), "more"],
         ["--threads", "-1", "x"],
     ):
         assert command.main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 2
+        assert not arguments or arguments[0] in err or "more" in arguments or "\0" in arguments, err
     with pytest.raises(Refused):
         audit.audit(tmp_path)
 

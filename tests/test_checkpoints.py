@@ -247,6 +247,11 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
     assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
 
 
+def test_a_model_file_that_is_not_there_is_told_as_such(tmp_path, capsys):
+    line = (tmp_path / "v1-5.ckpt", "--to", "diffusers", "--out", tmp_path / "folder")
+    assert convert(*line) == 3 and f"{tmp_path / 'v1-5.ckpt'}: no such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("averaged", (False, True))
 def test_a_file_becomes_a_diffusers_folder(averaged, tiny, first_generation, tmp_path, capsys):  # noqa: F811
     unet, vae, text, state = first_generation

@@ -17,7 +17,9 @@ from test_layers import FOR_ALL, HERE, PACKAGE, ROWS
 ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- /rooms -->)", re.DOTALL)
 ARCHITECTURE = HERE / "docs" / "architecture.md"
 OUTSIDE = ("kernels", "export", "bench")  # rooms that lie at the top of the checkout
-PAGES = sorted([HERE / "README.md", HERE / "bench" / "README.md", *(HERE / "docs").glob("*.md")])
+PAGES = sorted(
+    [*(HERE / name for name in ("README.md", "SECURITY.md", "bench/README.md")), *(HERE / "docs").glob("*.md")]
+)
 README_LINES = 150
 LONGEST_LINE = 120
 
@@ -30,7 +32,7 @@ def room_path(room: str) -> Path:
 def sentence(path: Path) -> str:
     """The first paragraph of a file's docstring, without the command line that it may begin with."""
     words = " ".join(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0].split())
-    return re.sub(r"^python -m [\w.]+( [A-Z]+)?: ", "", words)
+    return re.sub(r"^python -m [\w.]+( [^:]+)?: ", "", words)
 
 
 def room_table() -> str:
@@ -100,7 +102,7 @@ def test_the_readme_is_short_and_leads_to_every_page():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= README_LINES
     for page in PAGES:
-        assert page.name == "README.md" or f"](docs/{page.name}" in text, page.name
+        assert page.name == "README.md" or f"]({page.relative_to(HERE).as_posix()}" in text, page.name
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 from rendered import write_run
 from skips import IS_LONG
 
+from datasetdm_fast import audit as audit_command
 from datasetdm_fast import drop, filter, merge, restore
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
@@ -54,6 +55,7 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
     left = ["00000000", "00000002", "00000003", "00000005"]
     assert ids(run) == left and is_whole(run)
     assert [json.loads(line)["id"] for line in (run / "samples.jsonl").read_text().splitlines()] == left
+    assert audit_command.main([str(run)]) == 0 and "4 of 6 samples (complete, 2 dropped)" in capsys.readouterr().out
     for name in ("instances.json", "keypoints.json"):
         content = json.loads((run / name).read_text())
         assert [image["id"] for image in content["images"]] == [0, 2, 3, 5]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast.demo import judge, judge_net
+from datasetdm_fast.demo import judge, judge_labels, judge_net
 from datasetdm_fast.demo.distance import frechet
 from datasetdm_fast.demo.things_seen import follows, shares, things_seen
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.worlds import WORLDS
 
@@ -125,3 +126,9 @@ def test_a_colour_map_gives_every_thing_the_colour_of_its_caption():
     scene = own.sample_scene(4_500_001, count=2)
     view = own.render(replace(scene, things=tuple(replace(one, colour="white") for one in scene.things)), 64)
     assert set(np.unique(judge_net.colour_map(own, view))) == {0, 1 + COLOURS.index("white")}
+
+
+def test_a_run_that_is_not_there_is_refused_before_a_net_is_trained(tmp_path):
+    with pytest.raises(Refused, match="not a run folder"):
+        judge_labels.main([str(tmp_path / "none"), "--judged", str(tmp_path / "judged")])
+    assert not (tmp_path / "judged").exists()

@@ -97,6 +97,12 @@ def test_an_unknown_command_is_refused_in_two_lines(capsys):
     assert "did you mean --seed?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", cli.PROGRAMS)
+def test_programs_with_scripts_of_others_are_commands_too(name, capsys):
+    assert cli.main(["--help"]) == 0 and f"  {name}  " in capsys.readouterr().out
+    assert cli.main([name, "frob"]) == 2 and f"python -m datasetdm_fast.{name}: " in capsys.readouterr().err
+
+
 def test_the_extension_needs_no_cuda_library_to_be_imported():
     assert _C.cuda_device_count() >= 0
     linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout

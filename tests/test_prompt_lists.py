@@ -121,6 +121,14 @@ def test_the_same_line_writes_the_same_bytes(tmp_path):
     )
 
 
+def test_the_command_says_how_often_classes_come_up(tmp_path, capsys):
+    line = ["--classes", "cat,owl", "--per-class", "3", "--out", str(tmp_path / "list")]
+    assert prompts.main(line) == 0 and "classes    2, 3 prompts each" in capsys.readouterr().out
+    (tmp_path / "counts.json").write_text('{"cat": 4, "owl": 2}')
+    line[2:4] = ["--target-counts", str(tmp_path / "counts.json")]
+    assert prompts.main(line) == 0 and "classes    2, from 2 (owl) to 4 (cat)" in capsys.readouterr().out
+
+
 def test_target_counts_and_own_words(tmp_path):
     counts = tmp_path / "real.json"
     counts.write_text('{"owl": 2, "fire hydrant": 5}')

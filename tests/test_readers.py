@@ -958,6 +958,12 @@ def test_places_that_are_no_data_set_are_refused(spec):
         open_data(spec, SIZE)
 
 
+def test_a_folder_that_is_not_there_is_told_as_such(tmp_path):
+    with pytest.raises(Refused) as stop:
+        open_data(f"folder:{tmp_path}/photos", SIZE)
+    assert stop.value.cause == f"{tmp_path}/photos/images: no such folder" and "data set" in stop.value.remedy
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_nobody_may_look_into_is_refused(copied, name):
     root, address = copied(name)

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.cli import main as cli_main
@@ -23,7 +25,10 @@ from datasetdm_fast.generate import main
 from datasetdm_fast.loading.presets import DEMO
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 README = PAGES[0].read_text(encoding="utf-8")
 PARSED = 99  # exit code of a command that is stopped once its line was parsed
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
@@ -150,7 +155,8 @@ def check(words: list[str]) -> None:
     elif program == "srun":
         check(rest)
     elif program == "make":
-        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        name, sets, _ = rest[0].partition("=")  # a target, or a variable
+        assert re.search(rf"^{name} [?]=" if sets else f"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         extras = re.fullmatch(r"\.(?:\[(.*)\])?", rest[1])[1]
@@ -167,6 +173,76 @@ def check(words: list[str]) -> None:
 @pytest.mark.parametrize("page, line", LINES, ids=lambda value: str(value))
 def test_every_command_line_is_accepted(page, line, parse_only, capsys):
     check(shlex.split(line, comments=True))
+
+
+def shell_lines(page: Path) -> list[list[str]]:
+    """The words of each command in the shell blocks of a page, in its order."""
+    lines = "".join(blocks(page.read_text(encoding="utf-8"), "bash", "console")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+OF_THE_PAGE = ("runs/", "exports/", "engines/", "decoders/", "models/")  # folders that only a command can have made
+AT_HAND = ("runs/demo", "models/sd14")  # what `make demo` and the reader's own download made
+RUN_MAKERS = ("generate", "vary", "edit", "splice", "label", "merge")
+GROWN = ("--number", "--verify", "--refill")  # with which the same line goes on with its run folder
+
+
+IN_ORDER = [page for page in PAGES if page.name != "flags.md"]  # whose examples stand each for itself
+
+
+@pytest.mark.parametrize("page", IN_ORDER, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_command_of_a_page_reads_was_made_there(page):
+    """And a run folder is made by one line alone, as another one would be refused."""
+    made, makers = list(AT_HAND), {}
+    for words in shell_lines(page):
+        out = words[words.index("--out") + 1] if "--out" in words else ""
+        places = [part for word in words for part in re.split(r"[,:\[\]]", word) if word != out]
+        for place in places:
+            if place.startswith(OF_THE_PAGE) or place.endswith(".jsonl"):
+                assert any(f"{place}/".startswith(f"{one.rstrip('/')}/") for one in made), f"{place}: {' '.join(words)}"
+        if not out:
+            continue
+        made.append(out)
+        if words[:2] == ["python", "-m"] and words[2].removeprefix("datasetdm_fast.") in RUN_MAKERS:
+            same = [
+                word
+                for before, word in zip(["", *words], words)
+                if word not in GROWN and not (before in GROWN and word.isdecimal())
+            ]
+            assert makers.setdefault(out, same) == same, out
+
+
+SMALL = {
+    "generate": ("--number", "4", "--steps", "4"),
+    "splice": ("--number", "4"),
+    "vary": ("--steps", "4"),
+    "edit": ("--steps", "4"),
+}
+RUN_AS_WRITTEN = ("attention", "compositions", "data-set", "filtering", "formats", "gallery", "prompts")
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """The run folder of `make demo`, in fewer steps."""
+    run = tmp_path_factory.mktemp("pages") / "runs" / "demo"
+    assert main(["--steps", "10", "--out", str(run), "--quiet"]) == 0
+    return run
+
+
+@pytest.mark.parametrize("name", RUN_AS_WRITTEN)
+def test_commands_of_a_page_run_in_its_order(name, demo_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo_run, "runs/demo")
+    shutil.copytree(demo_run / "images", "photos")
+    Path("captions.json").write_text(json.dumps({path.name: "a dog" for path in Path("photos").iterdir()}))
+    Path("day.txt").write_text("a red ball on a brown table\n")
+    Image.new("L", (128, 128), 255).save("mask.png")
+    for words in shell_lines(ROOT / "docs" / f"{name}.md"):
+        program, rest = words[2].removeprefix("datasetdm_fast."), words[3:]
+        if "--serve" in rest or program == "demo.judge_labels" or {"--balance", "--llm-url", "--llm-command"} & {*rest}:
+            continue  # these need a browser, minutes of training, another's data or a language model
+        code = run_module(f"datasetdm_fast.{program}", [*rest, *SMALL.get(program, ())])
+        assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
 
 
 def test_the_settings_file_is_accepted(tmp_path):

@@ -289,7 +289,12 @@ def _end(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[s
 
 def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> int:
     """The steps of a training script: a student, a second one by the labels of the first, and a config of mmseg."""
-    config, _ = parse(arguments, TrainMmsegConfig, f"{PROG} train_mmseg_{kind}", __doc__)
+    config, _ = parse(
+        arguments,
+        TrainMmsegConfig,
+        f"{PROG} train_mmseg_{kind}",
+        "A student is taught by what gen_data wrote, and by its own labels of these images, and scored on real ones.",
+    )
     root = Path(config.root)
     out = root / (config.work_dir or f"data/gen_{kind}")
     parts = sorted(path for path in out.glob(RUN + "*") if (path / DOCUMENT).is_file())

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.demo.judge_net import classes_in, kept_judge
 from datasetdm_fast.engines import build_engine
@@ -132,9 +133,9 @@ def renamed(labels: np.ndarray, own: Request, other: Request) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.attention", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--number", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    parser.add_argument("--number", type=int, default=200, help="pictures")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps of a picture")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     engine = build_engine("fast", load_model("demo"), {})
@@ -179,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

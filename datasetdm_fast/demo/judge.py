@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from datasetdm_fast import sampling
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.demo.distance import features, frechet
 from datasetdm_fast.demo.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, held_out_miou, kept_judge
 from datasetdm_fast.demo.things_seen import SeenThing, shares, things_seen
@@ -120,15 +121,15 @@ def tables(result: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    parser.add_argument("--model", default="demo", help="demo, or a diffusers folder")
     parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose model it is")
     parser.add_argument("--number", type=int, default=250, help=f"pictures of each number of things, 1 to {MOST}")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--sampler", default="pndm")
-    parser.add_argument("--judge-steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps of a picture")
+    parser.add_argument("--guidance", type=float, default=3.0, help="factor of guidance")
+    parser.add_argument("--sampler", default="pndm", help="as of generate")
+    parser.add_argument("--judge-steps", type=int, default=STEPS, help="steps that train a net")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     options = parser.parse_args(arguments)
     if options.number < 2:
         parser.error("--number: at least 2, so that there are other captions")
@@ -169,4 +170,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

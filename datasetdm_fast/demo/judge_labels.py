@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
 from datasetdm_fast.demo.judge_net import STEPS, Judge, kept_judge, probabilities
 from datasetdm_fast.demo.things_seen import ENOUGH
@@ -23,7 +24,7 @@ from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import named_map, trust_of
 from datasetdm_fast.readers.demo import DemoWorld
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.scenes import world
 from datasetdm_fast.tasks import TASKS
@@ -102,11 +103,10 @@ def geometry(pictures: Sequence[JudgedPicture]) -> dict[str, dict[str, float]]:
     }
 
 
-def of_run(path: Path, judge: Judge) -> list[JudgedPicture]:
+def of_run(run: Run, judge: Judge) -> list[JudgedPicture]:
     """The samples of a run, as the judge sees them."""
-    pictures = []
-    run = iter(open_run(path))
-    while samples := list(islice(run, BATCH)):
+    pictures, left = [], iter(run)
+    while samples := list(islice(left, BATCH)):
         images = np.stack([sample.image for sample in samples])
         mirrored = probabilities(judge, images[:, :, ::-1].copy()).flip(3)
         sure, seen = (found.numpy() for found in ((probabilities(judge, images) + mirrored) / 2).max(1))
@@ -153,13 +153,14 @@ def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge_labels", description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--judged", type=Path, required=True, help="folder with the judge.pt of demo.judge")
-    parser.add_argument("--renders", type=int, default=500)
-    parser.add_argument("--judge-steps", type=int, default=STEPS)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--judged", type=Path, required=True, help="folder of demo.judge, or one for its net")
+    parser.add_argument("--renders", type=int, default=500, help="renders to compare with")
+    parser.add_argument("--judge-steps", type=int, default=STEPS, help="steps that train the net")
     options = parser.parse_args(arguments)
+    run = open_run(options.run)  # before a net may be trained for minutes
     judge = kept_judge(options.judged, 128, steps=options.judge_steps)
-    renders, made = of_renders(options.renders), of_run(options.run, judge)
+    renders, made = of_renders(options.renders), of_run(run, judge)
     sets = {"renders": renders, "trusted renders": [one for one in renders if one.trust.is_trusted]}
     sets |= {"generated": made, "trusted generated": [one for one in made if one.trust.is_trusted]}
     for count in sorted({len(one.named) for one in (*renders, *made)}):
@@ -177,4 +178,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

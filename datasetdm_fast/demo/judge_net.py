@@ -109,6 +109,7 @@ def kept_judge(
     path = folder / f"{truth.name}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"{path} is not there: the net is trained first, in {steps} steps", file=sys.stderr, flush=True)
         torch.save(train_judge(steps, size, world, truth).state_dict(), path)
     judge = Judge(truth.count(world)).eval()
     judge.load_state_dict(torch.load(path, weights_only=True))

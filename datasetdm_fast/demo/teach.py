@@ -52,9 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(given) == 2 and given[0] == "--words":
         learn_words(Path(given[1]))
         return 0
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.teach", add_help=False, allow_abbrev=False)
-    parser.add_argument("--world", choices=tuple(WORLDS), default="demo")
+    parser = argparse.ArgumentParser(
+        prog="python -m datasetdm_fast.demo.teach",
+        description=__doc__,
+        epilog="`python -m datasetdm_fast.train --help` tells the other flags.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose scenes teach them")
+    parser.add_argument(
+        "--words", metavar="DIR", help="decoders that learn which heads tell words apart; no other flag"
+    )
     options, given = parser.parse_known_args(given)
+    if options.words is not None:
+        parser.error("--words stands alone")
     settings = SETTINGS | {"--data": SETTINGS["--data"].replace("demo", options.world)}
     sys.argv[1:] = [*(word for pair in settings.items() for word in pair), *given]
     try:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.demo.optimiser import Average, Muon, matrices
 from datasetdm_fast.engines.device import half_of
 from datasetdm_fast.scenes.tokenizer import TOKENS, build_tokenizer
@@ -290,18 +291,18 @@ def main(arguments: list[str] | None = None) -> int:
         default="",
         help="begin with the weights of a model of this form: demo, or a folder (default: from nothing)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
-    parser.add_argument("--autoencoder-steps", type=int, default=1850)
-    parser.add_argument("--autoencoder-batch", type=int, default=16)
+    parser.add_argument("--autoencoder-steps", type=int, default=1850, help="steps of the autoencoder")
+    parser.add_argument("--autoencoder-batch", type=int, default=16, help="pictures in one of them")
     parser.add_argument("--latents", type=int, default=24576, help="scenes the diffusion model sees")
-    parser.add_argument("--diffusion-steps", type=int, default=2900)
-    parser.add_argument("--diffusion-batch", type=int, default=48)
+    parser.add_argument("--diffusion-steps", type=int, default=2900, help="steps of the diffusion")
+    parser.add_argument("--diffusion-batch", type=int, default=48, help="latents in one of them")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the diffusion model")
-    parser.add_argument("--polish-steps", type=int, default=600)
+    parser.add_argument("--polish-steps", type=int, default=600, help="steps of the autoencoder's decoder at the end")
     stages = ("autoencoder", "latents", "diffusion", "polish", "export")
-    parser.add_argument("--until", choices=stages, default="export")
+    parser.add_argument("--until", choices=stages, default="export", help="last stage that is run")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -330,4 +331,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -12,7 +12,7 @@ from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import UPSTREAM_KINDS, dry_run_setting, setting
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (
@@ -114,12 +114,14 @@ def _to_checkpoint(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _to_diffusers(config: CheckpointConfig) -> dict[str, Any]:
-    from datasetdm_fast.loading.saving import check_new, save_model
-    from datasetdm_fast.loading.single_file import load_file
-
     source, folder = Path(config.source), Path(config.out)
     if source.suffix not in (".ckpt", ".safetensors"):
         raise Refused(f"{source}: expected one file of a whole model, .ckpt or .safetensors", "Name such a file.")
+    if not source.is_file():
+        raise Missing(f"{source}: no such file{storage.named_alike(source)}", "Check the path.")
+    from datasetdm_fast.loading.saving import check_new, save_model
+    from datasetdm_fast.loading.single_file import load_file  # which needs diffusers
+
     check_new(folder)
     model = load_file(source, allow_download=config.allow_download, ema=config.ema)
     if not config.dry_run:

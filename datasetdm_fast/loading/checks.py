@@ -162,9 +162,7 @@ def check_scheduler(config: Mapping, source: Path) -> None:
 
 
 def check_readable(file: Path) -> None:
-    """Refuse a file that is missing, a pointer left by git-lfs, or cut off."""
-    if not file.is_file():
-        raise Refused(f"model: {file} is listed in its index but missing")
+    """Refuse a file that cannot be read, is a pointer left by git-lfs, or is cut off."""
     try:
         with file.open("rb") as opened:
             beginning = opened.read(40)

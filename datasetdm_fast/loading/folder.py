@@ -150,6 +150,8 @@ def _weight_files(part: Path) -> _Weights:
                     files = _shards(index)
                 if files:
                     for file in files:
+                        if not file.is_file():
+                            raise Refused(f"model: {file} is listed in its index but missing")
                         check_readable(file)
                     return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(

@@ -72,12 +72,12 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     if not folder.is_dir():
         alike = storage.named_alike(folder)
         raise Refused(
-            f"{documents.quoted(str(folder))}: no such folder{alike}", "Name a folder that generate has written."
+            f"{documents.quoted(str(folder))}: no such folder{alike}", "Name a run folder, or an export of convert."
         )
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(
             f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder",
-            "Name a folder that generate has written.",
+            "Name a run folder, or an export of convert.",
         )
     if (folder / seal.ELSEWHERE).exists():
         raise Refused(

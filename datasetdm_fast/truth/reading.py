@@ -181,6 +181,9 @@ def listing(folder: Path, *endings: str) -> list[Path]:
     found, seen = [], set()
 
     def refuse(error: OSError) -> NoReturn:
+        if isinstance(error, FileNotFoundError):
+            alike = storage.named_alike(folder)
+            raise Refused(f"{folder}: no such folder{alike}", "Give the folder of the data set itself.") from error
         raise storage.refusal(error, error.filename) from error
 
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
