@@ -28,6 +28,7 @@ RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
 LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
+OPTIMISERS = "_fused_adam"  # whose kernels take every tensor's address as one of the GPU
 INDEXED = ("index", "index_put_", "index_put")
 # What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
@@ -99,6 +100,8 @@ class Operations(TorchDispatchMode):
             self.random(name, inputs, kwargs)
         self.used_by_host(name, func, args, kwargs)
         cuda = [value for value in inputs if value.device.type == "cuda"]
+        if cuda and name.startswith(OPTIMISERS) and (held := [one for one in inputs if one.device.type == "cpu"]):
+            self.timeline.find("device", f"{name} reads {len(held)} tensors of the host, such as {list(held[0].shape)}")
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
             return answer
         if name in INDEXED and inputs[0].device.type == "cuda":

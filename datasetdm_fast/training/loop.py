@@ -195,10 +195,10 @@ class Trainer:
 
     def _value_of(self, loss: Tensor) -> float:
         """The loss of a step, which has to be a number."""
-        value = loss.item()
+        step, value = self.done + 1, loss.item()
         if not math.isfinite(value):
             raise GateFailed(
-                f"{self.decoder.config.task}: the loss of step {self.done + 1} is {value}",
+                f"{self.decoder.config.task}: the loss of step {step} is {value}",
                 "lower --rate, or use --dtype fp32",
             )
         return value
