@@ -230,13 +230,12 @@ def _network(config: EvaluateConfig) -> int:
     sets = {} if learnt is None else {"real": Examples(learnt, vocabulary, task, count=config.real)}
     import torch
 
-    from datasetdm_fast.engines.device import resolve_device
-    from datasetdm_fast.evaluation.student import has_bf16
+    from datasetdm_fast.engines.device import multiplies_bf16, resolve_device
 
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    is_short = config.dtype == "bf16" or (config.dtype == "auto" and (device.type == "cuda" or has_bf16()))
+    is_short = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
     given = {"steps": config.steps} if config.steps else {}
     experiment = arms.Experiment(
         *(config.student, network, vocabulary),

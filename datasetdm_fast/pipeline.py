@@ -425,7 +425,7 @@ class Pipeline:
         """The capture of one image on its way from noise."""
         import torch
 
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
         from datasetdm_fast.sampling import make_schedule
         from datasetdm_fast.sampling.times import initial_noise
         from datasetdm_fast.sampling.walk import SamplerState

@@ -53,7 +53,7 @@ FAULTS = {
         "datasetdm_fast.tasks.to_host:_copied", "torch.cuda.current_stream(group[0].device).synchronize()", "pass"
     ),
     "a pageable copy at the start of a batch": Fault(
-        "datasetdm_fast.engines.device:to_device", "value.pin_memory()", "value"
+        "datasetdm_fast.kernels.to_device:to_device", "value.pin_memory()", "value"
     ),
     "a graph recorded with another GPU's stream": Fault(
         "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
@@ -127,8 +127,8 @@ FAULTS = {
     ),
     "words left on the host": Fault(
         "datasetdm_fast.tasks.captions:held_to",
-        ').to(raw["pred_logits"].device)',
-        ")",
+        "to_device(torch.tensor(is_ruled_out, dtype=torch.bool), device)",
+        "torch.tensor(is_ruled_out, dtype=torch.bool)",
         {"scenario": "words"},
     ),
     "a wait of another kind where some are allowed": Fault(
@@ -197,7 +197,7 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "page-locked memory written while it is copied": Fault(
-        "datasetdm_fast.engines.device:to_device",
+        "datasetdm_fast.kernels.to_device:to_device",
         "value.pin_memory().to(device, non_blocking=True)",
         "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * held.zero_().numel()",
         {"scenario": "library"},
@@ -270,6 +270,66 @@ FAULTS = {
         "tokens.input_ids.to(self.device)",
         "tokens.input_ids",
         {"scenario": "verify"},
+    ),
+    "captures copied while a thread waits": Fault(
+        "datasetdm_fast.lessons.cache:StoredCaptures.batch",
+        "pin_memory=is_queued",
+        "pin_memory=False",
+        {"scenario": "training"},
+    ),
+    "a loss read for every part of a batch": Fault(
+        "datasetdm_fast.training.loop:Trainer._taken",
+        "total += loss.detach()",
+        "total += loss.item()",
+        {"scenario": "training"},
+    ),
+    "a resumed optimiser on the host": Fault(
+        "datasetdm_fast.training.loop:Trainer.restore",
+        "value.to(parameter, copy=True)",
+        "value.clone()",
+        {"scenario": "training"},
+    ),
+    "truth of each image copied while the host waits": Fault(
+        "datasetdm_fast.training.losses.objective:answer_of",
+        "to_device(masks, device)",
+        "masks.to(device)",
+        {"scenario": "losses", "batches": 1},
+    ),
+    "points drawn by a GPU": Fault(
+        "datasetdm_fast.training.losses.losses:drawn",
+        "torch.rand(sum(sizes), 2, generator=generator)",
+        "torch.rand(sum(sizes), 2, generator=generator, device=like.device)",
+        {"scenario": "losses", "batches": 1},
+    ),
+    "a training in fp32 that rounds to TF32": Fault(
+        "datasetdm_fast.training.loop:Trainer._taken",
+        "allow_tf32(self.device, self.dtype is not torch.float32)",
+        "allow_tf32(self.device, True)",
+        {"scenario": "recomputed", "dtype": "fp32"},
+    ),
+    "noise of pictures copied while the host waits": Fault(
+        "datasetdm_fast.sampling.inversion:invert",
+        "to_device(drawn, clean.device)",
+        "drawn.to(clean.device)",
+        {"scenario": "recomputed"},
+    ),
+    "totals of all processes on the GPU": Fault(
+        "datasetdm_fast.training.loop:Trainer._whole",
+        "dtype=torch.float32)",
+        "dtype=torch.float32, device=self.device)",
+        {"scenario": "ranks"},
+    ),
+    "words of a prompt copied while the host waits": Fault(
+        "datasetdm_fast.evaluation.measure:measure",
+        "text = words[task][None].expand",
+        "text = words[task].cpu()[None].expand",
+        {"scenario": "evaluation"},
+    ),
+    "views of a student copied while the host waits": Fault(
+        "datasetdm_fast.evaluation.course:NetworkTraining.step",
+        "to_device(as_tensor(items, network.colours), self.device)",
+        "as_tensor(items, network.colours).to(self.device)",
+        {"scenario": "students", "batches": 1},
     ),
 }
 

@@ -31,6 +31,7 @@ needs_triton = pytest.mark.skipif(
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
 SAMPLES |= {"cards": 16, "verify": 13}
+SAMPLES |= {"training": 4, "recomputed": 2, "ranks": 2, "students": 4}  # steps, of batches of four views
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
@@ -41,7 +42,7 @@ EXPECTED = {
     "fp32 in the fp16 network": ("error", "models/fused.py"),
     "a tensor of the host": ("host wait", "models/fused.py"),
     "the host reads before the copy is over": ("race", "tasks/to_host.py"),
-    "a pageable copy at the start of a batch": ("host wait", "engines/device.py"),
+    "a pageable copy at the start of a batch": ("host wait", "kernels/to_device.py"),
     "a graph recorded with another GPU's stream": ("wrong GPU", "engines/cuda_graph.py"),
     "a kernel launched on another GPU": ("wrong GPU", "kernels/layer_norm.py"),
     "the answer of a graph is not copied": ("overwritten", "engines/cuda_graph.py"),
@@ -70,7 +71,7 @@ EXPECTED = {
     "another stream than that of the copies is waited for": ("race", "tasks/to_host.py"),
     "a region copied while the host waits": ("host wait", "compositions/edit.py"),
     "latents of a callback by way of the host": ("host wait", "generation/diffusing.py"),
-    "page-locked memory written while it is copied": ("race", "engines/device.py"),
+    "page-locked memory written while it is copied": ("race", "kernels/to_device.py"),
     "one of two texts on the host": ("error", "datasetdm_fast/pipeline.py"),
     "earlier outputs of a sampler in fp16": ("dtype", "sampling/walk.py"),
     "numbers drawn by a GPU": ("random", "engines/fast.py"),
@@ -83,6 +84,16 @@ EXPECTED = {
     "one buffer for the threads of two GPUs": ("race", "tasks/to_host.py"),
     "memory given back at every batch": ("host wait", "engines/fast.py"),
     "the reference's tokens on the host": ("error", "engines/torch.py"),
+    "captures copied while a thread waits": ("host wait", "lessons/cache.py"),
+    "a loss read for every part of a batch": ("host wait", "training/loop.py"),
+    "a resumed optimiser on the host": ("device", "training/loop.py"),
+    "truth of each image copied while the host waits": ("host wait", "losses/objective.py"),
+    "points drawn by a GPU": ("device", "losses/losses.py"),
+    "a training in fp32 that rounds to TF32": ("precision", "kernels/winograd.py"),
+    "noise of pictures copied while the host waits": ("host wait", "sampling/inversion.py"),
+    "totals of all processes on the GPU": ("host wait", "training/loop.py"),
+    "words of a prompt copied while the host waits": ("host wait", "evaluation/measure.py"),
+    "views of a student copied while the host waits": ("host wait", "evaluation/course.py"),
 }
 
 
@@ -114,6 +125,14 @@ def test_so_are_labels_of_pictures_that_exist():
     found = rehearsed("--model", "tiny", "--batch", "2", "--scenario", "label")
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
     assert found["samples"] == 4 and found["replays"] == 8
+
+
+def test_so_is_a_training():
+    """Captures made anew, a step in fp16 with its gradients, a look at a held-out image, what is stored."""
+    found = rehearsed("--model", "tiny", "--batch", "1", "--batches", "1", "--scenario", "recomputed")
+    assert found["findings"] == [] and found["code"] == 0, found["findings"]
+    assert found["samples"] == 1
+    assert {one["function"] for one in found["waits"] if one["phase"] == "batch 0"} == {"placed", "_value_of"}
 
 
 @long_test

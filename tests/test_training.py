@@ -1,5 +1,6 @@
 """Teaching a decoder: losses against hand-made cases, looks, the capture cache, and a fit that learns."""
 
+import copy
 import json
 import math
 from dataclasses import fields, replace
@@ -7,10 +8,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.engines import build_engine
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.cache import Inversion, Layout
@@ -23,7 +26,10 @@ from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
+from datasetdm_fast.training.processes import Ranks, joined
 from datasetdm_fast.training.recipes import recipe
+from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.task_run import TaskTraining
 from datasetdm_fast.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
@@ -581,6 +587,106 @@ def test_simcc_learns_too(engine, source, folder):
     trainer = Trainer(config, TrainingSchedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, is_ahead=False)
     found = [trainer.step() for _ in range(30)]
     assert sum(found[-10:]) < 0.9 * sum(found[:10])
+
+
+def test_narrow_arithmetic_divides_by_norms_of_fp32():
+    torch.manual_seed(0)
+    first = SpectralConv2d(32, 16, 3)
+    second = copy.deepcopy(first)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = first.normalised()
+    assert torch.equal(narrow, second.normalised()) and torch.equal(first.sv0, second.sv0)
+
+
+def test_captures_made_anew_are_not_read_by_a_thread(engine, source):
+    """The thread would use the engine while the training uses the GPU."""
+    views = Views(source, range(4), "depth", Looks(draws=1))
+    lessons = TrainingViews(cache.RecomputedCaptures(engine, views, Inversion(1)), views)
+    trainer = Trainer(config_of(engine, source, "depth"), TrainingSchedule(steps=1, batch_size=2), lessons)
+    assert trainer._reader is None
+
+
+class SmallGpu:
+    """An engine that takes so many images at once."""
+
+    def __init__(self, engine, most):
+        self.engine, self.most, self.asked = engine, most, []
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def encode_image(self, images, generators=None):
+        self.asked.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.engine.encode_image(images, generators)
+
+
+def test_captures_are_made_in_smaller_batches_where_memory_runs_out(engine, source, tmp_path):
+    views = Views(source, range(1), "depth", Looks(draws=5))
+    whole = cache.stored(engine, views, Inversion(1), tmp_path / "whole")
+    small = SmallGpu(engine, 2)
+    parts = cache.stored(small, views, Inversion(1), tmp_path / "parts")
+    assert small.asked == [5, 3, 2, 2, 1]
+    for a, b in zip(whole.batch(range(5)), parts.batch(range(5))):
+        assert torch.allclose(a, b, atol=1e-2, rtol=1e-2)
+    with pytest.raises(Missing, match="the features and maps of one image"):
+        cache.stored(SmallGpu(engine, 0), views, Inversion(1), tmp_path / "none")
+
+
+def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, source, folder, monkeypatch):
+    schedule = TrainingSchedule(steps=1, batch_size=6, parts=2)
+    trainer = Trainer(config_of(engine, source, "depth"), schedule, lessons(engine, source, "depth", folder))
+
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.decoder, "forward", full)
+    with pytest.raises(Missing, match="could not take 3 views at once") as stop:
+        trainer.step()
+    trainer.close()
+    assert "--accumulate" in stop.value.remedy
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_gpus_that_only_emulate_bf16_teach_in_fp32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    own = {"folder": None, "plan": None, "lessons": None, "held": None, "size": 64, "tokenizer": None}
+    assert TaskTraining(config=TrainConfig(), device=torch.device("cuda:1"), **own).dtype == dtype
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs on which torchrun has started several processes; what is asked of PyTorch."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    return asked
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_has_a_gpu_and_the_hosts_talk_by_themselves(two_gpus, monkeypatch, device):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert joined(device) == (Ranks(1, 3), "cuda:1")
+    assert two_gpus == ["cuda:1", "cpu:gloo,cuda:nccl"]
+
+
+def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(Missing, match="process 2 of this machine has no GPU of its own, there are 2"):
+        joined("auto")
+    assert not two_gpus
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_processes_that_ask_for_a_gpu_never_train_on_the_cpu_instead(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Missing, match="device: cuda is not there"):
+        joined("cuda")
 
 
 def test_a_share_is_held_out_by_seed_and_none_of_few():

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.rehearsal.kernels import storages
+from bench.rehearsal.machine import open_engine
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import stage
-from bench.rehearsal.scenarios import open_engine
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
 from datasetdm_fast.engines.fast import FastEngine

@@ -25,7 +25,7 @@ PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
 SCENARIOS = (  # functions of scenarios.py
     "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
-    "retry", "memory", "cards", "verify",
+    "retry", "memory", "cards", "verify", "training", "losses", "recomputed", "ranks", "evaluation", "students",
 )  # fmt: skip
 
 

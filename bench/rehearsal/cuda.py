@@ -92,6 +92,7 @@ def _cards(timeline: Timeline) -> dict[str, Any]:
         "device_count": lambda: GPUS,
         "get_device_name": lambda device=None: CARD,
         "get_device_capability": lambda device=None: CAPABILITY,
+        "is_bf16_supported": lambda including_emulation=True: True,
         "current_device": lambda: timeline.thread.device,
         "set_device": lambda device: setattr(timeline.thread, "device", _index(device, timeline)),
         "device": OnDevice,

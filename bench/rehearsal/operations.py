@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
 LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
+OPTIMISERS = "_fused_adam"  # whose kernels take every tensor's address as one of the GPU
 INDEXED = ("index", "index_put_", "index_put")
 # What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
@@ -41,12 +43,13 @@ IN_FP32 = {
     ("datasetdm_fast/models/capture.py", "attend"),
     ("datasetdm_fast/models/fused.py", "both_doubled"),  # statistics of a norm
 }
+META = torch.device("meta")  # what PyTorch's backward pass is told, as without CUDA it has no streams to ask for
 FOUND = 7  # rows that an operation finds whose result depends on data
 
 
 class Operations(TorchDispatchMode):
     """Lies above a FakeTensorMode. `storage` holds the dtypes of the networks whose calls are recorded as graphs,
-    `is_exact` whether convolutions in fp32 have to be.
+    `is_exact` whether convolutions in fp32 have to be, `has_dropout` whether a network in training draws numbers.
     """
 
     def __init__(self, timeline: Timeline):
@@ -55,6 +58,17 @@ class Operations(TorchDispatchMode):
         self.pinned: list[StorageWeakRef] = []
         self.truths: deque[bool] = deque()  # what the host reads of single flags; all others are true
         self.flags: deque[bool] = deque()  # and of arrays of flags
+        self.is_backward = self.has_dropout = False
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Within the block PyTorch computes gradients, in this thread."""
+        with torch.autograd.set_multithreading_enabled(False):
+            self.is_backward = True
+            try:
+                yield
+            finally:
+                self.is_backward = False
 
     def judge(self, engine: FastEngine) -> None:
         """Judges what comes next by the precision of an engine."""
@@ -63,7 +77,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")
         if room == "prim":  # a question about a tensor
-            return func(*args, **kwargs)
+            return META if name == "device" and self.is_backward else func(*args, **kwargs)
+        if self.is_backward and kwargs.get("device") == META:
+            kwargs["device"] = torch.device("cuda", self.timeline.thread.device)
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if (
             name != ATTENTION
@@ -80,10 +96,12 @@ class Operations(TorchDispatchMode):
             return self.pin(func(*args, **kwargs))
         if name == "is_pinned":
             return self.is_pinned(inputs[0])
-        if name in RANDOM:
+        if name in RANDOM and not self.has_dropout:
             self.random(name, inputs, kwargs)
         self.used_by_host(name, func, args, kwargs)
         cuda = [value for value in inputs if value.device.type == "cuda"]
+        if cuda and name.startswith(OPTIMISERS) and (held := [one for one in inputs if one.device.type == "cpu"]):
+            self.timeline.find("device", f"{name} reads {len(held)} tensors of the host, such as {list(held[0].shape)}")
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
             return answer
         if name in INDEXED and inputs[0].device.type == "cuda":
@@ -143,7 +161,8 @@ class Operations(TorchDispatchMode):
         dtypes = {value.dtype for value in cuda if value.is_floating_point() and value.dim()}
         if name in PRODUCTS and len(dtypes) > 1:
             self.timeline.find("dtype", f"{name} of {' and '.join(sorted(map(str, dtypes)))}")
-        if name == "convolution" and self.is_exact and torch.backends.cudnn.allow_tf32:
+        is_wide = torch.float32 in dtypes and name == "convolution"
+        if is_wide and self.is_exact and torch.backends.cudnn.allow_tf32:
             self.timeline.find("precision", "a convolution of fp32 rounds its factors to TF32")
         if self.timeline.capture is None or not self.storage:
             return
@@ -175,7 +194,8 @@ class Operations(TorchDispatchMode):
         shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         return q.new_empty(shape).transpose(1, 2)
 
-    def resized(self, x: Tensor, sides: list[int], *_) -> Tensor:
+    def resized(self, x: Tensor, sides: list[int] | None, *others: Any) -> Tensor:
+        sides = sides or [int(side * scale) for side, scale in zip(x.shape[2:], others[1], strict=True)]
         is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         kept = torch.channels_last if is_last else torch.contiguous_format
         return torch.empty_like(x.new_empty((*x.shape[:2], *sides)), memory_format=kept)
@@ -271,7 +291,8 @@ class Calls(TorchFunctionMode):
             self.timeline.host_waits_for(f"{list(args[0].shape)} printed", stream)
             return f"tensor(..., device={str(args[0].device)!r})"
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
-            return args[1].setdefault(id(args[0]), args[0].clone())
+            copied = args[0].detach().clone().requires_grad_(args[0].requires_grad)
+            return args[1].setdefault(id(args[0]), copied)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self.indices(args[1]), *args[2:])
         if func is Tensor.new_tensor:

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
+from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import Calls, Operations, fake_mode
-from bench.rehearsal.scenarios import SCENARIOS, Machine
-from bench.rehearsal.timeline import LOAD, OTHERS, WAIT, Flaw, Operation, Timeline
+from bench.rehearsal.scenarios import SCENARIOS
+from bench.rehearsal.timeline import FIRST, LOAD, OTHERS, WAIT, Flaw, Operation, Timeline
 from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch
 from datasetdm_fast.engines import fast
@@ -28,8 +29,6 @@ from datasetdm_fast.generation import driver
 from datasetdm_fast.kernels import choice, launch
 from datasetdm_fast.sampling import walk
 from datasetdm_fast.tasks.to_host import to_host
-
-FIRST = "batch 0"
 
 
 class Allowed(NamedTuple):
@@ -44,8 +43,14 @@ class Allowed(NamedTuple):
 LABELS = "the labels' own thread waits, on its own stream: the sampler goes on"
 ONCE = "it is read, recorded or copied once a run"
 COPY, ANSWER = "pageable copy to the GPU", "pageable copy to the host"
-FLAG, STREAM, CHOSEN = "aten._local_scalar_dense of [] torch.bool", "stream", "aten.index"
+NUMBER, STREAM, CHOSEN = "aten._local_scalar_dense of [] torch.", "stream", "aten.index"
+FLAG, REAL = f"{NUMBER}bool", f"{NUMBER}float32"
 RECORDING = Allowed(ONCE, ("the start of a recording",), is_once=True)
+STEP = Allowed("once a step, at its end: a loss that is no number ends the training", (REAL,), is_shared=True)
+MATCHED = Allowed("queries are assigned to masks on the host, once for all images", (ANSWER,), is_shared=True)
+STORED = Allowed("what was computed goes to the disk", (ANSWER, NUMBER), is_shared=True)
+JUDGED = Allowed("between steps labels are compared with the truth", (STREAM, ANSWER), is_shared=True)
+CHOICES = Allowed(JUDGED.reason, ("aten.equal", CHOSEN, FLAG), is_shared=True)
 JOINED, ASKED = Allowed("tiles are joined on the host", (ANSWER,)), Allowed("latents are the answer", (ANSWER,))
 # By thread, file and function.
 WAITS = {
@@ -60,17 +65,27 @@ WAITS = {
         ("labels", "generation/overlap.py", "_follow", Allowed(LABELS, (STREAM,))),
         ("labels", "tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),
         ("labels", "tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
-        ("labels", "tasks/instance.py", "<genexpr>", Allowed(LABELS, (CHOSEN,))),
-        ("labels", "tasks/pose.py", "summit", Allowed(LABELS, (COPY,))),
-        ("labels", "tasks/attention.py", "label_maps", Allowed(LABELS, (COPY,))),
-        ("labels", "tasks/captions.py", "held_to", Allowed(LABELS, (COPY,))),
-        ("labels", "tasks/named_words.py", "shared_by_words", Allowed(LABELS, (COPY,))),
         ("labels", "tasks/attention.py", "joined_label", JOINED),
         ("main", "generation/diffusing.py", "converted", ASKED),
-        ("main", "sampling/inversion.py", "invert", Allowed("features of one image are asked for", (COPY,))),
         ("main", "engines/fast.py", "_forget", Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True)),
         ("main", "engines/fast.py", "placed", Allowed(ONCE, (COPY,), is_once=True)),
         ("labels", "engines/fast.py", "placed", Allowed(ONCE, (COPY,), is_once=True)),
+        ("figures", "engines/fast.py", "placed", Allowed(ONCE, (COPY,), is_once=True)),
+        ("figures", "engines/cuda_graph.py", "__init__", RECORDING),
+        ("main", "lessons/cache.py", "_made", STORED),
+        ("main", "training/losses/losses.py", "match", MATCHED),
+        ("main", "training/loop.py", "_value_of", STEP),
+        ("main", "evaluation/course.py", "step", STEP),
+        ("figures", "training/loop.py", "state", STORED),
+        ("figures", "training/task_run.py", "look", Allowed("the best weights are kept", (ANSWER,), is_shared=True)),
+        ("figures", "training/task_run.py", "end", Allowed("and taken at the end", (COPY,), is_shared=True)),
+        ("figures", "decoders/checkpoint.py", "save_decoder", STORED),
+        ("figures", "evaluation/arms.py", "_taught", STORED),
+        ("figures", "evaluation/course.py", "__init__", Allowed("the next student begins", (COPY,))),
+        ("figures", "tasks/to_host.py", "_copied", JUDGED),
+        ("figures", "tasks/instance.py", "not_overlapping", CHOICES),
+        ("figures", "tasks/instance.py", "postprocess", CHOICES),
+        ("figures", "evaluation/networks/class_maps.py", "read_classes", JUDGED),
     )
 }
 
@@ -109,7 +124,9 @@ def rehearse(
         graphs = {key: graph.graph.launches for engine in machine.engines for key, graph in engine._graphs.items()}
         timeline.phase = "end"
         timeline.sweep()
-    findings = {one: count for one, count in timeline.found.items() if one.phase != LOAD or one.rule != WAIT}
+    findings = {
+        one: count for one, count in timeline.found.items() if one.phase != LOAD or one.rule not in (WAIT, OTHERS)
+    }
     waits = {one: count for one, count in findings.items() if one.rule in (WAIT, OTHERS) and reason_of(one)}
     findings = {one: count for one, count in findings.items() if one not in waits}
     return Rehearsal(findings, waits, timeline.launches, graphs, timeline.kernels, timeline.replays, samples)

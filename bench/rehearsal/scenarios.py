@@ -7,10 +7,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.rehearsal.timeline import LOAD, Timeline
+from bench.rehearsal import teaching
+from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine
+from bench.rehearsal.timeline import LOAD
 from datasetdm_fast.compositions import redraw
 from datasetdm_fast.compositions.edit import Edits
 from datasetdm_fast.compositions.settings import EditSettings, VarySettings
@@ -34,109 +36,19 @@ from datasetdm_fast.config import (
     LabellerKind,
     RunConfig,
 )
-from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.decoders.checkpoint import build_decoder, for_inference, upstream
-from datasetdm_fast.decoders.seeded import KINDS, untrained_decoders
-from datasetdm_fast.decoders.trunk import Decoder
+from datasetdm_fast.data import Annotation, Batch, Sample, SemanticMap, SetAside
 from datasetdm_fast.engines import fast, opening
 from datasetdm_fast.generation import driver, inverted, job
 from datasetdm_fast.generation import recipe as recipes
-from datasetdm_fast.generation.diffusing import PROFILE
 from datasetdm_fast.generation.pictures import in_memory
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.generation.run import run
 from datasetdm_fast.labels import LABEL_KINDS, names
-from datasetdm_fast.loading import PRESETS
-from datasetdm_fast.loading.model import Model
 from datasetdm_fast.pipeline import Pipeline
 from datasetdm_fast.plugins import GROUP
 from datasetdm_fast.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.tasks.to_host import to_host
 
-if TYPE_CHECKING:
-    from bench.rehearsal.operations import Operations
-
-TASKS = tuple(KINDS)  # what most runs make
-WORDS = ("car", "dog")
-PROMPT = "a photo of a red car and a dog"
-OPEN, NAMED, SIMCC = "open-vocabulary", "semantic:named", "pose:simcc"  # other decoders
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
-
-
-def open_engine(model: str, dtype: str, device: str, labels: Sequence[str] = TASKS) -> fast.FastEngine:
-    """The fast engine over a preset, with decoders of upstream's form."""
-    loaded = PRESETS[model](0)
-    return fast.FastEngine(loaded, decoders_of(loaded, labels), dtype=dtype, device=device)
-
-
-def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
-    """Decoders of these labels: of those that every run makes, and of words, of a prompt's words, of joints by bins."""
-    width = model.networks["text_encoder"].config.hidden_size
-    found = untrained_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
-    sizes = {"levels": model.levels, "text_width": width, "width": 64, "mask_dim": 64, "feed_forward": 128}
-    heads = sum(sum(level.heads) for level in model.levels)
-    named = {"classes": ("background", *WORDS), "named": WORDS, "word_heads": (1.0,) * heads}
-    others = {
-        OPEN: ("open-vocabulary", {"classes": WORDS}),
-        NAMED: ("segmentation", named),
-        SIMCC: ("simcc", {}),
-    }
-    found |= {
-        label: build_decoder(upstream(kind, **sizes, **settings))
-        for label, (kind, settings) in others.items()
-        if label in labels
-    }
-    return {label: for_inference(found[label], strict=False) for label in labels}
-
-
-@dataclass
-class Machine:
-    """What a scenario is given: the simulated machine, and how much to do on it."""
-
-    timeline: Timeline
-    operations: Operations
-    model: str
-    batch: int
-    batches: int
-    steps: int
-    dtype: str
-    device: str
-    engines: list[fast.FastEngine] = field(default_factory=list)
-
-    def engine(self, *labels: str, device: str = "") -> fast.FastEngine:
-        """An engine whose image decoder works in two chunks, as with large images."""
-        self.timeline.phase = LOAD
-        engine = open_engine(self.model, self.dtype, device or self.device, labels)
-        self.engines.append(engine)
-        self.operations.judge(engine)
-        fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
-        return engine
-
-    @contextmanager
-    def of(self, engine: fast.FastEngine) -> Iterator[None]:
-        """Judges calls as those of another engine."""
-        self.operations.judge(engine)
-        yield
-        self.operations.judge(self.engines[-1])
-
-    @contextmanager
-    def within(self, phase: str) -> Iterator[None]:
-        before, self.timeline.phase = self.timeline.phase, phase
-        yield
-        self.timeline.phase = before
-
-    def recipe(self, engine: fast.FastEngine, labels: Sequence[str], **choices: Any) -> Recipe:
-        return make_recipe(engine, labels, **{"steps": self.steps, "profile": PROFILE, **choices})
-
-    def batch_of(self, place: int) -> Batch:
-        numbers = range(place * self.batch, (place + 1) * self.batch)
-        return Batch(place, tuple(Request(number, PROMPT, number, WORDS) for number in numbers))
-
-    def made(self, engine: fast.FastEngine, recipe: Recipe, make: Callable | None = None) -> int:
-        """Samples of all batches, by one run of the driver."""
-        batches = map(self.batch_of, range(self.batches))
-        answers = driver.generate(batches, engine, recipe, make=make)
-        return sum(isinstance(one, Sample) for _, results in answers for one in results)
 
 
 def decoders(machine: Machine) -> int:
@@ -353,6 +265,7 @@ SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "memory": memory,
     "cards": cards,
     "verify": verify,
+    **teaching.SCENARIOS,
 }
 
 

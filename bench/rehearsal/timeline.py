@@ -25,6 +25,7 @@ from bench.machine.machine import ROOT
 DEEPEST, MADE = 5, 3  # lines that a finding names, and of what made a tensor
 OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
 LOAD, WAIT, OTHERS = "load", "host wait", "wait for another thread"  # a phase, in which the host may wait, and rules
+FIRST, BETWEEN = "batch 0", "between steps"  # phases: of what is read or recorded once, and of looks at a training
 GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
 StreamId = tuple[int, int]  # GPU, number on it; 0 is the default stream
 Clock = dict[StreamId, int]  # stream -> launches of it that are known to be over
@@ -347,7 +348,8 @@ class Timeline:
     def find(self, rule: str, what: str, frames: list[tuple[str, int, str]] | None = None) -> None:
         frames = (list(frames_of_ours(sys._getframe(1))) if frames is None else frames)[:DEEPEST]
         place = " < ".join(f"{name}:{line}" for name, line, _ in frames)
-        name, line, function = frames[0] if frames else ("", 0, "")
+        name, line, _ = frames[0] if frames else ("", 0, "")
+        function = next((function for _, _, function in frames if not function.startswith("<")), "")  # no list's own
         code = linecache.getline(str(ROOT / name), line).strip()
         self.found[Flaw(rule, what, place, function, code, self.thread.work or self.thread.name, self.phase)] += 1
 

@@ -155,7 +155,7 @@ class Edits(Redrawing):
         """Latents blended by the region: outside they are the source's at every call."""
         import torch
 
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
 
         source, last = self.latents(engine, requests), len(schedule) - 1
         cells = np.stack([regions.cells(self.region_of(self.tile(request.index))) for request in requests])

@@ -34,10 +34,11 @@ class SpectralConv2d(nn.Conv2d):
     def normalised(self) -> Tensor:
         """The weight [out, in, k, k] over its estimated norm; in training the estimate is kept for the next call."""
         matrix = self.weight.flatten(1)
-        with torch.no_grad():
-            v = F.normalize(self.u0 @ matrix, eps=SPECTRAL_EPS)
-            u = F.normalize(v @ matrix.T, eps=SPECTRAL_EPS)
-        sigma = (v @ matrix.T @ u.T).squeeze()
+        with torch.autocast(matrix.device.type, enabled=False):  # a narrow norm would scale every output by its error
+            with torch.no_grad():
+                v = F.normalize(self.u0 @ matrix, eps=SPECTRAL_EPS)
+                u = F.normalize(v @ matrix.T, eps=SPECTRAL_EPS)
+            sigma = (v @ matrix.T @ u.T).squeeze()
         if self.training:
             with torch.no_grad():
                 self.u0.copy_(u)
@@ -56,8 +57,7 @@ class SpectralConv2d(nn.Conv2d):
     def folded(self) -> nn.Conv2d:
         """The plain convolution that this one is to the next image."""
         plain = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, padding=self.padding)
-        plain.weight.copy_(self.normalised())
-        plain.bias.copy_(self.bias)
+        plain.weight, plain.bias = nn.Parameter(self.normalised()), nn.Parameter(self.bias.clone())
         return plain
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from datasetdm_fast.errors import Missing, Refused
 
@@ -30,13 +29,14 @@ def half_of(device: torch.device) -> str:
     """The half precision that is fast on `device`, "" where none is."""
     if device.type == "cuda":
         return "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else ""
+    return "bf16" if multiplies_bf16(device) else ""
 
 
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A value on `device`; what the host holds is copied to a GPU behind its work, and the host goes on."""
-    is_queued = device.type == "cuda" and value.device.type == "cpu"
-    return value.pin_memory().to(device, non_blocking=True) if is_queued else value.to(device)
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether `device` has instructions for products of bf16; GPUs before Ampere only emulate them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:

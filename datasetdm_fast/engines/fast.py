@@ -17,13 +17,14 @@ from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.decoders.trunk import packed as packed_decoder
 from datasetdm_fast.engines.cuda_graph import StepGraph
-from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, to_device
+from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain, winograd
 from datasetdm_fast.kernels.choice import gave_way, operations
 from datasetdm_fast.kernels.launch import triton
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.network import Weighted, as_widest
 from datasetdm_fast.models import fused

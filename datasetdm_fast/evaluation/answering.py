@@ -17,6 +17,7 @@ from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.networks import MULTIPLE
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.truth.labelled import Labelled
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -32,7 +33,7 @@ def answered(
     side: int = 0,  # pixels of the shorter side that the network is shown, 0 = as the images are
 ) -> list[Annotation]:
     """The labels of images of one size, at this size."""
-    images = as_tensor(items, network.colours).to(next(model.parameters()).device)
+    images = to_device(as_tensor(items, network.colours), next(model.parameters()).device)
     sides = images.shape[-2:]
     if side and sides != (shown := _multiples(sides, side / min(sides))):
         images = F.interpolate(images, size=shown, mode="bilinear", align_corners=False, antialias=True)

@@ -20,6 +20,7 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.evaluation.examples import Examples, as_tensor
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.loading import checkpoint
 
 HEAD_TIMES = 10.0  # how many times as fast a head learns as a body whose weights were given
@@ -89,7 +90,7 @@ class NetworkTraining:
         """Takes one step; its loss."""
         step, course, network = self.done, self.course, self.network
         items = self._views(step)
-        images = as_tensor(items, network.colours).to(self.device)
+        images = to_device(as_tensor(items, network.colours), self.device)
         for group, rate in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = rate * course.factor(step)
         with torch.random.fork_rng(devices=[]):
@@ -98,14 +99,14 @@ class NetworkTraining:
                 loss = network.loss(self.model, images, items, self.vocabulary)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise GateFailed(f"--student: the loss of step {step + 1} is {value}", "Use --dtype fp32, or other images.")
         nn.utils.clip_grad_norm_(self.model.parameters(), course.clip)
         self.optimiser.step()
         state = self.model.state_dict()
         share = 1 - min(course.average, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), [state[name] for name in self.average], share)
+        value = loss.item()  # last, so that all of the step is queued before the host waits for it
+        if not math.isfinite(value):
+            raise GateFailed(f"--student: the loss of step {step + 1} is {value}", "Use --dtype fp32, or other images.")
         self.done += 1
         return value
 

@@ -81,7 +81,7 @@ class GivenNoise(FromNoise):
     on_step_end: OnStepEnd | None = None
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
 
         latents = to_device(self.noise[[request.index for request in requests]], engine.device)
         if self.on_step_end is None:

@@ -363,7 +363,7 @@ class WordTable:
         """[B, K, D]: the words asked of each image, its last repeated up to the longest's K; the first where none."""
         import torch
 
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
 
         asked = [tuple(self.places) if self.asks_all else request.classes for request in requests]
         slots = max(word_slots(asked), 1)

@@ -39,7 +39,7 @@ class InvertingGenerator(driver.BatchGenerator):
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
         import torch
 
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
         from datasetdm_fast.sampling import times
 
         engine, recipe = self.engine, self.recipe

@@ -42,7 +42,7 @@ class FromNoise:
     """Images from nothing but the noise of their seeds."""
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
 
         return Beginning(to_device(drawn_noise(requests, engine.model.size), engine.device))
 
@@ -66,7 +66,7 @@ class FromOneGenerator(FromNoise):
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         import torch
 
-        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.kernels.to_device import to_device
         from datasetdm_fast.sampling.times import OneGenerator
 
         side, generator = engine.model.size // FACTOR, OneGenerator()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.sampling.inversion import POSTERIOR, invert
 from datasetdm_fast.stages import Level
@@ -99,7 +99,7 @@ class RecomputedCaptures:
 class StoredCaptures:
     is_stored = True
 
-    def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device | str = "cpu"):
+    def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device):
         self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device
         self._opened = lru_cache(512)(self._open)
 
@@ -107,11 +107,14 @@ class StoredCaptures:
         return np.memmap(self.paths[image], np.float16, "r", shape=(self.draws, self.layout.numbers))
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        # Read where a GPU can fetch them from, so that the host goes on.
+        is_queued = self.device.type == "cuda"
+        rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
         try:
-            rows = np.stack([self._opened(view // self.draws)[view % self.draws] for view in views])
+            np.stack([self._opened(view // self.draws)[view % self.draws] for view in views], out=rows.numpy())
         except OSError as error:
             raise storage.refusal(error, error.filename or "captures") from error
-        return self.layout.unpack(torch.from_numpy(rows).to(self.device))
+        return self.layout.unpack(rows.to(self.device, non_blocking=is_queued))
 
 
 def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
@@ -195,11 +198,19 @@ def stored(
 def _made(
     engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int
 ) -> np.ndarray:
-    rows = []
-    for start in range(0, len(items), batch_size):
+    rows: list[np.ndarray] = []
+    while (start := sum(map(len, rows))) < len(items):
         part = slice(start, start + batch_size)
-        levels = layout.joined(capture(engine, views, items[part], seeds[part], inversion))
-        rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
+        try:
+            levels = layout.joined(capture(engine, views, items[part], seeds[part], inversion))
+            rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
+        except torch.OutOfMemoryError as error:
+            if len(items[part]) == 1:
+                raise Missing(
+                    "memory: the GPU could not take the features and maps of one image",
+                    "Choose a smaller --size, or free its memory.",
+                ) from error
+            batch_size = -(-len(items[part]) // 2)
     joined = np.concatenate(rows)
     if not np.isfinite(joined).all():
         raise Refused(

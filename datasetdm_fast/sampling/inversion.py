@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.sampling import times
 
 POSTERIOR = "posterior"  # the name of the stream of draws from it
@@ -39,7 +40,8 @@ def invert(
     if ddim_steps:
         latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
     else:
-        noise = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
+        drawn = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
+        noise = to_device(drawn, clean.device).to(clean.dtype)
         latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]

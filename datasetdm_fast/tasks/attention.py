@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, SemanticMap
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.tasks.to_host import to_host
 
@@ -65,7 +66,7 @@ def label_maps(
             labels.append(values[-1].to(torch.uint8))
             continue
         largest, winner = F.interpolate(one[None], (size, size), mode="bicubic")[0].max(0)
-        named = torch.tensor(list(own), dtype=torch.uint8, device=one.device)[winner]
+        named = to_device(torch.tensor(list(own), dtype=torch.uint8), one.device)[winner]
         weak = torch.where(largest >= uncertainty, UNCERTAIN, 0).to(torch.uint8)
         labels.append(torch.where(largest >= threshold, named, weak))
         values.append(largest.clamp(0, 1))

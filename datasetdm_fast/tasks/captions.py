@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.labels.words import find_classes, token_places
 from datasetdm_fast.tasks.named_words import LEAST_MEAN
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
@@ -34,14 +35,14 @@ def held_to(
         {*find_classes(prompt, asked, config.table), *(named[b] if named else ())} & set(asked)
         for b, prompt in enumerate(prompts)
     ]
-    ruled_out = torch.tensor(
-        [[bool(own) and name in asked and name not in own for name in classes] for own in there], dtype=torch.bool
-    ).to(raw["pred_logits"].device)
+    device = raw["pred_logits"].device
+    is_ruled_out = [[bool(own) and name in asked and name not in own for name in classes] for own in there]
+    ruled_out = to_device(torch.tensor(is_ruled_out, dtype=torch.bool), device)
     if is_open:
         held = raw["pred_logits"].clone()
         held[..., OBJECT].masked_fill_(ruled_out[:, :, None], float("-inf"))
         return {**raw, "pred_logits": held}
-    is_asked = torch.tensor([name in asked for name in (*classes, None)], device=ruled_out.device)
+    is_asked = to_device(torch.tensor([name in asked for name in (*classes, None)]), device)
     found = {**raw, "pred_logits": without(raw["pred_logits"].float(), ruled_out, is_asked)}
     if "token_attention" in raw:
         found["word_attention"] = word_attention(raw["token_attention"].float(), config, prompts, there, tokenizer)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.kernels.to_device import to_device
 
 LEAST_MEAN = 1e-9  # attention below it is none
 POWER = 10.0  # of the attention against the class probabilities of a decoder, which is surer of them than it is right
@@ -13,7 +14,7 @@ def shared_by_words(share: Tensor, attention: Tensor, config: DecoderConfig) -> 
     """`share` [B, K, ...] of each class, with what it gives to classes that prompts name divided among them by the
     attention to their words, too.
     """
-    is_named = torch.tensor([name in config.named for name in config.classes], device=share.device)
+    is_named = to_device(torch.tensor([name in config.named for name in config.classes]), share.device)
     is_named = is_named.view(1, -1, *[1] * (share.ndim - 2)).to(share.dtype)
     own = share * is_named
     # in place, as these are the largest tensors of a label; relative to the largest, whose power would be 0 on its own

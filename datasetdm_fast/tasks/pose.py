@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -48,7 +49,7 @@ def summit(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
     determinant = dxx * dyy - dxy * dxy
     step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / determinant.clamp(min=1e-12)[..., None]
     # At the border a neighbour is missing, and where the fit is no hill it has no top.
-    sides = torch.tensor([heatmaps.shape[-1], heatmaps.shape[-2]], device=places.device)
+    sides = to_device(torch.tensor([heatmaps.shape[-1], heatmaps.shape[-2]]), places.device)
     is_inside = ((places > 0) & (places < sides - 1)).all(-1)
     is_hill = (dxx < 0) & (determinant > 1e-12) & (height > FAINTEST) & is_inside
     return height, places + torch.where(is_hill[..., None], step.clamp(-0.5, 0.5), 0)

@@ -20,8 +20,10 @@ from torch import Tensor
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
 from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.engines.device import allow_tf32, choose_by_shape
+from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.lessons.cache import Layout, RecomputedCaptures, StoredCaptures
 from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.lessons.views import Views
@@ -63,7 +65,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         dtype: str = "fp32",
         ranks: Ranks = SOLO,
-        is_ahead: bool = True,
+        is_ahead: bool | None = None,  # whether a thread reads the next step's captures; None: where they are stored
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
@@ -76,14 +78,14 @@ class Trainer:
         self.named = dict(self.decoder.named_parameters())
         self.trained = list(self.named.values())
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[schedule.optimiser]
-        self.optimiser = kind(
-            self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay, fused=self.device.type == "cpu" or None
-        )
+        # In one kernel, which on a GPU also decides by itself whether the gradients of fp16 are finite.
+        self.optimiser = kind(self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay, fused=True)
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.done = 0
         self._order = lru_cache(2)(self._permutation)
-        self._reader = ThreadPoolExecutor(1) if is_ahead else None
+        is_ahead = lessons.captures.is_stored if is_ahead is None else is_ahead
+        self._reader = ThreadPoolExecutor(1, "captures") if is_ahead else None
         self._next: tuple[int, Future] | None = None
 
     def views(self, step: int) -> list[tuple[int, int]]:
@@ -130,8 +132,20 @@ class Trainer:
 
     def step(self) -> float:
         """Takes one step; its loss."""
+        try:
+            return self._taken()
+        except torch.OutOfMemoryError as error:
+            views = -(-self.schedule.batch_size // self.schedule.parts)
+            raise Missing(
+                f"memory: the GPU could not take {views} view{'s' * (views > 1)} at once",
+                "Raise --accumulate or choose a smaller --batch-size, with another --out; or free its memory.",
+            ) from error
+
+    def _taken(self) -> float:
         schedule, step = self.schedule, self.done
         views, captures, targets = self._examples_of(step)
+        allow_tf32(self.device, self.dtype is not torch.float32)  # what an engine of another precision has just set
+        choose_by_shape(self.device)
         generators = [generator(schedule.seed, step, place) for place, _ in views]
         layout, share = self.lessons.captures.layout, schedule.dropout
         # which feature channels of all levels each view does not see
@@ -155,7 +169,7 @@ class Trainer:
             part = slice(begin, begin := begin + len(levels[0]))
             for buffer, start in zip((*powers, *statistics), starts):  # every part goes on from the same
                 buffer.copy_(start)
-            text = (self.words[[0] * len(asked[part]) if schedule.first_word_only else asked[part]],) if asked else ()
+            text = (self._said(asked[part]),) if asked else ()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 shown = without([level.to(self.device) for level in levels], hidden[part], share, layout)
                 found = self.decoder(projected(self.decoder, shown), *text, **depth)
@@ -167,12 +181,6 @@ class Trainer:
         self._joined(total, sums)
         for buffer, mean in zip(statistics, sums):
             buffer.copy_(mean)
-        value = total.item()
-        if not math.isfinite(value):
-            raise GateFailed(
-                f"{self.decoder.config.task}: the loss of step {step + 1} is {value}",
-                "lower --rate, or use --dtype fp32",
-            )
         self.scaler.unscale_(self.optimiser)
         if schedule.clip:
             torch.nn.utils.clip_grad_norm_(self.trained, schedule.clip)
@@ -181,15 +189,30 @@ class Trainer:
         if schedule.average:
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.trained, 1 - min(schedule.average, (1 + step) / (10 + step)))
+        value = self._value_of(total)  # last, so that all of the step is queued before the host waits for it
         self.done += 1
         return value
+
+    def _value_of(self, loss: Tensor) -> float:
+        """The loss of a step, which has to be a number."""
+        step, value = self.done + 1, loss.item()
+        if not math.isfinite(value):
+            raise GateFailed(
+                f"{self.decoder.config.task}: the loss of step {step} is {value}",
+                "lower --rate, or use --dtype fp32",
+            )
+        return value
+
+    def _said(self, asked: Sequence[int]) -> Tensor:
+        """The class embedding that each view is asked for."""
+        return torch.stack([self.words[0 if self.schedule.first_word_only else word] for word in asked])
 
     def _whole(self, answers: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
         config = self.decoder.config
         own = losses.totals([len(ids) for ids, _ in answers], config.queries if config.has_queries else 0)
-        numbers = torch.tensor(astuple(own), dtype=torch.float32, device=self.device)
+        numbers = torch.tensor(astuple(own), dtype=torch.float32)  # of the host, as it needs them at once
         self.ranks.total([numbers])
-        return losses.Totals(*(int(number) for number in numbers.tolist()))
+        return losses.Totals(*map(int, numbers.tolist()))
 
     def _joined(self, total: Tensor, means: Sequence[Tensor]) -> None:
         """Adds up loss and gradients over all processes; running statistics become their mean."""
@@ -237,9 +260,7 @@ class Trainer:
             start = f"optimiser.{name}."
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             if own:
-                self.optimiser.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter) for key, value in own.items()
-                }
+                self.optimiser.state[parameter] = {key: value.to(parameter, copy=True) for key, value in own.items()}
         self.scaler.load_state_dict(dict(numbers["scaler"]))
         self.done = numbers["done"]
 
@@ -285,7 +306,7 @@ def without(levels: Sequence[Tensor], hidden: Sequence[Tensor], share: float, la
     """The levels with each view's hidden channels zeroed and the others raised to make up for it."""
     if not share:
         return list(levels)
-    rows = (~torch.stack(list(hidden))).to(levels[0]) / (1 - share)
+    rows = to_device(~torch.stack(list(hidden)), levels[0].device).to(levels[0].dtype) / (1 - share)
     kept = [
         F.pad(row, (0, channels - row.shape[1]), value=1.0)
         for row, (_, channels) in zip(rows.split(layout.features, 1), layout.shapes)

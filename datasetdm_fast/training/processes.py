@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.errors import Missing
 
 PATIENCE = timedelta(hours=12)  # a process may wait this long for another to fill its part of the cache
@@ -56,14 +57,26 @@ def joined(device: str) -> tuple[Ranks, str]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return SOLO, device
-    is_cuda = device != "cpu" and torch.cuda.is_available()
+    is_cuda = resolve_device(device).type == "cuda"
     if not dist.is_available():
         raise Missing("torchrun: this torch was built without torch.distributed", "run the command without torchrun")
+    device = f"cuda:{_own_gpu()}" if is_cuda else "cpu"
     if is_cuda:
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=PATIENCE)
-    return Ranks(dist.get_rank(), world), device if is_cuda else "cpu"
+    # What the host decides by goes from host to host, which waits for no GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), world), device
+
+
+def _own_gpu() -> int:
+    """The number of this process's GPU on its machine."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise Missing(
+            f"torchrun: process {number} of this machine has no GPU of its own, there are {count}",
+            f"start no more than {count} processes a machine, or use --device cpu",
+        )
+    return number
 
 
 def leave(ranks: Ranks) -> None:

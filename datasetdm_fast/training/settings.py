@@ -160,7 +160,9 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
     engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
     dtype: str = setting(
-        "auto", "precision of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "precision of training; auto: bf16 on a GPU that multiplies in it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N")
     save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")

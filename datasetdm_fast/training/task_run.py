@@ -23,6 +23,7 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.engines.device import multiplies_bf16
 from datasetdm_fast.engines.memory import keep_freed
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
@@ -81,8 +82,9 @@ class TaskTraining:
 
     @property
     def dtype(self) -> str:
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        return auto if self.config.dtype == "auto" else self.config.dtype
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return "bf16" if self.device.type == "cuda" and multiplies_bf16(self.device) else "fp32"
 
 
 def finished(folder: Path, plan: TaskPlan) -> dict | None:
@@ -218,7 +220,7 @@ class _StartedTraining:
         """Whether any process was asked to stop."""
         if self.ranks.world == 1:
             return is_stopping()
-        flag = torch.tensor([float(is_stopping())], device=self.training.device)
+        flag = torch.tensor([float(is_stopping())])  # of the host, so that no GPU is waited for
         self.ranks.total([flag])
         return bool(flag.item())
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.evaluation.student_data import IGNORED, Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.truth.augment import mirrored_names
 from datasetdm_fast.truth.labelled import Labelled
 
@@ -19,7 +20,7 @@ def class_settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
 
 def class_loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """Mean cross-entropy over the pixels that are not ignored; 0 where all of them are."""
-    labels = torch.from_numpy(np.stack([item.semantic for item in items])).long().to(images.device)
+    labels = to_device(torch.from_numpy(np.stack([item.semantic for item in items])), images.device).long()
     error = F.cross_entropy(_scores(model, images), labels, ignore_index=IGNORED, reduction="sum")
     return error / (labels != IGNORED).sum().clamp(min=1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.truth.labelled import Labelled
 
 LEAST = 1e-3  # metres
@@ -22,7 +23,7 @@ def _settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
 
 def _loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """The scale-invariant logarithmic error (Eigen et al. 2014) over the pixels whose depth is known."""
-    truth = torch.from_numpy(np.stack([item.depth for item in items])).to(images.device)
+    truth = to_device(torch.from_numpy(np.stack([item.depth for item in items])), images.device)
     known = truth > 0
     count = known.sum().clamp(min=1)
     error = torch.where(known, _log_depth(model, images)[:, 0] - truth.clamp(min=LEAST).log(), 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Instances
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.truth.labelled import Labelled
 
 MOST = 100  # instances of an image
@@ -38,8 +39,8 @@ def _settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
 
 def _loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """Mask2Former's own loss over all its layers; what lies in a crowd is not taught."""
-    masks = [torch.from_numpy(item.masks.astype(np.float32)).to(images.device) for item in items]
-    classes = [torch.from_numpy(item.mask_classes).long().to(images.device) for item in items]
+    masks = [to_device(torch.from_numpy(item.masks), images.device).float() for item in items]
+    classes = [to_device(torch.from_numpy(item.mask_classes), images.device).long() for item in items]
     return model(pixel_values=images, mask_labels=masks, class_labels=classes).loss.sum()
 
 

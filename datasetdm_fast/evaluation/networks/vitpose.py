@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import LEAST_JOINT_SCORE, Vocabulary
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.truth.labelled import Labelled
 
 SIGMA = 2.0  # cells of a heatmap
@@ -36,7 +37,7 @@ def _loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabular
     for k, item in enumerate(items):
         if len(item.keypoints):
             points[k] = item.keypoints[int(np.argmax(item.keypoint_areas))]
-    places = torch.from_numpy(points).to(found.device)
+    places = to_device(torch.from_numpy(points), found.device)
     rows, columns = (torch.arange(count, device=found.device) + 0.5 for count in (height, width))
     scale_x, scale_y = width / images.shape[-1], height / images.shape[-2]
     across = torch.exp(-((columns - places[..., 0, None] * scale_x) ** 2) / (2 * SIGMA**2))

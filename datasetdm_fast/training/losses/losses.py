@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from datasetdm_fast.kernels.to_device import to_device
+
 NO_OBJECT = 0.1  # weight of "no object" in the cross-entropy
 CLASS, MASK, DICE = 2.0, 5.0, 5.0
 OVERSAMPLE, UNCERTAIN = 3, 0.75
@@ -47,7 +49,7 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
 def drawn(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
     """Places [1, P, 2] to match at, [count, 3P, 2] to choose from and [count, R, 2] to take; drawn on the CPU."""
     sizes = [points, count * points * OVERSAMPLE, count * (points - int(points * UNCERTAIN))]
-    parts = torch.rand(sum(sizes), 2, generator=generator).to(like.device).split(sizes)
+    parts = to_device(torch.rand(sum(sizes), 2, generator=generator), like.device).split(sizes)
     return [parts[0][None], *(part.view(count, -1, 2) for part in parts[1:])] if count else [parts[0][None], *parts[1:]]
 
 
@@ -74,6 +76,13 @@ def match(
     overlap = 1 - (2 * soft @ truth.mT + 1) / (soft.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
     cost = (-CLASS * probability + MASK * entropy + DICE * overlap).float().cpu().numpy()
     return [linear_sum_assignment(cost[b, :, : len(own)]) for b, own in enumerate(classes)]
+
+
+def _numbered(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: Sequence[Tensor]) -> np.ndarray:
+    """[3, M] of each pair of a query and a target: image, query, and place of the target among those of all images."""
+    firsts = np.cumsum([0, *(len(ids) for ids in classes)])
+    rows = [(np.full_like(own, b), own, target + firsts[b]) for b, (own, target) in enumerate(pairs)]
+    return np.concatenate([np.stack(one) for one in rows], 1)
 
 
 @torch.no_grad()
@@ -107,17 +116,15 @@ def set_loss(
             drawn(count, points, mask_logits, generators[b] if generators else None) for b, count in enumerate(counts)
         ]
         pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
-        images = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(wanted.device)
-        chosen = torch.from_numpy(np.concatenate([own for own, _ in pairs])).to(wanted.device)
+        # All three at once: every copy to a GPU costs as much as a kernel.
+        images, chosen, answers = to_device(torch.from_numpy(_numbered(pairs, classes)), wanted.device)
         found = mask_logits[images, chosen]
-        wanted[images, chosen] = torch.cat(
-            [ids[torch.from_numpy(own).to(ids.device)] for ids, (_, own) in zip(classes, pairs)]
-        )
+        wanted[images, chosen] = torch.cat(list(classes))[answers]
     weight = torch.ones(none + 1, device=class_logits.device)
-    weight[none] = NO_OBJECT
+    weight[none:] = NO_OBJECT  # of a single place a GPU's host would copy the number, and wait
     loss = CLASS * F.cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum") / whole.weight
     if found is not None:
-        shapes = torch.cat([shapes[torch.from_numpy(own).to(shapes.device)] for shapes, (_, own) in zip(masks, pairs)])
+        shapes = torch.cat(list(masks))[answers]
         where = uncertain_points(
             found, *(torch.cat([one[k] for one, count in zip(each, counts) if count]) for k in (1, 2))
         )

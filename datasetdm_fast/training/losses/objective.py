@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.checkpoint import DecoderConfig
+from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.schedule import TrainingSchedule
@@ -37,18 +38,22 @@ def loss_of(
         return total / len(layers)
     if config.kind == "depth":
         metres = found["depth"][:, 0].float()
-        return losses.scale_invariant_log(metres, torch.stack([t.depth for t in targets]).to(metres)).sum() / images
-    points, weights = (torch.stack([getattr(t, name) for t in targets]) for name in ("points", "weights"))
+        return losses.scale_invariant_log(metres, _truth(targets, "depth", metres.device)).sum() / images
+    points, weights = (_truth(targets, name, next(iter(found.values())).device) for name in ("points", "weights"))
     if config.kind == "simcc":
         x, y = found["x"].float(), found["y"].float()
-        return losses.axis_bins(x, y, points.to(x), weights.to(x)).sum() / images
+        return losses.axis_bins(x, y, points, weights).sum() / images
     heatmaps = found["heatmaps"].float()
     side = heatmaps.shape[-1]
-    points, weights = points.to(heatmaps), weights.to(heatmaps)
     cells = points * side / (config.side * 8) - 0.5
     truth = losses.gaussian_heatmaps(cells, side, schedule.sigma) * weights[..., None, None]
     counted = torch.ones_like(weights) if schedule.is_absence_taught else weights
     return schedule.gain * losses.joint_mse(heatmaps, truth, counted).sum() / images
+
+
+def _truth(targets: Sequence[TrainingTarget], name: str, device: torch.device) -> Tensor:
+    """One fp32 field of all targets."""
+    return to_device(torch.stack([getattr(target, name) for target in targets]), device)
 
 
 def _of_layers(
@@ -82,4 +87,4 @@ def answer_of(target: TrainingTarget, word: int | None, device: torch.device) ->
             if len(masks)
             else (torch.zeros(0, dtype=torch.long), masks)
         )
-    return ids.to(device), masks.to(device).float()
+    return to_device(ids, device), to_device(masks, device).float()

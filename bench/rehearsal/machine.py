@@ -1,0 +1,104 @@
+"""The simulated machine as a scenario is given it, and the engines that are opened on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bench.rehearsal.timeline import LOAD, Timeline
+from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.decoders.checkpoint import build_decoder, for_inference, upstream
+from datasetdm_fast.decoders.seeded import KINDS, untrained_decoders
+from datasetdm_fast.decoders.trunk import Decoder
+from datasetdm_fast.engines import fast
+from datasetdm_fast.generation import driver
+from datasetdm_fast.generation.diffusing import PROFILE
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.loading import PRESETS
+from datasetdm_fast.loading.model import Model
+
+if TYPE_CHECKING:
+    from bench.rehearsal.operations import Operations
+
+TASKS = tuple(KINDS)  # what most runs make
+WORDS = ("car", "dog")
+PROMPT = "a photo of a red car and a dog"
+OPEN, NAMED, SIMCC = "open-vocabulary", "semantic:named", "pose:simcc"  # other decoders
+
+
+def open_engine(model: str, dtype: str, device: str, labels: Sequence[str] = TASKS) -> fast.FastEngine:
+    """The fast engine over a preset, with decoders of upstream's form."""
+    loaded = PRESETS[model](0)
+    return fast.FastEngine(loaded, decoders_of(loaded, labels), dtype=dtype, device=device)
+
+
+def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
+    """Decoders of these labels: of those that every run makes, and of words, of a prompt's words, of joints by bins."""
+    width = model.networks["text_encoder"].config.hidden_size
+    found = untrained_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
+    sizes = {"levels": model.levels, "text_width": width, "width": 64, "mask_dim": 64, "feed_forward": 128}
+    heads = sum(sum(level.heads) for level in model.levels)
+    named = {"classes": ("background", *WORDS), "named": WORDS, "word_heads": (1.0,) * heads}
+    others = {
+        OPEN: ("open-vocabulary", {"classes": WORDS}),
+        NAMED: ("segmentation", named),
+        SIMCC: ("simcc", {}),
+    }
+    found |= {
+        label: build_decoder(upstream(kind, **sizes, **settings))
+        for label, (kind, settings) in others.items()
+        if label in labels
+    }
+    return {label: for_inference(found[label], strict=False) for label in labels}
+
+
+@dataclass
+class Machine:
+    """What a scenario is given: the simulated machine, and how much to do on it."""
+
+    timeline: Timeline
+    operations: Operations
+    model: str
+    batch: int
+    batches: int
+    steps: int
+    dtype: str
+    device: str
+    engines: list[fast.FastEngine] = field(default_factory=list)
+
+    def engine(self, *labels: str, device: str = "") -> fast.FastEngine:
+        """An engine whose image decoder works in two chunks, as with large images."""
+        self.timeline.phase = LOAD
+        engine = open_engine(self.model, self.dtype, device or self.device, labels)
+        self.engines.append(engine)
+        self.operations.judge(engine)
+        fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
+        return engine
+
+    @contextmanager
+    def of(self, engine: fast.FastEngine) -> Iterator[None]:
+        """Judges calls as those of another engine."""
+        self.operations.judge(engine)
+        yield
+        self.operations.judge(self.engines[-1])
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        before, self.timeline.phase = self.timeline.phase, phase
+        yield
+        self.timeline.phase = before
+
+    def recipe(self, engine: fast.FastEngine, labels: Sequence[str], **choices: Any) -> Recipe:
+        return make_recipe(engine, labels, **{"steps": self.steps, "profile": PROFILE, **choices})
+
+    def batch_of(self, place: int) -> Batch:
+        numbers = range(place * self.batch, (place + 1) * self.batch)
+        return Batch(place, tuple(Request(number, PROMPT, number, WORDS) for number in numbers))
+
+    def made(self, engine: fast.FastEngine, recipe: Recipe, make: Callable | None = None) -> int:
+        """Samples of all batches, by one run of the driver."""
+        batches = map(self.batch_of, range(self.batches))
+        answers = driver.generate(batches, engine, recipe, make=make)
+        return sum(isinstance(one, Sample) for _, results in answers for one in results)

@@ -1,0 +1,226 @@
+"""Scenarios of teaching: decoders of every loss, alone and among several processes, their figures, and students."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bench.rehearsal.machine import Machine
+from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
+from datasetdm_fast.decoders import checkpoint as decoders
+from datasetdm_fast.evaluation import arms, course
+from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
+from datasetdm_fast.evaluation.measure import measure
+from datasetdm_fast.evaluation.networks import open_network
+from datasetdm_fast.lessons import cache
+from datasetdm_fast.loading import checkpoint as states
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.training import held_out, session, task_run
+from datasetdm_fast.training.loop import Trainer
+from datasetdm_fast.training.processes import SOLO, Ranks, joined
+from datasetdm_fast.training.settings import TrainConfig
+
+IMAGES = 10  # of which one is held out
+FIGURES = "figures"  # what the main thread does between steps
+ALL = "demo:{}@1000"  # images with every kind of truth
+STUDENT, SEEDS = "segformer", 2
+STUDENT_SIDE = 64  # pixels
+
+
+def training(machine: Machine) -> int:
+    """Decoders with and without queries, from captures on the disk; stopped after the first step, and resumed."""
+    return taught(machine, ("semantic", "depth"), is_stopped=True)
+
+
+def losses(machine: Machine) -> int:
+    """Decoders of the other losses: things, one word of several, heatmaps and bins of joints."""
+    found = taught(machine, ("instance", "open-vocabulary", "pose"))
+    return found + taught(machine, ("pose",), pose_head="simcc")
+
+
+def recomputed(machine: Machine) -> int:
+    """Captures made anew at every step, and losses in fp16, whose gradients are scaled, unless another is asked for."""
+    return taught(machine, ("depth",), cache="off", **({"dtype": "fp16"} if machine.dtype == "auto" else {}))
+
+
+def ranks(machine: Machine) -> int:
+    """The first of two processes that torchrun started, on the second GPU."""
+
+    def reduced(value: Tensor) -> None:
+        """NCCL adds up what lies on a GPU, in the order of its stream; Gloo what the host holds."""
+        if value.device.type == "cuda":
+            machine.timeline.launch("all_reduce", value.device.index, [value], [value])
+        else:
+            machine.timeline.written_by_host(value)
+
+    process = {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, process))
+        for name, function in (
+            ("init_process_group", lambda *arguments, **named: None),
+            ("get_rank", lambda: 0),
+            ("all_reduce", reduced),
+            ("broadcast_object_list", lambda values, source: None),
+            ("barrier", lambda: None),
+        ):
+            stack.enter_context(mock.patch.object(dist, name, function))
+        ask = task_run._StartedTraining._is_stopping
+        stack.enter_context(
+            mock.patch.object(task_run._StartedTraining, "_is_stopping", lambda *own: ask(*own) and False)
+        )
+        own, device = joined(machine.device.partition(":")[0])
+        return taught(machine, ("semantic",), own, device=device, cache="off")
+
+
+def evaluation(machine: Machine) -> int:
+    """Figures of decoders on labelled images."""
+    labels = ("depth", "open-vocabulary")
+    engine, found = machine.engine(*labels), 0
+    machine.timeline.thread.work = FIGURES
+
+    def moved(count: int) -> None:
+        nonlocal found
+        found, machine.timeline.phase = count, f"batch {count // machine.batch}"
+
+    machine.timeline.phase = FIRST
+    source = open_data(ALL.format(machine.batch * machine.batches), engine.model.size)
+    measure(engine, source, labels, batch_size=machine.batch, progress=moved)
+    return found
+
+
+def students(machine: Machine) -> int:
+    """Students of a network of transformers, taught by labelled images and scored on others."""
+    step = course.NetworkTraining.step
+
+    def phased(student: course.NetworkTraining) -> float:
+        with a_step(machine, student.done):
+            return step(student)
+
+    machine.timeline.phase, machine.operations.has_dropout = LOAD, True
+    network, source = open_network(STUDENT), open_data(ALL.format(4), STUDENT_SIDE)
+    vocabulary = shared_vocabulary(source)
+    own = Examples(source, vocabulary, network.task)
+    with (
+        files_of_zeros(machine),
+        mock.patch.object(course.NetworkTraining, "step", phased),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        experiment = arms.Experiment(
+            STUDENT, network, vocabulary, {"real": own}, own,
+            course.Course(steps=machine.batches, batch_size=machine.batch), Path(folder), next(iter(network.sizes)),
+            seeds=SEEDS, device=torch.device(machine.device), dtype=torch.bfloat16,
+        )  # fmt: skip
+        arms.compare(experiment, ("real",))
+    return SEEDS * machine.batches
+
+
+def taught(
+    machine: Machine, tasks: Sequence[str], own: Ranks = SOLO, *, is_stopped: bool = False, **choices: Any
+) -> int:
+    """Steps that the trainings of these tasks came to, as the command train runs them."""
+    timeline, found = machine.timeline, 0
+    with tempfile.TemporaryDirectory() as place, in_phases(machine):
+        folder, timeline.phase = Path(place), LOAD
+        given = {"dtype": "fp32" if machine.dtype == "tf32" else machine.dtype, "device": machine.device, **choices}
+        config = TrainConfig(
+            data=ALL.format(IMAGES), model=machine.model, task=tuple(tasks), out=place, draws=1, checks=1,
+            augment="none", steps=machine.batches, batch_size=machine.batch, cache_dir=str(folder / "captures"),
+            quiet=True, **given,
+        )  # fmt: skip
+        opened = session.open_session(config, own)
+        machine.engines.append(opened.engine)
+        machine.operations.judge(opened.engine)
+        machine.operations.is_exact = given["dtype"] == "fp32"
+        for task in tasks:
+            timeline.phase, timeline.thread.work = FIRST, ""
+            begun = opened.training(folder / task, opened.plan(task), lambda: False)
+            timeline.phase = LOAD
+            if is_stopped and task_run.run(begun, own, is_stopping=iter((False, True)).__next__) is None:
+                timeline.phase = LOAD
+            found += task_run.run(begun, own)["steps"]
+    return found
+
+
+@contextmanager
+def in_phases(machine: Machine) -> Iterator[None]:
+    """Each image whose captures are made and each step of a training a phase; one held-out image is enough to choose
+    weights by.
+    """
+    step, make = Trainer.step, cache._made
+
+    def phased(trainer: Trainer) -> float:
+        with a_step(machine, trainer.done):
+            return step(trainer)
+
+    def made(*arguments: Any, **named: Any) -> np.ndarray:
+        rows = make(*arguments, **named)
+        machine.timeline.phase = "captures"
+        return rows
+
+    with files_of_zeros(machine), ExitStack() as stack:
+        for module, name, value in (
+            (Trainer, "step", phased), (cache, "_made", made), (held_out, "ENOUGH_IMAGES", 1),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@contextmanager
+def a_step(machine: Machine, number: int) -> Iterator[None]:
+    """A phase, after which figures are computed and files are written."""
+    thread = machine.timeline.thread
+    machine.timeline.phase, thread.work = f"batch {number}", ""
+    yield
+    machine.timeline.phase, thread.work = BETWEEN, FIGURES
+
+
+@contextmanager
+def files_of_zeros(machine: Machine) -> Iterator[None]:
+    """Gradients on the simulated machine, and files of tensors that have no memory."""
+    backward = Tensor.backward
+
+    def simulated(loss: Tensor, *others: Any, **named: Any) -> None:
+        with machine.operations.backward():
+            backward(loss, *others, **named)
+
+    def zeros(tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> bytes:
+        for value in tensors.values():
+            machine.timeline.read_by_host(value)
+        with _disable_current_modes():
+            return save({name: torch.zeros(value.shape, dtype=value.dtype) for name, value in tensors.items()}, told)
+
+    read = states.read
+
+    def without_memory(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        with _disable_current_modes():
+            found = read(folder)
+        return found and ({name: value.clone() for name, value in found[0].items()}, found[1])
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Tensor, "backward", simulated))
+        stack.enter_context(mock.patch.object(states, "read", without_memory))
+        for module in (states, decoders, arms):
+            stack.enter_context(mock.patch.object(module, "save", zeros))
+        yield
+
+
+SCENARIOS: Mapping[str, Callable[[Machine], int]] = {
+    "training": training,
+    "losses": losses,
+    "recomputed": recomputed,
+    "ranks": ranks,
+    "evaluation": evaluation,
+    "students": students,
+}
