@@ -31,7 +31,7 @@ needs_triton = pytest.mark.skipif(
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
 SAMPLES |= {"cards": 16, "verify": 13}
-SAMPLES |= {"training": 4, "recomputed": 2, "ranks": 2, "students": 4}  # steps, of batches of four views
+SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "ranks": 2, "students": 4}  # steps
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
-SCENARIOS = (  # functions of scenarios.py
+SCENARIOS = (  # functions of scenarios.py and teaching.py
     "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
-    "retry", "memory", "cards", "verify", "training", "losses", "recomputed", "ranks", "evaluation", "students",
+    "retry", "memory", "cards", "verify", "training", "losses", "bins", "recomputed", "ranks", "evaluation", "students",
 )  # fmt: skip
 
 

@@ -58,17 +58,18 @@ class Operations(TorchDispatchMode):
         self.pinned: list[StorageWeakRef] = []
         self.truths: deque[bool] = deque()  # what the host reads of single flags; all others are true
         self.flags: deque[bool] = deque()  # and of arrays of flags
-        self.is_backward = self.has_dropout = False
+        self.gradients_on: torch.device | None = None  # while they are computed
+        self.has_dropout = False
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
+    def backward(self, device: torch.device) -> Iterator[None]:
         """Within the block PyTorch computes gradients, in this thread."""
         with torch.autograd.set_multithreading_enabled(False):
-            self.is_backward = True
+            self.gradients_on = device
             try:
                 yield
             finally:
-                self.is_backward = False
+                self.gradients_on = None
 
     def judge(self, engine: FastEngine) -> None:
         """Judges what comes next by the precision of an engine."""
@@ -77,9 +78,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")
         if room == "prim":  # a question about a tensor
-            return META if name == "device" and self.is_backward else func(*args, **kwargs)
-        if self.is_backward and kwargs.get("device") == META:
-            kwargs["device"] = torch.device("cuda", self.timeline.thread.device)
+            return META if name == "device" and self.gradients_on else func(*args, **kwargs)
+        if self.gradients_on and kwargs.get("device") == META:
+            kwargs["device"] = self.gradients_on
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if (
             name != ATTENTION

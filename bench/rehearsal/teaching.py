@@ -45,9 +45,13 @@ def training(machine: Machine) -> int:
 
 
 def losses(machine: Machine) -> int:
-    """Decoders of the other losses: things, one word of several, heatmaps and bins of joints."""
-    found = taught(machine, ("instance", "open-vocabulary", "pose"))
-    return found + taught(machine, ("pose",), pose_head="simcc")
+    """Decoders of the other losses: things, one word of several, heatmaps of joints."""
+    return taught(machine, ("instance", "open-vocabulary", "pose"))
+
+
+def bins(machine: Machine) -> int:
+    """A decoder that answers with a row and a column of each joint."""
+    return taught(machine, ("pose",), pose_head="simcc")
 
 
 def recomputed(machine: Machine) -> int:
@@ -192,7 +196,7 @@ def files_of_zeros(machine: Machine) -> Iterator[None]:
     backward = Tensor.backward
 
     def simulated(loss: Tensor, *others: Any, **named: Any) -> None:
-        with machine.operations.backward():
+        with machine.operations.backward(loss.device):
             backward(loss, *others, **named)
 
     def zeros(tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> bytes:
@@ -219,6 +223,7 @@ def files_of_zeros(machine: Machine) -> Iterator[None]:
 SCENARIOS: Mapping[str, Callable[[Machine], int]] = {
     "training": training,
     "losses": losses,
+    "bins": bins,
     "recomputed": recomputed,
     "ranks": ranks,
     "evaluation": evaluation,
