@@ -6,9 +6,12 @@ from collections.abc import Collection
 class _Stop(Exception):
     exit_code = 1
 
-    def __init__(self, cause: str, remedy: str = ""):
-        super().__init__(cause if not remedy else f"{cause}\n{remedy}")
+    def __init__(self, cause: str, remedy: str):
+        super().__init__(cause, remedy)
         self.cause, self.remedy = cause, remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.remedy}"
 
 
 class Refused(_Stop, ValueError):

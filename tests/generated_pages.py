@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,12 @@ REFUSALS_OPENING = """# When it does not work
 
 Every sentence with which a command ends by exit code 2 (`Refused`: bad input or usage), 3 (`Missing`: something that is
 needed is not there) or 4 (`GateFailed`: the work was done, but a check failed), and what to do about it. Words in
-capitals stand for what the message names. Search the page for the part of your message that is no name of yours; every
-sentence has an anchor of its own to link to. Anything else that ends a command is a bug of ours: the message names a
-report file.
+capitals stand for what the message names; where there is an "Or:", the message says the one that fits. Search the page
+for the part of your message that is no name of yours; every sentence has an anchor of its own to link to. Anything else
+that ends a command is a bug of ours: the message names a report file.
 
 """
+PASSED_ON = "As this page says of the sentence that it repeats."
 STOPS = {"Refused": 2, "Missing": 3, "GateFailed": 4}
 SOURCES = ("datasetdm_fast", "export", "kernels")
 
@@ -205,16 +207,144 @@ def named_texts(function: ast.AST) -> dict[str, str]:
     return found
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    return tuple(sorted(path for source in SOURCES for path in (ROOT / source).rglob("*.py")))
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of ours."""
+    name = module.replace(".", "/")
+    for folder in (ROOT, ROOT / "datasetdm_fast"):  # datasetdm_fast.export lies beside the package
+        for path in (folder / f"{name}.py", folder / name / "__init__.py"):
+            if path.is_file():
+                return path
+    above, _, rest = module.partition(".")
+    return file_of(rest) if above == "datasetdm_fast" and rest else None
+
+
+@cache
+def imported(path: Path) -> dict[str, tuple[Path, str]]:
+    """What a file imports of ours, by its name there: the file it is from, and its name there, none of a module."""
+    found = {}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for one in node.names:
+                if module := file_of(f"{node.module}.{one.name}"):
+                    found[one.asname or one.name] = module, ""
+                elif module := file_of(node.module):
+                    found[one.asname or one.name] = module, one.name
+    return found
+
+
+def assigned(block: ast.AST, name: str) -> list[ast.expr]:
+    """Every expression that a module, at its top, or a function gives this name to."""
+    found = []
+    for node in block.body if isinstance(block, ast.Module) else ast.walk(block):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=True))
+                found += [value for one, value in pairs if isinstance(one, ast.Name) and one.id == name]
+        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and isinstance(node.target, ast.Name) and node.value:
+            found += [node.value] if node.target.id == name else []
+    return found
+
+
+@cache
+def functions_of(path: Path) -> dict[ast.AST, ast.FunctionDef]:
+    """The innermost function around every part of a file."""
+    found = {}
+    for function in ast.walk(parsed(path)):  # from the outside in
+        if isinstance(function, ast.FunctionDef):
+            found |= dict.fromkeys(ast.walk(function), function)
+    return found
+
+
+def given(function: ast.FunctionDef, name: str) -> list[tuple[ast.expr, Path]]:
+    """What the callers of a function give to a parameter."""
+    names = [one.arg for one in (*function.args.posonlyargs, *function.args.args)]
+    if name not in names:
+        return []
+    place, found = names.index(name) - (names[0] in ("self", "cls")), []
+    for path in sources():
+        for node in ast.walk(parsed(path)):
+            called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if called == function.name:
+                arguments = dict(enumerate(node.args)) | {one.arg: one.value for one in node.keywords}
+                found += [(arguments[key], path) for key in (place, name) if key in arguments]
+    return found
+
+
+def meanings(node: ast.expr, path: Path) -> Iterator[tuple[ast.expr, Path]]:
+    """The expressions that one may stand for, each with the file it is in; names and parts of tables are followed."""
+    function = functions_of(path).get(node)
+    if isinstance(node, ast.IfExp):
+        for one in (node.body, node.orelse):
+            yield from meanings(one, path)
+    elif isinstance(node, ast.Name):
+        found = [(one, path) for one in (assigned(function, node.id) if function else ())]
+        found = found or (given(function, node.id) if function else [])
+        found = found or [(one, path) for one in assigned(parsed(path), node.id)]
+        if not found and node.id in imported(path):
+            module, name = imported(path)[node.id]
+            found = [(one, module) for one in assigned(parsed(module), name)]
+            found = found or (list(meanings(ast.Name(name), module)) if name in imported(module) else [])
+        for one, module in found:
+            yield from meanings(one, module)
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported(path):
+        yield from meanings(ast.Name(node.attr), imported(path)[node.value.id][0])
+    elif isinstance(node, ast.Subscript):
+        yield from parts(node.value, node.slice, path)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+        yield from parts(node.func.value, node.args[0], path)
+        for usual in node.args[1:]:
+            yield from meanings(usual, path)
+    else:
+        yield node, path
+
+
+def parts(table: ast.expr, key: ast.expr, path: Path) -> Iterator[tuple[ast.expr, Path]]:
+    """What a table written in the code holds under a key, everything where the key is not written there."""
+    for one, module in meanings(table, path):
+        if isinstance(one, ast.Dict):
+            names = [ast.literal_eval(name) for name in one.keys]
+            values = dict(zip(names, one.values, strict=True))
+        elif isinstance(one, ast.Tuple):
+            values = dict(enumerate(one.elts))
+        else:
+            continue
+        asked = key.value if isinstance(key, ast.Constant) else None
+        for inner in [values[asked]] if asked in values else values.values():
+            yield from meanings(inner, module)
+
+
+def remedy_of(node: ast.expr, path: Path) -> str:
+    """The remedies that an expression may stand for, in the order of the code."""
+    told = [
+        PASSED_ON if isinstance(one, ast.Attribute) and one.attr == "remedy" else spoken(one)
+        for one, _ in meanings(node, path)
+    ]
+    several = dict.fromkeys(filter(None, told))
+    return " Or: ".join(f"{one.removesuffix('.')}." for one in several) if len(several) > 1 else "".join(several)
+
+
 def stops(path: Path) -> Iterator[tuple[int, str, str]]:
     """Exit code, cause and remedy of every refusal that a file can raise, in its order."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    texts = named_texts(tree)
-    for node in ast.walk(tree):
+    texts = named_texts(parsed(path))
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in STOPS:
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            told = [spoken(one) or (texts.get(one.id, "") if isinstance(one, ast.Name) else "") for one in arguments]
-            if told and told[0]:
-                yield STOPS[node.func.id], " ".join(told[0].split()), " ".join((told[1:] or [""])[0].split())
+            cause = spoken(arguments[0]) or texts.get(getattr(arguments[0], "id", ""), "")
+            if cause:
+                remedy = "".join(remedy_of(one, path) for one in arguments[1:2])
+                yield STOPS[node.func.id], " ".join(cause.split()), " ".join(remedy.split())
 
 
 def anchor_of(sentence: str) -> str:
@@ -225,7 +355,7 @@ def anchor_of(sentence: str) -> str:
 def refusals_page() -> str:
     """docs/refusals.md."""
     rooms: dict[str, dict[str, str]] = {}
-    for path in sorted(path for source in SOURCES for path in (ROOT / source).rglob("*.py")):
+    for path in sources():
         place = path.relative_to(ROOT / "datasetdm_fast" if path.is_relative_to(ROOT / "datasetdm_fast") else ROOT)
         room = rooms.setdefault(place.parts[0].removesuffix(".py"), {})
         for code, cause, remedy in stops(path):

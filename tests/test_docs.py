@@ -58,6 +58,32 @@ def test_generated_pages_are_those_of_the_sources(name):
     assert written.splitlines() == generated_pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
 
 
+@pytest.mark.parametrize("path", generated_pages.sources(), ids=lambda path: path.relative_to(HERE).as_posix())
+def test_every_refusal_says_what_to_do(path):
+    assert [cause for _, cause, remedy in generated_pages.stops(path) if not remedy] == []
+    short = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in generated_pages.STOPS
+        and (len(node.args) + len(node.keywords) != 2 or any(isinstance(one, ast.Starred) for one in node.args))
+    ]
+    assert short == [], "a refusal has a cause and a remedy"
+
+
+def test_the_page_of_refusals_follows_names_of_remedies():
+    told = {}
+    for path in generated_pages.sources():
+        told |= {cause: remedy for _, cause, remedy in generated_pages.stops(path)}
+    again, sampler = "Get the file again and compare its checksum.", "choose one of these with --sampler"
+    assert told["sampler: SAMPLER is none of SAMPLERS"] == sampler  # written in the call
+    assert told["PATH: not an ONNX file (it names no operator set)"] == again  # a constant of another module
+    assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
+    assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table
+    assert told["model: PATH holds KIND, SUPPORTED"].count("Or: ") == 1  # either of two
+    assert "Name LVIS's annotation file. Or: " in told["WHAT: PATH is not there"]  # what the callers give
+
+
 EXAMPLES = [path for path in sorted((HERE / PACKAGE).rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 

@@ -151,7 +151,7 @@ def test_what_cannot_be_evaluated_is_refused(decoders, capsys, flags, said):
 @pytest.mark.parametrize("flags", [[], ["--curve", "1,2", "--learn-from", "demo:2@50"]])
 def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys, monkeypatch):
     def downloaded(name):
-        raise Refused(f"the hub was asked for {name}")
+        raise Refused(f"the hub was asked for {name}", "Answer it.")
 
     monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]

@@ -1,6 +1,7 @@
 """Flags from RunConfig: spellings, types, YAML under flags, refusals in two lines, and how a command ends."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
@@ -312,6 +313,21 @@ def command(arguments):
         out, err = process.communicate(timeout=30)
     assert process.returncode == 1 and "BrokenPipeError" in err
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_has_a_cause_and_a_remedy_also_after_pickling(kind):
+    with pytest.raises(TypeError, match="remedy"):
+        kind("--size 7: too small")
+    read = pickle.loads(pickle.dumps(kind("--size 7: too small", "Try --size 64.")))
+    assert (type(read), read.cause, read.remedy) == (kind, "--size 7: too small", "Try --size 64.")
+    assert str(read) == "--size 7: too small\nTry --size 64."
+
+
+def test_a_name_too_long_for_a_file_ends_in_two_lines(tmp_path, capsys):
+    assert run_command(lambda _: (tmp_path / ("x" * 300)).read_bytes(), []) == 2
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert "no file or folder has so long a name" in cause and remedy == "Choose a shorter name."
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_payload_beyond_the_cap_is_not_written(tmp_path, monkeypatch):
 def test_a_failed_build_leaves_nothing(folder):
     def fails(part):
         part.write_bytes(b"half")
-        raise Refused("denoise: no")
+        raise Refused("denoise: no", "Try another precision.")
 
     with pytest.raises(Refused):
         folder.open_or_build(ORDER, fails)

@@ -567,7 +567,7 @@ def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):
 
 def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkeypatch):
     def downloaded(name):
-        raise Refused(f"the hub was asked for {name}")
+        raise Refused(f"the hub was asked for {name}", "Answer it.")
 
     monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--out", str(tmp_path)]

@@ -41,8 +41,7 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         return code
     except (Refused, Missing, GateFailed) as stop:
         for line in (stop.cause, stop.remedy):
-            if line:
-                print(documents.one_line(line), file=sys.stderr)
+            print(documents.one_line(line), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print(ENDED, file=sys.stderr)
@@ -57,6 +56,7 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         if error.errno != errno.ENAMETOOLONG:
             return report(error)
         print(f"{documents.quoted(error.filename)}: no file or folder has so long a name", file=sys.stderr)
+        print("Choose a shorter name.", file=sys.stderr)
         return Refused.exit_code
     except Exception as error:
         if watch.signal:  # a library made another error of it, as imports do

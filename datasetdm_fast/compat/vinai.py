@@ -87,10 +87,16 @@ class GenDataConfig:
                 )
         for name, least in (("batch_size", 1), ("start", -1), ("end", -1)):
             if getattr(self, name) < least:
-                raise Refused(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+                raise Refused(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more",
+                    "Choose another number, or leave it out.",
+                )
         for name in ("threshold", "uncertainty_threshold"):
             if not 0 < getattr(self, name) <= 1:
-                raise Refused(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected more than 0 and at most 1")
+                raise Refused(
+                    f"--{name.replace('_', '-')} {getattr(self, name):g}: expected more than 0 and at most 1",
+                    f"For example --{name.replace('_', '-')} 0.5.",
+                )
         if self.uncertainty_threshold > self.threshold:
             raise Refused(
                 f"--uncertainty-threshold {self.uncertainty_threshold:g}: expected at most --threshold, "

@@ -59,7 +59,9 @@ def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> De
 def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") -> Path:
     """The folder with config.json and model.safetensors; `storage` fp16 halves parameters, buffers stay fp32."""
     if storage not in STORAGE:
-        raise Refused(f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}")
+        raise Refused(
+            f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}", "choose one of these"
+        )
     if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
         raise Refused(
             "save_decoder: the decoder was folded for inference, expected one that can be trained further",
@@ -155,7 +157,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         first = (str(error).splitlines() or [""])[0]
-        raise Refused(f"decoder weights {path}: not a file of plain tensors ({first})") from error
+        raise Refused(
+            f"decoder weights {path}: not a file of plain tensors ({first})",
+            error.remedy
+            if isinstance(error, Refused)
+            else "get the file again, or name another decoder with --decoder",
+        ) from error
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:

@@ -13,6 +13,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.stages import LEVELS, Level, levels
 
+MEND = "mend that setting, train the decoder again, or name another with --decoder"
 FORMAT = 1  # of config.json; without one it is the first
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 NORMALISATIONS = ("image", "running")
@@ -78,31 +79,36 @@ class DecoderConfig:
             (self.instance_class_from, "instance_class_from", CLASS_SOURCES),
         ):
             if value not in known:
-                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}")
+                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", MEND)
         if tuple(level.name for level in self.levels) != LEVELS:
             raise Refused(
-                f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}"
+                f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}",
+                MEND,
             )
         if self.has_queries and (self.width % self.heads or self.width % 4):
-            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4")
+            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4", MEND)
         for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
             if needed and not getattr(self, name):
-                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}")
+                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}", MEND)
 
         if stray := sorted(set(self.named) - set(self.classes)):
-            raise Refused(f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes")
+            raise Refused(
+                f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes", MEND
+            )
         heads = sum(sum(level.heads) for level in self.levels)
         if self.word_heads and (self.kind != "segmentation" or len(self.word_heads) != heads):
             raise Refused(
                 f"decoder config: {len(self.word_heads)} word_heads of a {self.kind} decoder, expected none, or for "
-                f"segmentation one for each of {heads} heads"
+                f"segmentation one for each of {heads} heads",
+                MEND,
             )
         if self.word_heads and not (min(self.word_heads) >= 0 < max(self.word_heads)):
-            raise Refused("decoder config: word_heads must not be negative, nor all of them 0")
+            raise Refused("decoder config: word_heads must not be negative, nor all of them 0", MEND)
         if self.task == "semantic" and len(self.classes) > 255:
             raise Refused(
                 f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
-                "label map"
+                "label map",
+                "choose data of fewer classes, or another --task",
             )
 
     @property
@@ -165,7 +171,7 @@ class DecoderConfig:
             documents.check_form(values, {name: form for name, form in FORM.items() if name in values})
             _check_bounds(values)
         except ValueError as error:
-            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})") from None
+            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})", MEND) from None
         own = {field.name for field in fields(DecoderConfig)}
         for given, known, whose in (
             (values, own, ""),
@@ -174,7 +180,10 @@ class DecoderConfig:
         ):
             if unknown := sorted(set(given) - set(known)):
                 names = documents.one_line(", ".join(unknown))
-                raise Refused(f"decoder config: unknown fields {names}{whose}; it may come from a newer version")
+                raise Refused(
+                    f"decoder config: unknown fields {names}{whose}; it may come from a newer version",
+                    "update the package, train the decoder again, or name another with --decoder",
+                )
         values["levels"] = tuple(
             Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
             for level in values["levels"]

@@ -20,7 +20,8 @@ def read_config(folder: Path) -> DecoderConfig:
         return DecoderConfig.from_json(storage.read(folder / "config.json", documents.LARGEST_CONFIG).decode())
     except (Refused, UnicodeDecodeError) as error:
         raise Refused(
-            f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder"
+            f"decoder {folder}: {str(error).splitlines()[0]}",
+            error.remedy if isinstance(error, Refused) else "give a folder written by training or save_decoder",
         ) from error
 
 

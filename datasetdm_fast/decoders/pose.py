@@ -40,7 +40,9 @@ class SimccDecoder(Decoder):
         side = capture.side
         if side != self.config.side:
             raise Refused(
-                f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained on"
+                f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained "
+                "on",
+                f"use --size {self.config.side * FACTOR}",
             )
         joints = self.mix(capture, "mid", self.lowest(capture), side // 2).flatten(2)
         return {"x": self.mlp_head_x(joints), "y": self.mlp_head_y(joints)}

@@ -144,7 +144,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             given = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(
                 f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or "
-                f"[{batch}, K, {width}]"
+                f"[{batch}, K, {width}]",
+                "pass the text encoder's embeddings of the class words as text",
             )
         memory, mask_features = self.pixels(capture)
         words = 1 if text.ndim == 2 else text.shape[1]

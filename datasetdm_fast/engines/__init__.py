@@ -48,12 +48,13 @@ def build_engine(
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
     """The record of an engine, and the value of each of its own options."""
     if name not in ENGINE_NAMES:
-        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}")
+        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "choose one of these with --engine")
     chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
     given = EngineSettings(**options)
     for kind in ENGINES.values():
         for option, refusal in kind.options.items():
             value = getattr(given, option)
             if option not in chosen.options and refusal and value != getattr(usual, option):
-                raise Refused(*(text.format(engine=name, value=value) for text in refusal))
+                cause, remedy = (text.format(engine=name, value=value) for text in refusal)
+                raise Refused(cause, remedy)
     return chosen, {option: getattr(given, option) for option in chosen.options}

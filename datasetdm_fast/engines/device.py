@@ -16,7 +16,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise Refused(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
+        raise Refused(
+            f"device: {name!r} is none of auto, cpu, cuda, cuda:N", "choose one of these with --device, such as cuda:0"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Missing(
             f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices",

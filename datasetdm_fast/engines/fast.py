@@ -61,7 +61,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if name not in DTYPES:
-        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}", "choose one of these with --dtype")
     if name == "fp16" and device.type == "cpu":
         raise Refused(
             "dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",

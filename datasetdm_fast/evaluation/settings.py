@@ -113,7 +113,10 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         bounds |= {"repeats": 1, "real": 1, "steps": 0, "more": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
-                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
+                raise Refused(
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}",
+                    f"Give {least} or more.",
+                )
         named = [label for label in self.task if ":" in label]
         if named and (self.curve or self.student or self.run):
             raise Refused(
@@ -122,7 +125,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
             )
         self._check_student()
         if not 0 < self.level < 1:
-            raise Refused(f"--level: {self.level:g} is not between 0 and 1")
+            raise Refused(f"--level: {self.level:g} is not between 0 and 1", "For example --level 0.95.")
 
     def _check_student(self) -> None:
         """Refuses flags of a student that is not there, or is not one of transformers."""
@@ -144,6 +147,12 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         if self.only_synthetic and self.both:
             raise Refused("--only-synthetic and --both: one of the two", "Leave both out to compare real with both.")
         if self.student in NETWORKS and self.batch_size < 2:
-            raise Refused(f"--batch-size: {self.batch_size} is not at least 2, which a --student needs")
+            raise Refused(
+                f"--batch-size: {self.batch_size} is not at least 2, which a --student needs",
+                "For example --batch-size 10.",
+            )
         if self.size % MULTIPLE or self.size < 0:
-            raise Refused(f"--size: {self.size} is not a multiple of {MULTIPLE}")
+            raise Refused(
+                f"--size: {self.size} is not a multiple of {MULTIPLE}",
+                "For example --size 512; 0 takes that of the images of --run.",
+            )

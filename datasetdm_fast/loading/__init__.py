@@ -16,17 +16,6 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
     """The model `name`: demo, tiny, random-sd14, a diffusers folder, a file, or a hub repository where allowed."""
-    try:
-        return _load(name, size, allow_download)
-    except Refused as stop:
-        if stop.remedy:
-            raise
-        raise Refused(
-            stop.cause, "Choose another --model, or get its files again and compare their checksums."
-        ) from stop
-
-
-def _load(name: str, size: int, allow_download: bool) -> Model:
     if size:
         check_size(size)  # before seconds go into reading weights
     path = Path(name)

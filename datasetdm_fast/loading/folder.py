@@ -17,6 +17,9 @@ from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, pickles
 from datasetdm_fast.loading.checks import (
+    ADAPTER,
+    ANOTHER,
+    DAMAGED,
     LARGEST_SIDE,
     PARTS,
     SUPPORTED,
@@ -36,6 +39,7 @@ from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
+MATCHING = "take config.json and weights from the same model"
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 
 
@@ -67,7 +71,8 @@ def load_folder(
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise Refused(
             f"model: {folder}: the UNet's sample_size is {documents.quoted(side)}, expected a number up to "
-            f"{LARGEST_SIDE}, {SUPPORTED}"
+            f"{LARGEST_SIDE}, {SUPPORTED}",
+            ANOTHER,
         )
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
@@ -87,20 +92,23 @@ class _Weights:
 def _folder_configs(folder: Path) -> dict[str, dict]:
     """The configs of the parts of a folder that looks like a supported pipeline."""
     if not any(folder.iterdir()):
-        raise Refused(f"model: {folder} is an empty folder, {SUPPORTED}")
+        raise Refused(f"model: {folder} is an empty folder, {SUPPORTED}", ANOTHER)
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
     if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
-        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}")
+        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}", ANOTHER)
     if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
         raise Refused(
             f"model: {folder} holds a LoRA, which only changes another model, {SUPPORTED}",
-            "merge it into its base model and save that as a diffusers folder",
+            ADAPTER,
         )
     if not any((folder / part).exists() for part in PARTS):
-        raise Refused(f"model: {folder} has none of the parts {', '.join(PARTS)}, {SUPPORTED}")
+        raise Refused(
+            f"model: {folder} has none of the parts {', '.join(PARTS)}, {SUPPORTED}",
+            "name the folder that holds them with --model",
+        )
     if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
-        raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}")
+        raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}", ANOTHER)
     names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     places = {part: folder / part / names.get(part, "config.json") for part in PARTS}
     has_schedule = (folder / "scheduler").exists()
@@ -108,7 +116,8 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
         if not place.is_file() and (part != "scheduler" or has_schedule):
             raise Refused(
                 f"model: {folder} has no {part} ({part}/{place.name} is missing), and every part is needed: "
-                f"{', '.join(PARTS)}"
+                f"{', '.join(PARTS)}",
+                f"add the folder {part} of the same model",
             )
     read = {part: read_config(place) for part, place in places.items() if part != "scheduler" or has_schedule}
     return read if has_schedule else read | {"scheduler": _usual_schedule(folder, read["unet"])}
@@ -134,7 +143,7 @@ def _making_sense(source: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise Refused(
-            f"model: {source}: its configs make no sense ({type(error).__name__}: {first_line(error)})"
+            f"model: {source}: its configs make no sense ({type(error).__name__}: {first_line(error)})", DAMAGED
         ) from error
 
 
@@ -151,11 +160,12 @@ def _weight_files(part: Path) -> _Weights:
                 if files:
                     for file in files:
                         if not file.is_file():
-                            raise Refused(f"model: {file} is listed in its index but missing")
+                            raise Refused(f"model: {file} is listed in its index but missing", DAMAGED)
                         check_readable(file)
                     return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(
-        f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files"
+        f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files",
+        "add the weight files of the same model",
     )
 
 
@@ -165,7 +175,7 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(read_config(index)["weight_map"].values()))
         return [index.parent / documents.check_inside(name) for name in names]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f"model: {index} is no index of weight files ({first_line(error)})") from error
+        raise Refused(f"model: {index} is no index of weight files ({first_line(error)})", DAMAGED) from error
 
 
 def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> Network:
@@ -207,12 +217,13 @@ def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
         raise
     except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
         raise Refused(
-            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({first_line(error)})"
+            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({first_line(error)})", MATCHING
         ) from error
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise Refused(
-            f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}"
+            f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}",
+            MATCHING,
         )
     return module
 

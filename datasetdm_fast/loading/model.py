@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+TOGETHER = "take every part from the same model"
 NETWORKS = ("text_encoder", "unet", "vae")
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -109,11 +110,13 @@ def checked(model: Model, *, is_seeded: bool = False) -> Model:
     if width != hidden:
         raise Refused(
             f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they "
-            "belong to different models"
+            "belong to different models",
+            TOGETHER,
         )
     if len(model.tokenizer) > (known := text.vocab_size):
         raise Refused(
-            f"model: {model.name}: the tokenizer has {len(model.tokenizer)} entries, the text encoder knows {known}"
+            f"model: {model.name}: the tokenizer has {len(model.tokenizer)} entries, the text encoder knows {known}",
+            TOGETHER,
         )
     for name in NETWORKS if not is_seeded else ():
         check_finite(f"{model.name}: {name}", model.networks[name].read().state_dict())

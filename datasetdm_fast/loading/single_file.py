@@ -16,6 +16,9 @@ from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import pickles
 from datasetdm_fast.loading.checks import (
+    ADAPTER,
+    ANOTHER,
+    DAMAGED,
     DOWN_BLOCKS,
     SUPPORTED,
     UP_BLOCKS,
@@ -68,6 +71,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
+LORA = "a LoRA, which only changes another model"
 EMA = "model_ema."  # before the names of averaged weights, which have no dots
 UNET, VAE, CLIP, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -87,7 +91,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
                 "modelspec.license", UNKNOWN_LICENCE
             )
     if path.suffix != ".ckpt":
-        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
+        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}", ANOTHER)
     check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
 
@@ -108,7 +112,7 @@ def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     """Say what a file is that is not an SD 1.x or 2.x checkpoint in the original layout."""
     signs = {
-        "a LoRA, which only changes another model": ("lora_", ".lora.", "hada_", "lokr_"),
+        LORA: ("lora_", ".lora.", "hada_", "lokr_"),
         "an SDXL model (two text encoders)": ("conditioner.embedders.",),
         "a ControlNet": ("control_model.", "controlnet_"),
         "an SD 3 model": ("joint_blocks.",),
@@ -116,19 +120,22 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     }
     for kind, marks in signs.items():
         if any(mark in key for key in state for mark in marks):
-            raise Refused(f"model: {path} holds {kind}, {SUPPORTED}")
+            raise Refused(f"model: {path} holds {kind}, {SUPPORTED}", ADAPTER if kind == LORA else ANOTHER)
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
             found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
             raise Refused(
                 f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in "
-                f"the original layout; {SUPPORTED}"
+                f"the original layout; {SUPPORTED}",
+                ANOTHER,
             )
 
 
 def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
     if key not in state:
-        raise Refused(f"model: {path} lacks the tensor {key}, which every Stable Diffusion 1.x and 2.x checkpoint has")
+        raise Refused(
+            f"model: {path} lacks the tensor {key}, which every Stable Diffusion 1.x and 2.x checkpoint has", DAMAGED
+        )
     return state[key].shape
 
 
@@ -211,16 +218,18 @@ def _filled(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Mod
     wanted = module.state_dict()
     for key, value in wanted.items():
         if key not in state:
-            raise Refused(f"model: {name} lacks the tensor {key}")
+            raise Refused(f"model: {name} lacks the tensor {key}", DAMAGED)
         if state[key].shape != value.shape:
             raise Refused(
-                f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected"
+                f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected",
+                DAMAGED,
             )
     extra = sorted(set(state) - set(wanted))
     if extra:
         raise Refused(
             f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is "
-            f"{extra[0]}"
+            f"{extra[0]}",
+            DAMAGED,
         )
     module.load_state_dict(dict(state))
     return module

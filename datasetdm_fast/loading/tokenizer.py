@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading.checks import LARGEST_VOCABULARY, SETTINGS, first_line, quiet_libraries, read_config
+from datasetdm_fast.loading.checks import (
+    DAMAGED,
+    LARGEST_VOCABULARY,
+    SETTINGS,
+    first_line,
+    quiet_libraries,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -65,13 +72,17 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file() and not (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     ):
-        raise Refused(f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json")
+        raise Refused(
+            f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json",
+            f"put these files of the model there, or those of {VOCABULARY}",
+        )
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
         tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
     if len(tokenizer) < BYTES:
         raise Refused(
             f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP "
-            "vocabulary starts with"
+            "vocabulary starts with",
+            DAMAGED,
         )
     return tokenizer
 
@@ -84,7 +95,7 @@ def _refusing(folder: Path) -> Iterator[None]:
     except (Refused, Missing, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library panics with an error that is no Exception
-        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({first_line(error)})") from error
+        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({first_line(error)})", DAMAGED) from error
 
 
 @contextmanager

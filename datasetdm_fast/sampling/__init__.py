@@ -6,7 +6,7 @@ from importlib import import_module
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling.schedule import Sampler, Schedule, last_calls
-from datasetdm_fast.sampling.times import alphas_cumprod
+from datasetdm_fast.sampling.times import ANOTHER, alphas_cumprod
 
 
 def make_schedule(
@@ -21,19 +21,22 @@ def make_schedule(
     makes one call more.
     """
     if sampler not in SAMPLERS:
-        raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}")
+        raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}", "choose one of these with --sampler")
     if profile not in PROFILES:
-        raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}")
+        raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}", "choose one of these with --profile")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise Refused(
-            f"prediction_type: the scheduler config says {prediction!r}, supported are epsilon and v_prediction"
+            f"prediction_type: the scheduler config says {prediction!r}, supported are epsilon and v_prediction",
+            ANOTHER,
         )
     alphas = alphas_cumprod(scheduler)
     chosen: Sampler = import_module(SAMPLERS[sampler]).SAMPLER
     if not chosen.least_steps <= steps <= len(alphas):
         raise Refused(
-            f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this model"
+            f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this "
+            "model",
+            "choose another --steps",
         )
     times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
     shift = chosen.shifts.get(profile, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling.schedule import Sampler, Update
-from datasetdm_fast.sampling.times import check_times
+from datasetdm_fast.sampling.times import SPACING, check_times
 
 
 def dpm_solver(
@@ -25,7 +25,8 @@ def dpm_solver(
         falling = np.arange(count, 0, -count / steps).round() - 1
     else:
         raise Refused(
-            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
+            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
+            SPACING,
         )
     times, updates = check_times(falling, count), []
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper

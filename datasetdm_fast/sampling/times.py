@@ -9,13 +9,17 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 
+ANOTHER = "name another model with --model"
+SPACING = "put one of these into the model's scheduler_config.json"
+
 
 def alphas_cumprod(scheduler: Mapping) -> Tensor:
     """[training steps] fp32 cumulative products of 1 - beta, rounded as diffusers rounds them."""
     if scheduler.get("rescale_betas_zero_snr"):
         raise Refused(
             "rescale_betas_zero_snr: the scheduler config asks for zero terminal SNR, which the samplers here do not "
-            "support"
+            "support",
+            ANOTHER,
         )
     if scheduler.get("trained_betas") is not None:
         return torch.cumprod(1 - torch.tensor(scheduler["trained_betas"], dtype=torch.float32), 0)
@@ -30,7 +34,9 @@ def alphas_cumprod(scheduler: Mapping) -> Tensor:
     elif name == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float32)
     else:
-        raise Refused(f"beta_schedule: the scheduler config says {name!r}, supported are linear and scaled_linear")
+        raise Refused(
+            f"beta_schedule: the scheduler config says {name!r}, supported are linear and scaled_linear", ANOTHER
+        )
     return torch.cumprod(1 - betas, 0)
 
 
@@ -74,7 +80,8 @@ def spaced(scheduler: Mapping, count: int, steps: int) -> list[int]:
         times = np.round(np.arange(count, 0, -count / steps))[::-1] - 1
     else:
         raise Refused(
-            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
+            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
+            SPACING,
         )
     return check_times(times, count)
 
@@ -84,6 +91,7 @@ def check_times(times: np.ndarray, count: int) -> list[int]:
     if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
         raise Refused(
             f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "
-            "fewer"
+            "fewer",
+            "choose a smaller --steps",
         )
     return [int(time) for time in times]

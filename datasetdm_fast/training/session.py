@@ -310,7 +310,10 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
     config = TrainConfig(task=(task,), held_out=held_out, quiet=True, **settings)
     config.check()
     if not 1 <= count <= len(source):
-        raise Refused(f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has")
+        raise Refused(
+            f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has",
+            "choose another number, or data with more images",
+        )
     learnt, _ = split(source, range(count), held_out, config.seed)
     session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
     recipe, words = session.recipe(task, len(learnt))
@@ -342,7 +345,10 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     check_quirks(config.quirks, source, config.task)
     steps = model.scheduler.get("num_train_timesteps", 1000)
     if config.timestep >= steps:
-        raise Refused(f"--timestep: {config.timestep} is not one of the model's {steps}")
+        raise Refused(
+            f"--timestep: {config.timestep} is not one of the model's {steps}",
+            f"give a number from 0 to {steps - 1}, or -1 for the model's default",
+        )
     is_auto = config.engine == "torch" or (config.engine in ("auto", "fast") and config.device != "cpu")
     engine = build_engine(config.engine, model, {}, dtype="auto" if is_auto else "fp32", device=config.device)
 

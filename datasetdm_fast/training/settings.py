@@ -173,10 +173,17 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}")
+                raise Refused(
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"give {bound} or more"
+                )
         if not 0 <= self.held_out <= 0.5:
-            raise Refused(f"--held-out: {self.held_out:g} is not between 0 and 0.5")
+            raise Refused(
+                f"--held-out: {self.held_out:g} is not between 0 and 0.5", "0.1 holds out a tenth of the images"
+            )
         if self.folds not in ("auto", "no") and not (self.folds.isdigit() and 2 <= int(self.folds) <= MOST_FOLDS):
-            raise Refused(f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}")
+            raise Refused(
+                f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}",
+                "--folds 5 trains five more decoders; auto does so where few images are held out",
+            )
         if not self.out.strip():
             raise Refused("--out: no folder named", "give the folder the decoders are to be written to")

@@ -85,7 +85,10 @@ class DataSettings:
         """The preset with what other flags change of it."""
         for name in ("limit_per_class", "min_area", "limit_images"):
             if getattr(self, name) < 0:
-                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0")
+                raise Refused(
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0",
+                    "Give a number, or 0 for what --select says, else all.",
+                )
         changes = {
             "per_class": self.limit_per_class,
             "min_area": self.min_area,

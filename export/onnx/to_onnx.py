@@ -89,7 +89,7 @@ def chosen_stages(
     names = ["encode_text", "denoise", *captures, "decode_image", "encode_image", *map(annotate_name, decoders)]
     for name in only or ():
         if name not in names:
-            raise Refused(f"stage: {name!r} is none of {', '.join(names)}")
+            raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "choose from these")
     return tuple(name for name in names if only is None or name in only)
 
 
@@ -122,9 +122,9 @@ def label_of(stage: str) -> str:
 
 def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
     if precision not in PRECISIONS:
-        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}", "choose one of these")
     if runtime not in OPERATIONS:
-        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}")
+        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "choose one of these")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(

@@ -129,7 +129,8 @@ class GraphEngine:
             given = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(
                 f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or "
-                f"[{capture.batch}, K, {width}]"
+                f"[{capture.batch}, K, {width}]",
+                "pass the text encoder's embeddings of the class words as text",
             )
         if text.ndim == 3:
             return self._call_decoder(stage, capture.batch, sums, text)

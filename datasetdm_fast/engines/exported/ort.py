@@ -162,7 +162,7 @@ def resolve_precision(dtype: str, provider: str) -> str:
     if dtype == "auto":
         return "fp32" if provider == "cpu" else "fp16"
     if dtype not in DTYPES:
-        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}", "choose one of these with --dtype")
     if dtype in ("tf32", "bf16"):
         raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "use --dtype fp16 or --dtype fp32")
     return dtype

@@ -13,7 +13,9 @@ NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensor
 def require_provider(provider: str) -> None:
     """Raises Missing where ONNX Runtime or the provider asked for is not there; "auto" needs the CPU's alone."""
     if provider not in PROVIDERS:
-        raise Refused(f"provider: {provider!r} is none of {', '.join(PROVIDERS)}")
+        raise Refused(
+            f"provider: {provider!r} is none of {', '.join(PROVIDERS)}", "choose one of these with --provider"
+        )
     _require("ort", "onnxruntime")
     there = available()
     if provider != "auto" and NAMES[provider] not in there:

@@ -50,7 +50,9 @@ class TrtEngine(GraphEngine):
         self.model, self.decoders, self.device, self.tell = model, dict(decoders or {}), self.queue.device, tell
         self.precision = "fp16" if dtype == "auto" else dtype
         if self.precision not in (*PRECISIONS, "fp8"):
-            raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8")
+            raise Refused(
+                f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8", "Choose one of these with --dtype."
+            )
         with model.built_for_now():
             self.source = source_digest(model, self.decoders)
         self.folder = Path(engines) if engines else cached_plans() / f"{self.source[:16]}-{self.precision}-{model.size}"

@@ -34,7 +34,10 @@ def size_of(network: StudentNetwork, size: str) -> str:
     """A size the network has: its first where none is named."""
     if size and size not in network.sizes:
         known = ", ".join(network.sizes)
-        raise Refused(f"--student-size: {size!r} is not one of {known}{nearest(size, network.sizes)}")
+        raise Refused(
+            f"--student-size: {size!r} is not one of {known}{nearest(size, network.sizes)}",
+            "Choose one of these, or leave it out.",
+        )
     return size or next(iter(network.sizes))
 
 
