@@ -75,7 +75,6 @@ def main(arguments: Sequence[str]) -> int:
         )
     if config.run:
         described(Path(config.run))  # minutes before the verdict is to be stored there
-    say(config, f"loading {config.model} for {config.engine} and {config.against}")
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 
@@ -120,6 +119,7 @@ def _prepared(config: VerifyConfig):
     check_engine(config.engine, **own)
     if config.task:
         settings.check_tasks(config.task)
+    say(config, f"loading {config.model} for {config.engine} and {config.against}")
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(
         engine=config.against,

@@ -651,7 +651,7 @@ def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, sou
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_gpus_that_only_emulate_bf16_teach_in_fp32(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    own = {"folder": None, "plan": None, "lessons": None, "held": None, "size": 64, "tokenizer": None}
+    own = {"folder": None, "plan": None, "lessons": None, "held": None, "framing": {}, "tokenizer": None}
     assert TaskTraining(config=TrainConfig(), device=torch.device("cuda:1"), **own).dtype == dtype
 
 

@@ -178,7 +178,7 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
         ),
         (whole[:-20], "not a whole image"),
         (whole[:30], "not a whole image"),
-        (b"", "neither"),
+        (b"", "empty"),
         ((tmp_path / "a.jpg").read_bytes()[:-40], "not a whole image"),
     ):
         refused(images.read_image, file(content), match=word)

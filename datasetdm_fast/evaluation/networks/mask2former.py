@@ -39,7 +39,7 @@ def _settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
 
 def _loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """Mask2Former's own loss over all its layers; what lies in a crowd is not taught."""
-    masks = [to_device(torch.from_numpy(item.masks), images.device).float() for item in items]
+    masks = [to_device(torch.from_numpy(np.ascontiguousarray(item.masks)), images.device).float() for item in items]
     classes = [to_device(torch.from_numpy(item.mask_classes), images.device).long() for item in items]
     return model(pixel_values=images, mask_labels=masks, class_labels=classes).loss.sum()
 
