@@ -268,7 +268,8 @@ def _network(config: EvaluateConfig) -> int:
 
 def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str], seeds: int, folder: str = "") -> int:
     """The exit code of a dry run of students of some kinds, whose checkpoints `folder` would keep."""
-    told = f"{counted(seeds, 'student')} for each of {', '.join(kinds)} would be taught and judged on {images} images"
+    each, judged = counted(seeds, "student"), counted(images, "image")
+    told = f"{each} for each of {', '.join(kinds)} would be taught and judged on {judged}"
     facts = {"students": seeds * len(kinds), "images": images, **({"path": folder} if folder else {})}
     return planned(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
 
@@ -325,7 +326,7 @@ def table(result: dict[str, dict], level: float) -> str:
             own = bounds.get(each, {})
             rows += [(task, f"  {name}", value, own.get(name)) for name, value in found.get(each, {}).items()]
         for count, own in found.get("by_things", {}).items():
-            shown = f"of {count} thing{'s' * (count != '1')}, {own['images']} images"
+            shown = f"of {counted(int(count), 'thing')}, {counted(own['images'], 'image')}"
             values = [(figure_name(name), value) for name, value in own.items() if name != "images"]
             rows += [(task, f"  {name} {shown}", value, None) for name, value in values]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))

@@ -28,8 +28,9 @@ def say(settings: TellingSettings, *lines: str) -> None:
 
 
 def put(settings: TellingSettings, facts: Mapping[str, Any], line: str) -> None:
-    """Prints the result on stdout: with --json all facts as one object, else one line."""
-    print(json.dumps(facts) if settings.json else line, flush=True)
+    """Prints the result on stdout: with --json all facts as one object, else its lines, if there are any."""
+    if told := json.dumps(facts) if settings.json else line:
+        print(told, flush=True)
 
 
 def planned(settings: TellingSettings, facts: Mapping[str, Any], line: str, *told: str) -> int:

@@ -246,8 +246,9 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`: "
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
-        yield f"{ledger.count_doubtful()} of the samples are doubtful, as their labels do not fit their prompt or one "
-        yield "another; `trust` in `samples.jsonl` says why.\n"
+        count = ledger.count_doubtful()
+        yield f"{count} of the samples {'is' if count == 1 else 'are'} doubtful, as their labels do not fit their "
+        yield "prompt or one another; `trust` in `samples.jsonl` says why.\n"
 
 
 def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
