@@ -111,15 +111,23 @@ class Meter:
         return np.isfinite(self.figures(np.eye(self.count))[self.each]).sum(0)
 
     def intervals(
-        self, number: int = 500, level: float = 0.95, seed: int = 0, each_level: Sequence[float] | None = None
+        self,
+        number: int = 500,
+        level: float = 0.95,
+        seed: int = 0,
+        each_level: Sequence[float] | None = None,
+        classes: int = 0,
     ) -> dict:
         """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none of a class that
-        one image alone shows, as its draws are all alike. Classes may have levels of their own.
+        one image alone shows, as its draws are all alike. Classes may have levels of their own. With `classes`, means
+        over classes are over so many of them: one that a draw does not show counts as anything between 0 and 1.
         """
         if self.count < 2:
             return {}
-        bounds = {}
-        for name, values in self.draws(number, seed).items():
+        bounds, drawn = {}, self.draws(number, seed)
+        if classes and self.each in drawn:
+            drawn |= _over_classes(drawn, self.each, classes, seed)
+        for name, values in drawn.items():
             if name == self.each:
                 levels = [level] * values.shape[1] if each_level is None else each_level
                 alone = np.isnan(values).mean(0) > ALONE
@@ -132,6 +140,15 @@ class Meter:
     def _named(self, values: np.ndarray) -> dict[str, Any]:
         """What there is a figure of, by name."""
         return {name: value.tolist() for name, value in zip(self.columns, values) if np.isfinite(value).all()}
+
+
+def _over_classes(drawn: Mapping[str, np.ndarray], each: str, classes: int, seed: int) -> dict[str, np.ndarray]:
+    """The draws of every mean over classes if it were over `classes` of them. All that a draw does not show have one
+    value, as a decoder that is bad at one rare class is often bad at others.
+    """
+    share = np.minimum(np.isfinite(drawn[each]).sum(1) / classes, 1)
+    unknown = (1 - share) * np.random.default_rng([seed, classes]).random(len(share))
+    return {name: np.nan_to_num(values) * share + unknown for name, values in drawn.items() if name != each}
 
 
 def _between(values: np.ndarray, level: float) -> np.ndarray:

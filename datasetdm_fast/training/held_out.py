@@ -79,15 +79,29 @@ def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Met
     return meter
 
 
-def intervals(meter: Meter, level: float = 0.95) -> dict:
+def intervals(meter: Meter, classes: int = 0, level: float = 0.95) -> dict:
     """[low, high] of every figure by bootstrap percentiles, expanded for few images: those that were held out, and for
-    a class those of them that show it. None of a single image, and none of a figure whose draws all agree, as of few
-    images that says nothing.
+    a class those of them that show it. A mean is over `classes` of them, or all that the images show: what a draw does
+    not show may score anything. None of a single image, and none of a figure whose draws all agree, as of few images
+    that says nothing.
     """
     is_counted = meter.columns and 1 < meter.count <= DRAWS  # of more images, counting takes longer than all draws
-    of_each = [expanded(level, count) for count in meter.shown()] if is_counted else None
-    found = meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each)
-    return {name: bounds for name, bounds in found.items() if name == meter.each or bounds[0] < bounds[1]}
+    shown = meter.shown() if is_counted else np.zeros(0)
+    of_each = [expanded(level, count) for count in shown] if is_counted else None
+    classes = max(classes, int((shown > 0).sum()))
+    found = meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each, classes=classes)
+    figures = meter.result() if found else {}
+    return {
+        name: bounds if name == meter.each else [min(bounds[0], figures[name]), max(bounds[1], figures[name])]
+        for name, bounds in found.items()
+        if name == meter.each or bounds[0] < bounds[1]
+    }
+
+
+def classes_shown(learnt: TrainingViews) -> int:
+    """How many classes the images show that a decoder learns from."""
+    draws = learnt.views.looks.draws
+    return len({int(k) for image in range(learnt.images) for k in learnt.views.target(image * draws).classes})
 
 
 def expanded(level: float, images: int) -> float:
@@ -130,7 +144,8 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
         )
     if lacking := result.get("not_shown"):
         names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
-        found.append(f"no held-out image shows {names}: means leave {'it' if len(lacking) == 1 else 'them'} out")
+        them = "it" if len(lacking) == 1 else "them"
+        found.append(f"no held-out image shows {names}: means leave {them} out, and intervals allow for any score")
     if result.get("named_by_captions"):
         found.append(
             "only what an image's caption names was looked for; evaluate --captions none tells the figures without"

@@ -282,7 +282,7 @@ class _StartedTraining:
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
-            "held_out_intervals": held_out.intervals(meter) if meter else {},
+            "held_out_intervals": held_out.intervals(meter, held_out.classes_shown(training.lessons)) if meter else {},
             "step_chosen_on_held_out": is_chosen and self.numbers["looks"] > 1,
             "not_shown": meter.not_shown(figures) if meter else [],
             "named_by_captions": bool(decoder.config.named),
