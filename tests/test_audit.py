@@ -159,7 +159,7 @@ def edit(path: Path, statement: str) -> None:
         ('UPDATE samples SET "index" = 9 WHERE "index" = 1', "a sample 9, but the plan has 4"),
         ("UPDATE samples SET files = '{}' WHERE \"index\" = 1", "has the files []"),
         (
-            "UPDATE samples SET files = replace(files, 'images/00000001', '../00000001') WHERE \"index\" = 1",
+            "UPDATE samples SET files = json_set(files, '$.image[2]', '../00000001.png') WHERE \"index\" = 1",
             "leads out of its folder",
         ),
         ('UPDATE samples SET labels = replace(labels, \'"area":\', \'"area":1\') WHERE "index" = 3', "pixels in"),

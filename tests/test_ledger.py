@@ -5,13 +5,14 @@ import json
 import os
 import re
 import sqlite3
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -48,7 +49,7 @@ def test_rows_come_back_whole(tmp_path):
     row = Row(
         Request(3, "a 🎈 'ball'\u202e", 2**63 - 1, ("ball",)),
         {"steps": 50},
-        {"image": ("images/3.png", StoredFile("ab", 5))},
+        {"image": ("images/3.png", StoredFile("ab" * 32, 5))},
         {"depth": {"min": 0.5}},
     )
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -612,6 +613,32 @@ def test_a_folder_of_format_1_opens_audits_and_resumes_in_its_form(tmp_path, run
     assert audit(path).findings == [] and open_run(path)[11].meta == LONG_RECIPE
     changed = {name for name, content in tree(path).items() if content != tree(run_path)[name]}
     assert changed == {"run.json"} and len(tree(path)) == len(tree(run_path))
+
+
+def test_digests_and_trust_are_short_and_earlier_rows_still_read(tmp_path):
+    digest, trust = "0123456789abcdef" * 4, Trust(confidence=0.9)
+    files = {"depth": ("depth/00000001.png", StoredFile(digest, 5))}
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), None):
+            ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=given)])
+            assert ledger.row(1).trust == given and ledger.row(1).files == files
+            assert ledger.count_doubtful() == (given is not None and not given.is_trusted)
+        ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=trust)])
+        assert ledger._connection.execute("SELECT length(files), length(trust) FROM samples").fetchone() == (59, 36)
+        said = '{"confidence":0.9,"disagreeing":0.0,"missing":[],"reasons":[],"unnamed":[]}'
+        ledger._connection.execute("UPDATE samples SET files = ?, trust = ?", (f'{{"depth":["{digest}",5]}}', said))
+        assert ledger.row(1).files == files and ledger.row(1).trust == trust
+        ledger.commit([Row(Request(1, "a ball", 1), {}, tracings={"instance": ["M0 0"] * 99})])
+        assert ledger._connection.execute("SELECT length(tracings) FROM tracings").fetchone() < (60,)
+        bomb = zlib.compress(b'{"instance":["' + b"M" * 2**24 + b'"]}')
+        for damaged in (bomb, bomb[:99], b"no zlib"):
+            ledger._connection.execute("UPDATE tracings SET tracings = ?", (damaged,))
+            with pytest.raises(Refused, match="the row of sample 1 is damaged"):
+                list(ledger.rows(parts=("tracings",)))
+        for damaged in ("AAAA", "x" * 40, 7):
+            ledger._connection.execute("UPDATE samples SET files = ?", (json.dumps({"depth": [damaged, 5]}),))
+            with pytest.raises(Refused, match="the row of sample 1 is damaged"):
+                print(ledger.row(1).files)
 
 
 def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import threading
+import zlib
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -34,7 +36,7 @@ CREATE TABLE IF NOT EXISTS tracings ("index" INTEGER PRIMARY KEY, tracings TEXT 
 """
 NEEDED = {("table", "samples"), ("table", "notes")}
 ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format 1 have not, and do not get
-SHARED_BYTES = 512  # from which on a recipe is stored once, and its rows name it by its digest
+SHARED_BYTES = 64  # from which on a recipe is stored once, and its rows name it by its digest
 BLOCK = 32  # rows read at once
 KEPT_RECIPES = 64  # in memory, as they were read
 PARTS = ("files", "labels", "trust")  # of a row, each parsed only where it is asked for
@@ -55,6 +57,10 @@ CREATE TABLE IF NOT EXISTS dropped (
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "trust": dict}
 _FORM |= {"tracings": dict}
 _TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
+_NOTHING = {"missing": (), "unnamed": (), "reasons": ()}  # what rows leave out of a trust
+HEX_DIGITS = 64  # of a SHA-256 in rows of earlier versions
+FOLDERS = {"image": "images"}  # of roles that have another name than their folder
+LARGEST_TRACINGS = 2**24  # bytes
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels, trust'
 _IS_DOUBTFUL = "json_array_length(trust, '$.reasons') > 0"
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
@@ -139,11 +145,13 @@ class Ledger(AbstractContextManager):
                 self._recipe_of(row, recipe),
                 canonical({role: self._written(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
-                *([canonical(asdict(row.trust)) if row.trust else None] if self._is_compact else []),
+                *([_written_trust(row.trust)] if self._is_compact else []),
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
-        tracings = [(row.request.index, canonical(row.tracings)) for row in rows if row.tracings]
+        tracings = [
+            (row.request.index, zlib.compress(canonical(row.tracings).encode(), 9)) for row in rows if row.tracings
+        ]
         with self._writing():
             self._connection.executemany(
                 f"INSERT OR REPLACE INTO samples ({self._columns}) "
@@ -166,7 +174,7 @@ class Ledger(AbstractContextManager):
     def _written(self, id: str, role: str, path: str, stored: StoredFile) -> list[Any] | dict[str, Any]:
         """What a row holds of a file; its path where that is not the usual one of its role."""
         if self._is_compact:
-            return [stored.sha256, stored.size, *([path] if path != usual_path(role, id) else [])]
+            return [_short(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
         return {"path": path, "sha256": stored.sha256, "bytes": stored.size}
 
     def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]]) -> None:
@@ -356,6 +364,7 @@ class Ledger(AbstractContextManager):
     def _row(self, index: int, *values: Any) -> Row:
         try:
             prompt, seed, classes, status, reason, recipe, *texts = values
+            texts = (_unpacked(text) if isinstance(text, bytes) else text for text in texts)
             parts = [self._recipe(_DECODE(recipe)), *({} if text is None else _DECODE(text) for text in texts)]
             found = dict(zip(_FORM, (prompt, seed, reason, *parts)))
             if list(map(type, found.values())) != list(_FORM.values())[: len(found)]:
@@ -370,7 +379,7 @@ class Ledger(AbstractContextManager):
             stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
             trust, traced = _trust(found.get("trust")), found.get("tracings", {})
             return Row(request, recipe, stored, found["labels"], status, reason, trust, traced)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error) as error:
             raise Refused(
                 f"{self.path}: the row of sample {index!r} is damaged ({type(error).__name__}: {error})",
                 "Restore the file from a copy, or choose another --out.",
@@ -397,21 +406,56 @@ class Ledger(AbstractContextManager):
         self.close()
 
 
+def _written_trust(trust: Trust | None) -> str | None:
+    """What a row holds of a trust: not what there is none of."""
+    if trust is None:
+        return None
+    return canonical({name: part for name, part in asdict(trust).items() if name not in _NOTHING or part})
+
+
 def _trust(value: Any) -> Trust | None:
     if not value:
         return None
+    value = {**{name: list(part) for name, part in _NOTHING.items()}, **value}
     documents.check_form(value, _TRUST_FORM)
     documents.check_form(value.get("confidence") or 0.0, float)
     return Trust(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
 
+def _short(sha256: str) -> str:
+    """A digest in 43 letters of base 64 in place of 64 of base 16."""
+    return urlsafe_b64encode(bytes.fromhex(sha256)).decode().rstrip("=")
+
+
+def _long(digest: str) -> str:
+    """The digest in base 16, from either form."""
+    found = digest if len(digest) == HEX_DIGITS else urlsafe_b64decode(digest + "=").hex()
+    if len(found) != HEX_DIGITS:
+        raise ValueError(f"{documents.quoted(digest)} is no SHA-256")
+    return found
+
+
+def _packed(tracings: dict[str, Any]) -> bytes:
+    """What the table of tracings holds of a row's: about half their bytes."""
+    return zlib.compress(canonical(tracings).encode(), 9)
+
+
+def _unpacked(packed: bytes) -> str:
+    """The text of a row's tracings."""
+    unpacking = zlib.decompressobj()
+    text = unpacking.decompress(packed, LARGEST_TRACINGS)
+    if not unpacking.eof:
+        raise ValueError(f"its tracings are cut, or hold more than {LARGEST_TRACINGS} bytes")
+    return text.decode()
+
+
 def usual_path(role: str, id: str) -> str:
-    return f"{role}/{id}.png"
+    return f"{FOLDERS.get(role, role)}/{id}.png"
 
 
 def _stored(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
     """Path, and what was written, from what a row holds of a file."""
     if isinstance(file, list):
         sha256, size, *path = file
-        return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(sha256, size)
+        return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(_long(sha256), size)
     return documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"])
