@@ -104,10 +104,10 @@ def _linear_add_kernel(
             PRECISION,
             BLOCK_K,
         )
-    place = row[:, None] * channels + channel[None, :]
-    total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    place = row[:, None] * channels + channel[None, :]
+    total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     stored = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, stored, mask=inside)
     total = tl.where(inside, stored.to(tl.float32), 0.0)

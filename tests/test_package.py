@@ -139,6 +139,25 @@ def test_make_installs_only_files_whose_digests_are_locked(tmp_path):
     assert "test-requirements.txt" not in demo.stdout and "-e ." in demo.stdout, demo.stderr
 
 
+def test_the_locked_versions_are_what_every_package_asks_for():
+    """PyTorch 2.11, the oldest that is supported, asks for an older setuptools than later ones."""
+    lines = [line for lock in (ROOT / "requirements.lock", ROOT / "tests" / "requirements.lock") for line in open(lock)]
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", "".join(lines), re.MULTILINE))
+    locked = {normal(name): version for name, version in locked.items() if name != "triton"}  # torch's own stays
+    asked = [("torch", "setuptools<82")]
+    for found in importlib.metadata.distributions():
+        if (name := normal(found.metadata["Name"])) in locked:
+            asked += [(name, line) for line in found.requires or ()]
+    wrong = []
+    for name, line in asked:
+        requirement = Requirement(line)
+        is_asked = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        version = locked.get(normal(requirement.name))
+        if is_asked and version and not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{name} asks for {line}, {version} is locked")
+    assert len(asked) > 100 and wrong == []
+
+
 def needed_by_the_product() -> set[str]:
     """The packages that ours and its build ask for, and those that they ask for in turn, on this platform."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -13,6 +13,7 @@ from unittest import mock
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal import cuda
@@ -162,6 +163,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
+            (fake_tensor, "init_gpu_context", lambda device: None),  # PyTorch 2.11 would start the GPU itself
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
             *([(sys.modules[to_host.__module__], "_own", OfThread(timeline))] if is_local else []),
             (choice, "is_sound", lambda name, form, device, dtype: True),
