@@ -165,6 +165,7 @@ class TrainingSession:
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
         config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
+        self.say(f"data       {config.data}")
         self.say(
             f"images     {len(learnt)} to learn from in {counted(config.draws, 'view')} each, {len(held)} held out, "
             f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
