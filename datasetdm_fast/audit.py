@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.exporting.check import audit_export, exports_of
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if report.findings:
         places = len({finding.place for finding in report.findings})
         raise GateFailed(
-            f"{report.path}: {len(report.findings)} findings in {places} files",
+            f"{report.path}: {counted(len(report.findings), 'finding')} in {counted(places, 'file')}",
             "Each line above, or in --json, ends with its remedy.",
         )
     if not config.json:

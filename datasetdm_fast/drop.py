@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     before = len(run)
     chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
     ids = [f"{index:08d}" for index in chosen]
-    again = f"; {len(wanted) - len(ids)} were dropped before" if len(wanted) > len(ids) else ""
+    earlier = len(wanted) - len(ids)
+    again = f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
     told = f"{config.run}: {len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped{again}"
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
     if config.dry_run:

@@ -167,6 +167,8 @@ class Pipeline:
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(seeds, int):
+            raise Refused(f"seeds: {seeds} is one number, expected one a prompt", f"Write [{seeds}], or seed={seeds}.")
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
         size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
@@ -174,7 +176,7 @@ class Pipeline:
 
     def stream(
         self,
-        prompts: Iterable[str],
+        prompts: str | Iterable[str],
         seed: int = 0,
         *,
         seeds: Iterable[int] | None = None,
@@ -200,9 +202,8 @@ class Pipeline:
         must not change, and must copy to keep. With the task "attention" come exponent, threshold,
         uncertainty, self_cells and cross_cells of the generate command.
         """
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self._chosen(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
-        self._check_tasks(chosen)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -214,8 +215,9 @@ class Pipeline:
             ask=ask,
             **attention,
         )
+        given = [prompts] if isinstance(prompts, str) else prompts
         requests = self._requests(
-            prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
+            given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
         requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
@@ -252,9 +254,8 @@ class Pipeline:
                 f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
             )
         texts, negatives = diffusing.listed(prompt, negative_prompt)
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self._chosen(tasks)
         settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale, batch_size=batch_size)
-        self._check_tasks(chosen)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -301,9 +302,8 @@ class Pipeline:
         texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(given):
             raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt an image.")
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self._chosen(tasks)
         settings.check_numbers(batch_size=batch_size, seed=seed)
-        self._check_tasks(chosen)
         recipe, words = self._recipe(chosen, classes, **choices)
         recipe = inverting(recipe, self.engine, timesteps)
         requests = []
@@ -324,7 +324,11 @@ class Pipeline:
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         return replace(recipe, facts=facts), words
 
-    def _check_tasks(self, tasks: tuple[str, ...]) -> None:
+    def _chosen(self, given: Sequence[str] | None) -> tuple[str, ...]:
+        """The labels that were asked for, all that there is a decoder for where none were named."""
+        if isinstance(given, str):
+            raise Refused(f"tasks: {given!r} is one string, expected a sequence of labels", f"Write ({given!r},).")
+        tasks = self.tasks if given is None else tuple(given)
         if tasks:
             settings.check_tasks(tasks, LABELS)
         for task in tasks:
@@ -333,6 +337,7 @@ class Pipeline:
                     f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
                     "Name a folder with one: decoder=DIR.",
                 )
+        return tasks
 
     def _requests(
         self,
@@ -354,6 +359,8 @@ class Pipeline:
             if (unwanted := next(negatives, None)) is None:
                 raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one a prompt.")
             where = f"prompt {index}"
+            if not isinstance(prompt, str):
+                raise Refused(f"{where}: {prompt!r} is no text", "Give a text for every image.")
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate, own=table)
             yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)

@@ -102,7 +102,7 @@ def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
     assert out.startswith(f"{name}: has ") and out.endswith(
         f"Make it again: python -m datasetdm_fast.generate --out {spoilt} --only {id}\n"
     )
-    assert err.splitlines()[0] == f"{spoilt}: 1 findings in 1 files" and len(err.splitlines()) == 2
+    assert err.splitlines()[0] == f"{spoilt}: 1 finding in 1 file" and len(err.splitlines()) == 2
 
 
 def test_the_report_as_json(spoilt, capsys):

@@ -229,6 +229,20 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("1/2 images, 50%, about")
 
 
+def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, capsys):
+    now = iter([0.0, 90.0, 90.0, 90.0, 100.0, 100.0, 400.0, 400.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with progress.StepProgress("semantic", "mIoU", 6, False) as steps:
+        for step in (1, 2, 6):
+            steps.on_step(step, 0.5, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "semantic 1/6, loss 0.5000",
+        "semantic 2/6, loss 0.5000, about 40 s left",
+        "semantic 6/6, loss 0.5000",
+    ]
+
+
 def test_shells_complete_commands_flags_and_values(capsys, tmp_path):
     scripts = {}
     for shell in SHELLS:

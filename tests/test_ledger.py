@@ -539,6 +539,8 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
         run.where("sharpness > 3")
     with pytest.raises(Refused, match="did you mean score"):
         run.where("scroe > 3")
+    with pytest.raises(Refused, match=r"searched for .bal. \(did you mean ball\?\)"):
+        run.where(classes=("bal",))
     assert "<img" in run[0]._repr_html_() and len(repr(run[0])) < 400
 
 

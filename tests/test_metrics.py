@@ -311,7 +311,10 @@ def test_bad_demo_specifications_are_refused(spec):
         open_data(spec, SIZE)
 
 
-def test_an_unknown_reader_is_refused_with_the_known_ones():
+def test_an_unknown_reader_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(Refused, match="which kind of data lies in this folder is not said") as stop:
+        open_data(str(tmp_path), SIZE)
+    assert f"Write folder:{tmp_path} for images/" in stop.value.remedy
     with pytest.raises(Refused, match="(?s)no reader is called 'dem'.*did you mean demo"):
         open_data("dem:5", SIZE)
 

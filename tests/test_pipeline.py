@@ -241,14 +241,26 @@ def test_stream_refuses_before_it_is_read():
         ({"seed": -1}, "--seed -1"),
         ({"classes": "ball"}, "one string"),
         ({"classes": ("",)}, "empty"),
+        ({"tasks": "depth"}, "'depth' is one string"),
     ):
         with pytest.raises(Refused, match=message):
             stub.stream(["a ball"], **choices)
+    with pytest.raises(TypeError, match="'stepz' is no choice here"):
+        stub.stream(["a ball"], stepz=3)
     for prompt, message in (("x " * 90, "prompt 0: 92 tokens"), ("a\0", "NUL"), (" ", "holds no prompt")):
         with pytest.raises(Refused, match=message):
             stub([prompt])
-    with pytest.raises(Refused, match="1 were given for 2 prompts"):
-        stub(["a", "b"], seeds=[1])
+    for seeds, message in (
+        ([1], "1 were given for 2 prompts"),
+        (5, "5 is one number"),
+        ([1, "2"], "--seed 2: expected a whole number"),
+        ([1, 2.5], "--seed 2.5: expected a whole number"),
+    ):
+        with pytest.raises(Refused, match=message):
+            stub(["a", "b"], seeds=seeds)
+    with pytest.raises(Refused, match="prompt 1: None is no text"):
+        stub(["a", None])
+    assert [sample.request.prompt for sample in stub.stream("a ball")] == ["a ball"]
     with pytest.raises(GateFailed, match="prompt 1: NaN"):
         stub(["a ball", "broken"])
 

@@ -64,7 +64,8 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert result["depth"]["held_out_images"] == 1 and result["depth"]["images"] == 11 and result["depth"]["steps"] == 6
     assert 0 < result["depth"]["held_out"]["absrel"] and set(result) == {"depth", "pose"}
     for line in (
-        "images     11 to learn from in 2 looks each, 1 held out",
+        "data       demo:12@1000",
+        "images     11 to learn from in 2 views each, 1 held out",
         "captures   features and maps kept in",
         "depth decoder, 6 steps of 4 views",
         "depth: 6 steps; on 1 held-out image: AbsRel",

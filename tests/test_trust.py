@@ -101,7 +101,7 @@ def is_doubtful(index: int) -> bool:
 def test_all_samples_are_kept_and_counted(tmp_path, capsys):
     path, doubtful = tmp_path / "run", [k for k in range(NUMBER) if is_doubtful(k)]
     assert generate.main(["--number", str(NUMBER), "--out", str(path)]) == 0
-    told = f"{len(doubtful)} of {NUMBER} samples are doubtful: --keep trusted leaves them out"
+    told = f"{len(doubtful)} of {NUMBER} samples are doubtful: --keep trusted --refill replaces them"
     assert told in capsys.readouterr().err and ids(path) == [*range(NUMBER)]
     assert [sample.row.request.index for sample in open_run(path) if sample.trust == DOUBT] == doubtful
     lines = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
@@ -110,6 +110,33 @@ def test_all_samples_are_kept_and_counted(tmp_path, capsys):
     assert f'"doubtful":{len(doubtful)},' in (path / "gallery" / "run.js").read_text()
     assert filter.main([str(path), "--where", "trust == 1", "--quiet"]) == 0
     assert ids(path, kept=True) == [k for k in range(NUMBER) if k not in doubtful] and audit(path).findings == []
+
+
+def test_one_doubtful_sample_is_told_in_the_singular(tmp_path, monkeypatch, capsys):
+    trusted, drawn = Trust(), torchless.drawn
+    monkeypatch.setattr(
+        torchless,
+        "drawn",
+        lambda request, tasks: replace(drawn(request, tasks), trust=DOUBT if request.index == 1 else trusted),
+    )
+    assert generate.main(["--number", "3", "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
+    told = "1 of 3 samples is doubtful: --keep trusted --refill replaces it"
+    assert told in capsys.readouterr().err
+    assert (
+        "1 of the samples is doubtful, as its labels do not fit its prompt"
+        in (tmp_path / "run" / "README.md").read_text()
+    )
+
+
+def test_prompts_that_name_nothing_are_told_before_the_run(tmp_path, capsys):
+    prompts, told = tmp_path / "prompts.txt", "prompts    {} nothing that the labels know, which is: wall, table, ball"
+    for lines, words in (("a ball\na cat\n", "1 of 2 names"), ("a dog\na cat\na star\n", "2 of 3 name")):
+        prompts.write_text(lines)
+        assert generate.main(["--prompts", str(prompts), "--number", "4", "--dry-run"]) == 0
+        assert told.format(words) in capsys.readouterr().err
+    assert generate.main(["--prompts", "a ball", "--number", "1", "--dry-run"]) == 0
+    plan = capsys.readouterr().err
+    assert "prompts  " not in plan and "seed 0\n" in plan
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +190,9 @@ def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
 def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, capsys):
     path, refilled = tmp_path / "run", ("--keep", "trusted", "--refill")
     assert run(path) == 0 and run(path, "--keep", "trusted") == 2
-    assert 'keep: null there, "trusted" asked for' in capsys.readouterr().err
+    assert "Add --refill to make others in their place" in capsys.readouterr().err
+    assert run(path, "--keep", "trusted", "--seed", "5") == 2
+    assert 'keep: nothing there, "trusted" asked for' in capsys.readouterr().err
     commit, count = Ledger.commit, iter(range(3))
 
     def killed(self, rows):

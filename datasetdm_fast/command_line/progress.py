@@ -77,23 +77,25 @@ class StepProgress(Progress):
 
     def __init__(self, title: str, metric: str, steps: int, is_quiet: bool, later: int = 0):
         self._later = later
-        self._title, self._metric, self._first_step, self._figure = title, metric, None, ""
+        self._title, self._metric, self._figure = title, metric, ""
+        self._first_step: int | None = None  # from whose end on time counts: what came before it is no step
         super().__init__(steps, "step", title, is_quiet)
 
     def on_step(self, step: int, loss: float, figure: float | None) -> None:
         if self._first_step is None:
-            self._first_step = step - 1
+            self._first_step, self._begin = step, time.monotonic()
         if figure is not None:
             self._figure = f", held-out {self._metric} {figure:.4f}"
-        each = (time.monotonic() - self._begin) / max(step - self._first_step, 1)
-        later = f", {duration(each * (self.total - step + self._later))} with what follows" if self._later else ""
+        steps_timed = step - self._first_step
+        each = (time.monotonic() - self._begin) / max(steps_timed, 1)
+        is_later = self._later and steps_timed
+        later = f", {duration(each * (self.total - step + self._later))} with what follows" if is_later else ""
         if self._bar:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}{later}")
         elif self.is_line_due() or step == self.total:
-            left = each * (self.total - step)
-            loss_and_figure = f"loss {loss:.4f}{self._figure}"
-            self.print(f"{self._title} {step}/{self.total}, {loss_and_figure}, about {left:.0f} s left{later}")
+            left = f", about {duration(each * (self.total - step))} left" if steps_timed and step < self.total else ""
+            self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}{left}{later}")
 
 
 def counted(count: int, noun: str, several: str = "") -> str:

@@ -57,10 +57,14 @@ def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
     for folder in parts_of(given) if isinstance(given, (str, Path)) else given:
         found = sorted(path.parent for path in folder.glob("*/config.json"))
         if not found:
-            alike = "" if folder.exists() else storage.named_alike(folder)
             is_decoder = (folder / "config.json").exists()
+            lack = (
+                "no sub-folder holds a config.json"
+                if folder.exists()
+                else f"no such folder{storage.named_alike(folder)}"
+            )
             raise Missing(
-                f"decoders {folder}: no sub-folder holds a config.json{alike}",
+                f"decoders {folder}: {lack}",
                 f"give the folder above: {folder.parent}" if is_decoder else FORM,
             )
         here = {LabelName(read_config(path).task, path.name): path for path in found}

@@ -80,6 +80,7 @@ class Job:
     pixels: int = 0  # of an image on average, where images have sizes of their own
     calls: int = 0  # UNet calls of a batch on average, where the recipe does not tell them
     differing: tuple[str, ...] = ()  # in what the engine is none of those that made the run folder's samples
+    unnamed: tuple[int, int] = (0, 0)  # prompts that name none of the class words, of how many
 
     @property
     def folder(self) -> Path:
@@ -272,8 +273,10 @@ def compose(
         turns=most_samples(config.identity(), 1),
         is_by_class=counts_by_class(config.identity()),
     )
-    if recipe.words and not config.allow_unnamed and not recipe.asks_all:
-        check_named(source, plan)
+    requests = _different(source, plan) if source.lines and words else []
+    unnamed = [request.prompt for request in requests if not request.classes]
+    if unnamed and recipe.words and not config.allow_unnamed and not recipe.asks_all:
+        raise unnamed_refusal(source, plan, unnamed, len(requests))
     if recipe.attention is not None:
         for request in _different(source, plan):
             check_class_prompt(
@@ -295,7 +298,8 @@ def compose(
     facts = row_facts(document)
     precision = document["engine"].get("dtype", "")
     half = precision if dtype == HALF and precision != "fp32" else ""
-    return Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, half, "", race.seconds)
+    job = Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, half, "", race.seconds)
+    return replace(job, unnamed=(len(unnamed), len(requests)))
 
 
 def _different(source: prompts.PromptSource, plan: Plan) -> list[Request]:
@@ -303,17 +307,14 @@ def _different(source: prompts.PromptSource, plan: Plan) -> list[Request]:
     return [plan.request(index) for index in range(min(len(source.lines) or plan.number, plan.number))]
 
 
-def check_named(source: prompts.PromptSource, plan: Plan) -> None:
-    """Refuses prompts that name no class word: their label maps would say that nothing is there."""
-    requests = _different(source, plan) if source.lines else []
-    unnamed = [request.prompt for request in requests if not request.classes]
-    if unnamed:
-        raise Refused(
-            f"{source.name}: {len(unnamed)} of {len(requests)} prompts name none of the class words "
-            f"{', '.join(plan.words[:8])}{' ...' if len(plan.words) > 8 else ''}: "
-            + "; ".join(prompts.shown(prompt) for prompt in unnamed[:3]),
-            'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
-        )
+def unnamed_refusal(source: prompts.PromptSource, plan: Plan, unnamed: Sequence[str], count: int) -> Refused:
+    """The refusal of prompts that name no class word: their label maps would say that nothing is there."""
+    return Refused(
+        f"{source.name}: {len(unnamed)} of {count} prompts name none of the class words "
+        f"{', '.join(plan.words[:8])}{' ...' if len(plan.words) > 8 else ''}: "
+        + "; ".join(prompts.shown(prompt) for prompt in unnamed[:3]),
+        'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
+    )
 
 
 def check_room(job: Job) -> None:

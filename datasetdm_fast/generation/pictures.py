@@ -90,7 +90,7 @@ def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
         raise Refused(
             f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
             f"at least {reading.LEAST_SIDE}",
-            "Convert it to RGB first.",
+            "Give an array of RGB in uint8, or an image of Pillow.",
         )
     return pixels
 

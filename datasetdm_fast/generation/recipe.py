@@ -109,6 +109,8 @@ def make_recipe(
     numbers = None
     if ATTENTION in tasks:
         numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
+    elif attention:
+        raise TypeError(f"{next(iter(attention))!r} is no choice here; those of attention need the task attention")
     facts = {
         "sampler": sampler,
         "profile": profile,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -35,10 +36,11 @@ class Result:
         if not self.doubtful:
             return ""
         if self.accept:
-            return f"{self.done} samples are accepted, {self.doubtful} are not and lie in {self.path}/{ASIDE}"
+            return f"accepted: {counted(self.done, 'sample')}; not accepted, in {self.path}/{ASIDE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
-            return f"{self.done} samples are trusted, {self.doubtful} are doubtful and lie in {self.path}/{ASIDE}"
-        return f"{self.doubtful} of {self.done} samples are doubtful: --keep trusted leaves them out"
+            return f"trusted: {counted(self.done, 'sample')}; doubtful, in {self.path}/{ASIDE}: {self.doubtful}"
+        is_or_are, them = ("is", "it") if self.doubtful == 1 else ("are", "them")
+        return f"{self.doubtful} of {self.done} samples {is_or_are} doubtful: --keep trusted --refill replaces {them}"
 
     def check(self) -> None:
         """Raises GateFailed where samples were set aside, or too few can be trusted."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from datasetdm_fast.config import (
@@ -115,9 +116,10 @@ def check_numbers(**values: float) -> None:
 
 def check_seed(seed: int) -> int:
     """The seed itself, where a generator and the ledger can hold it."""
-    if not 0 <= seed < 2**63:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise Refused(
-            f"--seed {seed}: expected 0 to {2**63 - 1}, that of the last image included", "Choose another seed."
+            f"--seed {seed}: expected a whole number from 0 to {2**63 - 1}, that of the last image included",
+            "Choose another seed.",
         )
     return seed
 

@@ -6,6 +6,7 @@ from datasetdm_fast.command_line.progress import counted, duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.generation.job import Job
 
+MOST_WORDS = 10  # class words that are listed
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
 
@@ -15,15 +16,18 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     left = min(plan.number - job.done, job.config.limit or plan.number)
     batches = -(-left // plan.batch_size)
     seeds, steps = (
-        f"seeds {plan.seed} to {plan.seed + plan.number - 1}",
+        f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
         f"{facts['steps']} steps in {facts['calls']} calls",
     )
-    if plan.most > plan.number:  # how far they go is found out on the way
+    if plan.has_seeds:
+        seeds = "seeds of the prompts"
+    elif plan.most > plan.number:  # how far they go is found out on the way
         seeds = f"seeds from {plan.seed} on"
     name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
     promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
+        "prompts": _unnamed(job),
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
@@ -34,6 +38,15 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def _unnamed(job: Job) -> str:
+    """How many prompts name nothing that a label can show, in words; empty where none."""
+    count, total = job.unnamed
+    if not count:
+        return ""
+    words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
+    return f"{count} of {total} {'names' if count == 1 else 'name'} nothing that the labels know, which is: {words}"
 
 
 def _warning(engine: Mapping[str, object]) -> str:

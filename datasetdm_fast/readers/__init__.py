@@ -104,6 +104,12 @@ def open_data(
             raise
     else:
         known = (*WORLDS, *READERS.names)
+        if not rest and Path(spec).expanduser().is_dir():
+            raise Refused(
+                f"--data {spec}: which kind of data lies in this folder is not said",
+                f"Write folder:{spec} for images/ with masks/ or depth/, run:{spec} for a run; kinds: "
+                f"{', '.join(known)}.",
+            )
         raise Refused(
             f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
             f"Expected {ADDRESS}; kinds: {', '.join(known)}.",

@@ -173,6 +173,8 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 48 else text[:45] + "..."
 
@@ -200,7 +202,13 @@ def grows(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuses settings that are not those of a run folder; only GROWING ones may differ, where it is to grow."""
     changed = {name: wanted[name] for name in GROWING if name in wanted} if grows(stored["config"], wanted) else {}
-    check_same(folder, {"config": stored["config"] | changed}, {"config": wanted})
+    there = stored["config"] | changed
+    if "keep" not in there and there | {"keep": "trusted"} == wanted:
+        raise Refused(
+            f"{folder}: holds a run that kept its doubtful samples",
+            "Add --refill to make others in their place, or choose another --out.",
+        )
+    check_same(folder, {"config": there}, {"config": wanted})
 
 
 def pretty(document: Mapping[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.pictures import preview
@@ -244,6 +244,13 @@ class Run(AbstractContextManager["Run"]):
         """
         if isinstance(classes, str):
             raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        known = self.document["plan"].get("words", classes)
+        for word in classes:
+            if word not in known:
+                raise Refused(
+                    f"classes: no prompt of {self.path} was searched for {word!r}{nearest(word, known)}",
+                    f"Choose from {', '.join(known) or 'none'}.",
+                )
         chosen = self._indices
         if condition:
             passes = set(passing(self.path, condition).kept)

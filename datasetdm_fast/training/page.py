@@ -207,7 +207,7 @@ def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> 
 
 def _told(value: float, bounds: object) -> str:
     """A figure with its interval."""
-    return f"{value:.4g}" + (f" ({bounds[0]:.4g} to {bounds[1]:.4g})" if isinstance(bounds, list) else "")
+    return f"{value:.4f}" + (f" ({bounds[0]:.4f} to {bounds[1]:.4f})" if isinstance(bounds, list) else "")
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:

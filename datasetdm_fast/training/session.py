@@ -165,19 +165,20 @@ class TrainingSession:
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
         config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
+        self.say(f"data       {config.data}")
         self.say(
-            f"images     {len(learnt)} to learn from in {counted(config.draws, 'look')} each, {len(held)} held out, "
+            f"images     {len(learnt)} to learn from in {counted(config.draws, 'view')} each, {len(held)} held out, "
             f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
         )
         self.say(f"captures   {self.cache_plan}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
-            self.say(f"{task:<16}{plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
+            self.say(f"{task:<10} {plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
             for task, plan in plans.items():
-                self.say(f"{task:<16}{self._time_of_folds(task, plan, folds, results[task] is not None)}")
+                self.say(f"{task:<10} {self._time_of_folds(task, plan, folds, results[task] is not None)}")
         for name in sorted(config.quirks):
             self.say(f"{name}        {QUIRKS[name]}")
 
@@ -230,7 +231,8 @@ class TrainingSession:
             if time.monotonic() - told >= SECONDS_PER_LINE:
                 told = time.monotonic()
                 share = done * self.ranks.world / count
-                self.say(f"captures {min(share, 1):.0%}, about {(told - began) * max(1 / share - 1, 0):.0f} s left")
+                left = duration((told - began) * max(1 / share - 1, 0))
+                self.say(f"captures {min(share, 1):.0%}, about {left} left")
 
         try:
             lessons = self.views(task, learnt, plan=choice, progress=progress)

@@ -240,15 +240,16 @@ def _attributes(labels: Sequence[str]) -> str:
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """How many samples are doubtful, where that was judged."""
     if where := document["config"].get("accept"):
-        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`: "
+        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif sets_aside(document["config"]):
-        yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`: "
+        yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         count = ledger.count_doubtful()
-        yield f"{count} of the samples {'is' if count == 1 else 'are'} doubtful, as their labels do not fit their "
-        yield "prompt or one another; `trust` in `samples.jsonl` says why.\n"
+        is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
+        yield f"{count} of the samples {is_or_are} doubtful, as {their} labels do not fit {their} prompt or one"
+        yield "another; `trust` in `samples.jsonl` says why.\n"
 
 
 def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
