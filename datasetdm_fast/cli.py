@@ -1,4 +1,4 @@
-"""The script `datasetdm-fast`: hands the rest of its line to the command that is named first."""
+"""The script `datasetdm-fast`: runs the command named first on its line."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,22 +12,22 @@ from datasetdm_fast.version import __version__
 # name -> (module with main(arguments) -> exit code, what it does)
 COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
-    "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
-    "label": ("datasetdm_fast.label", "make the same labels for pictures that exist"),
-    "edit": ("datasetdm_fast.edit", "draw a region of samples anew, with its labels"),
-    "vary": ("datasetdm_fast.vary", "move samples to another hour or weather, with their labels"),
-    "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
+    "generate": ("datasetdm_fast.generate", "generate images and their labels from prompts"),
+    "label": ("datasetdm_fast.label", "label existing pictures in the same way"),
+    "edit": ("datasetdm_fast.edit", "regenerate a region of samples, with its labels"),
+    "vary": ("datasetdm_fast.vary", "change the time of day or weather of samples, with their labels"),
+    "splice": ("datasetdm_fast.splice", "combine samples of a run side by side, with their labels"),
     "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
-    "merge": ("datasetdm_fast.merge", "make one run of several, every sample once"),
-    "split": ("datasetdm_fast.split", "say which samples of a run are for training, validation and test"),
+    "merge": ("datasetdm_fast.merge", "merge several runs into one, every sample once"),
+    "split": ("datasetdm_fast.split", "assign the samples of a run to training, validation and test"),
     "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
-    "drop": ("datasetdm_fast.drop", "take samples out of a run folder"),
-    "restore": ("datasetdm_fast.restore", "bring dropped samples back"),
+    "drop": ("datasetdm_fast.drop", "remove samples from a run folder"),
+    "restore": ("datasetdm_fast.restore", "bring back dropped samples"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
-    "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, of one in progress too"),
+    "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, also while it is in progress"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
-    "doctor": ("datasetdm_fast.doctor", "say what is installed, which engine can run and why another cannot"),
+    "doctor": ("datasetdm_fast.doctor", "report what is installed, which engines can run and why others cannot"),
     "recipe": ("datasetdm_fast.recipe", "run the steps of a published experiment"),
     "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
         for known, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
             print(f"  {known:{max(map(len, PROGRAMS))}}  {sentence}")
-        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints what makes bash, zsh or fish")
-        print("complete commands and flags.")
+        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script for bash, zsh")
+        print("or fish.")
         return 0
     if name == "--version":
         print(f"datasetdm-fast {__version__}")

@@ -1,4 +1,4 @@
-"""Settings of the commands: typed dataclasses that are the flags, the YAML file and run.json at once."""
+"""Settings of the commands: typed dataclasses that define the flags, the YAML file and run.json at once."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -336,14 +336,14 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     combine: tuple[str, ...] = setting(
         (),
-        'labels kept only where another shows a class, comma-separated, each as "semantic within instance:person"',
+        'keep a label only where another shows a class, comma-separated, each as "semantic within instance:person"',
         metavar="LIST",
         identity="if given",
     )
     labeller: tuple[str, ...] = setting(
         (),
-        "what reads the labels, comma-separated: decoder, those of --task; attention, without any decoder, the class "
-        "words of the prompts; a labeller that another package registers, by its name",
+        "what makes the labels, comma-separated: decoder, those of --task; attention, the class words of the prompts "
+        "without any decoder; a labeller that another package registers, by its name",
         identity=False,
         choices=LABELLERS,
         metavar="LIST",
@@ -356,31 +356,31 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     exponent: int = setting(
         -1,
-        "with --labeller attention: times a class's map is spread along the self-attention, -1 = what suits the model",
+        "with --labeller attention: times a class's map is multiplied by the self-attention, -1 = the model's default",
         identity="if given",
         metavar="N",
     )
     threshold: float = setting(
         0.0,
-        "with --labeller attention: least value of a class, 0 = what suits the model",
+        "with --labeller attention: minimum value of a class, 0 = the model's default",
         identity="if given",
         metavar="X",
     )
     uncertainty: float = setting(
         0.0,
-        "with --labeller attention: values from here to the threshold are 255, 0 = what suits the model",
+        "with --labeller attention: values from here to the threshold become 255, 0 = the model's default",
         identity="if given",
         metavar="X",
     )
     self_cells: int = setting(
         0,
-        "with --labeller attention: cells of a side of the self-attention that is read, 0 = what suits the model",
+        "with --labeller attention: cells per side of the self-attention that is read, 0 = the model's default",
         identity="if given",
         metavar="N",
     )
     cross_cells: int = setting(
         0,
-        "with --labeller attention: cells of a side of the cross-attention that is read, 0 = what suits the model",
+        "with --labeller attention: cells per side of the cross-attention that is read, 0 = the model's default",
         identity="if given",
         metavar="N",
     )
@@ -405,13 +405,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     negative_prompt: str = setting(
         "",
-        "what images are steered away from: the text of the unconditional half, or dataset-diffusion for the one of "
-        "that work",
+        "what images are steered away from: the text of the unconditional half, or dataset-diffusion for the text of "
+        "that project",
         identity="if given",
         metavar="TEXT",
     )
     allow_unnamed: bool = setting(
-        False, "make images whose prompt names none of the class words; their label maps hold nothing", identity=False
+        False, "accept prompts that name none of the class words; their label maps are empty", identity=False
     )
     truncate_prompts: bool = setting(
         False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
@@ -423,28 +423,28 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     keep: str = setting(
         "all",
         "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
-        "further ones until it has --number others",
+        "more until it has --number trusted ones",
         choices=("all", "trusted"),
         identity="if given",
     )
     accept: str = setting(
         "",
         'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are set aside, '
-        "and the run makes further ones until it has --number others, with --per-class that many of every class",
+        "and the run makes more until --number samples meet it, or with --per-class that many of every class",
         metavar="COND",
         identity="if given",
     )
     most_tries: int = setting(
         MOST_TRIES,
-        "with --keep trusted or --accept: samples made at most for every one that is asked for, of each class where "
-        "the run counts by class",
+        "with --keep trusted or --accept: maximum number of samples made per requested one, for each class if the run "
+        "counts by class",
         metavar="N",
         identity="if given",
     )
     refill: bool = setting(
         False,
-        "make others in the place of samples that were dropped; with --keep trusted also in the place of the doubtful "
-        "samples of a run that kept all, which are set aside",
+        "replace dropped samples by new ones; with --keep trusted also set aside and replace the doubtful samples of a "
+        "run that kept all",
         identity=False,
     )
     ignore_below: float = setting(
@@ -479,7 +479,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     out: str = setting(
         "runs/demo",
-        "run folder; where it is not given and settings are, a folder in runs/ that is named after them",
+        "run folder; if only other settings are given, a folder in runs/ that is named after them",
         identity=False,
         metavar="RUN",
         output="folder",
@@ -494,33 +494,33 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
     verify: int = setting(
         0,
-        "before the run, compare the first N samples with those of the reference engine; where they do not agree, "
-        "nothing is written",
+        "before the run, compare the first N samples with those of the reference engine; if they do not agree, nothing "
+        "is written",
         identity=False,
         metavar="N",
     )
     verify_anyway: bool = setting(
-        False, "with --verify: go on where they do not agree, and have that written down", identity=False
+        False, "with --verify: go on even if they do not agree, and record that", identity=False
     )
     mixed: str = setting(
         "verified",
-        "verified: another engine, dtype, device or version may go on with a run folder, once images and labels of its "
-        "own samples, made again, agree with those that are there; no: it is refused, and so is another --batch-size",
+        "verified: another engine, dtype, device or version may continue a run folder, once it has made some of the "
+        "stored samples again and their images and labels agree; no: it is refused, and so is another --batch-size",
         identity=False,
         choices=("verified", "no"),
     )
     verify_every: int = setting(
         0,
-        "after every N samples compare the newest once more with the reference engine, after the first time less often "
-        "where that would take over 1 % of the time; of several processes one does it; where it does not agree, the "
-        "run stops; 0 = never",
+        "after every N samples compare the newest with the reference engine, less often after the first time if that "
+        "would take over 1 % of the time; of several processes one does it; if it does not agree, the run stops; "
+        "0 = never",
         identity=False,
         metavar="N",
     )
     page_every: float = setting(
         5.0,
-        "minutes after which page and index files of the samples so far are written anew, less often where that would "
-        "take over 1 % of the time; 0 = at the end alone",
+        "minutes between updates of the page and index files of a run in progress, less often if that would take over "
+        "1 % of the time; 0 = only at the end",
         identity=False,
         metavar="MINUTES",
     )

@@ -1,4 +1,5 @@
-"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: samples of run folders in the layouts that trainers read.
+"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: write samples of run folders in the layouts that trainers
+read.
 
 With --to decoder, pth or diffusers it converts checkpoints: `convert FILE --to decoder --help` shows these flags.
 """

@@ -1,4 +1,4 @@
-"""The nouns: what travels from a prompt to a labelled sample."""
+"""The data types passed along from a prompt to a labelled sample."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.doctor: what is installed here, which engine can run and why another cannot, and whether a
-first image comes out.
+"""python -m datasetdm_fast.doctor: report what is installed, which engines can run, why others cannot, and whether a
+first image can be made.
 """
 
 # Nothing that may be broken is imported in this process: each question is put to another, which may fail or hang.

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.drop RUN ID...: take samples out of a run folder; restore brings them back."""
+"""python -m datasetdm_fast.drop RUN ID...: remove samples from a run folder; restore brings them back."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.edit RUN --only ID --class ball --prompt "a red star": regions of samples drawn anew, with
+"""python -m datasetdm_fast.edit RUN --only ID --class ball --prompt "a red star": regenerate regions of samples, with
 their labels.
 """
 

@@ -1,4 +1,4 @@
-"""The three ways to say no; each carries the cause, the remedy and the exit code of the command that meets it."""
+"""The three exceptions with which a command ends; each carries the cause, the remedy and the exit code."""
 
 from collections.abc import Collection
 

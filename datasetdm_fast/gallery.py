@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.gallery RUN [--serve]: the page of a run folder, of one in progress too, or of a run in an
-object store, written and, if asked for, served to the browsers of this machine.
+"""python -m datasetdm_fast.gallery RUN [--serve]: write and, if asked, serve the page of a run folder, finished or in
+progress, or of a run in an object store.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.generate: images and their labels from prompts; without any flag, the demo run."""
+"""python -m datasetdm_fast.generate: generate images and their labels from prompts; without any flag, the demo run."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.label IMAGES: the labels of generate for pictures that exist, as a run folder."""
+"""python -m datasetdm_fast.label IMAGES: label existing pictures as generate labels its images, into a run folder."""
 
 import shlex
 import sys

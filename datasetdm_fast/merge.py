@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.merge RUN... --out ALL: one run of several, every sample once."""
+"""python -m datasetdm_fast.merge RUN... --out ALL: merge several runs into one, every sample once."""
 
 from __future__ import annotations
 

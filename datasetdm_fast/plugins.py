@@ -1,4 +1,4 @@
-"""What other packages add, found by their entry points and loaded when its name is asked for."""
+"""Extensions from other packages, found by their entry points and loaded when they are selected."""
 
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module

@@ -1,5 +1,5 @@
 """python -m datasetdm_fast.prompts --set voc --per-class 200 --out prompts.jsonl: a list of prompts, balanced over
-classes, from a grammar of our own or from a language model.
+classes, from a built-in grammar or a language model.
 """
 
 import json

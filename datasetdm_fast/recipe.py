@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.recipe NAME --root DATA: the steps of a published experiment, one after the other."""
+"""python -m datasetdm_fast.recipe NAME --root DATA: run the steps of a published experiment, one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.restore RUN ID...: bring samples back that were dropped from a run folder."""
+"""python -m datasetdm_fast.restore RUN ID...: bring back samples that were dropped from a run folder."""
 
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class RestoreConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id a line", metavar="FILE")
-    all: bool = setting(False, "bring all back that were dropped")
+    all: bool = setting(False, "bring back all dropped samples")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no message")

@@ -1,4 +1,6 @@
-"""python -m datasetdm_fast.splice RUN: samples of a finished run side by side in new pictures, with their labels."""
+"""python -m datasetdm_fast.splice RUN: combine samples of a finished run side by side in new pictures, with their
+labels.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class SpliceConfig:
     only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
     dry_run: bool = dry_run_setting()
-    threads: int = setting(0, "threads, 0 = two a core", metavar="N")
+    threads: int = setting(0, "threads, 0 = two per core", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.split RUN: which samples are for training, validation and test; convert follows it."""
+"""python -m datasetdm_fast.split RUN: assign samples to training, validation and test; convert follows it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SplitConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     shares: str = setting("80,10,10", "shares of the samples, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
-    by_source: bool = setting(True, "never part samples that were made of one picture: variants, edits, splices")
+    by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
     seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
-    undo: bool = setting(False, "take the split back")
+    undo: bool = setting(False, "remove the split")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")

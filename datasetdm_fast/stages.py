@@ -1,4 +1,5 @@
-"""The one table of what crosses an engine's boundary: size letters, pyramid levels, tensor names, shapes and dtypes.
+"""The one table of everything that crosses an engine's boundary: size letters, pyramid levels, tensor names, shapes and
+dtypes.
 
 Size letters: B images, C channels, H W pixels, h w latent cells, S tokens in space, T text tokens, D text width, N
 queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].

@@ -1,4 +1,6 @@
-"""python -m datasetdm_fast.train: a decoder per task from about a hundred labelled images; the same command resumes."""
+"""python -m datasetdm_fast.train: train a decoder per task on about a hundred labelled images; the same command
+resumes.
+"""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.vary RUN --domain night,fog: samples of a run moved to other domains, with their labels."""
+"""python -m datasetdm_fast.vary RUN --domain night,fog: move samples of a run to other domains, with their labels."""
 
 import sys
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 """Every operation worth a kernel, one file each: `reference`, which defines it, its other forms (`plain`, `native`,
-`fused`), the devices they are chosen on, block sizes, model sizes, and the cases all are judged on.
+`fused`), the devices they are chosen on, block sizes, model sizes, and the cases on which all are tested.
 """
 
 import sys

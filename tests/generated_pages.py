@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "datasetdm_fast" / "schemas"
 FILES_OPENING = """# Files
 
-The files that a run folder, a decoder and an export describe themselves with, field by field. This page is made of the
-[JSON schemas](https://json-schema.org/draft/2020-12) in `datasetdm_fast/schemas/`, which lie in the installed package
-and which every file that the commands write is checked against in the tests. `*` marks fields that are always there.
-What else a run folder holds is told by [the data set](data-set.md); `instances.json`, `keypoints.json` and what
-[`convert`](formats.md) writes for others have the forms of those others.
+The files with which a run folder, a decoder and an export describe themselves, field by field. This page is generated
+from the [JSON schemas](https://json-schema.org/draft/2020-12) in `datasetdm_fast/schemas/`. They are part of the
+installed package, and the tests check every file that the commands write against them. `*` marks required fields. [The
+data set](data-set.md) describes what else a run folder holds; `instances.json`, `keypoints.json` and the output of
+[`convert`](formats.md) have the formats of the projects they are for.
 
 """
 ORDER = ("run", "sample", "event", "split", "kept", "decoder", "export", "classes")
@@ -96,10 +96,10 @@ def wrapped(text: str, width: int = 120) -> str:
 
 FLAGS_OPENING = """# Flags
 
-Every command with every flag, as `--help` shows them. Each is `python -m datasetdm_fast.NAME` or, once installed,
-`datasetdm-fast NAME`. All of them also take `--help`, `--version` and `--config FILE`, a YAML file of the same
-settings; `no-` before the name of a switch turns it off. What the commands are for, exit codes and environment
-variables: [commands](commands.md).
+All commands and their flags, as shown by `--help`. Run a command as `python -m datasetdm_fast.NAME` or, once
+installed, `datasetdm-fast NAME`. All commands also take `--help`, `--version` and `--config FILE`, a YAML file of the
+same settings; `no-` before the name of a switch turns it off. [Commands](commands.md) explains what the commands do,
+exit codes and environment variables.
 
 """
 EVERYWHERE = ("--help", "--version", "--config")
@@ -125,7 +125,7 @@ def flags_page() -> str:
         described = io.StringIO()
         with redirect_stdout(described):
             import_module(module).main([DESCRIBE])
-        parts.append(f"## {name}\n\nTo {sentence}.\n\n")
+        parts.append(f"## {name}\n\n{sentence[0].upper()}{sentence[1:]}.\n\n")
         command = import_module(module)
         if examples := getattr(command, "EXAMPLES", ()):
             lines = [f"python -m {module.removesuffix('.__main__')} {line}" for line in examples]
@@ -143,11 +143,11 @@ def flags_page() -> str:
 
 REFUSALS_OPENING = """# When it does not work
 
-Every sentence with which a command ends by exit code 2 (`Refused`: bad input or usage), 3 (`Missing`: something that is
-needed is not there) or 4 (`GateFailed`: the work was done, but a check failed), and what to do about it. Words in
-capitals stand for what the message names; where there is an "Or:", the message says the one that fits. Search the page
-for the part of your message that is no name of yours; every sentence has an anchor of its own to link to. Anything else
-that ends a command is a bug of ours: the message names a report file.
+All messages with which a command ends with exit code 2 (`Refused`: bad input or usage), 3 (`Missing`: a requirement is
+missing) or 4 (`GateFailed`: the work was done, but a check failed), and what to do about each. Words in capitals stand
+for what the message names; where a remedy has an "Or:", the message gives the one that fits. Search this page for a
+part of your message without names of your own; every message has its own anchor. If a command ends in any other way,
+that is a bug in this package: the message names a report file.
 
 """
 PASSED_ON = "As this page says of the sentence that it repeats."

@@ -533,7 +533,7 @@ def test_every_arm_has_the_best_of_equally_many_courses(lessons):
     front, whole = tuned_page.front([document, fewer]), tuned_page.section([document, fewer])
     assert front.count("| **One student of each kind:** ") == 2 * len(search.QUESTIONS)
     assert front.index("Semantic segmentation, 25 real") < front.index("Semantic segmentation, 100 real")
-    assert "; in rows of 25 (`c --real 25`, commit 0), on those.\n" in front
+    assert "; for rows with 25 real scenes (`c --real 25`, commit 0), on those.\n" in front
     assert "25 real scenes, 1,000 generated images;" in whole and "| 25 | real |" in whole
 
 

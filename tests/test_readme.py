@@ -90,7 +90,7 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
 
 
 def test_times_of_five_thousand_images_are_those_of_the_budget():
-    """Reckoned from the bytes and operations of every call; the share of a slower card is that of its tensor cores."""
+    """Estimated from the bytes and operations of every call; the share of a slower card is that of its tensor cores."""
     page = (ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8")
     budget = json.loads((ROOT / "bench" / "gpu_budget.json").read_text(encoding="utf-8"))
     calls = {name: call["milliseconds"] for name, call in budget["calls"].items()}
@@ -100,7 +100,7 @@ def test_times_of_five_thousand_images_are_those_of_the_budget():
     minutes = 5000 * batch / 8 / 60_000
     row = re.search(r"^\| generate 5,000 images .*? \| (\d+) min \| (\d+) min \|", page, re.MULTILINE)
     assert [int(number) for number in row.groups()] == [round(minutes), round(4.3 * minutes)]
-    assert f"{batch / 8:.0f} ms an image" in page and "**reckoned, not measured**" in " ".join(page.split())
+    assert f"{batch / 8:.0f} ms an image" in page and "**estimated, not measured**" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("line", README_GENERATE)

@@ -260,7 +260,7 @@ def test_unsteady_rows_stay_off_the_front_page(document):
     row |= {"seconds_per_image": measure.spread([1.0, 1.0, 1.2]), "title": "a peer that swings"}
     row |= {"attention": {"others": 0.0}}
     front, whole = report.summary({"cpu": document}, "charts"), report.whole("cpu")({"cpu": document}, "charts")
-    assert "swings" not in front and "their rounds differ: 1 row." in front and "UNet calls each |" in front
+    assert "swings" not in front and "the rounds differed: 1 row." in front and "UNet calls each |" in front
     assert "| a peer that swings (unsteady: spread 20 %) |" in whole
     assert "swings" not in report.drawn(document)["peers"]["peers"]
 

@@ -1,4 +1,4 @@
-"""The tables of the tuned arms: rows with courses, what was tried, and what the front page shows."""
+"""The tables of the tuned comparison: rows with training recipes, what was tried, and what the front page shows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ FRONT = {  # the arms that the front page shows, and their headings there
     "both": "and generated",
     "labelled": "and unlabelled real, labelled by the decoder",
     "self": "and the same, labelled by the student",
-    "many": "ten times real",
+    "many": "ten times as many real",
 }
 
 
@@ -57,7 +57,7 @@ def _closed(name: str) -> Cell:
 
 
 def table(rows: Mapping[str, Row]) -> Table:
-    """Every arm that there is, with its course and the steps of each student."""
+    """Every training set there is, with its training recipe and the steps of each student."""
     arms = [name for name in ARMS if any(name in row["arms"] for row in rows.values())]
     columns = {"claim": _claim, "figure": text("figure")}
     columns |= {ARMS[name]: _cell(name, has_course=True) for name in arms}
@@ -79,8 +79,8 @@ def _best_look(question: Question, key: str) -> Cell:
 
 
 def search_table() -> Table:
-    """Every course that was tried, with the figure of its best look."""
-    columns = {"real scenes": text("real"), "arm": lambda row: ARMS[row["arm"]], "course": text("course")}
+    """Every training recipe that was tried, with its best figure on the validation scenes."""
+    columns = {"real scenes": text("real"), "training set": lambda row: ARMS[row["arm"]], "recipe": text("course")}
     columns["student"] = lambda row: f"{'chosen' if row['is_chosen'] else 'search'}, {row['seed']}"
     columns["steps"] = lambda row: f"{max(map(int, row['looks'])):,}"
     return Table(columns | {f"{one.title}, {one.figure}": _best_look(one, key) for key, one in QUESTIONS.items()})
@@ -96,9 +96,9 @@ def setting_line(document: Mapping[str, Any]) -> str:
     return (
         f"{count} real scenes, {scale['synthetic']:,} generated images{unlabelled}; "
         f"{students} students of each kind, {scale['test']:,} unseen scenes, mean ± deviation. "
-        f"For each arm and figure the best of the courses tried, at most {LONGEST * scale['steps']:,} steps. The "
-        f"diffusion model that draws the images was trained on {scenes:,} captioned scenes of this world ({drawn:,} "
-        f"draws), as Stable Diffusion was on the web; its decoders on the {count} real scenes{_missing(document)}"
+        f"Each figure is for the best training recipe tried, at most {LONGEST * scale['steps']:,} steps. The diffusion "
+        f"model was trained on {scenes:,} captioned scenes of this world ({drawn:,} draws), as Stable Diffusion was "
+        f"on the web, and its decoders on the {count} real scenes{_missing(document)}"
     )
 
 
@@ -122,7 +122,7 @@ def front(documents: Sequence[Mapping[str, Any]]) -> str:
     facts = f"{source(usual)}: {setting_line(usual)}"
     for one in fewer:
         made = f"`{one['command']}`, commit {one['machine']['commit']}"
-        facts += f"; in rows of {real_scenes(one)} ({made}), on those{_missing(one)}"
+        facts += f"; for rows with {real_scenes(one)} real scenes ({made}), on those{_missing(one)}"
     rows = [row for one in fewer for row in one["rows"].values()]
     rows += [{**row, "title": f"{row['title']}, {real_scenes(usual)} real"} for row in usual["rows"].values()]
     return f"{facts}.\n\n{markdown(front_table().cells(rows))}"
@@ -138,5 +138,5 @@ def section(documents: Sequence[Mapping[str, Any]]) -> str:
         ]
     tried = [row for one in documents for row in one["tried"]]
     return "\n\n".join(
-        [*parts, "The best looks at validation scenes of every student:", markdown(search_table().cells(tried))]
+        [*parts, "The best figures of every student on the validation scenes:", markdown(search_table().cells(tried))]
     )

@@ -12,7 +12,7 @@ CALLS, BATCH = 50, 8  # of an image besides the captured one, and the images of 
 WHOLE = ("UNet call", "captured call", "label decoders", "autoencoder")
 COPIED = ("UNet call", "label decoders and autoencoder")
 AROUND = "around the"  # begins the names of what is launched beside the graphs of calls, for their inputs and outputs
-HEAD = ["call", "launches", "GB", "TFLOP", "ms, reckoned"]
+HEAD = ["call", "launches", "GB", "TFLOP", "ms, estimated"]
 
 
 def section() -> str:
@@ -28,7 +28,7 @@ def section() -> str:
     copies = (CALLS + 1) * beside + ends
     image = (CALLS * call + sum(others) + copies) / BATCH
     return (
-        "**Reckoned, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 pixels, "
-        f"on an H100 with {document['roofline']}. {CALLS + 1} calls with four kinds of labels take {image:.0f} ms an "
-        f"image in batches of {BATCH}, {1e3 / image:.1f} images a second, copies around the calls included.\n\n"
+        "**Estimated, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 pixels, "
+        f"on an H100 with {document['roofline']}. {CALLS + 1} calls with four kinds of labels take {image:.0f} ms per "
+        f"image in batches of {BATCH}, {1e3 / image:.1f} images per second, including copies around the calls.\n\n"
     ) + markdown((HEAD, rows))

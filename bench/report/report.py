@@ -154,10 +154,10 @@ def summary(found: Documents, charts: str) -> str:
             facts = (
                 f"{source(found[suite])}; {setting_line(found[suite])}. Speed-ups are medians (and ranges) over pairs "
             )
-            facts += f"of neighbouring rounds, {min(counts, default=0)} at least."
+            facts += f"of neighbouring rounds, at least {min(counts, default=0)}."
             if len(steady) < len(rows):
                 left = counted(len(rows) - len(steady), "row")
-                facts += f" Left out, as the machine was busy or their rounds differ: {left}."
+                facts += f" Omitted because the machine was busy or the rounds differed: {left}."
             calls = found[suite]["setting"]["calls"]
             headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
             table = narrowed(MEASUREMENTS["peers"].tables[0], headings)
@@ -260,12 +260,12 @@ def paper(found: Documents, charts: str) -> str:
         rows.append([f"{count:,}", *rates, percent(busy), took])
     return (
         f"One GPU makes {number(each)} images a second ({source}). Measured on this CPU: the generation loop's own "
-        f"work is {number(own)} ms of one core an image, encoding and writing {number(written)} ms for {PAPER_SIDE} "
+        f"work is {number(own)} ms of one core per image, encoding and writing {number(written)} ms for {PAPER_SIDE} "
         f"pixels and four kinds of labels, one commit of a batch {number(disk['commit_ms'])} ms. Ranks do not "
-        "communicate, so images a second grow with the GPUs as long as there are the cores of the third column, a disk "
-        "that takes the files of the fourth, and a ledger that takes the commits: it takes them one after the other, "
-        "so the share of its time must stay well below 100 %; where it does not, the prompts are divided among several "
-        f"run folders. {PAPER_CLOSING.format(number(closed)) if closed else PAPER_NOT_CLOSED}"
+        "communicate, so throughput grows with the number of GPUs as long as there are the cores of the third column, "
+        "a disk that can write the files of the fourth, and a ledger that can take the commits. The ledger takes them "
+        "one after the other, so its share of time must stay well below 100 %; otherwise divide the prompts among "
+        f"several run folders. {PAPER_CLOSING.format(number(closed)) if closed else PAPER_NOT_CLOSED}"
         "\n\n"
     ) + markdown((PAPER_HEAD, rows))
 
@@ -294,12 +294,12 @@ def full_size(found: Documents, charts: str) -> str:
 
 
 def tuned_front(found: Documents, charts: str) -> str:
-    """What the front page says of the worth of generated images where every arm is taught by its best course."""
+    """What the front page says of the worth of generated images, with the best training recipe for every training set."""
     return tuned_page.front(tuned_of(found)) if "tuned" in found else NOT_TUNED
 
 
 def tuned_gains(found: Documents, charts: str) -> str:
-    """What remains of the gains where every arm is taught by the best course found for it."""
+    """What remains of the gains with the best training recipe found for every training set."""
     return tuned_page.section(tuned_of(found)) if "tuned" in found else NOT_TUNED
 
 

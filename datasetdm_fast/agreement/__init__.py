@@ -1,1 +1,1 @@
-"""Whether two engines give the same tensors, images and labels."""
+"""Comparing the tensors, images and labels of two engines."""

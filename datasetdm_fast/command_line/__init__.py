@@ -1,1 +1,1 @@
-"""What every command shares: flags, progress, signals and the way a command ends."""
+"""What every command shares: flags, progress, signals and exit codes."""

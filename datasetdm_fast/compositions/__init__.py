@@ -1,1 +1,1 @@
-"""New run folders out of the samples of finished ones."""
+"""New run folders made from samples of finished ones."""

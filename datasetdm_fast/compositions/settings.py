@@ -24,7 +24,7 @@ class RedrawSettings(EngineSettings, CommandSettings):
     only: tuple[str, ...] = setting(
         (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
     )
-    strength: float = setting(1.0, "share of the sampling steps that is made again, 0 to 1", metavar="S")
+    strength: float = setting(1.0, "share of the sampling steps that is repeated, 0 to 1", metavar="S")
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G")
     batch_size: int = setting(
@@ -57,7 +57,7 @@ class VarySettings(RedrawSettings):
 
     domain: tuple[str, ...] = setting((), "domains, one image of each sample for each: night,fog", metavar="LIST")
     strength: float = setting(
-        0.4, "share of the sampling steps that is made again, 0 to 1: more changes more", metavar="S"
+        0.4, "share of the sampling steps that is repeated, 0 to 1: more changes more", metavar="S"
     )
     labels: str = setting(
         "source",
@@ -72,19 +72,19 @@ class EditSettings(RedrawSettings):
     FLAGS = [*OF_EDIT, *SHARED]
 
     prompt: str = setting(
-        "", "what is to be drawn; it takes the place of the class in the sample's own prompt", metavar="TEXT"
+        "", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT"
     )
-    alone: bool = setting(False, "the model is told nothing but --prompt, as it is where no class is named")
-    class_: str = setting("", "draw anew what the labels call by this class", metavar="CLASS")
-    instance: int = setting(0, "draw this instance anew: the id of its annotation in instances.json", metavar="ID")
-    mask: str = setting("", "draw anew what is white in this picture of a sample's size", metavar="FILE")
-    box: str = setting("", "draw this box of pixels anew; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
+    alone: bool = setting(False, "give the model only --prompt, as when no class is named")
+    class_: str = setting("", "regenerate the pixels of this class", metavar="CLASS")
+    instance: int = setting(0, "regenerate this instance: the id of its annotation in instances.json", metavar="ID")
+    mask: str = setting("", "regenerate what is white in this picture of a sample's size", metavar="FILE")
+    box: str = setting("", "regenerate this box of pixels; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
     grow: int = setting(0, "pixels by which the region is grown on all sides", metavar="N")
     feather: int = setting(
         -1, "pixels inside of the region over which old and new image are mixed, -1 = a 128th of a side", metavar="N"
     )
     strength: float = setting(
-        1.0, "share of the sampling steps that is made again, 0 to 1: 1 begins from noise alone", metavar="S"
+        1.0, "share of the sampling steps that is repeated, 0 to 1: 1 begins from noise alone", metavar="S"
     )
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
     out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

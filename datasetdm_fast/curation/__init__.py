@@ -1,1 +1,1 @@
-"""Samples of a run folder are scored and filtered; none is changed and none deleted."""
+"""Scoring and filtering samples of a run folder; none is changed or deleted."""

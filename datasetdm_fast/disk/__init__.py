@@ -1,1 +1,1 @@
-"""Files on disk: written whole or not at all, locked, and SQLite databases that refuse in plain words."""
+"""Files on disk: atomic writes, locks, and SQLite databases with plain error messages."""

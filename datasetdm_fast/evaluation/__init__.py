@@ -1,1 +1,1 @@
-"""How true labels are against ground truth, and what they are worth to a student."""
+"""Measuring labels against ground truth, and how much they help a student network."""

@@ -50,7 +50,7 @@ class ExportSettings(CommandSettings):
     )
     quality: int = setting(95, f"quality of JPEG files, {LEAST_QUALITY} to {BEST_QUALITY}", metavar="N")
     resize: int = setting(0, "pixels of the longer side of the images, 0 = as they are", metavar="N")
-    polygons: bool = setting(False, "coco and lvis: polygons in place of run lengths, where they say the same")
+    polygons: bool = setting(False, "coco and lvis: polygons instead of run lengths, where they are equivalent")
     parts: str = setting(
         "joined",
         "yolo-seg: an instance of several parts is one line, its parts joined by lines of no width, or a line a part",

@@ -1,1 +1,1 @@
-"""Files from outside, checked before anything believes them: text, images, tensors, ONNX graphs, pickles."""
+"""External files, checked before use: text, images, tensors, ONNX graphs, pickles."""

@@ -1,4 +1,4 @@
-"""How the labels of each task lie in files, look in pictures and are compared: one class a kind, none needs torch."""
+"""How the labels of each task are stored, drawn and compared: one class per kind, none needs torch."""
 
 from collections.abc import Iterable
 from functools import lru_cache

@@ -1,1 +1,1 @@
-"""Labelled images become captures and training targets."""
+"""Turning labelled images into captures and training targets."""

@@ -1,4 +1,5 @@
-"""A diffusion model from any source, checked: a preset, a diffusers folder, a single file or a model hub."""
+"""Loading and checking a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub.
+"""
 
 import re
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Networks of our own, built with the operations they are given."""
+"""Our own networks, built with the operations they are given."""

@@ -1,4 +1,4 @@
-"""Labelled images in, one reader a file; `open_data("coco:PATH[val]", size)` picks by the word before the colon."""
+"""Readers of labelled images, one per file; `open_data("coco:PATH[val]", size)` picks by the word before the colon."""
 
 import re
 from collections.abc import Sequence

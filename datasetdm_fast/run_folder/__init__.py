@@ -1,1 +1,1 @@
-"""The run folder: written once, never torn, rebuilt from its ledger."""
+"""The run folder: written atomically and rebuilt from its ledger."""

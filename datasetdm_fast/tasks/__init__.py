@@ -1,4 +1,4 @@
-"""One class a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
+"""One class per task: how a decoder's raw tensors become labels, and how such a decoder is trained."""
 
 from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.plugins import PartTable

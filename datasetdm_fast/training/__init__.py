@@ -1,1 +1,1 @@
-"""Teaching a P-Decoder from labelled images: capture once, then fit."""
+"""Training a P-Decoder on labelled images: capture once, then fit."""

@@ -30,10 +30,10 @@ AUGMENTATIONS = (
     "coco-pose",
 )
 QUIRKS = {
-    "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",
+    "Q11": "open vocabulary is trained with the first word's embedding, whatever word is asked",
     "Q12": "every instance is of class 1, and its caption is always the same",
-    "Q13": "depth is taught from images in 0..1 where the autoencoder expects -1..1, under a constant caption",
-    "Q14": "pose is taught from images with red and blue exchanged",
+    "Q13": "depth is trained on images in 0..1 where the autoencoder expects -1..1, under a constant caption",
+    "Q14": "pose is trained on images with red and blue exchanged",
 }  # upstream's mistakes
 
 MOST_FOLDS = 100

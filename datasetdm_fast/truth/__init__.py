@@ -1,1 +1,1 @@
-"""A labelled image at any size: selected, decoded, framed, augmented."""
+"""Ground truth: labelled images of any size, selected, decoded, framed and augmented."""

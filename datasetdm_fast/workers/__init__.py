@@ -1,1 +1,1 @@
-"""Several processes make one run."""
+"""Sharing one run among several processes."""
