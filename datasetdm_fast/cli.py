@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
         for known, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
             print(f"  {known:{max(map(len, PROGRAMS))}}  {sentence}")
-        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script for bash, zsh")
-        print("or fish.")
+        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script")
+        print("for bash, zsh or fish.")
         return 0
     if name == "--version":
         print(f"datasetdm-fast {__version__}")

@@ -28,7 +28,8 @@ def section() -> str:
     copies = (CALLS + 1) * beside + ends
     image = (CALLS * call + sum(others) + copies) / BATCH
     return (
-        "**Estimated, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 pixels, "
-        f"on an H100 with {document['roofline']}. {CALLS + 1} calls with four kinds of labels take {image:.0f} ms per "
-        f"image in batches of {BATCH}, {1e3 / image:.1f} images per second, including copies around the calls.\n\n"
+        "**Estimated, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 "
+        f"pixels, on an H100 with {document['roofline']}. {CALLS + 1} calls with four kinds of labels take {image:.0f} "
+        f"ms per image in batches of {BATCH}, {1e3 / image:.1f} images per second, including copies around the "
+        "calls.\n\n"
     ) + markdown((HEAD, rows))

@@ -294,7 +294,7 @@ def full_size(found: Documents, charts: str) -> str:
 
 
 def tuned_front(found: Documents, charts: str) -> str:
-    """What the front page says of the worth of generated images, with the best training recipe for every training set."""
+    """The table of the front page: what generated images are worth, each training set with its best recipe."""
     return tuned_page.front(tuned_of(found)) if "tuned" in found else NOT_TUNED
 
 

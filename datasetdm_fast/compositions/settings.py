@@ -71,9 +71,7 @@ class VarySettings(RedrawSettings):
 class EditSettings(RedrawSettings):
     FLAGS = [*OF_EDIT, *SHARED]
 
-    prompt: str = setting(
-        "", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT"
-    )
+    prompt: str = setting("", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT")
     alone: bool = setting(False, "give the model only --prompt, as when no class is named")
     class_: str = setting("", "regenerate the pixels of this class", metavar="CLASS")
     instance: int = setting(0, "regenerate this instance: the id of its annotation in instances.json", metavar="ID")

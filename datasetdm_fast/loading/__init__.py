@@ -1,5 +1,4 @@
-"""Loading and checking a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub.
-"""
+"""Loads and checks a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub."""
 
 import re
 from pathlib import Path
