@@ -738,7 +738,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
-        (["--decoder", "/nowhere"], 3, "no sub-folder holds a config.json"),
+        (["--decoder", "/nowhere"], 3, "decoders /nowhere: no such folder"),
         (["--decoder", "DEPTH"], 3, "give the folder above"),
     ],
 )
