@@ -81,6 +81,7 @@ EXPECTED = {
     "outputs of a graph are read before its replay": ("stale", "engines/fast.py"),  # where the graph is called
     "a graph over its caller's tensors": ("stale", "engines/fast.py"),  # where it is recorded
     "a graph that is not replayed": ("stale", "engines/fast.py"),  # where it is called
+    "algorithms chosen by timing": ("choice", "models/fused.py"),
     "a second engine records while labels are read": ("capture", "engines/cuda_graph.py"),
     "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast.py"),
     "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast.py"),
