@@ -238,6 +238,22 @@ FAULTS = {
         "if is_fresh:",
         {"scenario": "attention"},
     ),
+    "outputs of a graph are read before its replay": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "self.graph.replay()",
+        "answers = tuple(value.clone() for value in self.outputs); self.graph.replay(); return answers",
+    ),
+    "a graph over its caller's tensors": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "[torch.empty_like(value).copy_(value) for value in inputs]",
+        "list(inputs)",
+    ),
+    "a graph that is not replayed": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__", "self.graph.replay()", "pass"
+    ),
+    "algorithms chosen by timing": Fault(
+        "datasetdm_fast.engines.device:choose_by_shape", "= False, True", "= True, False"
+    ),
     "a second engine records while labels are read": Fault(
         f"{DRIVER}:generate", "label_stream.settle()", "pass", {"scenario": "retry"}
     ),

@@ -78,6 +78,10 @@ EXPECTED = {
     "fp32 between the products of the fp16 network": ("dtype", "models/fused.py"),
     "an input of a graph is written to": ("stale", "engines/fast.py"),
     "an input of a graph is not copied": ("stale", "engines/fast.py"),  # where the graph is called
+    "outputs of a graph are read before its replay": ("stale", "engines/fast.py"),  # where the graph is called
+    "a graph over its caller's tensors": ("stale", "engines/fast.py"),  # where it is recorded
+    "a graph that is not replayed": ("stale", "engines/fast.py"),  # where it is called
+    "algorithms chosen by timing": ("choice", "models/fused.py"),
     "a second engine records while labels are read": ("capture", "engines/cuda_graph.py"),
     "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast.py"),
     "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast.py"),
@@ -241,6 +245,19 @@ def test_an_input_of_a_graph_that_is_written_to_is_found():
     timeline.launch("write", 0, [], [value])
     timeline.seen([value], [buffer])
     assert [flaw.rule for flaw in timeline.found] == ["stale"]
+
+
+def test_a_graph_is_replayed_between_its_inputs_and_its_answers():
+    def found(*order):
+        timeline, value = Timeline(), {name: torch.empty(8) for name in ("input", "output", "answer")}
+        for name in order:
+            timeline.launch(name, 0, [], [value[name]])
+        timeline.answered([value["input"]], [value["output"]], [value["answer"]])
+        return [flaw.rule for flaw in timeline.found]
+
+    assert found("input", "output", "answer") == []
+    for order in ("input answer output", "output input answer", "output answer input", "input answer"):
+        assert found(*order.split()) == ["stale"], order
 
 
 def test_threads_that_run_in_one_have_values_of_their_own():

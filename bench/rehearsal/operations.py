@@ -167,6 +167,11 @@ class Operations(TorchDispatchMode):
             self.timeline.find("precision", "a convolution of fp32 rounds its factors to TF32")
         if self.timeline.capture is None or not self.storage:
             return
+        library = torch.backends.cudnn
+        if name == "convolution" and (library.benchmark or not library.deterministic):
+            self.timeline.find(
+                "choice", "cuDNN may choose a convolution's algorithm by timing, or one that adds in any order"
+            )
         if name in PRODUCTS and dtypes - self.storage:
             self.timeline.find("dtype", f"{name} in {dtypes.pop()}, the recorded network is {self.storage}")
         elif len(dtypes) > 1 and not func._schema.is_mutable:

@@ -193,16 +193,20 @@ def on_gpu(record: Callable, timeline: Timeline) -> Callable:
             if value.device.type == "cpu":
                 timeline.find("device", f"input {place} of a graph lies on the host, made at {timeline.made(value)}")
         record(graph, run, inputs, *others, **named)
+        for place, (value, buffer) in enumerate(zip(inputs, graph.inputs)):
+            if buffer.untyped_storage()._cdata == value.untyped_storage()._cdata:
+                timeline.find("stale", f"input {place} of a graph is its caller's own tensor, which calls write over")
 
     return called
 
 
 def watched(replay: Callable, timeline: Timeline) -> Callable:
-    """StepGraph.__call__, after which its buffers have to hold what it was given."""
+    """StepGraph.__call__, after which its buffers have to hold what it was given, and its answers what it computed."""
 
     def called(graph: StepGraph, *values: Tensor) -> tuple[Tensor, ...]:
         answers = replay(graph, *values)
         timeline.seen(values, graph.inputs)
+        timeline.answered(graph.inputs, graph.outputs, answers)
         return answers
 
     return called

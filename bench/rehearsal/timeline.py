@@ -312,6 +312,20 @@ class Timeline:
                 lines = " and ".join(use.line for use in source.writes)
                 self.find("stale", f"a graph does not see what {lines} wrote into an input after it was copied")
 
+    def answered(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor], answers: Iterable[Tensor]) -> None:
+        """A graph was called: its inputs are written, it is replayed, its outputs are copied, in this order."""
+
+        def written(value: Tensor) -> int:
+            memory = self.memory.get(value.untyped_storage()._cdata)
+            return memory.written if memory else 0
+
+        last = max(map(written, inputs), default=0)
+        for output, answer in zip(outputs, answers):
+            if written(output) < last:
+                self.find("stale", "a graph is not replayed after its inputs were written")
+            elif written(answer) < written(output):
+                self.find("stale", "an output of a graph is read before the replay that writes it")
+
     def keep(self, value: Tensor, stream: StreamId) -> None:
         """record_stream: the allocator waits for what this stream was given so far."""
         self.memory[self.number(value, stream[0])].kept_for.add(stream)
