@@ -11,6 +11,7 @@ long_test = pytest.mark.skipif(not IS_LONG, reason="the long form only")
 REASONS = {
     "no CUDA device": "machines without a GPU; the same tests run where there is one",
     "the extension was built without CUDA": "the same, where there is no CUDA compiler either",
+    "this PyTorch is built with CUDA": "gradients on simulated GPUs need PyTorch's build for CPUs",
     "this machine has a GPU": "what is said where there is no GPU, on machines with one",
     "a GPU is there": "the same",
     "a CUDA device is there": "the same",

@@ -14,7 +14,7 @@ from skips import long_test
 
 from bench.kernels.audit import name_of
 from bench.rehearsal import budget, carried, scenarios
-from bench.rehearsal.command import SCENARIOS
+from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
 from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer
 from bench.rehearsal.roofline import Reckoning
@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
     launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
 )
+
+CUDA_BUILD = "this PyTorch is built with CUDA"
+needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason=CUDA_BUILD)
 
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
@@ -131,6 +134,7 @@ def test_so_are_labels_of_pictures_that_exist():
     assert found["samples"] == 4 and found["replays"] == 8
 
 
+@needs_cpu_build
 def test_so_is_a_training():
     """Captures made anew, a step in fp16 with its gradients, a look at a held-out image, what is stored."""
     found = rehearsed("--model", "tiny", "--batch", "1", "--batches", "1", "--scenario", "recomputed")
@@ -143,6 +147,8 @@ def test_so_is_a_training():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_so_is_every_other_use_of_an_engine(scenario, device):
+    if scenario in GRADIENTS and torch.backends.cuda.is_built():
+        pytest.skip(CUDA_BUILD)
     found = rehearsed("--model", "tiny", "--scenario", scenario, "--device", device)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
     assert found["samples"] == SAMPLES.get(scenario, 8)
@@ -166,6 +172,16 @@ def test_so_are_runs_of_every_size_and_precision(flags):
 
 def test_every_scenario_can_be_named():
     assert tuple(scenarios.SCENARIOS) == SCENARIOS
+
+
+def test_gradients_are_left_out_or_refused_where_pytorch_has_cuda(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert possible(("all",)) == SCENARIOS and possible(("training",)) == ("training",)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    assert set(SCENARIOS) - set(possible(("all",))) == set(GRADIENTS) and "students" in capsys.readouterr().err
+    assert possible(("label",)) == ("label",)
+    with pytest.raises(Missing, match="the scenario bins computes gradients"):
+        possible(("label", "bins"))
 
 
 @long_test

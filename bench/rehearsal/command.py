@@ -28,6 +28,8 @@ SCENARIOS = (  # functions of scenarios.py and teaching.py
     "retry", "memory", "cards", "verify", "training", "losses", "bins", "recomputed", "ranks", "evaluation", "students",
 )  # fmt: skip
 
+GRADIENTS = ("training", "losses", "bins", "recomputed", "ranks", "students")  # scenarios that compute some
+
 
 @dataclass(frozen=True)
 class RehearsalConfig:
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 def rehearsed(config: RehearsalConfig) -> int:
     from bench.rehearsal.run import rehearse
 
-    wanted = SCENARIOS if ALL in config.scenario else config.scenario
+    wanted = possible(config.scenario)
     sizes = {"batches": config.batches, "dtype": config.dtype, "device": config.device}
     documents, findings, kernels = [], [], {}
     for name in wanted:
@@ -108,6 +110,22 @@ def rehearsed(config: RehearsalConfig) -> int:
             "the lines above name each with its place",
         )
     return 0
+
+
+def possible(names: Sequence[str]) -> tuple[str, ...]:
+    """The scenarios to run; gradients need a PyTorch without CUDA, as one with it asks for a GPU that is not there."""
+    import torch
+
+    wanted = SCENARIOS if ALL in names else tuple(names)
+    lost = [name for name in wanted if name in GRADIENTS] if torch.backends.cuda.is_built() else []
+    if lost and ALL not in names:
+        raise Missing(
+            f"{PROG}: the scenario {lost[0]} computes gradients on simulated GPUs, which a PyTorch with CUDA cannot do",
+            "Install PyTorch's build for CPUs in an environment of its own, or leave that scenario out.",
+        )
+    if lost:
+        say(f"left out, as they need PyTorch's build for CPUs: {', '.join(lost)}")
+    return tuple(name for name in wanted if name not in lost)
 
 
 def document(found: Rehearsal) -> dict[str, Any]:
