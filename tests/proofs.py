@@ -500,7 +500,9 @@ def _() -> str:
     from datasetdm_fast.run_folder.reader import open_run
 
     return str(
-        open_run(hostile_run("UPDATE samples SET files = replace(files, 'images/', '../../../../../../etc/')"))[0].image
+        open_run(
+            hostile_run("UPDATE samples SET files = json_set(files, '$.image[2]', '../../../../../../etc/1.png')")
+        )[0].image
     )
 
 

@@ -336,7 +336,7 @@ def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, mon
     for line in (("--number", "5", "--engine", "torch"), ("--number", "5", "--batch-size", "3")):
         assert run(*line, "--mixed", "no", out=path) == 2
         assert "holds a run of another configuration (" in capsys.readouterr().err
-    with pytest.raises(Refused, match=r"engine.torch: null there, .99\.0. asked for") as stop:
+    with pytest.raises(Refused, match=r"engine.torch: nothing there, .99\.0. asked for") as stop:
         job.prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
     assert "--limit 1" in stop.value.remedy and files_of(path) == before
 

@@ -133,7 +133,7 @@ LEDGERS = PLACES | {
     "wrong types": statement(
         "UPDATE samples SET files = '[]', labels = '3', recipe = 'null'",
     ),
-    "files elsewhere": statement("""UPDATE samples SET files = replace(files, 'images/', '../../')"""),
+    "files elsewhere": statement("""UPDATE samples SET files = json_set(files, '$.image[2]', '../../1.png')"""),
     "deep": statement(f"UPDATE samples SET labels = '{'[' * 100_000}'"),
     "a number for text": statement("UPDATE samples SET prompt = x'ff', classes = 7"),
 }

@@ -149,9 +149,7 @@ class Ledger(AbstractContextManager):
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
-        tracings = [
-            (row.request.index, zlib.compress(canonical(row.tracings).encode(), 9)) for row in rows if row.tracings
-        ]
+        tracings = [(row.request.index, _packed(row.tracings)) for row in rows if row.tracings]
         with self._writing():
             self._connection.executemany(
                 f"INSERT OR REPLACE INTO samples ({self._columns}) "
