@@ -113,6 +113,18 @@ FAULTS = {
         "len(inputs[0])",
         {"scenario": "attention"},
     ),
+    "a ring of earlier outputs that nothing fills": Fault(
+        "datasetdm_fast.sampling.walk:SamplerState.__init__", "latents.new_zeros(", "latents.new_empty("
+    ),
+    "level sums that nothing clears": Fault(
+        "datasetdm_fast.models.capture:ProjectedSums.__init__", "torch.zeros(self.batch", "torch.empty(self.batch"
+    ),
+    "sums of attention that nothing clears": Fault(
+        f"{DRIVER}:BatchGenerator.nothing_yet", "torch.zeros(shape", "torch.empty(shape", {"scenario": "attention"}
+    ),
+    "a kernel that gives way to its reference": Fault(
+        "datasetdm_fast.kernels.linear_norm:fused", "if not is_served(", "if width % 3 or not is_served("
+    ),
     "sums of attention in fp16": Fault(
         "datasetdm_fast.models.capture:SummedAttention.attend_self",
         "self.cells, self.shares",

@@ -16,7 +16,7 @@ from bench.kernels.audit import name_of
 from bench.rehearsal import budget, carried, scenarios
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
-from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer
+from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer, loaded
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.run import OfThread
 from bench.rehearsal.timeline import HostThread, Timeline
@@ -60,6 +60,10 @@ EXPECTED = {
     "fp32 that is TF32": ("precision", "engines/fast.py"),
     "sums of attention on the host": ("device", "generation/driver.py"),  # where they were made
     "a graph for other shapes": ("error", "engines/cuda_graph.py"),
+    "a ring of earlier outputs that nothing fills": ("unwritten", "sampling/walk.py"),
+    "level sums that nothing clears": ("unwritten", "models/capture.py"),
+    "sums of attention that nothing clears": ("unwritten", "generation/driver.py"),
+    "a kernel that gives way to its reference": ("fallback", "kernels/linear_norm.py"),
     "sums of attention in fp16": ("dtype", "models/capture.py"),
     "columns as a list": ("host wait", "tasks/attention.py"),
     "words left on the host": ("error", "tasks/captions.py"),
@@ -204,6 +208,20 @@ def test_what_is_planted_is_found_at_its_line():
         rule, file = EXPECTED[one["name"]]
         places = [f"{finding['place']} {finding['what']}" for finding in one["findings"] if finding["rule"] == rule]
         assert any(file in place for place in places), f"{one['name']}: {one['findings']}"
+
+
+def test_memory_is_written_before_it_is_read():
+    timeline, value, known = Timeline(), torch.empty(4), torch.zeros(4)
+    timeline.allocated(value, 0)
+    timeline.number(known, 0)
+    timeline.used("a product", [value, known, torch.empty(2)])
+    assert [(flaw.rule, flaw.what[:24]) for flaw in timeline.found] == [("unwritten", "a product reads 16 bytes")]
+    timeline.launch("a fill", 0, [], [value])
+    timeline.used("a product", [value])
+    assert timeline.found.total() == 1
+    head, step = OPS["depth_head"]._depth_head_kernel.fn, OPS["guided_step"]._guided_step_kernel.fn
+    assert loaded(head) == {"x_ptr", "bias_ptr", "weight_ptr"}  # the sums of earlier channels only where there are some
+    assert "history_ptr" in loaded(step) and "out_ptr" not in loaded(step)
 
 
 def test_waits_and_events_order_what_they_should():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from bench.kernels.audit import Launch as Compilable
 from bench.kernels.audit import Recorder, name_of
-from bench.rehearsal.operations import size
+from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
 from datasetdm_fast.kernels import OPS
 
@@ -83,12 +85,27 @@ def noted_kernels(
     """Every kernel of OPS replaced by a note of its launches: what to compile -> the first such launch."""
     launches: dict[Compilable, NotedLaunch] = {}
     with ExitStack() as stack:
-        for module in OPS.values():
+        for op, module in OPS.items():
+            stack.enter_context(mock.patch.object(module, "reference", watched_reference(op, module, timeline)))
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     noted = NotedKernel(kernel, timeline, launches, storage)
                     stack.enter_context(mock.patch.object(module, name, noted))
         yield launches
+
+
+def watched_reference(op: str, module: ModuleType, timeline: Timeline) -> Callable:
+    """An operation's reference, which its `fused` may only call for tensors that lie on no GPU."""
+    reference = module.reference
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        caller = sys._getframe(1).f_code
+        is_fallback = (caller.co_name, caller.co_filename) == ("fused", module.__file__)
+        if is_fallback and any(value.device.type == "cuda" for value in tensors((arguments, named))):
+            timeline.find("fallback", f"{op} runs as its reference on a GPU")
+        return reference(*arguments, **named)
+
+    return called
 
 
 class NotedKernel:
@@ -122,6 +139,8 @@ class NotedKernel:
         activations = next((pointers[name] for name in ACTIVATIONS if name in pointers), None)
         if timeline.capture is not None and activations is not None and activations.dtype not in self.storage():
             timeline.find("dtype", f"{self.name} of {activations.dtype}, the recorded network is {self.storage()}")
+        read = loaded(self.kernel.fn)
+        timeline.used(f"triton {self.name}", (value for name, value in pointers.items() if name in read))
         timeline.launch(
             f"triton {self.name}",
             card,
@@ -159,6 +178,31 @@ def source_of(function: Callable) -> str:
 def written(function: Callable) -> frozenset[str]:
     """The pointers a kernel stores to, from its source."""
     tree = ast.parse(source_of(function))
+    return _pointers(tree, [call.args[0] for call in ast.walk(tree) if _is_call(call, "store")])
+
+
+@cache
+def loaded(function: Callable) -> frozenset[str]:
+    """The pointers a kernel loads from whatever its switches are, from its source."""
+    tree, calls = ast.parse(source_of(function)), []
+
+    def visit(node: ast.AST) -> None:
+        if _is_call(node, "load"):
+            calls.append(node.args[0])
+        if not isinstance(node, (ast.If, ast.IfExp)):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(tree)
+    return _pointers(tree, calls)
+
+
+def _is_call(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name
+
+
+def _pointers(tree: ast.AST, addresses: Iterable[ast.AST]) -> frozenset[str]:
+    """The pointers that addresses in a kernel are made of."""
     made: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AugAssign)):
@@ -166,12 +210,7 @@ def written(function: Callable) -> frozenset[str]:
             for target in targets:
                 for name in names(target):
                     made.setdefault(name, set()).update(names(node.value))
-    stores = [
-        node.args[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "store"
-    ]
-    reached = set().union(*(names(store) for store in stores))
+    reached = set().union(*map(names, addresses))
     while more := set().union(*(made.get(name, set()) for name in reached)) - reached:
         reached |= more
     return frozenset(name for name in reached if name.endswith("_ptr"))

@@ -26,6 +26,7 @@ ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
 RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without a GPU PyTorch would take them apart
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
+OVERWRITING = {"fill_", "zero_", "index_put_", "masked_fill_", "slice_scatter", "select_scatter"}  # read no old values
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
 LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
 OPTIMISERS = "_fused_adam"  # whose kernels take every tensor's address as one of the GPU
@@ -131,7 +132,7 @@ class Operations(TorchDispatchMode):
             if value.device.type == "cpu":
                 self.timeline.made_on_host(value)
         for value in written if name in WITHOUT_LAUNCH else ():
-            self.timeline.number(value, value.device.index)
+            self.timeline.allocated(value, value.device.index)
         if is_copy:
             self.copied(name, args, kwargs, inputs, results)
         return result
@@ -145,6 +146,7 @@ class Operations(TorchDispatchMode):
         moved, kernels = size(cuda) + size(written), 1
         if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
             moved, kernels = moved + 2 * size(written), 2
+        self.timeline.used(name, () if name in OVERWRITING else read_of(func, args, kwargs))
         self.check_dtypes(name, func, cuda, written)
         # what a copy narrows, and what a norm says beside its answer, may be wide
         self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))
@@ -342,6 +344,16 @@ def tensors(values: Any) -> list[Tensor]:
     if isinstance(values, (list, tuple)):
         return [one for value in values for one in tensors(value)]
     return [one for value in values.values() for one in tensors(value)] if isinstance(values, dict) else []
+
+
+def read_of(func, args, kwargs) -> list[Tensor]:
+    """The tensors of a GPU whose values an operation reads: not what it writes its answer, or a copy, to."""
+    is_copy = func._schema.name == "aten::copy_"
+    given = [(one.name, value) for one, value in zip(func._schema.arguments, args)] + list(kwargs.items())
+    written = {one.name for one in func._schema.arguments if one.is_out or (is_copy and one.alias_info)}
+    if kwargs.get("beta") == 0:  # a product that is added to nothing
+        written.add("self")
+    return [one for name, value in given if name not in written for one in tensors(value) if one.device.type == "cuda"]
 
 
 def is_asynchronous(name: str, args, kwargs) -> bool:

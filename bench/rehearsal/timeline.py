@@ -99,6 +99,7 @@ class Memory:
     is_unread: bool = False  # nothing has read what was written last
     made: str = ""  # the lines that made it
     written: int = 0  # the place of its last write among all operations
+    is_blank: bool = False  # allocated, and nothing has written to it yet
     name: str = ""  # where it is no single storage
 
     def __str__(self) -> str:
@@ -221,6 +222,8 @@ class Timeline:
         if self.phase != LOAD and any(value.dtype == torch.float64 and value.dim() for value in (*reads, *writes)):
             self.find("dtype", f"{name} in float64")
         used = [self.number(value, device) for value in reads], [self.number(value, device) for value in writes]
+        for number in used[1]:
+            self.memory[number].is_blank = False
         if self.capture is None:  # what is recorded runs when the graph is replayed
             self.use(stream, *used, kernels)
         shapes = tuple(tuple(value.shape) for value in reads)
@@ -276,6 +279,18 @@ class Timeline:
             made = line_of_ours(sys._getframe(1), MADE)
             self.memory[number] = Memory(alive, home, storage.nbytes(), self.phase, is_host=is_host, made=made)
         return number
+
+    def allocated(self, value: Tensor, device: int) -> None:
+        """Memory of a GPU that nothing has written to."""
+        if value.numel() and value.untyped_storage()._cdata not in self.memory:
+            self.memory[self.number(value, device)].is_blank = True
+
+    def used(self, name: str, values: Iterable[Tensor]) -> None:
+        """What an operation reads of these tensors has to have been written."""
+        for value in values:
+            memory = self.memory.get(value.untyped_storage()._cdata)
+            if memory and memory.is_blank:
+                self.find("unwritten", f"{name} reads {memory}, which nothing has written, made at {memory.made}")
 
     def made(self, value: Tensor) -> str:
         """The line that made a tensor of a GPU or of the host, as far as it is known."""
