@@ -15,9 +15,13 @@ from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
+from datasetdm_fast import sampling
 from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.sampling.walk import SamplerState
+from datasetdm_fast.tasks import TASKS
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
+SAMPLER = "pndm"
 SLACK = 1.0005  # of rounding
 FIGURES = ("launches", "gigabytes", "tflop", "milliseconds")
 
@@ -40,18 +44,29 @@ def reckoned() -> Reckoned:
         _, capture = _captured(engine)  # records the graph
         found = {name: reckon(launched(timeline, call)) for name, call in calls.items()}
         latents, context = _latents(engine, USUAL), _context(engine, USUAL)
+        state = sampler_state(engine, latents)
+
+        def sample() -> None:
+            state.step(len(state.schedule) - 1, engine.denoise(latents, 1.0, context))
 
         def label() -> None:
-            for task in engine.decoders:
-                engine.annotate(task, capture)
+            for task, decoder in engine.decoders.items():
+                TASKS[task].postprocess(engine.annotate(task, capture), decoder.config, engine.model.size)
             engine.decode_and_check(latents)
 
-        for name, call in zip(COPIED, (lambda: engine.denoise(latents, 1.0, context), label), strict=True):
+        for name, call in zip(COPIED, (sample, label), strict=True):
             launched(timeline, call)  # records its graphs, so that what is launched afterwards lies around them
             found[f"{AROUND} {name}, {USUAL} images"] = reckon(launched(timeline, call))
         found[f"label decoders, {USUAL} images"] = reckon(recorded(engine, engine.decoders))
         found[f"autoencoder, {USUAL} images"] = reckon(recorded(engine, ["image"]))
         return Reckoned(found, storages(timeline.kernels))
+
+
+def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:
+    """The default sampler before its first call."""
+    usual = engine.model.defaults
+    schedule = sampling.make_schedule(engine.model.scheduler, SAMPLER, usual.steps)
+    return SamplerState(schedule, usual.guidance, latents)
 
 
 def launched(timeline: Timeline, call: Callable[[], Any]) -> list:

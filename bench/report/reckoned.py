@@ -11,7 +11,7 @@ BUDGET = ROOT / "bench" / "gpu_budget.json"
 CALLS, BATCH = 50, 8  # of an image besides the captured one, and the images of a batch
 WHOLE = ("UNet call", "captured call", "label decoders", "autoencoder")
 COPIED = ("UNet call", "label decoders and autoencoder")
-AROUND = "around the"  # begins the names of what is launched beside the graphs of calls, for their inputs and outputs
+AROUND = "around the"  # begins the names of what is launched beside the graphs of calls: copies, steps, post-processing
 HEAD = ["call", "launches", "GB", "TFLOP", "ms, estimated"]
 
 
@@ -30,6 +30,6 @@ def section() -> str:
     return (
         "**Estimated, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 "
         f"pixels, on an H100 with {document['roofline']}. {CALLS + 1} calls with four kinds of labels take {image:.0f} "
-        f"ms per image in batches of {BATCH}, {1e3 / image:.1f} images per second, including copies around the "
-        "calls.\n\n"
+        f"ms per image in batches of {BATCH}, {1e3 / image:.1f} images per second, including sampler steps, "
+        "post-processing and copies around the calls.\n\n"
     ) + markdown((HEAD, rows))
