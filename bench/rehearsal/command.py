@@ -37,7 +37,11 @@ class RehearsalConfig:
     batch: int = setting(4, "images per batch", metavar="N")
     batches: int = setting(2, "batches of the run", metavar="N")
     dtype: str = setting("auto", "precision of the engine", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
-    device: str = setting("cuda", "cuda or cuda:N of two simulated GPUs", metavar="DEVICE")
+    device: str = setting(
+        "cuda:1",
+        "cuda or cuda:N of two simulated GPUs; on the second, a launch that forgets its device is found, too",
+        metavar="DEVICE",
+    )
     scenario: tuple[str, ...] = setting(
         ("decoders",),
         f"what is run, comma-separated: {', '.join(SCENARIOS)}; all of these",
