@@ -28,8 +28,7 @@ needs_triton = pytest.mark.skipif(
     launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
 )
 
-CUDA_BUILD = "this PyTorch is built with CUDA"
-needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason=CUDA_BUILD)
+needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this PyTorch is built with CUDA")
 
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
@@ -152,7 +151,7 @@ def test_so_is_a_training():
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_so_is_every_other_use_of_an_engine(scenario, device):
     if scenario in GRADIENTS and torch.backends.cuda.is_built():
-        pytest.skip(CUDA_BUILD)
+        pytest.skip("this PyTorch is built with CUDA")
     found = rehearsed("--model", "tiny", "--scenario", scenario, "--device", device)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
     assert found["samples"] == SAMPLES.get(scenario, 8)
