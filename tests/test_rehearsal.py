@@ -213,10 +213,10 @@ def test_memory_is_written_before_it_is_read():
     timeline, value, known = Timeline(), torch.empty(4), torch.zeros(4)
     timeline.allocated(value, 0)
     timeline.number(known, 0)
-    timeline.used("a product", [value, known, torch.empty(2)])
+    timeline.check_written("a product", [value, known, torch.empty(2)])
     assert [(flaw.rule, flaw.what[:24]) for flaw in timeline.found] == [("unwritten", "a product reads 16 bytes")]
     timeline.launch("a fill", 0, [], [value])
-    timeline.used("a product", [value])
+    timeline.check_written("a product", [value])
     assert timeline.found.total() == 1
     head, step = OPS["depth_head"]._depth_head_kernel.fn, OPS["guided_step"]._guided_step_kernel.fn
     assert loaded(head) == {"x_ptr", "bias_ptr", "weight_ptr"}  # the sums of earlier channels only where there are some

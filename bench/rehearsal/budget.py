@@ -16,12 +16,12 @@ from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
 from datasetdm_fast import sampling
+from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.sampling.walk import SamplerState
 from datasetdm_fast.tasks import TASKS
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
-SAMPLER = "pndm"
 SLACK = 1.0005  # of rounding
 FIGURES = ("launches", "gigabytes", "tflop", "milliseconds")
 
@@ -65,7 +65,7 @@ def reckoned() -> Reckoned:
 def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:
     """The default sampler before its first call."""
     usual = engine.model.defaults
-    schedule = sampling.make_schedule(engine.model.scheduler, SAMPLER, usual.steps)
+    schedule = sampling.make_schedule(engine.model.scheduler, RunConfig.sampler, usual.steps)
     return SamplerState(schedule, usual.guidance, latents)
 
 

@@ -140,7 +140,7 @@ class NotedKernel:
         if timeline.capture is not None and activations is not None and activations.dtype not in self.storage():
             timeline.find("dtype", f"{self.name} of {activations.dtype}, the recorded network is {self.storage()}")
         read = loaded(self.kernel.fn)
-        timeline.used(f"triton {self.name}", (value for name, value in pointers.items() if name in read))
+        timeline.check_written(f"triton {self.name}", (value for name, value in pointers.items() if name in read))
         timeline.launch(
             f"triton {self.name}",
             card,

@@ -146,7 +146,7 @@ class Operations(TorchDispatchMode):
         moved, kernels = size(cuda) + size(written), 1
         if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
             moved, kernels = moved + 2 * size(written), 2
-        self.timeline.used(name, () if name in OVERWRITING else read_of(func, args, kwargs))
+        self.timeline.check_written(name, () if name in OVERWRITING else read_of(func, args, kwargs))
         self.check_dtypes(name, func, cuda, written)
         # what a copy narrows, and what a norm says beside its answer, may be wide
         self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))

@@ -285,7 +285,7 @@ class Timeline:
         if value.numel() and value.untyped_storage()._cdata not in self.memory:
             self.memory[self.number(value, device)].is_blank = True
 
-    def used(self, name: str, values: Iterable[Tensor]) -> None:
+    def check_written(self, name: str, values: Iterable[Tensor]) -> None:
         """What an operation reads of these tensors has to have been written."""
         for value in values:
             memory = self.memory.get(value.untyped_storage()._cdata)

@@ -271,6 +271,7 @@ class _StartedTraining:
         save_decoder(decoder, training.folder, storage=training.config.storage)
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
+        classes = held_out.classes_shown(training.lessons) if meter and meter.columns else 0
         result = {
             "task": training.task,
             "images": training.lessons.images,
@@ -282,7 +283,7 @@ class _StartedTraining:
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
-            "held_out_intervals": held_out.intervals(meter, held_out.classes_shown(training.lessons)) if meter else {},
+            "held_out_intervals": held_out.intervals(meter, classes) if meter else {},
             "step_chosen_on_held_out": is_chosen and self.numbers["looks"] > 1,
             "not_shown": meter.not_shown(figures) if meter else [],
             "named_by_captions": bool(decoder.config.named),
