@@ -114,6 +114,16 @@ def test_lanes_keep_the_order_and_share_the_threads():
         torch.set_num_threads(threads)
 
 
+def test_lanes_of_one_thread_have_one_whatever_the_number_of_slices():
+    lanes, threads = Lanes(is_single=True), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for slices in (1, 2, 6):
+            assert lanes.map(lambda _: torch.get_num_threads(), [(k,) for k in range(slices)]) == [1] * slices
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_error_in_a_lane_is_the_callers():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -9,6 +9,7 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import MASKS, Upscale
 from datasetdm_fast.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.kernels import depth_head
+from datasetdm_fast.models.layers import sigmoid
 from datasetdm_fast.stages import FACTOR
 
 
@@ -38,4 +39,4 @@ class DepthDecoder(Decoder):
             sides = (round(side * MASKS), side * FACTOR)
         head = depth_head.trained if self.training else self.ops.depth_head
         logits = head(x, first.weight, first.bias, last.weight, last.bias, sides)
-        return {"depth": logits.sigmoid() * self.config.max_depth}
+        return {"depth": sigmoid(logits) * self.config.max_depth}

@@ -9,6 +9,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,8 @@ class FastEngine:
         ops: SimpleNamespace | None = None,
         compile: bool = False,
     ):
-        self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
+        self.model, self.device = model, resolve_device(device)
+        self.lanes, self._calls = Lanes(), Lanes()  # of the slices of a batch, and of calls about one image
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
         self._has_usual_ops = ops is None  # others are called one by one
@@ -453,7 +455,9 @@ class FastEngine:
 
     @computed
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        chunks = latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))
+        size = self._chunk(latents.shape[-1] * 8)
+        size = size if self.device.type == "cuda" else min(size, slice_of(len(latents)))
+        chunks = latents.to(self.device).split(size)
         if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
             parts = [self._decoded(chunk) for chunk in chunks]
         else:
@@ -532,6 +536,12 @@ class FastEngine:
         inputs = (*own.sums, *([] if text is None else [text]))
         answers = self._labelled(task, run, inputs)
         return dict(zip(names, answers, strict=True))
+
+    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
+        """On a CPU, of a single small image, each on a core of its own: its operations are too short for several."""
+        if images > 1 or self.device.type != "cpu" or self.is_compiled or is_large(self.unet):
+            return [work() for work in works]
+        return self._calls.map(lambda work: work(), [(work,) for work in works])
 
     def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide

@@ -12,12 +12,15 @@ import torch
 
 
 class Lanes:
-    """Works on several slices at once, each on its share of PyTorch's threads.
+    """Works on several slices at once, each on its share of PyTorch's threads, or on one.
 
     The slices come from the caller and never from the number of threads, so that this number cannot change a result.
+    Some of PyTorch's operations (sigmoid, softmax, single products) round differently on several threads: what uses
+    them belongs on one.
     """
 
-    def __init__(self):
+    def __init__(self, is_single: bool = False):
+        self._is_single = is_single
         self._pool: ThreadPoolExecutor | None = None
         self._key: tuple[int, int, int] | None = None
 
@@ -25,7 +28,7 @@ class Lanes:
         """work(*slice) of every slice, in order."""
         threads = torch.get_num_threads()
         lanes = min(threads, len(slices))
-        if lanes < 2:
+        if lanes < 2 and not (self._is_single and threads > 1):
             return [work(*one) for one in slices]
         return list(self._started(lanes, threads).map(lambda one: _undisturbed(work, one), slices))
 
@@ -35,7 +38,8 @@ class Lanes:
             if self._pool is not None and self._key[0] == key[0]:
                 self._pool.shutdown()
             ready = threading.Barrier(lanes)
-            self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(threads // lanes,))
+            share = 1 if self._is_single else threads // lanes
+            self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(share,))
             list(
                 self._pool.map(lambda _: ready.wait(), range(lanes))
             )  # every lane has started, and with it set its own number of threads

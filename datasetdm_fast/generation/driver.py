@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import ATTENTION
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.decoders.config import DecoderConfig
     from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.engines.lanes import Lanes
     from datasetdm_fast.generation.prompts import Tokenizer
     from datasetdm_fast.generation.recipe import Recipe
     from datasetdm_fast.labels.class_tables import ClassTable
@@ -174,10 +176,12 @@ class BatchGenerator:
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
         """Annotations, image and post-processing; `drawn` loses its captures on the way, but for those of labellers."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        raw = {
-            task: engine.annotate(task, drawn.captures[recipe.captures[task]], self.words.asked(task, requests))
-            for task in recipe.decoded
-        }
+        works = [self._annotating(task, drawn, requests) for task in recipe.decoded]
+        if is_alone := len(requests) == 1 and drawn.pixels is None:
+            works.insert(0, partial(engine.decode_and_check, drawn.latents))  # the longest
+        answers = engine.side_by_side(works, len(requests))
+        decoded = answers.pop(0) if is_alone else None
+        raw = dict(zip(recipe.decoded, answers, strict=True))
         checks = {"latents": is_finite(drawn.latents)}
         if drawn.captures:
             checks["features"] = all_of(capture_is_finite(capture) for capture in drawn.captures.values())
@@ -189,9 +193,16 @@ class BatchGenerator:
         drawn.captures = {call: capture for call, capture in drawn.captures.items() if call in recipe.raw}
         images = drawn.pixels
         if images is None:
-            images, checks["image"] = engine.decode_and_check(drawn.latents)
+            images, checks["image"] = decoded or engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
         return self.collected(batch, images, raw, checks, drawn)
+
+    def _annotating(
+        self, task: str, drawn: SampledBatch, requests: Sequence[Request]
+    ) -> Callable[[], dict[str, Tensor]]:
+        """The call that gives a task's raw outputs."""
+        asked = self.words.asked(task, requests)
+        return partial(self.engine.annotate, task, drawn.captures[self.recipe.captures[task]], asked)
 
     def collected(
         self,
@@ -203,6 +214,14 @@ class BatchGenerator:
     ) -> list[Sample | SetAside]:
         """The results of a batch, from what its decoders answered; other generators may take more from that."""
         return collect(batch, images, raw, checks, self.engine, self.recipe, drawn)
+
+
+@cache
+def readers() -> Lanes:
+    """Threads that read raw outputs on a CPU, an image each, so that no number of threads changes a label."""
+    from datasetdm_fast.engines.lanes import Lanes
+
+    return Lanes(is_single=True)
 
 
 def collect(
@@ -221,12 +240,18 @@ def collect(
 
     count = len(batch.requests)
     passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
-    labels: dict[str, list[Annotation]] = {}
-    for task in recipe.decoded:
-        outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
-        labels[task] = postprocess(
-            batch.requests, outputs, engine.decoders[task].config, recipe, engine.model.tokenizer
-        )
+
+    def read(task: str, part: slice) -> list[Annotation]:
+        outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
+        return postprocess(batch.requests[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
+
+    is_host = engine.device.type == "cpu"
+    parts = [slice(b, b + 1) for b in range(count)] if is_host else [slice(0, count)]
+    works = [(task, part) for task in recipe.decoded for part in parts]
+    answers = iter(readers().map(read, works) if is_host else [read(*one) for one in works])
+    labels: dict[str, list[Annotation]] = {
+        task: [label for _ in parts for label in next(answers)] for task in recipe.decoded
+    }
     if drawn.averages is not None:
         labels[ATTENTION] = attention_labels(batch.requests, drawn.averages, engine, recipe)
     if recipe.foreign:

@@ -98,6 +98,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """`x.sigmoid()`. On a CPU how threads share `x` changes its last bit there, but not that of an exponential, whose
+    gradient is no number at its far end.
+    """
+    is_shared = x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
+    return (1 + (-x).exp()).reciprocal() if is_shared else x.sigmoid()
+
+
 class Pointwise(nn.Module):
     def __init__(self, weights: Weights):
         super().__init__()

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.models.layers import LayerNorm, Linear, Weights, frozen, join_heads, split_heads
+from datasetdm_fast.models.layers import LayerNorm, Linear, Weights, frozen, join_heads, sigmoid, split_heads
 
-ACTIVATIONS = {"quick_gelu": lambda x: x * (1.702 * x).sigmoid(), "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: x * sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 class TextLayer(nn.Module):

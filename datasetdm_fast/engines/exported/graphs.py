@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,9 @@ class GraphEngine:
             for level, features, maps in zip(self.model.levels, capture.features, capture.maps)
             if level.name in weights
         }
+
+    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
+        return [work() for work in works]
 
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
