@@ -100,9 +100,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """`x.sigmoid()`. On a CPU how threads share `x` changes its last bit there, but not that of an exponential, whose
-    gradient is no number at its far end.
+    gradient is no number at its far end. Exported and compiled graphs have the sigmoid itself.
     """
-    is_shared = x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling()
+    is_graph = not isinstance(x, Tensor) or torch.compiler.is_compiling()
+    is_shared = not is_graph and x.is_cpu and not x.requires_grad
     return (1 + (-x).exp()).reciprocal() if is_shared else x.sigmoid()
 
 
