@@ -286,7 +286,9 @@ class SamplingSettings:
     """What images are made of, and in which steps."""
 
     prompts: str = setting(
-        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
+        "",
+        "a prompt, or a UTF-8 file with one prompt per line; default: captions of the demo world",
+        metavar="FILE|TEXT",
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
     seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")

@@ -168,9 +168,11 @@ class Pipeline:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         if isinstance(seeds, int):
-            raise Refused(f"seeds: {seeds} is one number, expected one a prompt", f"Write [{seeds}], or seed={seeds}.")
+            raise Refused(
+                f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}."
+            )
         if seeds is not None and len(seeds) != len(given):
-            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
+            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
         size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
         return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
@@ -301,7 +303,7 @@ class Pipeline:
         pictures = in_memory(given)
         texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(given):
-            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt an image.")
+            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
         chosen = self._chosen(tasks)
         settings.check_numbers(batch_size=batch_size, seed=seed)
         recipe, words = self._recipe(chosen, classes, **choices)
@@ -357,10 +359,10 @@ class Pipeline:
         negatives = map(fitted, repeat(negative) if isinstance(negative, str) else negative)
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
             if (unwanted := next(negatives, None)) is None:
-                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one a prompt.")
+                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one per prompt.")
             where = f"prompt {index}"
             if not isinstance(prompt, str):
-                raise Refused(f"{where}: {prompt!r} is no text", "Give a text for every image.")
+                raise Refused(f"{where}: {prompt!r} is not a text", "Give a text for every image.")
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate, own=table)
             yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)

@@ -83,7 +83,7 @@ def _check(config: PromptsConfig) -> None:
     ways = [flag for flag in ("per_class", "target_counts", "balance") if getattr(config, flag)]
     if len(ways) > 1:
         shown = " and ".join("--" + flag.replace("_", "-") for flag in ways)
-        raise Refused(f"{shown}: each says how many prompts a class gets", "Keep one of them.")
+        raise Refused(f"{shown}: each sets the number of prompts per class", "Keep one of them.")
     for flag, most in (("per_class", MOST_PROMPTS), ("llm_requests", 1_000_000)):
         if not 0 <= getattr(config, flag) <= most:
             name = "--" + flag.replace("_", "-")
@@ -93,7 +93,7 @@ def _check(config: PromptsConfig) -> None:
     if config.llm_url and config.llm_command:
         raise Refused("--llm-url and --llm-command: two ways to ask a language model", "Keep one of them.")
     if config.llm_url and not config.llm_model:
-        raise Refused("--llm-url: which model is to be asked is missing", "Add --llm-model NAME.")
+        raise Refused("--llm-url: the name of the model is missing", "Add --llm-model NAME.")
     if not config.llm_url and config.llm_model:
         raise Refused(f"--llm-model {config.llm_model}: no endpoint to ask", "Add --llm-url https://HOST/v1.")
     out = Path(config.out)
@@ -135,7 +135,7 @@ def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
         for name, count in found.items():
             if name not in classes:
                 raise Refused(
-                    f"{config.target_counts}: {name!r} is no class of this list{nearest(name, classes)}",
+                    f"{config.target_counts}: {name!r} is not a class of this list{nearest(name, classes)}",
                     f"The classes are {', '.join(classes)}.",
                 )
             if type(count) is not int or not 0 <= count <= MOST_PROMPTS:

@@ -104,7 +104,7 @@ def _run(config: RecipeConfig, recipe: Mapping[str, Any], steps: Sequence[Step])
     for step in left:
         if step.name in done:
             raise Refused(
-                f"{out}: its step {step.name} was another one: {done[step.name]}",
+                f"{out}: its step {step.name} was run with other flags: {done[step.name]}",
                 "Choose another --out, or give the flags that it was started with.",
             )
         for path, what in step.missing:

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.undo and given & {"shares", "names", "by_source", "seed"}:
-        raise Refused("--undo: it takes the split back, without other flags", "Give --shares or --undo.")
+        raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     parts = config.parts()
     from datasetdm_fast.run_folder.reader import Run
     from datasetdm_fast.run_folder.split import Split, dealt, origins, read_split, write_split

@@ -384,10 +384,10 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ([], "is no folder"),
+        ([], "is not a folder"),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
-        (["PHOTOS", "--only", "00000000"], "is no run folder"),
+        (["PHOTOS", "--only", "00000000"], "is not a run folder"),
         (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows a part"),
     ],
 )

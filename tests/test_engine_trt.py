@@ -320,7 +320,7 @@ def test_a_hostile_graph_in_a_named_folder_is_refused_before_anything_reads_it(d
     model = onnx.load(path, load_external_data=False)
     for node, word in (
         (onnx.helper.make_node("EPContext", ["tokens"], ["y"], domain="com.microsoft"), "compiled code"),
-        (onnx.helper.make_node("Evil", ["tokens"], ["y"], domain="evil"), "'Evil' of 'evil' is none of ours"),
+        (onnx.helper.make_node("Evil", ["tokens"], ["y"], domain="evil"), "'Evil' of 'evil' is not supported"),
     ):
         hostile = onnx.ModelProto()
         hostile.CopyFrom(model)

@@ -448,7 +448,7 @@ def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
     finally:
         os.umask(before)
     (tmp_path / "mine").chmod(0o777)
-    with pytest.raises(Refused, match="everyone may write to this cache"):
+    with pytest.raises(Refused, match="every user can write to this cache"):
         locks.cache_folder()
 
 

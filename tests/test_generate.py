@@ -155,7 +155,7 @@ def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tm
     for prompts, index in (("a cone\na cube", 0), ("a ball\na cube\na cone", 2)):  # the third image was a ball again
         assert run("--prompts", prompts, "--number", "9", "--quiet", out=tmp_path / "run") == 2
         err = capsys.readouterr().err
-        assert f"image {index:08d} would be another one (" in err and "a cone" in err and "Append prompts" in err
+        assert f"image {index:08d} would change (" in err and "a cone" in err and "Add prompts" in err
     for other in (["--seed", "4"], ["--steps", "9"], ["--resume", "never"]):
         assert run("--prompts", "a ball\na cube", "--number", "9", "--quiet", *other, out=tmp_path / "run") == 2
     assert run("--prompts", "a ball\na cone", "--number", "3", "--quiet", out=tmp_path / "run") == 2
@@ -335,7 +335,7 @@ def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, mon
     assert run(*LARGER, out=path) == 4 and "free image beyond the limit in 2 samples" in capsys.readouterr().err
     for line in (("--number", "5", "--engine", "torch"), ("--number", "5", "--batch-size", "3")):
         assert run(*line, "--mixed", "no", out=path) == 2
-        assert "holds a run of another configuration (" in capsys.readouterr().err
+        assert "holds a run with other settings (" in capsys.readouterr().err
     with pytest.raises(Refused, match=r"engine.torch: nothing there, .99\.0. asked for") as stop:
         job.prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
     assert "--limit 1" in stop.value.remedy and files_of(path) == before

@@ -349,7 +349,11 @@ def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "ray", None)
     assert generate.main(["--cluster", "ray", "--out", str(tmp_path / "run")]) == 3
     out, errors = capsys.readouterr()
-    assert out == "" and len(errors.splitlines()) == 2 and errors.splitlines()[1] == "pip install datasetdm_fast[ray]"
+    assert (
+        out == ""
+        and len(errors.splitlines()) == 2
+        and errors.splitlines()[1].endswith("pip install 'datasetdm-fast[ray]'")
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -554,7 +558,7 @@ def test_one_process_at_work_makes_the_plan():
 
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
     for url, told in (
-        ("memory://run", "every process has a memory of its own"),
+        ("memory://run", "processes do not share memory"),
         ("nothing://run", "Protocol not known"),
     ):
         with pytest.raises(Refused, match=told):

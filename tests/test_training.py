@@ -739,7 +739,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--decoder", "/nowhere"], 3, "decoders /nowhere: no such folder"),
-        (["--decoder", "DEPTH"], 3, "give the folder above"),
+        (["--decoder", "DEPTH"], 3, "Give the folder above"),
     ],
 )
 def test_evaluate_refuses_bad_input(engine, tmp_path, capsys, flags, code, said):

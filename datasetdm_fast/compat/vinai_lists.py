@@ -107,7 +107,7 @@ def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str
     covered = {at + k for _, at, length in found for k in range(length)}
     if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
         raise Refused(
-            f"{where}: {documents.quoted(words[other])} of its class prompt is no class of {kind}"
+            f"{where}: {documents.quoted(words[other])} of its class prompt is not a class of {kind}"
             f"{nearest(words[other], known)}",
             f"Name classes of {kind} alone, or choose another --data-type.",
         )

@@ -99,7 +99,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     out: str = setting(
         "",
-        "folder of students of transformers, their checkpoints and figures; the same line resumes; default: "
+        "folder of students of transformers, their checkpoints and figures; the same command resumes; default: "
         "runs/students",
         metavar="OUT",
         output="folder",
@@ -120,7 +120,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         named = [label for label in self.task if ":" in label]
         if named and (self.curve or self.student or self.run):
             raise Refused(
-                f"--task {named[0]}: --curve and --student teach networks of their own, which have no names",
+                f"--task {named[0]}: --curve and --student train networks of their own, which have no names",
                 f"Ask for {named[0].partition(':')[0]}.",
             )
         self._check_student()
@@ -143,9 +143,9 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 f"Name one of {', '.join(NETWORKS.names)}.",
             )
         if self.student_size and self.weights:
-            raise Refused("--student-size: the folder of --weights decides it", "Leave one of the two out.")
+            raise Refused("--student-size: the folder of --weights determines it", "Leave one of the two out.")
         if self.only_synthetic and self.both:
-            raise Refused("--only-synthetic and --both: one of the two", "Leave both out to compare real with both.")
+            raise Refused("--only-synthetic and --both cannot be combined", "Leave both out to compare real with both.")
         if self.student in NETWORKS and self.batch_size < 2:
             raise Refused(
                 f"--batch-size: {self.batch_size} is not at least 2, which a --student needs",

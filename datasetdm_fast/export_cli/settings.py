@@ -42,7 +42,7 @@ class ExportConfig(ModelSettings, OutputSettings):
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
     prompts: str = setting(
         "",
-        "calibration prompts for --precision fp8: a prompt, or a UTF-8 file with one prompt a line",
+        "calibration prompts for --precision fp8: a prompt, or a UTF-8 file with one prompt per line",
         metavar="FILE|TEXT",
     )
     steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")

@@ -160,7 +160,7 @@ def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes
         raise Refused(
             f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
             f"{folder}",
-            "raise --cache-gb, name another --cache-dir, or use --cache auto",
+            "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
         )
     return CachePlan(folder, size, budget, size <= budget)
 
@@ -214,8 +214,8 @@ def _made(
     joined = np.concatenate(rows)
     if not np.isfinite(joined).all():
         raise Refused(
-            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values are beyond half precision",
-            "use --cache off, which keeps them in fp32",
+            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values exceed half precision",
+            "Use --cache off, which keeps them in fp32.",
         )
     return joined
 

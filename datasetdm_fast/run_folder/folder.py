@@ -119,9 +119,9 @@ class RunFolder(AbstractContextManager):
             other.append("labels in the ledger")
         if other:
             raise GateFailed(
-                f"sample {row.request.id}: made again it differs from the run folder in {', '.join(other)}; nothing "
+                f"sample {row.request.id}: made again, it differs from the run folder in {', '.join(other)}; nothing "
                 "was written",
-                "Compare versions and device with run.json: the same bytes need the same ones.",
+                "Compare versions and device with run.json: only the same ones give the same bytes.",
             )
         damaged = {
             name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]

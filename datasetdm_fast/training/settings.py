@@ -174,7 +174,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise Refused(
-                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"give {bound} or more"
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"Give {bound} or more."
                 )
         if not 0 <= self.held_out <= 0.5:
             raise Refused(
@@ -186,4 +186,4 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 "--folds 5 trains five more decoders; auto does so where few images are held out",
             )
         if not self.out.strip():
-            raise Refused("--out: no folder named", "give the folder the decoders are to be written to")
+            raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")

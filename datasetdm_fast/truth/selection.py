@@ -87,7 +87,7 @@ class DataSettings:
             if getattr(self, name) < 0:
                 raise Refused(
                     f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0",
-                    "Give a number, or 0 for what --select says, else all.",
+                    "Give a number, or 0 for the selection of --select, or else all.",
                 )
         changes = {
             "per_class": self.limit_per_class,

@@ -48,7 +48,7 @@ OURS = (
     Flag("all", False, "switch", "make the images, too, that are left over when they are divided among processes"),
     Flag("fixed", False, "switch", "mend what DatasetDM's files lose: 16-bit depth, all parts, all joints, classes"),
     Flag("strict", False, "switch", "carry spectral norms from image to image, as DatasetDM does; one at a time"),
-    Flag("limit", 0, "whole", "stop after N new images; the same line resumes"),
+    Flag("limit", 0, "whole", "stop after N new images; the same command resumes"),
     Flag("dry_run", False, "switch", "show what would be made and stop"),
     Flag("json", False, "switch", "machine-readable result on stdout"),
     Flag("quiet", False, "switch", "show no progress"),
