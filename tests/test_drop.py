@@ -101,7 +101,7 @@ def filter_score(path, id):
         (drop, ["one"], "'one' is not the id of a sample"),
         (drop, ["--file", "none.txt"], "none.txt"),
         (drop, ["--where", "beauty>1"], "beauty"),
-        (drop, ["--where", " "], "--where: no condition was given"),
+        (drop, ["--where", " "], "--where: no value was given"),
         (restore, [], "expected either ids or --all"),
         (restore, ["1", "--all"], "expected either ids or --all"),
         (restore, ["9"], "no sample has the id 00000009"),

@@ -454,7 +454,7 @@ def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
 
 def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
     (tmp_path / NAME).write_text('{"name": "a web page"}')
-    with pytest.raises(Refused, match="tells of no export, so it is not replaced"):
+    with pytest.raises(Refused, match="does not describe an export, so it is not replaced"):
         export(demo[0], {}, tmp_path, only=["encode_text"])
     assert (tmp_path / NAME).read_text() == '{"name": "a web page"}' and set(os.listdir(tmp_path)) == {NAME, ".lock"}
     (tmp_path / NAME).write_text('{"exporter": "of ours, but cut')

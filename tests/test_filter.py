@@ -189,8 +189,8 @@ WRONG = [
     (["--where", "(" * 50 + "score>1" + ")" * 50], "nested more than 20 deep"),
     (["--where", "score>1 or " * 500 + "score>1"], "at most 2000 are read"),
     (["--where", " "], "no condition was given"),
-    (["--where", "score>=1", "--undo"], "--undo: it takes back"),
-    (["--undo"], "nothing of"),
+    (["--where", "score>=1", "--undo"], "--undo: it removes the filter"),
+    (["--undo"], "has not been filtered"),
     (["--clip", "no/such/folder"], "holds no config.json"),
     (["--threads", "-1"], "--threads -1"),
 ]

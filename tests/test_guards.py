@@ -100,7 +100,7 @@ def _(folder: Path) -> Ending:
 
 
 case("a checkpoint that is a text")(
-    lambda folder: ((folder / "model.ckpt").write_text("weights"), model(folder / "model.ckpt", "no checkpoint"))[1]
+    lambda folder: ((folder / "model.ckpt").write_text("weights"), model(folder / "model.ckpt", "not a checkpoint"))[1]
 )
 case("a member outside its archive")(
     lambda folder: model(archive(folder / "model.ckpt", "../evil"), "leads out of its folder")

@@ -201,7 +201,7 @@ def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
 
 
 def test_gpus_and_ranks_are_not_mixed():
-    with pytest.raises(Refused, match="one process a GPU"):
+    with pytest.raises(Refused, match="there is one per GPU"):
         devices.places(RunConfig(gpus="2", ranks=2))
 
 

@@ -585,7 +585,7 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     for name in (document.DOCUMENT, document.LEDGER, seal.SEAL, *seal.rebuilt_files(made.folder, made.document)):
         assert bucket.read(name) == (made.folder / name).read_bytes(), name
     monkeypatch.setattr(type(there), "size", lambda self, path: 1)
-    with pytest.raises(Missing, match="not all of it is there"):
+    with pytest.raises(Missing, match="it is incomplete"):
         bucket.publish({"a": b"content"})
     there.rm("/bucket", recursive=True)
 

@@ -325,7 +325,7 @@ def test_splits_are_named_in_brackets(made):
 
 
 def test_a_task_without_truth_is_refused(made):
-    with pytest.raises(Refused, match="no truth for depth"):
+    with pytest.raises(Refused, match="no ground truth for depth"):
         open_data(f"voc:{made('voc')}", SIZE, tasks=["depth"])
 
 

@@ -218,7 +218,7 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
 
 WRONG = [
     (vary, [], "no domain was named"),
-    (vary, ["--domain", "nihgt"], "no known domain (did you mean night?)"),
+    (vary, ["--domain", "nihgt"], "unknown domain (did you mean night?)"),
     (vary, ["--domain", "snow"], "the model demo does not know this domain"),
     (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
@@ -233,7 +233,7 @@ WRONG = [
     (edit, ["--instance", "999", "--prompt", "a cube"], "no annotation of the selected samples has this id"),
     (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
     (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
-    (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "is empty, no pixel is 128 or more"),
+    (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "the mask is empty, no pixel has a value of 128 or more"),
     (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: there is no such file"),
     (edit, ["--mask", "SMALL", "--prompt", "a cube"], "64 x 64 pixels, the samples have 128 x 128"),
     (edit, ["--claas", "ball"], "did you mean --class?"),

@@ -141,12 +141,12 @@ def test_one_sample_is_made_again(spliced, tmp_path, capsys):
 
 WRONG = [
     (["--grids", "1"], "'1' is not a grid of 2 to 8x8 pictures"),
-    (["--grids", "9"], "'9' is no grid"),
-    (["--grids", "2x"], "'2x' is no grid"),
+    (["--grids", "9"], "'9' is not a grid"),
+    (["--grids", "2x"], "'2x' is not a grid"),
     (["--grids", ","], "the list is empty"),
     (["--number", "0"], "--number 0: expected a number of 1 or more"),
     (["--seed", str(2**63)], "seeds have 64 bits"),
-    (["--kept"], "nothing of"),
+    (["--kept"], "has not been filtered"),
     (["--gird", "2"], "did you mean --grids?"),
 ]
 

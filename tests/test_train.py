@@ -148,7 +148,7 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     save(data / "masks" / "scene 1.png", labels)
     for result in (True, False):  # of a finished training, and of one that is to go on
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
-        assert f"taught from other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
+        assert f"trained on other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
     names = (data / "classes.txt").read_text().splitlines()
     (data / "classes.txt").write_text("\n".join([*names[:2], *names[:1:-1]]))

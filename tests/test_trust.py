@@ -212,7 +212,7 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
 def test_it_gives_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchless, "Trust", lambda: DOUBT)
     assert run(tmp_path / "run", "--keep", "trusted") == 4
-    assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were asked for" in capsys.readouterr().err
+    assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were requested" in capsys.readouterr().err
     assert run(tmp_path / "run", "--keep", "trusted") == 4
 
 

@@ -247,7 +247,7 @@ def test_safetensors_headers_hold_together(file):
     )
     assert check_safetensors(file(whole)) == {"x": ("F32", (2,)), "y": ("BF16", ()), "z": ("F32", (0, 5))}
     for content, word in (
-        (b"", "truncated or no safetensors"),
+        (b"", "truncated or not a safetensors"),
         (struct.pack("<Q", 2**63) + b"{}", "a header of 9223372036854775808 bytes"),
         (tensors([]), "no table"),
         (tensors({f"t{k}": entry([0], 0, 0) for k in range(MOST_TENSORS + 1)}), "no table of at most"),
