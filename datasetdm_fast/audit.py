@@ -29,7 +29,7 @@ class AuditConfig:
     run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "the report as one JSON object on stdout")
-    quiet: bool = setting(False, "no progress")
+    quiet: bool = setting(False, "show no progress")
 
 
 @command

@@ -40,7 +40,7 @@ class FilterConfig:
     )
     undo: bool = setting(False, "keep all samples again")
     dry_run: bool = dry_run_setting()
-    clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
+    clip: str = setting("", "folder of a CLIP model, which adds the score clip", metavar="DIR")
     stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")

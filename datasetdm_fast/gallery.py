@@ -35,13 +35,13 @@ class GalleryConfig:
         positional=True,
     )
     serve: bool = setting(
-        False, "serve it to browsers of this machine until Ctrl-C; marks of a review are written down"
+        False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
     )
     out: str = setting(
-        "", "of a run in an object store: folder for a copy of all of it, with its page", metavar="DIR", output="folder"
+        "", "for a run in an object store: folder for a complete copy, with its page", metavar="DIR", output="folder"
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
-    port: int = setting(server.FIRST_PORT, "port to serve it on; where it is taken, the next that is free", metavar="N")
+    port: int = setting(server.FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "print only the path or the address of the page")

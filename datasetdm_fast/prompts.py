@@ -33,25 +33,32 @@ LARGEST_COUNTS = 2**24  # bytes
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    set: str = setting("demo", "whose classes the prompts are for", choices=SETS)
+    set: str = setting("demo", "set of classes that the prompts are for", choices=SETS)
     classes: tuple[str, ...] = setting((), "only these classes of the set, or words of your own", metavar="LIST")
     class_table: str = setting(
         "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
     )
     per_class: int = setting(0, "prompts for each class", metavar="N")
-    target_counts: str = setting("", 'JSON file of how many each class needs: {"cat": 40, ...}', metavar="FILE")
-    balance: str = setting("", "labelled images whose rarer classes are to catch up, such as coco:PATH", metavar="DATA")
+    target_counts: str = setting(
+        "", 'JSON file with the number of prompts for each class: {"cat": 40, ...}', metavar="FILE"
+    )
+    balance: str = setting(
+        "", "labelled images, such as coco:PATH; their rarer classes get more prompts", metavar="DATA"
+    )
     pairs: float = setting(0.0, "share of the prompts that name two classes, 0 to 1", metavar="SHARE")
     seed: int = setting(0, "seed of the sentences", metavar="N")
     out: str = setting(
-        "prompts.jsonl", "file to write, one JSON object a line, for generate --prompts", metavar="FILE", output="file"
+        "prompts.jsonl",
+        "file to write, one JSON object per line, for generate --prompts",
+        metavar="FILE",
+        output="file",
     )
     llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
     llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
-    llm_requests: int = setting(1000, "at most so many requests to the language model", metavar="N")
+    llm_requests: int = setting(1000, "maximum number of requests to the language model", metavar="N")
     dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "the measures of the list as one JSON object on stdout")
+    json: bool = setting(False, "statistics of the list as one JSON object on stdout")
     quiet: bool = setting(False, "show no progress")
 
 

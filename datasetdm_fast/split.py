@@ -28,7 +28,7 @@ class SplitConfig:
     shares: str = setting("80,10,10", "shares of the samples, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
-    seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
+    seed: int = setting(0, "seed of the random order of the samples", metavar="N")
     undo: bool = setting(False, "remove the split")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")

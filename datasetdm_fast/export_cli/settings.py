@@ -52,7 +52,7 @@ class ExportConfig(ModelSettings, OutputSettings):
     list: bool = setting(False, "show the plans of --out, or of the cache")
     prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
     cap_gb: float = setting(64.0, "gigabytes of plans that --prune keeps, most recently used first", metavar="GB")
-    json: bool = setting(False, "the manifest, or what plans there are, on stdout")
+    json: bool = setting(False, "the manifest, or the list of plans, as JSON on stdout")
 
     def told(self, line: str) -> None:
         """Prints a line of progress, unless all is to be quiet."""

@@ -69,7 +69,7 @@ class DataSettings:
     )
     images: str = setting(
         "",
-        "the only images to take: a file with one path or id a line, or a Python list of them as DatasetDM published",
+        "the only images to take: a file with one path or id per line, or a Python list of them as DatasetDM published",
         metavar="FILE",
     )
     limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")

@@ -27,10 +27,10 @@ LARGEST_TEXT = 2**24  # bytes of contours of one image
 FLAGS = (
     Flag("input_root", "./config/", help="folder in DataDiffusion with the images", is_optional=True),
     Flag("out_root", None, help="folder in DataDiffusion to write"),
-    Flag("thread_num", 7, "whole", "jobs that are done: two images, 2 x 2, 3 x 3, 5 x 5, 6 x 6, 7 x 7, 8 x 8"),
+    Flag("thread_num", 7, "whole", "number of jobs to do: two images, 2 x 2, 3 x 3, 5 x 5, 6 x 6, 7 x 7, 8 x 8"),
     Flag("root", ".", help="checkout of DatasetDM, which holds DataDiffusion"),
     Flag("seed", 0, "whole", "seed of the choice of images"),
-    Flag("fixed", False, "switch", "mend: no id twice, masks of one channel, all jobs whatever --thread_num says"),
+    Flag("fixed", False, "switch", "correct: no id twice, masks of one channel, all jobs whatever --thread_num is"),
     Flag("limit", 0, "whole", "stop after N new pictures; the same command resumes"),
     Flag("quiet", False, "switch", "say nothing on stderr"),
 )

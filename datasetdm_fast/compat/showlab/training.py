@@ -15,7 +15,7 @@ from datasetdm_fast.foreign import documents
 CHECKPOINT = "latest_checkpoint.pth"
 RUN = ".train"  # of a checkpoint's folder: what `train` writes
 FLAGS = (
-    Flag("config", "./config/", "path", "its configuration: which data set, and for VOC which split", True, True),
+    Flag("config", "./config/", "path", "its configuration: data set, and for VOC the split", True, True),
     Flag("seed", 42, "whole", "seed of weights, noise and order"),
     Flag("batch_size", 1, "whole", has_effect=False),
     Flag("image_limitation", 5, "whole", "labelled images, of each class where there are classes"),
