@@ -263,7 +263,7 @@ def test_only(engines, tmp_path, capsys):
         (["--prompts", ""], "--prompts"),
         (["--classes", ""], "--classes"),
         (["--model", "tiny"], "no prompts"),
-        (["--only", "7"], "no run folder"),
+        (["--only", "7"], "is not a run folder"),
     ],
 )
 def test_bad_input_is_one_sentence_one_remedy_and_nothing_written(engines, tmp_path, capsys, arguments, cause):
@@ -345,7 +345,7 @@ def test_samples_set_aside_exit_with_four(engines, tmp_path, capsys):
     for _ in range(2):
         assert run("--prompts", "a ball\nbroken", "--number", "2", out=tmp_path / "run") == 4
         out, err = capsys.readouterr()
-        assert out == f"{tmp_path / 'run'}\n" and "1 of 2 samples were set aside" in err
+        assert out == f"{tmp_path / 'run'}\n" and "1 of 2 samples were quarantined" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -93,7 +93,7 @@ def test_a_flipped_byte_anywhere_is_refused_and_the_plan_built_anew(folder):
         with pytest.raises(plans.Unusable):
             folder.read(ORDER)
     assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 2
-    assert len(folder.told) == 1 and "edited" in folder.told[0] and folder.told[0].endswith("built anew")
+    assert len(folder.told) == 1 and "edited" in folder.told[0] and folder.told[0].endswith("rebuilt")
 
 
 def test_a_plan_cut_anywhere_is_refused(folder):

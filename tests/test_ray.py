@@ -282,7 +282,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         process.returncode == 4
         and "rank 0 has given no sign of life for" in errors
         and "rank 1 has given no sign of life for" in errors
-        and f"1 of {SAMPLES} samples were set aside" in errors
+        and f"1 of {SAMPLES} samples were quarantined" in errors
         and "look at them with: python -m datasetdm_fast.gallery " in errors
     ), errors
     store, alone = tree(tmp_path / "store"), tree(tmp_path / "alone")
