@@ -282,7 +282,7 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     os.mkfifo(path)
     builder = Builder()
     assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
-    assert folder.told == [f"{path} is not a regular file; it is not loaded but built anew"]
+    assert folder.told == [f"{path} is not a regular file; it is not loaded but rebuilt"]
     real = path.rename(folder.folder / "elsewhere")
     path.symlink_to(real)
     assert (
