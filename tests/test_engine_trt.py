@@ -307,7 +307,7 @@ def test_a_plan_the_gpu_cannot_run_says_why(demo, tmp_path, monkeypatch):
 def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
     engine = make_engine((demo[0], {"depth": demo[1]["depth"]}), tmp_path)
     engine.encode_text([""])
-    with pytest.raises(Refused, match="holds other stages than asked for .model and decoders"):
+    with pytest.raises(Refused, match="holds other stages than requested .model and decoders"):
         make_engine(demo, tmp_path).encode_text([""])
 
 

@@ -136,9 +136,7 @@ def test_what_must_not_be_used_is_told_apart_refused_and_built_anew(built, capsy
     )
     assert export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, *RAW) == 0
     assert sorted(rebuilt) == ["decode_image", "encode_image", "encode_text"]
-    refusals = [
-        line for line in capsys.readouterr().err.splitlines() if line.endswith("it is not loaded but rebuilt")
-    ]
+    refusals = [line for line in capsys.readouterr().err.splitlines() if line.endswith("it is not loaded but rebuilt")]
     assert len(refusals) == 3 and any(
         "was made for something else" in line and "stage encode_text, expected encode_image" in line
         for line in refusals

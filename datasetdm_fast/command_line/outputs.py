@@ -48,4 +48,4 @@ def _check_place(flag: str, path: Path, kind: str) -> None:
     if not above.is_dir():
         raise Refused(f"{flag} {path}: {above} is a file, expected a folder", f"Choose another {flag}.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise Missing(f"{flag} {path}: {above} may not be written to", "Check its permissions, or choose another.")
+        raise Missing(f"{flag} {path}: {above} cannot be written to", "Check its permissions, or choose another.")

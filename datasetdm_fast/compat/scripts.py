@@ -152,5 +152,5 @@ def _refusal(path: Path, error: Exception) -> Refused | Missing:
     said = documents.one_line(f"{type(error).__name__}: {error}")
     return Refused(
         f"{path}, line {lines[-1] if lines else '?'}: {said}",
-        "Docs/from-datasetdm.md lists the modules and names that a script finds.",
+        "The page docs/from-datasetdm.md lists the modules and names that a script finds.",
     )

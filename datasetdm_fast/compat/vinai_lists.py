@@ -59,7 +59,7 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
     """
     entries = documents.read_json(path, most=LARGEST_FILE)
     if not isinstance(entries, list) or not entries:
-        raise Refused(f"{path}: no list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
+        raise Refused(f"{path}: not a list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
     for place, entry in enumerate(entries):
         try:
             documents.check_form(entry, FORM)

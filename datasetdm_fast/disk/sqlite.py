@@ -163,6 +163,6 @@ def _refusing(path: Path) -> Iterator[None]:
             raise Missing(f"{path}: {error}", remedy) from error
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             remedy = "Wait for that process and run the same command again."
-            raise Missing(f"{path}: another process holds it ({error})", remedy) from error
+            raise Missing(f"{path}: another process has locked it ({error})", remedy) from error
         remedy = "Restore the file from a copy, or choose another --out."
         raise Refused(f"{path}: not a readable ledger ({error})", remedy) from error

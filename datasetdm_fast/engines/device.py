@@ -21,7 +21,7 @@ def resolve_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Missing(
-            f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices",
+            f"device: {name} is not available, this machine has {torch.cuda.device_count()} CUDA devices",
             "Use --device cpu or --device auto.",
         )
     return device

@@ -207,7 +207,7 @@ def _made(
         except torch.OutOfMemoryError as error:
             if len(items[part]) == 1:
                 raise Missing(
-                    "memory: the GPU could not take the features and maps of one image",
+                    "memory: the GPU does not have enough memory for the features and maps of one image",
                     "Choose a smaller --size, or free its memory.",
                 ) from error
             batch_size = -(-len(items[part]) // 2)

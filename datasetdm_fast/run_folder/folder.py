@@ -43,7 +43,7 @@ Publish = Callable[
 class RunFolder(AbstractContextManager):
     """A run folder open for writing, held for this process until `close`.
 
-    For a member, another process holds it for all; `journal` is how their ledger is kept.
+    For a member, another process has locked it for all; `journal` is how their ledger is kept.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             views = -(-self.schedule.batch_size // self.schedule.parts)
             raise Missing(
-                f"memory: the GPU could not take {views} view{'s' * (views > 1)} at once",
+                f"memory: the GPU does not have enough memory for {views} view{'s' * (views > 1)} at once",
                 "Raise --accumulate or choose a smaller --batch-size, with another --out; or free its memory.",
             ) from error
 
