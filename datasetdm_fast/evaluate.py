@@ -81,7 +81,7 @@ def _judged(
     tasks = config.task or tuple(label for label in by_task(decoders) if decoders[label].config.task in there)
     if not tasks:
         raise Refused(
-            f"--data {config.data}: no decoder for its ground truth ({', '.join(there)}), only for {', '.join(decoders)}",
+            f"--data {config.data}: ground truth for {', '.join(there)}, but only decoders for {', '.join(decoders)}",
             "Choose other data or decoders.",
         )
     from datasetdm_fast.evaluation.measure import figures, measure, passes
