@@ -57,7 +57,7 @@ def measure_and_show(
         facts = {name: document[name] for name in ("machine", "setting", "command")}
         print(json.dumps({**found, **facts, "seconds": round(time.monotonic() - begin, 1)}))
     if left:
-        say(f"left: {', '.join(left)}; the same line again measures them")
+        say(f"left: {', '.join(left)}; the same command measures them")
     check(document)
     return 0
 

@@ -29,7 +29,7 @@ class AuditConfig:
     run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "the report as one JSON object on stdout")
-    quiet: bool = setting(False, "no progress")
+    quiet: bool = setting(False, "show no progress")
 
 
 @command
@@ -69,7 +69,7 @@ def _told(config: AuditConfig) -> Report:
     if (copies := copy_of(config.run)) is not None:
         folder = copies.whole()
         if not folder.is_dir():  # no file came
-            raise Refused(f"{config.run}: holds nothing, so it is no run", "Check the address.")
+            raise Refused(f"{config.run}: it is empty, so it is not a run", "Check the address.")
         return replace(_told(replace(config, run=str(folder))), path=config.run)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():

@@ -59,6 +59,6 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS and name not in PROGRAMS:
         known = (*COMMANDS, *PROGRAMS, "completion")
         said = f"unknown command {name!r}{nearest(name, known)}" if name else "no command given"
-        remedy = f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
+        remedy = f"Commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
         raise Refused(f"datasetdm-fast: {said}", remedy)
     return import_module({**COMMANDS, **PROGRAMS}[name][0]).main(arguments[1:])

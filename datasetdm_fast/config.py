@@ -240,7 +240,7 @@ class ModelSettings:
         "between them; a model of seeded weights has seeded ones",
         metavar="DIR",
     )
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
+    size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(
         False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
     )
@@ -260,8 +260,7 @@ class EngineSettings:
     )
     streams: int = setting(
         0,
-        "with --engine openvino: parts of a batch that run at once, each on its share of the threads; 0 = as many as "
-        "there are",
+        "with --engine openvino: slices of a batch that run at once, each on its share of the threads; 0 = all of them",
         identity=False,
         metavar="N",
     )
@@ -286,7 +285,9 @@ class SamplingSettings:
     """What images are made of, and in which steps."""
 
     prompts: str = setting(
-        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
+        "",
+        "a prompt, or a UTF-8 file with one prompt per line; default: captions of the demo world",
+        metavar="FILE|TEXT",
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
     seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
@@ -386,7 +387,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     parity: str = setting(
         "",
-        "with --labeller attention: word positions, noise and settings of another work, to compare with it",
+        "with --labeller attention: word positions, noise and settings of another project, for comparison",
         identity="if given",
         choices=("", *PARITIES),
     )
@@ -405,8 +406,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     negative_prompt: str = setting(
         "",
-        "what images are steered away from: the text of the unconditional half, or dataset-diffusion for the text of "
-        "that project",
+        "text that images are steered away from, used in the unconditional half; dataset-diffusion: the text of that "
+        "project",
         identity="if given",
         metavar="TEXT",
     )
@@ -472,7 +473,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     format: tuple[str, ...] = setting(
         (),
-        "formats that the finished run is converted to, below its exports: " + ", ".join(EXPORT_FORMATS.names),
+        "formats that the finished run is converted to, in its folder exports: " + ", ".join(EXPORT_FORMATS.names),
         identity=False,
         choices=EXPORT_FORMATS.names,
         metavar="LIST",

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if "quality" in given and settings.image_format == "png":
         raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
     if "where" in given and not settings.where.strip():
-        raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
+        raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
     if not settings.out and is_url(settings.runs[0]):
         raise Refused(f"{PROG}: --out is missing", "Name a folder here for the export of a run in an object store.")
     folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / "exports"

@@ -285,7 +285,7 @@ def _command(arguments: Sequence[str]) -> int:
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if problem := found["self_test"]["problem"]:
-        raise Missing(f"the self-test failed: {problem}", "Mend what the lines above say, and ask again.")
+        raise Missing(f"the self-test failed: {problem}", "Fix what the lines above report, then run doctor again.")
     return 0
 
 

@@ -19,7 +19,7 @@ EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dr
 class DropConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
-    file: str = setting("", "file with one id a line", metavar="FILE")
+    file: str = setting("", "file with one id per line", metavar="FILE")
     where: str = setting(
         "", "drop the samples for which this holds, such as 'score<0.4 or duplicate==1'", metavar="CONDITION"
     )
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     for name in ("file", "where"):
         if name in given and not getattr(config, name).strip():
-            raise Refused(f"--{name}: nothing was given after it", "Write it out, or drop the flag.")
+            raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")
     if not (config.ids or config.file or config.where):
         raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
     from datasetdm_fast.curation import dropping

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     config.check()
     if (config.student or config.curve) and (len(naming.addresses(config.data)) > 1 or config.class_names):
         raise Refused(
-            "--data: several data sets and other class names are for decoders that stand",
-            "Leave out --student and --curve, or name one data set.",
+            "--data: several data sets, or --class-names, can only be used to evaluate trained decoders",
+            "Leave out --student and --curve, or give one data set without --class-names.",
         )
     if config.student:
         return _student(config) if config.student == BUILT_IN else _network(config)
@@ -75,13 +75,13 @@ def _judged(
     decoders, selection = engine.decoders, config.selection()
     if absent := [task for task in config.task if task not in decoders]:
         raise Refused(
-            f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
+            f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"It has {', '.join(decoders)}."
         )
     # where nothing is asked for, whatever both sides have
     tasks = config.task or tuple(label for label in by_task(decoders) if decoders[label].config.task in there)
     if not tasks:
         raise Refused(
-            f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}",
+            f"--data {config.data}: ground truth for {', '.join(there)}, but only decoders for {', '.join(decoders)}",
             "Choose other data or decoders.",
         )
     from datasetdm_fast.evaluation.measure import figures, measure, passes
@@ -200,7 +200,7 @@ def _network(config: EvaluateConfig) -> int:
     if other := [name for name in config.task if name != task]:
         raise Refused(f"--task {other[0]}: {config.student} learns {task}", "Leave --task out, or name another.")
     if config.tta and network.mirror is None:
-        raise Refused(f"--tta: the answers of {config.student} have no mean", "Leave it out.")
+        raise Refused(f"--tta: the predictions of {config.student} cannot be averaged", "Leave it out.")
     if config.self_train and task != "semantic":
         raise Refused(f"--self-train: {config.student} learns {task}, no label map", "Leave it out.")
     names = ("synthetic",) if config.only_synthetic else ("both",) if config.both else ("real", "both")

@@ -40,7 +40,7 @@ class FilterConfig:
     )
     undo: bool = setting(False, "keep all samples again")
     dry_run: bool = dry_run_setting()
-    clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
+    clip: str = setting("", "folder of a CLIP model, which adds the score clip", metavar="DIR")
     stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
     if config.undo and given & {"where", "clip", "stability"}:
-        raise Refused("--undo: it takes back what was filtered, without a condition", "Give --where or --undo.")
+        raise Refused("--undo: it removes the filter, and takes no other flags", "Give only --undo, or drop it.")
     if "where" in given and not config.where.strip():
-        raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
+        raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
     from datasetdm_fast.curation import filtering
     from datasetdm_fast.run_folder.score_table import OF_NETWORKS, SCORES
     from datasetdm_fast.run_folder.where import parse_where
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     if left := filtering.count_missing(run, extra):
         if config.dry_run and config.where:
             raise Refused(
-                f"--dry-run: {left} samples have no scores yet", "Score them first: the line without --where."
+                f"--dry-run: {left} samples have no scores yet", "Score them first: run the command without --where."
             )
         if config.dry_run:
             told = f"{config.run}: {counted(left, 'sample')} would be scored"
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
                 interruption.is_stopping,
             )
         if interruption.signal:
-            print("not all samples are scored; the same line goes on", file=sys.stderr)
+            print("not all samples are scored; the same command resumes", file=sys.stderr)
             return interruption.exit_code(0)
     return _keep(config, run) if config.where else _show(config, run)
 

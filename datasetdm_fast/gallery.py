@@ -35,13 +35,13 @@ class GalleryConfig:
         positional=True,
     )
     serve: bool = setting(
-        False, "serve it to browsers of this machine until Ctrl-C; marks of a review are written down"
+        False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
     )
     out: str = setting(
-        "", "of a run in an object store: folder for a copy of all of it, with its page", metavar="DIR", output="folder"
+        "", "for a run in an object store: folder for a complete copy, with its page", metavar="DIR", output="folder"
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
-    port: int = setting(server.FIRST_PORT, "port to serve it on; where it is taken, the next that is free", metavar="N")
+    port: int = setting(server.FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "print only the path or the address of the page")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 < config.port < 2**16:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
-        raise Refused("--against: a page from a disk reads no other folder", "Add --serve.")
+        raise Refused("--against: a page that is opened from disk cannot read another folder", "Add --serve.")
     place = config.run if config.dry_run else config.out or config.run
     if config.out:
         _copy(config)
@@ -89,7 +89,10 @@ def _served(place: str, run: ShownRun) -> server.ServedRun:
 def _copy(config: GalleryConfig) -> None:
     copies = copy_of(config.run)
     if copies is None:
-        raise Refused(f"--out: {config.run} is a folder on a disk", "Drop it: the page of a folder is written there.")
+        raise Refused(
+            f"--out: {config.run} is a local folder",
+            "Drop --out: the page of a local run is written into its own folder.",
+        )
     if config.dry_run:
         return
     from tqdm import tqdm

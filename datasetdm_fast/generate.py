@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     config = with_folder(spelled_out(with_labels(config, given), given), given)
     for name in ("prompts", "classes", "accept"):
         if name in given and not getattr(config, name):
-            raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
+            raise Refused(f"--{name}: no value was given", f"Drop the flag, or see {PROG} --help.")
     if config.only:
         return _make_again(config, given)
     object_store.check(config)
@@ -55,19 +55,21 @@ def main(arguments: Sequence[str]) -> int:
         from datasetdm_fast.exporting.conversion import check_formats
 
         if config.store:
-            raise Refused("--format: the samples go to an object store", "Convert the run at its end, by its URL.")
+            raise Refused(
+                "--format: the samples go to an object store", "Convert the run by its URL once it is finished."
+            )
         check_formats(config.format, config.task)
     peer = None if config.dry_run else launched.this_peer()
     if peer and config.cluster:
         raise Refused(
             f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together",
-            "Start it once.",
+            "Start one process alone.",
         )
     if config.refill:
         if peer:
             raise Refused(
                 f"--refill: this is one of {peer.world} processes that were started together",
-                "Run the line once with --refill --limit 1, alone; then start them without it.",
+                "Run the command once with --refill --limit 1, alone; then start them without it.",
             )
         refill(config)
     if peer and peer.rank:  # the first of them tells how it ended
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.verify and (peer or config.cluster):
         raise Refused(
             f"--verify {config.verify}: several machines or processes that were started together make this run",
-            "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
+            "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
     if config.verify_every and config.engine == REFERENCE:
         raise Refused(
@@ -184,9 +186,9 @@ def _mixed(config: RunConfig, job: Job) -> Job:
         rows = mixing.compared(job, indices, on_unet_call) if indices else []
     if failed := [row.measure for row in rows if not row.is_passed]:
         raise GateFailed(
-            f"{job.folder}: {job.engine.name} does not make its samples as they are there, {', '.join(failed)} beyond "
+            f"{job.folder}: {job.engine.name} does not reproduce its samples, {', '.join(failed)} beyond "
             f"the limit in {counted(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
-            "Go on with the engine it was begun with, or choose another --out.",
+            "Continue with the engine that started it, or choose another --out.",
         )
     say(config, f"mixed      {job.engine.name} makes {counted(len(indices), 'sample')} again as they are there")
     job, entries = mixing.mixed(job, rows, len(indices))

@@ -41,7 +41,7 @@ __all__ = ["DiffusionOutput", "Output", "Pipeline", "Run", "Sample", "StoredSamp
 
 @dataclass(frozen=True, repr=False)
 class Output:
-    """Samples in the order of their prompts; a task that was not asked for is an empty list."""
+    """Samples in the order of their prompts; a task that was not requested has an empty list."""
 
     samples: list[Sample]
 
@@ -101,7 +101,7 @@ class Output:
 
 @dataclass(frozen=True, repr=False)
 class DiffusionOutput(Output):
-    """Samples, and their images in the form that was asked for."""
+    """Samples, and their images in the requested form."""
 
     converted: Any
 
@@ -128,10 +128,11 @@ class Pipeline:
         lora: Sequence[str] = (),
         **options: Any,
     ) -> Pipeline:
-        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels.
+        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own for the demo
+        model, and no labels for others.
 
-        `lora` are adapters FILE or FILE:SCALE that are fused into it. The options are what `generate` takes of an
-        engine: engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour.
+        `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
+        engines: engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour.
         """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
@@ -142,7 +143,7 @@ class Pipeline:
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
-        """The model of a StableDiffusionPipeline that is in memory, adapters that were fused included; `decoder` and
+        """The model of a StableDiffusionPipeline in memory, with its fused adapters; `decoder` and
         options as in from_pretrained. The weights are copied.
         """
         from datasetdm_fast.loading.in_memory import model_of
@@ -153,7 +154,7 @@ class Pipeline:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The labels its decoders can make."""
+        """The labels that its decoders can make."""
         return tuple(by_task(self.engine.decoders))
 
     def __call__(
@@ -168,9 +169,11 @@ class Pipeline:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         if isinstance(seeds, int):
-            raise Refused(f"seeds: {seeds} is one number, expected one a prompt", f"Write [{seeds}], or seed={seeds}.")
+            raise Refused(
+                f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}."
+            )
         if seeds is not None and len(seeds) != len(given):
-            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
+            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
         size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
         return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
@@ -194,13 +197,13 @@ class Pipeline:
         callback: Callable[[int, Tensor], None] | None = None,
         **attention: Any,
     ) -> Iterator[Sample]:
-        """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
+        """Samples one by one, in order, with at most one batch in memory; prompts may come from an endless generator.
 
-        `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for. `combine`
-        holds masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one a
-        prompt. `callback` is called with the number of every step of a batch and its latents [B, 4, h, w], which it
-        must not change, and must copy to keep. With the task "attention" come exponent, threshold,
-        uncertainty, self_cells and cross_cells of the generate command.
+        With `tasks` None, every label with a decoder is made; 0 means what the model was made for. `combine` holds
+        masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one per
+        prompt. `callback` is called at every step of a batch with the step number and the latents [B, 4, h, w]; it
+        must not change them, and must copy them to keep them. The task "attention" also takes exponent,
+        threshold, uncertainty, self_cells and cross_cells of the generate command.
         """
         chosen = self._chosen(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
@@ -240,14 +243,14 @@ class Pipeline:
         truncate: bool = False,
         **choices: Any,
     ) -> DiffusionOutput:
-        """Images and labels by the arguments of diffusers' StableDiffusionPipeline: with the same generators the images
-        that it makes.
+        """Images and labels, with the arguments of diffusers' StableDiffusionPipeline; with the same generators, the
+        images are the ones that it makes.
 
-        One generator, or None for PyTorch's own, draws the noise of all images, several draw one's each; how they are
-        batched changes no noise. `callback_on_step_end` is called once per step of a batch, with this pipeline, the
-        step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with the latents to go on with.
-        `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` is that of the model's scheduler. Other
-        choices are those of `stream`.
+        One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
+        one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
+        batch with this pipeline, the step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with
+        the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
+        the model's scheduler. Other choices are those of `stream`.
         """
         if output_type not in diffusing.OUTPUT_TYPES:
             raise Refused(
@@ -291,17 +294,17 @@ class Pipeline:
         batch_size: int = 0,
         **choices: Any,
     ) -> Output:
-        """The labels of pictures that exist, as `label` makes them; an image of any size is cut to the square in its
-        middle, and its noise has seed + its place.
+        """Labels of existing pictures, as `label` makes them; an image of any size is cropped to the square in its
+        centre, and its noise has the seed `seed` + its index.
 
-        `prompts` say what the images show, one text each; without them every word of `classes` is looked for. Other
+        `prompts` describe the images, one text each; without them every word of `classes` is looked for. Other
         choices are those of `stream` that concern labels.
         """
         given = [images] if isinstance(images, np.ndarray) or hasattr(images, "getbands") else list(images)
         pictures = in_memory(given)
         texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(given):
-            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt an image.")
+            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
         chosen = self._chosen(tasks)
         settings.check_numbers(batch_size=batch_size, seed=seed)
         recipe, words = self._recipe(chosen, classes, **choices)
@@ -357,10 +360,10 @@ class Pipeline:
         negatives = map(fitted, repeat(negative) if isinstance(negative, str) else negative)
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
             if (unwanted := next(negatives, None)) is None:
-                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one a prompt.")
+                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one per prompt.")
             where = f"prompt {index}"
             if not isinstance(prompt, str):
-                raise Refused(f"{where}: {prompt!r} is no text", "Give a text for every image.")
+                raise Refused(f"{where}: {prompt!r} is not a text", "Give a text for every image.")
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate, own=table)
             yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)
@@ -385,11 +388,12 @@ class Pipeline:
         guidance: float = 0.0,
         projected: bool = False,
     ) -> dict[str, Tensor] | dict[str, dict[str, Tensor]]:
-        """The levels low, mid, high and highest [1, C, h, w] of a real image, or without one of the image that a prompt
-        gives: features, then maps by head and token. With `projected` what each decoder makes of them, by its label.
+        """The levels low, mid, high and highest [1, C, h, w] of a real image or, without one, of the image that a
+        prompt gives: features, then maps by head and token. With `projected`, the projections of each decoder by label.
 
         A real image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's
-        noise, and seen by one call. A prompt's is sampled, in `steps` with this `guidance`, up to the call nearest it.
+        noise, and passed through one call. The image of a prompt is sampled, in `steps` with this `guidance`, up to
+        the call nearest to `timestep`.
         """
         import torch
 

@@ -11,20 +11,20 @@ GROUP = "datasetdm_fast."
 
 
 def named(place: str) -> Any:
-    """What a module:name stands for."""
+    """The object that module:name refers to."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
 
 class Registry(dict):
-    """What this package has by name, and behind it what installed packages register under one kind.
+    """The entries of this package by name, followed by those that installed packages register under one kind.
 
-    Names of other packages are told by `names` and by `in`; their code runs when an entry is read. Ours come first
-    where both have one name.
+    `names` and `in` know the names of other packages; their code runs when an entry is read. Ours take precedence
+    if both use the same name.
     """
 
     def __init__(self, kind: str, own: Mapping[str, Any], wanted: type | None = None, taken: Collection[str] = ()):
-        """Entries of other packages are of the type `wanted`; names that are `taken` elsewhere are ours, too."""
+        """Entries of other packages must be of type `wanted`; names in `taken` are reserved for ours."""
         super().__init__(own)
         self.kind, self.wanted = kind, wanted
         self.others: dict[str, EntryPoint] = {
@@ -54,7 +54,7 @@ class Registry(dict):
         return f"{found.dist.name} {found.dist.version}" if found.dist else found.value
 
     def loaded(self, name: str, load: Callable[[], Any], failure: str = "does not load") -> Any:
-        """What `load` returns for the entry of another package; a Missing that names the package where it fails."""
+        """The result of `load` for the entry of another package; if it fails, a Missing that names the package."""
         try:
             return load()
         except Exception as error:  # code of others fails in any way
@@ -65,7 +65,7 @@ class Registry(dict):
             ) from error
 
     def checked(self, name: str, loaded: Any, wanted: type | None) -> Any:
-        """The entry of another package where it is of the type that is wanted; entries of ours are not checked."""
+        """The entry of another package, which must be of type `wanted`; our entries are not checked."""
         if name in self.others and wanted and not isinstance(loaded, wanted):
             raise Missing(
                 f"{self._where(name)} is a {type(loaded).__name__}, expected a {wanted.__name__}",
@@ -75,12 +75,12 @@ class Registry(dict):
 
 
 class PartTable(dict):
-    """One part of every label by its name: ours, and behind them those of the entries that packages register."""
+    """One part of every label by its name: ours, followed by those that other packages register."""
 
     def __init__(
         self, own: Mapping[str, Any], part: str, *registries: Registry, make: Callable[[Any], Any] = lambda it: it
     ):
-        """`part` is the field of the entries that says where it is, `make` what becomes of the object there."""
+        """`part` is the field of an entry that gives its module:name, `make` converts the object found there."""
         super().__init__(own)
         self.part, self.make = part, make
         self.others = {name: registry for registry in registries for name in registry.others}

@@ -33,25 +33,32 @@ LARGEST_COUNTS = 2**24  # bytes
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    set: str = setting("demo", "whose classes the prompts are for", choices=SETS)
+    set: str = setting("demo", "set of classes that the prompts are for", choices=SETS)
     classes: tuple[str, ...] = setting((), "only these classes of the set, or words of your own", metavar="LIST")
     class_table: str = setting(
         "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
     )
     per_class: int = setting(0, "prompts for each class", metavar="N")
-    target_counts: str = setting("", 'JSON file of how many each class needs: {"cat": 40, ...}', metavar="FILE")
-    balance: str = setting("", "labelled images whose rarer classes are to catch up, such as coco:PATH", metavar="DATA")
+    target_counts: str = setting(
+        "", 'JSON file with the number of prompts for each class: {"cat": 40, ...}', metavar="FILE"
+    )
+    balance: str = setting(
+        "", "labelled images, such as coco:PATH; their rarer classes get more prompts", metavar="DATA"
+    )
     pairs: float = setting(0.0, "share of the prompts that name two classes, 0 to 1", metavar="SHARE")
     seed: int = setting(0, "seed of the sentences", metavar="N")
     out: str = setting(
-        "prompts.jsonl", "file to write, one JSON object a line, for generate --prompts", metavar="FILE", output="file"
+        "prompts.jsonl",
+        "file to write, one JSON object per line, for generate --prompts",
+        metavar="FILE",
+        output="file",
     )
     llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
     llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
-    llm_requests: int = setting(1000, "at most so many requests to the language model", metavar="N")
+    llm_requests: int = setting(1000, "maximum number of requests to the language model", metavar="N")
     dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "the measures of the list as one JSON object on stdout")
+    json: bool = setting(False, "statistics of the list as one JSON object on stdout")
     quiet: bool = setting(False, "show no progress")
 
 
@@ -83,7 +90,7 @@ def _check(config: PromptsConfig) -> None:
     ways = [flag for flag in ("per_class", "target_counts", "balance") if getattr(config, flag)]
     if len(ways) > 1:
         shown = " and ".join("--" + flag.replace("_", "-") for flag in ways)
-        raise Refused(f"{shown}: each says how many prompts a class gets", "Keep one of them.")
+        raise Refused(f"{shown}: each sets the number of prompts per class", "Keep one of them.")
     for flag, most in (("per_class", MOST_PROMPTS), ("llm_requests", 1_000_000)):
         if not 0 <= getattr(config, flag) <= most:
             name = "--" + flag.replace("_", "-")
@@ -93,7 +100,7 @@ def _check(config: PromptsConfig) -> None:
     if config.llm_url and config.llm_command:
         raise Refused("--llm-url and --llm-command: two ways to ask a language model", "Keep one of them.")
     if config.llm_url and not config.llm_model:
-        raise Refused("--llm-url: which model is to be asked is missing", "Add --llm-model NAME.")
+        raise Refused("--llm-url: the name of the model is missing", "Add --llm-model NAME.")
     if not config.llm_url and config.llm_model:
         raise Refused(f"--llm-model {config.llm_model}: no endpoint to ask", "Add --llm-url https://HOST/v1.")
     out = Path(config.out)
@@ -135,7 +142,7 @@ def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
         for name, count in found.items():
             if name not in classes:
                 raise Refused(
-                    f"{config.target_counts}: {name!r} is no class of this list{nearest(name, classes)}",
+                    f"{config.target_counts}: {name!r} is not a class of this list{nearest(name, classes)}",
                     f"The classes are {', '.join(classes)}.",
                 )
             if type(count) is not int or not 0 <= count <= MOST_PROMPTS:

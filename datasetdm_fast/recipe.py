@@ -45,7 +45,7 @@ class RecipeConfig:
     real: int = setting(0, "labelled images, 0 = as published", metavar="N")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     only: tuple[str, ...] = setting((), "only these steps, comma-separated", metavar="LIST")
-    quick: bool = setting(False, "three images, three steps of everything: to see whether all is there")
+    quick: bool = setting(False, "three images and three steps of everything, to check that nothing is missing")
     dry_run: bool = dry_run_setting()
 
 
@@ -104,7 +104,7 @@ def _run(config: RecipeConfig, recipe: Mapping[str, Any], steps: Sequence[Step])
     for step in left:
         if step.name in done:
             raise Refused(
-                f"{out}: its step {step.name} was another one: {done[step.name]}",
+                f"{out}: its step {step.name} was run with other flags: {done[step.name]}",
                 "Choose another --out, or give the flags that it was started with.",
             )
         for path, what in step.missing:

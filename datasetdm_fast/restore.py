@@ -20,7 +20,7 @@ EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 class RestoreConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
-    file: str = setting("", "file with one id a line", metavar="FILE")
+    file: str = setting("", "file with one id per line", metavar="FILE")
     all: bool = setting(False, "bring back all dropped samples")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if "file" in given and not config.file.strip():
-        raise Refused("--file: nothing was given after it", "Write it out, or drop the flag.")
+        raise Refused("--file: no file was given", "Give a value, or drop the flag.")
     if bool(config.ids or config.file) == config.all:
         raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
     from datasetdm_fast.curation import dropping

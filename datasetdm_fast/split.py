@@ -28,7 +28,7 @@ class SplitConfig:
     shares: str = setting("80,10,10", "shares of the samples, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
-    seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
+    seed: int = setting(0, "seed of the random order of the samples", metavar="N")
     undo: bool = setting(False, "remove the split")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.undo and given & {"shares", "names", "by_source", "seed"}:
-        raise Refused("--undo: it takes the split back, without other flags", "Give --shares or --undo.")
+        raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     parts = config.parts()
     from datasetdm_fast.run_folder.reader import Run
     from datasetdm_fast.run_folder.split import Split, dealt, origins, read_split, write_split

@@ -45,7 +45,7 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
     engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)
     against: str = setting("torch", "engine to compare with", choices=ENGINE_NAMES)
     decoder: str = setting(
-        "demo", "folder of trained decoders, or none to compare features and maps themselves", metavar="DIR"
+        "demo", "folder of trained decoders, or none, to compare the features and maps themselves", metavar="DIR"
     )
     task: tuple[str, ...] = setting(
         (),

@@ -135,7 +135,7 @@ def check_replaceable(folder: Path) -> None:
     path = folder / NAME
     if path.is_file() and path.stat().st_size and b'"exporter"' not in storage.read(path, LARGEST_MANIFEST):
         raise Refused(
-            f"{path}: is there and tells of no export, so it is not replaced",
+            f"{path}: it exists and does not describe an export, so it is not replaced",
             "Choose another --out, or delete the file.",
         )
 

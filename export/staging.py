@@ -72,7 +72,8 @@ def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Pat
         sync_folder(folder)
     except OSError as error:
         raise Missing(
-            f"{folder}: {error.strerror or error}", "Make room or choose another folder, then run the same line again."
+            f"{folder}: {error.strerror or error}",
+            "Free some space or choose another folder, then run the same command again.",
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -46,7 +46,7 @@ def is_served(op: str, *tensors: Tensor) -> bool:
     if triton is None:
         raise Missing(
             f"{op}: Triton is not installed, the kernels for {tensors[0].device} need it",
-            "pip install 'datasetdm-fast[triton]'",
+            "Install it with: pip install 'datasetdm-fast[triton]'",
         )
     for x in tensors:
         if x.dtype not in DTYPES:

@@ -301,7 +301,7 @@ def test_the_library_gives_these_labels_too(engines):
     ("line", "said"),
     [
         (["--labeller", "attention"], "no class words"),
-        (["--labeller", "attention", "--classes", "ball", "--task", "semantic"], "read by a decoder"),
+        (["--labeller", "attention", "--classes", "ball", "--task", "semantic"], "needs a decoder"),
         (["--exponent", "2"], "--exponent"),
         (
             ["--labeller", "attention", "--prompts", "a ball", "--classes", "ball", "--self-cells", "5"],
@@ -384,11 +384,11 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ([], "is no folder"),
+        ([], "is not a folder"),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
-        (["PHOTOS", "--only", "00000000"], "is no run folder"),
-        (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows a part"),
+        (["PHOTOS", "--only", "00000000"], "is not a run folder"),
+        (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows only a part"),
     ],
 )
 def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):

@@ -215,7 +215,7 @@ def test_joints_come_along():
 
 def test_a_run_of_odd_size_is_refused():
     odd = generated(image=np.zeros((100, 100, 3), np.uint8))
-    with pytest.raises(Refused, match="100 x 100 pixels are no square of 64 times a number"):
+    with pytest.raises(Refused, match="100 x 100 pixels, expected a square whose side is a multiple of 64"):
         student_data.of_sample(odd, VOCABULARY)
 
 

@@ -109,8 +109,8 @@ def test_an_own_table_goes_before_ours():
         ("number,name\nx,cat\n", "line 2: the number of a class is 'x'"),
         ("name,colour\ncat,1 2\n", "line 2: a colour is three numbers"),
         ("name,colour\ncat,1 2 256\n", "line 2: a colour is three numbers"),
-        ("name\ncat\ncat\n", "the name 'cat' is there twice"),
-        ("number,name\n1,cat\n1,dog\n", "the number 1 is there twice"),
+        ("name\ncat\ncat\n", "the name 'cat' occurs twice"),
+        ("number,name\n1,cat\n1,dog\n", "the number 1 occurs twice"),
     ],
 )
 def test_a_bad_table_is_refused(text, why):

@@ -94,7 +94,7 @@ def test_every_listed_word_has_its_own_place(prompts):
         (["gen_data", *FEW, "--work-dir", "OUT", "--treshold", "1"], 2, "did you mean --threshold?"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--threshold", "0.4"], 2, "--uncertainty-threshold 0.5"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--start", "5"], 2, "it has 5"),
-        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--data-type", "coco"], 2, "no class of coco"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--data-type", "coco"], 2, "a class of coco"),
         (["gen_data_voc", "--sd-path", "demo"], 3, "data/prompts/voc_prompts.json"),
         (["train_mmseg_voc"], 3, "data/gen_voc/.run"),
     ],

@@ -479,7 +479,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),
         (("--resize", "3"), "expected 16 to 4096"),
-        (("--kept",), "was filtered"),
+        (("--kept",), "has not been filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
         (("--quality", "50"), "expected 75 to 100"),
     ],
@@ -522,7 +522,7 @@ def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path
     shutil.copytree(run, copy)
     for inside in (copy, copy / "images", copy / "images" / "new"):
         converted(copy, inside, "--to", "coco", code=2)
-        assert "inside of the run folder" in capsys.readouterr().err
+        assert "inside the run folder" in capsys.readouterr().err
     assert main([str(copy), "--to", "coco", "--quiet"]) == 0 and (copy / "exports" / "coco").is_dir()
 
 

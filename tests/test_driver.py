@@ -334,7 +334,7 @@ def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypat
 def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
     result = run.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4, allow_unnamed=True)))
     assert (result.done, result.set_aside, result.is_complete) == (2, 2, True)
-    with pytest.raises(GateFailed, match="2 of 4 samples were set aside"):
+    with pytest.raises(GateFailed, match="2 of 4 samples were quarantined"):
         result.check()
     assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
     assert job.finished(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).set_aside == 2
@@ -375,7 +375,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
     ):
         with pytest.raises(Refused, match=message):
             run.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
-    with pytest.raises(Refused, match="no run folder"):
+    with pytest.raises(Refused, match="not a run folder"):
         run.prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
 
 

@@ -98,10 +98,10 @@ def filter_score(path, id):
         (drop, [], "names no sample"),
         (drop, ["7"], "no sample has the id 00000007"),
         (drop, ["-1"], "-1"),
-        (drop, ["one"], "'one' is no id of a sample"),
+        (drop, ["one"], "'one' is not the id of a sample"),
         (drop, ["--file", "none.txt"], "none.txt"),
         (drop, ["--where", "beauty>1"], "beauty"),
-        (drop, ["--where", " "], "--where: nothing was given after it"),
+        (drop, ["--where", " "], "--where: no value was given"),
         (restore, [], "expected either ids or --all"),
         (restore, ["1", "--all"], "expected either ids or --all"),
         (restore, ["9"], "no sample has the id 00000009"),
@@ -127,7 +127,7 @@ def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):
     assert drop.main([str(run), "2", "--quiet"]) == 0
     (run / "state/dropped/depth/00000002.png").write_bytes(b"")
     assert restore.main([str(run), "2"]) == 4
-    assert "state/dropped/depth/00000002.png is not what was written" in capsys.readouterr().err
+    assert "state/dropped/depth/00000002.png has changed since it was written" in capsys.readouterr().err
     assert len(ids(run)) == 5 and is_whole(run)
 
 

@@ -156,7 +156,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys,
     monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]
     code, _, error = run(capsys, "--decoder", decoders(open_data("demo:1", 64), ("semantic",)), *line)
-    assert code == 2 and "add --allow-download" in error
+    assert code == 2 and "Add --allow-download" in error
     assert main([*line, "--allow-download"]) == 2
     assert "the hub was asked for someone/model" in capsys.readouterr().err
 

@@ -399,7 +399,7 @@ def test_what_cannot_be_exported_is_refused(demo, tmp_path):
         export(model, decoders, tmp_path, runtime="x")
     with pytest.raises(Refused, match="stage: 'annotate_lanes' is none of encode_text, "):
         export(model, decoders, tmp_path, only=["annotate_lanes"])
-    with pytest.raises(Refused, match="depth decoder: its spectral norms move"):
+    with pytest.raises(Refused, match="depth decoder: its spectral norms change"):
         export(model, load_decoders_strictly("depth"), tmp_path)
     assert not os.listdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -448,13 +448,13 @@ def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
     finally:
         os.umask(before)
     (tmp_path / "mine").chmod(0o777)
-    with pytest.raises(Refused, match="everyone may write to this cache"):
+    with pytest.raises(Refused, match="every user can write to this cache"):
         locks.cache_folder()
 
 
 def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
     (tmp_path / NAME).write_text('{"name": "a web page"}')
-    with pytest.raises(Refused, match="tells of no export, so it is not replaced"):
+    with pytest.raises(Refused, match="does not describe an export, so it is not replaced"):
         export(demo[0], {}, tmp_path, only=["encode_text"])
     assert (tmp_path / NAME).read_text() == '{"name": "a web page"}' and set(os.listdir(tmp_path)) == {NAME, ".lock"}
     (tmp_path / NAME).write_text('{"exporter": "of ours, but cut')

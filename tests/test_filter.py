@@ -178,7 +178,7 @@ def test_histograms_count_every_sample_and_class(run, capsys):
 
 
 WRONG = [
-    (["--where", "scor>=0.6"], "'scor' is no score (did you mean score?)"),
+    (["--where", "scor>=0.6"], "'scor' is not a score (did you mean score?)"),
     (["--where", "score=0.6"], "'=' at character 6, expected a comparison such as >="),
     (["--where", "score>=0.6 and"], "it ends where a score is expected"),
     (["--where", "(score>=0.6"], "it ends where a closing parenthesis is expected"),
@@ -188,9 +188,9 @@ WRONG = [
     (["--where", "score>=0.6; drop"], "'; drop' is not understood"),
     (["--where", "(" * 50 + "score>1" + ")" * 50], "nested more than 20 deep"),
     (["--where", "score>1 or " * 500 + "score>1"], "at most 2000 are read"),
-    (["--where", " "], "nothing was given after it"),
-    (["--where", "score>=1", "--undo"], "--undo: it takes back"),
-    (["--undo"], "nothing of"),
+    (["--where", " "], "no condition was given"),
+    (["--where", "score>=1", "--undo"], "--undo: it removes the filter"),
+    (["--undo"], "has not been filtered"),
     (["--clip", "no/such/folder"], "holds no config.json"),
     (["--threads", "-1"], "--threads -1"),
 ]
@@ -216,7 +216,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
 
 def test_a_damaged_kept_json_is_refused(run, capsys):
     (run / KEPT).write_text('{"where": 3}')
-    with pytest.raises(Refused, match="not what a filter decided"):
+    with pytest.raises(Refused, match="not a valid filter file"):
         open_run(run, kept=True)
     assert [each.place for each in audit(run).findings] == []  # no filter has sealed it
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0

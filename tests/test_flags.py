@@ -45,7 +45,7 @@ def test_values_keep_their_underscores_and_equals_signs():
 
 @pytest.mark.parametrize("line", [["--run", "RUN"], ["--run=RUN"]])
 def test_a_setting_that_has_no_flag_is_not_suggested_as_one(line):
-    with pytest.raises(Refused, match="gallery: --run is no flag"):
+    with pytest.raises(Refused, match="gallery: --run is not a flag"):
         parse(line, GalleryConfig, "gallery")
 
 
@@ -298,7 +298,7 @@ def command(arguments):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (143, "unwound\n", "interrupted; run the same line again\n")
+    assert (process.returncode, out, err) == (143, "unwound\n", "interrupted; run the same command again\n")
 
 
 @pytest.mark.parametrize("flush", [True, False])

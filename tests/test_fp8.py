@@ -206,11 +206,11 @@ def test_without_a_calibrated_folder_the_engine_says_how_to_make_one(demo, tmp_p
         ((), "--precision fp8: is calibrated on your own prompts, and none were given"),
         (
             ("--prompts", "a ball", "--capability", "sm86"),
-            "--capability sm86: has no eight-bit floats, which begin with sm89",
+            "--capability sm86: it has no 8-bit floats, which need at least sm89",
         ),
         (
             ("--prompts", "a ball", "--raw-capture"),
-            "--precision fp8: features and maps themselves are there for parity",
+            "--precision fp8: --raw-capture is for parity",
         ),
     ],
 )

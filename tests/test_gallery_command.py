@@ -300,7 +300,7 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
 
 def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys):
     copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
-    assert command.main(line) == 2 and "holds no run.json, so it is no finished run" in capsys.readouterr().err
+    assert command.main(line) == 2 and "holds no run.json, so it is not a finished run" in capsys.readouterr().err
     fill(bucket, run)
     assert command.main([bucket.url]) == 2 and not copy.exists()
     bucket.files.get_file, kept = broken_after(5, bucket.files.get_file), bucket.files.get_file
@@ -318,7 +318,7 @@ def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys)
     assert command.main([bucket.url, "--out", str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
     assert "is no plain relative path" in capsys.readouterr().err
     bucket.files.pipe_file(f"{bucket.root}/run.json", b"{}")
-    assert command.main(line) == 2 and "copy: holds something else than memory://" in capsys.readouterr().err
+    assert command.main(line) == 2 and "copy: it holds something other than memory://" in capsys.readouterr().err
 
 
 def broken_after(number, get_file):
@@ -346,7 +346,7 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         (["empty"], "empty: no sample is committed yet"),
         (["away"], "away: no browser opens a page whose samples are in an object store"),
         (["away", "--serve"], "away: no sample is committed yet"),
-        (["empty", "--out", "copy"], "--out: empty is a folder on a disk"),
+        (["empty", "--out", "copy"], "--out: empty is a local folder"),
         (["nothing://bucket/run", "--serve"], "Protocol not known"),
     ],
 )

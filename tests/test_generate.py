@@ -155,7 +155,7 @@ def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tm
     for prompts, index in (("a cone\na cube", 0), ("a ball\na cube\na cone", 2)):  # the third image was a ball again
         assert run("--prompts", prompts, "--number", "9", "--quiet", out=tmp_path / "run") == 2
         err = capsys.readouterr().err
-        assert f"image {index:08d} would be another one (" in err and "a cone" in err and "Append prompts" in err
+        assert f"image {index:08d} would change (" in err and "a cone" in err and "Add prompts" in err
     for other in (["--seed", "4"], ["--steps", "9"], ["--resume", "never"]):
         assert run("--prompts", "a ball\na cube", "--number", "9", "--quiet", *other, out=tmp_path / "run") == 2
     assert run("--prompts", "a ball\na cone", "--number", "3", "--quiet", out=tmp_path / "run") == 2
@@ -263,7 +263,7 @@ def test_only(engines, tmp_path, capsys):
         (["--prompts", ""], "--prompts"),
         (["--classes", ""], "--classes"),
         (["--model", "tiny"], "no prompts"),
-        (["--only", "7"], "no run folder"),
+        (["--only", "7"], "is not a run folder"),
     ],
 )
 def test_bad_input_is_one_sentence_one_remedy_and_nothing_written(engines, tmp_path, capsys, arguments, cause):
@@ -335,7 +335,7 @@ def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, mon
     assert run(*LARGER, out=path) == 4 and "free image beyond the limit in 2 samples" in capsys.readouterr().err
     for line in (("--number", "5", "--engine", "torch"), ("--number", "5", "--batch-size", "3")):
         assert run(*line, "--mixed", "no", out=path) == 2
-        assert "holds a run of another configuration (" in capsys.readouterr().err
+        assert "holds a run with other settings (" in capsys.readouterr().err
     with pytest.raises(Refused, match=r"engine.torch: nothing there, .99\.0. asked for") as stop:
         job.prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
     assert "--limit 1" in stop.value.remedy and files_of(path) == before
@@ -345,7 +345,7 @@ def test_samples_set_aside_exit_with_four(engines, tmp_path, capsys):
     for _ in range(2):
         assert run("--prompts", "a ball\nbroken", "--number", "2", out=tmp_path / "run") == 4
         out, err = capsys.readouterr()
-        assert out == f"{tmp_path / 'run'}\n" and "1 of 2 samples were set aside" in err
+        assert out == f"{tmp_path / 'run'}\n" and "1 of 2 samples were quarantined" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

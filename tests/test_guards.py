@@ -75,7 +75,7 @@ def description(folder: Path, text: str, says: str) -> Ending:
 
 case("a description that is a list")(lambda folder: description(folder, "[]", "holds a JSON list"))
 case("a description cut off")(lambda folder: description(folder, '{"format":', "not readable as JSON"))
-case("a key twice")(lambda folder: description(folder, '{"a": 1, "a": 2}', "the key 'a' is there twice"))
+case("a key twice")(lambda folder: description(folder, '{"a": 1, "a": 2}', "the key 'a' occurs twice"))
 case("a number that is none")(lambda folder: description(folder, '{"a": NaN}', "NaN is no JSON number"))
 case("lists in lists")(lambda folder: description(folder, "[" * 40 + "]" * 40, "nested more than 32 deep"))
 
@@ -96,11 +96,11 @@ def _(folder: Path) -> Ending:
 def _(folder: Path) -> Ending:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    return model(folder / "model.safetensors", "'w' does not hold together")
+    return model(folder / "model.safetensors", "'w' is inconsistent")
 
 
 case("a checkpoint that is a text")(
-    lambda folder: ((folder / "model.ckpt").write_text("weights"), model(folder / "model.ckpt", "no checkpoint"))[1]
+    lambda folder: ((folder / "model.ckpt").write_text("weights"), model(folder / "model.ckpt", "not a checkpoint"))[1]
 )
 case("a member outside its archive")(
     lambda folder: model(archive(folder / "model.ckpt", "../evil"), "leads out of its folder")
@@ -151,7 +151,7 @@ def _(folder: Path) -> Ending:
         for file in (*data.rglob("*.png"), *data.rglob("*.jpg")):
             file.write_bytes(file.read_bytes()[:-20])
 
-    return data_set(folder, "folder", spoil, "not a whole image")
+    return data_set(folder, "folder", spoil, "not a complete image")
 
 
 @case("a photo whose head is cut off, for tiles")
@@ -159,7 +159,7 @@ def _(folder: Path) -> Ending:
     (folder / "photos").mkdir()
     (folder / "photos" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     line = [folder / "photos", "--tiles", "--classes", "ball", "--out", folder / "run", "--quiet"]
-    return run("label", *line, ends=BAD, says="not a whole image")
+    return run("label", *line, ends=BAD, says="not a complete image")
 
 
 @case("annotations cut off")
@@ -224,7 +224,7 @@ case("a graph with an operator of its own library")(
     lambda folder: graph(
         folder,
         proofs.onnx_model(nodes=node(b"Evil", b"evil")) + proofs.message(25, proofs.message(10, b"own")),
-        "the operator 'Evil' of 'evil' is none of ours",
+        "the operator 'Evil' of 'evil' is not supported",
     )
 )
 case("a graph cut off")(lambda folder: graph(folder, proofs.onnx_model()[:-1], "not an ONNX file"))

@@ -49,7 +49,7 @@ def test_a_call_that_lasts_minutes_is_ended(body, number, code):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors
-    assert errors.split("\n")[-2] == "interrupted; run the same line again"
+    assert errors.split("\n")[-2] == "interrupted; run the same command again"
     assert time.monotonic() - begin < 6  # two seconds, and what a busy machine adds
 
 
@@ -61,7 +61,7 @@ def test_a_batch_that_a_gpu_finishes_is_waited_for_until_the_second_signal():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "finishing this batch; once more ends at once" in errors and errors.endswith("run the same line again\n")
+    assert "finishing this batch; once more ends at once" in errors and errors.endswith("run the same command again\n")
 
 
 def test_a_handler_that_runs_late_is_not_a_second_signal():

@@ -260,7 +260,7 @@ SPOILT = {
     "weights cut off": (cut, r"diffusion_pytorch_model.safetensors is truncated"),
     "weights are no safetensors": (
         write("vae/diffusion_pytorch_model.safetensors", b"nonsense" * 10),
-        "truncated or no safetensors",
+        "truncated or not a safetensors",
     ),
     "weights are a git-lfs pointer": (
         write("unet/diffusion_pytorch_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),

@@ -47,7 +47,7 @@ def test_a_batch_is_halved_once(room, size, worked):
 @pytest.mark.parametrize(("room", "size"), [(0, 1), (3, 8)])
 def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
     held = Memory(room)
-    with pytest.raises(Missing, match="could not take"):
+    with pytest.raises(Missing, match="does not have enough memory for"):
         memory.halving(held.run, size, held.forget)
 
 

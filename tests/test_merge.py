@@ -94,8 +94,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
         ([first], 2, "--out is missing"),
         ([first, "--out", str(out)], 2, "expected two or more"),
         ([first, str(tmp_path), "--out", str(out)], 2, "not a run folder"),
-        ([first, str(runs / "second"), "--out", str(runs / "first" / "all")], 2, "inside of the run folder"),
-        ([first, str(runs / "second"), "--kept", "--out", str(out)], 2, "nothing of"),
+        ([first, str(runs / "second"), "--out", str(runs / "first" / "all")], 2, "inside the run folder"),
+        ([first, str(runs / "second"), "--kept", "--out", str(out)], 2, "has not been filtered"),
     ):
         assert main([*flags, "--quiet"]) == code
         assert said in capsys.readouterr().err and not out.exists()

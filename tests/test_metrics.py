@@ -312,7 +312,7 @@ def test_bad_demo_specifications_are_refused(spec):
 
 
 def test_an_unknown_reader_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(Refused, match="which kind of data lies in this folder is not said") as stop:
+    with pytest.raises(Refused, match="the kind of this data set is missing") as stop:
         open_data(str(tmp_path), SIZE)
     assert f"Write folder:{tmp_path} for images/" in stop.value.remedy
     with pytest.raises(Refused, match="(?s)no reader is called 'dem'.*did you mean demo"):

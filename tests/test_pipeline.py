@@ -258,7 +258,7 @@ def test_stream_refuses_before_it_is_read():
     ):
         with pytest.raises(Refused, match=message):
             stub(["a", "b"], seeds=seeds)
-    with pytest.raises(Refused, match="prompt 1: None is no text"):
+    with pytest.raises(Refused, match="prompt 1: None is not a text"):
         stub(["a", None])
     assert [sample.request.prompt for sample in stub.stream("a ball")] == ["a ball"]
     with pytest.raises(GateFailed, match="prompt 1: NaN"):
@@ -368,7 +368,7 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
             and model.unet.get_submodule(layer).weight is before
         )
     for state, message in (
-        ({"nothing.weight": down}, "is no tensor of a low-rank adapter"),
+        ({"nothing.weight": down}, "is not a tensor of a low-rank adapter"),
         ({"unet.nowhere.lora_A.weight": down, "unet.nowhere.lora_B.weight": up}, "has no layer 'nowhere'"),
         ({f"unet.{layer}.lora_A.weight": down}, "only down of its adapter"),
         ({f"unet.{layer}.lora_A.weight": down[:, 1:].clone(), f"unet.{layer}.lora_B.weight": up}, "for a weight of"),

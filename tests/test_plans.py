@@ -93,7 +93,7 @@ def test_a_flipped_byte_anywhere_is_refused_and_the_plan_built_anew(folder):
         with pytest.raises(plans.Unusable):
             folder.read(ORDER)
     assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 2
-    assert len(folder.told) == 1 and "edited" in folder.told[0] and folder.told[0].endswith("built anew")
+    assert len(folder.told) == 1 and "edited" in folder.told[0] and folder.told[0].endswith("rebuilt")
 
 
 def test_a_plan_cut_anywhere_is_refused(folder):
@@ -282,7 +282,7 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     os.mkfifo(path)
     builder = Builder()
     assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
-    assert folder.told == [f"{path} is not a regular file; it is not loaded but built anew"]
+    assert folder.told == [f"{path} is not a regular file; it is not loaded but rebuilt"]
     real = path.rename(folder.folder / "elsewhere")
     path.symlink_to(real)
     assert (

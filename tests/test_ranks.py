@@ -154,7 +154,7 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     with pytest.raises(Refused, match="92 tokens"):
         shared(config(tmp_path / "run", prompts="x " * 90), [{}] * 2)
     assert not (tmp_path / "run" / "run.json").exists()
-    with pytest.raises(Refused, match="holds a run of another configuration .*seed: 0 there, 5 asked for"):
+    with pytest.raises(Refused, match="holds a run with other settings .*seed: 0 there, 5 asked for"):
         shared(config(tmp_path / "run"), [{}])
         job.finished(config(tmp_path / "run", seed=5))
 
@@ -201,7 +201,7 @@ def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
 
 
 def test_gpus_and_ranks_are_not_mixed():
-    with pytest.raises(Refused, match="one process a GPU"):
+    with pytest.raises(Refused, match="there is one per GPU"):
         devices.places(RunConfig(gpus="2", ranks=2))
 
 

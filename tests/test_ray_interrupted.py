@@ -22,7 +22,7 @@ from datasetdm_fast.run_folder.audit import audit
 
 ROUNDS = int(os.environ.get("DATASETDM_SOAK_ROUNDS", "100"))
 SEED = int(os.environ.get("DATASETDM_SOAK_SEED", "0"))
-RESUMES = "; go on with: python -m datasetdm_fast.generate --out", "interrupted; run the same line again"
+RESUMES = "; go on with: python -m datasetdm_fast.generate --out", "interrupted; run the same command again"
 SECONDS_TO_END = 30  # workers have, once their driver is gone
 OWN_RAY = 5  # in every so many rounds the run starts a Ray of its own, which takes a few seconds more
 

@@ -325,7 +325,7 @@ def test_splits_are_named_in_brackets(made):
 
 
 def test_a_task_without_truth_is_refused(made):
-    with pytest.raises(Refused, match="no truth for depth"):
+    with pytest.raises(Refused, match="no ground truth for depth"):
         open_data(f"voc:{made('voc')}", SIZE, tasks=["depth"])
 
 
@@ -838,7 +838,7 @@ def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(c
     rewrite(path, lambda d: [row.pop("num_keypoints") for row in d["annotations"]])
     assert len(open_data(address, SIZE, tasks=["pose"])) == count
     rewrite(path, lambda d: [row.update(num_keypoints=0) for row in d["annotations"]])
-    with pytest.raises(Refused, match="no image has truth for pose"):
+    with pytest.raises(Refused, match="no image has ground truth for pose"):
         open_data(address, SIZE, tasks=["pose"])
 
 

@@ -218,22 +218,22 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
 
 WRONG = [
     (vary, [], "no domain was named"),
-    (vary, ["--domain", "nihgt"], "no known domain (did you mean night?)"),
-    (vary, ["--domain", "snow"], "the model demo has no word for it"),
+    (vary, ["--domain", "nihgt"], "unknown domain (did you mean night?)"),
+    (vary, ["--domain", "snow"], "the model demo does not know this domain"),
     (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
-    (edit, ["--prompt", "a cube"], "the region that is drawn anew is missing"),
-    (edit, [*EDIT, "--box", "0,0,8,8"], "2 ways to name it, expected one"),
+    (edit, ["--prompt", "a cube"], "the region to redraw is missing"),
+    (edit, [*EDIT, "--box", "0,0,8,8"], "2 ways to name the region, expected one"),
     (edit, ["--class", "bal", "--prompt", "a cube"], "no label of"),
     (edit, ["--class", "bal", "--prompt", "a cube"], "(did you mean ball?)"),
     (edit, ["--class", "ring", "--prompt", "a cube"], "shows it"),
     (edit, ["--class", "ball", "--prompt", "a cube", "--only", "2"], "sample 00000002 does not show it"),
-    (edit, ["--instance", "999", "--prompt", "a cube"], "no annotation of the samples taken has this id"),
+    (edit, ["--instance", "999", "--prompt", "a cube"], "no annotation of the selected samples has this id"),
     (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
     (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
-    (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "is empty, no pixel is 128 or more"),
+    (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "the mask is empty, no pixel has a value of 128 or more"),
     (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: there is no such file"),
     (edit, ["--mask", "SMALL", "--prompt", "a cube"], "64 x 64 pixels, the samples have 128 x 128"),
     (edit, ["--claas", "ball"], "did you mean --class?"),
@@ -259,7 +259,7 @@ def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
     assert "has no instances, it has depth" in capsys.readouterr().err
     assert edit.main([*EDIT]) == 2 and "RUN is missing" in capsys.readouterr().err
     assert vary.main([str(source), "--domain", "fog", "--out", str(source)]) == 2
-    assert "holds a run of another configuration" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])

@@ -370,7 +370,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     assert sizes[1:] == [1] * 4 and tree(tmp_path / "other") == whole
 
     for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--profile", "0.14.0")):
-        assert "holds a run of another" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
+        assert "holds a run with other" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
     assert tree(tmp_path / "parts") == whole
 
 
@@ -430,7 +430,7 @@ def test_strict_norms_move_from_image_to_image(root, model):
         ((*NYU, "--numbr_data", "3"), 2, "did you mean --number_data?"),
         ((*NYU, "--n_each_class", "3"), 2, "--n_each_class is a flag of"),
         ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a number of 1 or more"),
-        ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 leaves no image"),
+        ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 gives too few images"),
         ((*NYU, "--thread_num", "1", "--number_data", "2", "--grounding_ckpt", "pose.pth"), 2, "do not fit this depth"),
         ((*NYU, "--thread_num", "1", "--grounding_ckpt", "none.pth"), 3, "none.pth: no such file"),
         ((*NYU, "--thread_num", "1", "--config", "config/VOC/none.yaml"), 3, "config/VOC/none.yaml is not there"),
@@ -563,7 +563,7 @@ def test_contours_move_with_their_images(tmp_path, capsys):
         moved = (k + 512 * column, 1 + 512 * row, k + 512 * column, 5 + 512 * row, 9 + 512 * column, 5 + 512 * row)
         assert text == f"{','.join(map(str, moved))},1,0.5"
     assert command.main([*line, "--out_root", "whole", "--seed", "3"]) == 2
-    assert "pictures of another line" in capsys.readouterr().err
+    assert "pictures of another command" in capsys.readouterr().err
     assert command.main([*line, "--out_root", "new", "--input_root", "none"]) == 3
 
 

@@ -140,13 +140,13 @@ def test_one_sample_is_made_again(spliced, tmp_path, capsys):
 
 
 WRONG = [
-    (["--grids", "1"], "'1' is no grid of 2 to 8x8 pictures"),
-    (["--grids", "9"], "'9' is no grid"),
-    (["--grids", "2x"], "'2x' is no grid"),
+    (["--grids", "1"], "'1' is not a grid of 2 to 8x8 pictures"),
+    (["--grids", "9"], "'9' is not a grid"),
+    (["--grids", "2x"], "'2x' is not a grid"),
     (["--grids", ","], "the list is empty"),
     (["--number", "0"], "--number 0: expected a number of 1 or more"),
     (["--seed", str(2**63)], "seeds have 64 bits"),
-    (["--kept"], "nothing of"),
+    (["--kept"], "has not been filtered"),
     (["--gird", "2"], "did you mean --grids?"),
 ]
 
@@ -174,7 +174,7 @@ def test_a_damaged_source_is_refused(source, tmp_path, capsys):
     damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
     shutil.copy(damaged / "depth" / "00000001.png", damaged / "depth" / "00000002.png")
     assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 2
-    assert "depth/00000002.png is not what was written" in capsys.readouterr().err
+    assert "depth/00000002.png has changed since it was written" in capsys.readouterr().err
 
 
 def test_grids_take_different_samples_where_there_are_enough():

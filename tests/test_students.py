@@ -224,7 +224,7 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     refused("glpn", "its config.json is of 'segformer', expected 'glpn'")
     tensors = load_file(folder / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if "block" not in name}, folder / "model.safetensors")
-    refused("segformer", "tensors of the body are not there or of another size")
+    refused("segformer", "backbone tensors are missing or differ in size")
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-9])
     refused("segformer", "truncated")
@@ -243,9 +243,9 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
         (["--student", "segformer", "--student-size", "b00"], "did you mean b0"),
         (["--student", "segformer", "--task", "depth"], "--task depth: segformer learns semantic"),
         (["--student", "small", "--tta"], "--tta: for students of transformers, --student small is built in"),
-        (["--student", "mask2former", "--tta"], "the answers of mask2former have no mean"),
+        (["--student", "mask2former", "--tta"], "the predictions of mask2former cannot be averaged"),
         (["--student", "glpn", "--self-train"], "--self-train: glpn learns depth"),
-        (["--student", "segformer", "--only-synthetic", "--both"], "--only-synthetic and --both: one of the two"),
+        (["--student", "segformer", "--only-synthetic", "--both"], "--only-synthetic and --both cannot be combined"),
         (["--student", "segformer", "--size", "100"], "--size: 100 is not a multiple of 32"),
         (["--student", "segformer", "--batch-size", "1"], "--batch-size: 1 is not at least 2"),
         (["--student", "segformer", "--real", "9"], "--real 9: "),
@@ -269,7 +269,7 @@ def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
     line = [*LINE, "--student", "glpn", "--run", str(poor), "--out", str(tmp_path / "none")]
     assert evaluate.main(line) == 2
     error = capsys.readouterr().err
-    assert f"--run {poor}: no truth for depth" in error and not (tmp_path / "none").exists()
+    assert f"--run {poor}: no ground truth for depth" in error and not (tmp_path / "none").exists()
 
 
 def test_no_library_is_imported_before_a_student_is_chosen():

@@ -148,7 +148,7 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     save(data / "masks" / "scene 1.png", labels)
     for result in (True, False):  # of a finished training, and of one that is to go on
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
-        assert f"taught from other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
+        assert f"trained on other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
     names = (data / "classes.txt").read_text().splitlines()
     (data / "classes.txt").write_text("\n".join([*names[:2], *names[:1:-1]]))
@@ -178,7 +178,7 @@ def test_labels_are_found_in_capitals_and_a_missing_one_is_told_what_to_do_about
     with pytest.raises(Refused, match="scene 1.PNG: empty, expected a PNG or JPEG file"):
         source[1]
     (tmp_path / "masks" / "scene 1.PNG").unlink()
-    with pytest.raises(Refused, match="pass --skip-bad to go on without it"):
+    with pytest.raises(Refused, match="pass --skip-bad to continue without it"):
         source[1]
 
 
@@ -269,7 +269,7 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
     assert run(*line) == 0
     (tmp_path / "decoder" / "depth" / "training" / "result.json").unlink()
     assert run(*line, "--cache", "off") == 2
-    assert "was begun with captures kept on the disk" in capsys.readouterr().err
+    assert "was started with captures kept on the disk" in capsys.readouterr().err
     assert run(*line) == 0
 
 
@@ -508,7 +508,7 @@ def test_a_full_disk_is_said_and_the_same_line_goes_on(run, tmp_path, monkeypatc
         patched.setattr(storage, "syscall", full)
         assert run(*line) == 3
     cause, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert cause.endswith("the disk is full") and "run the same line again" in remedy
+    assert cause.endswith("the disk is full") and "run the same command again" in remedy
     assert run(*line) == 0 and weights(tmp_path / "decoder") == weights(tmp_path / "calm")
 
 
@@ -572,7 +572,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkey
 
     monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--out", str(tmp_path)]
-    assert train.main(line) == 2 and "add --allow-download" in capsys.readouterr().err
+    assert train.main(line) == 2 and "Add --allow-download" in capsys.readouterr().err
     assert train.main([*line, "--allow-download"]) == 2
     assert "the hub was asked for someone/model" in capsys.readouterr().err
 

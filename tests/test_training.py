@@ -642,7 +642,7 @@ def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, sou
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.decoder, "forward", full)
-    with pytest.raises(Missing, match="could not take 3 views at once") as stop:
+    with pytest.raises(Missing, match="does not have enough memory for 3 views at once") as stop:
         trainer.step()
     trainer.close()
     assert "--accumulate" in stop.value.remedy
@@ -685,7 +685,7 @@ def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_processes_that_ask_for_a_gpu_never_train_on_the_cpu_instead(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Missing, match="device: cuda is not there"):
+    with pytest.raises(Missing, match="device: cuda is not available"):
         joined("cuda")
 
 
@@ -739,7 +739,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--decoder", "/nowhere"], 3, "decoders /nowhere: no such folder"),
-        (["--decoder", "DEPTH"], 3, "give the folder above"),
+        (["--decoder", "DEPTH"], 3, "Give the folder above"),
     ],
 )
 def test_evaluate_refuses_bad_input(engine, tmp_path, capsys, flags, code, said):

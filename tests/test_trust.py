@@ -212,7 +212,7 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
 def test_it_gives_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchless, "Trust", lambda: DOUBT)
     assert run(tmp_path / "run", "--keep", "trusted") == 4
-    assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were asked for" in capsys.readouterr().err
+    assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were requested" in capsys.readouterr().err
     assert run(tmp_path / "run", "--keep", "trusted") == 4
 
 
@@ -283,12 +283,12 @@ def test_it_tells_the_class_that_the_model_cannot_make(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--accept", "scor > 0.5"], "--accept: 'scor' is no score (did you mean score?)"),
-        (["--accept", "clip > 0.5"], "--accept: 'clip' is no score"),
-        (["--accept", ""], "--accept: nothing was given after it"),
+        (["--accept", "scor > 0.5"], "--accept: 'scor' is not a score (did you mean score?)"),
+        (["--accept", "clip > 0.5"], "--accept: 'clip' is not a score"),
+        (["--accept", ""], "--accept: no value was given"),
         (["--accept", "agreement > 0", "--task", "semantic"], "no sample of semantic has the score agreement"),
         (["--accept", "score > 0", "--task", "depth"], "no sample of depth has the score score"),
-        (["--most-tries", "3"], "--most-tries 3: no sample is set aside"),
+        (["--most-tries", "3"], "--most-tries 3: it has no effect, as no sample is set aside"),
         (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
         (["--refill"], "holds no samples yet"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),

@@ -161,7 +161,7 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "b.png", save_all=True, append_images=[Image.fromarray(255 - pixels)])
     whole = (tmp_path / "a.png").read_bytes()
     assert images.sides_of(tmp_path / "a.jpg") == (4, 4)
-    with pytest.raises(Refused, match="a.gif: not a whole image"):
+    with pytest.raises(Refused, match="a.gif: not a complete image"):
         images.sides_of(tmp_path / "a.gif")
     for content, word in (
         ((tmp_path / "a.gif").read_bytes(), "neither a PNG nor a JPEG"),
@@ -174,12 +174,12 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
                 chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(30_000_000))),
                 chunk(b"IDAT", zlib.compress(bytes(20))),
             ),
-            "not a whole image",
+            "not a complete image",
         ),
-        (whole[:-20], "not a whole image"),
-        (whole[:30], "not a whole image"),
+        (whole[:-20], "not a complete image"),
+        (whole[:30], "not a complete image"),
         (b"", "empty"),
-        ((tmp_path / "a.jpg").read_bytes()[:-40], "not a whole image"),
+        ((tmp_path / "a.jpg").read_bytes()[:-40], "not a complete image"),
     ):
         refused(images.read_image, file(content), match=word)
     refused(images.read_image, tmp_path / "a.png", most_pixels=15, match="at most 15")
@@ -247,18 +247,18 @@ def test_safetensors_headers_hold_together(file):
     )
     assert check_safetensors(file(whole)) == {"x": ("F32", (2,)), "y": ("BF16", ()), "z": ("F32", (0, 5))}
     for content, word in (
-        (b"", "truncated or no safetensors"),
+        (b"", "truncated or not a safetensors"),
         (struct.pack("<Q", 2**63) + b"{}", "a header of 9223372036854775808 bytes"),
         (tensors([]), "no table"),
         (tensors({f"t{k}": entry([0], 0, 0) for k in range(MOST_TENSORS + 1)}), "no table of at most"),
         (tensors(b'{"a":1,"a":2}'), "twice"),
         (tensors({"__metadata__": {"a": 1}}), "metadata"),
-        (tensors({"x": entry([2**40, 2**40], 0, 8)}, bytes(8)), "does not hold together"),
-        (tensors({"x": entry([-1], 0, 4)}, bytes(4)), "does not hold together"),
-        (tensors({"x": entry([True], 0, 4)}, bytes(4)), "does not hold together"),
-        (tensors({"x": entry([1], 4, 0)}, bytes(4)), "does not hold together"),
-        (tensors({"x": entry([1], 0, 4, "OBJECT")}, bytes(4)), "does not hold together"),
-        (tensors({"x": {"dtype": "F32"}}), "does not hold together"),
+        (tensors({"x": entry([2**40, 2**40], 0, 8)}, bytes(8)), "is inconsistent"),
+        (tensors({"x": entry([-1], 0, 4)}, bytes(4)), "is inconsistent"),
+        (tensors({"x": entry([True], 0, 4)}, bytes(4)), "is inconsistent"),
+        (tensors({"x": entry([1], 4, 0)}, bytes(4)), "is inconsistent"),
+        (tensors({"x": entry([1], 0, 4, "OBJECT")}, bytes(4)), "is inconsistent"),
+        (tensors({"x": {"dtype": "F32"}}), "is inconsistent"),
         (tensors({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, bytes(4)), "overlap"),
         (tensors({"x": entry([1], 4, 8)}, bytes(8)), "gap"),
         (tensors({"x": entry([1], 0, 4)}, bytes(5)), "truncated"),
@@ -302,7 +302,7 @@ def test_onnx_graphs_keep_to_their_folder(file, tmp_path):
         (onnx_model(tensors=part(b"60", b"8")), r"has 64 bytes, the graph asks for 60 \+ 8"),
         (onnx_model(tensors=part(b"-1", b"8")), "asks for -1"),
         (onnx_model(tensors=part(b"x", b"8")), "invalid literal"),
-        (onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil"))), "'Evil' of 'evil' is none of ours"),
+        (onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil"))), "'Evil' of 'evil' is not supported"),
         (onnx_model(nodes=message(1, message(4, b"EPContext") + message(7, b"com.microsoft"))), "compiled code"),
     ):
         refused(onnx_graph.check_onnx, file(content), match=word)
@@ -355,7 +355,7 @@ def test_data_of_a_graph_that_another_name_reaches_is_refused(tmp_path):
     (tmp_path / "elsewhere").write_bytes(bytes(8))
     (tmp_path / "w").hardlink_to(tmp_path / "elsewhere")
     (tmp_path / "graph.onnx").write_bytes(onnx_model(tensors=external("w")))
-    with pytest.raises(Refused, match="'w' is no file of its own"):
+    with pytest.raises(Refused, match="'w' is not a regular file of its own"):
         onnx_graph.check_onnx(tmp_path / "graph.onnx")
     (tmp_path / "elsewhere").unlink()
     assert onnx_graph.check_onnx(tmp_path / "graph.onnx") == [tmp_path / "w"]

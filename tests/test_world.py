@@ -161,7 +161,7 @@ def test_a_hard_scene_costs_a_few_times_a_demo_scene():
 @pytest.mark.parametrize("kind", WORLDS)
 @pytest.mark.parametrize("first, owner", [(JUDGES.start - 2, "demo.judge"), (TRAIN_SEEDS + 5, "the diffusion model")])
 def test_seeds_of_the_judges_and_of_the_diffusion_model_are_refused(kind, first, owner):
-    with pytest.raises(Refused, match=f"these seeds are those of .*{owner}"):
+    with pytest.raises(Refused, match=f"these seeds belong to .*{owner}"):
         open_data(f"{kind}:9@{first}", 64)
     assert len(open_data(f"{kind}:2@{JUDGES.start - 2}", 64)) == 2
 

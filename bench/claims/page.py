@@ -108,16 +108,16 @@ def verdict(row: Row) -> str:
 
 COLUMNS = {"claim": claim, "figure": text("figure")}
 COLUMNS |= {title: lambda row, arm=arm: with_spread(row, arm) for arm, title in NAMES.items()}
-COLUMNS |= {"gain (95 %)": change, "gap to 1,000 real closed": closed, "asked for": text("target")}
+COLUMNS |= {"gain (95 %)": change, "gap to 1,000 real closed": closed, "required": text("target")}
 TABLE = Table(COLUMNS | {"holds": verdict})
 
 
 def setting_line(document: Mapping[str, Any]) -> str:
     scale = document["setting"]
     return (
-        f"{scale['real']} real scenes where no other number is given, always the same that taught the labeller; "
+        f"{scale['real']} real scenes unless the row gives another number, all from those that trained its labeller; "
         f"{scale['synthetic']:,} generated images; "
-        f"{scale['seeds']} students of each kind, up to {scale['steps']:,} steps of each; {scale['test']:,} unseen "
+        f"{scale['seeds']} students of each kind, up to {scale['steps']:,} steps each; {scale['test']:,} unseen "
         "scenes; mean ± deviation over students"
     )
 
@@ -135,7 +135,8 @@ def figures(document: Mapping[str, Any]) -> str:
     """The table, with what it was made with."""
     machine = document["machine"]
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
-    facts = f"{made}: {setting_line(document)}. For parity the columns are the sets of the reference and of `fast`."
+    engines = f"In the row {CLAIMS['parity'].title!r}, the columns are images of these engines."
+    facts = f"{made}: {setting_line(document)}. {engines}"
     return f"{facts}\n\n{markdown(TABLE.cells(rows_of(document)))}"
 
 

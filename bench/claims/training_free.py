@@ -211,12 +211,12 @@ def cells(row: Row) -> list[Row]:
         sides = (row["arms"][name] for name in (one.before, one.after))
         before, after = (f"{side['mean']:.1f} ± {side['spread']:.1f}" for side in sides)
         holds = "yes" if told["holds"] else f"no: {told['reason']}"
-        found.append({"comparison": one.title, "without": before, "with": after, "asked for": told["asked"]})
+        found.append({"comparison": one.title, "without": before, "with": after, "required": told["asked"]})
         found[-1] |= {"result (95 %)": f"{value} ({low} to {high})", "holds": holds}
     return found
 
 
-TABLE = Table({name: text(name) for name in ("comparison", "without", "with", "result (95 %)", "asked for", "holds")})
+TABLE = Table({name: text(name) for name in ("comparison", "without", "with", "result (95 %)", "required", "holds")})
 
 
 def section(document: Mapping[str, Any]) -> str:

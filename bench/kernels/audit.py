@@ -36,7 +36,7 @@ class KernelConfig:
     tune: bool = setting(
         False, "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"
     )
-    minutes: float = setting(8.0, "with --tune: begin nothing that would end later; the same line again goes on")
+    minutes: float = setting(8.0, "with --tune: begin nothing that would end later; the same command resumes")
     out: str = setting("", "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)")
     json: bool = setting(False, "one JSON object on standard output instead of a table")
     ops: tuple[str, ...] = setting((), "only these ops (default: all; with --tune those that a run launches)")

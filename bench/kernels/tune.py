@@ -76,7 +76,7 @@ def run(
     for place, (op, dtype) in enumerate(todo):
         share = (end - time.monotonic()) / (len(todo) - place)
         if share <= 0:
-            say(f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on")
+            say(f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same command resumes")
             break
         file.begin(f"{op} {dtype}")
         begin = time.perf_counter()

@@ -1,5 +1,5 @@
 """python -m bench probe: which form of each heavy operation is fastest on this GPU at the sizes of Stable Diffusion
-1.4, and where the time of whole calls goes; every part is stored, and the same line again measures what is left.
+1.4, and where the time of whole calls goes; every part is stored, and the same command measures what is left.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
         if is_settled(file.document, name):
             continue
         if time.monotonic() > end:
-            say(f"left: {name}; the same line again measures it")
+            say(f"left: {name}; the same command measures it")
             continue
         file.begin(name)
         begin = time.perf_counter()

@@ -58,10 +58,10 @@ FULL_SIZE_COLUMNS += ("our speed-up", "in a UNet call")
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
-PAPER_CLOSING = "One process then closes the run in {} ms a sample, which the last column includes."
+PAPER_CLOSING = "Finally, one process closes the run in {} ms per sample, which the last column includes."
 PAPER_NOT_CLOSED = "Closing the run was not measured with these, and the last column leaves it out."
-PAPER_HEAD = ["GPUs", "images a second", "cores for the loop and files", "files a second"]
-PAPER_HEAD += [f"time of one ledger, batches of {PAPER_BATCH}", "a million images"]
+PAPER_HEAD = ["GPUs", "images per second", "cores for the loop and files", "files per second"]
+PAPER_HEAD += [f"load of one ledger, batches of {PAPER_BATCH}", "time for a million images"]
 
 Document = dict[str, Any]
 Documents = dict[str, Document]  # by suite
@@ -259,12 +259,12 @@ def paper(found: Documents, charts: str) -> str:
         rates = [f"{total:,.1f}", f"{total * (own + written) / 1e3:,.2f}", f"{total * disk['files']:,.0f}"]
         rows.append([f"{count:,}", *rates, percent(busy), took])
     return (
-        f"One GPU makes {number(each)} images a second ({source}). Measured on this CPU: the generation loop's own "
+        f"One GPU makes {number(each)} images per second ({source}). Measured on this CPU: the generation loop's own "
         f"work is {number(own)} ms of one core per image, encoding and writing {number(written)} ms for {PAPER_SIDE} "
-        f"pixels and four kinds of labels, one commit of a batch {number(disk['commit_ms'])} ms. Ranks do not "
+        f"pixels and four kinds of labels; one commit of a batch takes {number(disk['commit_ms'])} ms. Ranks do not "
         "communicate, so throughput grows with the number of GPUs as long as there are the cores of the third column, "
         "a disk that can write the files of the fourth, and a ledger that can take the commits. The ledger takes them "
-        "one after the other, so its share of time must stay well below 100 %; otherwise divide the prompts among "
+        "one after the other, so its load must stay well below 100 %; otherwise divide the prompts among "
         f"several run folders. {PAPER_CLOSING.format(number(closed)) if closed else PAPER_NOT_CLOSED}"
         "\n\n"
     ) + markdown((PAPER_HEAD, rows))

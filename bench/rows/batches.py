@@ -26,7 +26,7 @@ def rows(run: BenchRun) -> Rows:
     ]
 
 
-COLUMNS = {**WHO, "ms an image and call": figure("call_s", 1e3), "TFLOP/s": figure("tflops"), "memory": memory()}
+COLUMNS = {**WHO, "ms per image and call": figure("call_s", 1e3), "TFLOP/s": figure("tflops"), "memory": memory()}
 MEASUREMENT = Measurement(
     "batches", "One UNet call by batch size", rows, (Table(COLUMNS),), {"batches": charts.batches}, least_seconds=60
 )

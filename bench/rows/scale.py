@@ -284,17 +284,16 @@ COSTS = ("engine", "post-process", "encode", "write", "own", "whole", "wall")
 LOOP = {"images made": count("images"), "pixels": text("pixels"), **{f"{name}, ms": part(name) for name in COSTS}}
 LOOP |= {"resident": memory("resident_mib")}
 WRITING = {"pixels": text("pixels"), "images/s encoded and written": figure("images_per_second")}
-WRITING |= {"core ms an image": figure("core_ms")}
-CLOSING = {"samples": count("closed"), "pixels": text("pixels"), "ms a sample": figure("closing_ms")}
-CLOSING |= {"core ms a sample": figure("closing_core_ms"), "bytes of the ledger a sample": text("ledger_bytes")}
+WRITING |= {"CPU ms per image": figure("core_ms")}
+CLOSING = {"samples": count("closed"), "pixels": text("pixels"), "ms per sample": figure("closing_ms")}
+CLOSING |= {"CPU ms per sample": figure("closing_core_ms"), "ledger bytes per sample": text("ledger_bytes")}
 CLOSING |= {"100,000 samples, s": lambda row: number(100 * row["closing_ms"])}
-DISK = {"commit of a batch, ms": figure("commit_ms"), "rows": text("rows")}
-DISK |= {"one sample's files made durable, ms": figure("publish_ms"), "files": text("files")}
+DISK = {"commit of a batch, ms": figure("commit_ms"), "rows per commit": text("rows")}
+DISK |= {"syncing one sample's files, ms": figure("publish_ms"), "files per sample": text("files")}
 BY_RANKS = {"ranks": text("ranks"), "images/s": figure("images_per_second"), "speed-up over one": figure("over_one")}
 MEASUREMENT = Measurement(
     "scale",
-    "The generation loop's own cost: core milliseconds an image with an engine that computes next to nothing, files in "
-    "memory",
+    "Cost of the generation loop itself: CPU time per image, with a trivial engine and files in memory",
     rows,
     (
         Table(LOOP, with_key("ms")),
@@ -303,7 +302,7 @@ MEASUREMENT = Measurement(
             with_key("written"),
             title="Encoding and writing rendered scenes with four kinds of labels, files in memory",
         ),
-        Table(CLOSING, with_key("closed"), title="Closing a run: index files and gallery of four kinds of labels"),
+        Table(CLOSING, with_key("closed"), title="Closing a run: index files and gallery for four kinds of labels"),
         Table(DISK, with_key("commit_ms"), title="Waiting for the disk"),
         Table(BY_RANKS, against_one, title="Ranks of one thread each"),
     ),

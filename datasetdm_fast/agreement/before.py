@@ -74,7 +74,10 @@ def compared(
     given; labels that no decoder reads are left out.
     """
     if job.engine.name == REFERENCE:
-        raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
+        raise Refused(
+            f"--verify {number}: the engine is {REFERENCE}, the reference itself, so nothing can be compared",
+            "Drop --verify.",
+        )
     requests = [job.plan.request(index) for index in range(first, first + number)]
     with nullcontext(reference) if reference else reference_of(job) as other:
         return verify(job.engine, other, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)

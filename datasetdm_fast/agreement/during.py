@@ -57,8 +57,8 @@ class RepeatedComparison:
         if failed:
             raise GateFailed(
                 f"--verify-every {self.every}: sample {request.id} of {self.job.engine.name} does not match that of "
-                f"{REFERENCE} in {', '.join(failed)}; the samples before it are there",
-                "Look at the device, try --dtype fp32 or another --engine; the same line goes on with the run.",
+                f"{REFERENCE} in {', '.join(failed)}; earlier samples are kept",
+                "Check the device, or try --dtype fp32 or another --engine; the same command resumes the run.",
             )
         self.on_message(f"verified   sample {request.id}: agrees in all {measures} measures")
 

@@ -54,7 +54,7 @@ def parse(
         ):
             raise Refused(
                 f"{prog}: {_flag(field.name)} is missing",
-                f"add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}",
+                f"Add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}.",
             )
     config = cls(**values)
     for field in flags_of(cls):
@@ -94,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Refused(
             f"{self.prog}: {message.removeprefix('argument ')}",
-            f"run `{self.prog} --help` for the flags and their values",
+            f"Run `{self.prog} --help` for the flags and their values.",
         )
 
 
@@ -157,17 +157,17 @@ def _hyphenate(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_unknown(unknown: list[str], cls: type, prog: str) -> NoReturn:
-    remedy, fields = f"run `{prog} --help` for the flags", flags_of(cls)
+    remedy, fields = f"Run `{prog} --help` for the flags.", flags_of(cls)
     bare = {_flag(field.name): field.metadata["metavar"] for field in fields if field.metadata.get("positional")}
     known = [*(flag[2:] for field in fields if (flag := _flag(field.name)) not in bare), "config", "version", "help"]
     flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise Refused(
             f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag",
-            f"{remedy}; quote a value that has spaces",
+            f"{remedy} Quote a value that contains spaces.",
         )
     if flag in bare:
-        raise Refused(f"{prog}: {flag} is no flag", f"Give {bare[flag]} without a flag before it.")
+        raise Refused(f"{prog}: {flag} is not a flag", f"Give {bare[flag]} without a flag before it.")
     raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
 
 
@@ -217,7 +217,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
         loaded = documents.read_yaml(path)
     except Missing as stop:
         raise Refused(
-            f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "give a readable YAML file"
+            f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "Give a readable YAML file."
         ) from stop
     except Refused as stop:
         raise Refused(f"--config: {stop.cause}", stop.remedy) from stop
@@ -225,7 +225,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
         return {}
     if not isinstance(loaded, dict):
         raise Refused(
-            f"--config: {path} holds a {type(loaded).__name__}, expected settings", "write one `name: value` per line"
+            f"--config: {path} holds a {type(loaded).__name__}, expected settings", "Write one `name: value` per line."
         )
     values = {}
     for key, value in loaded.items():
@@ -233,11 +233,11 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
         name = f"{name}_" if f"{name}_" in converters else name
         if name not in converters:
             cause = f"--config: {path} has the unknown setting {documents.quoted(key)}{nearest(name, converters)}"
-            raise Refused(cause, "settings are the long flags without the leading hyphens")
+            raise Refused(cause, "Settings are the long flags without the leading hyphens.")
         try:
             values[name] = converters[name](_as_text(value, hints[name]))
         except argparse.ArgumentTypeError as error:
-            raise Refused(f"--config: {path}: {key}: {error}", f"mend the line `{key}:` of {path}") from None
+            raise Refused(f"--config: {path}: {key}: {error}", f"Correct the line `{key}:` of {path}.") from None
     return values
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Self
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.5  # seconds in which the main thread must hear a signal; only it runs handlers, and only between calls
 TIDYING = 10.0  # seconds from a signal that was heard to the end of the process
-ENDED = "interrupted; run the same line again"
+ENDED = "interrupted; run the same command again"
 FINISHING = "\nfinishing this batch; once more ends at once\n"
 
 

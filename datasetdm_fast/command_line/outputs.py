@@ -38,14 +38,14 @@ def _check_place(flag: str, path: Path, kind: str) -> None:
     """Refuses a place that cannot be made, or holds something else."""
     for place in chain([path], path.parents):
         if place.is_symlink() and not place.exists():
-            raise Refused(f"{flag} {path}: {place} is a symbolic link that leads nowhere", "Mend or delete the link.")
+            raise Refused(f"{flag} {path}: {place} is a symbolic link that leads nowhere", "Repair or delete the link.")
     if path.exists():
         if path.is_dir() != (kind == "folder") or not (path.is_dir() or path.is_file()):
             found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
-            raise Refused(f"{flag} {path}: there is {found} of this name, expected a {kind}", f"Choose another {flag}.")
+            raise Refused(f"{flag} {path}: there is {found} of that name, expected a {kind}", f"Choose another {flag}.")
         return
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise Refused(f"{flag} {path}: {above} is a file, expected a folder", f"Choose another {flag}.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise Missing(f"{flag} {path}: {above} may not be written to", "Check its permissions, or choose another.")
+        raise Missing(f"{flag} {path}: {above} cannot be written to", "Check its permissions, or choose another.")

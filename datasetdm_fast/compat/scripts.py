@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     has_model = not path.stem.startswith(WITHOUT_MODEL)
     if has_model and not given.model and not Path("dataset/ckpts/imagenet").is_dir():
         raise Missing(
-            "model: ./dataset/ckpts/imagenet is not there, which DatasetDM's scripts read",
+            "model: ./dataset/ckpts/imagenet is missing, where DatasetDM's scripts look for the model",
             "Start in the checkout, or name a diffusers folder with --model before the script.",
         )
     from datasetdm_fast.compat.showlab_modules.importing import ScriptImports
@@ -59,7 +59,7 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
         word = unknown[0].partition("=")[0]
         raise Refused(
             f"{parser.prog}: unknown flag {word}{nearest(word.lstrip('-'), FLAGS, before='--')}",
-            f"run `{parser.prog} --help` for the flags; those of the script stand after it",
+            f"Run `{parser.prog} --help` for the flags; those of the script stand after it.",
         )
     return given
 
@@ -97,7 +97,7 @@ def compiled(path: Path, device: str) -> CodeType:
     if not path.is_file():
         raise Refused(f"{path}: no such script", "Name a script of the checkout's folder tools.")
     if path.stem == "train":
-        raise Refused(f"{path}: it teaches a decoder that no generator of DatasetDM reads", "Run one of tools/train_*.")
+        raise Refused(f"{path}: it trains a decoder that no generator of DatasetDM reads", "Run one of tools/train_*.")
     try:
         with tokenize.open(path) as file:
             tree = ast.parse(file.read(), str(path))
@@ -127,7 +127,7 @@ def _check_gpu(path: Path, line: int, device: str) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         why = "--device is cpu" if device == "cpu" else "this machine has no GPU"
         raise Refused(
-            f"{path}, line {line}: it calls .cuda(), and {why}", f"`{PROG} {path.stem}` does its work on any machine."
+            f"{path}, line {line}: it calls .cuda(), and {why}", f"`{PROG} {path.stem}` does the same on any machine."
         )
 
 
@@ -152,5 +152,5 @@ def _refusal(path: Path, error: Exception) -> Refused | Missing:
     said = documents.one_line(f"{type(error).__name__}: {error}")
     return Refused(
         f"{path}, line {lines[-1] if lines else '?'}: {said}",
-        "docs/from-datasetdm.md lists the modules and names that a script finds.",
+        "The page docs/from-datasetdm.md lists the modules and names that a script finds.",
     )

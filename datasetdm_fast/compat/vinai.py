@@ -66,13 +66,13 @@ class GenDataConfig:
         False, "all tokens of a class word, and noise of each image from a seed of its own: shards add up to one run"
     )
     steps: int = setting(100, "sampler steps", metavar="N")
-    root: str = setting("", "folder that relative paths start from; default: here", metavar="DIR")
+    root: str = setting("", "folder that relative paths start from; default: the current one", metavar="DIR")
     engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
     dtype: str = setting("auto", "precision", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
-    dry_run: bool = setting(False, "check everything and say what would be done")
+    dry_run: bool = setting(False, "check everything and show what would be done")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 
@@ -110,14 +110,14 @@ class TrainMmsegConfig:
     work_dir: str = setting("", "folder that gen_data wrote", metavar="OUT")
     data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="ADDRESS")
     student: str = setting("deeplabv3plus", "network to train", choices=("segformer", "deeplabv3plus", "mask2former"))
-    weights: str = setting("", "local folder of transformers that the network begins with", metavar="DIR")
+    weights: str = setting("", "local folder of transformers from whose weights the network starts", metavar="DIR")
     steps: int = setting(0, "training steps; default: 20000 for VOC, 40000 for COCO", metavar="N")
     batch_size: int = setting(8, "images per batch", metavar="N")
     repeats: int = setting(3, "students, each with another seed", metavar="N")
     tta: bool = setting(False, "score the mean over six scales and their mirror images")
-    root: str = setting("", "folder that relative paths start from; default: here", metavar="DIR")
+    root: str = setting("", "folder that relative paths start from; default: the current one", metavar="DIR")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    dry_run: bool = setting(False, "print the lines that would be run")
+    dry_run: bool = setting(False, "print the commands that would be run")
     quiet: bool = setting(False, "show no progress")
 
 

@@ -59,7 +59,7 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
     """
     entries = documents.read_json(path, most=LARGEST_FILE)
     if not isinstance(entries, list) or not entries:
-        raise Refused(f"{path}: no list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
+        raise Refused(f"{path}: not a list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
     for place, entry in enumerate(entries):
         try:
             documents.check_form(entry, FORM)
@@ -107,7 +107,7 @@ def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str
     covered = {at + k for _, at, length in found for k in range(length)}
     if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
         raise Refused(
-            f"{where}: {documents.quoted(words[other])} of its class prompt is no class of {kind}"
+            f"{where}: {documents.quoted(words[other])} of its class prompt is not a class of {kind}"
             f"{nearest(words[other], known)}",
             f"Name classes of {kind} alone, or choose another --data-type.",
         )

@@ -26,7 +26,7 @@ def check_domains(names: Sequence[str]) -> None:
         raise Refused("--domain: no domain was named", f"Choose from {known}.")
     for name in names:
         if name not in DOMAINS:
-            raise Refused(f"--domain {name}: no known domain{nearest(name, DOMAINS)}", f"Choose from {known}.")
+            raise Refused(f"--domain {name}: unknown domain{nearest(name, DOMAINS)}", f"Choose from {known}.")
 
 
 def moved(prompt: str, domain: str) -> str:

@@ -41,7 +41,7 @@ class Edits(Redrawing):
 
     def __init__(self, source: Source, settings: EditSettings, mask: Mapping[str, Any] | None = None):
         if not settings.prompt.strip():
-            raise Refused("--prompt is missing", "Say what is to be seen after the edit: --prompt TEXT.")
+            raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
         for name, least in (("grow", 0), ("feather", -1), ("seed", -1)):
             if not least <= getattr(settings, name) < 2**31:
                 raise Refused(
@@ -96,8 +96,8 @@ class Edits(Redrawing):
             if wanted in self.ids[self.task][self.requests[place].index]:
                 return place
         raise Refused(
-            f"--instance {wanted}: no annotation of the samples taken has this id",
-            f"Ids are those of {self.source.path / kind_of(self.task).coco_file}.",
+            f"--instance {wanted}: no annotation of the selected samples has this id",
+            f"Use an id from {self.source.path / kind_of(self.task).coco_file}.",
         )
 
     @property

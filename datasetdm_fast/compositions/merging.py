@@ -48,11 +48,11 @@ def open_part(path: Path, *, only_kept: bool) -> Part:
     """A run folder to be merged."""
     run = Run(path, kept=only_kept)
     if not run.is_complete or not is_sealed(path):
-        raise Refused(f"{path}: the run is not finished", "Run the line that made it once more: it resumes.")
+        raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
     kept = storage.sha256_of(path / KEPT) if only_kept else ""
     if only_kept and not kept:
         raise Refused(
-            f"--kept: nothing of {path} was filtered",
+            f"--kept: {path} has not been filtered",
             f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
         )
     return Part(path, run, kept)
@@ -71,7 +71,7 @@ class Merging:
                     raise Refused(
                         f"{part.path}: its {name} is {_told(other['config'][name])}, that of {parts[0].path} is "
                         f"{_told(first['config'][name])}",
-                        "Give convert both runs instead, it makes one export of them.",
+                        "Give both runs to convert instead: it makes one export of them.",
                     )
         self.labels = {task: self._table(task) for task in first["config"]["task"]}
         self.classes = max((part.run.document.get("classes", []) for part in parts), key=len)
@@ -94,7 +94,7 @@ class Merging:
                     raise Refused(
                         f"{part.path}: {task}.{name} has {documents.quoted(theirs)} where {self.parts[0].path} has "
                         f"{documents.quoted(ours)}",
-                        "Give convert both runs instead, it joins classes by name.",
+                        "Give both runs to convert instead: it matches classes by name.",
                     )
         return table
 
@@ -178,7 +178,7 @@ class Merging:
             content = storage.read(part.path / name, LARGEST_IMAGE_FILE)
             if len(content) != stored.size or hashlib.sha256(content).hexdigest() != stored.sha256:
                 raise GateFailed(
-                    f"{part.path}: {name} is not what was written",
+                    f"{part.path}: {name} has changed since it was written",
                     f"See what is damaged with: python -m datasetdm_fast.audit {part.path}",
                 )
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
@@ -218,7 +218,7 @@ def begin(merging: Merging, folder: Path) -> int:
         part.path for part in merging.parts if part.path.resolve() in (folder.resolve(), *folder.resolve().parents)
     ]
     if inside:
-        raise Refused(f"--out {folder}: inside of the run folder {inside[0]}", "Choose another folder.")
+        raise Refused(f"--out {folder}: it lies inside the run folder {inside[0]}", "Choose another folder.")
     return begun(folder, merging.document)
 
 

@@ -140,7 +140,7 @@ class Redrawing(ABC):
             except KeyError:
                 raise Refused(
                     f"--only {id}: no sample of {self.source.path} has this id",
-                    "Ids are those of samples.jsonl, for example 00000003.",
+                    "Use an id from samples.jsonl, for example 00000003.",
                 ) from None
         return sorted(set(found))
 
@@ -252,7 +252,7 @@ def _check_weights(source: Source, engine: Engine, decoders: Mapping[str, Any]) 
     if found := differences(known, digests):
         raise Refused(
             f"{source.path}: was made with other weights ({'; '.join(found)})",
-            "Say where its own lie: --model MODEL --decoder DIR.",
+            "Name its own weights: --model MODEL --decoder DIR.",
         )
 
 

@@ -29,10 +29,10 @@ def way_of(settings: EditSettings) -> str:
     """Which of the four ways to name a region was taken."""
     given = [name for name in WAYS if getattr(settings, name)]
     if len(given) != 1:
-        told = " and ".join(f"--{name.strip('_')}" for name in given) or "the region that is drawn anew is missing"
+        told = " and ".join(f"--{name.strip('_')}" for name in given) or "the region to redraw is missing"
         raise Refused(
-            f"{told}: {len(given)} ways to name it, expected one" if given else told,
-            "Name it by one of --class CLASS, --instance ID, --mask FILE and --box X0,Y0,X1,Y1.",
+            f"{told}: {len(given)} ways to name the region, expected one" if given else told,
+            "Use one of --class CLASS, --instance ID, --mask FILE and --box X0,Y0,X1,Y1.",
         )
     return given[0]
 
@@ -40,7 +40,9 @@ def way_of(settings: EditSettings) -> str:
 def read_mask(path: str, side: int) -> dict[str, Any]:
     """The run lengths of a mask file for pictures of side x side pixels."""
     if not Path(path).is_file():
-        raise Refused(f"--mask {path}: there is no such file", "Name a picture whose white pixels are drawn anew.")
+        raise Refused(
+            f"--mask {path}: there is no such file", "Name a picture whose white pixels mark the area to redraw."
+        )
     grey = np.asarray(images.read_image(Path(path)).convert("L"))
     if grey.shape != (side, side):
         raise Refused(
@@ -49,7 +51,8 @@ def read_mask(path: str, side: int) -> dict[str, Any]:
         )
     if not (grey >= WHITE).any():
         raise Refused(
-            f"--mask {path}: is empty, no pixel is {WHITE} or more of 255", "Paint white what is to be drawn anew."
+            f"--mask {path}: the mask is empty, no pixel has a value of {WHITE} or more",
+            "Paint the area to redraw white.",
         )
     rle = mask_rle.encode((grey >= WHITE)[None]).rles[0]
     if len(rle["counts"]) > LONGEST_MASK:

@@ -33,8 +33,8 @@ class RedrawSettings(EngineSettings, CommandSettings):
     out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
     kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
-    model: str = setting("", "where the model of RUN lies now, if it was moved", identity=False, metavar="MODEL")
-    decoder: str = setting("", "where the decoders of RUN lie now, if they were moved", identity=False, metavar="DIR")
+    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
+    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
     allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
@@ -55,7 +55,9 @@ class RedrawSettings(EngineSettings, CommandSettings):
 class VarySettings(RedrawSettings):
     FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
 
-    domain: tuple[str, ...] = setting((), "domains, one image of each sample for each: night,fog", metavar="LIST")
+    domain: tuple[str, ...] = setting(
+        (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST"
+    )
     strength: float = setting(
         0.4, "share of the sampling steps that is repeated, 0 to 1: more changes more", metavar="S"
     )
@@ -75,11 +77,13 @@ class EditSettings(RedrawSettings):
     alone: bool = setting(False, "give the model only --prompt, as when no class is named")
     class_: str = setting("", "regenerate the pixels of this class", metavar="CLASS")
     instance: int = setting(0, "regenerate this instance: the id of its annotation in instances.json", metavar="ID")
-    mask: str = setting("", "regenerate what is white in this picture of a sample's size", metavar="FILE")
+    mask: str = setting("", "regenerate the white area of this picture, which has the size of a sample", metavar="FILE")
     box: str = setting("", "regenerate this box of pixels; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
     grow: int = setting(0, "pixels by which the region is grown on all sides", metavar="N")
     feather: int = setting(
-        -1, "pixels inside of the region over which old and new image are mixed, -1 = a 128th of a side", metavar="N"
+        -1,
+        "pixels inside the region over which the old and the new image are blended, -1 = a 128th of a side",
+        metavar="N",
     )
     strength: float = setting(
         1.0, "share of the sampling steps that is repeated, 0 to 1: 1 begins from noise alone", metavar="S"

@@ -64,14 +64,14 @@ class Source:
         self.kept_digest = storage.sha256_of(path / KEPT) if only_kept else ""
         if only_kept and not self.kept_digest:
             raise Refused(
-                f"--kept: nothing of {path} was filtered",
+                f"--kept: {path} has not been filtered",
                 f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where EXPRESSION",
             )
         self.document: dict[str, Any] = self.run.document
         if self.document.get("command") == "splice":
             raise Refused(f"{path}: is itself a composition", "Name the run folder that it was made from.")
         if not self.run.is_complete or not is_sealed(path):
-            raise Refused(f"{path}: the run is not finished", "Run the line that made it once more: it resumes.")
+            raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
         if not len(self.run):
             raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
         self.side: int = self.document["sampling"]["size"]
@@ -114,7 +114,7 @@ class Source:
 
     def _damaged(self, name: str) -> Refused:
         return Refused(
-            f"{self.path}: {name} is not what was written",
+            f"{self.path}: {name} has changed since it was written",
             f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
         )
 

@@ -100,7 +100,7 @@ class Splicing:
         if needed > (free := storage.free_bytes(folder.absolute())):
             raise Missing(
                 f"{folder}: the run needs at most {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
-                "Make room, choose another --out, or make fewer images.",
+                "Free some space, choose another --out, or make fewer images.",
             )
 
     def made(self, index: int) -> tuple[Row, Files]:

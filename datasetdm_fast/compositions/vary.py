@@ -66,7 +66,7 @@ class Variants(Redrawing):
         for name in self.settings.domain:
             if known and name not in known:
                 raise Refused(
-                    f"--domain {name}: the model {engine.model.name} has no word for it",
+                    f"--domain {name}: the model {engine.model.name} does not know this domain",
                     f"Choose from {', '.join(known)}.",
                 )
         super().check_words(engine)

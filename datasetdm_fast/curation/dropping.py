@@ -32,18 +32,18 @@ def open_folder(path: Path) -> Run:
 
 
 def read_ids(given: Sequence[str], file: str) -> list[int]:
-    """Indices from ids, and from a file with one id a line."""
+    """Indices from ids, and from a file with one id per line."""
     ids = [(id, "ID") for id in given]
     if file:
         text = storage.read(Path(file), LARGEST_LIST).decode(errors="replace")
         ids += [(line.strip(), f"{file} line {k}") for k, line in enumerate(text.splitlines(), 1) if line.strip()]
         if not ids:
-            raise Refused(f"--file {file}: holds no id", "Write one id a line, such as 00000003.")
+            raise Refused(f"--file {file}: it contains no id", "Write one id per line, such as 00000003.")
     for id, where in ids:
         if not (id.isascii() and id.isdecimal() and len(id) <= 18):
             raise Refused(
-                f"{where}: {documents.quoted(id)} is no id of a sample",
-                "Ids are those of samples.jsonl, for example 00000003.",
+                f"{where}: {documents.quoted(id)} is not the id of a sample",
+                "Use an id from samples.jsonl, for example 00000003.",
             )
     return sorted({int(id) for id, _ in ids})
 
@@ -103,7 +103,7 @@ def _check_known(path: Path, wanted: Iterable[int], known: set[int]) -> None:
     for index in wanted:
         if index not in known:
             raise Refused(
-                f"{path}: no sample has the id {index:08d}", "Ids are those of samples.jsonl, for example 00000003."
+                f"{path}: no sample has the id {index:08d}", "Use an id from samples.jsonl, for example 00000003."
             )
 
 
@@ -113,6 +113,6 @@ def _check_files(path: Path, row: Row) -> None:
         places = [path / (DROPPED + name), path / name]  # a killed process may have brought it back already
         if stored.sha256 not in map(storage.sha256_of, places):
             raise GateFailed(
-                f"{path}: {DROPPED}{name} is not what was written; nothing was brought back",
+                f"{path}: {DROPPED}{name} has changed since it was written; nothing was restored",
                 f"Restore the file from a copy, or leave {row.request.id} dropped.",
             )

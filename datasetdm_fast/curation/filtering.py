@@ -136,7 +136,7 @@ def undo(run: Run, *, is_dry: bool = False) -> int:
     """Keeps all samples again; how many had been left out. A dry run only tells."""
     decided = read_kept(run.path)
     if decided is None:
-        raise Refused(f"--undo: nothing of {run.path} was filtered", "Filter it first with --where.")
+        raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
     run.close()
     if not is_dry:
         keep(run.path, run.document, None)

@@ -60,12 +60,12 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
     """The folder with config.json and model.safetensors; `storage` fp16 halves parameters, buffers stay fp32."""
     if storage not in STORAGE:
         raise Refused(
-            f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}", "choose one of these"
+            f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}", "Choose one of these."
         )
     if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
         raise Refused(
             "save_decoder: the decoder was folded for inference, expected one that can be trained further",
-            "save it before fold(), or load it with strict=True",
+            "Save it before fold(), or load it with strict=True.",
         )
     folder = Path(folder)
     parameters = dict(decoder.named_parameters())
@@ -98,7 +98,9 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise Missing(f"decoder {folder}: {name} is not there", "give a folder written by training or save_decoder")
+            raise Missing(
+                f"decoder {folder}: {name} is not there", "Give a folder written by training or save_decoder."
+            )
     config = read_config(folder)
     state = read_state(folder / "model.safetensors")
     with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
@@ -132,12 +134,12 @@ def check_levels(decoder: Decoder, levels: tuple[Level, ...], label: str) -> Non
             raise Refused(
                 f"{label} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
                 f"the model's has {theirs.channels}",
-                "use the decoder made for this model, or train one on it",
+                "Use the decoder made for this model, or train one on it.",
             )
     if config.kind == "simcc" and config.side != levels[-1].side:
         raise Refused(
             f"{label} decoder: trained on images of {8 * config.side} pixels, but the run makes {8 * levels[-1].side}",
-            f"use --size {8 * config.side}",
+            f"Use --size {8 * config.side}.",
         )
 
 
@@ -148,7 +150,7 @@ def for_inference(decoder: Decoder, strict: bool) -> Decoder:
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle that holds nothing else."""
     if not path.is_file():
-        raise Missing(f"decoder weights {path}: no such file", "check the path")
+        raise Missing(f"decoder weights {path}: no such file", "Check the path.")
     try:
         safe = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
         tensors.check_safetensors(safe)
@@ -161,7 +163,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"decoder weights {path}: not a file of plain tensors ({first})",
             error.remedy
             if isinstance(error, Refused)
-            else "get the file again, or name another decoder with --decoder",
+            else "Get the file again, or name another decoder with --decoder.",
         ) from error
 
 
@@ -192,7 +194,7 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
         count = sum(map(len, found.values()))
         raise Refused(
             f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
-            "check that the configuration is the one it was trained with",
+            "Check that the configuration is the one it was trained with.",
         )
 
 
@@ -208,5 +210,5 @@ def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
         if not torch.isfinite(value).all():
             raise Refused(
                 f"{origin}: {name} holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite",
-                "the weights are broken: take another copy, or train again",
+                "The weights are broken: take another copy, or train again.",
             )

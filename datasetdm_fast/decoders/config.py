@@ -13,7 +13,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.stages import LEVELS, Level, levels
 
-MEND = "mend that setting, train the decoder again, or name another with --decoder"
+MEND = "Correct that setting, train the decoder again, or name another with --decoder."
 FORMAT = 1  # of config.json; without one it is the first
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 NORMALISATIONS = ("image", "running")
@@ -108,7 +108,7 @@ class DecoderConfig:
             raise Refused(
                 f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
                 "label map",
-                "choose data of fewer classes, or another --task",
+                "Choose data of fewer classes, or another --task.",
             )
 
     @property
@@ -182,7 +182,7 @@ class DecoderConfig:
                 names = documents.one_line(", ".join(unknown))
                 raise Refused(
                     f"decoder config: unknown fields {names}{whose}; it may come from a newer version",
-                    "update the package, train the decoder again, or name another with --decoder",
+                    "Update the package, train the decoder again, or name another with --decoder.",
                 )
         values["levels"] = tuple(
             Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})

@@ -11,7 +11,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.names import DECODER_NAME, LabelName
 
 DEMO = Path(__file__).parents[1] / "demo" / "decoders"
-FORM = "give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth"
+FORM = "Give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth."
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -21,7 +21,7 @@ def read_config(folder: Path) -> DecoderConfig:
     except (Refused, UnicodeDecodeError) as error:
         raise Refused(
             f"decoder {folder}: {str(error).splitlines()[0]}",
-            error.remedy if isinstance(error, Refused) else "give a folder written by training or save_decoder",
+            error.remedy if isinstance(error, Refused) else "Give a folder written by training or save_decoder.",
         ) from error
 
 
@@ -65,7 +65,7 @@ def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
             )
             raise Missing(
                 f"decoders {folder}: {lack}",
-                f"give the folder above: {folder.parent}" if is_decoder else FORM,
+                f"Give the folder above: {folder.parent}." if is_decoder else FORM,
             )
         here = {LabelName(read_config(path).task, path.name): path for path in found}
         for name, path in here.items():

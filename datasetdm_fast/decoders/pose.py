@@ -42,7 +42,7 @@ class SimccDecoder(Decoder):
             raise Refused(
                 f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained "
                 "on",
-                f"use --size {self.config.side * FACTOR}",
+                f"Use --size {self.config.side * FACTOR}.",
             )
         joints = self.mix(capture, "mid", self.lowest(capture), side // 2).flatten(2)
         return {"x": self.mlp_head_x(joints), "y": self.mlp_head_y(joints)}

@@ -145,7 +145,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             raise Refused(
                 f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or "
                 f"[{batch}, K, {width}]",
-                "pass the text encoder's embeddings of the class words as text",
+                "Pass the text encoder's embeddings of the class words as text.",
             )
         memory, mask_features = self.pixels(capture)
         words = 1 if text.ndim == 2 else text.shape[1]

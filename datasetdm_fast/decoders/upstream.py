@@ -111,7 +111,7 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
         raise Missing(f"decoder weights {path}: no such file{storage.named_alike(path)}", "Check the path.")
     copy = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
     if others := _left_out(copy):
-        raise Refused(f"{path}: it holds {', '.join(others)}, which are no tensors of a decoder", ALONE)
+        raise Refused(f"{path}: it holds {', '.join(others)}, which are not tensors of a decoder", ALONE)
     prefix, shapes = _shapes(copy)
     if not shapes:
         raise Refused(f"{path}: it holds no tensor at all", ALONE)
@@ -164,9 +164,7 @@ def guessed(shapes: Shapes, path: Path) -> str:
         )
     if "class_embed.weight" in shapes:
         shape = list(shapes["class_embed.weight"])
-        raise Refused(
-            f"{path}: class_embed.weight is {shape}, expected [classes and none, width]", "Name another file."
-        )
+        raise Refused(f"{path}: class_embed.weight is {shape}, expected [classes + 1, width]", "Name another file.")
     legacy = "to_k.weight" in shapes and "to_q.weight" in shapes
     what = "the decoder of DatasetDM's train.py, which no generator reads" if legacy else "no decoder of DatasetDM"
     names = sorted(shapes)

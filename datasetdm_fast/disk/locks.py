@@ -21,7 +21,7 @@ def cache_folder() -> Path:
         os.makedirs(folder, 0o700, exist_ok=True)
         if folder.stat().st_mode & stat.S_IWOTH:
             raise Refused(
-                f"{folder}: everyone may write to this cache, so nothing in it can be trusted",
+                f"{folder}: every user can write to this cache, so nothing in it can be trusted",
                 f"Name a folder of your own with {CACHE_VARIABLE}.",
             )
     return folder

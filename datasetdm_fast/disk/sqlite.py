@@ -159,10 +159,10 @@ def _refusing(path: Path) -> Iterator[None]:
         if code == sqlite3.SQLITE_FULL:
             raise storage.refusal(OSError(errno.ENOSPC, ""), path) from error
         if code in _DISK:
-            remedy = "Check the disk, the folder and its permissions, then run the same line again."
+            remedy = "Check the disk, the folder and its permissions, then run the same command again."
             raise Missing(f"{path}: {error}", remedy) from error
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            remedy = "Wait for that process and run the same line again."
-            raise Missing(f"{path}: another process holds it ({error})", remedy) from error
+            remedy = "Wait for that process and run the same command again."
+            raise Missing(f"{path}: another process has locked it ({error})", remedy) from error
         remedy = "Restore the file from a copy, or choose another --out."
         raise Refused(f"{path}: not a readable ledger ({error})", remedy) from error

@@ -201,13 +201,11 @@ def forget(part: Path) -> None:
 def refusal(error: OSError, path: str | Path) -> Missing:
     """What a command says and does where the disk does not do its part."""
     if error.errno in _FULL:
-        return Missing(
-            f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped."
-        )
+        return Missing(f"{path}: the disk is full", "Free some space and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(
         f"{path}: {error.strerror or error}{alike}",
-        "Check the folder and its permissions, then run the same line again.",
+        "Check the folder and its permissions, then run the same command again.",
     )
 
 

@@ -48,7 +48,7 @@ def build_engine(
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
     """The record of an engine, and the value of each of its own options."""
     if name not in ENGINE_NAMES:
-        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "choose one of these with --engine")
+        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
     chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
     given = EngineSettings(**options)
     for kind in ENGINES.values():

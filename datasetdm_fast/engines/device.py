@@ -17,12 +17,12 @@ def resolve_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise Refused(
-            f"device: {name!r} is none of auto, cpu, cuda, cuda:N", "choose one of these with --device, such as cuda:0"
+            f"device: {name!r} is none of auto, cpu, cuda, cuda:N", "Choose one of these with --device, such as cuda:0."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Missing(
-            f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices",
-            "use --device cpu or --device auto",
+            f"device: {name} is not available, this machine has {torch.cuda.device_count()} CUDA devices",
+            "Use --device cpu or --device auto.",
         )
     return device
 

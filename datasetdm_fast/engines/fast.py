@@ -62,14 +62,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if name not in DTYPES:
-        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}", "choose one of these with --dtype")
+        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
     if name == "fp16" and device.type == "cpu":
         raise Refused(
             "dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
-            "use --dtype bf16 or --dtype fp32",
+            "Use --dtype bf16 or --dtype fp32.",
         )
     if name == "tf32" and device.type == "cpu":
-        raise Refused("dtype: a CPU has no TF32", "use --dtype bf16 or --dtype fp32")
+        raise Refused("dtype: a CPU has no TF32", "Use --dtype bf16 or --dtype fp32.")
     return name
 
 
@@ -507,7 +507,7 @@ class FastEngine:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "name a folder with that decoder: --decoder DIR",
+                "Name a folder with that decoder: --decoder DIR",
             )
         decoder = self._stored_decoders[task]
         own = capture.of(task) if isinstance(capture, ProjectedCapture) else capture

@@ -19,7 +19,7 @@ def choose(asked: str, visible: Sequence[str]) -> list[str]:
         if asked == "0" or not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
             raise Refused(
                 f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
-                "A list of one is written 3,",
+                "Write a list of one GPU with a comma, as 3,",
             )
         wanted = [int(word) for word in words]
     if not visible or max(wanted, default=0) >= len(visible):

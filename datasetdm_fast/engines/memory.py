@@ -93,6 +93,6 @@ def keep_freed() -> None:
 
 def _too_large(size: int) -> Missing:
     return Missing(
-        f"memory: the GPU could not take {size} image{'s' * (size > 1)} at once",
+        f"memory: the GPU does not have enough memory for {size} image{'s' * (size > 1)} at once",
         "Choose a smaller --batch-size or --size, or free its memory.",
     )

@@ -153,7 +153,7 @@ class TorchEngine:
         if dtype not in ("auto", "fp32"):
             raise Refused(
                 f"dtype: the torch engine is the fp32 reference and cannot run in {dtype}",
-                "use --dtype fp32, or another engine",
+                "Use --dtype fp32, or another engine.",
             )
         self.model, self.device = model, resolve_device(device)
         self.decoders = {task: decoder.to(self.device) for task, decoder in (decoders or {}).items()}
@@ -227,7 +227,7 @@ class TorchEngine:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "name a folder with that decoder: --decoder DIR",
+                "Name a folder with that decoder: --decoder DIR",
             )
         return self.decoders[task](capture, text)
 

@@ -39,7 +39,7 @@ ARMS = {"real": ("real",), "synthetic": ("run",), "both": ("real", "run")}  # na
 SELF = "-self"  # what the names of students end with that are taught again by labels of their own
 LARGEST_STATE = 2**24  # bytes of a JSON file in the folder
 LARGEST_WEIGHTS = 2**34  # bytes
-OTHER = "Choose another --out, or the settings it was begun with."
+OTHER = "Choose another --out, or the settings that it was started with."
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     if storage.is_there(path):
         before = _read(path)
         if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
-            raise Refused(f"--out {out}: its students have other settings ({', '.join(differing)})", OTHER)
+            raise Refused(f"--out {out}: its students were trained with other settings ({', '.join(differing)})", OTHER)
     elif any(path.name != ".lock" for path in out.iterdir()):
         raise Refused(f"--out {out}: the folder holds something else", "Choose another --out.")
     else:

@@ -118,8 +118,8 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     is_same = learn_from.removesuffix("[train]") == data.removesuffix("[train]")
     if not learn_from or is_same or _share_scenes(learn_from, data):
         raise Refused(
-            f"--data {data} names the images that judge, none are left to learn from",
-            "Name others with --learn-from ADDRESS.",
+            f"--data {data} names the images for scoring, so none are left to train on",
+            "Name training images with --learn-from ADDRESS.",
         )
     return learn_from
 

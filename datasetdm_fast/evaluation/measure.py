@@ -22,7 +22,7 @@ def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     `bootstrap` draws, `intervals` of [low, high] under the same keys, where there is one.
     """
     if not meter.count:
-        raise Refused("evaluate: no image has the truth to compare with", "Choose other data.")
+        raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
     drawn = {"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {}
     things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
     return meter.result() | things | drawn

@@ -29,7 +29,7 @@ def pairs(given: Sequence[str], sources: Iterable[LabelledSource]) -> dict[str, 
             continue
         if not equals or theirs not in names or not ours:
             raise Refused(
-                f"--class-names {pair}: expected theirs=ours, theirs a class of the data ({', '.join(names)})",
+                f"--class-names {pair}: expected theirs=ours, where theirs is a class of the data ({', '.join(names)})",
                 "Name one of them, or write auto.",
             )
         found[theirs] = ours

@@ -19,14 +19,14 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
 
     data: str = setting(
         "demo:500@900000",
-        "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several with "
-        "commas between them are judged one after the other",
+        "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several, "
+        "comma-separated, are evaluated one after the other",
         metavar="ADDRESS",
     )
     class_names: tuple[str, ...] = setting(
         (),
-        "other names for the classes of --data, each as theirs=ours, comma-separated; auto: where the decoder has "
-        "another word for one",
+        "other names for the classes of --data, each as theirs=ours, comma-separated; auto: where the decoder uses "
+        "another word for a class",
         metavar="LIST",
     )
     task: tuple[str, ...] = setting(
@@ -76,15 +76,16 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     weights: str = setting(
         "",
-        "local folder of transformers whose weights a --student begins with; default: none, from random ones",
+        "local folder of transformers from whose weights a --student starts; default: random weights",
         metavar="DIR",
     )
     only_synthetic: bool = setting(False, "train the --student on the images of --run alone")
     both: bool = setting(False, "train the --student only on real images together with those of --run")
     self_train: bool = setting(
-        False, "train a second --student on the labels that the first gives the images of --run; ignored pixels stay so"
+        False,
+        "train a second --student on the labels that the first gives the images of --run; ignored pixels stay ignored",
     )
-    tta: bool = setting(False, "a --student's answer is the mean over six scales and their mirror images")
+    tta: bool = setting(False, "a --student's prediction is the mean over six scales and their mirror images")
     real: int = setting(100, "real images for the student, the first of --learn-from", metavar="N")
     run: str = setting(
         "",
@@ -93,13 +94,12 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     size: int = setting(
         0,
-        "pixels of a side that a --student of transformers learns from and is shown, a multiple of 32; 0 = those of "
-        "the images of --run",
+        "image side in pixels for a --student of transformers, a multiple of 32; 0 = that of the images of --run",
         metavar="N",
     )
     out: str = setting(
         "",
-        "folder of students of transformers, their checkpoints and figures; the same line resumes; default: "
+        "folder of students of transformers, their checkpoints and figures; the same command resumes; default: "
         "runs/students",
         metavar="OUT",
         output="folder",
@@ -120,7 +120,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         named = [label for label in self.task if ":" in label]
         if named and (self.curve or self.student or self.run):
             raise Refused(
-                f"--task {named[0]}: --curve and --student teach networks of their own, which have no names",
+                f"--task {named[0]}: --curve and --student train networks of their own, which have no names",
                 f"Ask for {named[0].partition(':')[0]}.",
             )
         self._check_student()
@@ -143,9 +143,9 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 f"Name one of {', '.join(NETWORKS.names)}.",
             )
         if self.student_size and self.weights:
-            raise Refused("--student-size: the folder of --weights decides it", "Leave one of the two out.")
+            raise Refused("--student-size: the folder of --weights determines it", "Leave one of the two out.")
         if self.only_synthetic and self.both:
-            raise Refused("--only-synthetic and --both: one of the two", "Leave both out to compare real with both.")
+            raise Refused("--only-synthetic and --both cannot be combined", "Leave both out to compare real with both.")
         if self.student in NETWORKS and self.batch_size < 2:
             raise Refused(
                 f"--batch-size: {self.batch_size} is not at least 2, which a --student needs",

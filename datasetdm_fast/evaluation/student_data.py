@@ -109,7 +109,7 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> Studen
     if not rows:
         raise Refused(
             f"student: all of {len(read)} generated images are doubtful",
-            "Their gallery says why.",
+            "Their gallery shows why.",
         )
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
@@ -119,7 +119,7 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray,
     height, width = sample.image.shape[:2]
     if height % SIDE or height != width:
         raise Refused(
-            f"sample {sample.id}: {width} x {height} pixels are no square of {SIDE} times a number",
+            f"sample {sample.id}: {width} x {height} pixels, expected a square whose side is a multiple of {SIDE}",
             f"Generate with --size {SIDE} times a number, or splice with --resize.",
         )
     if not sample.trust.is_trusted:

@@ -54,7 +54,7 @@ def worth(
     vocabulary = student_data.vocabulary_of(learnt)
     if vocabulary.classes != student_data.vocabulary_of(judged).classes:
         raise Refused(
-            "--student: the images that teach and those that judge have other classes",
+            "--student: the training images and the images for scoring have different classes",
             "Choose --data and --learn-from of one data set.",
         )
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
     if find_spec("onnx") is None:
-        raise Missing("export: the library onnx is not installed", 'pip install "datasetdm-fast[ort]"')
+        raise Missing("export: the library onnx is not installed", "Install it with: pip install 'datasetdm-fast[ort]'")
     check_size(config.size)
     if config.to == "onnx":
         write_graphs(config)
@@ -41,9 +41,7 @@ def _check(config: ExportConfig) -> None:
     if config.list and config.prune:
         raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
     if config.cap_gb < 0:
-        raise Refused(
-            f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Name the gigabytes of plans that are to stay."
-        )
+        raise Refused(f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Give the gigabytes of plans to keep.")
     if config.steps < 0:
         raise Refused(f"--steps {config.steps}: expected 0 or more", "Leave it out for what the model was made for.")
     idle = {}

@@ -68,18 +68,18 @@ def _check_fp8(config: ExportConfig, flavour: flavours.Flavour, capabilities: tu
     if not config.prompts:
         raise Refused(
             "--precision fp8: is calibrated on your own prompts, and none were given",
-            "Add --prompts FILE with one prompt a line.",
+            "Add --prompts FILE with one prompt per line.",
         )
     if config.raw_capture:
         raise Refused(
-            "--precision fp8: features and maps themselves are there for parity, which eight bits do not have",
+            "--precision fp8: --raw-capture is for parity, which 8-bit precision does not have",
             "Drop --raw-capture.",
         )
     for capability in capabilities:
         if _number(capability) < FP8_FROM:
             able = ", ".join(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
             raise Refused(
-                f"--capability {capability}: has no eight-bit floats, which begin with sm{FP8_FROM}",
+                f"--capability {capability}: it has no 8-bit floats, which need at least sm{FP8_FROM}",
                 f"Name GPUs that have them: {able or 'sm89 and later'}.",
             )
     return capabilities or tuple(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
@@ -117,7 +117,7 @@ def list_plans(config: ExportConfig) -> None:
     if faulty:
         raise GateFailed(
             f"--list: {faulty} of {len(rows)} plans would not be used",
-            "Delete them with --prune; they are built anew when they are needed.",
+            "Delete them with --prune; they are rebuilt when they are needed.",
         )
 
 

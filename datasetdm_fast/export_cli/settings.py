@@ -42,7 +42,7 @@ class ExportConfig(ModelSettings, OutputSettings):
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
     prompts: str = setting(
         "",
-        "calibration prompts for --precision fp8: a prompt, or a UTF-8 file with one prompt a line",
+        "calibration prompts for --precision fp8: a prompt, or a UTF-8 file with one prompt per line",
         metavar="FILE|TEXT",
     )
     steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")
@@ -52,7 +52,7 @@ class ExportConfig(ModelSettings, OutputSettings):
     list: bool = setting(False, "show the plans of --out, or of the cache")
     prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
     cap_gb: float = setting(64.0, "gigabytes of plans that --prune keeps, most recently used first", metavar="GB")
-    json: bool = setting(False, "the manifest, or what plans there are, on stdout")
+    json: bool = setting(False, "the manifest, or the list of plans, as JSON on stdout")
 
     def told(self, line: str) -> None:
         """Prints a line of progress, unless all is to be quiet."""

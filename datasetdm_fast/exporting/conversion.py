@@ -82,7 +82,7 @@ def open_source(place: str | Path, settings: ExportSettings, chosen: frozenset[i
     path = run.path = run.copies.whole() if run.copies else run.path
     if settings.kept and read_kept(path) is None:
         raise Refused(
-            f"--kept: nothing of {path} was filtered",
+            f"--kept: {path} has not been filtered",
             f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
         )
     split = read_split(path)
@@ -115,7 +115,10 @@ def chosen_labels(run: Run, wanted: Sequence[str]) -> dict[str, str]:
     for task, kinds in TASKS.items():
         known = [name for kind in kinds for name in wanted or run.tasks if task_of_label(name) == kind]
         if len(known) > 1 and wanted:
-            raise Refused(f"--task: {known[0]} and {known[1]} are two labels for one place", "Name one of them.")
+            raise Refused(
+                f"--task: {known[0]} and {known[1]} cannot both be exported: a format has one place for such a label",
+                "Name one of them.",
+            )
         if known:
             found[task] = known[0]
     return found
@@ -154,7 +157,7 @@ class Conversion:
             if table["joints"] != people[0]["joints"]:
                 raise Refused(
                     f"{source.run.path}: its joints are not those of {self.sources[0].run.path}",
-                    "Convert them apart, or leave pose out with --task.",
+                    "Convert them separately, or leave pose out with --task.",
                 )
         person = self.renamed(PERSON)
         return {
@@ -182,7 +185,7 @@ class Conversion:
                         raise Refused(
                             f"{source.run.path}: sample {row.request.id} is for {part}, and one made of the same "
                             f"picture for {parts[name]}",
-                            "Merge the runs, then split what comes of it.",
+                            "Merge the runs, then split the result.",
                         )
                 count, last = count + 1, row.request.index
             self.runs.append({"name": source.run.path.resolve().name, "samples": count, "sha256": found.hexdigest()})

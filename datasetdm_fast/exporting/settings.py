@@ -53,11 +53,11 @@ class ExportSettings(CommandSettings):
     polygons: bool = setting(False, "coco and lvis: polygons instead of run lengths, where they are equivalent")
     parts: str = setting(
         "joined",
-        "yolo-seg: an instance of several parts is one line, its parts joined by lines of no width, or a line a part",
+        "yolo-seg: one line per instance, whose parts are joined by lines of zero width, or one line per part",
         choices=PARTS,
     )
     border: int = setting(0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N")
-    shard: int = setting(1000, "wds and hf-parquet: samples of a file", metavar="N")
+    shard: int = setting(1000, "wds and hf-parquet: samples per file", metavar="N")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
     dry_run: bool = dry_run_setting()
     threads: int = setting(0, "samples worked on at once, 0 = all cores", metavar="N", identity=False)

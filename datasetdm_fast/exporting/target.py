@@ -36,7 +36,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         documents.check_form(found, FORM)
     except ValueError as error:
-        raise Refused(f"{path}: not the description of an export ({error})", "Make the export anew.") from error
+        raise Refused(f"{path}: not the description of an export ({error})", "Export again.") from error
     if found["format"] != FORMAT:
         raise Refused(
             f"{path}: format {documents.quoted(found['format'])}, this version reads {FORMAT}",
@@ -52,7 +52,8 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
         inside = source.resolve()
         if real == inside or (inside in real.parents and real.relative_to(inside).parts[0] != "exports"):
             raise Refused(
-                f"--out {folder}: inside of the run folder {source}", f"Choose {source / 'exports'}, or another folder."
+                f"--out {folder}: it lies inside the run folder {source}",
+                f"Choose {source / 'exports'}, or another folder.",
             )
     try:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -63,7 +64,7 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
         return False
     if DOCUMENT not in names:
         raise Refused(
-            f"--out {folder}: not empty and no export, as it holds no {DOCUMENT}",
+            f"--out {folder}: it is not empty and not an export, because it has no {DOCUMENT}",
             "Choose another --out; nothing is ever overwritten.",
         )
     there = read_export(folder)

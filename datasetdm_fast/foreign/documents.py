@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         seen: set[str] = set()
         raise ValueError(
-            f"the key {quoted(next(key for key, _ in pairs if key in seen or seen.add(key)))} is there twice"
+            f"the key {quoted(next(key for key, _ in pairs if key in seen or seen.add(key)))} occurs twice"
         )
     return value
 
@@ -220,7 +220,7 @@ def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
         except ValueError as error:
             raise Refused(f"{path}: the member {error}", GET_AGAIN) from error
         if member.filename in seen:
-            raise Refused(f"{path}: the member {quoted(member.filename)} is there twice", GET_AGAIN)
+            raise Refused(f"{path}: the member {quoted(member.filename)} occurs twice", GET_AGAIN)
         if stat.S_ISLNK(member.external_attr >> 16):
             raise Refused(f"{path}: the member {quoted(member.filename)} is a link", GET_AGAIN)
         seen.add(member.filename)

@@ -46,7 +46,7 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, leas
             image.draft("RGB", (least_side, least_side))
         image.load()
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise Refused(f"{name}: not a whole image ({reason_of(error)})", GET_AGAIN) from error
+        raise Refused(f"{name}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
     return image
 
 
@@ -56,7 +56,7 @@ def sides_of(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return image.size
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise Refused(f"{path}: not a whole image ({reason_of(error)})", GET_AGAIN) from error
+        raise Refused(f"{path}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
 
 
 def check_png(data: bytes, *, may_go_on: bool = False) -> None:

@@ -51,7 +51,7 @@ class JsonStream:
         while self._at(place := self._space(place)) != "}" or seen:
             key, place = self._value(place)
             if not isinstance(key, str) or key in seen:
-                self._refuse(place, f"{documents.quoted(key)} is no key, or is there twice")
+                self._refuse(place, f"{documents.quoted(key)} is no key, or occurs twice")
             seen.add(key)
             place = self._space(self._expect(self._space(place), ":"))
             if self._at(place) == "[":

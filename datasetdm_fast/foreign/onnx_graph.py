@@ -45,7 +45,7 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
     for domain, operator in graph.nodes:
         if domain not in domains and domain not in graph.own:
             raise Refused(
-                f"{path}: the operator {quoted(operator)} of {quoted(domain)} is none of ours",
+                f"{path}: the operator {quoted(operator)} of {quoted(domain)} is not supported",
                 "Export the model without custom operators.",
             )
         if operator in NATIVE:
@@ -78,7 +78,8 @@ def _beside(path: Path, entry: Mapping[str, str]) -> Path:
         raise Refused(f"{path}: external data {quoted(location)} is not there ({error.strerror})", GET_AGAIN) from error
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         raise Refused(
-            f"{path}: external data {quoted(location)} is no file of its own", "Copy it, rather than linking it."
+            f"{path}: external data {quoted(location)} is not a regular file of its own",
+            "Copy the file instead of linking it.",
         )
     if offset < 0 or length < 0 or offset + length > found.st_size:
         raise Refused(

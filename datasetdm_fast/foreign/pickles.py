@@ -35,7 +35,7 @@ TRAINER = (
     "pytorch_lightning.",
     "lightning.",
 )  # whose leavings lie beside the weights of the original checkpoints; they are not needed
-CONVERT = "Convert it to .safetensors where you trust it, or get the .safetensors file of the same model."
+CONVERT = "If you trust it, convert it to .safetensors, or get the .safetensors file of the same model."
 
 
 def safe_copy(path: Path) -> Path:
@@ -69,7 +69,7 @@ def _check_beginning(path: Path) -> int:
         raise Refused(f"{path}: {size} bytes, at most {LARGEST_CHECKPOINT} are read", CONVERT)
     if not beginning.startswith(MAGIC):
         raise Refused(
-            f"{path} is truncated or no checkpoint, as it begins with neither an archive nor a pickle",
+            f"{path} is truncated or not a checkpoint, as it begins with neither an archive nor a pickle",
             documents.GET_AGAIN,
         )
     if beginning.startswith(b"PK"):
@@ -100,7 +100,7 @@ def _run(source: Path, target: Path, size: int) -> None:
         )
     except subprocess.TimeoutExpired:
         raise Refused(
-            f"{source}: reading it took longer than {4 * _seconds(size)} seconds, so it was given up", CONVERT
+            f"{source}: reading it took longer than {4 * _seconds(size)} seconds, so it was stopped", CONVERT
         ) from None
     except OSError as error:
         raise Missing(

@@ -24,18 +24,18 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(LARGEST_HEADER, size - 8):
             raise Refused(
-                f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})",
+                f"{path} is truncated or not a safetensors file (a header of {length} bytes in a file of {size})",
                 GET_AGAIN,
             )
         header = parse_json(file.read(length), f"{path}: its header")
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
         raise Refused(
-            f"{path} is truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)",
+            f"{path} is truncated or not a safetensors file (its header is no table of at most {MOST_TENSORS} tensors)",
             GET_AGAIN,
         )
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
-        raise Refused(f"{path}: its metadata is not made of texts", GET_AGAIN)
+        raise Refused(f"{path}: its metadata holds something other than texts", GET_AGAIN)
     found, ranges = {}, []
     for name, entry in header.items():
         kind, shape, begin, end = _tensor(entry, name, path)
@@ -48,7 +48,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         place = end
     if place != size - 8 - length:
         raise Refused(
-            f"{path} is truncated or no safetensors file ({size - 8 - length} bytes of data, the header tells of "
+            f"{path} is truncated or not a safetensors file ({size - 8 - length} bytes of data, the header tells of "
             f"{place})",
             GET_AGAIN,
         )
@@ -68,5 +68,5 @@ def _tensor(entry: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
     except (KeyError, TypeError, ValueError):
         holds = False
     if not holds:
-        raise Refused(f"{path}: the header's entry for {quoted(name)} does not hold together", GET_AGAIN)
+        raise Refused(f"{path}: the header's entry for {quoted(name)} is inconsistent", GET_AGAIN)
     return kind, shape, begin, end

@@ -49,7 +49,7 @@ def _label(text: str, name: str, labels: Sequence[str]) -> str:
         return labels[decoders.index(name)]
     known = [*labels, *filter(None, decoders)]
     raise Refused(
-        f"--combine {text!r}: {name} is no label of this run{nearest(name, known)}", f"It makes {', '.join(labels)}."
+        f"--combine {text!r}: {name} is not a label of this run{nearest(name, known)}", f"It makes {', '.join(labels)}."
     )
 
 

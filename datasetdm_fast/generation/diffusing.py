@@ -37,7 +37,7 @@ def listed(prompt: str | Sequence[str], negative: str | Sequence[str] | None) ->
     negatives = [negative or ""] * len(prompts) if isinstance(negative, str | None) else list(negative)
     if len(negatives) != len(prompts):
         raise Refused(
-            f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one a prompt."
+            f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."
         )
     return prompts, negatives
 
@@ -57,7 +57,7 @@ def drawn(
         return noise, [one.initial_seed() % 2**63] * count
     several = list(generator)
     if len(several) != count:
-        raise Refused(f"generator: {len(several)} were given for {count} prompts", "Give one, or one a prompt.")
+        raise Refused(f"generator: {len(several)} were given for {count} prompts", "Give one, or one per prompt.")
     parts = [torch.randn((1, *shape), generator=one, device=one.device).cpu() for one in several]
     return torch.cat(parts), [one.initial_seed() % 2**63 for one in several]
 

@@ -69,7 +69,7 @@ def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
         return config
     if "task" in given or whole[0] in LABELLER_KINDS.others:
         raise Refused(
-            f"--tiles: {whole[0]} is read from a picture as a whole, and a tile shows a part of it",
+            f"--tiles: {whole[0]} needs the whole picture, and a tile shows only a part of it",
             "Leave it out of --task and --labeller, or drop --tiles.",
         )
     return replace(config, task=tuple(task for task in config.task if task not in whole))
@@ -162,7 +162,7 @@ def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
     for text in given:
         if not (text.isdecimal() and int(text) < TRAINING_STEPS):
             raise Refused(
-                f"--timesteps: {documents.quoted(text)} is no whole number from 0 to {TRAINING_STEPS - 1}",
+                f"--timesteps: {documents.quoted(text)} is not a whole number from 0 to {TRAINING_STEPS - 1}",
                 "Write --timesteps 100,300,500.",
             )
     if not given:

@@ -194,19 +194,19 @@ def refill(config: RunConfig) -> None:
             )
         if dropped and counts_by_class(wanted):
             raise Refused(
-                f"--refill: {config.out} counts the samples of each class, so that none takes the place of another",
-                f"Bring them back with python -m datasetdm_fast.restore {config.out}, or choose another --out.",
+                f"--refill: {config.out} counts the samples of each class, so dropped ones cannot be replaced",
+                f"Restore them with python -m datasetdm_fast.restore {config.out}, or choose another --out.",
             )
         if dropped and "seeds" in stored["plan"]:
             raise Refused(
                 f"--refill: the prompts of {config.out} have seeds of their own, so that further images would repeat "
                 "the first ones",
-                "Append prompts at the end of their list, with a larger --number.",
+                "Add prompts at the end of the list, with a larger --number.",
             )
         if config.keep == "trusted" and any(row.trust is None for row in ledger.rows(parts=("trust",))):
             raise Refused(
-                f"{config.out}: its samples were made by a version that did not judge them",
-                "Make the run anew in another --out with --keep trusted.",
+                f"{config.out}: its samples were made by a version that did not record their trust",
+                "Make a new run in another --out with --keep trusted.",
             )
     if config.dry_run:
         return
@@ -323,7 +323,7 @@ def check_room(job: Job) -> None:
     if job.bytes_needed > free:
         raise Missing(
             f"{job.folder}: the run needs about {_megabytes(job.bytes_needed)} of disk, {_megabytes(free)} are free",
-            "Make room, choose another --out, or make fewer images.",
+            "Free some space, choose another --out, or make fewer images.",
         )
 
 
@@ -407,8 +407,8 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
     if differing and not (mixes and job.config.mixed == "verified"):
         alone = "Run generate once alone, in one process and with --limit 1: it compares the two engines. Then go on."
         raise Refused(
-            f"{job.folder}: holds a run of another configuration ({'; '.join(differing)})",
-            "Choose another --out, or give the flags it was started with."
+            f"{job.folder}: it holds a run with other settings ({'; '.join(differing)})",
+            "Choose another --out, or give the flags that it was started with."
             if job.config.mixed == "no" or "command" in stored
             else alone,
         )
@@ -442,7 +442,7 @@ def further(stored: Mapping[str, Any]) -> int:
 
 
 def check_rows(job: Job) -> None:
-    """Refuses a plan in which an image that the run folder holds would be another one."""
+    """Refuses a plan in which an image that the run folder holds would change."""
     if not (job.folder / LEDGER).exists():
         return
     with Ledger(job.folder / LEDGER, read_only=True) as ledger:
@@ -451,9 +451,8 @@ def check_rows(job: Job) -> None:
             if planned != row.request:
                 found = differences(asdict(row.request), asdict(planned))
                 raise Refused(
-                    f"{job.folder}: with these settings image {row.request.id} would be another one "
-                    f"({'; '.join(found)})",
-                    "Append prompts at the end of the list, which must have been at least as long as the run, or "
+                    f"{job.folder}: with these settings image {row.request.id} would change ({'; '.join(found)})",
+                    "Add prompts at the end of the list, which must have been at least as long as the run, or "
                     "choose another --out.",
                 )
 

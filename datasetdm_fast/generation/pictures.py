@@ -105,7 +105,9 @@ def open_pictures(folder: str, captions: str) -> Pictures:
     root = Path(folder)
     if not folder or not root.is_dir():
         alike = storage.named_alike(root) if folder and not root.exists() else ""
-        raise Refused(f"IMAGES: {documents.quoted(folder)} is no folder{alike}", "Name a folder of PNG or JPEG files.")
+        raise Refused(
+            f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", "Name a folder of PNG or JPEG files."
+        )
     paths = tuple(reading.listing(root, *reading.PICTURES))
     said: dict[str, str] = {}
     if captions:
@@ -114,6 +116,6 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             name = path.relative_to(root).as_posix()
             text = given.get(name, given.get(Path(name).with_suffix("").as_posix(), ""))
             if not isinstance(text, str):
-                raise Refused(f"{captions}: the caption of {name} is no text", 'Write {"a.jpg": "a dog on a sofa"}.')
+                raise Refused(f"{captions}: the caption of {name} is not a text", 'Write {"a.jpg": "a dog on a sofa"}.')
             said[name] = prompts.check_line(text, f"{captions}: {name}")
     return Pictures(root, paths, said)

@@ -141,7 +141,7 @@ def _read_folder(folder: Path, truncate: bool) -> tuple[GivenPrompt, ...]:
         for prompt in split_prompts(text, name, truncate=truncate) if text.strip() else ():
             found.append(prompt._replace(classes=classes, file=name))
     if not found:
-        raise Refused(f"{folder}: holds no prompt", "It needs files named CLASS.txt with one prompt a line.")
+        raise Refused(f"{folder}: holds no prompt", "It needs files named CLASS.txt with one prompt per line.")
     return tuple(found)
 
 
@@ -187,7 +187,7 @@ def read_prompts(given: str) -> tuple[str, str]:
         raise Refused(
             f"{path}: the prompt file cannot be read ({getattr(error.__cause__, 'strerror', '')})"
             f"{'' if path.exists() else storage.named_alike(path)}",
-            "Name a readable file with one prompt a line, or give the prompt itself.",
+            "Name a readable file with one prompt per line, or give the prompt itself.",
         ) from error
     try:
         return str(path), data.decode("utf-8-sig")
@@ -224,7 +224,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
         if prompt:
             lines.append(GivenPrompt(number, prompt))
     if not lines:
-        raise Refused(f"{name}: holds no prompt", "Write one prompt a line.")
+        raise Refused(f"{name}: holds no prompt", "Write one prompt per line.")
     return tuple(lines)
 
 

@@ -88,7 +88,7 @@ def make_recipe(
     table: ClassTable | None = None,
     **attention: Any,
 ) -> Recipe:
-    """The recipe of a run; zeros stand for what the model was made for. A `strength` below 1 leaves only the last calls
+    """The recipe of a run; 0 means what the model was made for. A `strength` below 1 leaves only the last calls
     of the schedule. `attention` are settings of class_prompts.
     """
     from datasetdm_fast.sampling import make_schedule

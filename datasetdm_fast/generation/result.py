@@ -51,12 +51,12 @@ class Result:
                 cause = f"fewer than {number} of {most} samples with {self.accept} of these classes: {each}"
                 raise GateFailed(f"{self.path}: {cause}", LOOK)
             is_what = "accepted" if self.accept else "trusted"
-            raise GateFailed(f"{self.path}: {self.done} of {most} samples are {is_what}, {number} were asked for", LOOK)
+            raise GateFailed(f"{self.path}: {self.done} of {most} samples are {is_what}, {number} were requested", LOOK)
         if self.set_aside:
             raise GateFailed(
-                f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not "
+                f"{self.path}: {self.set_aside} of {self.number} samples were quarantined because a value was not "
                 "finite",
-                "Their rows in state/ledger.sqlite say where; try another --dtype.",
+                "Their rows in state/ledger.sqlite give the reason; try another --dtype.",
             )
 
 

@@ -170,7 +170,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             for line in differences(stored["config"].get(name), identity(config, _NO_PROMPTS).get(name), name)
         )
         raise Refused(
-            f"{folder}: holds a run of another configuration ({told})",
+            f"{folder}: it holds a run with other settings ({told})",
             "Drop these flags: --only takes them from the run folder.",
         )
     engine, decoders = engine_of(settings, stored)

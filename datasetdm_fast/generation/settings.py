@@ -77,7 +77,8 @@ def check_settings(config: RunConfig) -> None:
     check_accept(config.accept)
     if config.most_tries != RunConfig.most_tries and not sets_aside(config.identity()):
         raise Refused(
-            f"--most-tries {config.most_tries}: no sample is set aside", "Add --accept COND or --keep trusted."
+            f"--most-tries {config.most_tries}: it has no effect, as no sample is set aside",
+            "Add --accept COND or --keep trusted.",
         )
     check_size(config.size)
     check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
@@ -137,7 +138,7 @@ def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
         if DECODER not in config.labeller:
             if decoded and "task" in given:
                 raise Refused(
-                    f"--labeller {named}: {decoded[0]} is read by a decoder",
+                    f"--labeller {named}: {decoded[0]} needs a decoder",
                     f"Write --labeller decoder,{named} for both, or drop --task.",
                 )
             decoded = ()

@@ -70,7 +70,7 @@ def parse(text: str, name: str) -> ClassTable:
     for column in ("name", "number"):
         given = [value for word in classes if (value := getattr(word, column)) is not None]
         if twice := next((value for k, value in enumerate(given) if value in given[:k]), None):
-            raise ValueError(f"the {column} {twice!r} is there twice")
+            raise ValueError(f"the {column} {twice!r} occurs twice")
     return ClassTable(name, tuple(classes), tuple(other))
 
 

@@ -160,7 +160,7 @@ def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes
         raise Refused(
             f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
             f"{folder}",
-            "raise --cache-gb, name another --cache-dir, or use --cache auto",
+            "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
         )
     return CachePlan(folder, size, budget, size <= budget)
 
@@ -207,15 +207,15 @@ def _made(
         except torch.OutOfMemoryError as error:
             if len(items[part]) == 1:
                 raise Missing(
-                    "memory: the GPU could not take the features and maps of one image",
+                    "memory: the GPU does not have enough memory for the features and maps of one image",
                     "Choose a smaller --size, or free its memory.",
                 ) from error
             batch_size = -(-len(items[part]) // 2)
     joined = np.concatenate(rows)
     if not np.isfinite(joined).all():
         raise Refused(
-            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values are beyond half precision",
-            "use --cache off, which keeps them in fp32",
+            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values exceed half precision",
+            "Use --cache off, which keeps them in fp32.",
         )
     return joined
 

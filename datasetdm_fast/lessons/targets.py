@@ -55,13 +55,13 @@ def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) ->
     taught = TASKS[task]
     if all(getattr(item, name) is None for name in taught.needs):
         raise Refused(
-            f"--data {spec}: item {item.id} has no {' and no '.join(taught.needs)}, which {task} is taught by",
-            "choose another --task, or other data",
+            f"--data {spec}: item {item.id} has no {' and no '.join(taught.needs)}, which {task} needs for training",
+            "Choose another --task, or other data.",
         )
     if taught.names and not getattr(source, taught.names):
         raise Refused(
             f"--data {spec}: the data set names no {taught.names}, which {task} needs",
-            "choose another --task, or other data",
+            "Choose another --task, or other data.",
         )
 
 
@@ -71,7 +71,7 @@ def check_shown(source: LabelledSource, task: str, spec: str) -> None:
     if not any(taught.is_shown(source, _arrays(source, item, task)) for item in source):
         wanted = taught.wanted.format(farthest=source.max_depth)
         raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {wanted}", "look at the labels and their numbers"
+            f"--data {spec}: none of {len(source)} images shows {wanted}", "Check the labels and their class numbers."
         )
 
 

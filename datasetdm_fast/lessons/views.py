@@ -93,6 +93,6 @@ def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[
     if is_asked and len(source.thing_classes) < 2:
         raise Refused(
             f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",
-            "leave Q12 out",
+            "Leave Q12 out.",
         )
     return frozenset(quirks)

@@ -34,7 +34,7 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
         )
     if not allow_download:
         raise Refused(
-            f"model: {name!r} is no folder here{alike}, and as a name on the model hub it would have to be downloaded",
-            "add --allow-download, or give a local folder",
+            f"model: {name!r} is not a folder here{alike}, and as a name on the hub it would have to be downloaded",
+            "Add --allow-download, or give a local folder.",
         )
     return load_folder(downloaded(name), size=size, name=name)

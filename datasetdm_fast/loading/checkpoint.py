@@ -34,7 +34,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     except (SafetensorError, KeyError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise Refused(
-            f"{path}: not a checkpoint ({first})", "delete it to train from the start, or restore it from a copy"
+            f"{path}: not a checkpoint ({first})", "Delete it to train from the start, or restore it from a copy."
         ) from error
 
 

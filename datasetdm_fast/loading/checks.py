@@ -17,10 +17,10 @@ SUPPORTED = (
     "supported are Stable Diffusion 1.x and 2.x text-to-image models, as a diffusers folder or one .safetensors or "
     ".ckpt file"
 )
-ANOTHER = "name such a model with --model"
-ADAPTER = "name its base model with --model, and the LoRA with --lora"
-DAMAGED = "get the model's files again and compare their checksums, or name another with --model"
-SCHEDULE = "mend the model's scheduler_config.json, or get that file again"
+ANOTHER = "Name such a model with --model."
+ADAPTER = "Name its base model with --model, and the LoRA with --lora."
+DAMAGED = "Get the model's files again and compare their checksums, or name another with --model."
+SCHEDULE = "Correct the model's scheduler_config.json, or get that file again."
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
@@ -55,7 +55,7 @@ def check_size(size: int) -> None:
     if size <= 0 or size % 64:
         raise Refused(
             f"size: {size} is not a positive multiple of 64, which the four levels of the model need",
-            f"try --size {max(round(size / 64), 1) * 64}; 0 takes what the model was made for",
+            f"Try --size {max(round(size / 64), 1) * 64}; 0 takes what the model was made for.",
         )
 
 
@@ -64,7 +64,7 @@ def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise Refused(
                 f"model: {name}.{key} holds NaN or infinite values, so the weights are damaged",
-                "get the file again and compare its checksum",
+                "Get the file again and compare its checksum.",
             )
 
 
@@ -94,7 +94,7 @@ def check_unet(config: Mapping, source: Path) -> None:
         kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth-to-image model"}.get(
             channels, "another kind of model"
         )
-        raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}, {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}; {SUPPORTED}", ANOTHER)
     wanted = {
         "_class_name": "UNet2DConditionModel",
         "out_channels": 4,
@@ -115,17 +115,17 @@ def check_unet(config: Mapping, source: Path) -> None:
         found = config.get(key, value)
         if found != value:
             raise Refused(
-                f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected, {SUPPORTED}", ANOTHER
+                f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected; {SUPPORTED}", ANOTHER
             )
     depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
     if depth not in (1, [1] * 4):
         raise Refused(
-            f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected, {SUPPORTED}",
+            f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected; {SUPPORTED}",
             ANOTHER,
         )
     if not isinstance(layers, int):
         raise Refused(
-            f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected, {SUPPORTED}",
+            f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected; {SUPPORTED}",
             ANOTHER,
         )
 
@@ -135,14 +135,14 @@ def check_vae(config: Mapping, source: Path) -> None:
     if kind != "AutoencoderKL" or channels != 4:
         raise Refused(
             f"model: {source}: the vae is a {kind} with {channels} latent channels where AutoencoderKL with 4 is "
-            f"expected, {SUPPORTED}",
+            f"expected; {SUPPORTED}",
             ANOTHER,
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if factor != FACTOR:
         raise Refused(
             f"model: {source}: the vae makes one latent cell of {factor} x {factor} pixels where {FACTOR} x {FACTOR} "
-            f"is expected, {SUPPORTED}",
+            f"is expected; {SUPPORTED}",
             ANOTHER,
         )
 
@@ -173,7 +173,7 @@ def check_scheduler(config: Mapping, source: Path) -> None:
     if "beta_schedule" not in config and config.get("trained_betas") is None:
         raise Refused(
             f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is "
-            f"of another kind, {SUPPORTED}",
+            f"of another kind; {SUPPORTED}",
             ANOTHER,
         )
 
@@ -185,10 +185,10 @@ def check_readable(file: Path) -> None:
             beginning = opened.read(40)
     except OSError as error:
         raise Refused(
-            f"model: {file} cannot be read ({error.strerror})", "check that the file is there and that you may read it"
+            f"model: {file} cannot be read ({error.strerror})", "Check that the file is there and that you may read it."
         ) from error
     if beginning.startswith(b"version https://git-lfs"):
-        raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
+        raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "Run git lfs pull in that folder.")
     if file.suffix == ".safetensors":
         tensors.check_safetensors(file)
 

@@ -39,7 +39,7 @@ from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
-MATCHING = "take config.json and weights from the same model"
+MATCHING = "Take config.json and weights from the same model."
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 
 
@@ -71,7 +71,7 @@ def load_folder(
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise Refused(
             f"model: {folder}: the UNet's sample_size is {documents.quoted(side)}, expected a number up to "
-            f"{LARGEST_SIDE}, {SUPPORTED}",
+            f"{LARGEST_SIDE}; {SUPPORTED}",
             ANOTHER,
         )
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
@@ -92,23 +92,23 @@ class _Weights:
 def _folder_configs(folder: Path) -> dict[str, dict]:
     """The configs of the parts of a folder that looks like a supported pipeline."""
     if not any(folder.iterdir()):
-        raise Refused(f"model: {folder} is an empty folder, {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {folder} is an empty folder; {SUPPORTED}", ANOTHER)
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
     if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
-        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders); {SUPPORTED}", ANOTHER)
     if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
         raise Refused(
-            f"model: {folder} holds a LoRA, which only changes another model, {SUPPORTED}",
+            f"model: {folder} holds a LoRA, which only changes another model; {SUPPORTED}",
             ADAPTER,
         )
     if not any((folder / part).exists() for part in PARTS):
         raise Refused(
-            f"model: {folder} has none of the parts {', '.join(PARTS)}, {SUPPORTED}",
-            "name the folder that holds them with --model",
+            f"model: {folder} has none of the parts {', '.join(PARTS)}; {SUPPORTED}",
+            "Name the folder that holds them with --model.",
         )
     if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
-        raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {folder} holds a {pipeline}; {SUPPORTED}", ANOTHER)
     names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     places = {part: folder / part / names.get(part, "config.json") for part in PARTS}
     has_schedule = (folder / "scheduler").exists()
@@ -117,7 +117,7 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
             raise Refused(
                 f"model: {folder} has no {part} ({part}/{place.name} is missing), and every part is needed: "
                 f"{', '.join(PARTS)}",
-                f"add the folder {part} of the same model",
+                f"Add the folder {part} of the same model.",
             )
     read = {part: read_config(place) for part, place in places.items() if part != "scheduler" or has_schedule}
     return read if has_schedule else read | {"scheduler": _usual_schedule(folder, read["unet"])}
@@ -128,7 +128,7 @@ def _usual_schedule(folder: Path, unet: Mapping) -> dict[str, Any]:
     if unet.get("use_linear_projection"):
         raise Refused(
             f"model: {folder} has no scheduler, and models like Stable Diffusion 2.x were trained with several",
-            "add the folder scheduler of the same model",
+            "Add the folder scheduler of the same model.",
         )
     print(f"model: {folder} has no scheduler, so the schedule of Stable Diffusion 1.x is taken", file=sys.stderr)
     return dict(SD_SCHEDULER)
@@ -143,7 +143,7 @@ def _making_sense(source: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise Refused(
-            f"model: {source}: its configs make no sense ({type(error).__name__}: {first_line(error)})", DAMAGED
+            f"model: {source}: its configs are inconsistent ({type(error).__name__}: {first_line(error)})", DAMAGED
         ) from error
 
 
@@ -165,7 +165,7 @@ def _weight_files(part: Path) -> _Weights:
                     return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(
         f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files",
-        "add the weight files of the same model",
+        "Add the weight files of the same model.",
     )
 
 
@@ -175,7 +175,7 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(read_config(index)["weight_map"].values()))
         return [index.parent / documents.check_inside(name) for name in names]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f"model: {index} is no index of weight files ({first_line(error)})", DAMAGED) from error
+        raise Refused(f"model: {index} is not an index of weight files ({first_line(error)})", DAMAGED) from error
 
 
 def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> Network:
@@ -265,5 +265,5 @@ def downloaded(name: str) -> Path:
     except Exception as error:
         raise Missing(
             f"model: {name} could not be downloaded ({first_line(error)})",
-            "check the name, the connection and your access, or give a local folder",
+            "Check the name, the connection and your access, or give a local folder.",
         ) from error

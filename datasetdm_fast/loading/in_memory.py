@@ -29,11 +29,11 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
     if absent := [name for name, part in parts.items() if part is None]:
         raise Refused(
-            f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}, {SUPPORTED}",
+            f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}; {SUPPORTED}",
             "Give a StableDiffusionPipeline.",
         )
     if getattr(pipe, "text_encoder_2", None) is not None:
-        raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders, {SUPPORTED}", "Give another one.")
+        raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders; {SUPPORTED}", "Give another one.")
     origin = f"a {type(pipe).__name__} in memory"
     unet = {key: list(value) if isinstance(value, tuple) else value for key, value in pipe.unet.config.items()}
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}

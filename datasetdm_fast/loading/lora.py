@@ -55,7 +55,10 @@ def parse(text: str) -> tuple[Path, float]:
     except ValueError:
         return Path(text), 1.0
     if not abs(scale) <= LARGEST_SCALE:
-        raise Refused(f"--lora {text}: the scale is {number}, expected a number up to {LARGEST_SCALE:g}", "Mend it.")
+        raise Refused(
+            f"--lora {text}: the scale is {number}, expected a number up to {LARGEST_SCALE:g}",
+            "Write FILE:0.8 for a scale of 0.8.",
+        )
     return Path(name), scale
 
 
@@ -84,7 +87,7 @@ def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dic
         ending = next((one for one in ENDINGS if key.endswith(one)), None)
         start = next((one for one in NETWORKS if key.startswith(one)), None)
         if ending is None or start is None:
-            raise Refused(f"--lora {path}: {documents.quoted(key)} is no tensor of a low-rank adapter", FORM)
+            raise Refused(f"--lora {path}: {documents.quoted(key)} is not a tensor of a low-rank adapter", FORM)
         layer = key[len(start) : len(key) - len(ending)].replace(".processor.", ".")
         found[NETWORKS[start], layer][ENDINGS[ending]] = value
     if not found:

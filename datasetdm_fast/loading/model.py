@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-TOGETHER = "take every part from the same model"
+TOGETHER = "Take every part from the same model."
 NETWORKS = ("text_encoder", "unet", "vae")
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler",

@@ -91,7 +91,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
                 "modelspec.license", UNKNOWN_LICENCE
             )
     if path.suffix != ".ckpt":
-        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {SUPPORTED}", ANOTHER)
     check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
 
@@ -120,7 +120,7 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     }
     for kind, marks in signs.items():
         if any(mark in key for key in state for mark in marks):
-            raise Refused(f"model: {path} holds {kind}, {SUPPORTED}", ADAPTER if kind == LORA else ANOTHER)
+            raise Refused(f"model: {path} holds {kind}; {SUPPORTED}", ADAPTER if kind == LORA else ANOTHER)
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
             found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"

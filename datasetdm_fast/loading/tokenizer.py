@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     ):
         raise Refused(
             f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json",
-            f"put these files of the model there, or those of {VOCABULARY}",
+            f"Put these files of the model there, or those of {VOCABULARY}.",
         )
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
         tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
@@ -126,7 +126,7 @@ def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPT
     if len(tokenizer) < BYTES:  # without files transformers hands back a tokenizer of two entries
         raise Missing(
             f"model: {path} holds no vocabulary, and neither {beside} nor the local hub cache has one",
-            f"put vocab.json and merges.txt of {VOCABULARY} into {beside}, or add --allow-download",
+            f"Put vocab.json and merges.txt of {VOCABULARY} into {beside}, or add --allow-download.",
         )
     if is_second:
         tokenizer.pad_token = "!"  # SD 2.x pads with id 0

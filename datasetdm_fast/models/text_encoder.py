@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
         if config.hidden_act not in ACTIVATIONS:
             raise Refused(
                 f"text encoder: its activation is {config.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}",
-                "name another model with --model",
+                "Name another model with --model.",
             )
         state, prefix = module.state_dict(), "text_model."
         weights = Weights(state, prefix if any(name.startswith(prefix) for name in state) else "")

@@ -74,7 +74,8 @@ class Replies:
                 self.known[row["request"]] = str(row["reply"]), str(row["problem"])
             except (ValueError, TypeError, KeyError):
                 raise Refused(
-                    f"{self.path}: a line of it is no stored reply", "Delete the file to ask the language model again."
+                    f"{self.path}: one of its lines is not a stored reply",
+                    "Delete the file to ask the language model again.",
                 ) from None
 
     def __call__(self, text: str) -> str:
@@ -227,7 +228,7 @@ def check_url(url: str, key: str) -> str:
         raise Refused(f"--llm-url {one_line(url)}: not the address of an endpoint", "Write https://HOST/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise Refused(
-            "--llm-url: holds a name, a password or a query",
+            "--llm-url: it contains a user name, a password or a query",
             f"Write https://HOST/v1 and set {KEY_VARIABLES[0]} in the environment.",
         )
     if key and parts.scheme == "http" and not _is_loopback(host):
@@ -282,7 +283,7 @@ class Endpoint:
         shown = problem.replace(self.key, "***") if self.key else problem
         raise Missing(
             f"--llm-url {self.url}: {shown}",
-            "Check address, model and key, then run the same line again; replies that came are kept.",
+            "Check address, model and key, then run the same command again; the replies so far are kept.",
         )
 
     def _fetched(self, text: str) -> bytes:
@@ -379,5 +380,5 @@ class Program:
     def _failed(self, how: str) -> Missing:
         return Missing(
             f"--llm-command {self.arguments[0]}: {how}",
-            "Try the program by hand, then run the same line again; replies that came are kept.",
+            "Try the program by hand, then run the same command again; the replies so far are kept.",
         )

@@ -106,7 +106,7 @@ def open_data(
         known = (*WORLDS, *READERS.names)
         if not rest and Path(spec).expanduser().is_dir():
             raise Refused(
-                f"--data {spec}: which kind of data lies in this folder is not said",
+                f"--data {spec}: the kind of this data set is missing",
                 f"Write folder:{spec} for images/ with masks/ or depth/, run:{spec} for a run; kinds: "
                 f"{', '.join(known)}.",
             )
@@ -115,10 +115,10 @@ def open_data(
             f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
         )
     if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
-        raise Refused(f"--data {spec}: no truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
+        raise Refused(f"--data {spec}: no ground truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
     if not len(source):
         raise Refused(
-            f"--data {spec}: no image has truth for {', '.join(tasks or source.tasks)}",
+            f"--data {spec}: no image has ground truth for {', '.join(tasks or source.tasks)}",
             "Name other data, or another task.",
         )
     source.skip_bad, source.framing = skip_bad, framing

@@ -39,7 +39,7 @@ class Annotations:
                 if key == "images":
                     documents.check_form(value, IMAGE_FORM)
                     if value["id"] in self.images:
-                        raise ValueError(f"the id {value['id']} is there twice")
+                        raise ValueError(f"the id {value['id']} occurs twice")
                     self.images[value["id"]] = {
                         name: value[name] for name in ("file_name", "coco_url", "height", "width") if name in value
                     }
@@ -74,7 +74,7 @@ class Annotations:
     def _add_category(self, value: Any) -> None:
         documents.check_form(value, {"id": int, "name": str})
         if value["id"] in self.categories or value["name"] in self.categories.values():
-            raise ValueError(f"the category {documents.quoted(value['name'])} is there twice")
+            raise ValueError(f"the category {documents.quoted(value['name'])} occurs twice")
         self.categories[value["id"]] = value["name"]
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
@@ -84,7 +84,7 @@ class Annotations:
         """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
-            raise reading.bad(self.path, f"the annotation id {twice[0]} is there twice")
+            raise reading.bad(self.path, f"the annotation id {twice[0]} occurs twice")
         known = np.isin(self.rows["category"], list(self.categories))
         for row in np.flatnonzero(~known):
             self.bad[int(self.rows["image"][row])] = (

@@ -68,7 +68,5 @@ def read(kind: str, rest: str, size: int) -> DemoWorld:
         raise Refused(f"--data {kind}:{rest}: expected {kind}:COUNT@FIRST_SEED", f"For example {kind}:500@900000.")
     count, first = int(match[1]), int(match[2] or 0)
     if owner := owner_of(range(first, first + count)):
-        raise Refused(
-            f"--data {kind}:{rest}: some of these seeds are those of {owner}", "Take others, for example 900000."
-        )
+        raise Refused(f"--data {kind}:{rest}: some of these seeds belong to {owner}", "Use others, for example 900000.")
     return DemoWorld(count, first, size, WORLDS[kind])

@@ -55,5 +55,5 @@ class Folder(PictureSource):
         if caption is None:
             caption = self.caption(labels)
         if not isinstance(caption, str):
-            raise reading.bad(self.path / "captions.json", f"the caption of {name} is no text")
+            raise reading.bad(self.path / "captions.json", f"the caption of {name} is not a text")
         return Picture(name, image, caption, labels, depth=depth)

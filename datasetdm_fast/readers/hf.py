@@ -120,7 +120,7 @@ class HuggingFace(PictureSource):
         if caption is None:
             caption = self.caption(labels)
         if not isinstance(caption, str):
-            raise reading.bad(self.name(record), "its caption is no text")
+            raise reading.bad(self.name(record), "its caption is not a text")
         lists = self._things(row, record, image.shape) | self._people(row, record)
         return Picture(f"{record:08d}", image, caption, labels, depth=depth, **lists)
 

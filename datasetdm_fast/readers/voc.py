@@ -40,7 +40,7 @@ class Voc(PictureSource):
         self.ids = [_id(line) for line in reading.lines(self.list)]
         if len(set(self.ids)) < len(self.ids):
             raise reading.bad(
-                self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice"
+                self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} occurs twice"
             )
         self.maps = reading.first_there(*(path / name for name in maps))
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()

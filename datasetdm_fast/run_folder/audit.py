@@ -76,7 +76,7 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
         )
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(
-            f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder",
+            f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder",
             "Name a run folder, or an export of convert.",
         )
     if (folder / seal.ELSEWHERE).exists():
@@ -179,7 +179,9 @@ def _told_of(error: Exception, folder: Path, name: str) -> str:
 
 
 def _restore(folder: Path) -> str:
-    return f"Restore {LEDGER} from a copy, or make the run anew in another folder: the same line gives the same bytes."
+    return (
+        f"Restore {LEDGER} from a copy, or make the run again in another folder: the same command gives the same bytes."
+    )
 
 
 def _again(folder: Path, document: Mapping[str, Any], id: str) -> str:

@@ -45,7 +45,7 @@ DECODER_FORM = {"digest": str, "licence": str}
 
 
 def read_document(folder: Path) -> dict[str, Any] | None:
-    """run.json, or None where `folder` is no run folder yet; a folder that holds anything else is refused."""
+    """run.json, or None where `folder` is not a run folder yet; a folder that holds anything else is refused."""
     path = folder / DOCUMENT
     try:
         if folder.exists() and not folder.is_dir():
@@ -56,7 +56,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
                 inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()
             ):
                 raise Refused(
-                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder",
+                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
                     "Choose another --out; nothing is ever overwritten.",
                 )
             return None
@@ -66,7 +66,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         raise
     except ValueError as error:  # a NUL byte
         raise Refused(
-            f"--out {documents.quoted(str(folder))}: no possible name of a folder ({error})", "Choose another --out."
+            f"--out {documents.quoted(str(folder))}: not a valid folder name ({error})", "Choose another --out."
         ) from error
     try:
         document = documents.read_object(path)
@@ -90,7 +90,7 @@ def described(folder: Path) -> dict[str, Any]:
     document = read_document(folder)
     if document is None:
         alike = "" if folder.exists() else storage.named_alike(folder)
-        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder{alike}", "Name the folder of a run.")
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is not a run folder{alike}", "Name the folder of a run.")
     return document
 
 
@@ -188,8 +188,8 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
     ]
     if found:
         raise Refused(
-            f"{folder}: holds a run of another configuration ({'; '.join(found)})",
-            "Choose another --out, or give the flags it was started with.",
+            f"{folder}: it holds a run with other settings ({'; '.join(found)})",
+            "Choose another --out, or give the flags that it was started with.",
         )
 
 

@@ -43,7 +43,7 @@ Publish = Callable[
 class RunFolder(AbstractContextManager):
     """A run folder open for writing, held for this process until `close`.
 
-    For a member, another process holds it for all; `journal` is how their ledger is kept.
+    For a member, another process has locked it for all; `journal` is how their ledger is kept.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class RunFolder(AbstractContextManager):
             other.append("labels in the ledger")
         if other:
             raise GateFailed(
-                f"sample {row.request.id}: made again it differs from the run folder in {', '.join(other)}; nothing "
+                f"sample {row.request.id}: made again, it differs from the run folder in {', '.join(other)}; nothing "
                 "was written",
-                "Compare versions and device with run.json: the same bytes need the same ones.",
+                "Compare versions and device with run.json: only the same ones give the same bytes.",
             )
         damaged = {
             name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]

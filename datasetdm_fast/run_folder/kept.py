@@ -47,6 +47,6 @@ def read_kept(folder: Path) -> Kept | None:
         )
     except ValueError as error:
         raise Refused(
-            f"{path}: not what a filter decided ({error})",
+            f"{path}: not a valid filter file ({error})",
             f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again.",
         ) from error

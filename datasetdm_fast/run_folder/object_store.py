@@ -76,7 +76,7 @@ def check(config: RunConfig) -> None:
         there = f"at {documents.quoted(noted)}" if noted else "in the folder itself"
         raise Refused(
             f"--store {config.store or 'not given'}: the samples of {folder} are {there}",
-            "Give what it was begun with, or choose another --out.",
+            "Give the one that it was started with, or choose another --out.",
         )
 
 
@@ -94,7 +94,7 @@ class ObjectStore:
         try:
             self.files, self.root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise Missing(f"{url}: {error}", "Install that, for a cluster on every machine of it.") from error
+            raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
             raise Refused(
                 f"{documents.quoted(url)}: {type(error).__name__}: {error}",
@@ -102,7 +102,7 @@ class ObjectStore:
             ) from error
         if "memory" in self._protocols:
             raise Refused(
-                f"{url}: every process has a memory of its own",
+                f"{url}: processes do not share memory",
                 "Name a folder that all machines reach, such as s3://bucket/run.",
             )
 
@@ -122,7 +122,7 @@ class ObjectStore:
         except Exception as error:  # a store has errors of its own beside those of a disk
             raise Missing(
                 f"{self.url}: {type(error).__name__}: {error}",
-                "Check the address and the credentials, then run the same line again.",
+                "Check the address and the credentials, then run the same command again.",
             ) from error
 
     def require_bucket(self, *, is_made: bool) -> None:
@@ -151,8 +151,8 @@ class ObjectStore:
             short = [name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)]
         if short:
             raise Missing(
-                f"{self.url}/{short[0]}: not all of it is there",
-                "Run the same line again: it goes on where it stopped.",
+                f"{self.url}/{short[0]}: it is incomplete",
+                "Run the same command again: it resumes.",
             )
         return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
 
@@ -300,13 +300,13 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
     else:
         is_other = folder.exists() and any(folder.iterdir())
     if is_other:
-        raise Refused(f"{folder}: holds something else than {store.url}", "Choose another --out.")
+        raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
     sizes, free = store.sizes(), storage.free_bytes(folder.absolute())
     left = sum(size for name, size in sizes.items() if not (folder / name).exists())
     if left > free:
         raise Missing(
             f"{folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
-            "Make room, or choose another --out.",
+            "Free some space, or choose another --out.",
         )
     storage.publish({begun: store.url.encode()})
     on_begin(len(sizes))
@@ -317,7 +317,7 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
 def unfinished(url: str) -> Refused:
     """What a command says of a URL where no finished run is."""
     return Refused(
-        f"{url}: holds no {DOCUMENT}, so it is no finished run",
+        f"{url}: holds no {DOCUMENT}, so it is not a finished run",
         "Check the address; of a run in progress name the folder that its --out names.",
     )
 

@@ -35,7 +35,9 @@ def supervision_dataset(samples: Iterable[ReadSample], tables: Tables) -> Any:
     try:
         import supervision
     except ImportError as error:
-        raise Missing("to_supervision: supervision is not installed", "pip install supervision") from error
+        raise Missing(
+            "to_supervision: supervision is not installed", "Install it with: pip install supervision"
+        ) from error
     label = next((one for one in tables if task_of_label(one) == "instance"), None)
     if label is None:
         raise Refused(f"to_supervision: no instances, the run has {', '.join(tables)}", "Make a run with instances.")
@@ -63,7 +65,7 @@ def fiftyone_dataset(samples: Iterable[ReadSample], tables: Tables, name: str | 
     try:
         import fiftyone
     except ImportError as error:
-        raise Missing("to_fiftyone: fiftyone is not installed", "pip install fiftyone") from error
+        raise Missing("to_fiftyone: fiftyone is not installed", "Install it with: pip install fiftyone") from error
     data = fiftyone.Dataset(name)
     data.add_samples([fiftyone_sample(fiftyone, sample, tables) for sample in samples])
     return data

@@ -162,9 +162,7 @@ class Run(AbstractContextManager["Run"]):
             alike = "" if self.path.exists() else storage.named_alike(self.path)
             raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
-            raise Refused(
-                f"{self.path}: holds no {LEDGER}", "Run generate with its flags once more: it goes on where it stopped."
-            )
+            raise Refused(f"{self.path}: holds no {LEDGER}", "Run generate with its flags again: it resumes.")
         self.document: dict[str, Any] = document
         self._ledger: Ledger | None = None
         self._owner = os.getpid()

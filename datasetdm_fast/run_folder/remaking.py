@@ -16,7 +16,7 @@ def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]
     """
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():
-        raise Refused(f"--only {id}: {folder} is no run folder", "Name the folder with --out.")
+        raise Refused(f"--only {id}: {folder} is not a run folder", "Name the folder with --out.")
     if stored.get("command", "") != command:
         raise Refused(
             f"--only {id}: {folder} was not made by {command or 'generate'}",
@@ -26,6 +26,6 @@ def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]
         row = ledger.row(int(id)) if id.isdecimal() and len(id) <= LONGEST_ID else None
     if row is None:
         raise Refused(
-            f"--only {id}: no sample of {folder} has this id", "Ids are those of samples.jsonl, for example 00000003."
+            f"--only {id}: no sample of {folder} has this id", "Use an id from samples.jsonl, for example 00000003."
         )
     return stored, row

@@ -61,7 +61,7 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
     document = described(folder)
     if not (folder / LEDGER).exists():
-        raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same line again.")
+        raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
     if not is_shown and is_held(folder):

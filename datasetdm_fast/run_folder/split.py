@@ -51,7 +51,7 @@ def read_split(folder: Path) -> Split | None:
         return Split(value["seed"], value["by_source"], parts)
     except ValueError as error:
         raise Refused(
-            f"{path}: not how a run is split ({error})",
+            f"{path}: not a valid split file ({error})",
             f"Run python -m datasetdm_fast.split {folder} --undo, then split again.",
         ) from error
 

@@ -140,8 +140,8 @@ class _Reader:
         name = self.next("word", "a score")
         if name not in self.known:
             raise Refused(
-                f"{self.flag}: {documents.quoted(name)} is no score{nearest(name, self.known)}",
-                f"Scores that it may name: {', '.join(self.known)}.",
+                f"{self.flag}: {documents.quoted(name)} is not a score{nearest(name, self.known)}",
+                f"It can use these scores: {', '.join(self.known)}.",
             )
         sign = self.next("sign", "a comparison such as >=")
         if sign not in OPERATORS:

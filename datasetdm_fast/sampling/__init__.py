@@ -21,9 +21,9 @@ def make_schedule(
     makes one call more.
     """
     if sampler not in SAMPLERS:
-        raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}", "choose one of these with --sampler")
+        raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}", "Choose one of these with --sampler.")
     if profile not in PROFILES:
-        raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}", "choose one of these with --profile")
+        raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}", "Choose one of these with --profile.")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise Refused(
@@ -36,7 +36,7 @@ def make_schedule(
         raise Refused(
             f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this "
             "model",
-            "choose another --steps",
+            "Choose another --steps.",
         )
     times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
     shift = chosen.shifts.get(profile, 0)

@@ -82,6 +82,6 @@ def capture_timestep(configs: Mapping[str, Any]) -> int:
         raise Refused(
             f"decoders: trained at different timesteps ({', '.join(f'{label} {t}' for label, t in named.items())}), "
             "one capture cannot serve them",
-            "run them apart",
+            "Run them separately.",
         )
     return next(iter(named.values()))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 
-ANOTHER = "name another model with --model"
-SPACING = "put one of these into the model's scheduler_config.json"
+ANOTHER = "Name another model with --model."
+SPACING = "Put one of these into the model's scheduler_config.json."
 
 
 def alphas_cumprod(scheduler: Mapping) -> Tensor:
@@ -92,6 +92,6 @@ def check_times(times: np.ndarray, count: int) -> list[int]:
         raise Refused(
             f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "
             "fewer",
-            "choose a smaller --steps",
+            "Choose a smaller --steps.",
         )
     return [int(time) for time in times]

@@ -69,12 +69,12 @@ def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         documents.check_form(before, FORM)
     except ValueError as error:
         raise Refused(
-            f"{folder}/training/{NAME}: not what a training writes ({error})", "choose another --out"
+            f"{folder}/training/{NAME}: not a file of a training ({error})", "Choose another --out."
         ) from None
     if said := changes(before["items"], now["items"]):
         raise Refused(
-            f"--out: {folder} was taught from other data: {said}",
-            "restore the data, or choose another --out for a training on the data as they are",
+            f"--out: {folder} was trained on other data: {said}",
+            "Restore the data, or choose another --out for a training on the data as they are.",
         )
 
 

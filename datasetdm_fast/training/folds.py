@@ -40,7 +40,7 @@ def count_of(session: TrainingSession) -> int:
         is_wanted = not held_out.are_enough(held) and images >= held_out.LEAST_IMAGES
         return held_out.FOLDS if is_wanted else 0
     if int(asked) > images:
-        raise Refused(f"--folds: {asked} folds of {images} images", "ask for no more folds than there are images")
+        raise Refused(f"--folds: {asked} folds of {images} images", "Ask for no more folds than there are images.")
     return int(asked)
 
 
@@ -53,7 +53,7 @@ def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int)
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
         min(found, key=len).extend(members[group])
     if not all(found):
-        raise Refused(f"--folds: {folds} folds of {len(members)} pictures", "ask for no more folds than pictures")
+        raise Refused(f"--folds: {folds} folds of {len(members)} pictures", "Ask for no more folds than pictures.")
     return [sorted(fold) for fold in found]
 
 

@@ -137,7 +137,7 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             views = -(-self.schedule.batch_size // self.schedule.parts)
             raise Missing(
-                f"memory: the GPU could not take {views} view{'s' * (views > 1)} at once",
+                f"memory: the GPU does not have enough memory for {views} view{'s' * (views > 1)} at once",
                 "Raise --accumulate or choose a smaller --batch-size, with another --out; or free its memory.",
             ) from error
 
@@ -199,7 +199,7 @@ class Trainer:
         if not math.isfinite(value):
             raise GateFailed(
                 f"{self.decoder.config.task}: the loss of step {step} is {value}",
-                "lower --rate, or use --dtype fp32",
+                "Lower --rate, or use --dtype fp32.",
             )
         return value
 

@@ -59,7 +59,7 @@ def joined(device: str) -> tuple[Ranks, str]:
         return SOLO, device
     is_cuda = resolve_device(device).type == "cuda"
     if not dist.is_available():
-        raise Missing("torchrun: this torch was built without torch.distributed", "run the command without torchrun")
+        raise Missing("torchrun: this torch was built without torch.distributed", "Run the command without torchrun.")
     device = f"cuda:{_own_gpu()}" if is_cuda else "cpu"
     if is_cuda:
         torch.cuda.set_device(device)
@@ -74,7 +74,7 @@ def _own_gpu() -> int:
     if number >= count:
         raise Missing(
             f"torchrun: process {number} of this machine has no GPU of its own, there are {count}",
-            f"start no more than {count} processes a machine, or use --device cpu",
+            f"Start no more than {count} processes per machine, or use --device cpu.",
         )
     return number
 

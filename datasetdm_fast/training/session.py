@@ -101,7 +101,7 @@ class TrainingSession:
         if schedule.batch_size < self.ranks.world:
             raise Refused(
                 f"--batch-size: {schedule.batch_size} views cannot be shared by {self.ranks.world} processes",
-                "start fewer, or raise --batch-size",
+                "Start fewer, or raise --batch-size.",
             )
         return recipes.TrainingRecipe(decoder, schedule), words
 
@@ -252,9 +252,9 @@ class TrainingSession:
         are_kept = bool(json.loads(storage.read(path, 2**16))["are_kept"])
         if self.config.cache != "auto" and are_kept != plan.is_stored:
             raise Refused(
-                f"--cache {self.config.cache}: {folder} was begun with captures "
+                f"--cache {self.config.cache}: {folder} was started with captures "
                 f"{'kept on the disk' if are_kept else 'made anew at every step'}",
-                "leave --cache out, or choose another --out",
+                "Leave --cache out, or choose another --out.",
             )
         return replace(plan, is_stored=are_kept)
 
@@ -271,7 +271,7 @@ def _check_apart(config: TrainConfig) -> None:
         if not has_begun and is_read(config.data, folder):
             raise Refused(
                 f"--out: {folder} lies in the data, {config.data}, where a decoder's files can be taken for labels",
-                "choose an --out beside the data",
+                "Choose an --out beside the data.",
             )
 
 
@@ -314,7 +314,7 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
     if not 1 <= count <= len(source):
         raise Refused(
             f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has",
-            "choose another number, or data with more images",
+            "Choose another number, or data with more images.",
         )
     learnt, _ = split(source, range(count), held_out, config.seed)
     session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
@@ -339,7 +339,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
         if not len(source):
             raise Refused(
                 f"--data {config.data}: none of {count} images can be read; {next(iter(source.skipped.values()))}",
-                "mend the files, or name other data",
+                "Repair the files, or name other data.",
             )
     for task in config.task:
         check_truth(source, source[0], task, config.data)
@@ -349,7 +349,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     if config.timestep >= steps:
         raise Refused(
             f"--timestep: {config.timestep} is not one of the model's {steps}",
-            f"give a number from 0 to {steps - 1}, or -1 for the model's default",
+            f"Give a number from 0 to {steps - 1}, or -1 for the model's default.",
         )
     is_auto = config.engine == "torch" or (config.engine in ("auto", "fast") and config.device != "cpu")
     engine = build_engine(config.engine, model, {}, dtype="auto" if is_auto else "fp32", device=config.device)

@@ -119,13 +119,13 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     by_name: str = setting(
         "auto",
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
-        "for demo scenes, and where the captions are made of the labels",
+        "for demo scenes, and where the captions are made from the labels",
         choices=("auto", "yes", "no"),
     )
     by_word: str = setting(
         "auto",
-        "tell things apart by the attention to the words that name them, beside the decoder's own answer; auto: with "
-        "--by-name, where at least 20 masks of training images show that the attention can",
+        "tell things apart by the attention to the words that name them, in addition to the decoder's prediction; "
+        "auto: with --by-name, where at least 20 masks of training images show that the attention can",
         choices=("auto", "no"),
     )
     timestep: int = setting(
@@ -161,7 +161,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
     dtype: str = setting(
         "auto",
-        "precision of training; auto: bf16 on a GPU that multiplies in it, else fp32",
+        "precision of training; auto: bf16 on a GPU that supports it in hardware, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N")
@@ -174,7 +174,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise Refused(
-                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"give {bound} or more"
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"Give {bound} or more."
                 )
         if not 0 <= self.held_out <= 0.5:
             raise Refused(
@@ -186,4 +186,4 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 "--folds 5 trains five more decoders; auto does so where few images are held out",
             )
         if not self.out.strip():
-            raise Refused("--out: no folder named", "give the folder the decoders are to be written to")
+            raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")

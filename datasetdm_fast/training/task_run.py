@@ -92,7 +92,7 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     path, settings = folder / "training" / "settings.json", _flat(plan.settings)
     if not storage.is_there(path):
         if (folder / "config.json").exists():
-            raise Refused(f"--out: {folder} holds a decoder that was not trained there", "choose another --out")
+            raise Refused(f"--out: {folder} holds a decoder that was not trained there", "Choose another --out.")
         return None
     before = _flat(read_state(path))
     if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
@@ -102,7 +102,7 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
         )
         raise Refused(
             f"--out: {folder} was trained with other settings ({said})",
-            "choose another --out, or the settings it was begun with",
+            "Choose another --out, or the settings that it was started with.",
         )
     if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
         data_record.check(folder, read_state(data, data_record.LARGEST_RECORD), plan.data)
@@ -130,9 +130,9 @@ def read_state(path: Path, most: int = LARGEST_STATE) -> dict:
     try:
         found = json.loads(storage.read(path, most))
     except ValueError as error:
-        raise Refused(f"{path}: not JSON ({error})", "choose another --out, or restore it from a copy") from None
+        raise Refused(f"{path}: not JSON ({error})", "Choose another --out, or restore it from a copy.") from None
     if not isinstance(found, dict):
-        raise Refused(f"{path}: holds no settings", "choose another --out, or restore it from a copy")
+        raise Refused(f"{path}: holds no settings", "Choose another --out, or restore it from a copy.")
     return found
 
 
@@ -191,7 +191,7 @@ class _StartedTraining:
             first = str(error).splitlines()[0]
             raise Refused(
                 f"{training.state / checkpoint.NAME}: not the state of this training ({first})",
-                "delete it to train from the start",
+                "Delete it to train from the start.",
             ) from error
         self.numbers |= numbers["journey"]
         self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}

@@ -12,7 +12,7 @@ from datasetdm_fast.truth.labelled import LabelledSource
 
 LARGEST_IMAGE_LIST = 16 * 2**20  # bytes
 BETWEEN = "', '"  # paths of a Python list that was cut up by hand, as DatasetDM's COCO lists were
-EXPECTED = "Write one path a line, or a Python list of paths."
+EXPECTED = "Write one path per line, or a Python list of paths."
 
 
 def read_image_list(path: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.labels.class_tables import ClassTable
 
 IGNORED = 255
-MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
+MEND = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
 
 
 @dataclass(frozen=True)

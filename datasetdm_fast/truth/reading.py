@@ -76,7 +76,7 @@ def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Im
         if stored.size == upright.size:
             raise Refused(
                 f"{path}: its EXIF data turns it, and whether {labels.name} is turned too cannot be told from its size",
-                "Save the picture the way its labels lie, without EXIF data, or pass --skip-bad to go on without it.",
+                "Save the picture in the orientation of its labels, or pass --skip-bad to continue without it.",
             )
         return upright if images.read_image(labels, most_pixels=MOST_PIXELS).size == upright.size else stored
 

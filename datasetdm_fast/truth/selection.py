@@ -69,7 +69,7 @@ class DataSettings:
     )
     images: str = setting(
         "",
-        "the only images to take: a file with one path or id a line, or a Python list of them as DatasetDM published",
+        "the only images to take: a file with one path or id per line, or a Python list of them as DatasetDM published",
         metavar="FILE",
     )
     limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
@@ -87,7 +87,7 @@ class DataSettings:
             if getattr(self, name) < 0:
                 raise Refused(
                     f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0",
-                    "Give a number, or 0 for what --select says, else all.",
+                    "Give a number, or 0 for the selection of --select, or else all.",
                 )
         changes = {
             "per_class": self.limit_per_class,

@@ -32,7 +32,7 @@ def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
             raise Refused(f"--gpus {config.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
         workers = int(config.gpus) if config.gpus.isdecimal() else gpus
         if not workers:
-            raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may bring up: --gpus N")
+            raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may start: --gpus N")
         return Pool(workers, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)))
     workers = config.ranks or len(hosts)
     threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
@@ -70,7 +70,7 @@ def places(config: RunConfig) -> list[Place]:
 def _check_one_of_two(config: RunConfig) -> None:
     if config.gpus and config.ranks:
         both = f"--gpus {config.gpus} --ranks {config.ranks}"
-        raise Refused(f"{both}: there is one process a GPU", "Give one of the two.")
+        raise Refused(f"{both}: both set the number of processes, and there is one per GPU", "Give one of the two.")
 
 
 def share_of_cores(ranks: int) -> int:

@@ -35,12 +35,12 @@ def address_of(text: str) -> str | None:
     port = int(found[2] or PORT) if found else 0
     if not 0 < port < 2**16:
         raise Refused(
-            f"--cluster {text}: {named!r} is no address of a Ray cluster",
+            f"--cluster {text}: {named!r} is not the address of a Ray cluster",
             "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.",
         )
     if port == CLIENT_PORT:
         raise Refused(
-            f"--cluster {text}: {port} is the port of Ray's client, which is no part of this",
+            f"--cluster {text}: {port} is the port of Ray's client, which this package does not use",
             f"Name the head's own port, {PORT} as a rule.",
         )
     return f"{found[1]}:{port}"
@@ -64,7 +64,9 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     try:
         import ray
     except ImportError as error:
-        raise Missing(f"--cluster {config.cluster}: {error}", "pip install datasetdm_fast[ray]") from error
+        raise Missing(
+            f"--cluster {config.cluster}: {error}", "Install it with: pip install 'datasetdm-fast[ray]'"
+        ) from error
     own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
     options = {} if address else {**own, "_node_ip_address": "127.0.0.1"}
     try:
@@ -79,7 +81,7 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     except ray.exceptions.RayError as error:
         raise Missing(
             f"{config.out}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
-            "Run the same line again: it goes on where it stopped.",
+            "Run the same command again: it resumes.",
         ) from error
     finally:
         ray.shutdown()

@@ -33,7 +33,7 @@ from datasetdm_fast.workers.ray_worker import Coordinator, RayWorker, RayWorkerS
 from datasetdm_fast.workers.spawn import Rank, Supervisor
 from datasetdm_fast.workers.worker import Callbacks
 
-NOTHING_HERE = "Install it on every machine of the cluster: pip install datasetdm_fast[ray]"
+NOTHING_HERE = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
 
 
 def run(config: RunConfig, callbacks: Callbacks) -> Result:

@@ -145,7 +145,7 @@ class Supervisor(ABC):
             words = "; ".join(dict.fromkeys(rank.last_words for rank in self.ranks))
             raise Missing(
                 f"{self.out}: every process of the run ended {MOST_DEATHS} times in a row ({words})",
-                "Mend that and run the same line again: it goes on where it stopped.",
+                "Fix that and run the same command again: it resumes.",
             )
         for rank in self.ranks:
             if not rank.process and rank.deaths < MOST_DEATHS and time.monotonic() >= rank.next_start:

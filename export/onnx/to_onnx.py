@@ -89,7 +89,7 @@ def chosen_stages(
     names = ["encode_text", "denoise", *captures, "decode_image", "encode_image", *map(annotate_name, decoders)]
     for name in only or ():
         if name not in names:
-            raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "choose from these")
+            raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "Choose from these.")
     return tuple(name for name in names if only is None or name in only)
 
 
@@ -122,14 +122,14 @@ def label_of(stage: str) -> str:
 
 def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
     if precision not in PRECISIONS:
-        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}", "choose one of these")
+        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}", "Choose one of these.")
     if runtime not in OPERATIONS:
-        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "choose one of these")
+        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "Choose one of these.")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
-                f"{task} decoder: its spectral norms move with every image, which a graph cannot do",
-                "load it without strict=True",
+                f"{task} decoder: its spectral norms change with every image, which a graph cannot express",
+                "Load it without strict=True.",
             )
 
 

@@ -67,9 +67,7 @@ def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
         else:
             return Flavour(flavour, version, _cuda_of(MODULES[flavour]))
     if broken:
-        raise Missing(
-            f"{asker}: {'; '.join(broken)}; {driver()}", "Install it anew: its libraries are packages of their own."
-        )
+        raise Missing(f"{asker}: {'; '.join(broken)}; {driver()}", "Reinstall it: its libraries are separate packages.")
     names = " nor ".join(MODULES[flavour] for flavour in tried)
     said = f"neither the module {names} is installed" if len(tried) > 1 else f"the module {names} is not installed"
     raise Missing(f"{asker}: {said}; {driver()}", INSTALL[_fitting(gpu_capabilities()) if name == "auto" else name])

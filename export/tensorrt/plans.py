@@ -114,7 +114,7 @@ class PlanFolder:
         except FileNotFoundError:
             return None
         except Unusable as refusal:
-            self.tell(f"{refusal}; it is not loaded but built anew")
+            self.tell(f"{refusal}; it is not loaded but rebuilt")
             return None
         with suppress(OSError):  # a folder of others may be read-only
             os.utime(plan.path)

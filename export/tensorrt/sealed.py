@@ -96,7 +96,7 @@ def _read_key(path: Path) -> bytes:
     try:
         state = os.fstat(handle)
         mode = stat.S_IMODE(state.st_mode)
-        remedy = f"Delete {path}: a new key is made, and plans sealed with the old one are built anew."
+        remedy = f"Delete {path}: a new key is made, and plans sealed with the old one are rebuilt."
         faults = {
             "is not a regular file of this user's": not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid(),
             f"has the permissions {mode:04o}, expected 0600": mode & 0o077,

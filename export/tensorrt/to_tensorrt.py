@@ -147,7 +147,7 @@ def _check_space(folder: Path, weights: int) -> None:
     if free < needed:
         raise Missing(
             f"{folder}: a plan needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
-            "Make room, or choose another folder.",
+            "Free some space, or choose another folder.",
         )
 
 
@@ -157,7 +157,9 @@ def _checked_graph(folder: Path, manifest: Manifest, stage: str) -> Path:
     """
     for name in (manifest.stages[stage].file, manifest.stages[stage].data):
         if name and storage.sha256_of(folder / name) != manifest.files[name].sha256:
-            raise Refused(f"{folder / name}: not the graph its manifest tells of", "Export the model again.")
+            raise Refused(
+                f"{folder / name}: the graph is not the one that its manifest describes", "Export the model again."
+            )
     return manifest.graph(folder, stage)
 
 

@@ -32,12 +32,12 @@ DEMO = Demo()
 SCRIPTS = {**GENERATORS, DEMO.name: DEMO, **TRAINERS, **SPLICERS, **SHOWERS}
 GONE = {  # names that a reader of DatasetDM may try -> why they are not there, and what is
     "train": (
-        "train.py teaches a decoder that no generator of DatasetDM reads",
-        "Take one of the other trainers, such as train_semantic_voc.",
+        "train.py trains a decoder that no generator of DatasetDM reads",
+        "Use one of the other trainers, such as train_semantic_voc.",
     ),
     "evaluation_Cityscapes": (
         "DatasetDM's script/evaluation.sh names this script, but DatasetDM lacks it",
-        "python -m datasetdm_fast.evaluate measures labels.",
+        "Use python -m datasetdm_fast.evaluate to measure labels.",
     ),
 }
 
@@ -195,7 +195,9 @@ def _make_again(arguments: Sequence[str]) -> int:
         documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
         script = (GENERATORS | {DEMO.name: DEMO})[stored["line"]["script"]]
     except (ValueError, KeyError) as error:
-        raise Refused(f"--out {folder}: no run of this command", "Name the folder .run of an output.") from error
+        raise Refused(
+            f"--out {folder}: not a run of this command", "Name the folder .run of an output folder."
+        ) from error
     flags = {flag.name: flag.default for flag in script.flags}
     kept = flags | {name: value for name, value in stored["line"]["values"].items() if name in flags}
     plan = planned(script, Line(script.name, kept | {"outdir": str(folder.resolve().parent)}, frozenset()))

@@ -15,7 +15,7 @@ from datasetdm_fast.foreign import documents
 LARGEST_SCRIPT = 2**20  # bytes
 LARGEST_PROMPTS = 2**26
 FUNCTION = "sub_processor"  # of a generator's process
-AGAIN = "Take the file from a checkout of DatasetDM again."
+AGAIN = "Get the file again from a checkout of DatasetDM."
 
 
 def present(path: Path, what: str, remedy: str) -> Path:
@@ -81,7 +81,7 @@ class Script:
             elif isinstance(inner, ast.Constant) and not argument:
                 found.append(inner.value)
         if not found or not isinstance(found[-1], str) or (argument and found[-1].count("{}") != 1):
-            raise Refused(f"{self.path}: {FUNCTION} makes no prompt out of {argument or 'a text alone'}", AGAIN)
+            raise Refused(f"{self.path}: {FUNCTION} builds no prompt from {argument or 'a text alone'}", AGAIN)
         return found[-1]
 
     def _plain(self, node: ast.expr) -> Any:
@@ -118,7 +118,7 @@ def prompt_lines(path: Path) -> list[str]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of DatasetDM's configurations."""
-    present(path, "--config", "Name one of the checkout's config folder, or leave --config out.")
+    present(path, "--config", "Name a file of the checkout's config folder, or leave --config out.")
     found = documents.read_yaml(path)
     if not isinstance(found, dict):
         raise Refused(f"{path}: holds a {type(found).__name__}, expected sections of settings", "Name another file.")

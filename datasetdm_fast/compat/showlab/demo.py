@@ -58,7 +58,7 @@ class Demo:
         """What a line asks for; all of DatasetDM's processes draw the same seeds and write the same files."""
         counts, word = check_counts(line, "number_data"), line["open_word"].strip()
         if not word:
-            raise Refused("--open_word: it is empty", "Name a thing.")
+            raise Refused("--open_word: it is empty", "Give the word to look for.")
         count = sum(share for process, share in counts.shares(whole=line["all"]) if process in (0, counts.processes))
         generator = random.Random(line["seed"])
         seeds = dict.fromkeys(generator.randint(1, LARGEST_SEED) for _ in range(count))

@@ -48,7 +48,7 @@ class ScriptParser(argparse.ArgumentParser):
     """A parser that refuses in one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise Refused(f"{self.prog}: {message.removeprefix('argument ')}", f"run `{self.prog} --help` for the flags")
+        raise Refused(f"{self.prog}: {message.removeprefix('argument ')}", f"Run `{self.prog} --help` for the flags.")
 
 
 def read_line(
@@ -90,7 +90,7 @@ def _spelled(argument: str) -> str:
 
 
 def _refuse(word: str, script: str, prog: str, known: Sequence[str], others: Mapping[str, Collection]) -> NoReturn:
-    remedy = f"run `{prog} --help` for the flags"
+    remedy = f"Run `{prog} --help` for the flags."
     if not word.startswith("-"):
         raise Refused(f"{prog}: unexpected argument {word!r}, every setting is a flag", remedy)
     name = word.lstrip("-")

@@ -65,7 +65,10 @@ class Order:
         """The same as settings of a run; --strict takes the reference engine, whose decoders can move."""
         line, strict = self.line, self.line["strict"]
         if strict and line["engine"] not in ("auto", "torch"):
-            raise Refused(f"--strict: the engine is {line['engine']}, and only torch can do it", "Drop one of the two.")
+            raise Refused(
+                f"--strict: the engine is {line['engine']}, and only the engine torch supports it",
+                "Drop --strict or --engine.",
+            )
         return RunConfig(
             model=model_of(line),
             decoder=",".join(f"{kind}:{path}" for kind, path in self.checkpoints.values()),
@@ -96,7 +99,7 @@ def check_counts(line: Line, count: str) -> prompts.Counts:
             raise Refused(f"--{name} {line[name]}: expected a number of 1 or more", "Choose another number.")
     if line["thread_num"] > line[count]:
         raise Refused(
-            f"--thread_num {line['thread_num']}: --{count} {line[count]} leaves no image to most of so many processes",
+            f"--thread_num {line['thread_num']}: --{count} {line[count]} gives too few images for that many processes",
             f"Give a --thread_num of at most {line[count]}.",
         )
     return prompts.Counts(line[count], line["thread_num"])
@@ -164,5 +167,5 @@ def _settings(line: Line) -> dict[str, Any]:
             try:
                 documents.check_form(values[name], float, f"{section}.{name}")
             except ValueError as error:
-                raise Refused(f"--config {path}: {error}", "Name one of the checkout's config folder.") from error
+                raise Refused(f"--config {path}: {error}", "Name a file of the checkout's config folder.") from error
     return values

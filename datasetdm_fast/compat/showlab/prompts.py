@@ -27,13 +27,13 @@ class PromptTexts:
         try:
             path = self.folder / documents.check_inside(f"{name}.txt")
         except ValueError as error:
-            raise Refused(f"--prompt_root {self.folder}: {error}", "Name the classes otherwise.") from error
+            raise Refused(f"--prompt_root {self.folder}: {error}", "Give the class another name.") from error
         if storage.is_there(path):
             return prompt_lines(path)
         if must and storage.is_there(self.folder):
             raise Refused(
                 f"--prompt_root {self.folder}: it has no {path.name}{storage.named_alike(path)}",
-                "Add the file: one prompt a line.",
+                "Add this file, with one prompt per line.",
             )
         return prompt_lines(path) if must else []
 
@@ -112,7 +112,7 @@ def mixed(lines: Sequence[str], template: str) -> Draw:
 def chosen(lines: Sequence[str], sentence: str) -> Draw:
     """One of the lines, put into a sentence."""
     if not lines:
-        raise Refused("prompts: their files hold no line", "Write one prompt a line.")
+        raise Refused("prompts: the prompt files contain no line", "Write one prompt per line.")
     return lambda generator: sentence.format(generator.choice(lines))
 
 

@@ -78,7 +78,7 @@ def _contours(pixels: np.ndarray, label: Path) -> Image.Image:
                 masks.append(drawing.filled(pixels.shape[:2], list(map(int, numbers))))
                 classes.append(int(name))
         except ValueError as error:
-            raise Refused(f"{label}: {documents.quoted(text)} is no contour", "Make the file again.") from error
+            raise Refused(f"{label}: {documents.quoted(text)} is not a contour", "Generate the file again.") from error
     return masked(pixels, np.array(masks, bool).reshape(-1, *pixels.shape[:2]), np.array(classes, int))
 
 
@@ -101,7 +101,7 @@ def show(shower: Shower, line: Line) -> tuple[Path, int]:
     source, out = (line.root / HOLDER / line[name] for name in ("input_root", "out_root"))
     present(source / "Image", "--input_root", "Generate the images first.")
     if out.resolve() == (source / "Image").resolve():
-        raise Refused(f"--out_root {line['out_root']}: it holds the images themselves", "Name another folder.")
+        raise Refused(f"--out_root {line['out_root']}: the images themselves are there", "Name another folder.")
     pairs = [
         (path, source / shower.folder / f"{path.stem}{shower.suffix}") for path in (source / "Image").glob("*.jpg")
     ]

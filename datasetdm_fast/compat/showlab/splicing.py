@@ -27,11 +27,11 @@ LARGEST_TEXT = 2**24  # bytes of contours of one image
 FLAGS = (
     Flag("input_root", "./config/", help="folder in DataDiffusion with the images", is_optional=True),
     Flag("out_root", None, help="folder in DataDiffusion to write"),
-    Flag("thread_num", 7, "whole", "jobs that are done: two images, 2 x 2, 3 x 3, 5 x 5, 6 x 6, 7 x 7, 8 x 8"),
+    Flag("thread_num", 7, "whole", "number of jobs to do: two images, 2 x 2, 3 x 3, 5 x 5, 6 x 6, 7 x 7, 8 x 8"),
     Flag("root", ".", help="checkout of DatasetDM, which holds DataDiffusion"),
     Flag("seed", 0, "whole", "seed of the choice of images"),
-    Flag("fixed", False, "switch", "mend: no id twice, masks of one channel, all jobs whatever --thread_num says"),
-    Flag("limit", 0, "whole", "stop after N new pictures; the same line resumes"),
+    Flag("fixed", False, "switch", "correct: no id twice, masks of one channel, all jobs whatever --thread_num is"),
+    Flag("limit", 0, "whole", "stop after N new pictures; the same command resumes"),
     Flag("quiet", False, "switch", "say nothing on stderr"),
 )
 
@@ -99,7 +99,7 @@ def splice(splicer: Splicer, line: Line, is_stopping: Callable[[], bool]) -> tup
     source, out = (line.root / HOLDER / line[name] for name in ("input_root", "out_root"))
     present(source / "Image", "--input_root", "Generate the images first.")
     if source.resolve() == out.resolve():
-        raise Refused(f"--out_root {line['out_root']}: it is --input_root", "Name another folder.")
+        raise Refused(f"--out_root {line['out_root']}: it is the same folder as --input_root", "Name another folder.")
     stems = sorted(
         path.stem for path in (source / "Image").glob("*.jpg") if _label(splicer, source, path.stem).is_file()
     )
@@ -131,7 +131,7 @@ def _begin(out: Path, plan: dict) -> None:
     path = out / PLAN
     if storage.is_there(path):
         if documents.read_object(path) != plan:
-            raise Refused(f"--out_root {out}: it holds pictures of another line", "Choose another --out_root.")
+            raise Refused(f"--out_root {out}: it holds pictures of another command", "Choose another --out_root.")
     elif out.is_dir() and any(not storage.is_temporary(inside) for inside in out.iterdir()):
         raise Refused(f"--out_root {out}: it holds other files, and nothing is overwritten", "Choose another.")
     else:
@@ -158,7 +158,7 @@ def _joined(each: Tiles, read: Callable[[str], np.ndarray]) -> np.ndarray:
     try:
         return np.concatenate([np.concatenate([read(stem) for stem in stems], 1) for stems in each.stems])
     except ValueError as error:
-        raise Refused(f"splicing_{each.id}: its sources have several sizes", "Splice images of one size.") from error
+        raise Refused(f"splicing_{each.id}: its sources have different sizes", "Splice images of one size.") from error
 
 
 def _read(path: Path) -> Image.Image:
@@ -171,5 +171,5 @@ def _moved(text: str, column: int, row: int, path: Path) -> str:
     try:
         places = np.array(numbers, int).reshape(-1, 2) + (SIDE * column, SIDE * row)
     except ValueError as error:
-        raise Refused(f"{path}: {documents.quoted(text)} is no contour", "Make the file again.") from error
+        raise Refused(f"{path}: {documents.quoted(text)} is not a contour", "Generate the file again.") from error
     return f"{','.join(map(str, places.reshape(-1).tolist()))},{name},{score}\n"

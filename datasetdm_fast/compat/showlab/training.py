@@ -15,7 +15,7 @@ from datasetdm_fast.foreign import documents
 CHECKPOINT = "latest_checkpoint.pth"
 RUN = ".train"  # of a checkpoint's folder: what `train` writes
 FLAGS = (
-    Flag("config", "./config/", "path", "its configuration: which data set, and for VOC which split", True, True),
+    Flag("config", "./config/", "path", "its configuration: data set, and for VOC the split", True, True),
     Flag("seed", 42, "whole", "seed of weights, noise and order"),
     Flag("batch_size", 1, "whole", has_effect=False),
     Flag("image_limitation", 5, "whole", "labelled images, of each class where there are classes"),
@@ -127,7 +127,7 @@ def _data_of(trainer: TrainingScript, line: Line) -> str:
     try:
         documents.check_form(found, {"dataset": str}, "DATASETS")
     except ValueError as error:
-        raise Refused(f"--config {path}: {error}", "Name one of the checkout's config folder.") from error
+        raise Refused(f"--config {path}: {error}", "Name a file of the checkout's config folder.") from error
     name = _one_of(trainer, f"--config {path}: DATASETS.dataset", found["dataset"])
     return f"{name}{_split(found)}" if name == "VOC" else name
 
@@ -141,7 +141,7 @@ def _one_of(trainer: TrainingScript, where: str, name: str) -> str:
         raise Refused(
             f"{where} is {documents.quoted(name)}, and {trainer.name} takes {' or '.join(trainer.data)}"
             f"{nearest(name, trainer.data)}",
-            "Name the data set, or take its own script.",
+            "Name one of these, or use the script of that data set.",
         )
     return name
 

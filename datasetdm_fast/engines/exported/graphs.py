@@ -131,7 +131,7 @@ class GraphEngine:
             raise Refused(
                 f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or "
                 f"[{capture.batch}, K, {width}]",
-                "pass the text encoder's embeddings of the class words as text",
+                "Pass the text encoder's embeddings of the class words as text.",
             )
         if text.ndim == 3:
             return self._call_decoder(stage, capture.batch, sums, text)
@@ -145,7 +145,7 @@ class GraphEngine:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "name a folder with that decoder: --decoder DIR",
+                "Name a folder with that decoder: --decoder DIR",
             )
         if isinstance(capture, ProjectedCapture):
             return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}

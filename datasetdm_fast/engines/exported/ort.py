@@ -133,7 +133,7 @@ def open_session(path: Path, provider: str, device: torch.device, threads: int) 
         raise Missing(
             f"provider: {provider} could not be started, ONNX Runtime offers {', '.join(session.get_providers())} in "
             "its place",
-            "check its CUDA libraries, or use --provider cpu",
+            "Check its CUDA libraries, or use --provider cpu.",
         )
     return session
 
@@ -152,7 +152,7 @@ def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
     if (place.type == "cpu") != (provider == "cpu"):
         raise Refused(
             f"provider: {provider} does not run on the device {place}",
-            "leave out --device, or choose another --provider",
+            "Leave out --device, or choose another --provider.",
         )
     return provider, place
 
@@ -162,7 +162,7 @@ def resolve_precision(dtype: str, provider: str) -> str:
     if dtype == "auto":
         return "fp32" if provider == "cpu" else "fp16"
     if dtype not in DTYPES:
-        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}", "choose one of these with --dtype")
+        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
     if dtype in ("tf32", "bf16"):
-        raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "use --dtype fp16 or --dtype fp32")
+        raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "Use --dtype fp16 or --dtype fp32.")
     return dtype

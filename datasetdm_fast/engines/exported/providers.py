@@ -14,7 +14,7 @@ def require_provider(provider: str) -> None:
     """Raises Missing where ONNX Runtime or the provider asked for is not there; "auto" needs the CPU's alone."""
     if provider not in PROVIDERS:
         raise Refused(
-            f"provider: {provider!r} is none of {', '.join(PROVIDERS)}", "choose one of these with --provider"
+            f"provider: {provider!r} is none of {', '.join(PROVIDERS)}", "Choose one of these with --provider."
         )
     _require("ort", "onnxruntime")
     there = available()
@@ -25,7 +25,7 @@ def require_provider(provider: str) -> None:
         raise Missing(
             f"provider: {provider} is not in the installed onnxruntime {onnxruntime.__version__}, which has "
             f"{', '.join(short)}",
-            "use one of those, or install 'datasetdm-fast[ort-gpu]' in its place",
+            "Use one of those, or install 'datasetdm-fast[ort-gpu]' in its place.",
         )
 
 
@@ -41,7 +41,7 @@ def _require(engine: str, library: str) -> None:
         if find_spec(module) is None:
             raise Missing(
                 f"engine: {engine} needs the library {module}, which is not installed",
-                f'pip install "datasetdm-fast[{engine}]", or choose another --engine',
+                f"Install it with: pip install 'datasetdm-fast[{engine}]', or choose another --engine.",
             )
 
 

@@ -86,7 +86,7 @@ class TrtEngine(GraphEngine):
                 "--engines ENGINES.",
             )
         if there and self.is_given:
-            cause = f"{self.folder}: holds other stages than asked for ({self._difference(there, stage)})"
+            cause = f"{self.folder}: holds other stages than requested ({self._difference(there, stage)})"
             raise Refused(cause, "Export this model with these decoders into it again, or name another folder.")
         self.tell(f"exporting the stages to {self.folder}")
         return self.folder, export(self.model, self.decoders, self.folder, precision=self.precision)

@@ -250,7 +250,7 @@ class Call:
         if not is_done:
             raise Missing(
                 f"{self.path}: TensorRT failed at {what}: {self.log.last}",
-                "Delete the plan so that it is built anew, or use --engine fast.",
+                "Delete the plan so that it is rebuilt, or use --engine fast.",
             )
 
     def _execute(self) -> None:

@@ -93,7 +93,7 @@ def _of_folder(network: StudentNetwork, folder: Path, settings: Mapping[str, Any
     absent = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])} & begins
     if absent:
         raise Missing(
-            f"--weights {folder}: {len(absent)} of {len(begins)} tensors of the body are not there or of another size, "
+            f"--weights {folder}: {len(absent)} of {len(begins)} backbone tensors are missing or differ in size, "
             f"such as {min(absent)}",
             REMEDY,
         )

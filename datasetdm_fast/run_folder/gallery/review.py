@@ -1,4 +1,4 @@
-"""review/good.txt and review/bad.txt: the samples that somebody who looked at a run marked, one id a line."""
+"""review/good.txt and review/bad.txt: the samples that somebody who looked at a run marked, one id per line."""
 
 import re
 from collections.abc import Mapping

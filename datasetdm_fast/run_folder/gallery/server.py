@@ -97,7 +97,7 @@ def opened(run: ServedRun, port: int, say: Callable[[str], None], against: Serve
         if wanted != port:
             say(f"port {port} is taken, so it is {wanted}")
         return server
-    raise Missing(f"--port {port}: it and the {TRIED_PORTS - 1} ports after it are taken", "Choose another --port.")
+    raise Missing(f"--port {port}: it and the {TRIED_PORTS - 1} ports after it are in use", "Choose another --port.")
 
 
 class Handler(BaseHTTPRequestHandler):
