@@ -24,7 +24,7 @@ from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
 from datasetdm_fast.generation.settings import count_images, spelled_out
-from datasetdm_fast.generation.summary import table
+from datasetdm_fast.generation.summary import calls_left, table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, note
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     job = _decided(config, races=True)
-    say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
+    say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size, calls_left(job))))
     if config.verify:
         job = _verified(config, job)
     images, compare = min(job.plan.number - job.done, config.limit or job.plan.number), _comparison(config)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LEAST_RUN = 600.0  # seconds; building the other engines would not pay in a shorter one
 LEAST_GAIN = 1.03  # times as fast as the opened engine; less could be chance
+CHEAP = 2.0  # seconds
+MANY_CALLS = 40  # of which one more is no matter
 ROUNDS = 5
 FARTHEST = {"fp32": 1e-4, "bf16": 5e-2}  # relative distance of an engine's noise from that of the one that was opened
 
@@ -38,7 +40,7 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
     if opened.name not in ENGINES or opened.device.type != "cpu":
         return Race(opened)
     # Importing what the others need takes about a second, so it comes last.
-    if (seconds := probe(opened, batch_size)) * calls < LEAST_RUN or not (names := _others(opened.name)):
+    if (seconds := probe(opened, batch_size, calls)) * calls < LEAST_RUN or not (names := _others(opened.name)):
         return Race(opened, seconds=seconds)
     import torch
 
@@ -69,15 +71,15 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
     return Race(entries[best], f"{best} of {ranking} a call", taken[best])
 
 
-def probe(engine: Engine, batch_size: int) -> float:
-    """Seconds of one UNet call at the run's batch size."""
+def probe(engine: Engine, batch_size: int, calls: int) -> float:
+    """Seconds of one UNet call at the batch size of a run of so many calls."""
     import torch
 
     side, seconds = engine.model.size // FACTOR, []
     latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
     context = _texts(engine, "", batch_size)
-    # The first call also warms up, which does not matter where calls are slow.
-    while len(seconds) < 2 and sum(seconds) < 2:
+    # The first call may also compile; a second one costs a short run of slow calls too much.
+    while len(seconds) < 2 and (sum(seconds) < CHEAP or calls >= MANY_CALLS):
         seconds.append(_seconds(engine, latents, _middle(engine), context))
     return min(seconds)
 

@@ -13,8 +13,7 @@ OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decode
 def table(job: Job, call: float = 0.0) -> list[str]:
     """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
     plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
-    left = min(plan.number - job.done, job.config.limit or plan.number)
-    batches = -(-left // plan.batch_size)
+    left, batches = images_left(job), batches_left(job)
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
         f"{facts['steps']} steps in {facts['calls']} calls",
@@ -33,11 +32,24 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
-        "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "time": f"about {duration(call * calls_left(job) * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def images_left(job: Job) -> int:
+    return min(job.plan.number - job.done, job.config.limit or job.plan.number)
+
+
+def batches_left(job: Job) -> int:
+    return -(-images_left(job) // job.plan.batch_size)
+
+
+def calls_left(job: Job) -> int:
+    """UNet calls that the run will make."""
+    return job.recipe.facts["calls"] * batches_left(job)
 
 
 def _unnamed(job: Job) -> str:
