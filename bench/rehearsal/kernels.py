@@ -34,6 +34,11 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         * (2 * given["width"] + given["features"])
     ),
     "attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["keys"],
+    "attention_average": lambda given: 2 * given["q_ptr"].shape.numel() * given["keys"],
+    "attention_rows": lambda given: (
+        2 * given["rows_ptr"].shape.numel() * given["keys"] * (given["depth"] + given["width"])
+    ),
+    "depth_head": lambda given: 2 * given["planes_ptr"].shape.numel() * given["hidden"],
     "linear_add": lambda given: (
         2 * given["residual_ptr"].shape.numel() * (given["width"] + given["second_width"])
     ),
