@@ -99,7 +99,7 @@ class Operations(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         if name == "_pin_memory":
             return self.pin(torch.empty_like(inputs[0]))
-        if kwargs.pop("pin_memory", False) and name.startswith("empty"):
+        if kwargs.pop("pin_memory", False):
             return self.pin(func(*args, **kwargs))
         if name == "is_pinned":
             return self.is_pinned(inputs[0])

@@ -186,6 +186,7 @@ class Timeline:
     @contextmanager
     def on_thread(self, thread: HostThread, phase: str = "") -> Iterator[None]:
         """The work of another host thread, which it was given in `phase`."""
+        self.sweep()  # what was released so far, this thread has released
         before = self.thread, self.phase
         self.thread, self.phase = thread, phase or self.phase
         try:
