@@ -66,10 +66,10 @@ def library_width(width: int) -> int:
 
 @jit
 def _attention_kernel(
-    q_ptr,  # [B, heads, N, d], heads side by side as in `k_ptr`, `v_ptr` and `out_ptr`
+    q_ptr,  # [B, heads, N, d], heads side by side as in `k_ptr` and `v_ptr`
     k_ptr,  # [B, heads, S, d]
     v_ptr,  # [B, heads, S, d]
-    out_ptr,  # [B, heads, N, d]
+    out_ptr,  # [B, N, heads, d]
     queries,
     keys,
     scale,  # of scores that are powers of two
@@ -139,7 +139,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is_narrower = rest > 0 and 4 * (wide + rest) <= 3 * library_width(width)
     if keys < MANY_KEYS or v.shape[3] != width or not is_packed or not is_narrower:
         return plain(q, k, v)
-    out, sizes = q.new_empty(batch, queries, heads, width).transpose(1, 2), blocks(BLOCKS, "attention", q)
+    out, sizes = q.new_empty(batch, queries, heads, width), blocks(BLOCKS, "attention", q)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
     with torch.cuda.device_of(q):  # Triton launches on the current device of the thread
         _attention_kernel[ceil_divide(queries, sizes["BLOCK_N"]), heads, batch](
@@ -157,7 +157,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             BLOCK_R=rest,
             **sizes,
         )
-    return out
+    return out.transpose(1, 2)
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -71,8 +71,8 @@ def _group_norm_silu_sums_kernel(
 
 @jit
 def _group_norm_silu_combine_kernel(
-    mean_ptr,  # [B, chunks, C]
-    spread_ptr,  # [B, chunks, C]
+    mean_ptr,  # [B, chunks, C] fp32
+    spread_ptr,  # [B, chunks, C] fp32
     weight_ptr,  # [C]
     centre_ptr,  # [B, C] fp32
     scale_ptr,  # [B, C] fp32
@@ -118,8 +118,8 @@ def _group_norm_silu_combine_kernel(
 @jit
 def _group_norm_silu_kernel(
     x_ptr,  # [B, C, S]
-    centre_ptr,  # [B, C]
-    scale_ptr,  # [B, C]
+    centre_ptr,  # [B, C] fp32
+    scale_ptr,  # [B, C] fp32
     bias_ptr,  # [C]
     out_ptr,  # [B, C, S]
     channels,

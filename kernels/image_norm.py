@@ -78,8 +78,8 @@ def trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @jit
 def _image_norm_kernel(
     x_ptr,  # [B, S, C]
-    mean_ptr,  # [B, chunks, C]
-    spread_ptr,  # [B, chunks, C]
+    mean_ptr,  # [B, chunks, C] fp32
+    spread_ptr,  # [B, chunks, C] fp32
     out_ptr,  # [B, S, C]
     channels,
     cells,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import linecache
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
+
+from bench.rehearsal import kernels
 
 
 class Fault(NamedTuple):
@@ -353,6 +356,64 @@ FAULTS = {
         "text = words[task].cpu()[None].expand",
         {"scenario": "evaluation"},
     ),
+    "texts of a graph that are freed": Fault(
+        f"{FAST}:FastEngine._graph",
+        "StepGraph(step, inputs, self._pool)",
+        "StepGraph(lambda *given: step(*given[:2], *inputs[2:]), inputs, self._pool)",
+    ),
+    "sums of a level added in any order": Fault(
+        "datasetdm_fast.models.capture:ProjectedSums.attend",
+        "self.sums[level].add_(projected.flatten(0, 1))",
+        "self.sums[level].index_add_(0, torch.arange(len(self.sums[level]), device=q.device), projected.flatten(0, 1))",
+    ),
+    "a kernel that adds in any order": Fault(
+        "datasetdm_fast.kernels.attention_average:_attention_average_kernel",
+        "tl.store(place, total",
+        "tl.atomic_add(place, total",
+        {"scenario": "attention"},
+    ),
+    "operations that have no kernel for a GPU": Fault(
+        "datasetdm_fast.kernels.choice:form_on", "for name in names if", "for name in names[:2] if"
+    ),
+    "statistics of a norm in fp16": Fault(
+        "datasetdm_fast.kernels.add_statistics:empty_statistics", "dtype=torch.float32", "dtype=x.dtype"
+    ),
+    "sums of taps in fp16": Fault(
+        "datasetdm_fast.kernels.depth_head:fused", "cells), dtype=torch.float32", "cells), dtype=x.dtype"
+    ),
+    "rows of another type than their weights": Fault(
+        "datasetdm_fast.kernels.layer_norm:fused", "x = x.contiguous()", "x = x.contiguous().float()"
+    ),
+    "a weight with gaps": Fault(
+        "datasetdm_fast.kernels.linear_norm:fused",
+        "weight.contiguous(), residual",
+        "weight.t().contiguous().t(), residual",
+    ),
+    "a norm's gain that is one number": Fault(
+        "datasetdm_fast.kernels.layer_norm:fused",
+        "x = x.contiguous()",
+        "x, weight = x.contiguous(), weight[:1].expand(channels)",
+    ),
+    "a number printed in the loop": Fault(
+        f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "repr(state.step(call, output).sum())"
+    ),
+    "a loop that asks an event": Fault(
+        f"{LABELS}:LabelStream.put",
+        "queued.record(torch.cuda.current_stream(self._device))",
+        "queued.record(torch.cuda.current_stream(self._device)); list(iter(queued.query, True))",
+    ),
+    "page-locked memory filled through an array while it is copied": Fault(
+        "datasetdm_fast.kernels.to_device:to_device",
+        "value.pin_memory().to(device, non_blocking=True)",
+        "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * (held.numpy().fill(0) or 0)",
+        {"scenario": "library"},
+    ),
+    "a kernel launched with no blocks": Fault(
+        "datasetdm_fast.kernels.layer_norm:fused", "ceil_divide(rows, sizes", "0 * ceil_divide(rows, sizes"
+    ),
+    "more blocks than a GPU takes": Fault(
+        "datasetdm_fast.kernels.linear_geglu:fused", ", ceil_divide(rows, sizes", ", 2**16 * ceil_divide(rows, sizes"
+    ),
     "views of a student copied while the host waits": Fault(
         "datasetdm_fast.evaluation.course:NetworkTraining.step",
         "to_device(as_tensor(items, network.colours), self.device)",
@@ -370,6 +431,7 @@ def planted(fault: Fault) -> Iterator[int]:
     for part in name.split("."):
         found = getattr(found, part)
     function = inspect.unwrap(found)
+    function = getattr(function, "fn", function)  # of a kernel
     path = Path(inspect.getsourcefile(function))
     lines, first = inspect.getsourcelines(function)
     places = [first + place for place, line in enumerate(lines) if fault.line in line]
@@ -379,10 +441,20 @@ def planted(fault: Fault) -> Iterator[int]:
     right = function.__code__
     codes = [code for code in nested(compile("".join(source), str(path), "exec")) if code.co_qualname == name]
     function.__code__ = codes[0]
+    linecache.cache[str(path)] = len(source), None, source, str(path)  # for what reads a kernel's source
+    forget_sources()
     try:
         yield places[0]
     finally:
         function.__code__ = right
+        del linecache.cache[str(path)]
+        forget_sources()
+
+
+def forget_sources() -> None:
+    """What a rehearsal has read of the kernels' sources is read anew."""
+    for cached in (kernels.source_of, kernels.accesses, kernels.stated):
+        cached.cache_clear()
 
 
 def nested(code: CodeType) -> Iterator[CodeType]:

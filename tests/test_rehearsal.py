@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from skips import long_test
@@ -16,10 +18,25 @@ from bench.kernels.audit import name_of
 from bench.rehearsal import budget, carried, scenarios
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
-from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, Pointer, loaded
+from bench.rehearsal.kernels import (
+    ACTIVATIONS,
+    FLOPS,
+    WIDE,
+    WITHOUT_KERNEL,
+    NotedLaunch,
+    Pointer,
+    accesses,
+    loaded,
+    source_of,
+    stated,
+    strided,
+    written,
+)
+from bench.rehearsal.operations import adds_in_any_order
+from bench.rehearsal.page_locked import PageLocked
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.run import OfThread
-from bench.rehearsal.timeline import HostThread, Timeline
+from bench.rehearsal.timeline import OTHERS, POLLS, WAIT, HostThread, Timeline
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
 
@@ -104,6 +121,20 @@ EXPECTED = {
     "totals of all processes on the GPU": ("host wait", "training/loop.py"),
     "words of a prompt copied while the host waits": ("host wait", "evaluation/measure.py"),
     "views of a student copied while the host waits": ("host wait", "evaluation/course.py"),
+    "texts of a graph that are freed": ("freed", "engines/cuda_graph.py"),  # where it is replayed
+    "sums of a level added in any order": ("order", "models/capture.py"),
+    "a kernel that adds in any order": ("order", "kernels/attention_average.py"),
+    "operations that have no kernel for a GPU": ("fallback", "kernels/choice.py"),
+    "statistics of a norm in fp16": ("dtype", "kernels/add_statistics.py"),
+    "sums of taps in fp16": ("dtype", "kernels/depth_head.py"),
+    "rows of another type than their weights": ("dtype", "kernels/layer_norm.py"),
+    "a weight with gaps": ("strides", "kernels/linear_norm.py"),
+    "a norm's gain that is one number": ("strides", "kernels/layer_norm.py"),
+    "a number printed in the loop": ("host wait", "generation/driver.py"),
+    "a loop that asks an event": ("host wait", "generation/overlap.py"),
+    "page-locked memory filled through an array while it is copied": ("race", "kernels/to_device.py"),
+    "a kernel launched with no blocks": ("grid", "kernels/layer_norm.py"),
+    "more blocks than a GPU takes": ("grid", "kernels/linear_geglu.py"),
 }
 
 
@@ -177,6 +208,13 @@ def test_every_scenario_can_be_named():
     assert tuple(scenarios.SCENARIOS) == SCENARIOS
 
 
+def test_every_rule_is_on_its_page():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "bench" / "rehearsal").glob("*.py"))
+    rules = {*re.findall(r'\bfind\(\s*"([A-Za-z ]+)"', sources), WAIT, OTHERS, "wait in a recording"}
+    told = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").partition("| rule |")[2].partition("\n\n")[0]
+    assert {name for row in told.splitlines()[2:] for name in re.findall(r"`(.*?)`", row.split("|")[1])} == rules
+
+
 def test_gradients_are_left_out_or_refused_where_pytorch_has_cuda(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     assert possible(("all",)) == SCENARIOS and possible(("training",)) == ("training",)
@@ -223,6 +261,94 @@ def test_memory_is_written_before_it_is_read():
     assert "history_ptr" in loaded(step) and "out_ptr" not in loaded(step)
 
 
+def kernels() -> dict:
+    """Every kernel by its name."""
+    own = (one for module in OPS.values() for name, one in vars(module).items() if name.endswith("_kernel"))
+    return {name_of(kernel): kernel for kernel in own}
+
+
+@needs_triton
+def test_what_a_kernel_expects_is_read_from_its_source():
+    """Through the functions that it calls, too; the comment of every pointer says at least a shape."""
+    fns = {name: kernel.fn for name, kernel in kernels().items()}
+    for name, fn in fns.items():
+        pointers = {one for one in inspect.signature(fn).parameters if one.endswith("_ptr")}
+        assert set(re.findall(r"(\w+_ptr),  # \[", source_of(fn))) == pointers, name
+        assert pointers >= set(WIDE.get(name, ())), name
+        assert written(fn) & pointers and stated(fn).keys() <= pointers, name
+    assert stated(fns["add_statistics"]) == dict.fromkeys(("mean_ptr", "spread_ptr"), torch.float32)
+    assert stated(fns["depth_head"]) == {"planes_ptr": torch.float32} and not stated(fns["layer_norm"])
+    assert {"weight_ptr", "second_weight_ptr"} <= strided(fns["linear_add"]) and not strided(fns["linear_norm"])
+    assert {"q_ptr", "k_ptr", "v_ptr", "k_place_ptr"} <= strided(fns["query_attention"])
+    assert not {"logits_ptr", "out_ptr"} & strided(fns["query_attention"])
+    assert {"x_ptr", "weight_ptr"} <= loaded(fns["linear_add"]) and "second_ptr" not in loaded(fns["linear_add"])
+    assert all(name in FLOPS for name, fn in fns.items() if "tl.dot" in source_of(fn))
+    assert {one.kind for fn in fns.values() for one in accesses(fn)} == {"load", "store"}  # none adds in any order
+
+
+def test_operations_without_a_kernel_have_none():
+    assert all(not hasattr(OPS[name], "fused") for name in WITHOUT_KERNEL)
+    assert {name for name, module in OPS.items() if not hasattr(module, "fused")} == set(WITHOUT_KERNEL)
+
+
+def test_sums_in_any_order_are_known_by_their_names():
+    x, whole = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    assert adds_in_any_order("index_add_", {"self": x, "index": whole})
+    assert not adds_in_any_order("index_add_", {"self": whole})
+    assert adds_in_any_order("scatter_reduce", {"self": x, "reduce": "sum"})
+    assert not adds_in_any_order("scatter_reduce", {"self": x, "reduce": "amax"})
+    assert not adds_in_any_order("scatter_", {"self": x, "src": x})
+    assert adds_in_any_order("bincount", {"self": whole, "weights": x})
+    assert not adds_in_any_order("bincount", {"self": whole, "weights": None})
+    assert adds_in_any_order("put_", {"self": x, "accumulate": True}) and not adds_in_any_order("put_", {"self": x})
+
+
+def test_writes_through_an_array_are_heard_of():
+    heard, array = [], np.zeros((2, 3)).view(PageLocked)
+    array.on_write = lambda: heard.append(len(heard))
+    for write in (
+        lambda: array.fill(1),
+        lambda: array[0].__setitem__(1, 2),
+        lambda: np.add(array, 1, out=array),
+        lambda: np.copyto(array.T, 0),
+        lambda: np.stack([np.zeros(3)] * 2, out=array),
+        lambda: array.reshape(6).__iadd__(1),
+    ):
+        heard.clear()
+        write()
+        assert heard
+    heard.clear()
+    copy = array.copy()
+    copy[0] = 1
+    (array + 1)[0] = array[array > 5].sum()
+    np.sort(array)[0] = 1
+    assert not heard and type(copy) is np.ndarray
+
+
+def test_a_loop_that_asks_is_a_wait_and_ends():
+    timeline, stream = Timeline(), (0, 1)
+    timeline.counts[stream] = 1
+    asked = [timeline.is_over("an event", timeline.reached(stream)) for _ in range(POLLS + 1)]
+    assert asked == [False] * (POLLS - 1) + [True] * 2
+    assert [(flaw.rule, count) for flaw, count in timeline.found.items()] == [(WAIT, 1)]
+    assert timeline.is_over("an event that nobody recorded", {})
+
+
+def test_a_graph_may_use_nothing_that_was_freed():
+    timeline, outside = Timeline(), torch.empty(4)
+    timeline.launch("write", 0, [], [outside])
+    timeline.capture = SimpleNamespace(stream=(0, 0), launches=[])
+    timeline.launch("a sum", 0, [outside], [within := torch.empty(4)])
+    graph, timeline.capture = timeline.capture, None
+    used = {number for one in graph.launches for number in (*one.reads, *one.writes)}
+    del within  # the pool of the graph keeps its memory
+    timeline.recorded(used)
+    assert not timeline.found
+    del outside
+    timeline.recorded(used)
+    assert [flaw.rule for flaw in timeline.found] == ["freed"]
+
+
 def test_waits_and_events_order_what_they_should():
     timeline = Timeline()
     first, second = timeline.new_stream(0), timeline.new_stream(0)
@@ -237,7 +363,9 @@ def test_waits_and_events_order_what_they_should():
 
 
 def used_on_two_streams(wait: str) -> list[str]:
-    """The rules that a timeline finds broken where one stream writes and frees what another reads after `wait`."""
+    """The rules that a timeline finds broken where one stream writes and frees what another reads after `wait`; what
+    frees it is the thread that waited, although another one is next.
+    """
     timeline = Timeline()
     timeline.phase = "batch 0"
     first, second = timeline.new_stream(0), timeline.new_stream(0)
@@ -255,7 +383,8 @@ def used_on_two_streams(wait: str) -> list[str]:
     timeline.launch("copy", 0, [], [host := torch.empty(4)])
     timeline.read_by_host(host)
     del value
-    timeline.sweep()
+    with timeline.on_thread(HostThread("worker")):
+        pass
     return [flaw.rule for flaw in timeline.found]
 
 
@@ -389,13 +518,10 @@ def test_wide_loads_are_asked_for_where_a_thread_has_16_bytes_to_load():
 
 @needs_triton
 def test_every_tile_that_is_to_be_loaded_wide_is_one_of_its_kernel():
-    kernels = {
-        name_of(one): one for module in OPS.values() for name, one in vars(module).items() if name.endswith("_kernel")
-    }
     for name, (counts, tiles) in TILES.items():
-        known = set(inspect.signature(kernels[name].fn).parameters)
+        known = set(inspect.signature(kernels()[name].fn).parameters)
         assert known.issuperset(counts) and all(known.issuperset(tile) for tile in tiles), name
-    others = [one for name, one in kernels.items() if name not in TILES]
+    others = [one for name, one in kernels().items() if name not in TILES]
     for one in others:
         known = set(inspect.signature(one.fn).parameters)
         assert not known.intersection(ACTIVATIONS) or known.issuperset({*IMAGE[0], *IMAGE[1][0]}), one

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
+from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -131,7 +131,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             timeline.host_waits_for(f"stream {self.id}", self.id)
 
         def query(self) -> bool:
-            return False
+            return timeline.is_over(f"stream {self.id}", timeline.reached(self.id))
 
     class Event:
         def __init__(self, *_, **__):
@@ -148,7 +148,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             timeline.host_waits("an event", self.clock)
 
         def query(self) -> bool:
-            return False
+            return timeline.is_over("an event", self.clock)
 
     class use:  # noqa: N801, the name and the shape of torch.cuda.stream
         def __init__(self, stream: Stream | None):
@@ -189,6 +189,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
                 timeline.find("wrong GPU", f"a graph of GPU {self.stream[0]} is replayed on GPU {stream[0]}")
             reads = {number for launch in self.launches for number in launch.reads}
             writes = {number for launch in self.launches for number in launch.writes}
+            timeline.recorded(reads | writes)
             timeline.overwritten(writes)
             kernels = sum(launch.kernels for launch in self.launches)
             timeline.use(stream, reads, writes | {timeline.pool(self.pool, stream[0])}, kernels)
@@ -254,9 +255,13 @@ class DeferredFuture(Future):
     def __init__(self, pool: DeferredPool, work: Callable[[], Any], clock: Clock, phase: str):
         super().__init__()
         self.pool, self.work, self.clock, self.phase = pool, work, clock, phase
+        self.asked = 0
 
     def done(self) -> bool:
-        return False
+        self.asked += 1
+        if self.asked >= POLLS:  # by a loop that waits for it
+            self.pool.run_until(self)
+        return self.asked >= POLLS
 
     def result(self, timeout: float | None = None) -> Any:
         self.pool.run_until(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +18,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
 from bench.kernels.audit import Launch as Compilable
-from bench.kernels.audit import Recorder, name_of
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
 from datasetdm_fast.kernels import OPS
 
-LARGEST_GRID = 65535  # along y and z
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of
 ACTIVATIONS = ("x_ptr", "q_ptr")  # what a network hands to a kernel, by the names in kernels/
+STATED = re.compile(r"(\w+_ptr),  # \[[^]]*\] (\w+)")  # a parameter with its comment: shape and dtype
 
 # Multiplications and additions of the kernels that multiply matrices, from the arguments of a launch.
 FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -34,6 +36,11 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         * (2 * given["width"] + given["features"])
     ),
     "attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["keys"],
+    "attention_average": lambda given: 2 * given["q_ptr"].shape.numel() * given["keys"],
+    "attention_rows": lambda given: (
+        2 * given["rows_ptr"].shape.numel() * given["keys"] * (given["depth"] + given["width"])
+    ),
+    "depth_head": lambda given: 2 * given["planes_ptr"].shape.numel() * given["hidden"],
     "linear_add": lambda given: (
         2 * given["residual_ptr"].shape.numel() * (given["width"] + given["second_width"])
     ),
@@ -46,10 +53,19 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 }  # fmt: skip
 
 
-# What stays in fp32 whatever the networks are stored in.
+# What a run hands over in fp32 whatever the networks are stored in, although the kernel takes it in any dtype.
 WIDE = {
-    "attention_average": ("total_ptr", "sum_ptr"),
-    "guided_step": ("latents_ptr", "history_ptr", "numbers_ptr", "out_ptr"),
+    "attention_average": ("total_ptr",),
+    "group_norm_parts": ("mean_ptr", "spread_ptr", "second_mean_ptr", "second_spread_ptr"),
+    "group_norm_parts_merge": ("mean_ptr", "spread_ptr"),
+    "guided_step": ("latents_ptr", "history_ptr", "out_ptr"),
+}
+# Operations without a kernel on a GPU, and why.
+WITHOUT_KERNEL = {
+    "geglu": "linear_geglu applies the gate before it is written; alone it is two launches a layer of a plain UNet",
+    "pyramid": "it is one product for each captured tensor, by a library, and a resize",
+    "masked_attention": "decoders of a run take query_attention",
+    "mask_head": "it is a product, by a library, and a resize",
 }
 
 
@@ -94,6 +110,18 @@ def noted_kernels(
         yield launches
 
 
+def watched_forms(form_on: Callable[..., str], timeline: Timeline) -> Callable[..., str]:
+    """choice.form_on, which has to choose a kernel on a GPU."""
+
+    def called(op: str, *names: str) -> str:
+        form = form_on(op, *names)
+        if names[0].startswith("sm_") and form != "fused" and op not in WITHOUT_KERNEL:
+            timeline.find("fallback", f"{op} runs as its {form} form on a GPU, by the DEVICES of its file")
+        return form
+
+    return called
+
+
 def watched_reference(op: str, module: ModuleType, timeline: Timeline) -> Callable:
     """An operation's reference, which its `fused` may only call for tensors that lie on no GPU."""
     reference = module.reference
@@ -123,16 +151,10 @@ class NotedKernel:
         given = dict(zip((parameter.name for parameter in self.kernel.params), positional)) | named
         pointers = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         card = timeline.thread.device
-        for name, value in pointers.items():
-            if value.device.type != "cuda":
-                timeline.find("device", f"{self.name}: {name} lies on {value.device}, made at {timeline.made(value)}")
-            elif value.device.index != card:
-                timeline.find("wrong GPU", f"{self.name} is launched on GPU {card}, {name} lies on {value.device}")
-        if any(count > LARGEST_GRID for count in grid[1:]):
-            timeline.find("grid", f"{self.name}: {grid}, at most {LARGEST_GRID} along y and z")
-        for name in WIDE.get(self.name, ()):
-            if (value := pointers[name]).dtype != torch.float32:
-                timeline.find("dtype", f"{self.name}: {name} is {value.dtype}, made at {timeline.made(value)}")
+        if any(not 0 < count <= most for count, most in zip(grid, LARGEST_GRID)):
+            timeline.find("grid", f"{self.name}: {grid}, expected 1 to {', '.join(map(str, LARGEST_GRID))}")
+        self.check_places(pointers, card)
+        self.check_contract(pointers)
         stored = written(self.kernel.fn)
         reads = [value for name, value in pointers.items() if name not in stored]
         writes = [value for name, value in pointers.items() if name in stored]
@@ -155,6 +177,36 @@ class NotedKernel:
             stand_ins = [pointer(value) if isinstance(value, Tensor) else value for value in positional]
             self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(stand_ins), named)
 
+    def check_places(self, pointers: dict[str, Tensor], card: int) -> None:
+        for name, value in pointers.items():
+            if value.device.type != "cuda":
+                self.find("device", f"{name} lies on {value.device}", value)
+            elif value.device.index != card:
+                told = f"{self.name} is launched on GPU {card}, {name} lies on {value.device}"
+                self.timeline.find("wrong GPU", told)
+
+    def check_contract(self, pointers: dict[str, Tensor]) -> None:
+        """What the kernel expects of its tensors: the dtype of a pointer, one for all others, no gaps where it takes no
+        strides, sums in a fixed order.
+        """
+        own = stated(self.kernel.fn) | dict.fromkeys(WIDE.get(self.name, ()), torch.float32)
+        for name, dtype in own.items():
+            if name in pointers and pointers[name].dtype != dtype:
+                self.find("dtype", f"{name} is {pointers[name].dtype}, expected {dtype}", pointers[name])
+        others = {str(value.dtype) for name, value in pointers.items() if name not in own}
+        if len(others) > 1:
+            self.timeline.find("dtype", f"{self.name} of {' and '.join(sorted(others))}")
+        for name, value in pointers.items():
+            if name not in strided(self.kernel.fn) and not value.is_contiguous():
+                told = f"{name} {list(value.shape)} has strides {list(value.stride())}, the kernel takes none"
+                self.find("strides", told, value)
+        added = pointers.keys() & pointers_of(self.kernel.fn, "atomic")
+        if any(pointers[name].is_floating_point() for name in added):
+            self.timeline.find("order", f"{self.name} adds in any order, so the last bits change from run to run")
+
+    def find(self, rule: str, what: str, value: Tensor) -> None:
+        self.timeline.find(rule, f"{self.name}: {what}, made at {self.timeline.made(value)}")
+
 
 def pointer(value: Tensor) -> Pointer:
     return Pointer(value.dtype, value.storage_offset() * value.element_size() % ALIGNED)
@@ -174,51 +226,114 @@ def source_of(function: Callable) -> str:
     return textwrap.dedent(inspect.getsource(function))
 
 
+class Access(NamedTuple):
+    """One use of memory by a kernel, or by a function that it calls."""
+
+    kind: str  # load, store or atomic
+    pointers: frozenset[str]  # of the kernel, of which the address is made
+    is_strided: bool  # by an argument, so that rows or cells of the tensor may lie apart
+    is_always: bool  # whatever the kernel's switches are
+
+
 @cache
+def accesses(function: Callable) -> tuple[Access, ...]:
+    """Every use of memory by a kernel, from its source."""
+    tree, found = ast.parse(source_of(function)), []
+    made = assigned(tree)
+
+    def note(kind: str, address: ast.AST, is_strided: bool, is_always: bool) -> None:
+        used = reached(names(address), made)
+        pointers = frozenset(name for name in used if name.endswith("_ptr"))
+        found.append(Access(kind, pointers, is_strided or any("stride" in name for name in used), is_always))
+
+    def visit(node: ast.AST, is_always: bool) -> None:
+        if kind := kind_of(node):
+            note(kind, node.args[0], False, is_always)
+        elif helper := helper_of(node, function):
+            given = dict(zip(inspect.signature(helper).parameters, node.args))
+            for one in accesses(helper):
+                for name in one.pointers & given.keys():
+                    note(one.kind, given[name], one.is_strided, is_always and one.is_always)
+        is_always = is_always and not isinstance(node, (ast.If, ast.IfExp))
+        for child in ast.iter_child_nodes(node):
+            visit(child, is_always)
+
+    visit(tree, True)
+    return tuple(found)
+
+
+def kind_of(node: ast.AST) -> str:
+    """What tl.load, tl.store and tl.atomic_add, among others, do; empty where it is no such call."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return ""
+    return next((kind for kind in ("load", "store", "atomic") if node.func.attr.split("_")[0] == kind), "")
+
+
+def helper_of(node: ast.AST, function: Callable) -> Callable | None:
+    """The function for GPUs that a kernel calls there."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return None
+    called = function.__globals__.get(node.func.id)
+    return getattr(called, "fn", None)
+
+
+def pointers_of(function: Callable, kind: str) -> frozenset[str]:
+    """The pointers through which a kernel loads, stores or adds."""
+    return frozenset().union(*(one.pointers for one in accesses(function) if one.kind == kind))
+
+
 def written(function: Callable) -> frozenset[str]:
-    """The pointers a kernel stores to, from its source."""
-    tree = ast.parse(source_of(function))
-    return _pointers(tree, [call.args[0] for call in ast.walk(tree) if _is_call(call, "store")])
+    """The pointers that a kernel stores to."""
+    return pointers_of(function, "store") | pointers_of(function, "atomic")
+
+
+def loaded(function: Callable) -> frozenset[str]:
+    """The pointers that a kernel loads from whatever its switches are."""
+    return frozenset().union(*(one.pointers for one in accesses(function) if one.kind != "store" and one.is_always))
+
+
+def strided(function: Callable) -> frozenset[str]:
+    """The pointers whose tensors a kernel takes strides of."""
+    return frozenset().union(*(one.pointers for one in accesses(function) if one.is_strided))
 
 
 @cache
-def loaded(function: Callable) -> frozenset[str]:
-    """The pointers a kernel loads from whatever its switches are, from its source."""
-    tree, calls = ast.parse(source_of(function)), []
-
-    def visit(node: ast.AST) -> None:
-        if _is_call(node, "load"):
-            calls.append(node.args[0])
-        if not isinstance(node, (ast.If, ast.IfExp)):
-            for child in ast.iter_child_nodes(node):
-                visit(child)
-
-    visit(tree)
-    return _pointers(tree, calls)
+def stated(function: Callable) -> dict[str, torch.dtype]:
+    """The pointers of a kernel whose comment says a dtype, as in `mean_ptr,  # [B, C] fp32`."""
+    dtypes = {short: getattr(torch, name) for name, short in TYPE_NAMES.items()}
+    return {name: dtypes[word] for name, word in STATED.findall(source_of(function)) if word in dtypes}
 
 
-def _is_call(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name
-
-
-def _pointers(tree: ast.AST, addresses: Iterable[ast.AST]) -> frozenset[str]:
-    """The pointers that addresses in a kernel are made of."""
+def assigned(tree: ast.AST) -> dict[str, set[str]]:
+    """Of every variable of a kernel the names that it is made of."""
     made: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                for name in names(target):
-                    made.setdefault(name, set()).update(names(node.value))
-    reached = set().union(*map(names, addresses))
-    while more := set().union(*(made.get(name, set()) for name in reached)) - reached:
-        reached |= more
-    return frozenset(name for name in reached if name.endswith("_ptr"))
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for one, value in paired(target, node.value):
+                    for name in names(one):
+                        made.setdefault(name, set()).update(names(value))
+    return made
+
+
+def paired(target: ast.AST, value: ast.AST) -> Iterable[tuple[ast.AST, ast.AST]]:
+    """Each of several variables with its own value."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return zip(target.elts, value.elts, strict=True)
+    return [(target, value)]
+
+
+def reached(own: set[str], made: dict[str, set[str]]) -> set[str]:
+    """Names, and all that these are made of."""
+    found = set(own)
+    while more := set().union(*(made.get(name, set()) for name in found)) - found:
+        found |= more
+    return found
 
 
 def names(node: ast.AST) -> set[str]:
     """Variables of an expression, without what it loads from memory."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+    if kind_of(node) == "load":
         return set()
     own = {node.id} if isinstance(node, ast.Name) else set()
     return own.union(*(names(child) for child in ast.iter_child_nodes(node)))

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bench.rehearsal.page_locked import PageLocked
 from bench.rehearsal.timeline import Timeline, frames_of_ours
 from datasetdm_fast.engines.fast import FastEngine
 
@@ -44,6 +45,10 @@ IN_FP32 = {
     ("datasetdm_fast/models/capture.py", "attend"),
     ("datasetdm_fast/models/fused.py", "both_doubled"),  # statistics of a norm
 }
+# What adds floating-point numbers on a GPU in the order in which its threads come, by PyTorch's list of what is not
+# deterministic there; the sums of `index_put_` are sorted.
+UNORDERED = {"index_add", "scatter_add", "cumsum", "bincount", "histc", "nll_loss2d_forward"}
+REDUCING, EXACT = {"scatter", "scatter_reduce", "index_reduce"}, (None, "amax", "amin")
 META = torch.device("meta")  # what PyTorch's backward pass is told, as without CUDA it has no streams to ask for
 FOUND = 7  # rows that an operation finds whose result depends on data
 
@@ -94,16 +99,19 @@ class Operations(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         if name == "_pin_memory":
             return self.pin(torch.empty_like(inputs[0]))
-        if kwargs.pop("pin_memory", False) and name.startswith("empty"):
+        if kwargs.pop("pin_memory", False):
             return self.pin(func(*args, **kwargs))
         if name == "is_pinned":
             return self.is_pinned(inputs[0])
         if name in RANDOM and not self.has_dropout:
             self.random(name, inputs, kwargs)
-        self.used_by_host(name, func, args, kwargs)
+        given = given_of(func, args, kwargs)
+        self.used_by_host(name, func, given)
         cuda = [value for value in inputs if value.device.type == "cuda"]
         if cuda and name.startswith(OPTIMISERS) and (held := [one for one in inputs if one.device.type == "cpu"]):
             self.timeline.find("device", f"{name} reads {len(held)} tensors of the host, such as {list(held[0].shape)}")
+        if cuda and adds_in_any_order(name, given) and not self.is_learning(inputs):
+            self.timeline.find("order", f"{name} adds in any order on a GPU, so the last bits change from run to run")
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
             return answer
         if name in INDEXED and inputs[0].device.type == "cuda":
@@ -146,7 +154,8 @@ class Operations(TorchDispatchMode):
         moved, kernels = size(cuda) + size(written), 1
         if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
             moved, kernels = moved + 2 * size(written), 2
-        self.timeline.check_written(name, () if name in OVERWRITING else read_of(func, args, kwargs))
+        read = () if name in OVERWRITING else read_of(func, given_of(func, args, kwargs))
+        self.timeline.check_written(name, read)
         self.check_dtypes(name, func, cuda, written)
         # what a copy narrows, and what a norm says beside its answer, may be wide
         self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))
@@ -187,6 +196,10 @@ class Operations(TorchDispatchMode):
             frames = ((file, function) for file, _, function in frames_of_ours(sys._getframe(1)))
             if next((frame for frame in frames if frame[1][0] != "<"), ("", "")) not in IN_FP32:
                 self.timeline.find("dtype", f"{name} in fp32, the recorded network is {self.storage}")
+
+    def is_learning(self, inputs: list[Tensor]) -> bool:
+        """Whether an operation belongs to a step of a training, which is promised up to rounding on a GPU."""
+        return self.gradients_on is not None or any(value.requires_grad for value in inputs)
 
     def random(self, name: str, inputs: list[Tensor], kwargs: Mapping[str, Any]) -> None:
         """Numbers that a GPU draws, or that a generator of another device is asked for."""
@@ -232,10 +245,8 @@ class Operations(TorchDispatchMode):
             return self.truths.popleft()
         return True if first.dtype == torch.bool or name == "equal" else 1.0 if first.is_floating_point() else 1
 
-    def used_by_host(self, name: str, func, args, kwargs) -> None:
+    def used_by_host(self, name: str, func, given: Mapping[str, Any]) -> None:
         """What an operation reads and writes of the host's own memory; copies to and from a GPU are the GPU's."""
-        named = zip((one.name for one in func._schema.arguments), args)
-        given = {**dict(named), **kwargs}
         held = tensors(given)
         is_copy = name in ("_to_copy", "copy_") and any(value.device.type == "cuda" for value in held)
         is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.arguments)
@@ -286,7 +297,7 @@ class Calls(TorchFunctionMode):
 
     def __init__(self, operations: Operations):
         super().__init__()
-        self.timeline, self.flags = operations.timeline, operations.flags
+        self.timeline, self.flags, self.is_pinned = operations.timeline, operations.flags, operations.is_pinned
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -294,10 +305,8 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             return self.array(args[0])
-        if func in (Tensor.__repr__, Tensor.__format__) and args[0].device.type == "cuda" and args[0].dim():
-            stream = self.timeline.thread.stream(args[0].device.index)
-            self.timeline.host_waits_for(f"{list(args[0].shape)} printed", stream)
-            return f"tensor(..., device={str(args[0].device)!r})"
+        if func in (Tensor.__repr__, Tensor.__format__) and args[0].device.type == "cuda":
+            return self.printed(args[0], *args[1:])
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             copied = args[0].detach().clone().requires_grad_(args[0].requires_grad)
             return args[1].setdefault(id(args[0]), copied)
@@ -325,14 +334,27 @@ class Calls(TorchFunctionMode):
             return tuple(map(self.indices, given))
         return torch.tensor(given, dtype=torch.int64) if isinstance(given, list) else given
 
+    def printed(self, value: Tensor, form: str = "") -> str:
+        """A tensor of a GPU as text, for which the host waits; a number alone can be formatted."""
+        stream = self.timeline.thread.stream(value.device.index)
+        self.timeline.host_waits_for(f"{list(value.shape)} printed", stream)
+        if form and not value.dim():
+            return format(1.0 if value.is_floating_point() else 1, form)
+        return f"tensor(..., device={str(value.device)!r})"
+
     def array(self, value: Tensor) -> np.ndarray:
-        """Flags as they are chosen and zeros else; what a GPU writes must have been waited for."""
+        """Flags as they are chosen and zeros else; what a GPU writes must have been waited for, and what it reads, too,
+        before the array is written to.
+        """
         if value.device.type != "cpu":
             raise TypeError(f"can't convert {value.device} tensor to numpy, copy it to host memory first")
         self.timeline.read_by_host(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
         filled = value.dtype == torch.bool and (self.flags.popleft() if self.flags else True)
         array = np.full(shape, filled, dtype=dtype)
+        if self.is_pinned(value):
+            array = array.view(PageLocked)
+            array.on_write = lambda: self.timeline.written_by_host(value)
         self.timeline.viewed(value, array)
         return array
 
@@ -346,14 +368,28 @@ def tensors(values: Any) -> list[Tensor]:
     return [one for value in values.values() for one in tensors(value)] if isinstance(values, dict) else []
 
 
-def read_of(func, args, kwargs) -> list[Tensor]:
+def given_of(func, args, kwargs) -> dict[str, Any]:
+    """The arguments of an operation by their names."""
+    return {**dict(zip((one.name for one in func._schema.arguments), args)), **kwargs}
+
+
+def read_of(func, given: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a GPU whose values an operation reads: not what it writes its answer, or a copy, to."""
     is_copy = func._schema.name == "aten::copy_"
-    given = [(one.name, value) for one, value in zip(func._schema.arguments, args)] + list(kwargs.items())
     written = {one.name for one in func._schema.arguments if one.is_out or (is_copy and one.alias_info)}
-    if kwargs.get("beta") == 0:  # a product that is added to nothing
+    if given.get("beta") == 0:  # a product that is added to nothing
         written.add("self")
-    return [one for name, value in given if name not in written for one in tensors(value) if one.device.type == "cuda"]
+    read = tensors([value for name, value in given.items() if name not in written])
+    return [one for one in read if one.device.type == "cuda"]
+
+
+def adds_in_any_order(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether an operation on a GPU rounds its sums by chance; those of whole numbers are exact."""
+    name = name.removesuffix("_")
+    is_one = name in UNORDERED or (name in REDUCING and given.get("reduce") not in EXACT)
+    if not (is_one or (name == "put" and given.get("accumulate"))):
+        return False
+    return any(value.is_floating_point() for value in tensors(given))
 
 
 def is_asynchronous(name: str, args, kwargs) -> bool:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from bench.rehearsal.operations import ATTENTION
 from bench.rehearsal.timeline import Operation
 from datasetdm_fast.kernels.attention import library_width, split
+from datasetdm_fast.kernels.depth_head import TAPS
+from datasetdm_fast.kernels.launch import padded
 
 # An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
 MEMORY = 2.8e12
 CONVOLUTIONS, PRODUCTS, ATTENTIONS = 620e12, 650e12, 480e12
 OWN = 500e12  # Triton's tiles, without TMA
+ATTENTION_CALLS = (ATTENTION, "triton attention_capture", "triton attention_average", "triton attention_rows")
 OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 1.2e-6
@@ -54,7 +57,7 @@ def rate(one: Operation) -> float:
     if one.name == "convolution":
         (batch, _, height, width), (outputs, *_) = one.shapes[:2]
         return (TF32_CONVOLUTIONS if is_wide else CONVOLUTIONS) * busy(batch * height * width, outputs)
-    if one.name == ATTENTION or one.name == "triton attention_capture":
+    if one.name in ATTENTION_CALLS:
         width = one.shapes[0][-1]
         return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / library_width(width)
     if one.name == "triton attention":
@@ -62,6 +65,8 @@ def rate(one: Operation) -> float:
         return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / sum(split(width))
     if one.name == "triton query_attention":  # heads that fill half a tile of such kernels
         return FP32_PRODUCTS if is_wide else ATTENTIONS / 2
+    if one.name == "triton depth_head":
+        return (FP32_PRODUCTS if is_wide else OWN) * TAPS / padded(TAPS)
     if one.name in OWN_PRODUCTS:
         (*batch, _), (columns, *_) = one.shapes[:2]
         return (FP32_PRODUCTS if is_wide else OWN) * busy(math.prod(batch), columns)

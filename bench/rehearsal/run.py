@@ -17,7 +17,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal import cuda
-from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
+from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels, watched_forms
 from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import Calls, Operations, fake_mode
 from bench.rehearsal.scenarios import SCENARIOS
@@ -166,6 +166,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
             (fake_tensor, "init_gpu_context", lambda device: None),  # PyTorch 2.11 would start the GPU itself
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
             *([(sys.modules[to_host.__module__], "_own", OfThread(timeline))] if is_local else []),
+            (choice, "form_on", watched_forms(choice.form_on, timeline)),
             (choice, "is_sound", lambda name, form, device, dtype: True),
             (driver, "generate", in_phases(driver.generate, timeline)),
             (StepGraph, "__init__", on_gpu(StepGraph.__init__, timeline)),

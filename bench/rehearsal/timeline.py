@@ -25,6 +25,7 @@ from bench.machine.machine import ROOT
 DEEPEST, MADE = 5, 3  # lines that a finding names, and of what made a tensor
 OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
 LOAD, WAIT, OTHERS = "load", "host wait", "wait for another thread"  # a phase, in which the host may wait, and rules
+POLLS = 1000  # questions whether a stream or an event is over that come to a wait for it
 FIRST, BETWEEN = "batch 0", "between steps"  # phases: of what is read or recorded once, and of looks at a training
 GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
 StreamId = tuple[int, int]  # GPU, number on it; 0 is the default stream
@@ -126,6 +127,7 @@ class Timeline:
         self.is_threaded = False  # whether other threads have been given work
         self.users: dict[StreamId, set[str]] = {}  # the threads that have launched on a stream
         self.pinned: set[int] = set()  # storages of the host's page-locked memory
+        self._asked: Counter[tuple] = Counter()  # how often the host asked whether this much is over
         self.arrays: dict[int, list[tuple[weakref.ref, str]]] = {}  # of the host's memory: the arrays over it
         self._pools: dict[Any, int] = {}  # of graphs: the number of what all of a pool share
         self._hosts: dict[int, tuple[StorageWeakRef, str]] = {}  # tensors of the host, and the lines that made them
@@ -162,6 +164,17 @@ class Timeline:
                 self.find(OTHERS, f"{what}: stream {stream} is {', '.join(others)}'s, too")
         self.host_waits(what, clock)
 
+    def is_over(self, what: str, clock: Clock) -> bool:
+        """Whether the host knows that all of `clock` is over; a loop that asks until it is waits for it."""
+        if all(self.thread.clock.get(stream, 0) >= count for stream, count in clock.items()):
+            return True
+        asked = self.thread.name, *sorted(clock.items())
+        self._asked[asked] += 1
+        if self._asked[asked] < POLLS:
+            return False
+        self.host_waits(f"{what}, asked {POLLS:,} times whether it is over", clock)
+        return True
+
     def knows(self, thread: HostThread, clock: Clock) -> None:
         """A thread was started, or given work, by one that knew this to be over."""
         merge(thread.clock, clock)
@@ -173,6 +186,7 @@ class Timeline:
     @contextmanager
     def on_thread(self, thread: HostThread, phase: str = "") -> Iterator[None]:
         """The work of another host thread, which it was given in `phase`."""
+        self.sweep()  # what was released so far, this thread has released
         before = self.thread, self.phase
         self.thread, self.phase = thread, phase or self.phase
         try:
@@ -274,8 +288,9 @@ class Timeline:
         storage = value.untyped_storage()
         number = storage._cdata  # the weak reference keeps this address from being given to another one
         if number not in self.memory:
-            home = (device, GRAPH_POOL) if self.capture is not None else self.thread.stream(device)
             alive, is_host = StorageWeakRef(storage), number in self.pinned
+            is_recorded = self.capture is not None and not is_host
+            home = (device, GRAPH_POOL) if is_recorded else self.thread.stream(device)
             made = line_of_ours(sys._getframe(1), MADE)
             self.memory[number] = Memory(alive, home, storage.nbytes(), self.phase, is_host=is_host, made=made)
         return number
@@ -311,6 +326,14 @@ class Timeline:
         if number not in self.memory:
             self.memory[number] = Memory(None, (device, GRAPH_POOL), 0, LOAD, name="the memory of a pool of graphs")
         return number
+
+    def recorded(self, numbers: Iterable[int]) -> None:
+        """A graph is about to be replayed that uses these: what lies outside of its pool has to be there still."""
+        for number in numbers:
+            memory = self.memory[number]
+            if memory.home[1] != GRAPH_POOL and memory.alive.expired():
+                what = f"a graph uses {memory} that were freed after it was recorded, made at {memory.made}"
+                self.find("freed", what)
 
     def overwritten(self, numbers: Iterable[int]) -> None:
         """A graph is about to be replayed that writes these: its outputs, as far as they are still held."""
