@@ -90,9 +90,6 @@ class StubEngine:
     def decode_and_check(self, latents):
         return self.decode_image(latents), latents.isfinite().flatten(1).all(1)
 
-    def side_by_side(self, works, images):
-        return [work() for work in works]
-
     def suggested_batch(self):
         return 8
 

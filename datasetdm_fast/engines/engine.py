@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -63,9 +63,6 @@ class Engine(Protocol):
 
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
-
-    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
-        """The results of calls about so many images that do not depend on each other, in order."""
 
     def suggested_batch(self) -> int:
         """Images to make together where nobody says."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import diffusers
 import torch
@@ -230,9 +229,6 @@ class TorchEngine:
                 "Name a folder with that decoder: --decoder DIR",
             )
         return self.decoders[task](capture, text)
-
-    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
-        return [work() for work in works]
 
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import (
@@ -179,7 +179,7 @@ class BatchGenerator:
         works = [self._annotating(task, drawn, requests) for task in recipe.decoded]
         if is_alone := len(requests) == 1 and drawn.pixels is None:
             works.insert(0, partial(engine.decode_and_check, drawn.latents))  # the longest
-        answers = engine.side_by_side(works, len(requests))
+        answers = together(engine, works, len(requests))
         decoded = answers.pop(0) if is_alone else None
         raw = dict(zip(recipe.decoded, answers, strict=True))
         checks = {"latents": is_finite(drawn.latents)}
@@ -214,6 +214,12 @@ class BatchGenerator:
     ) -> list[Sample | SetAside]:
         """The results of a batch, from what its decoders answered; other generators may take more from that."""
         return collect(batch, images, raw, checks, self.engine, self.recipe, drawn)
+
+
+def together(engine: Engine, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
+    """The results of calls about so many images, none of which needs another one: made at once by engines that can."""
+    at_once = getattr(engine, "side_by_side", None)
+    return at_once(works, images) if at_once else [work() for work in works]
 
 
 @cache

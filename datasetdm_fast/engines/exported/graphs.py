@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -155,9 +154,6 @@ class GraphEngine:
             for level, features, maps in zip(self.model.levels, capture.features, capture.maps)
             if level.name in weights
         }
-
-    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
-        return [work() for work in works]
 
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
