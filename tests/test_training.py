@@ -146,9 +146,16 @@ def test_scale_invariant_log_by_its_formula():
     )
 
 
-def test_an_image_without_known_depth_teaches_nothing():
+def test_relative_error_by_its_formula():
+    truth = torch.tensor([[[1.0, 2.0, 0.0, 4.0]]])
+    found = losses.relative_error(torch.tensor([[[2.0, 2.0, 9.0, 3.0]]]), truth)
+    assert found.tolist() == pytest.approx([(1 + 0 + 1 / 4) / 3])
+
+
+@pytest.mark.parametrize("loss", [losses.scale_invariant_log, losses.relative_error])
+def test_an_image_without_known_depth_teaches_nothing(loss):
     metres = torch.ones(1, 2, 2, requires_grad=True)
-    losses.scale_invariant_log(metres, torch.zeros(1, 2, 2)).sum().backward()
+    loss(metres, torch.zeros(1, 2, 2)).sum().backward()
     assert torch.isfinite(metres.grad).all() and not metres.grad.any()
 
 

@@ -143,6 +143,13 @@ def scale_invariant_log(metres: Tensor, truth: Tensor, focus: float = 0.5) -> Te
     return (d.pow(2).sum((1, 2)) / count - focus * (d.sum((1, 2)) / count).pow(2)).clamp(min=1e-10).sqrt()
 
 
+def relative_error(metres: Tensor, truth: Tensor) -> Tensor:
+    """[B] means of |metres - truth| / truth where that is known."""
+    known = (truth > 0).float()
+    each = (metres - truth).abs() / torch.where(truth > 0, truth, 1) * known
+    return each.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
+
+
 def joint_mse(heatmaps: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
     """[B] halves of the squared error of heatmaps [B, J, h, w], each joint's pixels weighted by [B, J]."""
     return 0.5 * ((heatmaps - truth).pow(2).mean((2, 3)) * weights.pow(2)).mean(1)

@@ -38,7 +38,9 @@ def loss_of(
         return total / len(layers)
     if config.kind == "depth":
         metres = found["depth"][:, 0].float()
-        return losses.scale_invariant_log(metres, _truth(targets, "depth", metres.device)).sum() / images
+        truth = _truth(targets, "depth", metres.device)
+        loss = losses.relative_error if schedule.is_relative else losses.scale_invariant_log
+        return loss(metres, truth).sum() / images
     points, weights = (_truth(targets, name, next(iter(found.values())).device) for name in ("points", "weights"))
     if config.kind == "simcc":
         x, y = found["x"].float(), found["y"].float()
