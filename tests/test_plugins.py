@@ -193,7 +193,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         ("vary words --domain night --labels agreeing --out varied --quiet".split(), 0, ""),
         (["audit", "both"], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--model", "tiny", "--out", "seen", *few], 0, ""),
-        (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole picture"),
+        (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole"),
         ([*run, "--labeller", "mute", "--out", "mute"], 3, "fails on a batch (ValueError: 0 labels for 1 images)"),
         ([*run, "--labeller", "hollow", "--out", "none"], 3, "'hollow' of the package foreign-things does not load"),
         ([*run, "--labeller", "faint", "--out", "none"], 3, "'faint' of the package foreign-things does not load"),

@@ -154,6 +154,7 @@ class FastEngine:
         sources = self._sources("unet")
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
+        self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
         for name in AT_NEED:
             self.__dict__.pop(name, None)
         is_wide = self.device.type == "cpu" or self.is_compiled or self.dtype == torch.float32
@@ -537,11 +538,14 @@ class FastEngine:
         answers = self._labelled(task, run, inputs)
         return dict(zip(names, answers, strict=True))
 
-    def side_by_side(self, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
-        """On a CPU, of a single small image, each on a core of its own: its operations are too short for several."""
-        if images > 1 or self.device.type != "cpu" or self.is_compiled or is_large(self.unet):
-            return [work() for work in works]
-        return self._calls.map(lambda work: work(), [(work,) for work in works])
+    @property
+    def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
+        """Makes calls about a single small image at once on a CPU, each on a core of its own, as its operations are too
+        short for several; None where that does not pay.
+        """
+        if self.device.type != "cpu" or self.is_compiled or self._has_large_unet:
+            return None
+        return lambda works: self._calls.map(lambda work: work(), [(work,) for work in works])
 
     def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ class Lanes:
         self._pool: ThreadPoolExecutor | None = None
         self._key: tuple[int, int, int] | None = None
 
-    def map(self, work: Callable[..., Any], slices: Sequence[tuple]) -> list[Any]:
-        """work(*slice) of every slice, in order."""
+    def map(self, work: Callable[..., Any], slices: Sequence[tuple], most: int = 0) -> list[Any]:
+        """work(*slice) of every slice, in order; of at most so many at once, 0 = of one a thread."""
         threads = torch.get_num_threads()
-        lanes = min(threads, len(slices))
-        if lanes < 2 and not (self._is_single and threads > 1):
-            return [work(*one) for one in slices]
+        lanes = min(threads, len(slices), most or threads)
+        if lanes < 2:
+            with _threads(1 if self._is_single else threads):  # here, as a thread of its own has memory of its own, too
+                return [work(*one) for one in slices]
         return list(self._started(lanes, threads).map(lambda one: _undisturbed(work, one), slices))
 
     def _started(self, lanes: int, threads: int) -> ThreadPoolExecutor:
@@ -46,6 +48,19 @@ class Lanes:
             torch.set_num_threads(threads)
             self._key = key
         return self._pool
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """This thread with another number of threads for a while."""
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
 
 
 def _limit(threads: int) -> None:

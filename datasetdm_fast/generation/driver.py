@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.generation.recipe import Recipe
     from datasetdm_fast.labels.class_tables import ClassTable
 
+READ_PIXELS = 512**2  # of the images whose raw outputs are read at once on a CPU
 MOST_NEGATIVES = 256  # encoded negative prompts that are kept
 
 
@@ -176,11 +177,13 @@ class BatchGenerator:
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
         """Annotations, image and post-processing; `drawn` loses its captures on the way, but for those of labellers."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        works = [self._annotating(task, drawn, requests) for task in recipe.decoded]
-        if is_alone := len(requests) == 1 and drawn.pixels is None:
-            works.insert(0, partial(engine.decode_and_check, drawn.latents))  # the longest
-        answers = together(engine, works, len(requests))
-        decoded = answers.pop(0) if is_alone else None
+        works, decoded = [self._annotating(task, drawn, requests) for task in recipe.decoded], None
+        at_once = getattr(engine, "side_by_side", None) if len(requests) == 1 and drawn.pixels is None else None
+        if at_once:
+            decoded, *answers = at_once([partial(engine.decode_and_check, drawn.latents), *works])  # the longest first
+        else:
+            answers = [work() for work in works]
+        del works  # which hold the captures
         raw = dict(zip(recipe.decoded, answers, strict=True))
         checks = {"latents": is_finite(drawn.latents)}
         if drawn.captures:
@@ -216,12 +219,6 @@ class BatchGenerator:
         return collect(batch, images, raw, checks, self.engine, self.recipe, drawn)
 
 
-def together(engine: Engine, works: Sequence[Callable[[], Any]], images: int) -> list[Any]:
-    """The results of calls about so many images, none of which needs another one: made at once by engines that can."""
-    at_once = getattr(engine, "side_by_side", None)
-    return at_once(works, images) if at_once else [work() for work in works]
-
-
 @cache
 def readers() -> Lanes:
     """Threads that read raw outputs on a CPU, an image each, so that no number of threads changes a label."""
@@ -254,7 +251,8 @@ def collect(
     is_host = engine.device.type == "cpu"
     parts = [slice(b, b + 1) for b in range(count)] if is_host else [slice(0, count)]
     works = [(task, part) for task in recipe.decoded for part in parts]
-    answers = iter(readers().map(read, works) if is_host else [read(*one) for one in works])
+    most = max(READ_PIXELS // recipe.size**2, 1)  # at once: what is read of a large image takes hundreds of megabytes
+    answers = iter(readers().map(read, works, most) if is_host else [read(*one) for one in works])
     labels: dict[str, list[Annotation]] = {
         task: [label for _ in parts for label in next(answers)] for task in recipe.decoded
     }
