@@ -26,6 +26,7 @@ from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
+from datasetdm_fast.training.losses.objective import loss_of
 from datasetdm_fast.training.processes import Ranks, joined
 from datasetdm_fast.training.recipes import recipe
 from datasetdm_fast.training.settings import TrainConfig
@@ -150,6 +151,18 @@ def test_relative_error_by_its_formula():
     truth = torch.tensor([[[1.0, 2.0, 0.0, 4.0]]])
     found = losses.relative_error(torch.tensor([[[2.0, 2.0, 9.0, 3.0]]]), truth)
     assert found.tolist() == pytest.approx([(1 + 0 + 1 / 4) / 3])
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_small_depth_decoders_learn_by_relative_error(engine, source, is_relative):
+    preset = "default" if is_relative else "upstream"
+    taught = recipe("depth", source, engine.model.levels, 16, 0, 8, preset=preset)
+    assert taught.schedule.is_relative is is_relative
+    item = target(source, source[0], "depth")
+    metres = torch.full((1, 1, *item.depth.shape), 2.0)
+    loss = losses.relative_error if is_relative else losses.scale_invariant_log
+    found = loss_of(taught.config, {"depth": metres}, [item], [], taught.schedule)
+    assert found == loss(metres[:, 0], item.depth[None]).sum()
 
 
 @pytest.mark.parametrize("loss", [losses.scale_invariant_log, losses.relative_error])

@@ -17,7 +17,7 @@ class DepthTask(Task):
     needs = ("depth",)
     shown_by = "depth"
     wanted = "a depth of 0 to {farthest:g} m"
-    small = {"batch_size": 12, "steps": 2500, "rate": 2e-3, "dropout": 0.15}
+    small = {"batch_size": 12, "steps": 2500, "rate": 2e-3, "dropout": 0.15, "is_relative": True}
     quirks = ("Q13",)
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:

@@ -78,5 +78,4 @@ def _upstream(task: str, images: int, reader: str, levels: Sequence[Level]) -> T
         is_deep=False,
         is_absence_taught=False,
         gain=1.0,
-        is_relative=False,
     )

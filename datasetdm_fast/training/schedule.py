@@ -25,7 +25,7 @@ class TrainingSchedule:
         True  # whether a joint that is not in the picture has an empty heatmap; upstream's loss leaves it out
     )
     gain: float = 100.0  # of the heatmap loss
-    is_relative: bool = True  # whether depth learns by its mean relative error; upstream by logarithms up to a scale
+    is_relative: bool = False  # whether depth learns by its mean relative error, not by scale-invariant logarithms
     first_word_only: bool = False  # upstream's Q11
     parts: int = (
         2  # a batch is worked through in so many over all processes, so that one process and two learn to the same bits
