@@ -125,10 +125,10 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size, calls_left(job))))
     if config.verify:
         job = _verified(config, job)
-    images, compare = min(job.plan.number - job.done, config.limit or job.plan.number), _comparison(config)
+    compare = _comparison(config)
     with (
         interruption,
-        ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
+        ImageProgress(job.images_left, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
         ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         return run(

@@ -156,8 +156,7 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
             print(*table(job), sep="\n", file=sys.stderr, flush=True)
         if config.dry_run:
             return 0
-        images = min(job.plan.number - job.done, config.limit or job.plan.number)
-        progress = ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule))
+        progress = ImageProgress(job.images_left, config.quiet, job.plan.batch_size, len(job.recipe.schedule))
         with interruption, progress:
             calls = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
             result = run(job, **calls, is_stopping=interruption.is_stopping)

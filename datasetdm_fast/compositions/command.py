@@ -51,9 +51,8 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
 def _run(job: Job, interruption: Interruption) -> Result:
     from datasetdm_fast.generation.run import run
 
-    left = min(job.plan.number - job.done, job.config.limit or job.plan.number)
     calls = len(job.recipe.schedule)
-    with interruption, ImageProgress(left, job.config.quiet, job.plan.batch_size, calls) as progress:
+    with interruption, ImageProgress(job.images_left, job.config.quiet, job.plan.batch_size, calls) as progress:
         options = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
         return run(job, is_stopping=interruption.is_stopping, **options)
 

@@ -54,13 +54,14 @@ class Lanes:
 def _threads(count: int) -> Iterator[None]:
     """This thread with another number of threads for a while."""
     before = torch.get_num_threads()
-    if count != before:
-        torch.set_num_threads(count)
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        if count != before:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 def _limit(threads: int) -> None:

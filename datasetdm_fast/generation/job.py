@@ -97,6 +97,15 @@ class Job:
         return self.sets_aside and not self.config.limit
 
     @property
+    def images_left(self) -> int:
+        """What this command is to make."""
+        return min(self.plan.number - self.done, self.config.limit or self.plan.number)
+
+    @property
+    def batches_left(self) -> int:
+        return -(-self.images_left // self.plan.batch_size)
+
+    @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         pixels = self.pixels or self.recipe.size**2

@@ -13,7 +13,7 @@ OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decode
 def table(job: Job, call: float = 0.0) -> list[str]:
     """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
     plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
-    left, batches = images_left(job), batches_left(job)
+    left, batches = job.images_left, job.batches_left
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
         f"{facts['steps']} steps in {facts['calls']} calls",
@@ -39,17 +39,9 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
 
 
-def images_left(job: Job) -> int:
-    return min(job.plan.number - job.done, job.config.limit or job.plan.number)
-
-
-def batches_left(job: Job) -> int:
-    return -(-images_left(job) // job.plan.batch_size)
-
-
 def calls_left(job: Job) -> int:
     """UNet calls that the run will make."""
-    return job.recipe.facts["calls"] * batches_left(job)
+    return job.recipe.facts["calls"] * job.batches_left
 
 
 def _unnamed(job: Job) -> str:
