@@ -7,6 +7,8 @@ import pytest
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.intervals import expanded, intervals
+from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import held_out
@@ -190,37 +192,36 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
         source = open_data(f"demo:{count}@40", SIZE)
         meters = meters_of(source, wrong_in_many_ways(source))
         for task, meter in meters.items():
-            result, bounds = meter.result(), meter.intervals(200)
+            result, bounds = meter.result(), intervals(meter, 200)
             for name, value in result.items():
                 pairs = (
-                    [(value, bounds[name])]
+                    [(value, bounds.get(name, (value, value)))]
                     if isinstance(value, float)
                     else [(value[key], bounds[name][key]) for key in value if key in bounds[name]]
                 )
-                assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
-        assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
-        widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
+                assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs), (task, name)
+        assert intervals(meters["instance"], 50) == intervals(meters["instance"], 50)
+        widths.append(np.diff(intervals(meters["instance"], 200)["ap"])[0])
     assert 0 < widths[1] < 0.8 * widths[0]
 
 
-def test_a_class_that_one_image_shows_has_no_interval(monkeypatch):
+def test_a_class_that_one_image_shows_has_no_interval():
     """Its draws are all alike, which would look like certainty; those of a class in few images are moved far out."""
     source = open_data("demo:5@40", SIZE)
     meters = meters_of(source, wrong_in_many_ways(source))
     for task in ("semantic", "instance", "pose"):
         meter = meters[task]
+        assert meter.shown().tolist() == Meter.shown(meter).tolist()
         counts = dict(zip(meter.columns, meter.shown().tolist(), strict=True))
-        plain, wide = meter.intervals(2000)[meter.each], held_out.intervals(meter)[meter.each]
-        assert set(plain) == set(wide) == {name for name, count in counts.items() if count > 1}, task
-        for name, (low, high) in wide.items():
-            assert low <= plain[name][0] and plain[name][1] <= high
+        found = intervals(meter)[meter.each]
+        assert set(found) == {name for name, count in counts.items() if count > 1}, task
+        for name, values in zip(meter.columns, meter.draws(2000)[meter.each].T, strict=True):
+            if name in found:
+                low, high = np.nanquantile(values, [0.025, 0.975])
+                assert found[name][0] <= low + 1e-6 and np.diff(found[name]) > high - low - 1e-6, (task, name)
     counts = meters["semantic"].shown()
     assert 1 in counts and counts.max() == 5
-    meter = meters["semantic"]
-    monkeypatch.setattr(held_out, "DRAWS", 4)  # fewer than images: none are counted
-    monkeypatch.setattr(meter, "shown", None)
-    assert held_out.intervals(meter)["per_class"]
-    assert held_out.expanded(0.95, 2) > held_out.expanded(0.95, 6) > held_out.expanded(0.95, 200) > 0.95
+    assert expanded(0.95, 2) > expanded(0.95, 6) > expanded(0.95, 200) > 0.95
 
 
 def test_intervals_of_few_images_allow_for_classes_that_none_of_them_shows():
@@ -236,12 +237,36 @@ def test_intervals_of_few_images_allow_for_classes_that_none_of_them_shows():
         for _ in range(images):
             pixels = 1000 * (random.random(5) < shares)
             meter.rows.append(np.stack([pixels * quality, pixels, pixels]).astype(np.int64))
-        low, high = held_out.intervals(meter, len(quality))["miou"]
+        low, high = intervals(meter, classes=len(quality))["miou"]
         assert low <= meter.result()["miou"] <= high
         held += low <= quality.mean() <= high
-        low, high = meter.intervals(2000, held_out.expanded(0.95, images))["miou"]
+        low, high = np.quantile(meter.draws(2000)["miou"], np.array([-1, 1]) * expanded(0.95, images) / 2 + 0.5)
         plain += low <= quality.mean() <= high
     assert held >= 57 and plain < 40, (held, plain)
+
+
+def test_intervals_of_few_images_allow_for_failures_that_none_of_them_shows():
+    """One person in twelve is not found, and a third of the images show a person."""
+
+    class Source:
+        joints = ("head", "left_hand", "right_hand")
+
+    random, share, images = np.random.default_rng(0), 11 / 12, 40
+    held, plain, joints = 0, 0, 0
+    for _ in range(60):
+        meter = METRICS["pose"](Source)
+        for number in range(images):
+            meter.images.append({"id": number})
+            has_person, is_found = random.random(2) < (1 / 3, share)
+            meter.rows.append(np.array([[has_person * is_found] * 3, [has_person] * 3], float))
+        meter.precision = lambda weights: np.full((len(weights), 1, 10), 0.5)  # joints alone are judged here
+        found = intervals(meter)
+        held += found["pck"][0] <= share <= found["pck"][1]
+        joints += all(low <= share <= high for low, high in found["per_joint"].values())
+        low, high = np.nanquantile(meter.draws(2000)["pck"], [0.025, 0.975])
+        plain += low <= share <= high
+        assert meter.telling < images
+    assert held >= 57 and joints >= 57 and plain < 50, (held, joints, plain)
 
 
 def test_an_interval_of_means_is_the_textbooks_one():
@@ -251,7 +276,7 @@ def test_an_interval_of_means_is_the_textbooks_one():
     errors = random.normal(0.2, 0.05, 400)
     for error in errors:
         meter.add(item, DepthMap(item.depth * (1 + np.float32(error)), source.max_depth))
-    low, high = meter.intervals(2000)["absrel"]
+    low, high = intervals(meter)["absrel"]
     assert high - low == pytest.approx(2 * 1.96 * errors.std() / 20, rel=0.1)
 
 
@@ -339,13 +364,13 @@ def test_intervals_of_few_held_out_images_are_wide():
         for _ in range(60):
             meter = METRICS["depth"](None)
             meter.rows = [(float(value), 0.0, 0.0, 0.0, 0.0) for value in random.normal(1.0, 0.2, count)]
-            low, high = held_out.intervals(meter)["absrel"]
+            low, high = intervals(meter)["absrel"]
             held[count] += low <= 1.0 <= high
     assert held[4] >= 50 and held[40] >= 54  # of 60, where plain percentiles hold 44 and 56 or fewer
     meter.rows = meter.rows[:1]
-    assert held_out.intervals(meter) == {}
+    assert intervals(meter) == {}
     meter.rows = [(1.0, 0.0, 0.0, 0.0, 0.0)] * 5
-    assert "absrel" not in held_out.intervals(meter)  # five images that agree do not make a figure certain
+    assert "absrel" not in intervals(meter)  # five images that agree do not make a figure certain
 
 
 def test_what_to_know_of_a_figure():

@@ -9,6 +9,7 @@ import torch
 
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.intervals import intervals
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels.class_tables import spoken
@@ -23,7 +24,7 @@ def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     """
     if not meter.count:
         raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
-    drawn = {"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {}
+    drawn = {"images": meter.count, "intervals": intervals(meter, bootstrap, level)} if bootstrap else {}
     things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
     return meter.result() | things | drawn
 

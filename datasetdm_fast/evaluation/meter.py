@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,7 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.truth.labelled import LabelledSource
 
-ALONE = 0.19  # share of the draws without a class: of one image 0.25 to 0.37 lack it, of two images at most 0.14
+BLOCK = 256  # images that are looked at together
 
 FIGURES = {
     "miou": "mIoU",
@@ -48,6 +47,7 @@ class Meter:
     held_out_figure = ""  # by which a training keeps its best weights
     student_figure = ""  # by which students are compared
     less_is_better = False
+    counts_hits = True  # figures are shares of what was to be found, of which a few images may show no miss
     shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
 
     @cached_property
@@ -74,6 +74,11 @@ class Meter:
     def count(self) -> int:
         return len(self.rows)  # what `add` has kept, an entry an image
 
+    @property
+    def telling(self) -> int:
+        """How many images have something to find."""
+        return self.count
+
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN for classes not shown."""
         raise NotImplementedError
@@ -84,7 +89,7 @@ class Meter:
             return {}
         found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
         single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
-        return single | ({self.each: self._named(found[self.each])} if self.each in found else {})
+        return single | ({self.each: self.named(found[self.each])} if self.each in found else {})
 
     def not_shown(self, result: Mapping[str, Any]) -> list[str]:
         """The classes or joints that have no figure in a result, as no image shows them."""
@@ -108,54 +113,13 @@ class Meter:
 
     def shown(self) -> np.ndarray:
         """How many images show each class or joint."""
-        return np.isfinite(self.figures(np.eye(self.count))[self.each]).sum(0)
+        blocks = range(0, self.count, BLOCK)
+        alone = (np.eye(min(BLOCK, self.count - start), self.count, start) for start in blocks)
+        return sum(np.isfinite(self.figures(weights)[self.each]).sum(0) for weights in alone)
 
-    def intervals(
-        self,
-        number: int = 500,
-        level: float = 0.95,
-        seed: int = 0,
-        each_level: Sequence[float] | None = None,
-        classes: int = 0,
-    ) -> dict:
-        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws; none of a class that
-        one image alone shows, as its draws are all alike. Classes may have levels of their own. With `classes`, means
-        over classes are over so many of them: one that a draw does not show counts as anything between 0 and 1.
-        """
-        if self.count < 2:
-            return {}
-        bounds, drawn = {}, self.draws(number, seed)
-        if classes and self.each in drawn:
-            drawn |= _over_classes(drawn, self.each, classes, seed)
-        for name, values in drawn.items():
-            if name == self.each:
-                levels = [level] * values.shape[1] if each_level is None else each_level
-                alone = np.isnan(values).mean(0) > ALONE
-                found = [_between(*one) for one in zip(values.T, levels, strict=True)]
-                bounds[name] = self._named(np.where(alone[:, None], np.nan, found))
-            else:
-                bounds[name] = np.nan_to_num(_between(values, level)).tolist()
-        return bounds
-
-    def _named(self, values: np.ndarray) -> dict[str, Any]:
+    def named(self, values: np.ndarray) -> dict[str, Any]:
         """What there is a figure of, by name."""
         return {name: value.tolist() for name, value in zip(self.columns, values) if np.isfinite(value).all()}
-
-
-def _over_classes(drawn: Mapping[str, np.ndarray], each: str, classes: int, seed: int) -> dict[str, np.ndarray]:
-    """The draws of every mean over classes if it were over `classes` of them. All that a draw does not show have one
-    value, as a decoder that is bad at one rare class is often bad at others.
-    """
-    share = np.minimum(np.isfinite(drawn[each]).sum(1) / classes, 1)
-    unknown = (1 - share) * np.random.default_rng([seed, classes]).random(len(share))
-    return {name: np.nan_to_num(values) * share + unknown for name, values in drawn.items() if name != each}
-
-
-def _between(values: np.ndarray, level: float) -> np.ndarray:
-    """The two percentiles with the share `level` of the draws between them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw shows
-        return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
 
 
 def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:

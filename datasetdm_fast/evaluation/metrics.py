@@ -48,6 +48,9 @@ class _Overlap(Meter):
     def columns(self) -> Sequence[str]:
         return self.classes
 
+    def shown(self) -> np.ndarray:
+        return np.stack([self.counted(either, there) for _, either, there in self.rows]).sum(0)
+
     def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
         """Whether a class has a figure: where the truth shows it."""
         return there > 0
@@ -97,6 +100,9 @@ class OpenVocabulary(_Overlap):
         untaught = [name for name in source.thing_classes if config.classes and name not in config.classes]
         return cls(source, _told_apart(source.thing_classes, unseen or untaught))
 
+    def shown(self) -> np.ndarray:
+        return np.stack([self.counted(either, there) for _, either, there in self.rows]).sum(0)
+
     def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
         return either > 0
 
@@ -116,6 +122,7 @@ class Depth(Meter):
 
     figure = held_out_figure = student_figure = "absrel"
     less_is_better = True
+    counts_hits = False
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []

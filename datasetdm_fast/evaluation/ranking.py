@@ -42,6 +42,9 @@ class _Ranked(Meter):
     def columns(self) -> Sequence[str]:
         return self.classes
 
+    def shown(self) -> np.ndarray:
+        return np.array([np.count_nonzero(ranking.positives) for ranking in self.rankings()])
+
     def add_image(self, truth: Labelled) -> int:
         number = len(self.images) + 1
         self.images.append({"id": number, "height": truth.image.shape[0], "width": truth.image.shape[1]})
@@ -153,6 +156,13 @@ class Pose(_Ranked):
                 miss = np.linalg.norm(found.points[0, :, :2] - truth.keypoints[person, :, :2], axis=1)
                 counts[0] = labelled & (miss <= reach) & (found.visibility[0] > 0)
         self.rows.append(counts)
+
+    @property
+    def telling(self) -> int:
+        return sum(bool(labelled.any()) for _, labelled in self.rows)
+
+    def shown(self) -> np.ndarray:
+        return np.stack([labelled > 0 for _, labelled in self.rows]).sum(0)
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         right, total = np.einsum("bn,nij->ibj", weights, np.stack(self.rows))

@@ -18,6 +18,7 @@ from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.decoders.checkpoint import load_decoder
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.intervals import intervals
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
@@ -98,7 +99,7 @@ def run(
             "folds": count,
             "images": meter.count,
             "held_out": meter.result(),
-            "held_out_intervals": held_out.intervals(meter),
+            "held_out_intervals": intervals(meter),
         }
         storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
     return ranks.said(document)

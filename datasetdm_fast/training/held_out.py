@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from datasetdm_fast.command_line.progress import counted
@@ -22,7 +21,6 @@ from datasetdm_fast.training.loop import TrainingViews, projected
 from datasetdm_fast.truth.labelled import LabelledSource
 
 LEAST_IMAGES = 10  # images below which none is held out
-DRAWS = 2000  # bootstrap resamples
 FOLDS = 5  # of `--folds auto`
 ENOUGH_IMAGES = 30  # held-out images below which no step is chosen by a figure, and it is told with a warning
 NAMED = 5  # classes that a warning lists
@@ -79,39 +77,10 @@ def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Met
     return meter
 
 
-def intervals(meter: Meter, classes: int = 0, level: float = 0.95) -> dict:
-    """[low, high] of every figure by bootstrap percentiles, expanded for few images: those that were held out, and for
-    a class those of them that show it. A mean is over `classes` of them, or all that the images show: what a draw does
-    not show may score anything. None of a single image, and none of a figure whose draws all agree, as of few images
-    that says nothing.
-    """
-    is_counted = meter.columns and 1 < meter.count <= DRAWS  # of more images, counting takes longer than all draws
-    shown = meter.shown() if is_counted else np.zeros(0)
-    of_each = [expanded(level, count) for count in shown] if is_counted else None
-    classes = max(classes, int((shown > 0).sum()))
-    found = meter.intervals(DRAWS, expanded(level, meter.count), each_level=of_each, classes=classes)
-    figures = meter.result() if found else {}
-    return {
-        name: bounds if name == meter.each else [min(bounds[0], figures[name]), max(bounds[1], figures[name])]
-        for name, bounds in found.items()
-        if name == meter.each or bounds[0] < bounds[1]
-    }
-
-
 def classes_shown(learnt: TrainingViews) -> int:
     """How many classes the images show that a decoder learns from."""
     draws = learnt.views.looks.draws
     return len({int(k) for image in range(learnt.images) for k in learnt.views.target(image * draws).classes})
-
-
-def expanded(level: float, images: int) -> float:
-    """The level of bootstrap percentiles of so many images that lie as far out as those of a t distribution (Hesterberg
-    2015, 5.2).
-    """
-    if images < 2:
-        return level
-    away = np.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1)
-    return float(2 * stats.norm.cdf(away) - 1)
 
 
 def are_enough(images: int) -> bool:

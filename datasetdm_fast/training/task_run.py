@@ -26,6 +26,7 @@ from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engines.device import multiplies_bf16
 from datasetdm_fast.engines.memory import keep_freed
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.intervals import intervals
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.documents import one_line
@@ -283,7 +284,7 @@ class _StartedTraining:
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
-            "held_out_intervals": held_out.intervals(meter, classes) if meter else {},
+            "held_out_intervals": intervals(meter, classes=classes) if meter else {},
             "step_chosen_on_held_out": is_chosen and self.numbers["looks"] > 1,
             "not_shown": meter.not_shown(figures) if meter else [],
             "named_by_captions": bool(decoder.config.named),
