@@ -3,7 +3,9 @@
 import copy
 import json
 import math
-from dataclasses import fields, replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -535,6 +537,44 @@ def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
         )
         curves.append([trainer.step() for _ in range(4)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Processes played by threads, which add up on one board."""
+
+    board: list | None = None
+    meeting: threading.Barrier | None = None
+
+    def total(self, tensors):
+        self.board[self.rank] = torch.cat([tensor.detach().flatten().clone() for tensor in tensors])
+        self.meeting.wait(60)
+        assert len({len(own) for own in self.board}) == 1, "the processes add up other tensors"
+        flat = sum(self.board)
+        self.meeting.wait(60)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.detach().copy_(part.view_as(tensor))
+
+
+@pytest.mark.parametrize("task", ["instance", "open-vocabulary"])
+def test_processes_learn_together_where_only_some_of_them_see_things(engine, source, folder, monkeypatch, task):
+    held, config = lessons(engine, source, task, folder), config_of(engine, source, task)
+    words, inner = words_of(engine, source, task), Views.target
+
+    def emptied(views, view):
+        found = inner(views, view)
+        return found if view % 2 else replace(found, classes=found.classes[:0], masks=found.masks[:0])
+
+    monkeypatch.setattr(Views, "target", emptied)
+    schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"is_ahead": False}
+    alone = Trainer(config, schedule, held, words, **given)
+    board, meeting = [None, None], threading.Barrier(2)
+    both = [Trainer(config, schedule, held, words, ranks=ThreadRanks(k, 2, board, meeting), **given) for k in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: [one.step() for _ in range(4)], both))
+    assert found[0] == found[1] == [alone.step() for _ in range(4)]
+    for one in both:
+        assert all(map(torch.equal, one.finished().state_dict().values(), alone.finished().state_dict().values()))
 
 
 @pytest.mark.parametrize("task", ["semantic", "pose"])
