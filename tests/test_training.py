@@ -3,7 +3,9 @@
 import copy
 import json
 import math
-from dataclasses import fields, replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -23,11 +25,12 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
+from datasetdm_fast.training import session
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import loss_of
-from datasetdm_fast.training.processes import Ranks, joined
+from datasetdm_fast.training.processes import SOLO, Ranks, joined
 from datasetdm_fast.training.recipes import recipe
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.task_run import TaskTraining
@@ -537,6 +540,63 @@ def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Processes played by threads, which add up on one board."""
+
+    board: list | None = None
+    meeting: threading.Barrier | None = None
+
+    def total(self, tensors):
+        self.board[self.rank] = torch.cat([tensor.detach().flatten().clone() for tensor in tensors])
+        self.meeting.wait(60)
+        assert len({len(own) for own in self.board}) == 1, "the processes add up other tensors"
+        flat = sum(self.board)
+        self.meeting.wait(60)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.detach().copy_(part.view_as(tensor))
+
+
+@pytest.mark.parametrize("task", ["instance", "open-vocabulary"])
+def test_processes_learn_together_where_only_some_of_them_see_things(engine, source, folder, monkeypatch, task):
+    held, config = lessons(engine, source, task, folder), config_of(engine, source, task)
+    words, inner = words_of(engine, source, task), Views.target
+
+    def emptied(views, view):
+        found = inner(views, view)
+        return found if view % 2 else replace(found, classes=found.classes[:0], masks=found.masks[:0])
+
+    monkeypatch.setattr(Views, "target", emptied)
+    schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"is_ahead": False}
+    alone = Trainer(config, schedule, held, words, **given)
+    board, meeting = [None, None], threading.Barrier(2)
+    both = [Trainer(config, schedule, held, words, ranks=ThreadRanks(k, 2, board, meeting), **given) for k in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: [one.step() for _ in range(4)], both))
+    assert found[0] == found[1] == [alone.step() for _ in range(4)]
+    for one in both:
+        assert all(map(torch.equal, one.finished().state_dict().values(), alone.finished().state_dict().values()))
+
+
+def test_processes_stop_together_while_captures_are_made(engine, source, tmp_path):
+    config, board, meeting = TrainConfig(draws=2, quiet=True), [None, None], threading.Barrier(2)
+    made = session.TrainingSession(config, engine, source, SOLO, tuple(range(4)), print)
+    plan = cache.plan(tmp_path, engine.model.levels, 8, "disk")
+    made.views("depth", range(4), plan=plan)
+
+    def stopped(views):
+        raise session._Stopped
+
+    def asked(rank):
+        own = replace(made, ranks=ThreadRanks(rank, 2, board, meeting))
+        with pytest.raises(session._Stopped):
+            own.views("depth", range(4), plan=plan, **({} if rank else {"progress": stopped}))
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(asked, (0, 1))) == [True, True]
+
+
 @pytest.mark.parametrize("task", ["semantic", "pose"])
 def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, folder, task):
     held, config, schedule = (
@@ -758,6 +818,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
+        (["--seed", str(2**64)], 2, "--seed: 18446744073709551616 is not at most"),
         (["--decoder", "/nowhere"], 3, "decoders /nowhere: no such folder"),
         (["--decoder", "DEPTH"], 3, "Give the folder above"),
     ],

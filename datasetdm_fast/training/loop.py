@@ -220,7 +220,14 @@ class Trainer:
             return
         for mean in means:
             mean /= self.ranks.world
-        self.ranks.total([total, *means, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
+        # Views without things give the layers of masks no gradient, those of another process may; asked of the hosts.
+        reached = torch.tensor([float(parameter.grad is not None) for parameter in self.trained])
+        self.ranks.total([reached])
+        shared = [parameter for parameter, count in zip(self.trained, reached.tolist()) if count]
+        for parameter in shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.total([total, *means, *(parameter.grad for parameter in shared)])
 
     def finished(self) -> Decoder:
         """A decoder with the averaged weights, to be saved or folded; the training can go on."""
