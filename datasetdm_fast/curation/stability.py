@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.config import UNDECODED
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import named_map
@@ -26,14 +27,16 @@ class Stability:
         config: Mapping[str, Any] = run.document["config"]
         if run.document.get("command") or not config.get("model"):
             raise Refused(f"--stability: {run.path} was not made by generate", "Score the run that it was made from.")
+        decoded = tuple(task for task in config["task"] if task not in UNDECODED)
         self.engine, decoders = open_engine(
             config["model"],
-            config["decoder"],
-            tuple(config["task"]),
+            config["decoder"] if decoded else None,
+            decoded,
             engine=config["engine"],
             dtype=config["dtype"],
             size=config["size"],
             threads=threads,
+            lora=tuple(config.get("lora", ())),
         )
         weights = {"model": {"digests": dict(self.engine.model.digests)}, "decoders": decoders}
         stored = {"model": {"digests": run.document["model"]["digests"]}, "decoders": run.document["decoders"]}

@@ -216,6 +216,8 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
             what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
             raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
         prompt = line.strip()
+        if not _is_unicode(prompt):
+            raise Refused(f"{name} line {number}: {shown(prompt)} is not valid Unicode", "Write the prompt in UTF-8.")
         if (size := len(prompt.encode())) > LONGEST_LINE and not truncate:
             raise Refused(
                 f"{name} line {number}: {size} bytes, at most {LONGEST_LINE} are read",
