@@ -179,6 +179,17 @@ def test_a_spliced_sample_that_was_dropped_is_not_missing(source, tmp_path, caps
     assert json.loads(told.out)["complete"] and "go on with" not in told.err and len(open_run(tmp_path / "out")) == 2
 
 
+def test_a_source_in_a_folder_whose_name_is_no_utf_8_serves(source, tmp_path, monkeypatch):
+    run, out = tmp_path / "caf\udce9", tmp_path / "out"
+    shutil.copytree(source, run)
+    monkeypatch.setattr(sys, "argv", ["splice", str(run)])
+    assert drop.main([str(run), "1", "--quiet"]) == 0
+    assert splice.main([str(run), "--number", "2", "--out", str(out), "--quiet"]) == 0
+    (out / "images" / "00000001.png").unlink()
+    assert splice.main(["--out", str(out), "--only", "00000001", "--quiet"]) == 0
+    assert audit(run).findings == audit(out).findings == []
+
+
 def test_a_damaged_source_is_refused(source, tmp_path, capsys):
     damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
     shutil.copy(damaged / "depth" / "00000001.png", damaged / "depth" / "00000002.png")
