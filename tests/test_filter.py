@@ -339,6 +339,7 @@ def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
     monkeypatch.setattr(opening, "open_engine", open_engine)
     found = open_run(run)
     found.document["config"] |= {"task": ["semantic", "attention"], "lora": ["style.safetensors:0.8"]}
+    found.document["decoders"] = {"semantic": found.document["decoders"]["semantic"]}
     with pytest.raises(Refused, match="enough"):
         Stability(found, 1)
     assert seen == {"tasks": ("semantic",), "lora": ("style.safetensors:0.8",)}

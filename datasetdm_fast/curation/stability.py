@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.config import UNDECODED
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import named_map
@@ -27,11 +26,10 @@ class Stability:
         config: Mapping[str, Any] = run.document["config"]
         if run.document.get("command") or not config.get("model"):
             raise Refused(f"--stability: {run.path} was not made by generate", "Score the run that it was made from.")
-        decoded = tuple(task for task in config["task"] if task not in UNDECODED)
         self.engine, decoders = open_engine(
             config["model"],
-            config["decoder"] if decoded else None,
-            decoded,
+            config["decoder"] if run.document["decoders"] else None,
+            tuple(run.document["decoders"]),
             engine=config["engine"],
             dtype=config["dtype"],
             size=config["size"],
