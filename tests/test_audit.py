@@ -14,6 +14,7 @@ from rendered import document, write_run
 from rendered import rendered as render
 
 from datasetdm_fast import audit as command
+from datasetdm_fast.compositions.source import digests_of
 from datasetdm_fast.data import Request, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
@@ -227,6 +228,15 @@ def test_a_seal_changed_by_hand_is_found(spoilt):
     seal["README.md"] = digest[:5] + ("0" if digest[5] != "0" else "1") + digest[6:]
     (spoilt / SEAL).write_text(json.dumps(seal, indent=2, sort_keys=True) + "\n")
     assert places(spoilt) == ["README.md", SEAL]
+
+
+def test_the_seal_of_hundreds_of_thousands_of_samples_is_read(spoilt):
+    digests = json.loads((spoilt / SEAL).read_text())
+    del digests[OWN]
+    digests |= {f"gallery/details/{k:06d}.js": "" for k in range(10, 30_000)}  # files that are not there, as sealed
+    (spoilt / SEAL).write_bytes(sealed(digests))
+    assert (spoilt / SEAL).stat().st_size > 2**20 and places(spoilt) == []
+    assert digests_of(spoilt, read_document(spoilt))["samples.jsonl"] == digests["samples.jsonl"]
 
 
 def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt):

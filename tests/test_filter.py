@@ -326,6 +326,25 @@ def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys
     assert filter.main([str(path), "--stability", "--quiet"]) == 2
 
 
+def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
+    from datasetdm_fast.curation.stability import Stability
+    from datasetdm_fast.engines import opening
+
+    seen = {}
+
+    def open_engine(model, decoder, tasks, **choices):
+        seen.update(tasks=tasks, lora=choices["lora"])
+        raise Refused("enough", "")
+
+    monkeypatch.setattr(opening, "open_engine", open_engine)
+    found = open_run(run)
+    found.document["config"] |= {"task": ["semantic", "attention"], "lora": ["style.safetensors:0.8"]}
+    found.document["decoders"] = {"semantic": found.document["decoders"]["semantic"]}
+    with pytest.raises(Refused, match="enough"):
+        Stability(found, 1)
+    assert seen == {"tasks": ("semantic",), "lora": ("style.safetensors:0.8",)}
+
+
 def test_filtering_needs_no_torch(made):
     code = "import sys\nfrom datasetdm_fast import filter\nfilter.main(sys.argv[1:])\nprint('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)

@@ -1,12 +1,13 @@
 """merge: every sample once, its files byte for byte, whole for audit, and split by what it was made of."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import open_run
+from datasetdm_fast import drop, open_run, splice
 from datasetdm_fast.merge import main
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -86,6 +87,41 @@ def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(
     assert main([str(runs / "first"), str(tmp_path / "other"), "--out", str(tmp_path / "no"), "--quiet"]) == 2
     said = capsys.readouterr().err
     assert "semantic.classes has 'dog' where" in said and not (tmp_path / "no").exists()
+
+
+def test_tables_that_only_one_label_of_each_run_continues_are_refused(runs, tmp_path, capsys):
+    """Both give the next number of the run's classes to another class."""
+    lines = ["--out", str(tmp_path / "all"), "--quiet"]
+    for label, word in (("semantic", "dog"), ("instance", "cat")):
+        described = document(2, 32)
+        for name in ("numbers", "classes"):
+            described["labels"][label][name].append(word if name == "classes" else len(described["classes"]))
+        described["classes"].append(word)
+        with RunFolder(tmp_path / label, described) as folder:
+            folder.add([moved(k, (80 if word == "dog" else 90) + k) for k in range(2)], {})
+            folder.rebuild()
+    assert main([str(tmp_path / "semantic"), str(tmp_path / "instance"), *lines]) == 2
+    assert "number the classes differently" in capsys.readouterr().err and not (tmp_path / "all").exists()
+
+
+def test_a_sample_that_was_dropped_is_not_missing(runs, tmp_path, capsys):
+    out = tmp_path / "all"
+    line = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--json"]
+    assert main(line) == 0 and drop.main([str(out), "1", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(line) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["complete"] and "go on with" not in told.err and len(open_run(out)) == 8
+
+
+def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
+    with RunFolder(tmp_path / "large", document(2, 64)) as folder:
+        folder.add([rendered(k, 64) for k in range(2)], {})
+        folder.rebuild()
+    assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
+    assert splice.main([str(tmp_path / "all"), "--number", "1", "--out", str(tmp_path / "spliced"), "--quiet"]) == 2
+    assert "sample 00000000 has 32 x 32 pixels, expected 64 x 64" in capsys.readouterr().err
+    assert not (tmp_path / "spliced").exists()
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):

@@ -394,6 +394,13 @@ def test_a_program_that_fails_gives_no_prompts(code, told, tmp_path, capsys):
     assert told in capsys.readouterr().err and not (tmp_path / "list").exists()
 
 
+def test_the_folder_of_the_list_need_not_be_there(tmp_path):
+    program = f"""{sys.executable} -c "print('[\\\"a dog sits on a porch\\\"]')\""""
+    line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "new" / "list"), "--quiet"]
+    assert prompts.main([*line, "--llm-command", program]) == 0
+    assert len(rows(tmp_path / "new" / "list")) == 1 and (tmp_path / "new" / "list.replies").exists()
+
+
 def test_a_program_that_hangs_is_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_model, "SECONDS", 0.5)
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]

@@ -112,6 +112,7 @@ def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
         (b"a \x1b[31mball", "control character U\\+001B"),
         (b"x " * 80, "line 1: 82 tokens, at most 77"),
         (b"x" * 5000, "5000 bytes"),
+        (rb'{"prompt": "a \ud83d ball"}', "not valid Unicode"),
     ],
 )
 def test_bad_prompt_files_are_refused(tmp_path, content, message):

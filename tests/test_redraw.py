@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from test_ledger import tree
 
-from datasetdm_fast import edit, generate, splice, vary
+from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.compositions import domains, regions
 from datasetdm_fast.compositions.edit import replaced
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
@@ -193,6 +193,17 @@ def test_the_folder_names_its_source_and_can_be_a_source(source, edited, tmp_pat
     assert splice.main([str(edited), "--number", "4", "--out", str(tmp_path / "spliced"), "--quiet"]) == 0
     ids = [entry["id"] for entry in COCO(tmp_path / "spliced" / "instances.json").dataset["annotations"]]
     assert len(ids) == len(set(ids))
+
+
+def test_a_source_that_no_model_drew_is_refused(source, edited, tmp_path, capsys):
+    merged, labelled = tmp_path / "merged", tmp_path / "labelled"
+    assert merge.main([str(source), str(edited), "--out", str(merged), "--quiet"]) == 0
+    assert label.main([str(source / "images"), "--task", "semantic", "--out", str(labelled), "--quiet"]) == 0
+    capsys.readouterr()
+    for made_by, path in (("merge", merged), ("label", labelled)):
+        for command, flags in ((vary, ["--domain", "fog"]), (edit, EDIT)):
+            assert command.main([str(path), *flags, "--out", str(tmp_path / "out")]) == 2
+            assert f"was made by {made_by}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def mask_file(path: Path, side: int, value: int) -> str:

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from rendered import TASKS, write_run
 from test_ledger import tree
 
-from datasetdm_fast import generate, splice
+from datasetdm_fast import drop, generate, splice
 from datasetdm_fast.compositions import grids
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.labels.kind import LabelKind, Placement
@@ -168,6 +168,26 @@ def test_a_source_that_cannot_serve_is_refused(spliced, source, tmp_path, capsys
     assert not (tmp_path / "out").exists()
     assert splice.main([str(source), "--out", str(spliced), "--seed", "5"]) == 2
     assert "seed: 0 there, 5 asked for" in capsys.readouterr().err
+
+
+def test_a_spliced_sample_that_was_dropped_is_not_missing(source, tmp_path, capsys):
+    line = [str(source), "--number", "3", "--out", str(tmp_path / "out")]
+    assert splice.main([*line, "--quiet"]) == 0 and drop.main([str(tmp_path / "out"), "1", "--quiet"]) == 0
+    capsys.readouterr()
+    assert splice.main([*line, "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["complete"] and "go on with" not in told.err and len(open_run(tmp_path / "out")) == 2
+
+
+def test_a_source_in_a_folder_whose_name_is_no_utf_8_serves(source, tmp_path, monkeypatch):
+    run, out = tmp_path / "caf\udce9", tmp_path / "out"
+    shutil.copytree(source, run)
+    monkeypatch.setattr(sys, "argv", ["splice", str(run)])
+    assert drop.main([str(run), "1", "--quiet"]) == 0
+    assert splice.main([str(run), "--number", "2", "--out", str(out), "--quiet"]) == 0
+    (out / "images" / "00000001.png").unlink()
+    assert splice.main(["--out", str(out), "--only", "00000001", "--quiet"]) == 0
+    assert audit(run).findings == audit(out).findings == []
 
 
 def test_a_damaged_source_is_refused(source, tmp_path, capsys):

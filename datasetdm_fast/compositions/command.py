@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: Sequence[str]) -> int:
     """The exit code of a command that makes the images of a redrawing; the same line resumes it."""
     from datasetdm_fast.compositions import redraw
-    from datasetdm_fast.compositions.source import Source
 
     settings.check()
     folder = Path(settings.out)
-    redrawing = cls(Source(Path(settings.run), only_kept=settings.kept), settings)
+    redrawing = cls(redraw.drawn_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := redraw.finished(redrawing, folder):
         say(settings, f"{folder}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(settings, result)

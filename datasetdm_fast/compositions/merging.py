@@ -15,6 +15,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
+from datasetdm_fast.labels.numbering import check_numbers
 from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document, sides
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
@@ -75,6 +76,13 @@ class Merging:
                     )
         self.labels = {task: self._table(task) for task in first["config"]["task"]}
         self.classes = max((part.run.document.get("classes", []) for part in parts), key=len)
+        try:
+            check_numbers(self.classes or None, self.labels)
+        except ValueError as error:
+            raise Refused(
+                f"{parts[0].path} and the others: their labels number the classes differently ({error})",
+                "Give the runs to convert instead: it matches classes by name.",
+            ) from error
         self.places, self.duplicates = self._places()
 
     def _table(self, task: str) -> dict[str, Any]:

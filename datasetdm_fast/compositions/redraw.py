@@ -36,6 +36,20 @@ NOT_KEPT = "prompts number per_class truncate_prompts keep accept most_tries ign
 KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in NOT_KEPT}
 
 
+CHANGED = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
+
+
+def drawn_source(path: Path, *, only_kept: bool) -> Source:
+    """A finished run whose settings tell how one model drew its samples."""
+    source = Source(path, only_kept=only_kept)
+    if not set(CHANGED) <= source.document["config"].keys():
+        raise Refused(
+            f"{path}: was made by {source.document.get('command')}, so its samples were not all drawn by one model",
+            "Name a run folder that generate, edit or vary has made.",
+        )
+    return source
+
+
 @dataclass(frozen=True)
 class SourceLatents:
     """The images of a batch as latents, and the noise that is added to them."""
@@ -173,7 +187,8 @@ class Redrawing(ABC):
         try:
             restored = replace(settings, **own, kept=bool(config["kept"]))
             restored.check()
-            opened = Source(Path(settings.run or stored["composition"]["source"]["path"]), only_kept=restored.kept)
+            path = Path(settings.run or stored["composition"]["source"]["path"])
+            opened = drawn_source(path, only_kept=restored.kept)
             return cls.restored(opened, restored, config)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
@@ -231,8 +246,7 @@ def _run_config(redrawing: Redrawing, folder: Path) -> RunConfig:
         for name, value in redrawing.config.items()
         if name in names and name != "only"
     }
-    changed = ("model", "decoder", "steps", "guidance")
-    own = {name: getattr(settings, name) or redrawing.source.document["config"][name] for name in changed}
+    own = {name: getattr(settings, name) or redrawing.source.document["config"][name] for name in CHANGED}
     here = {field.name: getattr(settings, field.name) for field in fields(EngineSettings)}
     return RunConfig(
         **{**told, **here, **own},

@@ -11,32 +11,35 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document, sides
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.run_folder.seal import SEAL, index_files, is_sealed
+from datasetdm_fast.run_folder.seal import index_files, is_sealed, read_seal
 
 KEPT_DECODED = 64 * 2**20  # bytes of pixels of samples that are used again soon
+SEVERAL_SIZES = ("label", "merge")  # commands that make runs whose pictures may have sizes of their own
 PIXEL_BYTES = 8  # of a sample with every kind of label
 
 
 def digests_of(path: Path, document: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the files that tell every sample of a sealed run with its labels."""
-    sealed = documents.read_object(path / SEAL)
+    sealed = read_seal(path)
     return {name: sealed[name] for name in index_files(document) if name.endswith((".json", ".jsonl"))}
 
 
 def begun(folder: Path, document: Mapping[str, Any]) -> int:
-    """Samples that the run folder of a composition holds already; other settings and another source are refused."""
+    """Samples that the run folder of a composition holds already, dropped ones among them; other settings and another
+    source are refused.
+    """
     if (stored := read_document(folder)) is not None:
         check_same(folder, *map(decisive, (stored, document)))
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count()
+        return ledger.count() + ledger.count_dropped()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,20 @@ class Source:
         if not len(self.run):
             raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
         self.side: int = self.document["sampling"]["size"]
+        if self.document.get("command") in SEVERAL_SIZES:
+            self._check_sides()
         self.tile = lru_cache(max(KEPT_DECODED // (self.side**2 * PIXEL_BYTES), 1))(self._tile)
+
+    def _check_sides(self) -> None:
+        """Refuses pictures of other sizes than the run's model has."""
+        for row in self.run.rows(()):
+            height, width = row.recipe.get("sides", (self.side, self.side))
+            if (height, width) != (self.side, self.side):
+                raise Refused(
+                    f"{self.path}: sample {row.request.id} has {width} x {height} pixels, expected {self.side} x "
+                    f"{self.side} of all samples",
+                    "Name a run folder whose pictures are squares of one size.",
+                )
 
     def digests(self) -> dict[str, str]:
         """Digests of the files that tell every sample of the run with its labels."""

@@ -28,12 +28,13 @@ class Stability:
             raise Refused(f"--stability: {run.path} was not made by generate", "Score the run that it was made from.")
         self.engine, decoders = open_engine(
             config["model"],
-            config["decoder"],
-            tuple(config["task"]),
+            config["decoder"] if run.document["decoders"] else None,
+            tuple(run.document["decoders"]),
             engine=config["engine"],
             dtype=config["dtype"],
             size=config["size"],
             threads=threads,
+            lora=tuple(config.get("lora", ())),
         )
         weights = {"model": {"digests": dict(self.engine.model.digests)}, "decoders": decoders}
         stored = {"model": {"digests": run.document["model"]["digests"]}, "decoders": run.document["decoders"]}

@@ -45,7 +45,7 @@ def compact(connection: Connection, path: Path) -> Path:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         storage.forget(part)
-        connection.execute("VACUUM INTO ?", (str(part),))
+        connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8
         # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have
         # nothing to change.
         _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()

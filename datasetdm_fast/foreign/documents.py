@@ -49,6 +49,11 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def encodable(text: str) -> str:
+    """A JSON text in which the bytes of names that are no UTF-8, as Python has them, are escapes."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
 def check_form(value: Any, form: Any, name: str = "") -> None:
     """A ValueError where a JSON value has not the form: a type, [form of items] or {key: form} of keys it must have."""
     if isinstance(form, type):

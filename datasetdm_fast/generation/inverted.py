@@ -80,6 +80,8 @@ def prepare(config: LabelConfig) -> Job:
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     stored = read_document(Path(config.out))
+    if stored is None:
+        pictures.check()
     engine, decoders = engine_of(config, stored)
     table = own_table(config.class_table) if config.class_table else table_of(stored or {}) if config.only else None
     recipe = recipe_of(config, engine, prompts.check_classes(config.classes), table=table)

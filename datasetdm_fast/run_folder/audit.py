@@ -199,7 +199,7 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
         return
     try:
-        digests = documents.read_object(folder / seal.SEAL)
+        digests = seal.read_seal(folder)
     except (Refused, Missing) as error:
         yield Finding(seal.SEAL, _told_of(error, folder, seal.SEAL), f"Delete it. {remedy}")
         return

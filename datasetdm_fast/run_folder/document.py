@@ -213,4 +213,5 @@ def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, A
 
 def pretty(document: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON file that a person may read, one spelling for one value."""
-    return (json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    return f"{documents.encodable(text)}\n".encode()

@@ -14,6 +14,7 @@ from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
@@ -65,7 +66,7 @@ class RunFolder(AbstractContextManager):
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
-            content = json.dumps(document, ensure_ascii=False, sort_keys=True)
+            content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
             if self.ledger.noted("run") != content:
                 unseal(path)
                 self.ledger.note("run", content)

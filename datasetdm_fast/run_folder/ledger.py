@@ -90,7 +90,7 @@ class Row:
 
 def canonical(value: Any) -> str:
     """JSON with one spelling for one value."""
-    return _ENCODE(value)
+    return documents.encodable(_ENCODE(value))
 
 
 def digest_of(recipe: str) -> str:

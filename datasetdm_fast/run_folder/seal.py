@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.run_folder.indexes import writers
@@ -26,6 +27,7 @@ SPLIT = "split.json"  # which part of the data set each sample is in, where that
 OWN = "this"  # the line of the seal that is about the other lines
 # digests of what is no sample's own file; empty from before the first change until everything is in place
 SEAL = "state/seal.json"
+LARGEST_SEAL = 2**28  # bytes, about 4 of them a sample
 ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 
 
@@ -48,6 +50,11 @@ def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bo
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether nothing is left to be done for a folder whose samples are complete."""
     return has_indexes(folder, document, ledger) and is_sealed(folder) and (folder / LOCK).exists()
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The digests that the seal of a folder holds, its own line among them; none while the run goes on."""
+    return documents.read_object(folder / SEAL, most=LARGEST_SEAL)
 
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:

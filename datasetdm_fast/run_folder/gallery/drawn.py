@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.labels.image_files import picture_bytes
@@ -48,16 +49,28 @@ def traced(layer: GalleryLayer, row: Row, task: str) -> Any:
 
 
 def draw_missing(folder: Path, ledger: Ledger, role: str) -> None:
-    """Draws the pictures of a role that are missing, as in the folder of an earlier version they are."""
+    """Draws the pictures of a role that are missing, as in the folder of an earlier version they are. A file that is
+    not there, or is no whole image, gets none, and `audit` names it.
+    """
     there = {path.name for path in (folder / "gallery" / role).glob("*.png")}
     indices = sorted([*ledger.indices(), *ledger.indices(DOUBTFUL)])
     wanted = (index for index in indices if f"{index:08d}.png" not in there)
     while block := list(islice(wanted, BLOCK)):
         rows = [row for index in block if (row := ledger.row(index)) and row.status in (DONE, DOUBTFUL)]
-        contents = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in rows}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            drawn = pool.map(partial(picture_of, role), contents.values())
-            storage.publish(dict(zip((folder / name for name in contents), drawn, strict=True)))
+            drawn = pool.map(partial(_picture_in, folder, role), rows)
+            found = {folder / picture_name(role, row): picture for row, picture in zip(rows, drawn, strict=True)}
+        storage.publish({path: picture for path, picture in found.items() if picture})
+
+
+def _picture_in(folder: Path, role: str, row: Row) -> bytes:
+    """The picture of a sample's file in a run folder, empty where that is not there or is no whole image."""
+    try:
+        return picture_of(role, storage.read(folder / row.files[role][0], images.LARGEST_IMAGE_FILE))
+    except (Refused, Missing) as error:
+        if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return b""
 
 
 def picture_of(role: str, content: bytes) -> bytes:

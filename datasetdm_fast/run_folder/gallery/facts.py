@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
@@ -24,7 +25,7 @@ NO_FIGURE = "hash"  # the score of `filter` that nobody can compare with a numbe
 
 def script(kind: str, number: int, value: Any) -> bytes:
     """A script that hands a value to the page; no string in it can end the script or be taken for a tag."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = documents.encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
     escaped = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     return f'receive("{kind}",{number},{escaped});\n'.encode()
 

@@ -87,7 +87,7 @@ class Card(IndexFile):
         return ()
 
     def end(self) -> Iterator[bytes]:
-        yield text(self.document, self.ledger, self._counts).encode()
+        yield text(self.document, self.ledger, self._counts).encode(errors="backslashreplace")
 
 
 def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
