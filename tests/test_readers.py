@@ -19,6 +19,7 @@ from rendered import document
 from skips import IS_LONG
 
 from datasetdm_fast import convert, filter
+from datasetdm_fast import split as splitting
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
@@ -1054,6 +1055,16 @@ def test_what_convert_writes_is_read_again(made, tmp_path):
                 whole.thing_classes[k] for k in truth.mask_classes
             ]
             assert np.allclose(item.keypoints, truth.keypoints, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, kind", [("nyu", "nyu"), ("kitti", "kitti"), ("hf-parquet", "hf")])
+def test_each_split_of_an_export_is_read_by_its_own_name(copied, tmp_path, name, kind):
+    root, _ = copied("run")
+    assert splitting.main([str(root), "--shares", "34,33,33", "--quiet"]) == 0
+    assert convert.main([str(root), "--to", name, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    parts = [open_data(f"{kind}:{tmp_path / 'out' / name}[{part}]", SIZE) for part in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert len({part[0].image.tobytes() for part in parts}) == COUNT
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

@@ -23,6 +23,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"  # a column of metadata files that names the picture; a file of another column has it as suffix
 LARGEST_GROUP = 2**31  # bytes of a row group, unpacked: one is in memory at a time
 FEATURES = b"huggingface"  # where a schema tells what its columns are
+PUBLISHED = {"val": "validation"}  # split -> what `datasets` calls it in the names of Parquet files
 EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_to_disk of `datasets` wrote."
 
 
@@ -57,9 +58,10 @@ def opened(path: Path, split: str) -> Rows:
             raise reading.no_split(path, split)
         return SavedRows(path)
     for folder in (path, path / "data"):
-        for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet"):
-            if files := sorted(folder.glob(pattern)):
-                return ParquetRows(path, files)
+        for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
+            for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet"):
+                if files := sorted(folder.glob(pattern)):
+                    return ParquetRows(path, files)
     whole = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if whole and split == "train":
         return ParquetRows(path, whole)
