@@ -412,8 +412,22 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
         folder.rebuild()
     out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg")
     assert len(open_data(f"coco:{out}/coco", SIZE).thing_classes) == 300
-    converted(run, tmp_path / "no", "--to", "voc", code=2)
-    assert "its label maps hold 254" in capsys.readouterr().err
+    for flags in (("--to", "voc"), ("--to", "cityscapes", "--classes", "class 7=car")):
+        converted(run, tmp_path / "no", *flags, code=2)
+        assert "its label maps hold 254" in capsys.readouterr().err
+
+
+def test_label_maps_that_show_too_many_classes_together_are_refused(tmp_path, capsys):
+    for name in ("one", "other"):
+        described = document(1, SIZE)
+        described["labels"]["semantic"]["classes"] = [f"{name} {k}" for k in range(200)]
+        described |= numbered(described["labels"])
+        with RunFolder(tmp_path / name, described) as folder:
+            folder.add([rendered(0, SIZE)], {})
+            folder.rebuild()
+    for kind in ("coco", "voc"):
+        assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--to", kind, "--out", str(tmp_path / "no")]) == 2
+        assert "show 400 classes in all, those of an export hold 254" in capsys.readouterr().err
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
@@ -535,13 +549,14 @@ def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys)
 
 
 def test_classes_are_renamed_joined_and_left_out(run, tmp_path):
-    flags = ("--to", "coco", "--classes", "ball=thing,cube=thing,wall=")
+    flags = ("--to", "coco", "--classes", "ball=thing,cube=thing,wall=,cone=background")
     out = converted(run, tmp_path / "out", *flags) / "coco" / "annotations"
     told = json.loads((out / "instances_train2017.json").read_text())
     names = {category["id"]: category["name"] for category in told["categories"]}
     counts = {name: sum(names[item["category_id"]] == name for item in told["annotations"]) for name in names.values()}
     truth = [sample.instances.classes[k] for sample in open_run(run) for k in sample.instances.class_ids]
     assert counts["thing"] == truth.count("ball") + truth.count("cube") and "ball" not in counts
+    assert truth.count("cone") and "cone" not in counts and "background" not in counts
     stuff = json.loads((out / "stuff_train2017.json").read_text())
     assert "wall" not in {category["name"] for category in stuff["categories"]}
 
