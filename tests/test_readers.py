@@ -789,6 +789,7 @@ def test_skipping_is_no_remedy_for_what_the_whole_data_set_rests_on(copied):
 def test_a_photo_is_turned_the_way_its_labels_lie(copied):
     for layout, name, labels_are_turned in (
         ("folder", "images/scene 0.png", True),
+        ("hf-imagefolder", "train/images/scene 0.png", True),
         ("coco", "train2017/000000000001.jpg", True),
         ("coco", "", False),
     ):
@@ -1019,6 +1020,19 @@ def made_of(root: Path) -> Path:
     """The plain folder inside of an image folder."""
     shutil.copy(root / "classes.txt", root / "val" / "classes.txt")
     return root / "val"
+
+
+def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):
+    root, address = copied("hf-imagefolder")
+    path = root / "train" / "metadata.jsonl"
+    said = open_data(address, SIZE)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "text"}) for row in rows))
+    made = open_data(address, SIZE)
+    assert made.captions_name_all and not said.captions_name_all and made[0].caption.startswith("a photo of a ")
+    save(root / "train" / "images" / "scene 0.png", np.full((80, SIDE), 300, np.uint16))
+    with pytest.raises(Refused, match="row 0, image: its pixels are I;16, expected an 8-bit picture"):
+        made[0]
 
 
 def test_class_names_stand_in_the_features_of_a_table(copied):
