@@ -29,7 +29,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 from datasetdm_fast.truth import framing
-from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
 SIZE = 64
 
@@ -234,6 +234,7 @@ def test_outlines_of_programs_become_masks(copied, name):
     item = open_data(address, 80)[0]
     areas = {"labelme": (2 * np.pi * 100, np.pi * 100), "cvat": (np.pi * 100 + 200, 200)}[name]
     assert item.masks.sum() == pytest.approx(areas[0], rel=0.05) and len(item.masks) == 1
+    assert item.crowd_classes.tolist() == [EVERY_CLASS]
     assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
 
 
@@ -312,6 +313,17 @@ def test_cityscapes_label_ids_become_train_ids(copied):
         )
         path.unlink()
     assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
+
+
+def test_groups_of_cityscapes_are_crowds(copied):
+    root, address = copied("cityscapes")
+    path = root / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
+    numbers, before = np.asarray(Image.open(path)), open_data(address, 48)[0]
+    save(path, np.where(numbers == numbers.max(), 26, numbers).astype(np.uint16))
+    source = open_data(address, 48)
+    item = source[0]
+    assert len(item.masks) == len(before.masks) - 1 and (item.crowds[0] == before.masks[-1]).all()
+    assert [source.thing_classes[k] for k in item.crowd_classes] == ["car"]
 
 
 def test_splits_are_named_in_brackets(made):
