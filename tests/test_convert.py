@@ -376,6 +376,13 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
         assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
 
 
+def test_marks_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path):
+    prompts = ["a red\u2028ball", "a cube\x85on a table"]
+    write_run(tmp_path / "run", 2, SIZE, prompts)
+    out = converted(tmp_path / "run", tmp_path / "out", "--to", "hf")
+    assert [item.caption for item in open_data(f"hf:{out}/hf", SIZE)] == prompts
+
+
 def test_resized_samples_have_labels_of_their_size(run, tmp_path):
     out = converted(run, tmp_path / "out", "--to", "coco,nyu", "--resize", "32", "--image-format", "jpg")
     source, depth = open_data(f"coco:{out}/coco", 32), open_data(f"nyu:{out}/nyu", 32)

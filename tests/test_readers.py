@@ -298,6 +298,14 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
 
 
+def test_areas_that_coco_does_not_tell_are_those_of_the_masks(copied):
+    root, address = copied("coco")
+    chosen = Selection(per_class=1, min_area=40)
+    before = [item.id for item in open_data(address, SIZE, tasks=["instance"], selection=chosen)]
+    rewrite(root / "annotations/instances_train2017.json", lambda d: [row.pop("area") for row in d["annotations"]])
+    assert [item.id for item in open_data(address, SIZE, tasks=["instance"], selection=chosen)] == before
+
+
 def test_cityscapes_label_ids_become_train_ids(copied):
     root, address = copied("cityscapes")
     with_train_ids = open_data(address, SIZE)[0].semantic
@@ -821,6 +829,13 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
     path = root / "images/train/000000.jpg"
     Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
     assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
+
+
+def test_a_label_file_of_empty_lines_shows_nothing(copied):
+    root, address = copied("yolo-seg")
+    (root / "labels/train/000000.txt").write_text("\n\n")
+    source = open_data(address, SIZE)
+    assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
 
 
 def test_labels_of_sub_folders_and_linked_folders_are_found(copied):

@@ -246,6 +246,8 @@ class Coco(PictureSource):
     def areas(self, record: int) -> dict[str, int]:
         if self.things is None:
             return {"person": 1}
+        if not self.things.areas.any():  # the file tells none
+            return super().areas(record)
         rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
         kinds = {row: self.things.categories.get(int(self.things.rows["category"][row])) for row in rows}
         return largest((kind, int(self.things.areas[row])) for row, kind in kinds.items() if kind)

@@ -1,6 +1,7 @@
 """Images, label maps, depth maps and lists of a data set; what is wrong with one is said with its name."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -146,14 +147,15 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
-def lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty."""
+def lines(path: Path, *, may_be_none: bool = False) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty; one without any is refused, unless there `may_be_none`."""
     try:
         text = storage.read(path, LARGEST_LIST).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
+    # other marks that Python takes for the end of a line may stand in a name or in a JSON text
+    found = [line.strip() for line in re.split("\r\n|\n|\r", text) if line.strip()]
+    if not found and not may_be_none:
         raise bad(path, "no line in it")
     return found
 
