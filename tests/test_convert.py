@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -349,6 +350,32 @@ def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):
         numbers = [source.classes.index(new[name]) for name in sample.semantic.classes]
         wanted = np.array([*numbers, *[255] * (256 - len(numbers))])[sample.semantic.labels]
         assert (item.semantic == wanted).all() and item.caption == sample.prompt
+
+
+def test_images_of_two_kinds_are_two_datasets_of_mmseg(tmp_path):
+    for name, form in (("one", "png"), ("other", "jpg")):
+        with RunFolder(tmp_path / name, document(2, SIZE, image_format=form)) as folder:
+            folder.add([rendered(k, SIZE) for k in range(2)], {})
+            folder.rebuild()
+    runs, out = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "out"
+    assert main([*runs, "--to", "mmseg", "--out", str(out), "--quiet"]) == 0
+    found = runpy.run_path(str(out / "mmseg" / "dataset.py"))["datasets"]
+    assert {name: each["img_suffix"] for name, each in found.items()} == {"train_jpg": ".jpg", "train_png": ".png"}
+    assert len({json.dumps(each["data_prefix"]) for each in found.values()}) == 1
+
+
+def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
+    like = rendered(0, SIZE)
+    masks = np.zeros((260, SIZE, SIZE), bool)
+    masks.reshape(260, -1)[np.arange(260), np.arange(260) * 4] = True
+    things = Instances(
+        masks, np.zeros(260, np.int64), np.full(260, 0.9, np.float32), like.annotations["instance"].classes
+    )
+    with RunFolder(tmp_path / "run", document(1, SIZE)) as folder:
+        folder.add([replace(like, annotations=like.annotations | {"instance": things})], {})
+        folder.rebuild()
+    out = converted(tmp_path / "run", tmp_path / "out", "--to", "voc") / "voc/VOCdevkit/VOC2012/SegmentationObject"
+    assert np.unique(np.asarray(Image.open(out / "00000000.png"))).tolist() == list(range(255))
 
 
 def test_configs_name_what_is_there(run, tmp_path):

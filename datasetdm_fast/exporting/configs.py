@@ -41,17 +41,19 @@ class MmsegFormat(Format):
         return {"dataset.py": self._config(plan, samples)}
 
     def _config(self, plan: ExportPlan, samples: AllSamples) -> Iterable[bytes]:
-        endings = {entry["ending"] for split in plan.splits for entry in samples.entries(split)}
+        # a dataset has images of one ending
+        endings = {split: sorted({entry["ending"] for entry in samples.entries(split)}) for split in plan.splits}
         names = ("background", *plan.classes.names)
         loaders = {
-            split: {
+            f"{split}_{ending}" if len(found) > 1 else split: {
                 "type": "BaseSegDataset",
                 "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
-                "img_suffix": f".{min(endings)}",
+                "img_suffix": f".{ending}",
                 "seg_map_suffix": ".png",
                 "reduce_zero_label": False,
             }
-            for split in plan.splits
+            for split, found in endings.items()
+            for ending in found
         }
         yield from python(
             "For an mmsegmentation config: add metainfo, data_root and a pipeline to the dataset of each dataloader.",
