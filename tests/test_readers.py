@@ -159,6 +159,9 @@ def test_a_plain_folder_has_the_unit_of_a_run_folder_where_depths_are_far(tmp_pa
         Image.fromarray(pixels).save(tmp_path / name / "1.png")
     (tmp_path / "max_depth.txt").write_text("80\n")
     assert open_data(f"folder:{tmp_path}", SIZE)[0].depth.max() == np.float32(20479 / 256)
+    for name in ("images", "depth"):
+        shutil.move(tmp_path / name, tmp_path / "val" / name)
+    assert open_data(f"folder:{tmp_path}[val]", SIZE)[0].depth.max() == np.float32(20479 / 256)
 
 
 def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
