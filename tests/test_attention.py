@@ -1,6 +1,8 @@
 """Labels from attention: engines against each other and against the algorithm written plainly, and a run with them."""
 
 import json
+import os
+import shutil
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
@@ -395,3 +397,11 @@ def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
     given = [str(photos) if word == "PHOTOS" else word for word in line]
     assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_picture_whose_name_is_no_text_is_refused_by_it(photos, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    shutil.copy(photos / "b.jpg", os.fsencode(folder) + b"/caf\xe9.jpg")
+    assert label.main([str(folder), "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "the path of 'caf\\udce9.jpg' is not valid UTF-8" in capsys.readouterr().err

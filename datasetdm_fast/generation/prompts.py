@@ -112,7 +112,7 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
             raise Refused(
                 "--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube"
             )
-        if _CONTROL.search(word) or not _is_unicode(word):
+        if _CONTROL.search(word) or not is_unicode(word):
             raise Refused(f"--classes: {shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
         key = " ".join(word.lower().split())
         if key in seen:
@@ -178,7 +178,7 @@ def read_prompts(given: str) -> tuple[str, str]:
     """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
     path = _as_path(given)
     if path is None:
-        if not _is_unicode(given):
+        if not is_unicode(given):
             raise Refused(f"--prompts: {shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
         return "--prompts", given
     try:
@@ -231,7 +231,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
 def check_line(text: str, where: str) -> str:
     """A text that is no list of prompts, on one line."""
     line = " ".join(text.splitlines())
-    if _CONTROL.search(line) or not _is_unicode(line):
+    if _CONTROL.search(line) or not is_unicode(line):
         raise Refused(f"{where}: {shown(line)} holds control characters or invalid UTF-8", "Use plain words.")
     return line.strip()
 
@@ -308,7 +308,8 @@ def fit(
     return kept
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a file name that is none cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
