@@ -125,6 +125,12 @@ def test_coco_and_lvis_read_back_are_the_run(run, tmp_path, kind, flags):
         assert np.abs(item.keypoints[..., :2] - people.points[..., :2])[seen].max(initial=0) <= 1e-5
 
 
+def test_joints_and_limbs_of_coco_are_those_of_the_run(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    source, table = open_data(f"coco:{out}/coco", SIZE, tasks=["pose"]), open_run(run).document["labels"]["pose"]
+    assert list(source.joints) == table["joints"] and [list(limb) for limb in source.limbs] == table["limbs"]
+
+
 def test_pycocotools_reads_coco_and_finds_it_equal_to_itself(run, tmp_path):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -31,6 +31,7 @@ class Annotations:
         self.images: dict[int, dict[str, Any]] = {}
         self.categories: dict[int, str] = {}
         self.joints: tuple[str, ...] = ()
+        self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> what is wrong with an annotation of it
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
@@ -79,6 +80,7 @@ class Annotations:
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])
+            self.limbs = _limbs(value.get("skeleton"), len(self.joints))
 
     def _check_ids(self) -> None:
         """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
@@ -146,7 +148,7 @@ class Coco(PictureSource):
         if persons:
             self.tasks += ("pose",)
             self.joints = persons.joints or COCO_JOINTS
-            self.limbs = COCO_LIMBS if self.joints == COCO_JOINTS else ()
+            self.limbs = COCO_LIMBS if self.joints == COCO_JOINTS else persons.limbs
         first = things or persons
         self.images = sorted(first.images)
         # a person is a row of the keypoint file
@@ -263,6 +265,18 @@ class Coco(PictureSource):
         away = found["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
+
+
+def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
+    """The limbs of a category, whose joints COCO counts from 1; none where they join no joints, as only drawings need
+    them.
+    """
+    try:
+        documents.check_form(skeleton, [[int]])
+        pairs = tuple((a - 1, b - 1) for a, b in skeleton)
+    except ValueError:
+        return ()
+    return pairs if all(0 <= end < joints for pair in pairs for end in pair) else ()
 
 
 def _joints_in_sight(annotation: dict[str, Any]) -> int:
