@@ -15,7 +15,7 @@ from PIL import Image
 
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
-from datasetdm_fast import generate, label
+from datasetdm_fast import generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
@@ -381,6 +381,8 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     (whole / "semantic/00000000.png").unlink()
     assert label.main(["--out", str(whole), "--only", "00000000", "--quiet"]) == 0
     assert (whole / "semantic/00000000.png").read_bytes() == kept
+    assert split.main([str(whole), "--shares", "50,50", "--quiet"]) == 0
+    assert len(open_data(f"run:{whole}[all]", 64)) == 2
 
 
 @pytest.mark.parametrize(
