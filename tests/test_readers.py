@@ -869,9 +869,15 @@ def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(c
     count = len(open_data(address, SIZE, tasks=["pose"]))
     rewrite(path, lambda d: [row.pop("num_keypoints") for row in d["annotations"]])
     assert len(open_data(address, SIZE, tasks=["pose"])) == count
-    rewrite(path, lambda d: [row.update(num_keypoints=0) for row in d["annotations"]])
-    with pytest.raises(Refused, match="no image has ground truth for pose"):
-        open_data(address, SIZE, tasks=["pose"])
+    for change in (
+        lambda d: [row.update(num_keypoints=0) for row in d["annotations"]],
+        lambda d: d["annotations"].clear(),
+    ):
+        rewrite(path, change)
+        with pytest.raises(Refused, match="no image has ground truth for pose"):
+            open_data(address, SIZE, tasks=["pose"])
+        item = open_data(address, SIZE)[0]
+        assert len(item.masks) and not len(item.keypoints)
 
 
 def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):

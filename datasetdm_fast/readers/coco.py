@@ -26,7 +26,7 @@ ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 class Annotations:
     """One annotation file: its images, its categories, and where in it each annotation stands."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, may_be_none: bool = False):
         self.path, self.stream = path, JsonStream(path)
         self.images: dict[int, dict[str, Any]] = {}
         self.categories: dict[int, str] = {}
@@ -60,7 +60,8 @@ class Annotations:
                     crowds.append(bool(value.get("iscrowd")))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
-        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", areas)):
+        annotations = len(areas) or may_be_none
+        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", annotations)):
             if not there:
                 raise reading.bad(path, f"no {what} in it")
         self.rows = {
@@ -131,7 +132,7 @@ class Coco(PictureSource):
         self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
         self._open(
             Annotations(reading.first_there(things)) if has_things else None,
-            Annotations(persons) if has_persons else None,
+            Annotations(persons, may_be_none=True) if has_persons else None,
             size,
             is_pose_alone,
         )
