@@ -224,7 +224,8 @@ def test_outlines_of_programs_become_masks(copied, name):
         (root / "scene 0.jpg").unlink()
         circle = {"label": "ball", "points": [[40, 40], [40, 50]], "shape_type": "circle", "group_id": 7}
         parts = [circle, circle | {"points": [[70, 40], [70, 50]]}, circle | {"label": "__ignore__"}]
-        rewrite(path, lambda found: found.update(shapes=parts, imageData=base64.b64encode(photo).decode()))
+        inner = {"imagePath": "..\\photos\\scene 0.jpg", "imageData": base64.b64encode(photo).decode()}
+        rewrite(path, lambda found: found.update(shapes=parts, **inner))
     else:
         parts = (
             '<ellipse label="ball" cx="40" cy="40" rx="10" ry="10" group_id="7"/><polygon group_id="7" label="ball" '
