@@ -147,10 +147,12 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
-def lines(path: Path, *, may_be_none: bool = False) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty; one without any is refused, unless there `may_be_none`."""
+def lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[str]:
+    """The lines of a UTF-8 text file of at most `most` bytes that are not empty; a file without any is refused, unless
+    there `may_be_none`.
+    """
     try:
-        text = storage.read(path, LARGEST_LIST).decode("utf-8-sig")
+        text = storage.read(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
     # other marks that Python takes for the end of a line may stand in a name or in a JSON text
