@@ -552,6 +552,12 @@ def test_generate_converts_its_run_and_refuses_formats_without_labels_first(tmp_
     for _ in range(2):
         assert generate.main([*line, "--format", "coco,mmseg"]) == 0
     assert len(list((out / "exports").rglob("00000000.png"))) == 3 and audit.main([str(out)]) == 0
+    capsys.readouterr()
+    more = ["--number", "2", *line[2:]]
+    assert generate.main([*more, "--format", "coco"]) == 2  # before an image is made
+    assert "holds an export of the samples" in capsys.readouterr().err and len(open_run(out)) == 1
+    shutil.rmtree(out / "exports")
+    assert generate.main([*more, "--format", "coco"]) == 0
 
 
 def test_audit_covers_exports(run, tmp_path, capsys):
