@@ -396,7 +396,9 @@ def test_configs_name_what_is_there(run, tmp_path):
     assert [names[k] for k in np.unique(labels)] == [names[k + 1] for k in np.unique(open_run(run)[0].semantic.labels)]
     assert all((out / "mask2former" / path).exists() for path in found["mask2former"]["files"]["train"].values())
     assert (out / "simcc" / found["simcc"]["datasets"]["train"]["ann_file"]).exists()
-    assert (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).exists()
+    listed = (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).read_text().splitlines()
+    assert len(listed) == NUMBER + 2
+    assert all((out / "depthformer" / name).is_file() for line in listed for name in line.split()[:2])
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf-parquet"])
