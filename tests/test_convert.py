@@ -125,6 +125,13 @@ def test_coco_and_lvis_read_back_are_the_run(run, tmp_path, kind, flags):
         assert np.abs(item.keypoints[..., :2] - people.points[..., :2])[seen].max(initial=0) <= 1e-5
 
 
+def test_lvis_has_polygons_alone_where_they_are_asked_for(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "lvis,coco", "--polygons")
+    files = out / "lvis/lvis_v1_train.json", out / "coco/annotations/instances_train2017.json"
+    kinds = [{type(row["segmentation"]) for row in json.loads(file.read_text())["annotations"]} for file in files]
+    assert kinds == [{list}, {list, dict}]  # the ring is run lengths in COCO's
+
+
 def test_joints_and_limbs_of_coco_are_those_of_the_run(run, tmp_path):
     out = converted(run, tmp_path / "out", "--to", "coco")
     source, table = open_data(f"coco:{out}/coco", SIZE, tasks=["pose"]), open_run(run).document["labels"]["pose"]
