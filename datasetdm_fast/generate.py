@@ -81,6 +81,10 @@ def main(arguments: Sequence[str]) -> int:
             object_store.ObjectStore(config.store).complete(result.path)
         say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(config, result)
+    if config.format:
+        from datasetdm_fast.exporting.conversion import check_not_exported
+
+        check_not_exported(Path(config.out))
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
         say(config, f"loading    {config.model}")
     if config.dry_run:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from PIL import Image
 
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
-from datasetdm_fast import generate, label
+from datasetdm_fast import generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
@@ -408,6 +409,8 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     (whole / "semantic/00000000.png").unlink()
     assert label.main(["--out", str(whole), "--only", "00000000", "--quiet"]) == 0
     assert (whole / "semantic/00000000.png").read_bytes() == kept
+    assert split.main([str(whole), "--shares", "50,50", "--quiet"]) == 0
+    assert len(open_data(f"run:{whole}[all]", 64)) == 2
 
 
 @pytest.mark.parametrize(
@@ -424,3 +427,11 @@ def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
     given = [str(photos) if word == "PHOTOS" else word for word in line]
     assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_picture_whose_name_is_no_text_is_refused_by_it(photos, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    shutil.copy(photos / "b.jpg", os.fsencode(folder) + b"/caf\xe9.jpg")
+    assert label.main([str(folder), "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "the path of 'caf\\udce9.jpg' is not valid UTF-8" in capsys.readouterr().err

@@ -182,6 +182,8 @@ def test_mirrored_views_keep_labels_on_their_things(lessons):
 def test_weights_draw_the_rarer_more_often(lessons):
     few = lessons.balanced()
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
+    without_things = replace(lessons, vocabulary=student_data.Vocabulary(("background",), (), (), 10.0))
+    assert (without_things.balanced().weights == 1).all()  # as in data of depths
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
     view = mild(first, 8, torch.Generator().manual_seed(0))
     assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())

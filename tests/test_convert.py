@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -122,6 +123,19 @@ def test_coco_and_lvis_read_back_are_the_run(run, tmp_path, kind, flags):
         seen = people.visibility > 0
         assert (item.keypoints[..., 2] == people.visibility).all()
         assert np.abs(item.keypoints[..., :2] - people.points[..., :2])[seen].max(initial=0) <= 1e-5
+
+
+def test_lvis_has_polygons_alone_where_they_are_asked_for(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "lvis,coco", "--polygons")
+    files = out / "lvis/lvis_v1_train.json", out / "coco/annotations/instances_train2017.json"
+    kinds = [{type(row["segmentation"]) for row in json.loads(file.read_text())["annotations"]} for file in files]
+    assert kinds == [{list}, {list, dict}]  # the ring is run lengths in COCO's
+
+
+def test_joints_and_limbs_of_coco_are_those_of_the_run(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    source, table = open_data(f"coco:{out}/coco", SIZE, tasks=["pose"]), open_run(run).document["labels"]["pose"]
+    assert list(source.joints) == table["joints"] and [list(limb) for limb in source.limbs] == table["limbs"]
 
 
 def test_pycocotools_reads_coco_and_finds_it_equal_to_itself(run, tmp_path):
@@ -351,6 +365,32 @@ def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):
         assert (item.semantic == wanted).all() and item.caption == sample.prompt
 
 
+def test_images_of_two_kinds_are_two_datasets_of_mmseg(tmp_path):
+    for name, form in (("one", "png"), ("other", "jpg")):
+        with RunFolder(tmp_path / name, document(2, SIZE, image_format=form)) as folder:
+            folder.add([rendered(k, SIZE) for k in range(2)], {})
+            folder.rebuild()
+    runs, out = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "out"
+    assert main([*runs, "--to", "mmseg", "--out", str(out), "--quiet"]) == 0
+    found = runpy.run_path(str(out / "mmseg" / "dataset.py"))["datasets"]
+    assert {name: each["img_suffix"] for name, each in found.items()} == {"train_jpg": ".jpg", "train_png": ".png"}
+    assert len({json.dumps(each["data_prefix"]) for each in found.values()}) == 1
+
+
+def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
+    like = rendered(0, SIZE)
+    masks = np.zeros((260, SIZE, SIZE), bool)
+    masks.reshape(260, -1)[np.arange(260), np.arange(260) * 4] = True
+    things = Instances(
+        masks, np.zeros(260, np.int64), np.full(260, 0.9, np.float32), like.annotations["instance"].classes
+    )
+    with RunFolder(tmp_path / "run", document(1, SIZE)) as folder:
+        folder.add([replace(like, annotations=like.annotations | {"instance": things})], {})
+        folder.rebuild()
+    out = converted(tmp_path / "run", tmp_path / "out", "--to", "voc") / "voc/VOCdevkit/VOC2012/SegmentationObject"
+    assert np.unique(np.asarray(Image.open(out / "00000000.png"))).tolist() == list(range(255))
+
+
 def test_configs_name_what_is_there(run, tmp_path):
     kinds = ("mmseg", "mask2former", "simcc", "depthformer")
     out = converted(run, tmp_path / "out", "--to", ",".join(kinds))
@@ -363,7 +403,9 @@ def test_configs_name_what_is_there(run, tmp_path):
     assert [names[k] for k in np.unique(labels)] == [names[k + 1] for k in np.unique(open_run(run)[0].semantic.labels)]
     assert all((out / "mask2former" / path).exists() for path in found["mask2former"]["files"]["train"].values())
     assert (out / "simcc" / found["simcc"]["datasets"]["train"]["ann_file"]).exists()
-    assert (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).exists()
+    listed = (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).read_text().splitlines()
+    assert len(listed) == NUMBER + 2
+    assert all((out / "depthformer" / name).is_file() for line in listed for name in line.split()[:2])
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf-parquet"])
@@ -374,6 +416,13 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
         assert item.caption == sample.prompt and (item.image == sample.image).all()
         assert (np.where(item.semantic == 255, 255, item.semantic - 1) == sample.semantic.labels).all()
         assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
+
+
+def test_marks_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path):
+    prompts = ["a red\u2028ball", "a cube\x85on a table"]
+    write_run(tmp_path / "run", 2, SIZE, prompts)
+    out = converted(tmp_path / "run", tmp_path / "out", "--to", "hf")
+    assert [item.caption for item in open_data(f"hf:{out}/hf", SIZE)] == prompts
 
 
 def test_resized_samples_have_labels_of_their_size(run, tmp_path):
@@ -412,8 +461,22 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
         folder.rebuild()
     out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg")
     assert len(open_data(f"coco:{out}/coco", SIZE).thing_classes) == 300
-    converted(run, tmp_path / "no", "--to", "voc", code=2)
-    assert "its label maps hold 254" in capsys.readouterr().err
+    for flags in (("--to", "voc"), ("--to", "cityscapes", "--classes", "class 7=car")):
+        converted(run, tmp_path / "no", *flags, code=2)
+        assert "its label maps hold 254" in capsys.readouterr().err
+
+
+def test_label_maps_that_show_too_many_classes_together_are_refused(tmp_path, capsys):
+    for name in ("one", "other"):
+        described = document(1, SIZE)
+        described["labels"]["semantic"]["classes"] = [f"{name} {k}" for k in range(200)]
+        described |= numbered(described["labels"])
+        with RunFolder(tmp_path / name, described) as folder:
+            folder.add([rendered(0, SIZE)], {})
+            folder.rebuild()
+    for kind in ("coco", "voc"):
+        assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--to", kind, "--out", str(tmp_path / "no")]) == 2
+        assert "show 400 classes in all, those of an export hold 254" in capsys.readouterr().err
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
@@ -498,6 +561,12 @@ def test_generate_converts_its_run_and_refuses_formats_without_labels_first(tmp_
     for _ in range(2):
         assert generate.main([*line, "--format", "coco,mmseg"]) == 0
     assert len(list((out / "exports").rglob("00000000.png"))) == 3 and audit.main([str(out)]) == 0
+    capsys.readouterr()
+    more = ["--number", "2", *line[2:]]
+    assert generate.main([*more, "--format", "coco"]) == 2  # before an image is made
+    assert "holds an export of the samples" in capsys.readouterr().err and len(open_run(out)) == 1
+    shutil.rmtree(out / "exports")
+    assert generate.main([*more, "--format", "coco"]) == 0
 
 
 def test_audit_covers_exports(run, tmp_path, capsys):
@@ -535,13 +604,14 @@ def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys)
 
 
 def test_classes_are_renamed_joined_and_left_out(run, tmp_path):
-    flags = ("--to", "coco", "--classes", "ball=thing,cube=thing,wall=")
+    flags = ("--to", "coco", "--classes", "ball=thing,cube=thing,wall=,cone=background")
     out = converted(run, tmp_path / "out", *flags) / "coco" / "annotations"
     told = json.loads((out / "instances_train2017.json").read_text())
     names = {category["id"]: category["name"] for category in told["categories"]}
     counts = {name: sum(names[item["category_id"]] == name for item in told["annotations"]) for name in names.values()}
     truth = [sample.instances.classes[k] for sample in open_run(run) for k in sample.instances.class_ids]
     assert counts["thing"] == truth.count("ball") + truth.count("cube") and "ball" not in counts
+    assert truth.count("cone") and "cone" not in counts and "background" not in counts
     stuff = json.loads((out / "stuff_train2017.json").read_text())
     assert "wall" not in {category["name"] for category in stuff["categories"]}
 

@@ -7,11 +7,15 @@ import pytest
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation import student_data
+from datasetdm_fast.evaluation.examples import Examples
 from datasetdm_fast.evaluation.intervals import expanded, intervals
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import held_out
+from datasetdm_fast.truth.augment import mirrored
+from datasetdm_fast.truth.labelled import EVERY_CLASS
 
 SIZE = 64
 
@@ -313,6 +317,21 @@ def test_what_lies_in_a_crowd_is_neither_right_nor_wrong(source):
     with_crowd.add(replace(rest, crowds=item.masks[:1], crowd_classes=found.class_ids[:1]), found)
     without.add(rest, found)
     assert with_crowd.result()["ap"] == pytest.approx(1) and without.result()["ap"] < 0.9
+
+
+def test_a_crowd_of_every_class_hides_what_is_found_of_any(source):
+    item = next(item for item in source if len(item.masks) >= 2)
+    kinds, scores = np.zeros(len(item.masks), np.int64), np.linspace(0.9, 0.8, len(item.masks), dtype=np.float32)
+    found = Instances(item.masks, kinds, scores, source.thing_classes)
+    figures = {}
+    for kind in (EVERY_CLASS, 2):
+        crowds = {"crowds": item.masks[:1], "crowd_classes": np.array([kind])}
+        truth = replace(item, masks=item.masks[1:], mask_classes=kinds[1:], **crowds)
+        numbered = Examples(source, student_data.vocabulary_of(source), "instance")._numbered(truth)
+        meter = METRICS["instance"](source)
+        meter.add(mirrored(mirrored(numbered, source), source), found)
+        figures[kind] = meter.result()["ap"]
+    assert figures[EVERY_CLASS] == pytest.approx(1) and figures[2] < 0.9
 
 
 def test_classes_are_compared_by_name(source):

@@ -19,6 +19,7 @@ from rendered import document
 from skips import IS_LONG
 
 from datasetdm_fast import convert, filter
+from datasetdm_fast import split as splitting
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
@@ -28,7 +29,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 from datasetdm_fast.truth import framing
-from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
 SIZE = 64
 
@@ -158,6 +159,9 @@ def test_a_plain_folder_has_the_unit_of_a_run_folder_where_depths_are_far(tmp_pa
         Image.fromarray(pixels).save(tmp_path / name / "1.png")
     (tmp_path / "max_depth.txt").write_text("80\n")
     assert open_data(f"folder:{tmp_path}", SIZE)[0].depth.max() == np.float32(20479 / 256)
+    for name in ("images", "depth"):
+        shutil.move(tmp_path / name, tmp_path / "val" / name)
+    assert open_data(f"folder:{tmp_path}[val]", SIZE)[0].depth.max() == np.float32(20479 / 256)
 
 
 def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
@@ -220,7 +224,8 @@ def test_outlines_of_programs_become_masks(copied, name):
         (root / "scene 0.jpg").unlink()
         circle = {"label": "ball", "points": [[40, 40], [40, 50]], "shape_type": "circle", "group_id": 7}
         parts = [circle, circle | {"points": [[70, 40], [70, 50]]}, circle | {"label": "__ignore__"}]
-        rewrite(path, lambda found: found.update(shapes=parts, imageData=base64.b64encode(photo).decode()))
+        inner = {"imagePath": "..\\photos\\scene 0.jpg", "imageData": base64.b64encode(photo).decode()}
+        rewrite(path, lambda found: found.update(shapes=parts, **inner))
     else:
         parts = (
             '<ellipse label="ball" cx="40" cy="40" rx="10" ry="10" group_id="7"/><polygon group_id="7" label="ball" '
@@ -233,6 +238,7 @@ def test_outlines_of_programs_become_masks(copied, name):
     item = open_data(address, 80)[0]
     areas = {"labelme": (2 * np.pi * 100, np.pi * 100), "cvat": (np.pi * 100 + 200, 200)}[name]
     assert item.masks.sum() == pytest.approx(areas[0], rel=0.05) and len(item.masks) == 1
+    assert item.crowd_classes.tolist() == [EVERY_CLASS]
     assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
 
 
@@ -296,6 +302,14 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
 
 
+def test_areas_that_coco_does_not_tell_are_those_of_the_masks(copied):
+    root, address = copied("coco")
+    chosen = Selection(per_class=1, min_area=40)
+    before = [item.id for item in open_data(address, SIZE, tasks=["instance"], selection=chosen)]
+    rewrite(root / "annotations/instances_train2017.json", lambda d: [row.pop("area") for row in d["annotations"]])
+    assert [item.id for item in open_data(address, SIZE, tasks=["instance"], selection=chosen)] == before
+
+
 def test_cityscapes_label_ids_become_train_ids(copied):
     root, address = copied("cityscapes")
     with_train_ids = open_data(address, SIZE)[0].semantic
@@ -311,6 +325,17 @@ def test_cityscapes_label_ids_become_train_ids(copied):
         )
         path.unlink()
     assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
+
+
+def test_groups_of_cityscapes_are_crowds(copied):
+    root, address = copied("cityscapes")
+    path = root / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
+    numbers, before = np.asarray(Image.open(path)), open_data(address, 48)[0]
+    save(path, np.where(numbers == numbers.max(), 26, numbers).astype(np.uint16))
+    source = open_data(address, 48)
+    item = source[0]
+    assert len(item.masks) == len(before.masks) - 1 and (item.crowds[0] == before.masks[-1]).all()
+    assert [source.thing_classes[k] for k in item.crowd_classes] == ["car"]
 
 
 def test_splits_are_named_in_brackets(made):
@@ -351,7 +376,7 @@ def test_any_shape_is_fitted_by_its_shorter_side(height, width):
 
 def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
     for rule in framing.RULES.values():
-        for height, width in ((375, 500), (64, 64), (40, 900)):
+        for height, width in ((375, 500), (64, 64), (40, 900), (49, 70)):  # 64 / (64 / 49) is more than 49
             picture = ramp(height, width)
             windows = [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
             assert windows == [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
@@ -788,6 +813,7 @@ def test_skipping_is_no_remedy_for_what_the_whole_data_set_rests_on(copied):
 def test_a_photo_is_turned_the_way_its_labels_lie(copied):
     for layout, name, labels_are_turned in (
         ("folder", "images/scene 0.png", True),
+        ("hf-imagefolder", "train/images/scene 0.png", True),
         ("coco", "train2017/000000000001.jpg", True),
         ("coco", "", False),
     ):
@@ -807,6 +833,13 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
     path = root / "images/train/000000.jpg"
     Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
     assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
+
+
+def test_a_label_file_of_empty_lines_shows_nothing(copied):
+    root, address = copied("yolo-seg")
+    (root / "labels/train/000000.txt").write_text("\n\n")
+    source = open_data(address, SIZE)
+    assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
 
 
 def test_labels_of_sub_folders_and_linked_folders_are_found(copied):
@@ -837,9 +870,15 @@ def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(c
     count = len(open_data(address, SIZE, tasks=["pose"]))
     rewrite(path, lambda d: [row.pop("num_keypoints") for row in d["annotations"]])
     assert len(open_data(address, SIZE, tasks=["pose"])) == count
-    rewrite(path, lambda d: [row.update(num_keypoints=0) for row in d["annotations"]])
-    with pytest.raises(Refused, match="no image has ground truth for pose"):
-        open_data(address, SIZE, tasks=["pose"])
+    for change in (
+        lambda d: [row.update(num_keypoints=0) for row in d["annotations"]],
+        lambda d: d["annotations"].clear(),
+    ):
+        rewrite(path, change)
+        with pytest.raises(Refused, match="no image has ground truth for pose"):
+            open_data(address, SIZE, tasks=["pose"])
+        item = open_data(address, SIZE)[0]
+        assert len(item.masks) and not len(item.keypoints)
 
 
 def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):
@@ -1020,6 +1059,20 @@ def made_of(root: Path) -> Path:
     return root / "val"
 
 
+def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):
+    root, address = copied("hf-imagefolder")
+    path = root / "train" / "metadata.jsonl"
+    said = open_data(address, SIZE)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "text"}) for row in rows))
+    path.write_text(path.read_text().replace("}", f', "note": "{"x" * 70_000_000}"}}', 1))  # more than other lists have
+    made = open_data(address, SIZE)
+    assert made.captions_name_all and not said.captions_name_all and made[0].caption.startswith("a photo of a ")
+    save(root / "train" / "images" / "scene 0.png", np.full((80, SIDE), 300, np.uint16))
+    with pytest.raises(Refused, match="row 0, image: its pixels are I;16, expected an 8-bit picture"):
+        made[0]
+
+
 def test_class_names_stand_in_the_features_of_a_table(copied):
     root, address = copied("hf-parquet")
     names = json.loads((root / "id2label.json").read_text()).values()
@@ -1054,6 +1107,16 @@ def test_what_convert_writes_is_read_again(made, tmp_path):
                 whole.thing_classes[k] for k in truth.mask_classes
             ]
             assert np.allclose(item.keypoints, truth.keypoints, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, kind", [("nyu", "nyu"), ("kitti", "kitti"), ("hf-parquet", "hf")])
+def test_each_split_of_an_export_is_read_by_its_own_name(copied, tmp_path, name, kind):
+    root, _ = copied("run")
+    assert splitting.main([str(root), "--shares", "34,33,33", "--quiet"]) == 0
+    assert convert.main([str(root), "--to", name, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    parts = [open_data(f"{kind}:{tmp_path / 'out' / name}[{part}]", SIZE) for part in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert len({part[0].image.tobytes() for part in parts}) == COUNT
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

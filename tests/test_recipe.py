@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from skips import long_test
 from datasetdm_fast import recipe
 from datasetdm_fast.evaluate import main as evaluate
 from datasetdm_fast.evaluation import naming
+from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.exporting.conversion import check_formats
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.training.settings import TrainConfig
 
 PARSED = 77
 NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
@@ -75,6 +78,21 @@ def test_every_data_set_of_a_line_is_there_in_its_published_layout(data):
             for address in {one for text in given for one in naming.addresses(text) if not one.startswith("run:")}:
                 opened[address] = opened.get(address) or len(open_data(address, 64))
     assert len(opened) == 15 and set(opened.values()) == {layouts.COUNT}
+
+
+def test_students_learn_from_the_images_that_the_decoder_was_taught():
+    for name in NAMES:
+        lines = {step.name: step.words for step in steps(name)}
+        if "--learn-from" in (judge := lines.get("judge", ())):
+            taught, _ = recipe.parse(lines["teach"][1:], TrainConfig)
+            students, _ = recipe.parse(judge[1:], EvaluateConfig)
+            assert taught.data == students.learn_from and students.real == 0, name
+            both = [
+                # things that are too small for the decoder are there for a student
+                replace(each.selection(), min_instance=0, most=each.selection().most or recipe.read(name)["real"])
+                for each in (taught, students)
+            ]
+            assert both[0] == both[1] and both[0].most == recipe.read(name)["real"], name
 
 
 def test_every_export_is_one_of_the_labels_that_are_made():

@@ -4,12 +4,14 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from generated_pages import SCHEMAS, schema
 from jsonschema import Draft202012Validator
+from PIL import Image
 from rendered import write_run
 
-from datasetdm_fast import convert, filter, generate, open_run, splice, split
+from datasetdm_fast import convert, filter, generate, label, open_run, splice, split
 from datasetdm_fast.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting import target
@@ -72,6 +74,21 @@ def test_what_generate_writes_is_described(tmp_path):
     check_run(tmp_path / "run")
     configs = sorted(DEMO.parent.rglob("decoders/*/config.json"))
     assert configs and [fault for path in configs for fault in faults("decoder", json.loads(path.read_text()))] == []
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
+def test_labels_of_attention_own_class_tables_and_tiles_are_described(tmp_path):
+    table, photos = tmp_path / "table.csv", tmp_path / "photos"
+    table.write_text("name,say,colour,words\nball,ball,255 0 0,sphere\ncube,cube,0 255 0,\n")
+    photos.mkdir()
+    Image.fromarray(np.linspace(0, 255, 70 * 100 * 3).reshape(70, 100, 3).astype(np.uint8)).save(photos / "a.png")
+    words = ["--labeller", "attention", "--class-table", str(table), "--palette", "table", "--prompts", "a ball"]
+    assert generate.main([*words, "--number", "1", "--steps", "2", "--out", str(tmp_path / "words"), "--quiet"]) == 0
+    tiles = ["--tiles", "--task", "semantic", "--out", str(tmp_path / "tiles"), "--quiet"]
+    assert label.main([str(photos), *tiles]) == 0
+    for name, field in (("words", "class_table"), ("tiles", "composition")):
+        check_run(tmp_path / name)
+        assert field in json.loads((tmp_path / name / "run.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "open-vocabulary", "depth", "heatmap", "simcc"])

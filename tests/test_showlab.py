@@ -23,6 +23,7 @@ import upstream_rules
 from PIL import Image
 from safetensors.torch import save_file
 from test_decoders import seeded_state
+from test_schemas import check_run
 
 from datasetdm_fast import audit
 from datasetdm_fast.command_line.flags import parse
@@ -346,6 +347,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     expected = upstream_rules.depth_bytes(stored[0].depth.metres, 10)
     assert np.abs(decoded(whole["Annotation/200000.png"]).astype(int) - expected).max() <= 1  # millimetres there
     assert audit.main([str(tmp_path / "whole/.run"), "--quiet"]) == 0
+    check_run(tmp_path / "whole/.run")
 
     run(*line, "--outdir", tmp_path / "parts", "--limit", "2")
     (tmp_path / "parts/Image/200000.jpg").unlink()

@@ -185,7 +185,7 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
         f"{arm}-{seed}" for arm in ("both", "both-self", "real") for seed in (0, 1)
     ]
     monkeypatch.setattr(course.NetworkTraining, "step", None)  # nothing is taught again
-    assert evaluate.main([*line, "--json"]) == 0
+    assert evaluate.main([*line, "--real", "0", "--json"]) == 0  # all of them
     row = json.loads(capsys.readouterr().out)["student"]["semantic"]
     assert set(row["arms"]) == {"real", "both", "both-self"} and row["images"] == {"real": 4, "run": 4, "judged": 2}
     for arm in row["arms"].values():

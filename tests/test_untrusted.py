@@ -185,6 +185,18 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     refused(images.read_image, tmp_path / "a.png", most_pixels=15, match="at most 15")
 
 
+def test_a_photo_with_others_behind_it_is_its_first_one(tmp_path):
+    pixels = np.linspace(0, 255, 48 * 48 * 3).reshape(48, 48, 3).astype(np.uint8)
+    first, other = Image.fromarray(pixels), Image.fromarray(255 - pixels)
+    first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[other])
+    for found in (
+        images.read_image(tmp_path / "phone.jpg"),
+        images.decode_image((tmp_path / "phone.jpg").read_bytes(), "phone.jpg", least_side=16),
+    ):
+        shown = np.asarray(first.resize(found.size), np.int16)
+        assert np.abs(np.asarray(found.convert("RGB")) - shown).mean() < 12
+
+
 def test_no_byte_of_a_png_may_change(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()

@@ -308,7 +308,7 @@ def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> i
     whole, lines = parts[0], []
     if len(parts) > 1 and whole.name != RUN:
         whole = out / ".merged"
-        lines.append(["merge", *map(str, parts), "--out", str(whole)])
+        lines.append(["merge", *map(str, parts), "--out", str(whole), *(["--quiet"] if config.quiet else ())])
     student = ["--student", config.student, "--run", str(whole), "--only-synthetic", "--self-train"]
     student += ["--data", config.data or f"{kind}:{root / real}[val]", "--steps", str(config.steps or steps)]
     student += ["--batch-size", str(config.batch_size), "--repeats", str(config.repeats), "--device", config.device]

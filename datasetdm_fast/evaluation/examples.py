@@ -17,7 +17,7 @@ from datasetdm_fast.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.evaluation.student_data import BACKGROUND, IGNORED, Vocabulary, vocabulary_of
 from datasetdm_fast.truth import framing
 from datasetdm_fast.truth.augment import lit, mirrored
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource, Picture
 
 MOST_BYTES = 2**30  # of decoded images that are kept in memory
 LIGHT = 0.5  # chance of each change of light
@@ -105,8 +105,10 @@ class Examples:
         elif self.task == "instance":
             for masks, numbers in (("masks", "mask_classes"), ("crowds", "crowd_classes")):
                 if found[masks] is not None and len(found[masks]):
-                    own = self.things[found[numbers]]
-                    found[masks], found[numbers] = found[masks][own >= 0], own[own >= 0]
+                    is_every = found[numbers] == EVERY_CLASS
+                    own = np.where(is_every, EVERY_CLASS, self.things[found[numbers]])
+                    kept = is_every | (own >= 0)
+                    found[masks], found[numbers] = found[masks][kept], own[kept]
         elif self.task == "pose":
             found["keypoints"] = item.keypoints[:, self.joints]
         return Labelled(item.id, item.image, item.caption, **found)

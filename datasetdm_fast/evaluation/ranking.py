@@ -15,7 +15,7 @@ from datasetdm_fast.decoders.config import COCO_JOINTS, DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter, check_names, mean, translation
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 RECALLS = np.linspace(0, 1, 101)
 LEVELS = np.linspace(0.5, 0.95, 10)  # overlap, of masks or of joints
@@ -91,7 +91,8 @@ class Instance(_Ranked):
             encoded = mask_rle.encode(masks)
             for rle, area, box, category in zip(encoded.rles, encoded.areas, encoded.boxes, classes):
                 shape = {"area": float(area), "bbox": [float(x) for x in box], "segmentation": rle}
-                self.add_truth(image, int(category) + 1, shape | {"iscrowd": is_crowd})
+                for kind in range(len(self.classes)) if category == EVERY_CLASS else (int(category),):
+                    self.add_truth(image, kind + 1, shape | {"iscrowd": is_crowd})
         number = translation(found.classes, self.classes, len(found.classes))
         for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
             if number[category] >= 0:

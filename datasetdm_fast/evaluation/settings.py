@@ -86,7 +86,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "train a second --student on the labels that the first gives the images of --run; ignored pixels stay ignored",
     )
     tta: bool = setting(False, "a --student's prediction is the mean over six scales and their mirror images")
-    real: int = setting(100, "real images for the student, the first of --learn-from", metavar="N")
+    real: int = setting(100, "real images for the student, the first of --learn-from, 0 = all of them", metavar="N")
     run: str = setting(
         "",
         "run folder whose images --student adds; RUN[attention] for its labels from attention where it has others, too",
@@ -110,7 +110,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
 
     def check(self) -> None:
         bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}
-        bounds |= {"repeats": 1, "real": 1, "steps": 0, "more": 1}
+        bounds |= {"repeats": 1, "real": 0, "steps": 0, "more": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise Refused(

@@ -60,6 +60,8 @@ class StudentData:
 
     def balanced(self) -> StudentData:
         """The same images, those that show a rarer thing drawn more often, up to MOST_TIMES as often as the others."""
+        if not self.vocabulary.things:  # as in data of depths
+            return self
         numbers = [self.vocabulary.classes.index(name) for name in self.vocabulary.things]
         shows = torch.stack([(self.semantic == number).flatten(1).any(1) for number in numbers], 1).float()
         rarity = (shows / shows.mean(0).clamp(min=1 / len(self))).amax(1)

@@ -45,13 +45,15 @@ def worth(
     steps: int = 0,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{task: {real, both, gain, interval, ...}} of students of `count` real images, without and with the run."""
+    """{task: {real, both, gain, interval, ...}} of students of the first `count` real images, 0 = all, without and with
+    the run.
+    """
     from datasetdm_fast.evaluation import student_data
     from datasetdm_fast.evaluation.student import StudentSchedule, answers, teach
 
     if count > len(learnt):
         raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
-    vocabulary = student_data.vocabulary_of(learnt)
+    count, vocabulary = count or len(learnt), student_data.vocabulary_of(learnt)
     if vocabulary.classes != student_data.vocabulary_of(judged).classes:
         raise Refused(
             "--student: the training images and the images for scoring have different classes",

@@ -27,6 +27,7 @@ class CityscapesFormat(Format):
     needs = (("semantic",), ("instance",))
     forms = ("png",)
     known = tuple(WORDS)
+    has_maps = True
 
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         stem = f"{CITY}_000000_{sample.number:06d}"

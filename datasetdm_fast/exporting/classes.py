@@ -17,7 +17,7 @@ MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 
 
 @dataclass(frozen=True)
 class Renaming:
-    """Other names for classes; a class whose new name is empty is left out."""
+    """Other names for classes; a class whose new name is empty, or that of the background, is left out."""
 
     renamed: Mapping[str, str]
 
@@ -32,6 +32,7 @@ class Renaming:
                     f"--classes {quoted(pair)}: expected OLD=NEW, or OLD= to leave a class out",
                     "For example --classes sofa=couch,wall=",
                 )
+            new = "" if new == BACKGROUND else new
             if found.setdefault(old, new) != new:
                 raise Refused(f"--classes: {quoted(old)} is given two names", "Give it one.")
         return cls(found)
@@ -97,6 +98,11 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
     names = tuple(name for name in maps | things | people if name and name != BACKGROUND)
     if not names and known:
         raise Refused("--classes: no class is left", "Leave fewer out.")
+    if (count := len([name for name in names if name in maps])) > MOST_IN_A_MAP:
+        raise Refused(
+            f"the label maps of these runs show {count} classes in all, those of an export hold {MOST_IN_A_MAP}",
+            "Convert the runs separately, or leave classes out with --classes OLD=.",
+        )
     stuff = tuple(name for name in names if name in maps and name not in things)
     return Classes(names, tuple(name for name in names if name in things), stuff)
 

@@ -9,7 +9,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.exporting.classes import Classes
 from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.json_lists import document
-from datasetdm_fast.exporting.rings import is_hole, rings
+from datasetdm_fast.exporting.rings import is_hole, joined, rings
 from datasetdm_fast.exporting.view import ExportedPerson, ExportedThing, SampleView
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.colours import colour
@@ -79,11 +79,11 @@ def image_entry(sample: SampleView, file_name: str) -> dict[str, Any]:
     return {"id": sample.number, "file_name": file_name, "width": sample.width, "height": sample.height}
 
 
-def thing_entry(thing: ExportedThing, plan: ExportPlan) -> dict[str, Any]:
+def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = False) -> dict[str, Any]:
     """The annotation of an instance, but for its id and image."""
     return {
         "category_id": plan.classes.numbers[thing.name],
-        "segmentation": segmentation(thing) if plan.settings.polygons else thing.rle,
+        "segmentation": segmentation(thing, joins_holes) if plan.settings.polygons else thing.rle,
         "area": thing.area,
         "bbox": list(thing.box),
         "iscrowd": 0,
@@ -91,9 +91,11 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan) -> dict[str, Any]:
     }
 
 
-def segmentation(thing: ExportedThing) -> list[list[float]] | mask_rle.Rle:
-    """Polygons of an instance, its run lengths where it has holes, which polygons cannot say."""
+def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | mask_rle.Rle:
+    """Polygons of an instance; where it has holes, which COCO's cannot say, one closed line or its run lengths."""
     found = rings(thing.mask)
+    if found and joins_holes and any(map(is_hole, found)):
+        return [joined(found).ravel().tolist()]
     if not found or any(map(is_hole, found)):
         return thing.rle
     return [ring.ravel().tolist() for ring in found]

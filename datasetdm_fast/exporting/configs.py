@@ -6,7 +6,7 @@ from typing import Any
 
 from datasetdm_fast import _C
 from datasetdm_fast.exporting.coco import YEAR, CocoFormat
-from datasetdm_fast.exporting.depth import NyuFormat, published_split
+from datasetdm_fast.exporting.depth import NyuFormat, lines, published_split
 from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.view import SampleView
 from datasetdm_fast.exporting.yolo import mirrored
@@ -41,17 +41,19 @@ class MmsegFormat(Format):
         return {"dataset.py": self._config(plan, samples)}
 
     def _config(self, plan: ExportPlan, samples: AllSamples) -> Iterable[bytes]:
-        endings = {entry["ending"] for split in plan.splits for entry in samples.entries(split)}
+        # a dataset has images of one ending
+        endings = {split: sorted({entry["ending"] for entry in samples.entries(split)}) for split in plan.splits}
         names = ("background", *plan.classes.names)
         loaders = {
-            split: {
+            f"{split}_{ending}" if len(found) > 1 else split: {
                 "type": "BaseSegDataset",
                 "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
-                "img_suffix": f".{min(endings)}",
+                "img_suffix": f".{ending}",
                 "seg_map_suffix": ".png",
                 "reduce_zero_label": False,
             }
-            for split in plan.splits
+            for split, found in endings.items()
+            for ending in found
         }
         yield from python(
             "For an mmsegmentation config: add metainfo, data_root and a pipeline to the dataset of each dataloader.",
@@ -134,14 +136,15 @@ class SimccFormat(CocoFormat):
 
 
 class DepthFormerFormat(NyuFormat):
-    """NYU Depth v2's layout."""
+    """NYU Depth v2's layout, with the lists of this toolbox, which has one folder for all splits, beside its own."""
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         loaders = {
             split: {
                 "type": "NYUDataset",
                 "depth_scale": int(self.steps),
-                "split": f"{published_split(split, plan)}_list.txt",
+                "split": f"nyu_{published_split(split, plan)}.txt",
+                "eigen_crop": False,
                 "min_depth": 1e-3,
                 "max_depth": plan.max_depth,
             }
@@ -151,7 +154,8 @@ class DepthFormerFormat(NyuFormat):
             "For a config of the Monocular-Depth-Estimation-Toolbox: add data_root and a pipeline to each.",
             datasets=loaders,
         )
-        return {**super().shared(plan, samples), "dataset.py": config}
+        lists = {loaders[split]["split"]: lines(samples, split, "nyu", self.root(split, plan)) for split in plan.splits}
+        return {**super().shared(plan, samples), **lists, "dataset.py": config}
 
 
 MMSEG, MASK2FORMER, SIMCC, DEPTHFORMER = MmsegFormat(), Mask2FormerFormat(), SimccFormat(), DepthFormerFormat()

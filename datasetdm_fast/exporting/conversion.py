@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import EXPORT_FORMATS
+from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.exporting import target
@@ -95,6 +96,15 @@ def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
     tasks = [task for task, kinds in TASKS.items() if known & set(kinds)]
     for name in names:
         _format(name).check_tasks(f"--format {name}", tasks)
+
+
+def check_not_exported(path: Path) -> None:
+    """Refuses a run that lacks samples and holds an export of those it has, which is never overwritten."""
+    if storage.is_there(path / "exports" / target.DOCUMENT):
+        raise Refused(
+            f"--format: {path / 'exports'} holds an export of the samples that the run has had so far",
+            "Delete that folder, or drop --format and convert the finished run with another --out.",
+        )
 
 
 def export_run(path: Path, names: Sequence[str], threads: int) -> ExportResult:

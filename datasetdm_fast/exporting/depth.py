@@ -39,12 +39,17 @@ def published_split(split: str, plan: ExportPlan) -> str:
 class NyuFormat(DepthFormat):
     steps = 1000.0
 
+    @staticmethod
+    def root(split: str, plan: ExportPlan) -> str:
+        """The folder that a split lies in, from which on its list names files."""
+        return "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
+
     def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
-        root = "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
+        root = self.root(split, plan)
         return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        lists = {f"{published_split(split, plan)}_list.txt": _lines(samples, split, "nyu") for split in plan.splits}
+        lists = {f"{published_split(split, plan)}_list.txt": lines(samples, split, "nyu") for split in plan.splits}
         return {**lists, "nyu_class_list.json": [json.dumps([SCENE]).encode()]}
 
 
@@ -56,7 +61,7 @@ class KittiFormat(DepthFormat):
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {
-            f"kitti_eigen_{published_split(split, plan)}.txt": _lines(samples, split, "kitti") for split in plan.splits
+            f"kitti_eigen_{published_split(split, plan)}.txt": lines(samples, split, "kitti") for split in plan.splits
         }
 
 
@@ -71,8 +76,10 @@ class VirtualKittiFormat(DepthFormat):
         return ("Image", "Depth"), image, depth
 
 
-def _lines(samples: AllSamples, split: str, kind: str) -> Iterable[bytes]:
-    return (f"{entry['image']} {entry['depth']} {FOCAL[kind]}\n".encode() for entry in samples.entries(split))
+def lines(samples: AllSamples, split: str, kind: str, root: str = "") -> Iterable[bytes]:
+    """The list of a split, its files named from the folder above `root` on."""
+    for entry in samples.entries(split):
+        yield f"{root}{entry['image']} {root}{entry['depth']} {FOCAL[kind]}\n".encode()
 
 
 NYU, KITTI, VKITTI2 = NyuFormat(), KittiFormat(), VirtualKittiFormat()

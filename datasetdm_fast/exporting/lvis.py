@@ -11,14 +11,17 @@ RARE, COMMON = 10, 100  # images up to which LVIS calls a class rare, and common
 
 
 class LvisFormat(Format):
-    """Every class is looked for in every image, so what an image does not show is known to be absent."""
+    """Every class is looked for in every image, so what an image does not show is known to be absent.
+
+    Its polygons are polygons alone, as detectron2 reads no others.
+    """
 
     needs = (("instance",),)
 
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, content = sample.picture(self.forms)
         name = f"{sample.split}{YEAR}/{sample.name}.{ending}"
-        things = [thing_entry(thing, plan) for thing in sample.things]
+        things = [thing_entry(thing, plan, joins_holes=True) for thing in sample.things]
         shown = {thing["category_id"] for thing in things}
         absent = [plan.classes.numbers[name] for name in plan.classes.things]
         image = image_entry(sample, f"{sample.name}.{ending}") | {

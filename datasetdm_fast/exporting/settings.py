@@ -50,7 +50,9 @@ class ExportSettings(CommandSettings):
     )
     quality: int = setting(95, f"quality of JPEG files, {LEAST_QUALITY} to {BEST_QUALITY}", metavar="N")
     resize: int = setting(0, "pixels of the longer side of the images, 0 = as they are", metavar="N")
-    polygons: bool = setting(False, "coco and lvis: polygons instead of run lengths, where they are equivalent")
+    polygons: bool = setting(
+        False, "coco and lvis: polygons instead of run lengths; coco keeps these for instances with holes"
+    )
     parts: str = setting(
         "joined",
         "yolo-seg: one line per instance, whose parts are joined by lines of zero width, or one line per part",

@@ -50,10 +50,10 @@ class VocFormat(Format):
         has_things = "instance" in plan.tasks
         if has_things:
             objects = numbered_things(sample)
+            objects[objects > MOST_OBJECTS] = 0
             if plan.settings.border:
                 edge = borders(objects, plan.settings.border)
                 objects[edge] = classes[edge] = IGNORED
-            objects[(objects > MOST_OBJECTS) & (objects != IGNORED)] = 0
             files[f"{ROOT}/SegmentationObject/{sample.name}.png"] = _C.png_encode(objects.astype(np.uint8), PALETTE)
         files[f"{ROOT}/SegmentationClass/{sample.name}.png"] = _C.png_encode(classes, PALETTE)
         files[f"{ROOT}/Annotations/{sample.name}.xml"] = "".join(_annotation(sample, has_things)).encode()

@@ -40,7 +40,7 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, leas
         width, height = image.size
         if width * height > most_pixels:
             raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")
-        if getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with others behind it, as phones take
             raise ValueError("it is an animation")
         if least_side:
             image.draft("RGB", (least_side, least_side))

@@ -140,6 +140,12 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", "Name a folder of PNG or JPEG files."
         )
     paths = tuple(reading.listing(root, *reading.PICTURES))
+    for path in paths:
+        if not prompts.is_unicode(str(path)):
+            raise Refused(
+                f"IMAGES: the path of {documents.quoted(path.name)} is not valid UTF-8",
+                "Rename it, or the folder that holds it.",
+            )
     said: dict[str, str] = {}
     if captions:
         given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS)

@@ -16,6 +16,7 @@ TRAIN_IDS = dict(
 )  # label id -> train id
 MOST_LABELS = 34  # label ids 0 to 33, and -1 for number plates, which a PNG cannot hold
 FIRST_THING = 11
+THOUSAND = 1000  # an instance is so many times its label id and a number
 
 
 class Cityscapes(PictureSource):
@@ -41,9 +42,9 @@ class Cityscapes(PictureSource):
         path = self.images[record]
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
-        masks, kinds = self._things(path, image.shape) if "instance" in self.tasks else (None, ())
+        things = self._things(path, image.shape) if "instance" in self.tasks else {}
         names = ",".join(self.classes[k] for k in np.unique(labels) if k != IGNORED)
-        return Picture(path.stem, image, f"a photo of a {names}, the urban street", labels, masks, kinds)
+        return Picture(path.stem, image, f"a photo of a {names}, the urban street", labels, **things)
 
     def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
         train_ids = self._beside(path, "labelTrainIds")
@@ -55,17 +56,18 @@ class Cityscapes(PictureSource):
         table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
         return table[found]
 
-    def _things(self, path: Path, shape: tuple[int, ...]) -> tuple[list, list[int]]:
+    def _things(self, path: Path, shape: tuple[int, ...]) -> dict[str, list]:
+        """Things, and as crowds the groups of things that could not be told apart, which have a label id alone."""
         numbers = self._beside(path, "instanceIds")
         found = reading.numbers(numbers, shape)
-        masks, kinds = [], []
+        things: dict[str, list] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
         for k in np.unique(found):
-            if k < 1000:  # stuff, and groups of things that could not be told apart
-                continue
-            if not 0 <= k // 1000 < MOST_LABELS:
-                raise reading.bad(numbers, f"the unknown class {k // 1000} of instance {k}")
-            kind = TRAIN_IDS.get(int(k) // 1000, -1) - FIRST_THING
+            label_id = int(k) // THOUSAND if k >= THOUSAND else int(k)
+            if k >= THOUSAND and label_id >= MOST_LABELS:
+                raise reading.bad(numbers, f"the unknown class {label_id} of instance {k}")
+            kind = TRAIN_IDS.get(label_id, -1) - FIRST_THING
             if kind >= 0:
-                masks.append(partial(np.equal, found, k))
-                kinds.append(kind)
-        return masks, kinds
+                which = ("masks", "mask_classes") if k >= THOUSAND else ("crowds", "crowd_classes")
+                things[which[0]].append(partial(np.equal, found, k))
+                things[which[1]].append(kind)
+        return things

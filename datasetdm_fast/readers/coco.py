@@ -26,11 +26,12 @@ ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 class Annotations:
     """One annotation file: its images, its categories, and where in it each annotation stands."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, may_be_none: bool = False):
         self.path, self.stream = path, JsonStream(path)
         self.images: dict[int, dict[str, Any]] = {}
         self.categories: dict[int, str] = {}
         self.joints: tuple[str, ...] = ()
+        self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> what is wrong with an annotation of it
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
@@ -59,7 +60,8 @@ class Annotations:
                     crowds.append(bool(value.get("iscrowd")))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
-        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", areas)):
+        annotations = len(areas) or may_be_none
+        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", annotations)):
             if not there:
                 raise reading.bad(path, f"no {what} in it")
         self.rows = {
@@ -79,6 +81,7 @@ class Annotations:
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])
+            self.limbs = _limbs(value.get("skeleton"), len(self.joints))
 
     def _check_ids(self) -> None:
         """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
@@ -129,7 +132,7 @@ class Coco(PictureSource):
         self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
         self._open(
             Annotations(reading.first_there(things)) if has_things else None,
-            Annotations(persons) if has_persons else None,
+            Annotations(persons, may_be_none=True) if has_persons else None,
             size,
             is_pose_alone,
         )
@@ -146,7 +149,7 @@ class Coco(PictureSource):
         if persons:
             self.tasks += ("pose",)
             self.joints = persons.joints or COCO_JOINTS
-            self.limbs = COCO_LIMBS if self.joints == COCO_JOINTS else ()
+            self.limbs = COCO_LIMBS if self.joints == COCO_JOINTS else persons.limbs
         first = things or persons
         self.images = sorted(first.images)
         # a person is a row of the keypoint file
@@ -246,6 +249,8 @@ class Coco(PictureSource):
     def areas(self, record: int) -> dict[str, int]:
         if self.things is None:
             return {"person": 1}
+        if not self.things.areas.any():  # the file tells none
+            return super().areas(record)
         rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
         kinds = {row: self.things.categories.get(int(self.things.rows["category"][row])) for row in rows}
         return largest((kind, int(self.things.areas[row])) for row, kind in kinds.items() if kind)
@@ -261,6 +266,18 @@ class Coco(PictureSource):
         away = found["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
+
+
+def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
+    """The limbs of a category, whose joints COCO counts from 1; none where they join no joints, as only drawings need
+    them.
+    """
+    try:
+        documents.check_form(skeleton, [[int]])
+        pairs = tuple((a - 1, b - 1) for a, b in skeleton)
+    except ValueError:
+        return ()
+    return pairs if all(0 <= end < joints for pair in pairs for end in pair) else ()
 
 
 def _joints_in_sight(annotation: dict[str, Any]) -> int:

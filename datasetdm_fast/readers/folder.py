@@ -12,8 +12,8 @@ PARTS = "images", "masks", "semantic", "depth"
 
 
 class Folder(PictureSource):
-    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json may be there, and max_depth.txt with the
-    farthest depth in metres, which decides the unit of depth files as in a run folder.
+    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json may be there, and there or in PATH
+    max_depth.txt with the farthest depth in metres, which decides the unit of depth files as in a run folder.
     """
 
     rule = framing.RULES["voc"]
@@ -21,7 +21,8 @@ class Folder(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():
             raise reading.no_split(path, split)
-        self.path = path = path / split if (path / split).is_dir() else path
+        whole, path = path, path / split if (path / split).is_dir() else path
+        self.path = path
         self.images = reading.listing(path / "images", *reading.PICTURES, *reading.OTHER_PICTURES)
         self.ids = reading.names_of(path / "images", self.images)
         self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
@@ -37,7 +38,8 @@ class Folder(PictureSource):
                 )
             self.thing_classes = reading.without_background(self.classes)
         if has_depth:
-            self.max_depth = reading.farthest_depth(path / "max_depth.txt")
+            farthest = [folder / "max_depth.txt" for folder in (path, whole)]
+            self.max_depth = reading.farthest_depth(next((file for file in farthest if file.exists()), farthest[0]))
             self.depth_steps = UNITS[unit_of(self.max_depth)]
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"

@@ -1,6 +1,6 @@
 """hf:PATH[SPLIT]: a folder in one of Hugging Face's layouts, with an image and a label or depth map in each row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class HuggingFace(PictureSource):
             *(("depth",) if self.max_depth else ()),
             *(("pose",) if self.columns["people"] else ()),
         )
-        self.captions_name_all = self.columns["caption"] is None
+        self.captions_name_all = not self.columns["caption"]
         super().__init__(size, len(self.rows))
 
     def _table(self) -> dict[str, Any]:
@@ -106,14 +106,15 @@ class HuggingFace(PictureSource):
 
     def picture(self, record: int) -> Picture:
         row = self.rows.row(record)
-        image = np.asarray(self._image(row, "image", record).convert("RGB"))
+        maps = {what: self._map(row, what, record) for what in ("label", "depth") if self.columns[what]}
+        image = self._colours(row, record, maps)
         labels = depth = None
-        if self.columns["label"]:
-            labels = self._map(row, "label", record, image.shape)[0]
+        if "label" in maps:
+            labels = maps["label"][0]
             reading.check_numbers(self.name(record), labels, len(self.classes))
             labels = labels.astype(np.uint8)
-        if self.columns["depth"]:
-            raw, steps = self._map(row, "depth", record, image.shape)
+        if "depth" in maps:
+            raw, steps = maps["depth"]
             metres = raw.astype(np.float32) / steps
             depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
@@ -172,7 +173,22 @@ class HuggingFace(PictureSource):
         reading.check_sides(name, image.size)
         return image
 
-    def _map(self, row: dict[str, Any], what: str, record: int, shape: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    def _colours(
+        self, row: dict[str, Any], record: int, maps: Mapping[str, tuple[np.ndarray, float]]
+    ) -> np.ndarray:  # [H, W, 3] uint8
+        """The picture of a row, turned as its maps lie; maps of another size are refused."""
+        sizes = {self.columns[what]: found.shape[::-1] for what, (found, _) in maps.items()}
+        column, first = next(iter(sizes.items()), ("", ()))
+        turned = reading.as_sized(column, lambda: first) if column else None
+        image = reading.colours(f"{self.name(record)}, image", self._image(row, "image", record), turned)
+        for column, size in sizes.items():
+            if size != image.shape[1::-1]:
+                told = " x ".join(map(str, size))
+                shape = f"{image.shape[1]} x {image.shape[0]}"
+                raise reading.bad(self.name(record), f"{column} has {told} pixels, but its image has {shape}")
+        return image
+
+    def _map(self, row: dict[str, Any], what: str, record: int) -> tuple[np.ndarray, float]:
         """The numbers of a map, and how many steps they have to the metre where they are depths: tables of numbers are
         metres, pictures are in the unit they name or the one of a plain folder.
         """
@@ -190,11 +206,6 @@ class HuggingFace(PictureSource):
                 found = np.asarray(value, np.float32 if what == "depth" else np.int32)
             except (TypeError, ValueError, OverflowError):
                 raise reading.bad(self.name(record), f"{column} is no table of numbers") from None
-        if found.shape != tuple(shape[:2]):
-            size = " x ".join(map(str, found.shape[::-1]))
-            raise reading.bad(
-                self.name(record), f"{column} has {size} pixels, but its image has {shape[1]} x {shape[0]}"
-            )
         return found, steps
 
 

@@ -10,7 +10,9 @@ CAPTION = "a photo of a street"
 
 
 class Kitti(PictureSource):
-    """input, gt_depth and kitti_eigen_SPLIT.txt, whose lines name image and depth; lines without depth are left out."""
+    """input, gt_depth and kitti_eigen_SPLIT.txt, whose lines name image and depth; lines without depth are left
+    out; val is test where it has no list of its own.
+    """
 
     max_depth = 80.0
     tasks = ("depth",)
@@ -18,7 +20,8 @@ class Kitti(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        self.list = path / f"kitti_eigen_{'test' if split == 'val' else split}.txt"
+        split = "test" if split == "val" and not (path / "kitti_eigen_val.txt").exists() else split
+        self.list = path / f"kitti_eigen_{split}.txt"
         self.rows = reading.pairs(self.list)
         self.images = [path / "input" / said for said, _ in self.rows]
         super().__init__(size, len(self.rows))

@@ -71,8 +71,13 @@ class LabelMe(PictureSource):
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
         said = reading.as_said(sides[::-1])
-        file = reading.inside(path.parent, document["imagePath"].replace("\\", "/"), path)
-        if file.exists() or not document.get("imageData"):
+        try:
+            file = reading.inside(path.parent, document["imagePath"].replace("\\", "/"), path)
+        except Refused:  # labelme may keep its files in a folder beside that of the pictures
+            if not document.get("imageData"):
+                raise
+            file = None
+        if file and (file.exists() or not document.get("imageData")):
             image = reading.colour_image(file, said)
         else:
             image = reading.colours(path, _inner(document["imageData"], path), said)

@@ -12,16 +12,19 @@ FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits
 
 
 class Nyu(PictureSource):
-    """train_list.txt and test_list.txt name images and depths of scenes that nyu_class_list.json names."""
+    """train_list.txt and test_list.txt name images and depths of scenes that nyu_class_list.json names; val is test
+    where it has no list of its own.
+    """
 
     max_depth = 10.0
     tasks = ("depth",)
     rule = framing.RULES["nyu"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        split = "test" if split == "val" else split
+        split = "test" if split == "val" and not (path / "val_list.txt").exists() else split
         self.list = path / f"{split}_list.txt"
-        self.folder = reading.first_there(*(path / folder for folder in FOLDERS.get(split, (split,))))
+        folders = FOLDERS.get(split, (f"official_splits/{split}", split))
+        self.folder = reading.first_there(*(path / folder for folder in folders))
         self.rows = [(said.lstrip("/"), depth.lstrip("/")) for said, depth in reading.pairs(self.list)]
         self.images = [self.folder / said for said, _ in self.rows]
         kinds = path / "nyu_class_list.json"

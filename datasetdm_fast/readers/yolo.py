@@ -38,7 +38,7 @@ class Yolo(PictureSource):
     def picture(self, record: int) -> Picture:
         path = self.images[record]
         image, labels = reading.colour_image(path, reading.as_shown), self._label(record)
-        rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
+        rows = self._rows(labels, image.shape) if labels.exists() else []
         caption = self.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(
             path.stem,
@@ -50,7 +50,7 @@ class Yolo(PictureSource):
 
     def _rows(self, path: Path, shape: tuple[int, ...]) -> list[tuple[int, list[float]]]:
         rows = []
-        for number, line in enumerate(reading.lines(path), 1):
+        for number, line in enumerate(reading.lines(path, may_be_none=True), 1):
             try:
                 kind, *places = line.split()
                 kind, places = int(kind), [float(place) for place in places]

@@ -73,7 +73,8 @@ def origins(document: Mapping[str, Any], row: Row) -> tuple[str, ...]:
     if "origins" in row.recipe:
         return tuple(row.recipe["origins"])
     source = document.get("composition", {}).get("source", {}).get("digests", {}).get("samples.jsonl", "")
-    return (row.group, *(f"{source[:16]}/{id}" for id in row.recipe.get("tiles", ())))
+    tiles = row.recipe.get("tiles", ())  # those of a splice; of a picture that was labelled in tiles, their number
+    return (row.group, *(f"{source[:16]}/{id}" for id in (tiles if isinstance(tiles, list) else ())))
 
 
 def groups(origins: Sequence[Sequence[str]]) -> list[int]:

@@ -13,7 +13,7 @@ from PIL import Image
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.pose import PERSON
 from datasetdm_fast.labels.words import find_classes, with_article
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 IGNORE = 255
 CONTRAST, BRIGHTNESS, GAIN, SATURATION, NOISE = (0.6, 1.4), 0.2, (0.7, 1.3), (0.3, 1.4), 0.04
@@ -105,7 +105,7 @@ def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
     things = np.array(mirrored_names(source.thing_classes), np.int64)
     for name in ("mask_classes", "crowd_classes"):
         if (numbers := getattr(item, name)) is not None and len(things):
-            changes[name] = things[numbers]
+            changes[name] = np.where(numbers == EVERY_CLASS, numbers, things[numbers])
     if item.keypoints is not None:
         people = item.keypoints[:, mirrored_names(source.joints)] if source.joints else item.keypoints
         changes["keypoints"] = np.concatenate([width - people[..., :1], people[..., 1:]], -1)

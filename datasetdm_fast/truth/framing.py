@@ -65,7 +65,7 @@ def drawn(rule: Rule, picture: Picture, size: int, seed: int) -> Window:
         scale = random.integers(rule.shortest[0], rule.shortest[1] + 1) / UPSTREAM_SIDE * least
     else:
         scale = max(rule.scales[random.integers(len(rule.scales))] * size / UPSTREAM_SIDE, least)
-    side = size / scale
+    side = min(size / scale, height, width)  # rounding may make it longer than the picture
     left, top = random.uniform(0, width - side), random.uniform(0, height - side)
     if random.random() < rule.toward_object and (centre := _centre(picture, random)):
         left, top = (

@@ -12,6 +12,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.labels.class_tables import ClassTable
 
 IGNORED = 255
+EVERY_CLASS = -1  # the class of a crowd in which nothing is right or wrong to find
 MEND = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
 
 
@@ -30,7 +31,7 @@ class Labelled:
     keypoint_boxes: np.ndarray | None = None  # [P, 4]: x, y, width, height
     keypoint_areas: np.ndarray | None = None  # [P] pixels
     crowds: np.ndarray | None = None  # [C, H, W] bool: many things in one mask, neither right nor wrong to find
-    crowd_classes: np.ndarray | None = None  # [C]
+    crowd_classes: np.ndarray | None = None  # [C] index as above, or EVERY_CLASS
 
 
 @dataclass(frozen=True)

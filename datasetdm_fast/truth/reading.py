@@ -1,6 +1,7 @@
 """Images, label maps, depth maps and lists of a data set; what is wrong with one is said with its name."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ OTHER_PICTURES = (
 )  # listed to be refused by name, not passed over
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
+Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
@@ -38,9 +40,7 @@ def bad(path: Path | str, reason: str) -> Refused:
     return Refused(f"{path}: {reason}", MEND)
 
 
-def colour_image(
-    path: Path, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None
-) -> np.ndarray:
+def colour_image(path: Path, turned: Turning | None = None) -> np.ndarray:
     """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels, as it is stored.
 
     Where EXIF says to turn it, `turned` chooses between the picture as stored and as shown.
@@ -48,9 +48,7 @@ def colour_image(
     return colours(path, images.read_image(path, most_pixels=MOST_PIXELS), turned)
 
 
-def colours(
-    path: Path, image: Image.Image, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None
-) -> np.ndarray:
+def colours(path: Path | str, image: Image.Image, turned: Turning | None = None) -> np.ndarray:
     """The same of a decoded picture, which messages call by its path."""
     check_sides(path, image.size)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
@@ -64,26 +62,31 @@ def colours(
     return np.asarray(image.convert("RGB"))
 
 
-def as_shown(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
+def as_shown(path: Path | str, stored: Image.Image, upright: Image.Image) -> Image.Image:
     """For labels that were drawn on pictures as viewers show them."""
     return upright
 
 
-def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
+def as_its_labels(labels: Path) -> Turning:
     """For labels that may lie on either: the one of their size; where both have it the picture is refused."""
+    return as_sized(labels.name, lambda: images.read_image(labels, most_pixels=MOST_PIXELS).size)
 
-    def turned(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
+
+def as_sized(labels: str, size: Callable[[], Sequence[int]]) -> Turning:
+    """The same for labels of a name, whose size is only looked at where EXIF says to turn their picture."""
+
+    def turned(path: Path | str, stored: Image.Image, upright: Image.Image) -> Image.Image:
         if stored.size == upright.size:
             raise Refused(
-                f"{path}: its EXIF data turns it, and whether {labels.name} is turned too cannot be told from its size",
+                f"{path}: its EXIF data turns it, and whether {labels} is turned too cannot be told from its size",
                 "Save the picture in the orientation of its labels, or pass --skip-bad to continue without it.",
             )
-        return upright if images.read_image(labels, most_pixels=MOST_PIXELS).size == upright.size else stored
+        return upright if tuple(size()) == upright.size else stored
 
     return turned
 
 
-def as_said(size: tuple[int, int]) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
+def as_said(size: tuple[int, int]) -> Turning:
     """For labels whose file says width and height: the picture as shown where only that has them, else as stored."""
     return lambda path, stored, upright: upright if upright.size == size != stored.size else stored
 
@@ -144,14 +147,17 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
-def lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty."""
+def lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[str]:
+    """The lines of a UTF-8 text file of at most `most` bytes that are not empty; a file without any is refused, unless
+    there `may_be_none`.
+    """
     try:
-        text = storage.read(path, LARGEST_LIST).decode("utf-8-sig")
+        text = storage.read(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
+    # other marks that Python takes for the end of a line may stand in a name or in a JSON text
+    found = [line.strip() for line in re.split("\r\n|\n|\r", text) if line.strip()]
+    if not found and not may_be_none:
         raise bad(path, "no line in it")
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.truth.labelled import EVERY_CLASS
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 CORNERS_OF_A_CIRCLE = 64
@@ -80,7 +81,9 @@ def is_thing(name: str) -> bool:
 
 
 def things(shapes: Iterable[Shape], classes: Sequence[str]) -> dict[str, Any]:
-    """The masks of a picture and their classes, shapes of one group joined; what is to be ignored is a crowd."""
+    """The masks of a picture and their classes, shapes of one group joined; what is to be ignored is a crowd of
+    every class.
+    """
     found: dict[tuple[str, str], list[Mask]] = {}
     for place, shape in enumerate(shapes):
         found.setdefault((shape.name, shape.group or f"#{place}"), []).append(shape.mask)
@@ -90,7 +93,7 @@ def things(shapes: Iterable[Shape], classes: Sequence[str]) -> dict[str, Any]:
         "masks": [partial(_joined, parts) for parts in masks.values()],
         "mask_classes": [classes.index(name) for name, _ in masks],
         "crowds": [partial(_joined, parts) for parts in ignored],
-        "crowd_classes": [0] * len(ignored),
+        "crowd_classes": [EVERY_CLASS] * len(ignored),
     }
 
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"  # a column of metadata files that names the picture; a file of another column has it as suffix
+LARGEST_METADATA = 2**31  # bytes; of 80,000 samples with things it is 120 MB
 LARGEST_GROUP = 2**31  # bytes of a row group, unpacked: one is in memory at a time
 FEATURES = b"huggingface"  # where a schema tells what its columns are
+PUBLISHED = {"val": "validation"}  # split -> what `datasets` calls it in the names of Parquet files
 EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_to_disk of `datasets` wrote."
 
 
@@ -57,9 +59,10 @@ def opened(path: Path, split: str) -> Rows:
             raise reading.no_split(path, split)
         return SavedRows(path)
     for folder in (path, path / "data"):
-        for pattern in (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet"):
-            if files := sorted(folder.glob(pattern)):
-                return ParquetRows(path, files)
+        for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
+            for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet"):
+                if files := sorted(folder.glob(pattern)):
+                    return ParquetRows(path, files)
     whole = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if whole and split == "train":
         return ParquetRows(path, whole)
@@ -99,14 +102,18 @@ def _column(name: str) -> str:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    found = [documents.parse_json(line, f"{file}, line {k}") for k, line in enumerate(reading.lines(file), 1)]
+    found = [documents.parse_json(line, f"{file}, line {k}") for k, line in enumerate(_lines(file), 1)]
     if strange := next((k for k, row in enumerate(found, 1) if not isinstance(row, dict)), 0):
         raise reading.bad(file, f"line {strange} is no JSON object")
     return found
 
 
+def _lines(file: Path) -> list[str]:
+    return reading.lines(file, most=LARGEST_METADATA)
+
+
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    text = "\n".join(reading.lines(file))
+    text = "\n".join(_lines(file))
     try:
         found = list(csv.DictReader(io.StringIO(text), strict=True))
     except csv.Error as error:
