@@ -377,6 +377,17 @@ def test_images_of_two_kinds_are_two_datasets_of_mmseg(tmp_path):
     assert len({json.dumps(each["data_prefix"]) for each in found.values()}) == 1
 
 
+def test_marks_of_a_label_map_may_stand_in_names_of_classes(run, tmp_path):
+    flags = ("--to", "voc", "--classes", "ball=#1 ball,cube=cube: red")
+    source = open_data(f"voc:{converted(run, tmp_path / 'out', *flags)}/voc", SIZE, tasks=["instance"])
+    assert {"1 ball", "cube red", "cone"} < set(source.thing_classes)
+    shown = [sorted(source.thing_classes[k] for k in item.mask_classes) for item in source]
+    new = {"ball": "1 ball", "cube": "cube red"}
+    for names, sample in zip(shown[:NUMBER], open_run(run)):
+        things = sample.instances
+        assert names == sorted(new.get(things.classes[k], things.classes[k]) for k in things.class_ids)
+
+
 def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
     like = rendered(0, SIZE)
     masks = np.zeros((260, SIZE, SIZE), bool)

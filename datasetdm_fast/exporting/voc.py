@@ -89,7 +89,12 @@ def _label_map(classes: Classes) -> Iterator[bytes]:
     known = {"background": 0, **numbers(classes)}
     for name, number in sorted(known.items(), key=lambda item: item[1]):
         red, green, blue = PALETTE[3 * number : 3 * number + 3]
-        yield f"{one_line(name).replace(':', ' ')}:{red},{green},{blue}::\n".encode()
+        yield f"{_named(name)}:{red},{green},{blue}::\n".encode()
+
+
+def _named(name: str) -> str:
+    """A class name as labelmap.txt and annotations have it: a colon would end it, and a # at its begin the line."""
+    return one_line(name.replace(":", " ").lstrip("# "))
 
 
 def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
@@ -101,7 +106,7 @@ def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
         x, y, width, height = thing.box  # places are counted from 1, and the last pixel is inside
         box = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
         told = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in box.items())
-        yield f"\t<object>\n\t\t<name>{escape(one_line(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
+        yield f"\t<object>\n\t\t<name>{escape(_named(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
         yield f"\t\t<truncated>0</truncated>\n\t\t<difficult>0</difficult>\n\t\t<bndbox>{told}</bndbox>\n\t</object>\n"
     yield "</annotation>\n"
 
