@@ -242,6 +242,18 @@ def test_outlines_of_programs_become_masks(copied, name):
     assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
 
 
+def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
+    root, address = copied("cvat")
+    classes, path = open_data(address, SIZE).thing_classes, root / "annotations.xml"
+    more = "<label><name>joints</name><type>skeleton</type></label><label><name>1</name><type>points</type></label>"
+    path.write_text(path.read_text().replace("<labels>", f"<labels>{more}"))
+    assert open_data(address, SIZE).thing_classes == classes
+    bare = re.sub("<labels>.*</labels>", "", path.read_text())
+    path.write_text(bare.replace('tag label="ball"', 'tag label="sunny"'))
+    shown = open_data(address, SIZE)  # without a list of the task the classes are those of the shapes
+    assert set(shown.thing_classes) <= set(classes) and len(shown[0].masks)
+
+
 def test_faces_are_drawn_part_by_part_and_split_as_celeba_is(copied):
     root, address = copied("celebamask-hq")
     item = open_data(address, 2 * SIDE)[0]

@@ -12,14 +12,15 @@ from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
 
 LARGEST_TASK = 64 * 2**20  # bytes
-NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes that bound none
+NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes, and of labels, that bound none
 
 
 class Cvat(PictureSource):
     """annotations.xml in PATH or PATH/SPLIT, pictures in images beside it, or in the folder of its subset.
 
     Polygons, boxes, ellipses and masks are read, what bounds no area is left out; shapes of one label and group are one
-    thing. Classes are those of the task in its order; an image without shapes shows nothing.
+    thing. Classes are those of the task in its order, without labels of what is left out; an image without shapes shows
+    nothing.
     """
 
     rule = framing.RULES["coco"]
@@ -33,8 +34,9 @@ class Cvat(PictureSource):
         self.entries = [entry for entry in root.iterfind("image")]
         if root.tag != "annotations" or not self.entries:
             raise reading.bad(self.file, 'no image in it, expected what CVAT calls "CVAT for images 1.1"')
-        named = [name.text or "" for name in root.iterfind("meta//label/name")]
-        used = sorted({shape.get("label", "") for entry in self.entries for shape in entry})
+        labels = [label for label in root.iterfind("meta//label") if label.findtext("type") not in NO_AREA]
+        named = [label.findtext("name") or "" for label in labels]
+        used = sorted({shape.get("label", "") for entry in self.entries for shape in entry if shape.tag not in NO_AREA})
         self.thing_classes = tuple(filter(shapes.is_thing, dict.fromkeys(named or used)))
         if not all(self.thing_classes) or not self.thing_classes:
             raise reading.bad(self.file, "a label without a name, or no label")
