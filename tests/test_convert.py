@@ -25,6 +25,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
+from datasetdm_fast.exporting import hf
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.readers import open_data
@@ -345,6 +346,17 @@ def test_parquet_holds_the_run_and_its_features(run, tmp_path):
     rows = [row for table in tables for row in table.to_pylist()]
     for row, sample in zip(rows, open_run(run), strict=True):
         as_run(row, *(Image.open(io.BytesIO(row[name]["bytes"])) for name in ("image", "semantic", "depth")), sample)
+
+
+def test_large_pictures_are_parted_into_row_groups(run, tmp_path, monkeypatch):
+    """A column of a row group, which is in memory at a time, cannot hold 2 GiB."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    (usual,) = (converted(run, tmp_path / "usual", "--to", "hf-parquet") / "hf-parquet/data").iterdir()
+    sizes = [len(row["image"]["bytes"]) for row in parquet.read_table(usual).to_pylist()]
+    monkeypatch.setattr(hf, "GROUP_BYTES", max(sizes) + 1)
+    (parted,) = (converted(run, tmp_path / "parted", "--to", "hf-parquet") / "hf-parquet/data").iterdir()
+    assert parquet.ParquetFile(usual).num_row_groups == 1 < parquet.ParquetFile(parted).num_row_groups
+    assert parquet.read_table(parted).equals(parquet.read_table(usual))
 
 
 def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):

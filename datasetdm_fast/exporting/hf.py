@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 from datasetdm_fast.errors import Missing
@@ -14,7 +13,8 @@ from datasetdm_fast.exporting.wds import held
 from datasetdm_fast.run_folder.ledger import canonical
 
 SPLITS = {"val": "validation"}  # as `datasets` names them
-ROWS = 64  # of a row group
+ROWS = 64  # of a row group at most,
+GROUP_BYTES = 2**28  # and of the pictures in it, when it is closed; a column of a group holds less than 2 GiB
 VALUES = {"id": "string", "prompt": "string", "seed": "int64", "width": "int32", "height": "int32"}
 
 
@@ -95,10 +95,24 @@ def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
 
     schema, sink = _schema(plan), _Sink()
     with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="none") as writer:
-        while rows := [_row(view, plan) for view in islice(views, ROWS)]:
+        for rows in _groups(views, plan):
             writer.write_table(pa.Table.from_pylist(rows, schema))
             yield from sink.taken()
     yield from sink.taken()
+
+
+def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each row group."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for view in views:
+        rows.append(_row(view, plan))
+        size += sum(len(value["bytes"]) for value in rows[-1].values() if isinstance(value, dict) and "bytes" in value)
+        if len(rows) == ROWS or size >= GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
