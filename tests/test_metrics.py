@@ -334,6 +334,30 @@ def test_a_crowd_of_every_class_hides_what_is_found_of_any(source):
     assert figures[EVERY_CLASS] == pytest.approx(1) and figures[2] < 0.9
 
 
+def test_what_an_image_was_not_searched_for_is_neither_right_nor_wrong(source):
+    """As lvis-api has it: answers of unknown classes are left out, those of a class with more things ignored."""
+    item = next(item for item in source if len(set(item.mask_classes)) >= 2)
+    own = item.mask_classes == item.mask_classes[0]
+    truth = replace(item, masks=item.masks[own], mask_classes=item.mask_classes[own])
+    scores = np.where(own, 0.5, 0.9).astype(np.float32)
+    things = Instances(item.masks, item.mask_classes, scores, source.thing_classes)
+    twice = replace(  # another thing of the class that is there, surer than the true ones
+        things,
+        masks=np.concatenate([np.roll(item.masks[:1], 30, 2), item.masks[own]]),
+        class_ids=np.concatenate([item.mask_classes[:1], item.mask_classes[own]]),
+        scores=np.array([0.95, *scores[own]], np.float32),
+    )
+    kind, vocabulary = int(item.mask_classes[0]), student_data.vocabulary_of(source)
+
+    def found(given, **more):
+        meter = METRICS["instance"](source)
+        meter.add(Examples(source, vocabulary, "instance")._numbered(replace(truth, **more)), given)
+        return meter
+
+    assert len(found(things).found) == len(item.masks) and len(found(things, searched=(kind,)).found) == own.sum()
+    assert found(twice).result()["ap"] < 0.9 and found(twice, not_exhausted=(kind,)).result()["ap"] == pytest.approx(1)
+
+
 def test_classes_are_compared_by_name(source):
     names = ("sky", *reversed(source.classes))
     meter = METRICS["semantic"](source)

@@ -300,6 +300,19 @@ def test_coco_masks_crowds_and_label_map_agree(made):
     assert source.classes[0] == "background" and source.classes[1:] == source.thing_classes
 
 
+def test_lvis_tells_which_classes_an_image_was_searched_for(copied):
+    root, address = copied("lvis")
+    path = root / "lvis_v1_train.json"
+    assert open_data(address, SIZE)[0].searched is None
+    categories = [row["id"] for row in json.loads(path.read_text())["categories"]]
+    told = {"neg_category_ids": categories[:1], "not_exhaustive_category_ids": categories[-1:]}
+    rewrite(path, lambda d: d["images"][0].update(told))
+    source = open_data(address, SIZE)
+    item = source[0]
+    assert item.searched == tuple(sorted({0, *item.mask_classes.tolist()})) and source[1].searched is None
+    assert item.not_exhausted == (len(categories) - 1,)
+
+
 def test_coco_asked_for_pose_gives_one_person_each(made):
     source = open_data(f"coco:{made('coco')}", SIZE, tasks=["pose"])
     people = json.loads((made("coco") / "annotations" / "person_keypoints_train2017.json").read_text())["annotations"]

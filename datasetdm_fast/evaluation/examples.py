@@ -109,6 +109,9 @@ class Examples:
                     own = np.where(is_every, EVERY_CLASS, self.things[found[numbers]])
                     kept = is_every | (own >= 0)
                     found[masks], found[numbers] = found[masks][kept], own[kept]
+            for name in ("searched", "not_exhausted"):
+                if (classes := getattr(item, name)) is not None:
+                    found[name] = tuple(int(k) for k in self.things[list(classes)] if k >= 0)
         elif self.task == "pose":
             found["keypoints"] = item.keypoints[:, self.joints]
         return Labelled(item.id, item.image, item.caption, **found)

@@ -65,7 +65,9 @@ class _Ranked(Meter):
 
 
 class Instance(_Ranked):
-    """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; what lies in a crowd is neither right nor wrong."""
+    """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; what lies in a crowd is neither right nor wrong, nor is what an
+    image was not searched for.
+    """
 
     figure = student_figure = "ap"
     held_out_figure = "ap50"
@@ -93,7 +95,15 @@ class Instance(_Ranked):
                 shape = {"area": float(area), "bbox": [float(x) for x in box], "segmentation": rle}
                 for kind in range(len(self.classes)) if category == EVERY_CLASS else (int(category),):
                     self.add_truth(image, kind + 1, shape | {"iscrowd": is_crowd})
+        if truth.not_exhausted:  # a thing of these classes that has no mask is neither right nor wrong
+            height, width = truth.image.shape[:2]
+            (everywhere,) = mask_rle.encode(np.ones((1, height, width), bool)).rles
+            whole = {"area": float(height * width), "bbox": [0.0, 0.0, width, height], "segmentation": everywhere}
+            for kind in truth.not_exhausted:
+                self.add_truth(image, kind + 1, whole | {"iscrowd": 1})
         number = translation(found.classes, self.classes, len(found.classes))
+        if truth.searched is not None:  # as LVIS has it: of other classes nobody knows whether the image shows them
+            number[~np.isin(number, truth.searched)] = -1
         for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
             if number[category] >= 0:
                 row = {"image_id": image, "category_id": int(number[category]) + 1}

@@ -20,6 +20,8 @@ from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource, largest
 from datasetdm_fast.truth.shapes import MOST_CORNERS, rasterised
 
 IMAGE_FORM = {"id": int, "height": int, "width": int}
+SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
+IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
 ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 
 
@@ -39,11 +41,15 @@ class Annotations:
             try:
                 if key == "images":
                     documents.check_form(value, IMAGE_FORM)
+                    documents.check_form(
+                        {name: value.get(name, []) for name in SEARCHED}, dict.fromkeys(SEARCHED, [int])
+                    )
                     if value["id"] in self.images:
                         raise ValueError(f"the id {value['id']} occurs twice")
-                    self.images[value["id"]] = {
-                        name: value[name] for name in ("file_name", "coco_url", "height", "width") if name in value
-                    }
+                    self.images[value["id"]] = {name: value[name] for name in IMAGE_FIELDS if name in value}
+                    for name in SEARCHED:  # which may be long lists
+                        if name in value:
+                            self.images[value["id"]][name] = array("i", value[name])
                 elif key == "categories":
                     self._add_category(value)
                 elif key == "annotations":

@@ -1,13 +1,17 @@
 """lvis:PATH[SPLIT]: LVIS v1 annotations over COCO's images."""
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from datasetdm_fast.readers.coco import Annotations, Coco
 from datasetdm_fast.truth import reading
+from datasetdm_fast.truth.labelled import Picture
 
 
 class Lvis(Coco):
-    """lvis_v1_SPLIT.json; an image lies where its coco_url ends, below PATH or the folder beside it."""
+    """lvis_v1_SPLIT.json; an image lies where its coco_url ends, below PATH or the folder beside it. It was searched
+    for the classes that it shows and those of neg_category_ids alone.
+    """
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
@@ -15,6 +19,15 @@ class Lvis(Coco):
             path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json"
         )
         self._open(Annotations(annotations), None, size, False)
+
+    def picture(self, record: int) -> Picture:
+        picture, said = super().picture(record), self.things.images[self.images[record]]
+        absent, more = (
+            tuple(self.numbers[k] for k in said.get(name, ()) if k in self.numbers)
+            for name in ("neg_category_ids", "not_exhaustive_category_ids")
+        )
+        searched = tuple(sorted({*absent, *picture.mask_classes})) if "neg_category_ids" in said else None
+        return replace(picture, searched=searched, not_exhausted=more)
 
     def image_path(self, image: int) -> Path:
         said = self.things.images[image].get("coco_url")

@@ -113,6 +113,8 @@ def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0)
         depth=None if picture.depth is None else taken(picture.depth, 0).astype(np.float32),
         crowds=None if masks is None else crowds,
         crowd_classes=None if masks is None else np.array([picture.crowd_classes[k] for k in kept_crowds], np.int64),
+        searched=picture.searched,
+        not_exhausted=picture.not_exhausted,
         **labels,
     )
 

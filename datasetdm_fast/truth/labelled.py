@@ -32,6 +32,8 @@ class Labelled:
     keypoint_areas: np.ndarray | None = None  # [P] pixels
     crowds: np.ndarray | None = None  # [C, H, W] bool: many things in one mask, neither right nor wrong to find
     crowd_classes: np.ndarray | None = None  # [C] index as above, or EVERY_CLASS
+    searched: tuple[int, ...] | None = None  # the classes of things that were looked for, None = all
+    not_exhausted: tuple[int, ...] = ()  # classes of which the image shows more things than there are masks
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Picture:
     mask_classes: Sequence[int] = ()
     crowds: Sequence[Callable[[], np.ndarray]] = ()
     crowd_classes: Sequence[int] = ()
+    searched: tuple[int, ...] | None = None
+    not_exhausted: tuple[int, ...] = ()
     depth: np.ndarray | None = None  # [H, W] float32 metres, 0 = unknown
     keypoints: np.ndarray | None = None  # [P, J, 3]
     keypoint_boxes: np.ndarray | None = None  # [P, 4]
