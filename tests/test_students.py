@@ -249,6 +249,7 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
         (["--student", "segformer", "--size", "100"], "--size: 100 is not a multiple of 32"),
         (["--student", "segformer", "--batch-size", "1"], "--batch-size: 1 is not at least 2"),
         (["--student", "segformer", "--real", "9"], "--real 9: "),
+        (["--student", "segformer", "--real", "0", "--learn-from", ""], "--real 0: there is no end of rendered scenes"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):

@@ -111,6 +111,8 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     """The address of the images that teach: not those that judge."""
     if not learn_from:
         if (kind := data.partition(":")[0]) in WORLDS:
+            if not most:
+                raise Refused("--real 0: there is no end of rendered scenes", "Give the number of them to learn from.")
             learn_from = f"{kind}:{most}@1000"
         elif not data.startswith("vkitti2:"):  # whose address without brackets is every scene
             match = re.fullmatch(r"(.+)\[(.+)\]", data)
