@@ -62,6 +62,16 @@ def test_a_batch_from_free_memory(monkeypatch):
     assert memory.suggested(16, torch.device("cpu")) == 16 and memory.suggested(64, torch.device("cpu")) == 2
 
 
+def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
+    def bytes_of(batch):
+        if batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 1_000_000))
+    assert memory.suggested(64, torch.device("cuda", 0), bytes_of) == 1
+
+
 def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     """The path of a GPU, walked on the CPU: slices instead of graphs, and the failure instead of the driver's."""
     engine = FastEngine(load_model("tiny"), device="cpu")

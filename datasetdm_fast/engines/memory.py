@@ -29,7 +29,10 @@ def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | 
     """Images of `side` latent cells to make together; `bytes_of` says what a call with so many takes on a GPU."""
     if device.type == "cpu":
         return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
-    one, two = bytes_of(1), bytes_of(2)
+    try:
+        one, two = bytes_of(1), bytes_of(2)
+    except torch.OutOfMemoryError:  # where not even one fits, its first call says so
+        return 1
     free = torch.cuda.mem_get_info(device)[0]
     most = 1 + (SHARE * free - one) / max(two - one, 1)
     return max(min(int(most) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
