@@ -380,6 +380,19 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
         lora.fused(model, [f"{tmp_path}/bat.safetensors:2"])
 
 
+def test_adapters_of_one_name_are_each_written_down(tmp_path):
+    model, layer = load_model("tiny"), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    wide, high = model.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[::-1]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        state = {f"{layer}.lora_A.weight": torch.randn(2, wide), f"{layer}.lora_B.weight": torch.randn(high, 2)}
+        save_file(state, tmp_path / folder / "pytorch_lora_weights.safetensors")
+    given = [f"{tmp_path / folder}/pytorch_lora_weights.safetensors" for folder in ("a", "b")]
+    digests = lora.fused(model, given).digests
+    own = [digests[f"lora pytorch_lora_weights.safetensors{number}"] for number in ("", " 2")]
+    assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
+
+
 def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
     raw = pipe.features(prompt="a ball", steps=2, seed=4)
     projected = pipe.features(prompt="a ball", steps=2, seed=4, projected=True)

@@ -75,7 +75,10 @@ def _with_one(model: Model, text: str) -> Model:
         if network not in changed:
             changed[network] = copy.deepcopy(getattr(model, network))
         _fuse(_layer(changed[network], layer, path), parts, scale, f"--lora {path}: {layer}")
-    told = {f"lora {path.name}": f"{digest([path])} x {scale:g}"}
+    name, count = f"lora {path.name}", 1
+    while name in model.digests:  # diffusers calls all adapters alike
+        name, count = f"lora {path.name} {count + 1}", count + 1
+    told = {name: f"{digest([path])} x {scale:g}"}
     plain = model.with_modules(**{name: module.eval().requires_grad_(False) for name, module in changed.items()})
     return replace(plain, digests={**model.digests, **told})
 
