@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.data import AttentionSums, ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
@@ -216,6 +216,20 @@ def test_weights_changed_in_place_are_read_again():
     after = engine.denoise(latents, 5, context.clone())
     assert relative(after, before) > 0.1
     assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, context)) <= STAGE
+
+
+def test_a_changed_timestep_embedding_is_read_before_the_first_call():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    latents, context = inputs(engine, 1)
+    words = engine.encode_text(["ball"])
+    sums = AttentionSums(torch.zeros(1, 16, 16), torch.zeros(1, 16, words.shape[1]))
+    before, _ = engine.denoise_and_average(latents, 5, context, words, sums)
+    for call in (engine.denoise, lambda *given: engine.denoise_and_average(*given, words, sums)[0]):
+        model.unet.time_embedding.linear_1.weight.mul_(2)
+        after = call(latents, 5, context.clone())
+        truth = build_engine("torch", model, device="cpu").denoise(latents, 5, context)
+        assert relative(after, before) > 0.01 and relative(after, truth) <= STAGE
 
 
 def test_one_call_of_the_text_encoder_and_the_timetable_is_enough(pair):

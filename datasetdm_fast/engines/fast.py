@@ -308,6 +308,7 @@ class FastEngine:
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
+        self._refresh_for(context)
         own = (sums.cells, sums.tokens, *self._class_keys(class_context, sums.tokens.shape[1]))
         noise, cells, tokens = self._call(self._summed, latents, timestep, context, own)
         return noise, AttentionSums(cells, tokens)
@@ -334,6 +335,7 @@ class FastEngine:
         """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the
         timestep's biases, what else is every image's `own`, and the keys and values of every text layer.
         """
+        self._refresh_for(context)
         row, latents = self._row(timestep), self._latents(latents)
         if self.device.type == "cpu":
             self._keep_alone()
@@ -381,17 +383,24 @@ class FastEngine:
             self._rows[float(timestep)] = row
         return row
 
+    def _is_kept(self, context: Tensor) -> bool:
+        """Whether it is the text of the call before, unchanged."""
+        version = _changes(context)
+        return version >= 0 and self._text is not None and self._text[0] is context and self._text[1] == version
+
+    def _refresh_for(self, context: Tensor) -> None:
+        """Reads weights that were changed, where a call has another text than the one before."""
+        if not self._is_kept(context):
+            self._refresh()
+
     def _text_layers(self, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
         """Keys and values of the texts of every slice, computed when they were not those of the call before."""
-        # Inference tensors count no changes, so of them it cannot be known that they are still the same.
-        version = -1 if context.is_inference() else context._version
-        if version < 0 or self._text is None or self._text[0] is not context or self._text[1:] != (version, size):
-            self._refresh()
+        if not self._is_kept(context) or self._text[2] != size:
             tables, batch = self._tabled(context.to(self.device)), len(context) // 2
             self._keys_values = [
                 tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)
             ]
-            self._text = (context, version, size)
+            self._text = (context, _changes(context), size)
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
@@ -603,6 +612,13 @@ AT_NEED: dict[str, Building] = {
     "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
     "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops),
 }
+
+
+def _changes(context: Tensor) -> int:
+    """A counter that advances when it is changed in place; -1 of inference tensors, which count no changes, so that it
+    cannot be known that they are still the same.
+    """
+    return -1 if context.is_inference() else context._version
 
 
 def state_distance(value: Tensor, truth: Tensor) -> float:
