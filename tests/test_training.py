@@ -25,11 +25,12 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
+from datasetdm_fast.training import session
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import loss_of
-from datasetdm_fast.training.processes import Ranks, joined
+from datasetdm_fast.training.processes import SOLO, Ranks, joined
 from datasetdm_fast.training.recipes import recipe
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.task_run import TaskTraining
@@ -575,6 +576,25 @@ def test_processes_learn_together_where_only_some_of_them_see_things(engine, sou
     assert found[0] == found[1] == [alone.step() for _ in range(4)]
     for one in both:
         assert all(map(torch.equal, one.finished().state_dict().values(), alone.finished().state_dict().values()))
+
+
+def test_processes_stop_together_while_captures_are_made(engine, source, tmp_path):
+    config, board, meeting = TrainConfig(draws=2, quiet=True), [None, None], threading.Barrier(2)
+    made = session.TrainingSession(config, engine, source, SOLO, tuple(range(4)), print)
+    plan = cache.plan(tmp_path, engine.model.levels, 8, "disk")
+    made.views("depth", range(4), plan=plan)
+
+    def stopped(views):
+        raise session._Stopped
+
+    def asked(rank):
+        own = replace(made, ranks=ThreadRanks(rank, 2, board, meeting))
+        with pytest.raises(session._Stopped):
+            own.views("depth", range(4), plan=plan, **({} if rank else {"progress": stopped}))
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(asked, (0, 1))) == [True, True]
 
 
 @pytest.mark.parametrize("task", ["semantic", "pose"])

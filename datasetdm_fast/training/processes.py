@@ -43,6 +43,14 @@ class Ranks:
         dist.broadcast_object_list(told, 0)
         return told[0]
 
+    def any(self, is_so: bool) -> bool:
+        """Whether any process says so."""
+        if self.world == 1:
+            return is_so
+        flag = torch.tensor([float(is_so)])  # of the host, so that no GPU is waited for
+        self.total([flag])
+        return bool(flag.item())
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:

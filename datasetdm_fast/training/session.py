@@ -159,8 +159,13 @@ class TrainingSession:
         if not plan.is_stored:
             return TrainingViews(cache.RecomputedCaptures(self.engine, views, inversion), views)
         share = (ranks.rank, ranks.world)
-        found = cache.stored(self.engine, views, inversion, plan.folder, share, progress=progress)
-        ranks.wait()
+        found = None
+        try:
+            found = cache.stored(self.engine, views, inversion, plan.folder, share, progress=progress)
+        except _Stopped:
+            pass  # told to the others below, who wait for this share
+        if ranks.any(found is None):
+            raise _Stopped
         return TrainingViews(found, views)
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:

@@ -201,7 +201,7 @@ class _StartedTraining:
         training, trainer, steps = self.training, self.trainer, self.training.plan.schedule.steps
         every = max(steps // training.config.checks, 1)
         while trainer.done < steps and not self.numbers["has_ended"]:
-            if self._is_stopping(is_stopping):
+            if self.ranks.any(is_stopping()):
                 self.save()
                 return False
             rate, loss = trainer.rate(trainer.done), trainer.step()
@@ -215,14 +215,6 @@ class _StartedTraining:
             if self.ranks.is_first and time.monotonic() - self.saved >= training.config.save_every:
                 self.save()
         return True
-
-    def _is_stopping(self, is_stopping: Callable[[], bool]) -> bool:
-        """Whether any process was asked to stop."""
-        if self.ranks.world == 1:
-            return is_stopping()
-        flag = torch.tensor([float(is_stopping())])  # of the host, so that no GPU is waited for
-        self.ranks.total([flag])
-        return bool(flag.item())
 
     @property
     def _is_choosing(self) -> bool:
