@@ -99,6 +99,7 @@ OWN_ENGINES = {
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
 ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+SEEDS = 2**63  # a seed is one of so many from 0 on, which a generator and the ledger can hold
 MOST_TRIES = 10  # samples that a run makes for every one that is asked for, before it gives up
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")

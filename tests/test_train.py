@@ -550,6 +550,8 @@ def checkpoint_of_another(tmp_path):
         (["--limit-per-class", "-1"], 2, "--limit-per-class: -1 is less than 0"),
         (["--engine", "trt"], 3, "trt"),
         (["--out", ""], 2, "--out: no folder named"),
+        (["--seed", str(2**64)], 2, f"--seed: {2**64} is more than {2**63 - 1}"),
+        (["--folds", "²"], 2, "--folds: '²' is neither auto, no, nor a number from 2 to 100"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):

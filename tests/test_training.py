@@ -818,6 +818,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
+        (["--seed", str(2**64)], 2, "--seed: 18446744073709551616 is not at most"),
         (["--decoder", "/nowhere"], 3, "decoders /nowhere: no such folder"),
         (["--decoder", "DEPTH"], 3, "Give the folder above"),
     ],

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import TASKS, EngineSettings, ModelSettings, OutputSettings, setting
+from datasetdm_fast.config import SEEDS, TASKS, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, NETWORKS, STUDENTS
 from datasetdm_fast.truth.selection import DataSettings
@@ -117,6 +117,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                     f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}",
                     f"Give {least} or more.",
                 )
+        if self.seed >= SEEDS:
+            raise Refused(f"--seed: {self.seed} is not at most {SEEDS - 1}", "Choose a smaller number.")
         named = [label for label in self.task if ":" in label]
         if named and (self.curve or self.student or self.run):
             raise Refused(

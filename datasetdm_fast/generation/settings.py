@@ -14,6 +14,7 @@ from datasetdm_fast.config import (
     PARITIES,
     PROFILES,
     SAMPLERS,
+    SEEDS,
     TASKS,
     UNDECODED,
     RunConfig,
@@ -117,9 +118,9 @@ def check_numbers(**values: float) -> None:
 
 def check_seed(seed: int) -> int:
     """The seed itself, where a generator and the ledger can hold it."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+    if not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
         raise Refused(
-            f"--seed {seed}: expected a whole number from 0 to {2**63 - 1}, that of the last image included",
+            f"--seed {seed}: expected a whole number from 0 to {SEEDS - 1}, that of the last image included",
             "Choose another seed.",
         )
     return seed

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.config import (
     ENGINE_NAMES,
+    SEEDS,
     TASKS,
     CommandSettings,
     EngineSettings,
@@ -176,11 +177,13 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 raise Refused(
                     f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"Give {bound} or more."
                 )
+        if self.seed >= SEEDS:
+            raise Refused(f"--seed: {self.seed} is more than {SEEDS - 1}", "Choose a smaller number.")
         if not 0 <= self.held_out <= 0.5:
             raise Refused(
                 f"--held-out: {self.held_out:g} is not between 0 and 0.5", "0.1 holds out a tenth of the images"
             )
-        if self.folds not in ("auto", "no") and not (self.folds.isdigit() and 2 <= int(self.folds) <= MOST_FOLDS):
+        if self.folds not in ("auto", "no") and not (self.folds.isdecimal() and 2 <= int(self.folds) <= MOST_FOLDS):
             raise Refused(
                 f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}",
                 "--folds 5 trains five more decoders; auto does so where few images are held out",
