@@ -113,7 +113,7 @@ class AttentionSums:
 
 @dataclass(frozen=True, repr=False)
 class SemanticMap:
-    labels: np.ndarray  # [H, W] uint8, 255 = ignore
+    labels: np.ndarray  # [H, W] uint8, 255 = ignore; int32 where 256 words and more were asked for
     confidence: np.ndarray  # [H, W] float32, 0..1
     classes: tuple[str, ...]
 

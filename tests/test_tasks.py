@@ -12,10 +12,13 @@ import upstream_rules
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.generation import driver
 from datasetdm_fast.labels import LABEL_KINDS, words
 from datasetdm_fast.labels.class_tables import ClassWord
 from datasetdm_fast.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.training import page
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel
@@ -282,6 +285,23 @@ def test_words_are_numbered_in_their_order():
     )  # the surer word keeps what both claim
     assert label.labels[27, 27] == 0 and label.confidence[27, 27] > 0.99
     assert label.confidence[15, 15] == pytest.approx(float(torch.tensor([0.0, 3.0, 0.0]).softmax(-1)[1]), rel=1e-4)
+
+
+def test_more_words_than_a_label_file_holds_are_told_apart():
+    asked, image = tuple(f"word {k}" for k in range(300)), np.zeros((SIZE, SIZE, 3), np.uint8)
+    logits, masks = torch.full((1, 300, 1, 3), OFF), torch.full((1, 300, 1, SIZE, SIZE), OFF)
+    logits[0, 299, 0, 1] = masks[0, 299, 0, :4] = ON
+    (label,) = TASKS["open-vocabulary"].postprocess(raw(logits, masks), upstream("open-vocabulary"), SIZE, asked)
+    assert set(np.unique(label.labels)) == {0, 300} and label.classes[300] == asked[299]
+    source = LabelledSource(SIZE, 1)
+    source.thing_classes = asked
+    item = Labelled("0", image, "", masks=label.labels[None] == 300, mask_classes=np.array([299]))
+    assert (TASKS["open-vocabulary"].truth(source, item).labels == label.labels).all()
+    meter = METRICS["open-vocabulary"](source)
+    meter.add(item, label)
+    assert meter.result() == {"miou": 1.0, "per_class": {asked[299]: 1.0}}
+    picture = np.array(LABEL_KINDS["open-vocabulary"].picture(page._coloured(source, label), image))
+    assert f'rgb{tuple(picture[0, 0].tolist())}"></i>{asked[299]}' in page._legend("open-vocabulary", source)[0]
 
 
 @pytest.mark.parametrize(("columns", "present"), [(3, False), (4, True)])

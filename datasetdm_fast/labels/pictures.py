@@ -138,7 +138,7 @@ def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 def painted(labels: np.ndarray) -> Image.Image:
     """A label map in the colours of its classes."""
-    table = np.array([colour(k) for k in range(256)], np.uint8)
+    table = np.array([colour(k) for k in range(max(256, int(labels.max()) + 1))], np.uint8)
     return Image.fromarray(table[labels])
 
 

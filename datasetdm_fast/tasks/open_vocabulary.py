@@ -16,6 +16,7 @@ from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
+WORDS = 256  # with so many and more a label map, of a data set that is judged, is one of 32 bits
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
 
 
@@ -56,16 +57,16 @@ class OpenVocabularyTask(Task):
         likely = masks.sigmoid() * (probability * is_there)[..., None, None]
         largest, winner = (likely * (masks > 0)).max(1)
         is_word = largest > 0
-        labels, confidence = to_host(
-            torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1))
-        )
+        numbers = torch.where(is_word, winner + 1, 0).to(torch.uint8 if scores.shape[1] < WORDS else torch.int32)
+        labels, confidence = to_host(numbers, torch.where(is_word, largest, 1 - likely.amax(1)))
         names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
         return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]
 
     def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:
-        words, target = np.zeros(item.image.shape[:2], np.uint8), self.target(source, item)
+        is_many = len(source.thing_classes) >= WORDS
+        words, target = np.zeros(item.image.shape[:2], np.int32 if is_many else np.uint8), self.target(source, item)
         for mask, k in zip(target["masks"], target["classes"]):
-            words[mask] = (k + 1) % 256
+            words[mask] = k + 1
         return SemanticMap(words, np.ones(words.shape, np.float32), ("none", *source.thing_classes))
 
     def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from datasetdm_fast.evaluation.meter import figure_name
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.semantic import BACKGROUND
+from datasetdm_fast.labels.semantic import BACKGROUND, IGNORE
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.truth.labelled import LabelledSource
@@ -181,7 +181,7 @@ def _legend(task: str, source: LabelledSource) -> list[str]:
 def _numbers(source: LabelledSource) -> dict[str, int]:
     """Class -> the number whose colour it has, in the gallery of a run with semantic maps, too."""
     names = dict.fromkeys((*(source.classes or (BACKGROUND,)), *source.thing_classes))
-    return {name: number for number, name in enumerate(names)}
+    return {name: number + (number >= IGNORE) for number, name in enumerate(names)}
 
 
 def _coloured(source: LabelledSource, label: Annotation) -> Annotation:
@@ -191,7 +191,7 @@ def _coloured(source: LabelledSource, label: Annotation) -> Annotation:
     numbers = [_numbers(source).get(name, 0) for name in label.classes]
     if isinstance(label, Instances):  # whose pictures count from the first thing
         return replace(label, class_ids=np.array(numbers, np.int64)[label.class_ids] - 1)
-    table = np.array([*numbers, *range(len(numbers), 256)], np.uint8)
+    table = np.array([*numbers, *range(len(numbers), 256)], np.int32)
     return replace(label, labels=table[label.labels])
 
 
