@@ -297,15 +297,17 @@ def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_th
         os.utime(path, (1000 - age, 1000 - age))
     made[0].write_bytes(b"")
     orphan = folder.folder / "denoise-0123.golden.safetensors"
-    orphan.write_bytes(b"")
+    left = folder.folder / "denoise-0123.compiled"
+    for path in (orphan, left, *map(plans.compiled_path, made[1:3])):
+        path.write_bytes(b"")
     size = made[1].stat().st_size
     removed = dict(folder.prune(lambda facts: "stale" if facts["graph"][0] == "b" else "", cap=size))
     assert (
         "foreign" in removed[made[0]]
         and removed[made[1]] == "stale"
         and f"beyond the {size} bytes" in removed[made[3]]
-        and orphan in removed
+        and {orphan, left} <= set(removed)
     )
     assert [path.name for path in sorted(folder.folder.iterdir())] == sorted(
-        [made[2].name, plans.golden_path(made[2]).name, made[2].with_suffix(".lock").name]
+        [made[2].name, *(f(made[2]).name for f in (plans.golden_path, plans.compiled_path)), made[2].stem + ".lock"]
     )

@@ -21,6 +21,7 @@ from datasetdm_fast.export.tensorrt.sealed import Unusable
 FORMAT = 1  # of the facts below; another one makes every plan stale
 SUFFIX = ".plan"
 GOLDEN = ".golden.safetensors"
+COMPILED = ".compiled"  # the kernels TensorRT-RTX made of a plan for one GPU
 LARGEST_GOLDEN = 256 << 20
 SHOWN_KEY = 16  # characters of a key in a file name
 FLEXIBLE = ("profiles", "capabilities", "flags")  # facts in which a plan may differ from an order and still do
@@ -202,11 +203,12 @@ class PlanFolder:
             if total > cap:
                 removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
         for path, _ in () if is_dry else removed:
-            for one in (path, golden_path(path), path.with_suffix(".lock")):
+            for one in (path, golden_path(path), compiled_path(path), path.with_suffix(".lock")):
                 with storage.refusing(one):
                     one.unlink(missing_ok=True)
-        names = {golden_path(path) for path in self.folder.glob(f"*{SUFFIX}")}
-        for orphan in sorted(set(self.folder.glob(f"*{GOLDEN}")) - names):
+        names = {of(path) for path in self.folder.glob(f"*{SUFFIX}") for of in (golden_path, compiled_path)}
+        beside = {path for suffix in (GOLDEN, COMPILED) for path in self.folder.glob(f"*{suffix}")}
+        for orphan in sorted(beside - names):
             if not is_dry:
                 orphan.unlink(missing_ok=True)
             removed.append((orphan, "belongs to no plan"))
@@ -220,6 +222,10 @@ def cached_plans() -> Path:
 
 def golden_path(plan: Path) -> Path:
     return plan.with_name(plan.name.removesuffix(SUFFIX) + GOLDEN)
+
+
+def compiled_path(plan: Path) -> Path:
+    return plan.with_suffix(COMPILED)
 
 
 @contextmanager

@@ -14,13 +14,12 @@ from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.export import golden
 from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.flavours import Flavour
-from datasetdm_fast.export.tensorrt.plans import PlanFile
+from datasetdm_fast.export.tensorrt.plans import PlanFile, compiled_path
 from datasetdm_fast.export.tensorrt.to_tensorrt import resolved
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
-COMPILED = ".compiled"  # beside a plan: the kernels TensorRT-RTX made of it for one GPU
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -160,7 +159,7 @@ class LoadedPlan:
 
     @property
     def _compiled_path(self):
-        return self.plan.path.with_suffix(COMPILED)
+        return compiled_path(self.plan.path)
 
     @property
     def _compiled_facts(self) -> dict[str, str]:
