@@ -372,6 +372,12 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
         ({"unet.nowhere.lora_A.weight": down, "unet.nowhere.lora_B.weight": up}, "has no layer 'nowhere'"),
         ({f"unet.{layer}.lora_A.weight": down}, "only down of its adapter"),
         ({f"unet.{layer}.lora_A.weight": down[:, 1:].clone(), f"unet.{layer}.lora_B.weight": up}, "for a weight of"),
+        (
+            {f"unet.{layer}.lora_A.weight": down[:0], f"unet.{layer}.lora_B.weight": up[:, :0].clone()},
+            "for a weight of",
+        ),
+        ({f"unet.{layer}.lora_A.weight": down[0], f"unet.{layer}.lora_B.weight": up[:, 0].clone()}, "for a weight of"),
+        ({**named["kohya"][0], f"{kohya}.alpha": torch.ones(2)}, "for a weight of"),
     ):
         save_file(state, tmp_path / "bad.safetensors")
         with pytest.raises(Refused, match=message):

@@ -116,14 +116,16 @@ def _fuse(layer: nn.Module, parts: dict[str, Tensor], scale: float, where: str) 
     if not {"down", "up"} <= set(parts):
         raise Refused(f"{where}: only {' and '.join(parts)} of its adapter is there", FORM)
     down, up = parts["down"].float(), parts["up"].float()
-    rank = down.shape[0]
-    if up.ndim != down.ndim or up.shape[1] != rank or (up.shape[0], *down.shape[1:2]) != tuple(layer.weight.shape[:2]):
+    rank = len(down) if down.ndim > 1 else 0
+    alpha = parts.get("alpha", torch.tensor(float(rank)))
+    is_whole = rank and up.ndim == down.ndim and up.shape[1] == rank and alpha.numel() == 1
+    if not is_whole or (up.shape[0], down.shape[1]) != tuple(layer.weight.shape[:2]):
         raise Refused(
             f"{where}: an adapter of {list(down.shape)} and {list(up.shape)} for a weight of "
             f"{list(layer.weight.shape)}",
             FORM,
         )
-    change = (up.flatten(1) @ down.flatten(1)) * (scale * float(parts.get("alpha", rank)) / rank)
+    change = (up.flatten(1) @ down.flatten(1)) * (scale * float(alpha) / rank)
     if change.numel() != layer.weight.numel() or not change.isfinite().all():
         raise Refused(
             f"{where}: its product does not fit a weight of {list(layer.weight.shape)}, or is not finite", FORM
