@@ -525,6 +525,7 @@ def test_config_refusals():
     for change, message in (
         ({"kind": "segmentor"}, "kind is 'segmentor'"),
         ({"task": "semantics"}, "task is 'semantics'"),
+        ({"task": "pose"}, "kind is 'segmentation', expected heatmap or simcc for the task pose"),
         ({"normalisation": "batch"}, "normalisation is 'batch'"),
         ({"width": 20, "heads": 8}, "width 20 must divide"),
         ({"classes": ()}, "at least one name in classes"),

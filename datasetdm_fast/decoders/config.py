@@ -16,6 +16,13 @@ from datasetdm_fast.stages import LEVELS, Level, levels
 MEND = "Correct that setting, train the decoder again, or name another with --decoder."
 FORMAT = 1  # of config.json; without one it is the first
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
+KINDS_OF = {  # task of this package -> the kinds of decoder whose answers it reads
+    "semantic": ("segmentation",),
+    "instance": ("segmentation",),
+    "depth": ("depth",),
+    "pose": ("heatmap", "simcc"),
+    "open-vocabulary": ("open-vocabulary",),
+}
 NORMALISATIONS = ("image", "running")
 CLASS_SOURCES = ("decoder", "prompt")
 SD1_LEVELS = levels(
@@ -80,6 +87,10 @@ class DecoderConfig:
         ):
             if value not in known:
                 raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", MEND)
+        if self.kind not in (fitting := KINDS_OF.get(self.task, KINDS)):
+            raise Refused(
+                f"decoder config: kind is {self.kind!r}, expected {' or '.join(fitting)} for the task {self.task}", MEND
+            )
         if tuple(level.name for level in self.levels) != LEVELS:
             raise Refused(
                 f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}",

@@ -32,7 +32,6 @@ def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | 
     try:
         one, two = bytes_of(1), bytes_of(2)
     except torch.OutOfMemoryError:  # where not even one fits, its first call says so
-        torch.cuda.empty_cache()
         return 1
     free = torch.cuda.mem_get_info(device)[0]
     most = 1 + (SHARE * free - one) / max(two - one, 1)
