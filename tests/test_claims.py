@@ -348,6 +348,7 @@ def test_worth_of_a_run(capsys):
 
 
 def test_what_helps_is_outside_its_interval(capsys):
+    assert (worth.t95(11), worth.t95(12), worth.t95(31)) == pytest.approx((2.228, 2.201, 2.042), abs=5e-4)
     row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])
     assert row["helps"] and row["gain"] < 0 and row["interval"][1] < 0
     assert not worth.compared("semantic", [0.5, 0.6, 0.7], [0.48, 0.65, 0.73])["helps"]

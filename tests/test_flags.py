@@ -126,6 +126,8 @@ WRONG_YAML = [
     ("seed:", "seed: None has the wrong type"),
     ("classes: [1, 2]", "classes: [1, 2] has the wrong type"),
     ("- seed", "holds a list, expected settings"),
+    ("seed: 1\nnumber: 3\nseed: 2", "is not valid YAML at line 3 (the key 'seed' occurs twice)"),
+    ("batch-size: 1\nbatch_size: 2", "has the setting batch_size twice"),
     ("seed: [", "is not valid YAML at line 1"),
     ("a: !!python/object/apply:os.system [ls]", "is not valid YAML"),
     (b"\xff\xfe", "is not valid YAML"),

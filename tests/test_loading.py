@@ -161,6 +161,16 @@ def test_other_weight_files_load(tiny, tmp_path, options):
     assert same_weights(load_model(str(tmp_path / "model")).unet, tiny.unet)
 
 
+def test_safetensors_are_read_before_pickles_of_every_name(folder):
+    """Stable Diffusion 1.5 has both of its text encoder, and who fetches one kind alone has pointers of the other."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    folder.joinpath("text_encoder", "pytorch_model.bin").write_bytes(pointer)
+    for part in ("unet", "vae"):
+        folder.joinpath(part, "diffusion_pytorch_model.bin").write_bytes(pointer)
+    path = folder / "text_encoder" / "model.safetensors"
+    assert load_model(str(folder)).digests["text_encoder"] == provenance.digest([path])
+
+
 def test_half_precision_files_become_fp32(tiny, folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.half() for key, value in load_file(path).items()}, path)

@@ -2,6 +2,7 @@
 weights.
 """
 
+import json
 import re
 from dataclasses import fields
 from itertools import count, islice
@@ -397,6 +398,28 @@ def test_adapters_of_one_name_are_each_written_down(tmp_path):
     digests = lora.fused(model, given).digests
     own = [digests[f"lora pytorch_lora_weights.safetensors{number}"] for number in ("", " 2")]
     assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
+
+
+def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
+    model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = model.unet.get_submodule(layer).weight
+    down, up = torch.randn(4, before.shape[1]), torch.randn(before.shape[0], 4)
+    state = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    alone, path = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {}}, tmp_path / "style.safetensors"
+    cases = [
+        (alone, 2.0),
+        (alone | {"unet.use_rslora": True}, 4.0),
+        (alone | {"unet.alpha_pattern": {"attn2.to_k": 1, "to_q": 9}}, 0.25),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+    ]
+    for notes, share in cases:
+        save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
+        changed = lora.fused(model, [str(path)]).unet.get_submodule(layer).weight
+        torch.testing.assert_close(changed, before + share * up @ down)
+    for notes in ({"unet.lora_alpha": "8"}, [], alone | {"unet.alpha_pattern": {"to_k": None}}):
+        save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
+        with pytest.raises(Refused, match="its lora_adapter_metadata are inconsistent"):
+            lora.fused(model, [str(path)])
 
 
 def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):

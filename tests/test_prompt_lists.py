@@ -377,6 +377,7 @@ def test_a_program_may_answer_too_and_does_not_see_the_key(tmp_path, monkeypatch
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list"), "--quiet"]
     assert prompts.main([*line, "--llm-command", f"{sys.executable} {program}"]) == 0
     assert rows(tmp_path / "list")[0]["prompt"] == "a dog and its none on a porch"
+    assert prompts.main([*line, "--llm-command", f"{sys.executable} {program}", "--out", f"{tmp_path}/new/list"]) == 0
     missing = ["--llm-command", "no-such-program-here", "--out", str(tmp_path / "other")]
     assert prompts.main([*line, *missing]) == 3 and "cannot be started" in capsys.readouterr().err
 

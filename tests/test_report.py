@@ -152,6 +152,20 @@ def test_ratios_are_medians_of_pairs(document):
     assert report.parity(document) == "pass"
 
 
+def test_ratios_of_peers_that_raced_one_by_one_come_from_their_own_pairs(document):
+    """Ours was twice as slow while it raced torch as while it raced upstream: a busy GPU, or a warm one."""
+
+    def row(peer, seconds, over):
+        rounds = {"seconds_per_image": measure.spread([seconds] * 5), "ours_over": measure.spread([over] * 5)}
+        return {"peer": peer, "status": "ok", "dtype": "fp32", "batch": 4, **rounds}
+
+    document["parts"] = {
+        "peers upstream": {"status": "done", "rows": [row("upstream", 4.0, 4.0), row("ours", 1.0, 1.0)]},
+        "peers torch": {"status": "done", "rows": [row("torch", 4.0, 2.0), row("ours", 2.0, 1.0)]},
+    }
+    assert peers.ratios(document) == {"fast_vs_torch": 2.0, "fast_vs_upstream": 4.0}
+
+
 def test_a_failed_row_says_so_everywhere(document):
     document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not match"}
     assert report.parity(document) == "fail"

@@ -143,6 +143,15 @@ def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing):
     compare(make_schedule(config, "dpm-solver++", steps), scheduler, steps)
 
 
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])
+def test_trailing_steps_are_as_many_as_were_asked_for(sampler):
+    """numpy's arange of 1000 down by 1000 / 61 has 62 entries, the last one rounded to 0."""
+    config = {**BETAS, "timestep_spacing": "trailing"}
+    for steps in (61, 201, 499, 998):
+        times = make_schedule(config, sampler, steps, "0.14.0").timesteps
+        assert len(set(times)) == steps and times[0] == 999 and times[-1] >= 0
+
+
 def test_spacing_defaults_to_that_of_diffusers():
     assert make_schedule(BETAS, "dpm-solver++", 20).timesteps[0] == 999
     assert make_schedule(BETAS, "ddim", 20).timesteps[0] == 950

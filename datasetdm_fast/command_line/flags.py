@@ -214,7 +214,7 @@ def _truth(text: str) -> bool:
 
 def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
     try:
-        loaded = documents.read_yaml(path)
+        loaded = documents.read_yaml(path, has_unique_keys=True)
     except Missing as stop:
         raise Refused(
             f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "Give a readable YAML file."
@@ -234,6 +234,8 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
         if name not in converters:
             cause = f"--config: {path} has the unknown setting {documents.quoted(key)}{nearest(name, converters)}"
             raise Refused(cause, "Settings are the long flags without the leading hyphens.")
+        if name in values:
+            raise Refused(f"--config: {path} has the setting {key} twice", "Keep one of the two lines.")
         try:
             values[name] = converters[name](_as_text(value, hints[name]))
         except argparse.ArgumentTypeError as error:

@@ -12,7 +12,6 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 # Student's t, two-sided, from one degree of freedom on.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL = 1.96
 SEEDS = 3
 
 
@@ -114,7 +113,11 @@ def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict
 
 def t95(count: int) -> float:
     """How many standard errors the 95 % interval of a mean of `count` values reaches."""
-    return T95[count - 2] if count - 2 < len(T95) else NORMAL
+    if count - 2 < len(T95):
+        return T95[count - 2]
+    from scipy.special import stdtrit  # which takes longer to import than few values need
+
+    return float(stdtrit(count - 1, 0.975))
 
 
 def table(found: dict[str, Any]) -> str:

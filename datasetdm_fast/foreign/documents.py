@@ -139,8 +139,10 @@ def read_object(path: Path, *, most: int = LARGEST_CONFIG) -> dict[str, Any]:
     return value
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file of plain values; anchors, aliases and tags are refused."""
+def read_yaml(path: Path, *, has_unique_keys: bool = False) -> Any:
+    """The value of a YAML file of plain values; anchors, aliases and tags are refused, and repeated keys where none may
+    be: elsewhere the last one counts.
+    """
     import yaml  # only a run with --config needs it
 
     class Plain(yaml.SafeLoader):
@@ -158,6 +160,15 @@ def read_yaml(path: Path) -> Any:
             node = super().compose_node(parent, index)
             self.deep -= 1
             return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if has_unique_keys and isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    problem = f"the key {quoted(key.value)} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
     data = storage.read(path, LARGEST_YAML)
     try:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,19 @@ def _making_sense(source: Path) -> Iterator[None]:
 
 def _weight_files(part: Path) -> _Weights:
     """The weight files of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
-    for stem in ("diffusion_pytorch_model", "pytorch_model", "model"):
-        for extension in ("safetensors", "bin"):
-            for variant in (None, "fp16"):
-                tag = f".{variant}" if variant else ""
-                single, index = part / f"{stem}{tag}.{extension}", part / f"{stem}.{extension}.index{tag}.json"
-                files = [single] if single.is_file() else []
-                if not files and index.is_file():
-                    files = _shards(index)
-                if files:
-                    for file in files:
-                        if not file.is_file():
-                            raise Refused(f"model: {file} is listed in its index but missing", DAMAGED)
-                        check_readable(file)
-                    return _Weights(files, variant, extension == "safetensors", index)
+    stems = ("diffusion_pytorch_model", "pytorch_model", "model")
+    for extension, stem, variant in product(("safetensors", "bin"), stems, (None, "fp16")):
+        tag = f".{variant}" if variant else ""
+        single, index = part / f"{stem}{tag}.{extension}", part / f"{stem}.{extension}.index{tag}.json"
+        files = [single] if single.is_file() else []
+        if not files and index.is_file():
+            files = _shards(index)
+        if files:
+            for file in files:
+                if not file.is_file():
+                    raise Refused(f"model: {file} is listed in its index but missing", DAMAGED)
+                check_readable(file)
+            return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(
         f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files",
         "Add the weight files of the same model.",

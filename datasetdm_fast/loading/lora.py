@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,6 +37,7 @@ ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
 }
+NOTES = "lora_adapter_metadata"  # under which diffusers writes how a file's adapters are scaled
 FORM = "Give an adapter of Stable Diffusion 1.x or 2.x in .safetensors, as kohya's scripts or diffusers save them."
 LARGEST_SCALE = 100.0
 
@@ -70,11 +74,13 @@ def _with_one(model: Model, text: str) -> Model:
             "Check the path; a scale follows the file: FILE:0.8",
         )
     tensors.check_safetensors(path)
+    notes = _notes(path)
     changed: dict[str, nn.Module] = {}
     for (network, layer), parts in sorted(_adapters(load_file(path), path).items()):
         if network not in changed:
             changed[network] = copy.deepcopy(getattr(model, network))
-        _fuse(_layer(changed[network], layer, path), parts, scale, f"--lora {path}: {layer}")
+        noted = _noted_scale(notes, network, layer, parts)
+        _fuse(_layer(changed[network], layer, path), parts, scale * noted, f"--lora {path}: {layer}")
     name, count = f"lora {path.name}", 1
     while name in model.digests:  # diffusers calls all adapters alike
         name, count = f"lora {path.name} {count + 1}", count + 1
@@ -96,6 +102,35 @@ def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dic
     if not found:
         raise Refused(f"--lora {path}: it holds no tensor", FORM)
     return found
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What diffusers noted about the adapters of a file: settings such as `unet.lora_alpha`, checked; often none."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(NOTES, "{}")
+    notes = documents.parse_json(text, f"--lora {path}: its {NOTES}")
+    forms = {"lora_alpha": float, "alpha_pattern": {}, "use_rslora": bool}
+    try:
+        documents.check_form(notes, {})
+        for network in sorted(set(NETWORKS.values())):
+            given = {name: form for name, form in forms.items() if notes.get(f"{network}.{name}") is not None}
+            documents.check_form(notes, {f"{network}.{name}": form for name, form in given.items()})
+            own = notes.get(f"{network}.alpha_pattern") or {}
+            documents.check_form(own, dict.fromkeys(own, float), f"{network}.alpha_pattern")
+    except ValueError as error:
+        raise Refused(f"--lora {path}: its {NOTES} are inconsistent ({error})", FORM) from error
+    return notes
+
+
+def _noted_scale(notes: dict[str, Any], network: str, layer: str, parts: dict[str, Tensor]) -> float:
+    """The noted alpha / rank of a layer's adapter; 1 where nothing is noted, or its alpha is a tensor of the file."""
+    alpha = notes.get(f"{network}.lora_alpha")
+    if alpha is None or "alpha" in parts or "down" not in parts:
+        return 1.0
+    own = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so
+    alpha = next((value for end, value in own.items() if f".{layer}".endswith(f".{end}")), alpha)
+    rank = max(parts["down"].shape[0], 1)
+    return alpha / (math.sqrt(rank) if notes.get(f"{network}.use_rslora") else rank)
 
 
 def _layer(module: nn.Module, name: str, path: Path) -> nn.Module:

@@ -65,6 +65,7 @@ class Replies:
     known: dict[str, tuple[str, str]] = field(default_factory=dict)  # digest of a request -> reply, what was wrong
 
     def __post_init__(self) -> None:
+        storage.make_folder(self.path.parent)  # before anything is asked, as a reply may have its price
         if not self.path.exists():
             return
         text = storage.read(self.path, LARGEST_REPLIES_FILE).decode(errors="replace")

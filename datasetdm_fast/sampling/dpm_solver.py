@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling.schedule import Sampler, Update
-from datasetdm_fast.sampling.times import SPACING, check_times
+from datasetdm_fast.sampling.times import SPACING, check_times, trailing
 
 
 def dpm_solver(
@@ -22,7 +22,7 @@ def dpm_solver(
     elif spacing == "leading":
         falling = (np.arange(steps + 1) * (count // (steps + 1)))[::-1][:-1] + offset
     elif spacing == "trailing":
-        falling = np.arange(count, 0, -count / steps).round() - 1
+        falling = trailing(count, steps)
     else:
         raise Refused(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",

@@ -77,13 +77,18 @@ def spaced(scheduler: Mapping, count: int, steps: int) -> list[int]:
     elif spacing == "linspace":
         times = np.linspace(0, count - 1, steps).round()
     elif spacing == "trailing":
-        times = np.round(np.arange(count, 0, -count / steps))[::-1] - 1
+        times = trailing(count, steps)[::-1]
     else:
         raise Refused(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
             SPACING,
         )
     return check_times(times, count)
+
+
+def trailing(count: int, steps: int) -> np.ndarray:
+    """Falling timesteps of the spacing `trailing`; for 61 steps of 1000 rounding lets arange end with one too many."""
+    return np.arange(count, 0, -count / steps)[:steps].round() - 1
 
 
 def check_times(times: np.ndarray, count: int) -> list[int]:
