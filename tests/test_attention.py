@@ -1,9 +1,12 @@
 """Labels from attention: engines against each other and against the algorithm written plainly, and a run with them."""
 
+import io
 import json
+import shutil
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,6 +350,32 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
     assert label.main(["--out", str(run), "--only", "00000002", "--quiet"]) == 0
     assert (run / "attention/00000002.png").read_bytes() == kept
     assert label.main([*line, "--seed", "5"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("z.png", lambda whole: b"no picture", "neither a PNG nor a JPEG file"),
+        ("z.jpg", lambda whole: whole[: len(whole) // 2], "not a complete image"),
+        ("z.png", lambda whole: png_of(np.zeros((64, 64), np.uint16)), "expected an 8-bit picture"),
+        ("z.png", lambda whole: png_of(np.zeros((8, 64), np.uint8)), "64 x 8 pixels, expected sides of 16"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_picture_that_cannot_be_read_is_refused_before_any_is_labelled(name, spoil, said, photos, tmp_path, capsys):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / name).write_bytes(spoil((photos / "b.jpg").read_bytes()))
+    line = [str(folder), "--task", "semantic", "--out", str(tmp_path / "run"), "--limit", "1", "--quiet"]
+    assert label.main(line) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert name in told[0] and said in told[0] and told[1] == "Repair it, or take it out of the folder."
+    assert not (tmp_path / "run").exists()
+
+
+def png_of(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
@@ -39,7 +42,17 @@ class Pictures:
         return square(self.whole(index), size)
 
     def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
-        return reading.colour_image(self.paths[index], reading.as_shown)
+        with _to_be_mended():
+            return reading.colour_image(self.paths[index], reading.as_shown)
+
+    def check(self) -> None:
+        """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
+        pool = ThreadPoolExecutor(cores())
+        try:
+            for _ in pool.map(_check, self.paths):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def sides(self) -> list[tuple[int, int]]:
         """Width and height of every picture, which is to be stored at its own size."""
@@ -73,6 +86,24 @@ class GivenPictures:
 
     def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
         return square(self.images[index], size)
+
+
+def _check(path: Path) -> None:
+    """Refuses a file that is no picture to be labelled; of a large JPEG only a smaller image is decoded."""
+    with _to_be_mended():
+        data, most = storage.read(path, images.LARGEST_IMAGE_FILE), reading.MOST_PIXELS
+        image = images.decode_image(data, str(path), most_pixels=most, least_side=reading.LEAST_SIDE)
+        reading.check_sides(path, images.sides_of(path))
+        reading.colours(path, image, reading.as_shown)
+
+
+@contextmanager
+def _to_be_mended() -> Iterator[None]:
+    """Within the block, what is refused of a picture has the remedy that a folder of pictures has."""
+    try:
+        yield
+    except Refused as stop:
+        raise Refused(stop.cause, "Repair it, or take it out of the folder.") from stop
 
 
 def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
