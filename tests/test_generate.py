@@ -206,6 +206,17 @@ def test_others_take_the_place_of_dropped_samples_where_that_is_asked_for(engine
     assert run("--number", "2", "--refill", out=tmp_path / "none") == 2 and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("number", [4, 6])
+def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_samples(engines, tmp_path, number):
+    """A rank prepares its job, and does so anew from run.json once no other process writes it."""
+    line, out = ["--number", "4", "--batch-size", "2", "--quiet"], tmp_path / "run"
+    assert run(*line, out=out) == 0 and drop.main([str(out), "1", "--quiet"]) == 0
+    assert run(*line, "--refill", "--limit", "1", out=out) == 0
+    first = job.prepare(RunConfig(out=str(out), number=number, batch_size=2))
+    again = job.adopt(first, read_document(out))
+    assert first.plan.number == again.plan.number == number + 1 and first.document == again.document
+
+
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
     assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
     assert (

@@ -80,6 +80,7 @@ def prepare(config: LabelConfig) -> Job:
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     stored = read_document(Path(config.out))
+    sides = pictures.sides() if config.tiles else []
     if stored is None:
         pictures.check()
     engine, decoders = engine_of(config, stored)
@@ -89,7 +90,6 @@ def prepare(config: LabelConfig) -> Job:
     recipe = inverting(recipe, engine, timesteps)
     number, names = len(pictures.paths), pictures.names
     lines = [said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
-    sides = pictures.sides() if config.tiles else []
     tiles = [len(Tiling.of(each, recipe.size).corners) for each in sides]
     before = (stored["composition"].get("together") if tiles else stored["plan"]["batch_size"]) if stored else 0
     together = config.batch_size or before or min(engine.suggested_batch(), sum(tiles) or number)

@@ -388,7 +388,8 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
     byte.
     """
     if more := further(stored):
-        config, number = job.document["config"], job.plan.number + more
+        config = job.document["config"]
+        number = config["number"] + more  # and not the plan's: the job may have been adopted before
         job = replace(
             job,
             plan=replace(job.plan, number=number, most=most_samples(config, number)),
