@@ -385,6 +385,17 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert not (tmp_path / "third").exists()
 
 
+def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
+    """What TensorRT-RTX compiled of the plans is written again by a start, and is no part of the setting."""
+    monkeypatch.setattr(reference, "folder", tmp_path, raising=False)
+    (tmp_path / "unet.plan").write_bytes(b"plan")
+    first = before.setting_of(reference)
+    (tmp_path / "unet.compiled").write_bytes(b"kernels")
+    assert before.setting_of(reference) == first
+    (tmp_path / "unet.plan").write_bytes(b"another plan")
+    assert before.setting_of(reference) != first
+
+
 def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch):
     few = "generate --engine fast --model tiny --steps 2 --number 5 --batch-size 1 --task semantic --verify-every 2"
     line = [*few.split()[1:], "--prompts", "a ball", "--out", str(tmp_path / "run")]

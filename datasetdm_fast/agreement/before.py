@@ -15,6 +15,7 @@ from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
+from datasetdm_fast.export.tensorrt.plans import COMPILED
 from datasetdm_fast.generation.job import Job
 from datasetdm_fast.generation.origin import FROM_NOISE
 from datasetdm_fast.loading.provenance import digest
@@ -31,7 +32,9 @@ def setting_of(engine: Engine) -> dict[str, str]:
         told["driver"] = flavours.driver()
     folder = getattr(engine, "folder", None)
     if isinstance(folder, Path) and folder.is_dir():
-        told["plans"] = digest(sorted(path for path in folder.rglob("*") if path.is_file()))
+        # what TensorRT-RTX compiles of a plan is written again by a start
+        files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != COMPILED)
+        told["plans"] = digest(sorted(files))
     return told
 
 
