@@ -340,6 +340,15 @@ def test_another_engine_goes_on_once_its_samples_are_those_that_are_there(mixing
     assert run("--number", "5", "--engine", "fast", out=path) == 0 and len(mixing) == count, "nothing to do"
 
 
+def test_rows_name_the_engine_of_the_process_that_makes_them(mixing, tmp_path):
+    """A rank prepares its job, and does so anew from run.json once no other process writes it."""
+    path = tmp_path / "run"
+    assert run(*LARGER, "--limit", "1", out=path) == 0
+    first = job.prepare(RunConfig(number=5, engine="torch", batch_size=3, out=str(path)))
+    again = job.adopt(first, read_document(path))
+    assert first.recipe.facts == again.recipe.facts and again.recipe.facts["engine"]["engine"] == "torch"
+
+
 def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, monkeypatch, capsys):
     path, before = tmp_path / "run", files_of(tmp_path / "run")
     monkeypatch.setattr(Other, "is_darker", True)

@@ -104,6 +104,17 @@ def test_tables_that_only_one_label_of_each_run_continues_are_refused(runs, tmp_
     assert "number the classes differently" in capsys.readouterr().err and not (tmp_path / "all").exists()
 
 
+def test_a_merged_run_has_room_for_the_settings_of_all(tmp_path):
+    words = tuple(f"{k:05d}" + "x" * 95 for k in range(6000))
+    for name, like in (("one", 60), ("other", 70)):
+        with RunFolder(tmp_path / name, document(1, 32, classes=words)) as folder:
+            folder.add([moved(0, like)], {})
+            folder.rebuild()
+    out = tmp_path / "all"
+    assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(out), "--quiet"]) == 0
+    assert (out / "run.json").stat().st_size > 2**20 and audit(out).findings == []
+
+
 def test_a_sample_that_was_dropped_is_not_missing(runs, tmp_path, capsys):
     out = tmp_path / "all"
     line = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--json"]

@@ -413,7 +413,7 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
         for source in (stored, document)
     ]
     check_same(job.folder, *compared)
-    engine, differing = engine_among(stored, document["engine"])
+    engine, differing = engine_among(stored, job.recipe.facts["engine"])
     if differing and not (mixes and job.config.mixed == "verified"):
         alone = "Run generate once alone, in one process and with --limit 1: it compares the two engines. Then go on."
         raise Refused(

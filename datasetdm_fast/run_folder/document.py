@@ -39,6 +39,7 @@ FORM = {
     "labels": dict,
 }
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
+LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE = "Restore the file from a copy, or choose another --out."
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}
@@ -69,7 +70,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
             f"--out {documents.quoted(str(folder))}: not a valid folder name ({error})", "Choose another --out."
         ) from error
     try:
-        document = documents.read_object(path)
+        document = documents.read_object(path, most=LARGEST_DOCUMENT)
     except Refused as stop:
         raise Refused(stop.cause, RESTORE) from stop
     if document.get("format") not in READ_FORMATS:
