@@ -403,6 +403,20 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
             lora.fused(model, [str(path)])
 
 
+def test_adapters_of_the_same_name_are_all_recorded(tmp_path):
+    model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    wide = model.unet.get_submodule(layer).weight.shape
+    paths = [tmp_path / folder / "pytorch_lora_weights.safetensors" for folder in ("a", "b", "c")]
+    for k, path in enumerate(paths):
+        path.parent.mkdir()
+        state = {"lora_A": torch.full((1, wide[1]), float(k)), "lora_B": torch.ones(wide[0], 1)}
+        save_file({f"unet.{layer}.{name}.weight": value for name, value in state.items()}, path)
+    first, second, third = map(str, paths)
+    given = [(first, third), (second, third), (third, second), (third,)]
+    digests = [lora.fused(model, one).digests["lora pytorch_lora_weights.safetensors"] for one in given]
+    assert len(set(digests)) == len(given) and digests[0].endswith(f", {digests[-1]}")
+
+
 def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
     raw = pipe.features(prompt="a ball", steps=2, seed=4)
     projected = pipe.features(prompt="a ball", steps=2, seed=4, projected=True)

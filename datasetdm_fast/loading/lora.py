@@ -81,9 +81,11 @@ def _with_one(model: Model, text: str) -> Model:
             changed[network] = copy.deepcopy(getattr(model, network))
         noted = _noted_scale(notes, network, layer, parts)
         _fuse(_layer(changed[network], layer, path), parts, scale * noted, f"--lora {path}: {layer}")
-    told = {f"lora {path.name}": f"{digest([path])} x {scale:g}"}
+    name, told = f"lora {path.name}", f"{digest([path])} x {scale:g}"
+    if name in model.digests:  # diffusers gives every adapter the same name
+        told = f"{model.digests[name]}, {told}"
     plain = model.with_modules(**{name: module.eval().requires_grad_(False) for name, module in changed.items()})
-    return replace(plain, digests={**model.digests, **told})
+    return replace(plain, digests={**model.digests, name: told})
 
 
 def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
