@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -319,6 +320,23 @@ def test_page_chart_and_table_show_what_does_not_hold():
     assert "20.0 (" in text and "small student, 50 real" in text
     scrolling = '<div class="wide" tabindex="0">'  # what is wider than a phone, so that the page itself is not
     assert written.count(scrolling) == 3 == written.count(f"{scrolling}<table") + written.count(f"{scrolling}<svg")
+
+
+def test_a_set_whose_storing_is_cut_is_made_again(lessons, tmp_path, monkeypatch):
+    path, saved = tmp_path / "sets" / "set.pt", torch.save
+
+    def cut(value, file):
+        saved(value, file)
+        if isinstance(file, Path):
+            file.write_bytes(file.read_bytes()[:99])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", cut)
+        sets.stored(path, VOCABULARY, lambda: lessons)
+    for _ in range(2):
+        assert torch.equal(sets.stored(path, VOCABULARY, lambda: lessons).semantic, lessons.semantic)
+    assert [one.name for one in path.parent.iterdir()] == ["set.pt"]
 
 
 class Generated(list):

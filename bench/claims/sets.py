@@ -1,5 +1,6 @@
 """The data of the claims: real scenes by seed, labellers trained on them, and images generated from captions."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasetdm_fast.compositions.vary import Variants
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.decoders.checkpoint import load_decoders, save_decoder
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.generation.job import count_rows, prepare
@@ -226,11 +228,11 @@ def by_its_prompt(sample: StoredSample, label: SemanticMap) -> SemanticMap:
 
 
 def stored(path: Path, vocabulary: Vocabulary, make: Callable[[], StudentData]) -> StudentData:
-    """A set that was made once and is read from its file since."""
+    """A set that was made once and is read from its file since, which is whole or not there."""
     if path.exists():
         return StudentData(vocabulary, **torch.load(path, weights_only=True))
-    data = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    data, content = make(), io.BytesIO()
     names = [field.name for field in fields(StudentData) if field.name != "vocabulary"]
-    torch.save({name: getattr(data, name) for name in names}, path)
+    torch.save({name: getattr(data, name) for name in names}, content)
+    storage.publish({path: content.getvalue()})
     return data

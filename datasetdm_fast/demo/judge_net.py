@@ -1,5 +1,6 @@
 """The nets of demo.judge: small segmentation nets that have only ever seen renders of a world."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.scenes.world import View
 from datasetdm_fast.scenes.worlds import HELD_OUT, LEARN, WORLDS, World
 
@@ -108,9 +110,10 @@ def kept_judge(
     """The net that lies in a folder, which is trained first where none lies there."""
     path = folder / f"{truth.name}.pt"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         print(f"{path} is not there: the net is trained first, in {steps} steps", file=sys.stderr, flush=True)
-        torch.save(train_judge(steps, size, world, truth).state_dict(), path)
+        content = io.BytesIO()
+        torch.save(train_judge(steps, size, world, truth).state_dict(), content)
+        storage.publish({path: content.getvalue()})
     judge = Judge(truth.count(world)).eval()
     judge.load_state_dict(torch.load(path, weights_only=True))
     return judge
