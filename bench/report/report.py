@@ -95,8 +95,9 @@ def wanted(root: Path) -> dict[Path, str]:
     folder = root / "bench" / "results"
     found = {suite: read(path) for suite in (*SUITES, *STUDENTS) if (path := newest(suite, folder))}
     found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
-    if before := measured("claims", folder)[:-1]:
-        found["claims before"] = read(before[-1])
+    of_claims = [read(path) for path in measured("claims", folder)]
+    if before := [one for one in of_claims if one["scale"]["steps"] != of_claims[-1]["scale"]["steps"]]:
+        found["claims before"] = before[-1]
     if not any(suite in found for suite in SUITES):
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {
@@ -309,7 +310,7 @@ def tuned_of(found: Documents) -> list[Document]:
 
 
 def earlier_claims(found: Documents, charts: str) -> str:
-    """The claims as they were measured before their rows were changed."""
+    """The claims as they were measured before their rows were changed, and with other steps."""
     return claims.figures(found["claims before"]) if "claims before" in found else "There are none."
 
 

@@ -85,8 +85,8 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 
 
 def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a single-file checkpoint and its notes, such as its licence; a pickle has none, and is converted by
-    another process first.
+    """The tensors of a single-file checkpoint and its notes, such as its licence; a pickle has none, and is converted
+    by another process first.
     """
     if path.suffix == ".safetensors":
         check_readable(path)
