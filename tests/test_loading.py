@@ -506,6 +506,14 @@ def test_single_file_of_the_first_generation(tiny, first_generation, tmp_path, s
     }
 
 
+def test_what_a_single_file_says_of_its_prediction_type_counts(tiny, first_generation, tmp_path):
+    path = with_vocabulary(tiny, tmp_path) / "model.safetensors"
+    for said, prediction in (("v", "v_prediction"), ("epsilon", "epsilon")):
+        save_file(first_generation[-1], path, {"modelspec.prediction_type": said})
+        model = load_model(str(path), size=128)
+        assert model.scheduler["prediction_type"] == prediction and model.defaults.size == 512
+
+
 def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     torch.manual_seed(2)
     unet = UNet2DConditionModel(

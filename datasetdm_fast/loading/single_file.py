@@ -39,7 +39,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
 
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
-    state, licence = _read_single_file(path)
+    state, notes = _read_single_file(path)
     _check_layout(state, path)
     unet_config, vae_config, (text_config, is_second) = (
         read(state, path) for read in (_unet_config, _vae_config, _text_config)
@@ -61,10 +61,13 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     known = {key: value for key, value in converted.items() if key in text_encoder.state_dict()}
     text_encoder = _filled(text_encoder, known, f"{path}: text_encoder")
     scheduler = dict(SD_SCHEDULER)
-    if is_second and not predicts_noise(unet):
+    said = notes.get("modelspec.prediction_type")
+    if not (said == "epsilon" if said in ("epsilon", "v") else not is_second or predicts_noise(unet)):
         scheduler["prediction_type"] = "v_prediction"
-        unet.register_to_config(sample_size=96)
+        if is_second:
+            unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
     origin, proof = (str(path), str(path.resolve())), ({"file": digest([path])}, licence)
     modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     networks = {part: Network.of(module) for part, module in modules.items()}
@@ -81,19 +84,18 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 )
 
 
-def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a single-file checkpoint and its licence; a pickle is converted by another process first."""
+def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a single-file checkpoint and its notes, such as its licence; a pickle has none, and is converted
+    by another process first.
+    """
     if path.suffix == ".safetensors":
         check_readable(path)
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(
-                "modelspec.license", UNKNOWN_LICENCE
-            )
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     if path.suffix != ".ckpt":
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {SUPPORTED}", ANOTHER)
     check_readable(path)
-    return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
+    return safetensors.torch.load_file(pickles.safe_copy(path)), {}
 
 
 def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
