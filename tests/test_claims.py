@@ -322,6 +322,14 @@ def test_page_chart_and_table_show_what_does_not_hold():
     assert written.count(scrolling) == 3 == written.count(f"{scrolling}<table") + written.count(f"{scrolling}<svg")
 
 
+def test_the_share_of_a_gap_is_shown_where_there_is_one():
+    row = {"figure": "AP", "real": 0.0, "both": 1.0}
+    assert [page.closed(row | {"ceiling": most}) for most in (4.0, 0.0, None)] == ["25 %", "–", "–"]
+    assert page.closed(row | {"real": 2.0, "ceiling": 1.5}) == "–"
+    less = {"figure": "REL (less is better)", "real": 0.3, "both": 0.2}
+    assert [page.closed(less | {"ceiling": least}) for least in (0.1, 0.35)] == ["50 %", "–"]
+
+
 def test_a_set_whose_storing_is_cut_is_made_again(lessons, tmp_path, monkeypatch):
     path, saved = tmp_path / "sets" / "set.pt", torch.save
 

@@ -86,6 +86,20 @@ def test_every_command_says_the_version(name, capsys):
     assert cli.main([name, "--version"]) == 0 and datasetdm_fast.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (">/dev/full", 3, "a file or standard output: No space left on device"),
+    ],
+)
+def test_a_standard_output_that_takes_nothing_is_no_bug(ending, code, said):
+    line = f'"{sys.executable}" -m datasetdm_fast --help {ending}'
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.partition("\n")[0]) == (code, said)
+
+
 def test_an_unknown_command_is_refused_in_two_lines(capsys):
     assert cli.main(["generat"]) == 2
     assert (

@@ -95,9 +95,14 @@ def claim(row: Row) -> str:
 
 
 def closed(row: Row) -> str:
-    """The share of the gap between the row's real scenes and ten times as many that generated images close."""
-    ceiling = row.get("ceiling")
-    return "–" if ceiling is None else percent((row["both"] - row["real"]) / (ceiling - row["real"]))
+    """The share of the gap between the row's real scenes and ten times as many that generated images close; a dash
+    where more real scenes are no better.
+    """
+    if row.get("ceiling") is None:
+        return "–"
+    sign = -1 if row["figure"].startswith("REL") else 1
+    way = sign * (row["ceiling"] - row["real"])
+    return percent(sign * (row["both"] - row["real"]) / way) if way > 0 else "–"
 
 
 def verdict(row: Row) -> str:

@@ -28,6 +28,9 @@ def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """The exit code of command(arguments): 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the process, as services do
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     with SignalWatch(is_last=arguments is None) as watch:
         code = _ended(command, sys.argv[1:] if arguments is None else arguments, watch)
     return code
@@ -53,6 +56,11 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
     except BrokenPipeError as error:
         return 141 if _reader_is_gone() else report(error)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = "a file or standard output" if error.filename is None else documents.quoted(error.filename)
+            print(f"{place}: {error.strerror}", file=sys.stderr)
+            print("Free some space, then run the same command again.", file=sys.stderr)
+            return Missing.exit_code
         if error.errno != errno.ENAMETOOLONG:
             return report(error)
         print(f"{documents.quoted(error.filename)}: no file or folder has so long a name", file=sys.stderr)

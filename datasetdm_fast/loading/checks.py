@@ -203,15 +203,15 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     diffusers = sys.modules.get("diffusers")  # what is not there yet says nothing
-    before = [(one, one.get_verbosity()) for one in (logging, *([diffusers.utils.logging] if diffusers else []))]
-    bars = logging.is_progress_bar_enabled()
-    for one, _ in before:
+    both = (logging, *([diffusers.utils.logging] if diffusers else []))
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in both]
+    for one in both:
         one.set_verbosity_error()
-    logging.disable_progress_bar()
+        one.disable_progress_bar()
     try:
         yield
     finally:
-        for one, level in before:
+        for one, level, has_bars in before:
             one.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+            if has_bars:
+                one.enable_progress_bar()
