@@ -7,7 +7,7 @@ from rendered import write_run
 from skips import IS_LONG
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import drop, filter, merge, restore
+from datasetdm_fast import drop, edit, filter, merge, restore, splice, vary
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.reader import open_run
@@ -121,6 +121,23 @@ def test_the_url_of_a_run_is_answered_with_the_line_that_copies_it(capsys, url):
         assert command.main([url, *line]) == 2
         told = capsys.readouterr().err
         assert told.startswith(f"{url}: a run in an object store") and f"gallery {url} --out DIR" in told
+
+
+def test_a_run_whose_samples_are_in_an_object_store_is_answered_with_the_line_that_copies_it(run, tmp_path, capsys):
+    (run / "state/store").write_text(f"file://{tmp_path}/away")
+    out = ["--out", str(tmp_path / "out")]
+    for command, line in (
+        (drop, ["1"]),
+        (filter, []),
+        (merge, [str(run), *out]),
+        (splice, ["--grids", "2", "--number", "1", *out]),
+        (vary, ["--domain", "night", *out]),
+        (edit, ["--box", "0,0,9,9", "--prompt", "a ball", *out]),
+    ):
+        assert command.main([str(run), *line]) == 2
+        told = capsys.readouterr().err
+        assert f"{run}: its samples are in an object store" in told and f"gallery {run} --out COPY" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):

@@ -20,6 +20,7 @@ from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.run_folder.seal import is_sealed
@@ -48,6 +49,7 @@ class Part:
 def open_part(path: Path, *, only_kept: bool) -> Part:
     """A run folder to be merged."""
     run = Run(path, kept=only_kept)
+    refuse_stored(path)
     if not run.is_complete or not is_sealed(path):
         raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
     kept = storage.sha256_of(path / KEPT) if only_kept else ""

@@ -16,6 +16,7 @@ from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document, sides
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.run_folder.seal import index_files, is_sealed, read_seal
 
@@ -64,6 +65,7 @@ class Source:
     def __init__(self, path: Path, *, only_kept: bool = False):
         self.path = path
         self.run = Run(path, kept=only_kept)
+        refuse_stored(path)
         self.kept_digest = storage.sha256_of(path / KEPT) if only_kept else ""
         if only_kept and not self.kept_digest:
             raise Refused(

@@ -11,9 +11,9 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DROPPED, LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.run_folder.score_table import SCORES
-from datasetdm_fast.run_folder.seal import ELSEWHERE
 from datasetdm_fast.run_folder.where import parse_where
 
 BLOCK = 64  # samples moved together
@@ -23,11 +23,7 @@ LARGEST_LIST = 64 * 2**20  # bytes
 def open_folder(path: Path) -> Run:
     """The run whose samples are to be dropped or brought back."""
     run = Run(path)
-    if (path / ELSEWHERE).exists():
-        raise Refused(
-            f"{path}: its samples are in an object store",
-            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
-        )
+    refuse_stored(path)
     return run
 
 

@@ -17,9 +17,9 @@ from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder, keep
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run, StoredSample
 from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, passing
-from datasetdm_fast.run_folder.seal import ELSEWHERE
 
 BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
@@ -38,11 +38,7 @@ class Bin:
 def check(path: Path) -> Run:
     """The run whose samples are to be scored."""
     run = Run(path)
-    if (path / ELSEWHERE).exists():
-        raise Refused(
-            f"{path}: its samples are in an object store",
-            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
-        )
+    refuse_stored(path)
     if not len(run):
         raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
     return run

@@ -332,6 +332,15 @@ def refuse_made_of_url(path: Path) -> None:
         )
 
 
+def refuse_stored(path: Path) -> None:
+    """Refuses a run folder whose samples are in an object store, for commands that read or change their files here."""
+    if (path / ELSEWHERE).exists():
+        raise Refused(
+            f"{path}: its samples are in an object store",
+            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
+        )
+
+
 def is_url(place: str | Path) -> bool:
     """Whether a run is named by the URL of an object store."""
     return "://" in str(place)
