@@ -471,7 +471,7 @@ class Pipeline:
 def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:
     """The request, once its class words are known to fit where labels are read from attention."""
     if recipe.attention is not None:
-        check_class_prompt(request, recipe.asked(request), recipe.attention, tokenizer)
+        check_class_prompt(request, recipe.asked(request), recipe.attention, tokenizer, recipe.table)
     return request
 
 

@@ -135,6 +135,19 @@ def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     assert max(dark) < -5
 
 
+def test_a_variant_is_asked_by_the_class_prompt_of_its_source(tmp_path):
+    line = {"prompt": "a red ball on a grey table", "classes": ["ball"], "class_prompt": "a photo of a ball"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    asked = ["--prompts", str(tmp_path / "prompts.jsonl"), "--task", "attention", "--number", "1", "--steps", "3"]
+    assert generate.main([*asked, "--engine", "fast", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert vary.main([str(tmp_path / "run"), "--domain", "night", "--out", str(tmp_path / "varied"), "--quiet"]) == 0
+    for folder in ("run", "varied"):
+        with open_run(tmp_path / folder) as run:
+            (row,) = run.rows(parts=())
+        assert row.request.class_prompt == line["class_prompt"], folder
+    assert "night" in row.request.prompt
+
+
 def test_source_labels_are_taken_over_and_predicted_ones_are_not(source, tmp_path):
     old = open_run(source)["00000001"]
     for labels in ("source", "predicted"):

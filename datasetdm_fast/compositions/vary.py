@@ -57,7 +57,12 @@ class Variants(Redrawing):
     def prompt(self, index: int) -> GivenPrompt:
         request = self.requests[self.place(index)]
         return GivenPrompt(
-            0, moved(request.prompt, self.domain(index)), request.classes, request.seed, negative=request.negative
+            0,
+            moved(request.prompt, self.domain(index)),
+            request.classes,
+            request.seed,
+            negative=request.negative,
+            class_prompt=request.class_prompt,
         )
 
     def check_words(self, engine: Engine) -> None:
