@@ -17,7 +17,7 @@ from datasetdm_fast.exporting.check import audit_export, exports_of
 from datasetdm_fast.exporting.target import DOCUMENT as EXPORT
 from datasetdm_fast.run_folder.audit import Report, audit
 from datasetdm_fast.run_folder.document import DOCUMENT
-from datasetdm_fast.run_folder.object_store import copy_of
+from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
 
 PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)
@@ -70,7 +70,9 @@ def _told(config: AuditConfig) -> Report:
         folder = copies.whole()
         if not folder.is_dir():  # no file came
             raise Refused(f"{config.run}: it is empty, so it is not a run", "Check the address.")
-        return replace(_told(replace(config, run=str(folder))), path=config.run)
+        report, here = _told(replace(config, run=str(folder))), _mended_at(config.run, copies)
+        findings = [replace(each, remedy=each.remedy.replace(str(folder), here)) for each in report.findings]
+        return replace(report, path=config.run, findings=findings)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)
@@ -79,6 +81,12 @@ def _told(config: AuditConfig) -> Report:
         place = export.relative_to(folder)
         report.findings.extend(replace(each, place=f"{place}/{each.place}") for each in audit_export(export).findings)
     return report
+
+
+def _mended_at(run: str, copies: StoreCopy) -> str:
+    """The folder that mends a run in an object store when it is given as --out: the one that keeps the ledger."""
+    disk = copies.store.disk
+    return run if not is_url(run) else str(disk) if disk else "DIR"
 
 
 def _audited(config: AuditConfig) -> Report:

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from rendered import document, rendered, write_run
 
+from datasetdm_fast import audit as audit_command
+from datasetdm_fast import convert, open_run
 from datasetdm_fast import gallery as command
 from datasetdm_fast.run_folder import object_store, showing
 from datasetdm_fast.run_folder.audit import audit
@@ -331,6 +333,28 @@ def broken_after(number, get_file):
         return get_file(*arguments)
 
     return get
+
+
+def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, capsys):
+    fill(bucket, run)
+    name, folder = "depth/00000001.png", tmp_path / "out"
+    for part in ("run.json", "state/ledger.sqlite"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).write_bytes((run / part).read_bytes())
+    (folder / "state/store").write_text(bucket.url)
+    bucket.files.pipe_file(f"{bucket.root}/{name}", b"damaged")
+    for place, here in ((bucket.url, "DIR"), (str(folder), str(folder))):
+        assert audit_command.main([place, "--quiet"]) == 4
+        assert f"generate --out {here} --only 00000001" in capsys.readouterr().out
+        line = [place, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]
+        assert convert.main(line) == 4
+        told = capsys.readouterr().err.splitlines()
+        assert told[0].startswith(f"{bucket.url}/{name}: has changed") and told[1].endswith(f"audit {bucket.url}")
+    row = open_run(run)[1].row
+    with object_store.open_folder(folder, document(3, 32)) as opened:
+        assert opened.renew(row, rendered(1, 32)) == [name] and not (folder / "depth").exists()
+        assert opened.renew(row, rendered(1, 32)) == []
+    assert bucket.files.cat_file(f"{bucket.root}/{name}") == (run / name).read_bytes()
 
 
 def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):

@@ -253,7 +253,7 @@ class Conversion:
     def _views(self) -> Iterator[SampleView]:
         for source, view, offset in zip(self.sources, self.views, self.offsets):
             for row in self._guarded(source, source.rows()):
-                stored = StoredSample(row, source.run.path, source.run.document)
+                stored = StoredSample(row, source.run.path, source.run.document, source.run.copies)
                 yield SampleView(stored, offset + row.request.index, source.part_of(row), view, self.settings)
 
     def view(self, number: int) -> SampleView:
@@ -308,7 +308,7 @@ class Conversion:
         except (Refused, Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             said = f"sample {view.stored.id} is damaged ({documents.one_line(cause)})"
-            raise _damaged(view.stored.folder, said) from error
+            raise _damaged(view.stored.run, said) from error
         return files, entries
 
     def close(self) -> None:
@@ -343,8 +343,8 @@ def _split_order(name: str) -> tuple[int, str]:
     return usual.index(name) if name in usual else len(usual), name
 
 
-def _damaged(path: Path, cause: str) -> GateFailed:
+def _damaged(run: str | Path, cause: str) -> GateFailed:
     return GateFailed(
-        cause if str(path) in cause else f"{path}: {cause}",
-        f"See what is damaged with: python -m datasetdm_fast.audit {path}",
+        cause if str(run) in cause else f"{run}: {cause}",
+        f"See what is damaged with: python -m datasetdm_fast.audit {run}",
     )

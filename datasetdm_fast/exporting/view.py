@@ -115,12 +115,11 @@ class SampleView:
         except (Missing, Refused) as error:
             raise self._damaged(error.cause) from error
         if len(data) != written.size or hashlib.sha256(data).hexdigest() != written.sha256:
-            raise self._damaged(f"{self.stored.folder / name}: has changed since it was written")
+            raise self._damaged(f"{self.stored.run}/{name}: has changed since it was written")
         return data
 
     def _damaged(self, cause: str) -> GateFailed:
-        folder = self.stored.folder
-        return GateFailed(cause, f"See what is damaged with: python -m datasetdm_fast.audit {folder}")
+        return GateFailed(cause, f"See what is damaged with: python -m datasetdm_fast.audit {self.stored.run}")
 
     def _pixels(self, role: str) -> np.ndarray:
         return np.asarray(images.decode_image(self.read(role), self.stored.row.files[role][0]))

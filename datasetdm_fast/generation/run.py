@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.document import check_same, differences
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.object_store import open_folder, refuse_stored
 from datasetdm_fast.run_folder.remaking import remakable
 
 
@@ -147,6 +148,8 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     """The sample `config.only` from its row; settings in `given` must agree with the run folder's."""
     folder = Path(config.out)
     stored, row = remakable("", folder, config.only)
+    if row.status == SET_ASIDE:
+        refuse_stored(folder)
     settings = replace(
         config,
         **{
@@ -193,7 +196,7 @@ def remake(task: Remake) -> list[str]:
             f"sample {result.request.id}: {result.reason}; nothing was written",
             "Try another --dtype in a run of its own.",
         )
-    with RunFolder(task.folder, task.document) as folder:
+    with open_folder(task.folder, task.document) as folder:
         if task.row.status == SET_ASIDE:
             folder.add(acceptance_of(task.document).judged([result]), task.row.recipe)
             folder.rebuild()

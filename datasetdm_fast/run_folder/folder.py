@@ -124,11 +124,17 @@ class RunFolder(AbstractContextManager):
                 "was written",
                 "Compare versions and device with run.json: only the same ones give the same bytes.",
             )
-        damaged = {
-            name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]
-        }
-        storage.publish({self.path / name: content for name, content in damaged.items()})
+        damaged = {name: content for name, content in contents.items() if self.sha256_of(name) != expected[name]}
+        self.publish(damaged)
         return sorted(damaged)
+
+    def sha256_of(self, name: str) -> str:
+        """The digest of a file of a sample, empty where it is not there."""
+        return storage.sha256_of(self.path / name)
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Writes files of samples."""
+        into(self.path)(files)
 
     def set_doubtful_aside(self) -> None:
         """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""

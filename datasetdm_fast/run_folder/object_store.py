@@ -22,7 +22,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
-from datasetdm_fast.run_folder.folder import into, write_samples
+from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.run_folder.gallery import review
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
@@ -212,6 +212,27 @@ class ObjectStore:
     def note(self, folder: Path) -> None:
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})
+
+
+class StoredFolder(RunFolder):
+    """A run folder whose ledger is here and whose samples' files are in an object store."""
+
+    def __init__(self, path: Path, document: Mapping[str, Any], store: ObjectStore):
+        super().__init__(path, document)
+        self._store = store
+
+    def sha256_of(self, name: str) -> str:
+        content = self._store.read(name)
+        return "" if content is None else hashlib.sha256(content).hexdigest()
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        self._store.publish(files)
+
+
+def open_folder(path: Path, document: Mapping[str, Any]) -> RunFolder:
+    """A run folder open for writing, wherever the files of its samples are."""
+    url = stored_at(path)
+    return StoredFolder(path, document, ObjectStore(url)) if url else RunFolder(path, document)
 
 
 class StoreCopy:

@@ -53,6 +53,11 @@ class StoredSample:
         return self.row.request.id
 
     @property
+    def run(self) -> str:
+        """The folder or the URL of its run."""
+        return self.copies.store.url if self.copies else str(self.folder)
+
+    @property
     def prompt(self) -> str:
         return self.row.request.prompt
 
@@ -143,8 +148,8 @@ class StoredSample:
         except (Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             raise Refused(
-                f"{self.folder}: sample {self.id} is damaged ({documents.one_line(cause)})",
-                f"See what is damaged with: python -m datasetdm_fast.audit {self.folder}",
+                f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})",
+                f"See what is damaged with: python -m datasetdm_fast.audit {self.run}",
             ) from error
 
 
