@@ -150,7 +150,9 @@ def test_folder_gives_back_what_was_saved(tiny, saved):
         set(model.digests) == {"tokenizer", "text_encoder", "unet", "vae", "scheduler"}
         and model.licence == UNKNOWN_LICENCE
     )
+    (saved / "tokenizer" / ".DS_Store").write_bytes(b"of a file manager")
     assert load_model(str(saved)).digests == model.digests
+    (saved / "tokenizer" / ".DS_Store").unlink()
 
 
 @pytest.mark.parametrize(

@@ -867,6 +867,16 @@ def test_a_label_file_of_empty_lines_shows_nothing(copied):
     assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
 
 
+def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
+    root, address = copied("folder")
+    path = root / "captions.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({name: text + " \U0001f333"[:2] + "\ud83c" for name, text in said.items()}))
+    source = open_data(address, SIZE)
+    for item in (source[0], source.whole(0)):
+        assert item.caption == f"{next(iter(said.values()))} \U0001f333?"
+
+
 def test_labels_of_sub_folders_and_linked_folders_are_found(copied):
     root, address = copied("folder")
     before = [item.semantic for item in open_data(address, SIZE)]

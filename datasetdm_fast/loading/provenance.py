@@ -8,7 +8,8 @@ UNKNOWN_LICENCE = "unknown: ask the model's owner"
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    """The files of a folder, without the hidden ones that file managers leave."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def digest(files: list[Path]) -> str:

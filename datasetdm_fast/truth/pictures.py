@@ -48,7 +48,10 @@ class PictureSource(LabelledSource):
         return self.completed(item if picture.masks is None else replace(item, **masks))
 
     def completed(self, item: Labelled) -> Labelled:
-        """Class masks from a label map, or a label map from masks, where the data set stores one of the two."""
+        """Class masks from a label map, or a label map from masks, where the data set stores one of the two; a caption
+        of whole characters, as a text that was cut may end in half of one.
+        """
+        item = replace(item, caption=item.caption.encode(errors="replace").decode())
         if item.masks is None and item.semantic is not None and self.thing_classes:
             present = [
                 k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
