@@ -55,7 +55,12 @@ def write(folder: Path, document: Mapping[str, Any], experiments: Experiments) -
 
 
 def figure(row: Row, value: float) -> str:
-    return f"{value:.3f}" if row["figure"].startswith("REL") else f"{value:.1f}"
+    return f"{value:.3f}" if is_error(row) else f"{value:.1f}"
+
+
+def is_error(row: Row) -> bool:
+    """Whether less of a row's figure is better."""
+    return row["figure"].startswith("REL")
 
 
 def with_spread(row: Row, arm: str) -> str:
@@ -100,9 +105,9 @@ def closed(row: Row) -> str:
     """
     if row.get("ceiling") is None:
         return "–"
-    sign = -1 if row["figure"].startswith("REL") else 1
-    way = sign * (row["ceiling"] - row["real"])
-    return percent(sign * (row["both"] - row["real"]) / way) if way > 0 else "–"
+    way = row["ceiling"] - row["real"]
+    is_better = way < 0 if is_error(row) else way > 0
+    return percent((row["both"] - row["real"]) / way) if is_better else "–"
 
 
 def verdict(row: Row) -> str:

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 # settings of a run that its compositions do not have: what its samples were chosen by, and which pixels it ignored
 NOT_KEPT = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below".split()
 KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in NOT_KEPT}
-
-
 CHANGED = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
 
 

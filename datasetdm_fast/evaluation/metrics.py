@@ -100,9 +100,6 @@ class OpenVocabulary(_Overlap):
         untaught = [name for name in source.thing_classes if config.classes and name not in config.classes]
         return cls(source, _told_apart(source.thing_classes, unseen or untaught))
 
-    def shown(self) -> np.ndarray:
-        return np.stack([self.counted(either, there) for _, either, there in self.rows]).sum(0)
-
     def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
         return either > 0
 

@@ -101,8 +101,6 @@ class Replies:
     def _keep(self, key: str, reply: str, problem: str) -> None:
         self.known[key] = reply, problem
         line = json.dumps({"request": key, "reply": reply, "problem": problem}).encode() + b"\n"
-        if not self.path.parent.is_dir():
-            storage.make_folder(self.path.parent)
         try:
             with self.path.open("ab") as file:
                 file.truncate(_whole_lines(self.path))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from datasetdm_fast.readers.coco import Annotations, Coco
+from datasetdm_fast.readers.coco import SEARCHED, Annotations, Coco
 from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.labelled import Picture
 
@@ -22,11 +22,8 @@ class Lvis(Coco):
 
     def picture(self, record: int) -> Picture:
         picture, said = super().picture(record), self.things.images[self.images[record]]
-        absent, more = (
-            tuple(self.numbers[k] for k in said.get(name, ()) if k in self.numbers)
-            for name in ("neg_category_ids", "not_exhaustive_category_ids")
-        )
-        searched = tuple(sorted({*absent, *picture.mask_classes})) if "neg_category_ids" in said else None
+        absent, more = (tuple(self.numbers[k] for k in said.get(name, ()) if k in self.numbers) for name in SEARCHED)
+        searched = tuple(sorted({*absent, *picture.mask_classes})) if SEARCHED[0] in said else None
         return replace(picture, searched=searched, not_exhausted=more)
 
     def image_path(self, image: int) -> Path:
