@@ -59,7 +59,7 @@ FAULTS = {
         "datasetdm_fast.kernels.to_device:to_device", "value.pin_memory()", "value"
     ),
     "a graph recorded with another GPU's stream": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "datasetdm_fast.engines.cuda_graph:GraphPool.__init__",
         "torch.cuda.Stream(device)",
         "torch.cuda.Stream(0)",
         {"device": "cuda:1"},
@@ -76,7 +76,10 @@ FAULTS = {
         "self.outputs",
     ),
     "graphs of two threads in one pool": Fault(
-        f"{FAST}:FastEngine._labelled", "self._label_pool or torch.cuda.graph_pool_handle()", "self._pool"
+        f"{FAST}:FastEngine._labelled", "self._label_pool or GraphPool(inputs[0].device)", "self._pool"
+    ),
+    "graphs of one pool on several streams": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", "pool.stream", "torch.cuda.Stream(inputs[0].device)"
     ),
     "a graph recorded at every call": Fault(
         f"{FAST}:FastEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"

@@ -66,6 +66,7 @@ EXPECTED = {
     "a kernel launched on another GPU": ("wrong GPU", "kernels/layer_norm.py"),
     "the answer of a graph is not copied": ("overwritten", "engines/cuda_graph.py"),
     "graphs of two threads in one pool": ("race", "engines/cuda_graph.py"),
+    "graphs of one pool on several streams": ("pool", "engines/cuda_graph.py"),
     "a graph recorded at every call": ("host wait", "engines/cuda_graph.py"),
     "a recording that other threads can spoil": ("capture", "engines/cuda_graph.py"),
     "an array over memory that is used again": ("race", "tasks/to_host.py"),

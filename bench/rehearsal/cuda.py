@@ -222,6 +222,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
                 works_here = any(card in thread.cards for thread in pool.threads)
                 if pool.queue and pool.records and works_here and timeline.thread not in pool.threads:
                     timeline.find("capture", f"a graph is recorded while the thread {pool.name} may record one, too")
+            timeline.records(self.graph.pool, self.graph.stream)
             timeline.host_waits(
                 "the start of a recording", timeline.reached(timeline.thread.stream(self.graph.stream[0]))
             )

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+class GraphPool:
+    """Memory that graphs share, and the one stream they are recorded on: what was freed on a stream, PyTorch gives to
+    none but this stream again.
+    """
+
+    def __init__(self, device: torch.device):
+        self.handle = torch.cuda.graph_pool_handle()
+        # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
+        self.stream = torch.cuda.Stream(device)
+
+
 class StepGraph:
     """One call as a CUDA graph over its own input and output buffers, on the GPU that its inputs lie on.
 
@@ -15,20 +26,20 @@ class StepGraph:
     are copied at every call, the others where they are another tensor than before.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool, fresh: int = 1):
+    def __init__(
+        self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool: GraphPool, fresh: int = 1
+    ):
         self.fresh = fresh
         self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
-        self.graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-        # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
-        recording = torch.cuda.Stream(device)
-        with torch.cuda.device(device):
+        self.graph, recording = torch.cuda.CUDAGraph(), pool.stream
+        with torch.cuda.device(inputs[0].device):
             recording.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(recording):
                 for _ in range(2):  # lets libraries choose their algorithms and allocate before anything is recorded
                     run(*self.inputs)
             torch.cuda.current_stream().wait_stream(recording)
             # Other threads may ask for memory meanwhile: only what this one does is judged.
-            with torch.cuda.graph(self.graph, pool=pool, stream=recording, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"):
                 self.outputs = run(*self.inputs)
         self.pointers = self._pointers()
         self.held: list[Tensor | None] = [None] * len(self.inputs)

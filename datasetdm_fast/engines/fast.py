@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.decoders.trunk import packed as packed_decoder
-from datasetdm_fast.engines.cuda_graph import StepGraph
+from datasetdm_fast.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
@@ -188,7 +188,8 @@ class FastEngine:
         self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
         # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
         self._label_graphs: dict[tuple, StepGraph] = {}
-        self._pool = self._label_pool = None
+        self._pool: GraphPool | None = None
+        self._label_pool: GraphPool | None = None
         self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
@@ -444,7 +445,7 @@ class FastEngine:
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
         key = (step.__name__, *(tuple(value.shape) for value in inputs))
         if key not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool = self._pool or GraphPool(inputs[0].device)
             self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
@@ -456,7 +457,7 @@ class FastEngine:
             return run(*inputs)
         key = (name, *(tuple(value.shape) for value in inputs))
         if key not in self._label_graphs:
-            self._label_pool = self._label_pool or torch.cuda.graph_pool_handle()
+            self._label_pool = self._label_pool or GraphPool(inputs[0].device)
             self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
         return self._label_graphs[key](*inputs)
 
