@@ -183,6 +183,12 @@ def test_weights_of_another_model_are_noticed(model, reference):
     assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, reference):
+    engine.text_encoder.words[-1, 0] = float("nan")
+    row = verify.weights_row(engine, reference)
+    assert not row.is_passed and json.loads(json.dumps(row.median)) == row.median
+
+
 # Other engines and precisions -----------------------------------------------------------------------------------------
 
 
@@ -219,6 +225,13 @@ def test_gates_give_way_to_the_references_own_drift():
 def test_gates_are_never_stricter_than_without_a_drift():
     (row,) = judge({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
     assert row.is_passed and row.limit == ROUNDED["call"] == (1e-2, 4e-2)
+
+
+def test_gates_do_not_give_way_where_the_reference_leaves_the_range_of_the_precision():
+    beyond = np.full((4, 2), np.inf)
+    (row,) = judge({"call": beyond}, ROUNDED, {"call": beyond})
+    assert not row.is_passed and row.limit == ROUNDED["call"]
+    assert np.isfinite([row.median, row.p99, *row.floor]).all()  # JSON has no other numbers
 
 
 @pytest.mark.parametrize(

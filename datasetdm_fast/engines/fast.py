@@ -623,12 +623,13 @@ def _changes(context: Tensor) -> int:
 
 
 def state_distance(value: Tensor, truth: Tensor) -> float:
-    """The largest difference of two weights, as a share of the largest number in `truth`."""
-    return (
-        float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30))
-        if truth.numel()
-        else 0.0
-    )
+    """The largest difference of two weights, as a share of the largest number in `truth`; what is no number counts as
+    farther than any.
+    """
+    if not truth.numel():
+        return 0.0
+    farthest = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)
+    return float(farthest.nan_to_num(nan=torch.finfo(torch.double).max))
 
 
 def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
