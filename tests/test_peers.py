@@ -62,6 +62,13 @@ def test_every_technique_of_the_ladder_agrees(setting, judge):
         assert not parity.failures(judge.rows(peer, peer.make(setting.batch(1))))
 
 
+@pytest.mark.parametrize("has_tf32", [True, False])
+def test_upstream_has_cudnn_as_everybody_has(monkeypatch, has_tf32):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    with upstream.arithmetic(has_tf32):
+        assert torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32 == has_tf32
+
+
 def test_labels_of_upstream_are_those_of_the_oracle(setting):
     """Of seeded weights the gates judge no labels, but these must be equal up to rounding."""
     ours, theirs = (
