@@ -295,8 +295,8 @@ FAULTS = {
     ),
     "memory given back at every batch": Fault(
         f"{FAST}:FastEngine.decode_and_check",
-        "chunks = latents.to(self.device)",
-        "torch.cuda.empty_cache(); chunks = latents.to(self.device)",
+        "latents = latents.to(self.device)",
+        "torch.cuda.empty_cache(); latents = latents.to(self.device)",
         {"scenario": "cards"},
     ),
     "the reference's tokens on the host": Fault(

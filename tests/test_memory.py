@@ -99,6 +99,32 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     assert asked == [5, 3, 3] and engine.adjustments == {"unet_batch": 3}
 
 
+def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
+    """The same of the autoencoder, beside whose chunks the graphs of the UNet keep their memory."""
+    engine, cuda, cpu = FastEngine(load_model("tiny"), device="cpu"), torch.device("cuda"), torch.device("cpu")
+    latents, inner, to, asked = torch.randn(5, 4, 16, 16), engine._decoded, torch.Tensor.to, []
+    expected = engine.decode_and_check(latents)[0].int()
+
+    def tight(chunk):
+        asked.append(len(chunk))
+        if len(chunk) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        engine.device = cpu
+        try:
+            return inner(chunk)
+        finally:
+            engine.device = cuda
+
+    monkeypatch.setattr(engine, "_decoded", tight)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *given, **named: x if cuda in given else to(x, *given, **named))
+    engine.device, engine.adjustments = cuda, {"unet_batch": 3}
+    with torch.inference_mode():
+        for _ in range(2):
+            images, is_finite = FastEngine.decode_and_check.__wrapped__(engine, latents)
+            assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
+    assert asked == [5, 3, 2, 2, 1, 2, 2, 1] and engine.adjustments == {"unet_batch": 3, "image_batch": 2}
+
+
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     engine = FastEngine(load_model("tiny"), device="cpu")
     assert "text_encoder" not in vars(engine)

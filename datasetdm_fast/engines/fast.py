@@ -130,7 +130,8 @@ class FastEngine:
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
         self._has_usual_ops = ops is None  # others are called one by one
-        self.is_compiled, self.widest = compile, 0  # images a GPU takes at once, 0 = as many as it is given
+        # Images that the UNet and the autoencoder of a GPU take at once, 0 = as many as they are given.
+        self.is_compiled, self.widest, self.widest_chunk = compile, 0, 0
         self.adjustments: dict[
             str, int
         ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
@@ -347,7 +348,7 @@ class FastEngine:
                 lambda size: self._in_slices(step, latents, row, context, own, size), size, self._forget
             )
             if worked < size:
-                self.widest, self.adjustments = worked, {"unet_batch": worked}
+                self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
         noise, *others = zip(*parts)
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
@@ -371,6 +372,12 @@ class FastEngine:
         """Drops every recorded call and the tables of the texts."""
         self._graphs.clear()
         self._pool = self._text = None
+        torch.cuda.empty_cache()
+
+    def _forget_labels(self) -> None:
+        """The same of the autoencoder and the decoders."""
+        self._label_graphs.clear()
+        self._label_pool = None
         torch.cuda.empty_cache()
 
     def _latents(self, latents: Tensor) -> Tensor:
@@ -467,13 +474,17 @@ class FastEngine:
     @computed
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         size = self._chunk(latents.shape[-1] * 8)
-        size = size if self.device.type == "cuda" else min(size, slice_of(len(latents)))
-        chunks = latents.to(self.device).split(size)
+        size = min(size, (self.widest_chunk or len(latents)) if self.device.type == "cuda" else slice_of(len(latents)))
+        latents = latents.to(self.device)
         if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
-            parts = [self._decoded(chunk) for chunk in chunks]
+            parts, worked = halving(
+                lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
+            )
+            if worked < size:
+                self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         else:
             self._keep_alone("image_decoder")
-            decoder = self.image_decoder  # read once, before threads ask for it
+            decoder, chunks = self.image_decoder, latents.split(size)  # read once, before threads ask for it
             if len(chunks) == 1 and is_large(decoder):
                 del self.image_decoder  # the next call of another network would let it go
                 return as_images(decoder.spent(_channels_last(chunks[0], self.dtype), make_room))

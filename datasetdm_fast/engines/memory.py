@@ -60,18 +60,18 @@ def weight_bytes(engine: Engine) -> int:
     )
 
 
-def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None]) -> tuple[Answer, int]:
-    """run(size), halved where memory runs out, after `forget` dropped caches once; and the size that worked."""
-    try:
-        return run(size), size
-    except torch.OutOfMemoryError as error:
-        if size == 1:
-            raise _too_large(size) from error
-    forget()
-    try:
-        return run(-(-size // 2)), -(-size // 2)
-    except torch.OutOfMemoryError as error:
-        raise _too_large(-(-size // 2)) from error
+def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None], times: int = 1) -> tuple[Answer, int]:
+    """run(size), halved up to so many times where memory runs out, each time after `forget` dropped caches; and the
+    size that worked.
+    """
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError as error:
+            if size == 1 or not times:
+                raise _too_large(size) from error
+        forget()
+        size, times = -(-size // 2), times - 1
 
 
 def _loaded() -> ctypes.CDLL:
