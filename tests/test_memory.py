@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.machine import measure
 from bench.report.report import forms_table
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.decoders.checkpoint import for_inference
 from datasetdm_fast.decoders.seeded import untrained_decoders
 from datasetdm_fast.engines import build_engine, fast, memory, start
@@ -49,6 +51,21 @@ def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
     held = Memory(room)
     with pytest.raises(Missing, match="does not have enough memory for"):
         memory.halving(held.run, size, held.forget)
+
+
+def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
+    def command(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert run_command(command, []) == 3
+    assert "GPU does not have enough memory\nChoose a smaller --batch-size" in capsys.readouterr().err
+
+
+def test_the_bench_knows_both_ways_in_which_memory_runs_out():
+    with pytest.raises(Missing) as stop:
+        memory.halving(Memory(0).run, 1, Memory(0).forget)
+    assert measure.is_out_of_memory(stop.value) and measure.is_out_of_memory(torch.OutOfMemoryError())
+    assert not measure.is_out_of_memory(ValueError("memory"))
 
 
 def test_a_batch_from_free_memory(monkeypatch):
