@@ -189,6 +189,16 @@ def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, 
     assert not row.is_passed and json.loads(json.dumps(row.median)) == row.median
 
 
+def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine, monkeypatch):
+    """A product of weights rounds otherwise on a GPU, to which the reference engine moves the modules."""
+    asked, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: asked.append(x.data_ptr()) or cpu(x))
+    engine.device = torch.device("cuda")
+    state = engine._sources("unet")["unet"].state
+    assert {value.data_ptr() for value in engine.model.unet.state_dict().values()} <= set(asked)
+    assert all(value.device.type == "cpu" for value in state.values())
+
+
 # Other engines and precisions -----------------------------------------------------------------------------------------
 
 

@@ -201,7 +201,11 @@ class FastEngine:
         networks = {name: self.model.networks[name] for name in names or self.model.networks}
         if self.device.type != "cpu":  # whose forms of a layer may read a weight twice
             found = {name: network.read() for name, network in networks.items()}
-            return {name: Weighted(one.config, dict(one.state)) for name, one in found.items()}
+            # Wherever the reference engine has put the modules: what is computed from weights would round otherwise.
+            return {
+                name: Weighted(one.config, {part: value.cpu() for part, value in one.state.items()})
+                for name, one in found.items()
+            }
 
         def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
             is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
