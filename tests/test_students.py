@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import LAYOUTS
 from PIL import Image
 from rendered import write_run
 from safetensors.torch import load_file, save_file
@@ -196,6 +197,34 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     shutil.rmtree(tmp_path / "out" / "real-0")
     assert evaluate.main(line) == 0
     assert all(path.read_bytes() == content for path, content in weights.items()), "the same line, the same bytes"
+
+
+def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, capsys):
+    for name in ("learnt", "judged"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "2", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"folder:{tmp_path}/judged", "--learn-from": f"folder:{tmp_path}/learnt"}
+    line = [*(word for pair in parts.items() for word in pair), "--student", "segformer", "--quiet", "--json"]
+
+    def turned(path: Path) -> None:
+        Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
+
+    assert evaluate.main(line) == 0
+    before = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
+    turned(tmp_path / "judged/masks/scene 0.png")
+    assert evaluate.main(line) == 0
+    after = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
+    assert before != after, "the students are asked again"
+    turned(tmp_path / "learnt/masks/scene 2.png")  # of which no student learnt
+    assert evaluate.main(line) == 0
+    turned(tmp_path / "learnt/masks/scene 0.png")
+    assert evaluate.main(line) == 2
+    said = "its students were trained with other settings (pictures or labels of the real images)"
+    assert said in capsys.readouterr().err
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    del settings[arms.CONTENTS]  # as in a folder of an earlier version
+    (tmp_path / "out/settings.json").write_text(json.dumps(settings))
+    assert evaluate.main(line) == 0
 
 
 def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
