@@ -186,8 +186,10 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
         f"{arm}-{seed}" for arm in ("both", "both-self", "real") for seed in (0, 1)
     ]
     monkeypatch.setattr(course.NetworkTraining, "step", None)  # nothing is taught again
+    (left := tmp_path / "out" / "real-1" / "checkpoint.safetensors").write_bytes(b"as a kill after the last step")
     assert evaluate.main([*line, "--real", "0", "--json"]) == 0  # all of them
     row = json.loads(capsys.readouterr().out)["student"]["semantic"]
+    assert not left.exists()
     assert set(row["arms"]) == {"real", "both", "both-self"} and row["images"] == {"real": 4, "run": 4, "judged": 2}
     for arm in row["arms"].values():
         assert len(arm["seeds"]) == 2 and arm["interval"][0] <= arm["value"] <= arm["interval"][1]

@@ -96,6 +96,11 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
     before = weights(tmp_path / "decoder")
     assert run(*line) == 0 and weights(tmp_path / "decoder") == before
     assert "2 steps of 4 views - finished" in capsys.readouterr().err
+    left = tmp_path / "decoder" / "depth" / "training" / checkpoint.NAME
+    left.write_bytes(b"as a kill after the last step leaves it")
+    assert run(*line, "--dry-run") == 0 and left.exists()
+    assert run(*line) == 0 and not left.exists()
+    capsys.readouterr()
     assert run(*line, "--rate", "0.5") == 2
     assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err
 
@@ -462,6 +467,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
         run(*arguments)
     assert "stopped; go on with" in capsys.readouterr().err and not (state / "folds.json").exists()
     first = (state / "folds-3" / "1" / "model.safetensors").read_bytes()
+    (left := state / "folds-3" / "1" / "training" / checkpoint.NAME).write_bytes(b"as a kill after the last step")
 
     def watched(decoder, views, *rest):
         judged.append([views.views.source.order[k] for k in views.views.numbers])
@@ -476,6 +482,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     assert not set(taught[0]) & set(of_folds[0])
     assert first == (state / "folds-3" / "1" / "model.safetensors").read_bytes()
     told = json.loads(out)["tasks"]["semantic"]["folds"]
+    assert not left.exists()
     assert told == json.loads((state / "folds.json").read_text()) and told["folds"] == 3 and told["images"] == 10
     low, high = told["held_out_intervals"]["miou"]
     assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images (95 % intervals): mIoU" in err

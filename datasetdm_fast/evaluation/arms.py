@@ -189,6 +189,8 @@ class _Student:
     def figures(self, on_message: Callable[[str], None]) -> dict[str, Any]:
         """What it scores, read where it was scored on the same images before."""
         e, path = self.experiment, self.folder / "figures.json"
+        if storage.is_there(self.folder / "model.safetensors"):
+            checkpoint.remove(self.folder)  # of a student that was killed when it was finished
         exam = {**e.exam_digests, "averaged": e.is_averaged, "own_size": is_map(e.network)}
         before = _read(path) if storage.is_there(path) else {}
         if before.get("exam") != exam or not storage.is_there(self.folder / "model.safetensors"):

@@ -111,6 +111,11 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     return read_state(result) if result.exists() else None
 
 
+def clear(folder: Path) -> None:
+    """Deletes the state that a training which ended here left where it was killed in its last moment."""
+    checkpoint.remove(folder / "training")
+
+
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with each of the decoder under a name of its own, so that a difference is told in few words."""
     own = settings.get("decoder")
