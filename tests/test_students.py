@@ -304,6 +304,30 @@ def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
     assert f"--run {poor}: no ground truth for depth" in error and not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("student, folder", [("glpn", "depth"), ("segformer", "masks"), ("small", "masks")])
+def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, capsys, student, folder):
+    """All of whose truth is ignored, or none of which can be read."""
+    for name in ("good", "ignored", "bad"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    for path in (tmp_path / "ignored" / folder).iterdir():
+        values = np.asarray(Image.open(path))
+        Image.fromarray(np.full_like(values, 0 if folder == "depth" else IGNORED)).save(path)
+    for path in (tmp_path / "bad" / folder).iterdir():
+        path.write_bytes(b"")
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "0", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--steps": "1", "--task": "depth" if folder == "depth" else "semantic", "--student": student}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    for data, learnt, said in (
+        ("ignored", "good", "no image has the ground truth to compare with"),
+        ("bad", "good", "none of 3 images can be read; "),
+        ("good", "bad", "none of 3 images can be read; "),
+    ):
+        parts |= {"--data": f"folder:{tmp_path / data}", "--learn-from": f"folder:{tmp_path / learnt}"}
+        assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet", "--skip-bad"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_no_library_is_imported_before_a_student_is_chosen():
     import subprocess
     import sys

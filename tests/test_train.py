@@ -29,6 +29,7 @@ from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
 from datasetdm_fast.training.settings import QUIRKS
 
@@ -88,6 +89,21 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (
         state / checkpoint.NAME
     ).exists()
+
+
+def test_held_out_images_all_of_whose_truth_is_ignored_have_no_figure(run, tmp_path, capsys):
+    for number in range(12):
+        view = world.view(number, 64)
+        save(tmp_path / f"data/images/{number:02}.png", view.image)
+        save(tmp_path / f"data/masks/{number:02}.png", view.semantic)
+    (tmp_path / "data/classes.txt").write_text("\n".join(world.CLASSES))
+    source = open_data(address := f"folder:{tmp_path / 'data'}", 64)
+    (held,) = held_out.split(source, range(12), 0.1, 0)[1]
+    save(tmp_path / f"data/masks/{held:02}.png", np.full((64, 64), 255, np.uint8))
+    line = ["--data", address, "--task", "semantic", "--steps", "2", "--checks", "2", "--held-out", "0.1", "--json"]
+    assert run(*line) == 0
+    result = json.loads(capsys.readouterr().out)["tasks"]["semantic"]
+    assert result["held_out"] == {} and result["held_out_images"] == 1 and result["weights_of_step"] == 2
 
 
 def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(run, tmp_path, capsys):
