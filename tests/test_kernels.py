@@ -282,9 +282,6 @@ REFUSED = {
     "guided_step: output": lambda: fused.guided_step(
         torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)
     ),
-    "attention_capture: heads of width 320": lambda: fused.attention_capture(
-        *[torch.ones(1, 1, 2, 320)] * 3, torch.ones(1, 2, 4)
-    ),
     "attention_capture: 2 queries over 0 tokens": lambda: fused.attention_capture(
         torch.ones(1, 1, 2, 8), *[torch.ones(1, 1, 0, 8)] * 2, torch.ones(1, 0, 4)
     ),
