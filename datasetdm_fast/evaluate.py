@@ -172,7 +172,8 @@ def _student(config: EvaluateConfig) -> int:
     with open_run(config.run, kept=True) as run:
         learnt = _opened(config, address, SIDE, selection=config.selection())
         judged = _opened(config, config.data, SIDE)
-        learnt = learnt.readable() if config.skip_bad else learnt
+        if config.skip_bad:
+            learnt, judged = learnt.readable(), judged.readable()
         tasks = worth.student_tasks(learnt, judged, run, config.task)
         seeds = config.repeats if config.repeats > 1 else worth.SEEDS
         if config.dry_run:

@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     run = filtering.check(Path(config.run))
     extra = [name for name in OF_NETWORKS if getattr(config, name)]
     filtering.check_made(run, names, extra)
-    if left := filtering.count_missing(run, extra):
+    clip = _digest_of_clip(config)
+    if left := filtering.count_missing(run, extra, clip):
         if config.dry_run and config.where:
             raise Refused(
                 f"--dry-run: {left} samples have no scores yet", "Score them first: run the command without --where."
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         if config.dry_run:
             told = f"{config.run}: {counted(left, 'sample')} would be scored"
             return planned(config, {"path": config.run, "scored": left}, config.run, told)
-        networks = _networks(config, run)
+        networks = _networks(config, run, clip)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
                 run,
@@ -91,13 +92,21 @@ def main(arguments: Sequence[str]) -> int:
     return _keep(config, run) if config.where else _show(config, run)
 
 
-def _networks(config: FilterConfig, run: Run) -> dict[str, Any]:
-    """Score -> what makes it, for the scores that need a network."""
+def _digest_of_clip(config: FilterConfig) -> str:
+    if not config.clip:
+        return ""
+    from datasetdm_fast.curation.clip import digest_of
+
+    return digest_of(Path(config.clip))
+
+
+def _networks(config: FilterConfig, run: Run, clip: str) -> dict[str, Any]:
+    """Score -> what makes it, for the scores that need a network; `clip` is the digest of the CLIP."""
     found: dict[str, Any] = {}
     if config.clip:
         from datasetdm_fast.curation.clip import Clip
 
-        found["clip"] = Clip(Path(config.clip))
+        found["clip"] = Clip(Path(config.clip), clip)
     if config.stability:
         from datasetdm_fast.curation.stability import Stability
 

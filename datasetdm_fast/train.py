@@ -52,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
             if ranks.is_first:
                 say(config, NOTHING_WRITTEN)
             return 0
+        for task in results if ranks.is_first else ():
+            if results[task] is not None:
+                task_run.clear(folders[task])
         with Interruption(is_quiet) as interruption, ExitStack() as held:
             line = f"{PROG} {shlex.join(arguments)}".rstrip()
             for task in [task for task in config.task if results[task] is None or count]:

@@ -212,8 +212,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> None:
         raise ValueError(f"attention_average: {shapes} do not belong together")
     if not q.shape[2] or not k.shape[2]:
         raise ValueError(f"attention_average: {shapes} have no queries or no keys")
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        raise ValueError(f"attention_average: {shapes} are too wide, heads of at most {WIDEST} are supported")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention_average: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
 
@@ -223,6 +221,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
     check(q, k, v, total)
     if not is_served("attention_average", q, k, v, total):
         return reference(q, k, v, total, share)
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return plain(q, k, v, total, share)
     (batch, heads, queries, depth), keys, width = q.shape, k.shape[2], v.shape[3]
     sizes = blocks(BLOCKS, "attention_average", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
@@ -294,6 +294,7 @@ def cases() -> list[Case]:
     return [
         layer(1, 1, 1, 1, 1, 1)._replace(reason="smallest"),
         layer(2, 3, 37, 67, 21, 9)._replace(reason="ragged in every size"),
+        layer(1, 1, 9, 13, 320, 320)._replace(reason="heads that are wider than a block"),
         layer(1, 2, 64, 77, 160, 0)._replace(reason="SD 1.x class prompt, no values"),
         layer(1, 3, 64, 64, 16, 16)._replace(reason="tiny preset's heads"),
         layer(1, 2, 130, 130, 80, 80)._replace(reason="SD 1.x second level's heads, several blocks"),

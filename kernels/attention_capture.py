@@ -15,8 +15,8 @@ from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.case import BATCH, FEATURES, HEADS, LEVELS, TOKENS, Case, noise
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
-MOST_TOKENS = 128  # all of a query's scores are held at once
-WIDEST = 256
+MOST_TOKENS = 128  # all of a query's scores are held at once; texts of more are left to the plain form
+WIDEST = 256  # channels of a head; wider ones are left to the plain form, too
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -186,14 +186,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"attention_capture: {shapes} do not belong together")
-    (heads, queries, width), tokens = q.shape[1:], k.shape[2]
-    if not queries or not 0 < tokens <= MOST_TOKENS:
-        raise ValueError(
-            f"attention_capture: {queries} queries over {tokens} tokens, expected at least 1 over 1 to {MOST_TOKENS}, "
-            "which are held at once"
-        )
-    if width > WIDEST:
-        raise ValueError(f"attention_capture: heads of width {width} are too wide, at most {WIDEST} are supported")
+    (heads, queries), tokens = q.shape[1:3], k.shape[2]
+    if not queries or not tokens:
+        raise ValueError(f"attention_capture: {queries} queries over {tokens} tokens, expected at least 1 of each")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention_capture: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     if weight.ndim != 3 or weight.shape[:2] != (heads, tokens) or weight.dtype != q.dtype:
@@ -207,6 +202,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     check(q, k, v, weight)
     if not is_served("attention_capture", q, k, v, weight):
         return reference(q, k, v, weight)
+    if k.shape[2] > MOST_TOKENS or q.shape[3] > WIDEST:
+        return plain(q, k, v, weight)
     (batch, heads, queries, width), tokens, features = q.shape, k.shape[2], weight.shape[2]
     (wide, rest), sizes = split(tokens), blocks(BLOCKS, "attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
@@ -266,6 +263,8 @@ def cases() -> list[Case]:
         layer(1, 1, 5, 30, 8, 4)._replace(reason="tokens and widths that split into nothing"),
         layer(2, 3, 21, 13, 11, 9)._replace(reason="ragged in every size"),
         layer(1, 3, 64, 77, 32, 32)._replace(reason="demo model's middle"),
+        layer(2, 2, 21, 248, 40, 33)._replace(reason="LongCLIP's tokens, more than are held at once"),
+        layer(1, 1, 9, 77, 320, 4)._replace(reason="heads that are wider than a block"),
         layer(1, 2, 80, 77, 40, 200)._replace(reason="SD 1.x first level's heads, several blocks of features"),
         layer(2, 2, 64, 77, 80, 64)._replace(reason="SD 1.x second level's heads"),
         layer(1, 1, 40, 77, 64, 33)._replace(reason="SD 2.x heads, an odd width of the level"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast.kernels.case import BATCH, FEATURES, QUERIES, Case, noise
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
-WIDEST = 256  # channels of a row, which lies in registers
+WIDEST = 256  # channels of a row, which lies in registers; wider ones are left to the reference
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("mask_embedding", 4, 2, bits=(16,), BLOCK_S=16, BLOCK_J=32)
@@ -97,10 +97,8 @@ def fused(
         raise ValueError(f"mask_embedding: weights {shapes} are not three layers for rows of {channels}")
     if [len(one) for one in (gain, shift, *biases)] != [channels] * 4 + [features]:
         raise ValueError(f"mask_embedding: norm and biases do not fit rows of {channels} and {features} outputs")
-    if not is_served("mask_embedding", x, gain, shift, *weights, *biases):
+    if not is_served("mask_embedding", x, gain, shift, *weights, *biases) or channels > WIDEST:
         return reference(x, gain, shift, eps, weights, biases)
-    if channels > WIDEST:
-        raise ValueError(f"mask_embedding: rows of {channels} do not fit into registers, at most {WIDEST} do")
     x = x.contiguous()
     rows, sizes = x.numel() // channels, blocks(BLOCKS, "mask_embedding", x)
     out = x.new_empty((*x.shape[:-1], features))
@@ -140,5 +138,6 @@ def cases() -> list[Case]:
     return [
         Case("smallest row that varies", layers(1, 2, features=1), (1, 1)),
         Case("ragged in every size", layers(2, 19, 37, features=43), (2, 19, 43)),
+        Case("rows that no block holds", layers(1, 3, 300, features=40), (1, 3, 40)),
         Case("upstream's queries, a few of them", layers(1, 5, 256, features=256), (1, 5, 256)),
     ]

@@ -328,6 +328,9 @@ def test_the_share_of_a_gap_is_shown_where_there_is_one():
     assert page.closed(row | {"real": 2.0, "ceiling": 1.5}) == "–"
     less = {"figure": "REL (less is better)", "real": 0.3, "both": 0.2}
     assert [page.closed(less | {"ceiling": least}) for least in (0.1, 0.35)] == ["50 %", "–"]
+    found = document()
+    found["rows"]["semantic"]["ceiling"] = 80.5
+    assert "| gap to 600 real closed |" in page.figures(found) and "| 50 % |" in page.figures(found)
 
 
 def test_a_set_whose_storing_is_cut_is_made_again(lessons, tmp_path, monkeypatch):
@@ -573,6 +576,17 @@ def test_a_tuned_row_that_does_not_hold_says_so_first():
     line = dict(zip(*(one if isinstance(one[0], str) else one[0] for one in tuned_page.front_table().cells([row]))))
     assert line["claim"] == "**Does not hold:** T" and line["gap closed"] == "10 %"
     assert line["gain of generated (95 % interval)"].startswith("+1.0 (−")
+
+
+def test_a_share_of_the_gap_is_over_the_seeds_that_all_its_arms_have():
+    cells = {"real": {"seeds": [50.0, 20.0], "mean": 35.0}, "both": {"seeds": [55.0], "mean": 55.0}}
+    for many in ([60.0], [60.0, 80.0]):
+        cells["many"] = {"seeds": many, "mean": sum(many) / len(many)}
+        found = tuned._verdict(search.QUESTIONS["semantic"], cells)["gains"]["both"]
+        assert found["gain"] == 5 and found["closed"] == 0.5 and found["students"] == 1
+    cells |= {"both": {"seeds": [55.0, 65.0], "mean": 60.0}, "many": {"seeds": [60.0], "mean": 60.0}}
+    found = tuned._verdict(search.QUESTIONS["semantic"], cells)["gains"]["both"]
+    assert found["gain"] == 25 and found["closed"] == 0.5 and found["students"] == 2
 
 
 def test_a_strong_view_moves_labels_and_joints_with_the_image(lessons):

@@ -63,6 +63,12 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
     )
 
 
+def test_images_without_truth_have_no_curve():
+    empty = METRICS["depth"](open_data("demo:1@7", 32))
+    with pytest.raises(Refused, match="no image has the ground truth to compare with"):
+        learning_curve("depth", COUNTS, 1, lambda count, repeat: empty, bootstrap=2, level=0.95)
+
+
 def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():
     found = learning_curve("depth", COUNTS[:3], 1, judge_of(lambda n: 1.2 * n**-0.6), bootstrap=50, level=0.95)
     assert told("depth", found, 0.95).splitlines()[-1].startswith("Fewer than 4 numbers")

@@ -292,6 +292,14 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path):
     with Ledger(run / "state" / "ledger.sqlite", read_only=True) as ledger:
         found = [value for _, value in ledger.scores("clip")]
     assert len(found) == NUMBER and all(-1 <= value <= 1 for value in found) and len(set(found)) > 1
+    before, config = state(run), CLIPModel.from_pretrained(folder).config
+    assert filter.main([str(run), "--clip", str(folder), "--json"]) == 0 and state(run) == before
+    CLIPModel(config).save_pretrained(folder)  # other weights
+    assert filter.main([str(run), "--clip", str(folder), "--where", "clip > -2", "--quiet"]) == 0
+    with Ledger(run / "state" / "ledger.sqlite", read_only=True) as ledger:
+        others = [value for _, value in ledger.scores("clip")]
+    assert len(others) == NUMBER and not set(found) & set(others)
+    assert filter.main([str(run), "--clip", str(tmp_path / "none"), "--quiet"]) == 2
     assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
 
 

@@ -524,6 +524,33 @@ def test_what_a_single_file_says_of_its_prediction_type_counts(tiny, first_gener
         assert model.scheduler["prediction_type"] == prediction and model.defaults.size == 512
 
 
+V_CONFIG = "model:\n  target: ldm.LatentDiffusion\n  params:\n    {}image_size: 64 # unused\n"
+
+
+def test_what_a_configuration_beside_a_single_file_says_of_its_prediction_counts(tiny, first_generation, tmp_path):
+    path, beside = with_vocabulary(tiny, tmp_path) / "model.safetensors", tmp_path / "model.yaml"
+    save_file(first_generation[-1], path)
+    own = load_model(str(path), size=128)
+    for line, notes, prediction, is_noted in (
+        ('parameterization: "v"\n    ', {}, "v_prediction", True),
+        ("parameterization: eps\n    ", {}, "epsilon", False),
+        ("", {}, "epsilon", False),
+        ("parameterization: v\n    ", {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ("", {"modelspec.prediction_type": "v"}, "v_prediction", False),
+    ):
+        save_file(first_generation[-1], path, notes)
+        beside.write_text(V_CONFIG.format(line))
+        model = load_model(str(path), size=128)
+        assert model.scheduler == {**own.scheduler, "prediction_type": prediction}
+        assert model.digests.get("prediction") == (prediction if is_noted else None)
+    beside.write_text(V_CONFIG.format("parameterization: [x0]\n    "))
+    with pytest.raises(Refused, match=r"model.yaml: parameterization is .*, expected eps or v"):
+        load_model(str(path))
+    for other in ("- a list", "model: [1]", ""):  # of something else
+        beside.write_text(other)
+        assert load_model(str(path)).scheduler["prediction_type"] == "v_prediction"
+
+
 def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     torch.manual_seed(2)
     unet = UNet2DConditionModel(

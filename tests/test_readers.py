@@ -867,6 +867,19 @@ def test_a_label_file_of_empty_lines_shows_nothing(copied):
     assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
 
 
+def test_classes_that_are_written_with_a_point_are_read_where_they_are_whole(copied):
+    root, address = copied("yolo-seg")
+    path, before = root / "labels/train/000000.txt", open_data(address, SIZE)[0]
+    said = [line.split() for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{kind}.0 {' '.join(places)}\n" for kind, *places in said))
+    after = open_data(address, SIZE)[0]
+    assert (after.masks == before.masks).all() and (after.mask_classes == before.mask_classes).all()
+    for kind, word in (("0.5", "not a class"), ("nan", "not a class"), ("inf", "not a class"), ("-1", "class -1")):
+        path.write_text(f"{kind} {' '.join(said[0][1:])}\n")
+        with pytest.raises(Refused, match=word):
+            open_data(address, SIZE)[0]
+
+
 def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
     root, address = copied("folder")
     path = root / "captions.json"

@@ -232,6 +232,7 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
     assert edit.main([*line, str(tmp_path / "a"), "--mask", str(tmp_path / "mask.png")]) == 0
     (tmp_path / "mask.png").unlink()
     assert edit.main([*line, str(tmp_path / "b"), "--box", "70,30,120,100"]) == 0
+    assert edit.main([*line, str(tmp_path / "d"), "--box", "70,30,120,100", "--seed", str(2**62)]) == 0
     assert (tmp_path / "a/images/00000000.png").read_bytes() == (tmp_path / "b/images/00000000.png").read_bytes()
     (tmp_path / "a/images/00000000.png").unlink()
     assert edit.main(["--out", str(tmp_path / "a"), "--only", "00000000", "--quiet"]) == 0
@@ -248,6 +249,9 @@ WRONG = [
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
+    (edit, [*EDIT, "--grow", str(2**31)], f"--grow {2**31}: expected a number from 0 to {2**31 - 1}"),
+    (edit, [*EDIT, "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
+    (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63}: expected a whole number"),  # of the second image
     (edit, ["--prompt", "a cube"], "the region to redraw is missing"),
     (edit, [*EDIT, "--box", "0,0,8,8"], "2 ways to name the region, expected one"),
     (edit, ["--class", "bal", "--prompt", "a cube"], "no label of"),

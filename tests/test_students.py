@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import LAYOUTS
 from PIL import Image
 from rendered import write_run
 from safetensors.torch import load_file, save_file
@@ -185,8 +186,10 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
         f"{arm}-{seed}" for arm in ("both", "both-self", "real") for seed in (0, 1)
     ]
     monkeypatch.setattr(course.NetworkTraining, "step", None)  # nothing is taught again
+    (left := tmp_path / "out" / "real-1" / "checkpoint.safetensors").write_bytes(b"as a kill after the last step")
     assert evaluate.main([*line, "--real", "0", "--json"]) == 0  # all of them
     row = json.loads(capsys.readouterr().out)["student"]["semantic"]
+    assert not left.exists()
     assert set(row["arms"]) == {"real", "both", "both-self"} and row["images"] == {"real": 4, "run": 4, "judged": 2}
     for arm in row["arms"].values():
         assert len(arm["seeds"]) == 2 and arm["interval"][0] <= arm["value"] <= arm["interval"][1]
@@ -196,6 +199,34 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     shutil.rmtree(tmp_path / "out" / "real-0")
     assert evaluate.main(line) == 0
     assert all(path.read_bytes() == content for path, content in weights.items()), "the same line, the same bytes"
+
+
+def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, capsys):
+    for name in ("learnt", "judged"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "2", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"folder:{tmp_path}/judged", "--learn-from": f"folder:{tmp_path}/learnt"}
+    line = [*(word for pair in parts.items() for word in pair), "--student", "segformer", "--quiet", "--json"]
+
+    def turned(path: Path) -> None:
+        Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
+
+    assert evaluate.main(line) == 0
+    before = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
+    turned(tmp_path / "judged/masks/scene 0.png")
+    assert evaluate.main(line) == 0
+    after = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
+    assert before != after, "the students are asked again"
+    turned(tmp_path / "learnt/masks/scene 2.png")  # of which no student learnt
+    assert evaluate.main(line) == 0
+    turned(tmp_path / "learnt/masks/scene 0.png")
+    assert evaluate.main(line) == 2
+    said = "its students were trained with other settings (pictures or labels of the real images)"
+    assert said in capsys.readouterr().err
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    del settings[arms.CONTENTS]  # as in a folder of an earlier version
+    (tmp_path / "out/settings.json").write_text(json.dumps(settings))
+    assert evaluate.main(line) == 0
 
 
 def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
@@ -271,6 +302,30 @@ def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
     assert evaluate.main(line) == 2
     error = capsys.readouterr().err
     assert f"--run {poor}: no ground truth for depth" in error and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("student, folder", [("glpn", "depth"), ("segformer", "masks"), ("small", "masks")])
+def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, capsys, student, folder):
+    """All of whose truth is ignored, or none of which can be read."""
+    for name in ("good", "ignored", "bad"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    for path in (tmp_path / "ignored" / folder).iterdir():
+        values = np.asarray(Image.open(path))
+        Image.fromarray(np.full_like(values, 0 if folder == "depth" else IGNORED)).save(path)
+    for path in (tmp_path / "bad" / folder).iterdir():
+        path.write_bytes(b"")
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "0", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--steps": "1", "--task": "depth" if folder == "depth" else "semantic", "--student": student}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    for data, learnt, said in (
+        ("ignored", "good", "no image has the ground truth to compare with"),
+        ("bad", "good", "none of 3 images can be read; "),
+        ("good", "bad", "none of 3 images can be read; "),
+    ):
+        parts |= {"--data": f"folder:{tmp_path / data}", "--learn-from": f"folder:{tmp_path / learnt}"}
+        assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet", "--skip-bad"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_no_library_is_imported_before_a_student_is_chosen():

@@ -29,6 +29,7 @@ from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
 from datasetdm_fast.training.settings import QUIRKS
 
@@ -90,12 +91,32 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     ).exists()
 
 
+def test_held_out_images_all_of_whose_truth_is_ignored_have_no_figure(run, tmp_path, capsys):
+    for number in range(12):
+        view = world.view(number, 64)
+        save(tmp_path / f"data/images/{number:02}.png", view.image)
+        save(tmp_path / f"data/masks/{number:02}.png", view.semantic)
+    (tmp_path / "data/classes.txt").write_text("\n".join(world.CLASSES))
+    source = open_data(address := f"folder:{tmp_path / 'data'}", 64)
+    (held,) = held_out.split(source, range(12), 0.1, 0)[1]
+    save(tmp_path / f"data/masks/{held:02}.png", np.full((64, 64), 255, np.uint8))
+    line = ["--data", address, "--task", "semantic", "--steps", "2", "--checks", "2", "--held-out", "0.1", "--json"]
+    assert run(*line) == 0
+    result = json.loads(capsys.readouterr().out)["tasks"]["semantic"]
+    assert result["held_out"] == {} and result["held_out_images"] == 1 and result["weights_of_step"] == 2
+
+
 def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(run, tmp_path, capsys):
     line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "2"]
     assert run(*line) == 0
     before = weights(tmp_path / "decoder")
     assert run(*line) == 0 and weights(tmp_path / "decoder") == before
     assert "2 steps of 4 views - finished" in capsys.readouterr().err
+    left = tmp_path / "decoder" / "depth" / "training" / checkpoint.NAME
+    left.write_bytes(b"as a kill after the last step leaves it")
+    assert run(*line, "--dry-run") == 0 and left.exists()
+    assert run(*line) == 0 and not left.exists()
+    capsys.readouterr()
     assert run(*line, "--rate", "0.5") == 2
     assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err
 
@@ -462,6 +483,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
         run(*arguments)
     assert "stopped; go on with" in capsys.readouterr().err and not (state / "folds.json").exists()
     first = (state / "folds-3" / "1" / "model.safetensors").read_bytes()
+    (left := state / "folds-3" / "1" / "training" / checkpoint.NAME).write_bytes(b"as a kill after the last step")
 
     def watched(decoder, views, *rest):
         judged.append([views.views.source.order[k] for k in views.views.numbers])
@@ -476,6 +498,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     assert not set(taught[0]) & set(of_folds[0])
     assert first == (state / "folds-3" / "1" / "model.safetensors").read_bytes()
     told = json.loads(out)["tasks"]["semantic"]["folds"]
+    assert not left.exists()
     assert told == json.loads((state / "folds.json").read_text()) and told["folds"] == 3 and told["images"] == 10
     low, high = told["held_out_intervals"]["miou"]
     assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images (95 % intervals): mIoU" in err

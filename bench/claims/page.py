@@ -11,7 +11,7 @@ from PIL import Image
 from bench.claims.experiments import Experiments
 from bench.claims.rows import CLAIMS
 from bench.report.charts import MARGIN, WIDTH, Drawing
-from bench.report.tables import Row, Table, aligned, markdown, percent, text
+from bench.report.tables import Cells, Row, Table, aligned, markdown, percent, text
 from datasetdm_fast.evaluation import student
 from datasetdm_fast.labels.colours import colour
 
@@ -100,8 +100,8 @@ def claim(row: Row) -> str:
 
 
 def closed(row: Row) -> str:
-    """The share of the gap between the row's real scenes and ten times as many that generated images close; a dash
-    where more real scenes are no better.
+    """The share of the gap between the row's real scenes and as many as there are generated images that these close; a
+    dash where more real scenes are no better.
     """
     if row.get("ceiling") is None:
         return "–"
@@ -118,8 +118,14 @@ def verdict(row: Row) -> str:
 
 COLUMNS = {"claim": claim, "figure": text("figure")}
 COLUMNS |= {title: lambda row, arm=arm: with_spread(row, arm) for arm, title in NAMES.items()}
-COLUMNS |= {"gain (95 %)": change, "gap to 1,000 real closed": closed, "required": text("target")}
-TABLE = Table(COLUMNS | {"holds": verdict})
+COLUMNS |= {"gain (95 %)": change}
+
+
+def cells(document: Mapping[str, Any]) -> Cells:
+    """The table's headings and rows; the gap is that to as many real scenes as there are generated images."""
+    gap = f"gap to {document['setting']['synthetic']:,} real closed"
+    last = {gap: closed, "required": text("target"), "holds": verdict}
+    return Table(COLUMNS | last).cells(rows_of(document))
 
 
 def setting_line(document: Mapping[str, Any]) -> str:
@@ -133,7 +139,7 @@ def setting_line(document: Mapping[str, Any]) -> str:
 
 
 def terminal(document: Mapping[str, Any]) -> str:
-    return f"{setting_line(document)}\n\n{aligned(TABLE.cells(rows_of(document)))}"
+    return f"{setting_line(document)}\n\n{aligned(cells(document))}"
 
 
 def section(document: Mapping[str, Any], charts: str) -> str:
@@ -147,7 +153,7 @@ def figures(document: Mapping[str, Any]) -> str:
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
     engines = f"In the row {CLAIMS['parity'].title!r}, the columns are images of these engines."
     facts = f"{made}: {setting_line(document)}. {engines}"
-    return f"{facts}\n\n{markdown(TABLE.cells(rows_of(document)))}"
+    return f"{facts}\n\n{markdown(cells(document))}"
 
 
 def chart(document: Mapping[str, Any]) -> str:
@@ -173,7 +179,7 @@ def chart(document: Mapping[str, Any]) -> str:
 
 
 def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
-    head, rows = TABLE.cells(rows_of(document))
+    head, rows = cells(document)
     claims = [[CLAIMS[name].title, row["paper"], _images(row)] for name, row in document["rows"].items()]
     pictures = "".join(
         f'<figure><img src="{name}.png" alt="{escape(words)}"><figcaption>{escape(words)}</figcaption></figure>'

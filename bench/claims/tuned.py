@@ -309,17 +309,28 @@ class TunedArms:
 
 
 def _verdict(question: Question, cells: Mapping[str, Row]) -> Row:
-    """The gain over real images alone, its 95 % interval, and which share of the way to ten times as many it goes."""
+    """The gain over real images alone, its 95 % interval, and which share of the way to ten times as many it goes; each
+    over the seeds that all of its arms have.
+    """
     found: Row = {}
     for name in ("generated", "both", "labelled", "self"):
         if name in cells and "real" in cells:
-            count = min(len(cells[one]["seeds"]) for one in ("real", name))
-            gain, sigma, half = gain_of(*(cells[one]["seeds"][:count] for one in ("real", name)))
+            own, real = _shared(cells, name, "real")
+            gain, sigma, half = gain_of(real, own)
+            count = len(own)
             better = -gain if question.less_is_better else gain
             found[name] = {"gain": gain, "better": better, "students": count, "holds": better > OUTSIDE * sigma}
             if count > 1:
                 found[name] |= {"sigma": sigma, "interval": [gain - half, gain + half]}
-            way = cells["many"]["mean"] - cells["real"]["mean"] if "many" in cells else 0.0
-            if (way < 0) if question.less_is_better else (way > 0):
-                found[name]["closed"] = gain / way
+            if "many" in cells:
+                own, real, many = _shared(cells, name, "real", "many")
+                way = fmean(many) - fmean(real)
+                if (way < 0) if question.less_is_better else (way > 0):
+                    found[name]["closed"] = gain_of(real, own)[0] / way
     return {"gains": found}
+
+
+def _shared(cells: Mapping[str, Row], *names: str) -> list[list[float]]:
+    """The figures of some arms for the seeds that all of them have."""
+    count = min(len(cells[name]["seeds"]) for name in names)
+    return [cells[name]["seeds"][:count] for name in names]

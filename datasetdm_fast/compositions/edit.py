@@ -18,6 +18,7 @@ from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.origin import Beginning
 from datasetdm_fast.generation.prompts import GivenPrompt
+from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.trust import trust_of
@@ -42,10 +43,10 @@ class Edits(Redrawing):
     def __init__(self, source: Source, settings: EditSettings, mask: Mapping[str, Any] | None = None):
         if not settings.prompt.strip():
             raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
-        for name, least in (("grow", 0), ("feather", -1), ("seed", -1)):
+        for name, least in (("grow", 0), ("feather", -1)):
             if not least <= getattr(settings, name) < 2**31:
                 raise Refused(
-                    f"--{name} {getattr(settings, name)}: expected a number of {least} or more",
+                    f"--{name} {getattr(settings, name)}: expected a number from {least} to {2**31 - 1}",
                     "Choose another number.",
                 )
         numbered = regions.labels_of(source, "instance")
@@ -68,6 +69,8 @@ class Edits(Redrawing):
         }
         self.feather = source.side // FEATHER if settings.feather < 0 else settings.feather
         super().__init__(source, settings)
+        for seed in (settings.seed, settings.seed + self.number - 1) if settings.seed != -1 else ():
+            check_seed(seed)
 
     def _places(self) -> list[int]:
         places = super()._places()

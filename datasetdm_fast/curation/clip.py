@@ -1,11 +1,14 @@
 """How well image and prompt fit each other by a CLIP of transformers from a local folder; the only score with torch."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder.reader import StoredSample
 
@@ -14,10 +17,18 @@ DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 16
 
 
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the files of a CLIP's folder that decide its scores, in the order of their names."""
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
+    digests = ((path.name, storage.sha256_of(path)) for path in found)
+    return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
+
+
 class Clip:
     """A CLIP with its tokenizer; its images are scaled and cut as it was trained."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, digest: str):
+        self.digest = digest
         if not (folder / "config.json").is_file():
             raise Refused(
                 f"--clip {folder}: holds no config.json",

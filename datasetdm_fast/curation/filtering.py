@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable,
 
 BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
+CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,17 @@ def check_made(run: Run, names: Sequence[str], extra: Sequence[str]) -> None:
                 raise absent(run.path, name)
 
 
-def count_missing(run: Run, extra: Sequence[str]) -> int:
-    """Scores that samples lack, all that need no network counted as one; `extra` are those that do."""
+def count_missing(run: Run, extra: Sequence[str], clip: str = "") -> int:
+    """Scores that samples lack, all that need no network counted as one; `extra` are those that do, and `clip` is the
+    digest of the CLIP that scores.
+    """
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        wanted = ("distance", *extra)
-        return sum(len(set(ledger.indices()) - {index for index, _ in ledger.scores(name)}) for name in wanted)
+
+        def there(name: str) -> set[int]:
+            is_of_another = name == CLIP and ledger.noted(CLIP) != clip
+            return set() if is_of_another else {index for index, _ in ledger.scores(name)}
+
+        return sum(len(set(ledger.indices()) - there(name)) for name in ("distance", *extra))
 
 
 def complete(
@@ -67,12 +74,14 @@ def complete(
     is_stopping: Callable[[], bool],
 ) -> None:
     """Gives every sample the scores that it lacks, those of `networks` among them; what was scored before stays as it
-    is.
+    is, but for the scores of another CLIP.
     """
     run.close()  # its ledger is about to change
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
+        if CLIP in networks and ledger.noted(CLIP) != networks[CLIP].digest:
+            ledger.forget_scores(CLIP, (CLIP, networks[CLIP].digest))
 
         def lacking(name: str) -> Iterator[list[StoredSample]]:
             there = {index for index, _ in ledger.scores(name)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.evaluation.examples import Examples, as_tensor
+from datasetdm_fast.evaluation.meter import check_count
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.networks import MULTIPLE
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
@@ -72,6 +73,7 @@ def scored(
     for items in _batches(exam, batch_size, is_map(network)):
         for item, answer in zip(items, answered(network, model, items, vocabulary, is_averaged, side)):
             meter.add(item, answer)
+    check_count(meter)
     found = meter.result()
     if network.task == "semantic" and (
         things := [value for name, value in found["per_class"].items() if name in vocabulary.things]

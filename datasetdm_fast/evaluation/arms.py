@@ -14,9 +14,11 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import nn
@@ -40,6 +42,7 @@ SELF = "-self"  # what the names of students end with that are taught again by l
 LARGEST_STATE = 2**24  # bytes of a JSON file in the folder
 LARGEST_WEIGHTS = 2**34  # bytes
 OTHER = "Choose another --out, or the settings that it was started with."
+CONTENTS = "pictures or labels of the real images"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,13 @@ class Experiment:
             "precision": str(self.dtype).removeprefix("torch."),
             **asdict(self.course),
             **taught_by,
+            **({CONTENTS: digest_of_contents(self.sets["real"])} if "real" in self.sets else {}),
         }
+
+    @cached_property
+    def exam_digests(self) -> dict[str, str]:
+        """Of the images that its students are asked about."""
+        return {"images": digest_of(self.exam), "contents": digest_of_contents(self.exam, is_map(self.network))}
 
 
 def digest_of(some: Examples) -> str:
@@ -92,6 +101,21 @@ def digest_of(some: Examples) -> str:
         digest.update(f"{some.source.map}{json.dumps(run.document, sort_keys=True, default=str)}".encode())
     for index in range(len(some)):
         digest.update(f"{some.source.name(some.source.order[index])}\0".encode())
+    return digest.hexdigest()
+
+
+def digest_of_contents(some: Examples, is_whole: bool = False) -> str:
+    """SHA-256 of the pictures and labels of a set, empty where its address or a run's settings alone decide them."""
+    if some.source.is_rendered or hasattr(some.source, "run"):
+        return ""
+    digest = hashlib.sha256()
+    for index in range(len(some)):
+        item = some.whole(index) if is_whole else some[index]
+        for name, value in vars(item).items():
+            if isinstance(value, np.ndarray):
+                digest.update(f"{name} {value.dtype.str} {value.shape}\0".encode())
+                digest.update(np.ascontiguousarray(value).data)
+        digest.update(f"{item.searched} {item.not_exhausted}\0".encode())
     return digest.hexdigest()
 
 
@@ -128,6 +152,7 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "settings.json"
     if storage.is_there(path):
         before = _read(path)
+        before.setdefault(CONTENTS, settings.get(CONTENTS))  # which earlier versions did not note
         if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
             raise Refused(f"--out {out}: its students were trained with other settings ({', '.join(differing)})", OTHER)
     elif any(path.name != ".lock" for path in out.iterdir()):
@@ -164,7 +189,9 @@ class _Student:
     def figures(self, on_message: Callable[[str], None]) -> dict[str, Any]:
         """What it scores, read where it was scored on the same images before."""
         e, path = self.experiment, self.folder / "figures.json"
-        exam = {"images": digest_of(e.exam), "averaged": e.is_averaged, "own_size": is_map(e.network)}
+        if storage.is_there(self.folder / "model.safetensors"):
+            checkpoint.remove(self.folder)  # of a student that was killed when it was finished
+        exam = {**e.exam_digests, "averaged": e.is_averaged, "own_size": is_map(e.network)}
         before = _read(path) if storage.is_there(path) else {}
         if before.get("exam") != exam or not storage.is_there(self.folder / "model.safetensors"):
             found = scored(e.network, self.model(), e.exam, e.vocabulary, e.course.batch_size, e.is_averaged)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.meter import figure_name
+from datasetdm_fast.evaluation.meter import check_count, figure_name
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.scenes.worlds import WORLDS
 
@@ -88,6 +88,7 @@ def learning_curve(
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
+        check_count(meters[0])
         each = [meter.result()[figure] for meter in meters]
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
         drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.intervals import intervals
-from datasetdm_fast.evaluation.meter import Meter
+from datasetdm_fast.evaluation.meter import Meter, check_count
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
@@ -22,8 +21,7 @@ def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     """A meter's result {metric: value}, some of it `by_things` {number of things: {metric: value}}, and, with
     `bootstrap` draws, `intervals` of [low, high] under the same keys, where there is one.
     """
-    if not meter.count:
-        raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
+    check_count(meter)
     drawn = {"images": meter.count, "intervals": intervals(meter, bootstrap, level)} if bootstrap else {}
     things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
     return meter.result() | things | drawn

@@ -139,6 +139,12 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
+def check_count(meter: Meter) -> None:
+    """Refuses to tell figures of no image, as where all that there is of truth is ignored."""
+    if not meter.count:
+        raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
+
+
 def mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is a number."""
     is_there = np.isfinite(values)

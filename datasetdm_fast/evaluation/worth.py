@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import check_count
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -87,6 +88,8 @@ def graded(
     for truth, answer in zip(items, answers):
         for task, meter in meters.items():
             meter.add(truth, getattr(answer, task))
+    for meter in meters.values():
+        check_count(meter)
     return {task: meter.result() for task, meter in meters.items()}
 
 

@@ -39,6 +39,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes the folder's checkpoint, which nothing needs any more."""
-    with storage.refusing(folder / NAME):
-        storage.syscall("unlink", (folder / NAME).unlink, True)
+    """Deletes the folder's checkpoint, where there is one, which nothing needs any more."""
+    path = folder / NAME
+    if storage.is_there(path):  # a folder that may not be written has none
+        with storage.refusing(path):
+            storage.syscall("unlink", path.unlink, True)

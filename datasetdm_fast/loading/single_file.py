@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import pickles
+from datasetdm_fast.foreign import documents, pickles
 from datasetdm_fast.loading.checks import (
     ADAPTER,
     ANOTHER,
@@ -40,6 +40,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
     state, notes = _read_single_file(path)
+    beside = _prediction_beside(path)
     _check_layout(state, path)
     unet_config, vae_config, (text_config, is_second) = (
         read(state, path) for read in (_unet_config, _vae_config, _text_config)
@@ -60,21 +61,23 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
     known = {key: value for key, value in converted.items() if key in text_encoder.state_dict()}
     text_encoder = _filled(text_encoder, known, f"{path}: text_encoder")
-    scheduler = dict(SD_SCHEDULER)
-    said = notes.get("modelspec.prediction_type")
-    if not (said == "epsilon" if said in ("epsilon", "v") else not is_second or predicts_noise(unet)):
-        scheduler["prediction_type"] = "v_prediction"
-        if is_second:
-            unet.register_to_config(sample_size=96)
+    own = NOTED.get(notes.get("modelspec.prediction_type", ""))
+    own = own or ("epsilon" if not is_second or predicts_noise(unet) else "v_prediction")
+    scheduler = SD_SCHEDULER | {"prediction_type": beside or own}
+    if is_second and scheduler["prediction_type"] == "v_prediction":
+        unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
-    origin, proof = (str(path), str(path.resolve())), ({"file": digest([path])}, licence)
+    digests = {"file": digest([path])} | ({"prediction": beside} if beside not in ("", own) else {})
+    origin, proof = (str(path), str(path.resolve())), (digests, licence)
     modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     networks = {part: Network.of(module) for part, module in modules.items()}
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 LORA = "a LoRA, which only changes another model"
+NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # what a file's own notes say -> a scheduler's word for it
+TOLD = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
 EMA = "model_ema."  # before the names of averaged weights, which have no dots
 UNET, VAE, CLIP, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -96,6 +99,24 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {SUPPORTED}", ANOTHER)
     check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), {}
+
+
+def _prediction_beside(path: Path) -> str:
+    """What the UNet predicts by the configuration of the original code that lies beside the file under its name, as web
+    UIs read it; empty where none says so.
+    """
+    settings = path.with_suffix(".yaml")
+    found = documents.read_yaml(settings) if settings.is_file() else None
+    for key in ("model", "params", "parameterization"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None:
+        return ""
+    if not isinstance(found, str) or found not in TOLD:
+        raise Refused(
+            f"model: {settings}: parameterization is {documents.quoted(found)}, expected {' or '.join(TOLD)}",
+            "Correct it, or take the file away if it is not of this model.",
+        )
+    return TOLD[found]
 
 
 def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

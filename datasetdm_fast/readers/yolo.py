@@ -52,9 +52,11 @@ class Yolo(PictureSource):
         rows = []
         for number, line in enumerate(reading.lines(path, may_be_none=True), 1):
             try:
-                kind, *places = line.split()
-                kind, places = int(kind), [float(place) for place in places]
-            except ValueError:
+                first, *places = map(float, line.split())
+                kind = int(first)  # some tools write 0.0
+                if kind != first:
+                    raise ValueError(first)
+            except (ValueError, OverflowError):
                 raise reading.bad(path, f"line {number} is not a class and the numbers of a polygon") from None
             if not 0 <= kind < len(self.thing_classes):
                 raise reading.bad(

@@ -181,6 +181,13 @@ class Ledger(AbstractContextManager):
             self._connection.execute(_SCORES)
             self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", scores)
 
+    def forget_scores(self, name: str, why: tuple[str, str]) -> None:
+        """Takes a score away from all samples, with a note of why that makes a repetition needless."""
+        with self._writing():
+            self._connection.execute(_SCORES)
+            self._connection.execute("DELETE FROM scores WHERE name = ?", (name,))
+            self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", why)
+
     def scores(self, name: str) -> list[tuple[int, float | int | None]]:
         """Index and value of every sample that was given this score, by index."""
         if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'scores'").fetchone():

@@ -83,6 +83,8 @@ def run(
             if not _is_trained(inner, place, plan, ranks, progress(number, plan.schedule.steps), is_stopping):
                 return None
             gc.collect()  # a trainer refers to itself, and with it to its captures and targets
+        elif ranks.is_first:
+            task_run.clear(place)
     if not has_changed and (found := read(folder)) is not None and found["folds"] == count:
         return found
     for number, fold in enumerate(folds, 1):

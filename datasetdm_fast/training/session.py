@@ -340,12 +340,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     if config.class_table:
         source.class_table = _table(config.class_table, source)
     if config.skip_bad:
-        count, source = len(source), source.readable()
-        if not len(source):
-            raise Refused(
-                f"--data {config.data}: none of {count} images can be read; {next(iter(source.skipped.values()))}",
-                "Repair the files, or name other data.",
-            )
+        source = source.readable()
     for task in config.task:
         check_truth(source, source[0], task, config.data)
         check_shown(source, task, config.data)

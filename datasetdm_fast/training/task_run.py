@@ -111,6 +111,11 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     return read_state(result) if result.exists() else None
 
 
+def clear(folder: Path) -> None:
+    """Deletes the state that a training which ended here left where it was killed in its last moment."""
+    checkpoint.remove(folder / "training")
+
+
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with each of the decoder under a name of its own, so that a difference is told in few words."""
     own = settings.get("decoder")
@@ -211,7 +216,8 @@ class _StartedTraining:
             log.step(step, steps, loss, rate)
             if training.held and (step % every == 0 or step == steps):
                 figure = self.look()
-                log.figure(step, METRICS[training.task].held_out_figure, figure)
+                if figure is not None:
+                    log.figure(step, METRICS[training.task].held_out_figure, figure)
             on_step(step, loss, figure)
             if self.ranks.is_first and time.monotonic() - self.saved >= training.config.save_every:
                 self.save()
@@ -223,15 +229,17 @@ class _StartedTraining:
         held = self.training.held
         return held is not None and held_out.are_enough(held.images)
 
-    def look(self) -> float:
-        """The held-out figure now; the weights are kept where it is the best so far of enough images."""
+    def look(self) -> float | None:
+        """The held-out figure now, None where all truth of these images is ignored; the weights are kept where it is
+        the best so far of enough images.
+        """
         task, numbers, patience = self.training.task, self.numbers, self.training.config.patience
         decoder, figure = self._decoder(), None
         if self.ranks.is_first:
-            figure = _judged(self.training, decoder)[1].result()[METRICS[task].held_out_figure]
+            figure = _judged(self.training, decoder)[1].result().get(METRICS[task].held_out_figure)
             numbers["looks"] += 1
-        figure = float(self.ranks.said(figure))
-        if not self._is_choosing:
+        figure = self.ranks.said(figure)
+        if figure is None or not self._is_choosing:
             return figure
         if held_out.is_better(task, figure, numbers["figure"]):
             self.best = {name: value.detach().cpu().clone() for name, value in decoder.state_dict().items()}

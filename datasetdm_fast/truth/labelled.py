@@ -150,7 +150,9 @@ class LabelledSource:
         return fewer
 
     def readable(self) -> Self:
-        """The same data set with only the items that can be read; the others are listed in `skipped`."""
+        """The same data set with only the items that can be read, refused where none can; the others are listed in
+        `skipped`.
+        """
         found = []
         for index, record in enumerate(self.order):
             try:
@@ -159,6 +161,11 @@ class LabelledSource:
                 self.skipped[self.name(record)] = stop.cause
             else:
                 found.append(index)
+        if len(self) and not found:
+            raise Refused(
+                f"none of {len(self)} images can be read; {next(iter(self.skipped.values()))}",
+                "Repair the files, or name other data.",
+            )
         return self.narrowed(found)
 
     def guarded(self, read: Callable, *arguments):
