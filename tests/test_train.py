@@ -646,6 +646,19 @@ def test_labels_that_say_nothing_are_refused(run, tmp_path, capsys, folder, valu
     assert "none of 3 images shows" in err and said in err
 
 
+def test_held_out_images_without_any_truth_have_no_figure(run, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), np.uint8)
+    held = held_out.split(open_data("demo:10", 64), range(10), 0.1, 0)[1]
+    for k, image in enumerate(pixels):
+        save(tmp_path / "data" / "images" / f"{k}.png", image)
+        save(tmp_path / "data" / "depth" / f"{k}.png", np.full((64, 64), 0 if k in held else 2000, np.uint16))
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "2", "--checks", "1"]
+    assert run(*line) == 0
+    told, err = json.loads((tmp_path / "decoder/depth/training/result.json").read_text()), capsys.readouterr().err
+    assert told["held_out_images"] == 1 and told["held_out"] == {} and "depth: 2 steps\n" in err
+    assert [step for step, _ in losses(tmp_path / "decoder")] == [1, 2]
+
+
 def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):
     kind, write, tasks = LAYOUTS["folder"]
     write(tmp_path / "data")

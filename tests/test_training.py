@@ -631,14 +631,15 @@ def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, f
     assert all(sum(curve[-6:]) < 0.8 * sum(curve[:2]) * 3 for curve in curves)
 
 
-def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder):
+@pytest.mark.parametrize("task", ["depth", "semantic"])
+def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, task):
     trainer = Trainer(
-        config_of(engine, source, "depth"),
+        config_of(engine, source, task),
         TrainingSchedule(steps=2, batch_size=2),
-        lessons(engine, source, "depth", folder),
+        lessons(engine, source, task, folder),
         is_ahead=False,
     )
-    torch.nn.init.constant_(trainer.decoder.last_layer_depth[2].bias, float("nan"))
+    torch.nn.init.constant_(trainer.trained[-1], float("nan"))
     with pytest.raises(GateFailed, match="the loss of step 1 is nan"):
         trainer.step()
 

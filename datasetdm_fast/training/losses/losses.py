@@ -74,7 +74,8 @@ def match(
     entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ truth.mT) / logits.shape[2]
     soft = logits.sigmoid()
     overlap = 1 - (2 * soft @ truth.mT + 1) / (soft.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
-    cost = (-CLASS * probability + MASK * entropy + DICE * overlap).float().cpu().numpy()
+    cost = -CLASS * probability + MASK * entropy + DICE * overlap
+    cost = cost.float().nan_to_num().cpu().numpy()  # what is no number makes the loss one, which ends the training
     return [linear_sum_assignment(cost[b, :, : len(own)]) for b, own in enumerate(classes)]
 
 
