@@ -180,6 +180,21 @@ def test_mirrored_views_keep_labels_on_their_things(lessons):
         ).float().mean() >= on_it - 0.35
 
 
+@pytest.mark.parametrize("augmentation", [mild, strong])
+def test_classes_with_a_side_change_places_in_mirrored_views(lessons, augmentation):
+    """A picture whose left half is one class and whose right half is the other looks alike in a mirror."""
+    vocabulary = student_data.Vocabulary(
+        ("background", "left eye", "right eye"), (), ("left eye", "nose", "right eye"), 0.0
+    )
+    halves = torch.where(torch.arange(CELLS) < CELLS // 2, 1, 2).to(torch.uint8).expand(1, CELLS, CELLS)
+    joints = torch.tensor([[[8.0, 16.0, 1.0], [16.0, 16.0, 1.0], [24.0, 16.0, 1.0]]])
+    one = replace(some(lessons, torch.tensor([0])), vocabulary=vocabulary, semantic=halves, joints=joints)
+    view = augmentation(one, 16, torch.Generator().manual_seed(0))
+    known = view.semantic != student_data.IGNORED
+    assert ((view.semantic[:, :, 1:] >= view.semantic[:, :, :-1]) | ~(known[:, :, 1:] & known[:, :, :-1])).all()
+    assert (view.joints[:, 0, 0] < view.joints[:, 2, 0]).all()
+
+
 def test_weights_draw_the_rarer_more_often(lessons):
     few = lessons.balanced()
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)

@@ -274,6 +274,13 @@ def test_classes_with_a_side_change_places_in_a_mirror():
     assert found.semantic.tolist() == [[255, 5, 3, 0], [0, 2, 4, 1]] and found.mask_classes.tolist() == [2]
 
 
+@pytest.mark.parametrize(
+    "names", [("Left Hip", "bright", "Right Hip"), ("leftKnee", "x", "rightKnee"), ("LEFT", "x", "RIGHT")]
+)
+def test_a_side_is_found_however_it_is_written(names):
+    assert mirrored_names(names) == [2, 1, 0]
+
+
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):
     item = next(item for item in open_data("demo:40@0", 64) if len(item.keypoints))
     found = turned(item, 90)

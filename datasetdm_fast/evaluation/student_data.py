@@ -12,6 +12,7 @@ from torch import Tensor
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import without_doubtful
+from datasetdm_fast.labels.words import mirrored_names
 from datasetdm_fast.run_folder.reader import StoredSample
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -37,9 +38,7 @@ class Vocabulary:
     @property
     def mirror(self) -> list[int]:
         """The joint that each becomes in a mirror."""
-        other = {"left": "right", "right": "left"}
-        names = ["_".join(other.get(word, word) for word in name.split("_")) for name in self.joints]
-        return [self.joints.index(name) if name in self.joints else k for k, name in enumerate(names)]
+        return mirrored_names(self.joints)
 
 
 @dataclass(frozen=True)

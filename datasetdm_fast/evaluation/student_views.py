@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, PERSON, StudentData
+from datasetdm_fast.labels.words import mirrored_names
 
 SHIFT = 4  # cells a mild view is moved sideways at most
 ZOOM = 0.6, 1.7  # of a strong view, in half of them
@@ -57,7 +58,8 @@ def mild(lessons: StudentData, count: int, random: torch.Generator) -> StudentVi
     joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
     joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    labels = moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth)
+    semantic = _mirrored_classes(lessons, moved(lessons.semantic).long(), flip)
+    labels = semantic, moved(lessons.instance).long(), moved(lessons.depth)
     return StudentView(images, *labels, joints)
 
 
@@ -82,6 +84,13 @@ def _mirrored_joints(lessons: StudentData, chosen: Tensor, flip: Tensor) -> Tens
     mirrored = joints[:, lessons.vocabulary.mirror]
     mirrored[..., 0] = CELLS - mirrored[..., 0]
     return torch.where(flip[:, None, None], mirrored, joints)
+
+
+def _mirrored_classes(lessons: StudentData, semantic: Tensor, flip: Tensor) -> Tensor:
+    """Label maps [B, CELLS, CELLS] with the classes of mirrored images under their names there."""
+    names = torch.arange(IGNORED + 1)
+    names[: len(lessons.vocabulary.classes)] = torch.tensor(mirrored_names(lessons.vocabulary.classes))
+    return torch.where(flip[:, None, None], names[semantic], semantic)
 
 
 def _between(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -118,7 +127,8 @@ def framed(lessons: StudentData, count: int, random: torch.Generator) -> Student
     joints[..., :2] = (joints[..., :2] - CELLS / 2) * zoom[:, None, None] + CELLS / 2 + moves.flip(0).T[:, None]
     joints[..., 2] *= ((joints[..., :2] >= 0) & (joints[..., :2] < CELLS)).all(-1)
     depth = read(lessons.depth, 0.0) * (~is_zoomed)[:, None, None]
-    labels = read(lessons.semantic.long(), IGNORED), read(lessons.instance.long(), IGNORED), depth
+    semantic = _mirrored_classes(lessons, read(lessons.semantic.long(), IGNORED), flip)
+    labels = semantic, read(lessons.instance.long(), IGNORED), depth
     return StudentView(read(lessons.images, None).float() / 255, *labels, joints)
 
 

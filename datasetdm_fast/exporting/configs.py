@@ -9,8 +9,8 @@ from datasetdm_fast.exporting.coco import YEAR, CocoFormat
 from datasetdm_fast.exporting.depth import NyuFormat, lines, published_split
 from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.view import SampleView
-from datasetdm_fast.exporting.yolo import mirrored
 from datasetdm_fast.labels.colours import colour, palette
+from datasetdm_fast.labels.words import mirrored_names
 
 SIGMA = 0.05  # of a joint, where nobody measured how far apart people place it
 WIDTH = 120
@@ -97,7 +97,7 @@ class SimccFormat(CocoFormat):
     needs = (("pose",),)
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        swapped = mirrored(plan.joints)
+        swapped = mirrored_names(plan.joints)
         joints = {
             k: {
                 "name": name,

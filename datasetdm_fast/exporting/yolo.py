@@ -9,9 +9,9 @@ from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files
 from datasetdm_fast.exporting.rings import joined, parts, rings
 from datasetdm_fast.exporting.view import SampleView
 from datasetdm_fast.labels.pose import TO_EDGE
+from datasetdm_fast.labels.words import mirrored_names
 
 DIGITS = 10  # of a share
-SIDES = (("left", "right"), ("right", "left"))
 
 
 class YoloFormat(Format):
@@ -89,14 +89,7 @@ class YoloPose(YoloFormat):
         return plan.people
 
     def fields(self, plan: ExportPlan) -> dict[str, object]:
-        return {"kpt_shape": [len(plan.joints), 3], "flip_idx": mirrored(plan.joints)}
-
-
-def mirrored(joints: Sequence[str]) -> list[int]:
-    """The joint that each becomes in a mirrored picture, by the words left and right in their names."""
-    places = {name: k for k, name in enumerate(joints)}
-    others = [next((name.replace(a, b) for a, b in SIDES if a in name), name) for name in joints]
-    return [places.get(other, k) for k, other in enumerate(others)]
+        return {"kpt_shape": [len(plan.joints), 3], "flip_idx": mirrored_names(plan.joints)}
 
 
 def _box(box: Sequence[float], sample: SampleView) -> list[str]:

@@ -25,6 +25,9 @@ AFTER_A_NOUN = frozenset(
     " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
     " standing hanging that which who while as against around across along among through".split()
 )
+SIDES = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
+OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
 
 
@@ -102,6 +105,12 @@ def always_named(
     """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
     unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown, own))}
     return tuple(name for name in classes if name not in unsaid)
+
+
+def mirrored_names(names: Sequence[str]) -> list[int]:
+    """For each joint or class the index of the one that takes its name in a mirror image."""
+    swapped = [SIDES.sub(lambda word: OTHER_SIDE[word[0]], name) for name in names]
+    return [names.index(name) if name in names else k for k, name in enumerate(swapped)]
 
 
 def token_places(

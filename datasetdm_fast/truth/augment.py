@@ -3,7 +3,6 @@ alone.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,13 +11,12 @@ from PIL import Image
 
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.pose import PERSON
-from datasetdm_fast.labels.words import find_classes, with_article
+from datasetdm_fast.labels.words import find_classes, mirrored_names, with_article
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 IGNORE = 255
 CONTRAST, BRIGHTNESS, GAIN, SATURATION, NOISE = (0.6, 1.4), 0.2, (0.7, 1.3), (0.3, 1.4), 0.04
 GREY = np.float32([0.299, 0.587, 0.114])
-SIDES = re.compile(r"(?<![A-Za-z])(?:left|right)(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,6 @@ def look(
     if how.is_recoloured:
         item = replace(item, image=recoloured(item.image, generator))
     return replace(item, image=lit(item.image, how.light, generator)) if how.light else item
-
-
-def mirrored_names(names: tuple[str, ...]) -> list[int]:
-    """For each joint or class the index of the one that takes its name in a mirror image."""
-    swapped = [SIDES.sub(lambda word: "left" if word[0] == "right" else "right", name) for name in names]
-    return [names.index(name) if name in names else k for k, name in enumerate(swapped)]
 
 
 def mirrored(item: Labelled, source: LabelledSource) -> Labelled:

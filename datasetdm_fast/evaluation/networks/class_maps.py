@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.evaluation.student_data import IGNORED, Vocabulary
 from datasetdm_fast.kernels.to_device import to_device
-from datasetdm_fast.truth.augment import mirrored_names
+from datasetdm_fast.labels.words import mirrored_names
 from datasetdm_fast.truth.labelled import Labelled
 
 
