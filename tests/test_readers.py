@@ -890,6 +890,16 @@ def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
         assert item.caption == f"{next(iter(said.values()))} \U0001f333?"
 
 
+def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(copied):
+    root, spec = copied("folder")
+    path = root / "captions.json"
+    path.write_text(json.dumps({"scene 0.png": "a quiet room", "scene 1": "a garden"}))
+    assert [item.caption for item in open_data(spec, 64)][:2] == ["a quiet room", "a garden"]
+    path.write_text(json.dumps({"scene 0.jpg": "a quiet room"}))
+    with pytest.raises(Refused, match="names none of the images"):
+        open_data(spec, 64)
+
+
 def test_labels_of_sub_folders_and_linked_folders_are_found(copied):
     root, address = copied("folder")
     before = [item.semantic for item in open_data(address, SIZE)]

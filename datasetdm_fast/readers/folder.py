@@ -12,8 +12,9 @@ PARTS = "images", "masks", "semantic", "depth"
 
 
 class Folder(PictureSource):
-    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json may be there, and there or in PATH
-    max_depth.txt with the farthest depth in metres, which decides the unit of depth files as in a run folder.
+    """images, masks or semantic, depth in PATH or PATH/SPLIT. captions.json may be there, a caption for each file name
+    or name without its ending, and there or in PATH max_depth.txt with the farthest depth in metres, which decides the
+    unit of depth files as in a run folder.
     """
 
     rule = framing.RULES["voc"]
@@ -44,8 +45,15 @@ class Folder(PictureSource):
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
+        if self.captions and all(self._said(record) is None for record in range(len(self.images))):
+            raise reading.bad(captions, f"names none of the images in {path / 'images'}")
         self.captions_name_all = not self.captions
         super().__init__(size, len(self.images))
+
+    def _said(self, record: int) -> object:
+        """What captions.json says of an image, by its file name or without the ending."""
+        name = self.ids[record]
+        return self.captions.get(f"{name}{self.images[record].suffix}", self.captions.get(name))
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
@@ -53,7 +61,7 @@ class Folder(PictureSource):
         image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
         labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
         depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
-        caption = self.captions.get(name)
+        caption = self._said(record)
         if caption is None:
             caption = self.caption(labels)
         if not isinstance(caption, str):
