@@ -28,6 +28,7 @@ from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
+from datasetdm_fast.training import folds, held_out
 from datasetdm_fast.truth import framing
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
@@ -325,6 +326,30 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         k = int(np.flatnonzero(joints[:, 2])[0])
         middle = np.array(row["bbox"][:2]) + np.array(row["bbox"][2:]) / 2
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
+
+
+def test_persons_of_one_image_of_coco_are_held_out_together(copied):
+    root, address = copied("coco")
+
+    def doubled(document):
+        rows = document["annotations"]
+        rows += [row | {"id": 1000 * k + row["id"]} for k in range(1, 6) for row in list(rows)]
+
+    rewrite(root / "annotations/person_keypoints_train2017.json", doubled)
+    source = open_data(address, SIZE, tasks=["pose"])
+    images = [source._image_of(record) for record in source.order]
+    for parts in (held_out.split(source, range(len(source)), 0.3, 0), folds.parts(source, range(len(source)), 2, 0)):
+        sides = [{images[number] for number in part} for part in parts]
+        assert sides[0] and sides[1] and not sides[0] & sides[1]
+    assert source.origins(0) and not open_data(address, SIZE).origins(0)
+
+
+def test_coco_without_the_year_in_its_names_is_read(copied):
+    root, address = copied("coco")
+    before = [item.id for item in open_data(address, SIZE)]
+    for path in [*root.rglob("*train2017*")]:
+        path.rename(path.with_name(path.name.replace("train2017", "default")))
+    assert [item.id for item in open_data(f"{address}[default]", SIZE)] == before
 
 
 def test_areas_that_coco_does_not_tell_are_those_of_the_masks(copied):

@@ -19,6 +19,7 @@ from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource, largest
 from datasetdm_fast.truth.shapes import MOST_CORNERS, rasterised
 
+KINDS = ("instances", "person_keypoints")  # of annotation files
 IMAGE_FORM = {"id": int, "height": int, "width": int}
 SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
 IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
@@ -117,7 +118,8 @@ class Annotations:
 
 
 class Coco(PictureSource):
-    """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017.
+    """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017; or all of them
+    without the year.
 
     Asked for pose alone, each item is one person in the middle of a square; otherwise it is an image.
     """
@@ -128,8 +130,10 @@ class Coco(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        stem = split if any(letter.isdigit() for letter in split) else f"{split}2017"
-        things, persons = (path / "annotations" / f"{kind}_{stem}.json" for kind in ("instances", "person_keypoints"))
+        stems = (split,) if any(letter.isdigit() for letter in split) else (f"{split}2017", split)
+        files = {stem: [path / "annotations" / f"{kind}_{stem}.json" for kind in KINDS] for stem in stems}
+        stem = next((stem for stem in stems if any(file.exists() for file in files[stem])), stems[0])
+        things, persons = files[stem]
         is_pose_alone = tasks == ("pose",)
         has_persons = persons.exists() and (not tasks or "pose" in tasks)
         has_things = not is_pose_alone and (things.exists() or not has_persons)
@@ -172,6 +176,10 @@ class Coco(PictureSource):
 
     def _image_of(self, record: int) -> int:
         return self.images[record] if self.people is None else int(self.persons.rows["image"][self.people[record]])
+
+    def origins(self, record: int) -> tuple[str, ...]:
+        """The image, where each item is one of its persons."""
+        return () if self.people is None else (str(self._image_of(record)),)
 
     def image_path(self, image: int) -> Path:
         first = self.things or self.persons
