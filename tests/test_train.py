@@ -31,7 +31,7 @@ from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
-from datasetdm_fast.training.settings import QUIRKS
+from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
 
@@ -644,6 +644,20 @@ def test_labels_that_say_nothing_are_refused(run, tmp_path, capsys, folder, valu
     assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", task) == 2
     err = capsys.readouterr().err
     assert "none of 3 images shows" in err and said in err
+
+
+def test_copies_of_an_image_are_held_out_together(run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), np.uint8)
+    for k in range(12):  # of each image three
+        save(tmp_path / "data" / "images" / f"{k:02d}.png", pixels[k % 4])
+        save(tmp_path / "data" / "depth" / f"{k:02d}.png", np.full((64, 64), 2000, np.uint16))
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "1", "--held-out", "0.3"]
+    assert run(*line, "--folds", "2", "--quiet") == 0
+    config = TrainConfig(data=line[1], task=("depth",), model="tiny", size=64, engine="torch", held_out=0.3)
+    opened = session.open_session(config, session.SOLO)
+    for parts in (opened.parts, folds.parts(opened.source, opened.numbers, 2, 0)):
+        sides = [{number % 4 for number in part} for part in parts]
+        assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_held_out_images_without_any_truth_have_no_figure(run, tmp_path, capsys):

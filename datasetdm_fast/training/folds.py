@@ -48,7 +48,7 @@ def count_of(session: TrainingSession) -> int:
 def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int) -> list[list[int]]:
     """The item numbers of each fold, as equal as may be; items that were made of one picture are in the same fold."""
     members = defaultdict(list)
-    for number, group in zip(numbers, groups([source.origins(source.order[number]) for number in numbers])):
+    for number, group in zip(numbers, groups([source.made_of(number) for number in numbers])):
         members[group].append(number)
     found: list[list[int]] = [[] for _ in range(folds)]
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():

@@ -32,7 +32,7 @@ def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: in
     """
     count = len(numbers)
     wanted = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
-    numbered = groups([source.origins(source.order[number]) for number in numbers])
+    numbered = groups([source.made_of(number) for number in numbers])
     members = defaultdict(list)
     for place, group in enumerate(numbered):
         members[group].append(place)

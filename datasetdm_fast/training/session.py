@@ -371,4 +371,5 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
             say(f"data       {done} of {len(source)} images read")
 
     data = ranks.said(data_record.record(source, progress) if ranks.is_first else None)
+    source.digests = {source.order[k]: item["image"] for k, item in enumerate(data["items"])}
     return TrainingSession(config, engine, source, ranks, tuple(range(len(source))), say, data)

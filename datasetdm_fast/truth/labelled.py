@@ -82,6 +82,7 @@ class LabelledSource:
         self.size = size
         self.order: Sequence[int] = range(count)
         self.skipped: dict[str, str] = {}  # name -> reason
+        self.digests: dict[int, str] = {}  # record -> that of its picture's pixels, where a training has read them
 
     def name(self, record: int) -> str:
         """How messages call a record: a file."""
@@ -106,6 +107,11 @@ class LabelledSource:
     def origins(self, record: int) -> tuple[str, ...]:
         """The pictures that a record was made of: two records that share one are never held out from each other."""
         return ()
+
+    def made_of(self, index: int) -> tuple[str, ...]:
+        """The origins of item `index` and, where it is known, the digest of its pixels: copies are of one picture."""
+        record = self.order[index]
+        return (*self.origins(record), *([self.digests[record]] if record in self.digests else ()))
 
     def things_of(self, item: Labelled) -> list[tuple[str, np.ndarray]]:
         """The things of an item with their masks: without masks, all pixels of a class that is one of things."""
