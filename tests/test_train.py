@@ -509,6 +509,15 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     assert run(*arguments[:-1], "2") == 0 and "2-fold cross-validation" in (state / "page.html").read_text()
 
 
+@pytest.mark.parametrize(("images", "held"), [(40, 0), (400, 32)])
+def test_a_fold_holds_out_images_only_where_they_are_enough_to_choose_a_step_by(images, held):
+    config = TrainConfig(data=f"demo:{images}@1000", task=("depth",), model="tiny", size=64, engine="torch", quiet=True)
+    opened = session.open_session(config, session.SOLO)
+    fold = folds.parts(opened.source, opened.numbers, 5, 0)[0]
+    learnt, others = folds._without(opened, fold).parts
+    assert len(others) == held and sorted([*learnt, *others, *fold]) == list(range(images))
+
+
 @pytest.mark.parametrize("folds_asked", ["1", "11", "many", "101"])
 def test_folds_that_cannot_be(run, tmp_path, capsys, folds_asked):
     assert run("--data", "demo:10@1000", "--task", "depth", "--folds", folds_asked) == 2

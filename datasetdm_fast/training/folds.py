@@ -73,8 +73,7 @@ def run(
     path, meter, has_changed = folder / "training" / NAME, METRICS[task](session.source), False
     folds = parts(session.source, session.numbers, count, session.config.seed)
     for number, fold in enumerate(folds, 1):
-        judged = set(fold)
-        inner = replace(session, numbers=tuple(item for item in session.numbers if item not in judged))
+        inner = _without(session, fold)
         plan = inner.plan(task)
         plan = replace(plan, settings={**plan.settings, "fold": f"{number} of {count}"})
         place = folder / "training" / f"folds-{count}" / str(number)
@@ -105,6 +104,17 @@ def run(
         }
         storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
     return ranks.said(document)
+
+
+def _without(session: TrainingSession, fold: Sequence[int]) -> TrainingSession:
+    """The training of the decoder that judges a fold: of its other images some are held out only where they are enough
+    to choose a step by.
+    """
+    judged = set(fold)
+    inner = replace(session, numbers=tuple(item for item in session.numbers if item not in judged))
+    if held_out.are_enough(len(inner.parts[1])):
+        return inner
+    return replace(inner, config=replace(session.config, held_out=0.0))
 
 
 def _is_trained(

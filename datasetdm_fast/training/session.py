@@ -196,8 +196,12 @@ class TrainingSession:
 
     def _time_of_folds(self, task: str, plan: TaskPlan, folds: int, is_finished: bool) -> str:
         """How many steps the folds take with the decoder itself, and how long, where a log of these steps tells it."""
-        steps = plan.schedule.steps
-        of_fold = round(steps * (1 - 1 / folds)) if self.config.preset == "upstream" else steps  # by images
+        steps, learnt, config = plan.schedule.steps, len(self.parts[0]), self.config
+        of_fold = steps
+        if config.preset == "upstream" and not config.steps:  # by images
+            images = round(len(self.numbers) * (1 - 1 / folds))
+            held = round(config.held_out * images)
+            of_fold = round(steps / learnt * (images - held if are_enough(held) else images))
         whole = folds * of_fold + (0 if is_finished else steps)
         each = log.seconds_of_step(Path(self.config.out) / task / "training")
         time_of_all = f", about {duration(each * whole)} by the steps that were taken" if each else ""
