@@ -180,6 +180,16 @@ def test_several_data_sets_and_names_of_classes(tmp_path, capsys):
     assert evaluate(["--data", data, "--student", "small", "--run", "x"]) == 2
 
 
+@pytest.mark.parametrize("name", ["voc", "cityscapes"])
+def test_captions_made_of_labels_say_the_names_that_a_decoder_has(name, tmp_path):
+    kind, write, _ = layouts.LAYOUTS[name]
+    write(tmp_path)
+    caption = open_data(f"{kind}:{tmp_path}", 64)[0].caption
+    shown = next(one for one in open_data(f"{kind}:{tmp_path}", 64).thing_classes if one in caption)
+    source = naming.renamed(open_data(f"{kind}:{tmp_path}", 64), {shown: "zebra"}, ("zebra",), finds=False)
+    assert source[0].caption == caption.replace(shown, "zebra") != caption
+
+
 @long_test
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quick_recipe_runs_to_its_end(name, data, tmp_path, monkeypatch, capsys):

@@ -61,7 +61,8 @@ def renamed(
     source: LabelledSource, pairs: Mapping[str, str], known: Sequence[str], *, finds: bool
 ) -> LabelledSource | RenamedSource:
     """The source with the names for its classes that `pairs` says, and where it `finds` names itself, those of the
-    decoder's classes `known` that the class tables hold for the same; no name is then there twice.
+    decoder's classes `known` that the class tables hold for the same; no name is then there twice. Captions that are
+    made of its labels say these names.
     """
     names = tuple(dict.fromkeys((*source.classes, *source.thing_classes)))
     new = {name: pairs[name] for name in names if name in pairs}
@@ -72,6 +73,7 @@ def renamed(
     called = [new.get(name, name) for name in names]
     if twice := next((name for name in called if called.count(name) > 1), None):
         raise Refused(f"--class-names: two classes of the data would be {twice}", "Give each a name of its own.")
+    source.called = new
     return RenamedSource(source, new) if new else source
 
 

@@ -43,7 +43,8 @@ class Cityscapes(PictureSource):
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
         things = self._things(path, image.shape) if "instance" in self.tasks else {}
-        names = ",".join(self.classes[k] for k in np.unique(labels) if k != IGNORED)
+        shown = [self.classes[k] for k in np.unique(labels) if k != IGNORED]
+        names = ",".join(self.called.get(name, name) for name in shown)
         return Picture(path.stem, image, f"a photo of a {names}, the urban street", labels, **things)
 
     def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:

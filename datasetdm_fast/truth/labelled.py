@@ -1,7 +1,7 @@
 """A labelled image as its data set stores it, the same at the model's size, and what every data set offers."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -74,6 +74,7 @@ class LabelledSource:
     is_rendered: bool = False  # whether its address alone decides its items
     captions_name_all: bool = False  # whether captions are made of the labels, or name every thing by their making
     class_table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
+    called: Mapping[str, str] = {}  # class -> the name that such captions call it by instead of its own
     framing: str = "fit"
     skip_bad: bool = False
     least_mask: float = 1.0  # pixels at the model's size: smaller masks are dropped

@@ -76,7 +76,7 @@ class PictureSource(LabelledSource):
     def photo_of(self, names: Sequence[str]) -> str:
         """A caption of these classes, as a person says them."""
         known = tuple(dict.fromkeys((*self.classes, *self.thing_classes, *names)))
-        said = dict(zip(known, spoken(known, self.class_table), strict=True))
+        said = dict(zip(known, spoken([self.called.get(name, name) for name in known], self.class_table), strict=True))
         return reading.photo_of([said[name] for name in names])
 
     def areas(self, record: int) -> dict[str, int]:
