@@ -925,6 +925,21 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
         open_data(spec, 64)
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "first"),
+    [
+        ("folder", "classes.txt", "Background"),
+        ("folder", "classes.txt", "_background_"),
+        ("voc", "labelmap.txt", "BACKGROUND:0,0,0::"),
+    ],
+)
+def test_a_background_is_no_thing_however_it_is_written(copied, kind, file, first):
+    root, address = copied(kind)
+    (root / file).write_text("\n".join([first, *(f"c{k}" for k in range(1, 30))]))
+    source = open_data(address, SIZE)
+    assert source.classes[0] == "background" and source.thing_classes == source.classes[1:]
+
+
 def test_labels_of_sub_folders_and_linked_folders_are_found(copied):
     root, address = copied("folder")
     before = [item.semantic for item in open_data(address, SIZE)]

@@ -93,7 +93,7 @@ class HuggingFace(PictureSource):
             if (file := folder / "id2label.json").exists():
                 return _numbered(file, documents.read_object(file))
         if found := next(_names(self.rows.features(self.columns["label"])), ()):
-            return found
+            return reading.with_background(found)
         return reading.class_file(reading.first_there(self.path / "id2label.json", self.path / "classes.txt"))
 
     def name(self, record: int) -> str:
@@ -230,4 +230,4 @@ def _numbered(path: Path, found: dict[str, Any]) -> tuple[str, ...]:
         or len(found) > IGNORED
     ):
         raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
-    return tuple(found[str(k)] for k in range(len(found)))
+    return reading.with_background([found[str(k)] for k in range(len(found))])

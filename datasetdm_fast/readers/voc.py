@@ -92,7 +92,7 @@ def _label_map(path: Path) -> tuple[str, ...]:
     names = tuple(line.partition(":")[0] for line in reading.lines(path) if not line.startswith("#"))
     if len(set(names)) < len(names) or len(names) < 2 or not all(names) or len(names) > IGNORED:
         raise reading.bad(path, "its names are not different ones, the background's first")
-    return names
+    return reading.with_background(names)
 
 
 def _id(line: str) -> str:

@@ -243,7 +243,14 @@ def class_file(path: Path) -> tuple[str, ...]:
     names = lines(path)
     if len(set(names)) < len(names) or max(map(len, names)) > 200:
         raise bad(path, "its names are not short and different, one a line")
-    return tuple(names)
+    return with_background(names)
+
+
+def with_background(classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names whose first is called background where a data set writes it as Background or _background_."""
+    first, *others = classes
+    is_other = first.strip("_ ").lower() == "background" and "background" not in others
+    return ("background" if is_other else first, *others)
 
 
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
