@@ -292,6 +292,25 @@ def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):
     assert code == 2 and said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
 
 
+@pytest.mark.parametrize(
+    "student, task", [("small", "semantic"), ("segformer", "semantic"), ("mask2former", "instance")]
+)
+def test_a_run_none_of_whose_classes_the_data_names_is_refused(run, tmp_path, capsys, student, task):
+    kind = "yolo-seg"  # whose classes the data names by itself
+    for name in ("learnt", "judged"):
+        LAYOUTS[kind][1](tmp_path / name)
+        path = tmp_path / name / "data.yaml"
+        path.write_text("names: [" + ", ".join(f"other{k}" for k in range(9)) + "]\n")
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "2", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"{kind}:{tmp_path}/judged", "--learn-from": f"{kind}:{tmp_path}/learnt"}
+    parts |= {"--student": student, "--task": task}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
+    said = "none of its 4 images shows a label of semantic" if student == "small" else "are none of the data's, "
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
     poor = tmp_path / "poor"
     shutil.copytree(run, poor)
