@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import answering, arms, course, student_data
 from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
 from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.evaluation.networks import NETWORKS, STUDENTS, open_network
 from datasetdm_fast.evaluation.networks.weights import build
+from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
 
@@ -74,6 +76,12 @@ def test_a_killed_course_ends_in_the_same_weights(scenes, tmp_path, monkeypatch)
     assert seen == [2, 3] and all(torch.equal(whole[name], again[name]) for name in whole)
     other = taught(training("segformer", scenes, seed=1), tmp_path / "other", lambda step, loss: None).state_dict()
     assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_network_is_refused(scenes, tmp_path):
+    checkpoint.write(tmp_path, {"model.x": torch.zeros(1)}, {"done": 1})
+    with pytest.raises(Refused, match="checkpoint.safetensors: not the state of this training"):
+        taught(training("segformer", scenes), tmp_path, lambda step, loss: None)
 
 
 def test_warm_up_and_polynomial_decay():
