@@ -892,6 +892,18 @@ def test_names_of_classes_may_be_numbers_and_their_numbers_texts(copied):
             open_data(address, SIZE)
 
 
+def test_a_label_of_points_alone_is_no_class_of_labelme(copied):
+    root, address = copied("labelme")
+    classes, masks = open_data(address, SIZE).thing_classes, len(open_data(address, SIZE)[0].masks)
+    for path in root.glob("*.json"):
+        document = json.loads(path.read_text())
+        document["shapes"].append({"label": "nose", "points": [[1, 1]], "shape_type": "point"})
+        path.write_text(json.dumps(document))
+    assert open_data(address, SIZE).thing_classes == classes
+    (root / "classes.txt").write_text("\n".join(classes))
+    assert len(open_data(address, SIZE)[0].masks) == masks
+
+
 def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
     root, address = copied("folder")
     path = root / "captions.json"
