@@ -228,6 +228,10 @@ def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, cap
     turned(tmp_path / "learnt/masks/scene 2.png")  # of which no student learnt
     assert evaluate.main(line) == 0
     turned(tmp_path / "learnt/masks/scene 0.png")
+    (tmp_path / "learnt/masks/scene 1.png").write_bytes(b"")
+    assert evaluate.main([*line, "--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+    Image.new("L", (96, 80)).save(tmp_path / "learnt/masks/scene 1.png")
+    capsys.readouterr()
     assert evaluate.main(line) == 2
     said = "its students were trained with other settings (pictures or labels of the real images)"
     assert said in capsys.readouterr().err
