@@ -51,7 +51,9 @@ class SpliceConfig:
         """Refuses numbers that cannot be."""
         for name, least in (("number", 1), ("limit", 0), ("threads", 0)):
             if not least <= (value := getattr(self, name)) < MOST:
-                raise Refused(f"--{name} {value}: expected a number of {least} or more", "Choose another number.")
+                raise Refused(
+                    f"--{name} {value}: expected a number from {least} to {MOST - 1}", "Choose another number."
+                )
         if not -(2**63) <= self.seed < 2**63 - self.number:
             raise Refused(f"--seed {self.seed}: seeds have 64 bits", "Choose a smaller number.")
 

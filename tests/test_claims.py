@@ -383,6 +383,7 @@ def test_worth_of_a_run(capsys):
             and row["interval"][0] <= row["gain"] <= row["interval"][1]
         )
     assert "6 real and 2 generated images, 2 students of each kind" in worth.table(found)
+    assert set(worth.worth(SOURCE, unseen, run, (*tasks, "pose"), 6, seeds=2, steps=2)) == set(tasks)  # shows no person
     with pytest.raises(Refused, match="can learn pose"):
         worth.student_tasks(SOURCE, unseen, run, ("pose",))
     with pytest.raises(Refused, match="--real 13: the data set has 12 images"):

@@ -269,8 +269,9 @@ def test_agreement_counts_pixels_with_one_name():
     assert sample_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
 
 
-def test_clip_scores_come_from_a_local_folder(run, tmp_path):
+def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     folder = tmp_path / "clip"
@@ -300,6 +301,11 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path):
         others = [value for _, value in ledger.scores("clip")]
     assert len(others) == NUMBER and not set(found) & set(others)
     assert filter.main([str(run), "--clip", str(tmp_path / "none"), "--quiet"]) == 2
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "vision" not in name}, folder / "model.safetensors")
+    capsys.readouterr()
+    assert filter.main([str(run), "--clip", str(folder), "--quiet"]) == 3
+    assert "tensors of a CLIP are missing, such as vision_model." in capsys.readouterr().err
     assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
 
 

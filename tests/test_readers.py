@@ -905,6 +905,30 @@ def test_classes_that_are_written_with_a_point_are_read_where_they_are_whole(cop
             open_data(address, SIZE)[0]
 
 
+def test_names_of_classes_may_be_numbers_and_their_numbers_texts(copied):
+    root, address = copied("yolo-seg")
+    count = len(open_data(address, SIZE).thing_classes)
+    for names in ([*range(count)], {str(k): str(k) for k in range(count)}, {k: k for k in range(count)}):
+        (root / "data.yaml").write_text(json.dumps({"names": names}))
+        assert open_data(address, SIZE).thing_classes == tuple(map(str, range(count)))
+    for names in ([1, "1", *range(2, count)], {"a": "b"}, [True, *range(1, count)]):
+        (root / "data.yaml").write_text(json.dumps({"names": names}))
+        with pytest.raises(Refused, match="names is no list of different class names"):
+            open_data(address, SIZE)
+
+
+def test_a_label_of_points_alone_is_no_class_of_labelme(copied):
+    root, address = copied("labelme")
+    classes, masks = open_data(address, SIZE).thing_classes, len(open_data(address, SIZE)[0].masks)
+    for path in root.glob("*.json"):
+        document = json.loads(path.read_text())
+        document["shapes"].append({"label": "nose", "points": [[1, 1]], "shape_type": "point"})
+        path.write_text(json.dumps(document))
+    assert open_data(address, SIZE).thing_classes == classes
+    (root / "classes.txt").write_text("\n".join(classes))
+    assert len(open_data(address, SIZE)[0].masks) == masks
+
+
 def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
     root, address = copied("folder")
     path = root / "captions.json"

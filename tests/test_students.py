@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import answering, arms, course, student_data
 from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
 from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.evaluation.networks import NETWORKS, STUDENTS, open_network
 from datasetdm_fast.evaluation.networks.weights import build
+from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
 
@@ -74,6 +76,12 @@ def test_a_killed_course_ends_in_the_same_weights(scenes, tmp_path, monkeypatch)
     assert seen == [2, 3] and all(torch.equal(whole[name], again[name]) for name in whole)
     other = taught(training("segformer", scenes, seed=1), tmp_path / "other", lambda step, loss: None).state_dict()
     assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_network_is_refused(scenes, tmp_path):
+    checkpoint.write(tmp_path, {"model.x": torch.zeros(1)}, {"done": 1})
+    with pytest.raises(Refused, match="checkpoint.safetensors: not the state of this training"):
+        taught(training("segformer", scenes), tmp_path, lambda step, loss: None)
 
 
 def test_warm_up_and_polynomial_decay():
@@ -220,6 +228,10 @@ def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, cap
     turned(tmp_path / "learnt/masks/scene 2.png")  # of which no student learnt
     assert evaluate.main(line) == 0
     turned(tmp_path / "learnt/masks/scene 0.png")
+    (tmp_path / "learnt/masks/scene 1.png").write_bytes(b"")
+    assert evaluate.main([*line, "--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+    Image.new("L", (96, 80)).save(tmp_path / "learnt/masks/scene 1.png")
+    capsys.readouterr()
     assert evaluate.main(line) == 2
     said = "its students were trained with other settings (pictures or labels of the real images)"
     assert said in capsys.readouterr().err
@@ -290,6 +302,25 @@ def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):
     code = run_command(evaluate.main, [*line, "--out", str(tmp_path / "none"), *more])
     error = capsys.readouterr().err
     assert code == 2 and said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
+
+
+@pytest.mark.parametrize(
+    "student, task", [("small", "semantic"), ("segformer", "semantic"), ("mask2former", "instance")]
+)
+def test_a_run_none_of_whose_classes_the_data_names_is_refused(run, tmp_path, capsys, student, task):
+    kind = "yolo-seg"  # whose classes the data names by itself
+    for name in ("learnt", "judged"):
+        LAYOUTS[kind][1](tmp_path / name)
+        path = tmp_path / name / "data.yaml"
+        path.write_text("names: [" + ", ".join(f"other{k}" for k in range(9)) + "]\n")
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "2", "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"{kind}:{tmp_path}/judged", "--learn-from": f"{kind}:{tmp_path}/learnt"}
+    parts |= {"--student": student, "--task": task}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
+    said = "none of its 4 images shows a label of semantic" if student == "small" else "are none of the data's, "
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):

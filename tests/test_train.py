@@ -116,6 +116,9 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
     left.write_bytes(b"as a kill after the last step leaves it")
     assert run(*line, "--dry-run") == 0 and left.exists()
     assert run(*line) == 0 and not left.exists()
+    for name in ("model.safetensors", "config.json"):  # without them it is taught anew
+        (tmp_path / "decoder" / "depth" / name).unlink()
+        assert run(*line) == 0 and weights(tmp_path / "decoder") == before and load_decoders(tmp_path / "decoder")
     capsys.readouterr()
     assert run(*line, "--rate", "0.5") == 2
     assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err

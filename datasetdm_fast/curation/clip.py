@@ -15,6 +15,7 @@ from datasetdm_fast.run_folder.reader import StoredSample
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 16
+NEEDED = "It needs config.json, model.safetensors and the files of its tokenizer."
 
 
 def digest_of(folder: Path) -> str:
@@ -38,13 +39,15 @@ class Clip:
 
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
-            self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, **options).eval()
+            model, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # transformers raises nearly anything
             raise Missing(
-                f"--clip {folder}: transformers cannot read it ({type(error).__name__}: {error})",
-                "It needs config.json, model.safetensors and the files of its tokenizer.",
+                f"--clip {folder}: transformers cannot read it ({type(error).__name__}: {error})", NEEDED
             ) from error
+        if absent := sorted(told["missing_keys"]):  # which transformers draws at random
+            raise Missing(f"--clip {folder}: {len(absent)} tensors of a CLIP are missing, such as {absent[0]}", NEEDED)
+        self.model = model.eval()
         self.side: int = self.model.config.vision_config.image_size
         self.length: int = self.model.config.text_config.max_position_embeddings
 

@@ -129,10 +129,11 @@ def compare(
     out = experiment.folder
     if experiment.weights:  # what does not fit is refused before anything is written
         experiment.built(0)
+    settings = experiment.settings()  # reads the real images, of which one may be bad
     storage.make_folder(out)
     with locks.locked(out / ".lock"):
         storage.remove_temporaries(out)
-        _check_settings(out, experiment.settings())
+        _check_settings(out, settings)
         scores: dict[str, list[dict[str, Any]]] = {}
         for seed in range(experiment.seeds):
             for arm in arms:

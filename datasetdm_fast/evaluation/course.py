@@ -8,15 +8,16 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.evaluation.examples import Examples, as_tensor
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
@@ -141,7 +142,16 @@ class NetworkTraining:
         """Goes on from the folder's checkpoint, where there is one."""
         if (found := checkpoint.read(folder)) is None:
             return
-        tensors, numbers = found
+        try:
+            self._restore(*found)
+        except (KeyError, RuntimeError, ValueError) as error:  # as of another version of transformers
+            first = str(error).splitlines()[0]
+            raise Refused(
+                f"{folder / checkpoint.NAME}: not the state of this training ({first})",
+                "Delete it to train from the start.",
+            ) from error
+
+    def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         self.average = {name: tensors[f"average.{name}"].to(self.device) for name in self.average}
         states: dict[int, dict[str, Tensor]] = {}

@@ -66,6 +66,14 @@ class Examples:
             [vocabulary.things.index(name) if name in vocabulary.things else -1 for name in source.thing_classes],
             np.int64,
         )
+        own, known = source.classes, vocabulary.classes
+        if task == "instance":
+            own, known = source.thing_classes, vocabulary.things
+        if is_generated and task in ("semantic", "instance") and not {*own} & {*known} - {*GROUNDS}:
+            raise Refused(
+                f"--run: its classes {', '.join(own[:5])} are none of the data's, {', '.join(known[:5])}",
+                "Choose a run whose classes have the names that the data gives them.",
+            )
         if task == "pose" and sorted(source.joints) != sorted(vocabulary.joints):
             raise Refused(
                 f"--run: its persons have the joints {', '.join(source.joints)}, those of the data "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.labels.words import mirrored_names
 from datasetdm_fast.run_folder.reader import StoredSample
@@ -56,6 +57,18 @@ class StudentData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def teaches(self, task: str) -> bool:
+        """Whether any image has a label of a task that the vocabulary names."""
+        instance = (self.instance > 0) & (self.instance != IGNORED)
+        ground = [k for k, name in enumerate(self.vocabulary.classes) if name in GROUNDS]
+        labelled = {
+            "semantic": ~torch.isin(self.semantic, torch.tensor([*ground, IGNORED])),
+            "instance": instance,
+            "depth": self.depth > 0,
+            "pose": self.joints[..., 2] > 0,
+        }
+        return bool(labelled[task].any())
 
     def balanced(self) -> StudentData:
         """The same images, those that show a rarer thing drawn more often, up to MOST_TIMES as often as the others."""

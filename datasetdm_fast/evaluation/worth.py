@@ -61,16 +61,25 @@ def worth(
         )
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
     generated = student_data.synthetic(run, vocabulary).balanced()
+    taught = [task for task in tasks if generated.teaches(task)]
+    for task in tasks:
+        if task not in taught:
+            told(f"{task} is left out: no generated image shows a label of it that the data names")
+    if not taught:
+        raise Refused(
+            f"--run: none of its {len(generated)} images shows a label of {', '.join(tasks)} that the data names",
+            "Choose a run whose classes and joints have the names that the data gives them.",
+        )
     told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)
     exam = student_data.real(items, judged, vocabulary).images
     course = StudentSchedule(**({"steps": steps} if steps else {}))
-    scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in tasks}
+    scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in taught}
     for seed in range(seeds):
         for arm, sets in (("real", (real,)), ("both", (real, generated))):
-            student = teach(sets, course, seed, tasks)
+            student = teach(sets, course, seed, taught)
             shown = []
-            for task, figures in graded(judged, items, answers(student, exam), tasks).items():
+            for task, figures in graded(judged, items, answers(student, exam), taught).items():
                 name = METRICS[task].student_figure
                 scores[task][arm].append(figures[name])
                 shown.append(f"{task} {name} {figures[name]:.3f}")

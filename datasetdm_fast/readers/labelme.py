@@ -56,11 +56,12 @@ class LabelMe(PictureSource):
         found = []
         for number, shape in enumerate(document["shapes"]):
             try:
+                if (mask := _mask(shape, image.shape, f"{path}, shape {number}")) is None:
+                    continue
                 if shapes.is_thing(shape["label"]) and shape["label"] not in self.thing_classes:
                     raise ValueError(f"the unknown class {documents.quoted(shape['label'])}, {self.list} lacks it")
-                if (mask := _mask(shape, image.shape, f"{path}, shape {number}")) is not None:
-                    group = shape.get("group_id")
-                    found.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
+                group = shape.get("group_id")
+                found.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
             except Refused:  # the picture of a mask, which is named
                 raise
             except (ValueError, TypeError, OverflowError) as error:
@@ -97,7 +98,8 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _labels(path: Path) -> list[str]:
-    return [shape["label"] for shape in _document(path)["shapes"]]
+    """The labels of the shapes that bound an area."""
+    return [shape["label"] for shape in _document(path)["shapes"] if shape.get("shape_type") not in NO_AREA]
 
 
 def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Mask | None:

@@ -75,8 +75,11 @@ class Yolo(PictureSource):
 def _names(path: Path) -> tuple[str, ...]:
     found = documents.read_yaml(path)
     names = found.get("names") if isinstance(found, dict) else None
-    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
-        names = [names[k] for k in range(len(names))]
+    if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
+        named = {str(number): name for number, name in names.items()}  # as YOLO has it, numbers may be in quotes
+        names = [named[str(k)] for k in range(len(named))]
+    if isinstance(names, list):
+        names = [str(name) if type(name) is int else name for name in names]  # a class may be called 7
     if (
         not isinstance(names, list)
         or not names

@@ -89,7 +89,9 @@ class TaskTraining:
 
 
 def finished(folder: Path, plan: TaskPlan) -> dict | None:
-    """The result of a training that ended here, None where there is work left; other settings or data are refused."""
+    """The result of a training that ended here, None where there is work left, as where its weights are gone; other
+    settings or data are refused.
+    """
     path, settings = folder / "training" / "settings.json", _flat(plan.settings)
     if not storage.is_there(path):
         if (folder / "config.json").exists():
@@ -107,8 +109,8 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
         )
     if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
         data_record.check(folder, read_state(data, data_record.LARGEST_RECORD), plan.data)
-    result = folder / "training" / "result.json"
-    return read_state(result) if result.exists() else None
+    files = folder / "training" / "result.json", folder / "config.json", folder / "model.safetensors"
+    return read_state(files[0]) if all(file.exists() for file in files) else None
 
 
 def clear(folder: Path) -> None:
