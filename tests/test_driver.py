@@ -66,6 +66,28 @@ def test_the_loop_captures_once_at_the_last_call():
     assert engine.log[-1] == ("capture", engine.log[-2][1]) and all(entry[2] == 3 for entry in engine.log[:5])
 
 
+def test_a_gpu_reads_as_many_images_at_once_whatever_a_batch_holds(monkeypatch):
+    """The last batch, and a sample that is made again, are read in the shapes of all others."""
+    engine, lengths, collect, postprocess = StubEngine(), [], driver.collect, driver.postprocess
+
+    def on_gpu(*given):
+        engine.device = torch.device("cuda")
+        found = collect(*given)
+        engine.device = torch.device("cpu")
+        return found
+
+    def read(requests, raw, *others):
+        lengths.append((len(requests), *map(len, raw.values())))
+        return postprocess(requests, raw, *others)
+
+    monkeypatch.setattr(driver, "READ_PIXELS", {"cuda": 2 * 64**2})
+    monkeypatch.setattr(driver, "collect", on_gpu)
+    monkeypatch.setattr(driver, "postprocess", read)
+    found = samples(engine, requests(*"abcde"), size=4, tasks=("depth",), sampler="ddim", steps=2)
+    assert lengths == [(2, 2)] * 4 and [one.request.prompt for one in found] == list("abcde")
+    assert all("depth" in one.annotations for one in found)
+
+
 def test_the_capture_follows_the_decoders_timestep():
     engine = StubEngine(configs={task: replace(config, capture_timestep=390) for task, config in CONFIGS.items()})
     recipe = make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)

@@ -221,6 +221,21 @@ def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     assert order[-1] == "another"
 
 
+def test_buffers_of_a_call_are_written_after_other_threads_have_read_theirs(monkeypatch):
+    waits, streams = [], [SimpleNamespace(cuda_stream=k, wait_stream=None) for k in range(2)]
+    for name in ("get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    for one in streams:
+        one.wait_stream = lambda other, one=one: waits.append((one.cuda_stream, other.cuda_stream))
+    queue = Queue(torch.device("cuda", 0))
+    for k in (0, 0, 1, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, k=k: streams[k])
+        with queue.turn():
+            pass
+    assert waits == [(1, 0), (0, 1)]
+
+
 def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder, built):
     engine = make_engine(demo, folder)
     engine.encode_text([""])

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.generation.recipe import Recipe
     from datasetdm_fast.labels.class_tables import ClassTable
 
-READ_PIXELS = 512**2  # of the images whose raw outputs are read at once on a CPU
+# Of the images whose raw outputs are read at once: each query has a mask of their size.
+READ_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}
 MOST_NEGATIVES = 256  # encoded negative prompts that are kept
 
 
@@ -246,12 +247,14 @@ def collect(
 
     def read(task: str, part: slice) -> list[Annotation]:
         outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
-        return postprocess(batch.requests[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        return postprocess(asked[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
 
     is_host = engine.device.type == "cpu"
-    parts = [slice(b, b + 1) for b in range(count)] if is_host else [slice(0, count)]
+    most = max(READ_PIXELS["cpu" if is_host else "cuda"] // recipe.size**2, 1)  # images at once
+    # A GPU reads the padding, too: products of other shapes may round otherwise.
+    asked, together = (batch.requests, 1) if is_host else (batch.padded, most)
+    parts = [slice(b, b + together) for b in range(0, len(asked), together)]
     works = [(task, part) for task in recipe.decoded for part in parts]
-    most = max(READ_PIXELS // recipe.size**2, 1)  # at once: what is read of a large image takes hundreds of megabytes
     answers = iter(readers().map(read, works, most) if is_host else [read(*one) for one in works])
     labels: dict[str, list[Annotation]] = {
         task: [label for _ in parts for label in next(answers)] for task in recipe.decoded

@@ -40,6 +40,7 @@ class Queue:
 
     def __init__(self, device: torch.device):
         self.device, self.stream, self._turn = device, torch.cuda.Stream(device), threading.RLock()
+        self._last: torch.cuda.Stream | None = None  # of the thread whose turn was the last
         self.gpu = torch.cuda.get_device_name(device)
         self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
         self.handle = self.stream.cuda_stream
@@ -63,6 +64,16 @@ class Queue:
 
     def wait(self) -> None:
         self.stream.synchronize()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """What this thread queues within this block comes after what others have queued in theirs."""
+        with self._turn:
+            current = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last.cuda_stream != current.cuda_stream:
+                current.wait_stream(self._last)
+            self._last = current
+            yield
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -268,13 +279,14 @@ class Call:
         self._repeat = self.queue.record(self._execute)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, buffer in self.inputs.items():
-            assert inputs[name].shape == buffer.shape, (
-                f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
-            )
-            buffer.copy_(inputs[name])
-        self.queue.run(self._repeat)
-        return {name: buffer.clone() for name, buffer in self.outputs.items()}
+        with self.queue.turn():
+            for name, buffer in self.inputs.items():
+                assert inputs[name].shape == buffer.shape, (
+                    f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
+                )
+                buffer.copy_(inputs[name])
+            self.queue.run(self._repeat)
+            return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
 
 def _logger(trt):
