@@ -7,10 +7,13 @@ import json
 import os
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from layouts import COUNT, LAYOUTS, SIDE, TAUGHT, save, things_of, views
 from PIL import Image
@@ -29,7 +32,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 from datasetdm_fast.training import folds, held_out
-from datasetdm_fast.truth import framing
+from datasetdm_fast.truth import framing, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
 SIZE = 64
@@ -1239,6 +1242,25 @@ def test_each_split_of_an_export_is_read_by_its_own_name(copied, tmp_path, name,
     parts = [open_data(f"{kind}:{tmp_path / 'out' / name}[{part}]", SIZE) for part in ("train", "val", "test")]
     assert [len(part) for part in parts] == [1, 1, 1]
     assert len({part[0].image.tobytes() for part in parts}) == COUNT
+
+
+def test_one_thread_at_a_time_reads_a_parquet_file(tmp_path, monkeypatch):
+    """Arrow may wait for ever where two threads read row groups of one file; a training reads from two."""
+    path = tmp_path / "train-00000.parquet"
+    parquet.write_table(pa.table({"place": list(range(8))}), path, row_group_size=1)
+    rows, real, reading, most = tables.opened(tmp_path, "train"), parquet.ParquetFile.read_row_group, [], []
+
+    def watched(file, group):
+        reading.append(group)
+        most.append(len(reading))
+        time.sleep(0.002)
+        reading.pop()
+        return real(file, group)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", watched)
+    with ThreadPoolExecutor(4) as pool:
+        assert [row["place"] for row in pool.map(rows.row, [*range(8)] * 4)] == [*range(8)] * 4
+    assert max(most) == 1
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

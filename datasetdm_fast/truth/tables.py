@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -188,13 +189,15 @@ class ParquetRows(ArrowRows):
         self.ends = list(accumulate(counts))
         self.count = self.ends[-1] if self.ends else 0
         self._held: tuple[int, pyarrow.Table] | None = None
+        self._lock = threading.Lock()  # a training reads from two threads
 
     def table_of(self, number: int) -> tuple[pyarrow.Table, int]:
         place = bisect_right(self.ends, number)
-        if self._held is None or self._held[0] != place:
-            file, group = self.groups[place]
-            self._held = (place, file.read_row_group(group))
-        return self._held[1], number - (self.ends[place - 1] if place else 0)
+        with self._lock:
+            if self._held is None or self._held[0] != place:
+                file, group = self.groups[place]
+                self._held = (place, file.read_row_group(group))
+            return self._held[1], number - (self.ends[place - 1] if place else 0)
 
 
 class SavedRows(ArrowRows):
