@@ -97,6 +97,15 @@ def test_those_that_judge_do_not_teach():
             to_learn_from(data, learn_from, 9)
 
 
+def test_those_that_judge_do_not_teach_under_another_address(tmp_path):
+    (tmp_path / "val").mkdir()
+    addresses = (f"folder:{tmp_path}[val]", f"folder:{tmp_path}/val", f"folder:{tmp_path}/./val[train]")
+    for learn_from in addresses:
+        with pytest.raises(Refused, match="none are left"):
+            to_learn_from(addresses[0], learn_from, 9)
+    assert to_learn_from(addresses[0], f"folder:{tmp_path}/val/..", 9)
+
+
 def test_the_command_teaches_and_judges_each_number(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
     flags = [

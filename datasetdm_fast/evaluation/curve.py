@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from datasetdm_fast.scenes.worlds import WORLDS
 MORE = 50  # labels that the forecast adds
 FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
 POINTS_FOR_FLOOR = 4  # counts below which the error is taken to fall to nothing
+TRAIN = "train"  # the split of an address that names none
 SMALLEST = 1e-6  # error whose logarithm is still taken
 
 
@@ -118,13 +120,20 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
         elif not data.startswith("vkitti2:"):  # whose address without brackets is every scene
             match = re.fullmatch(r"(.+)\[(.+)\]", data)
             learn_from = match[1] if match else ""
-    is_same = learn_from.removesuffix("[train]") == data.removesuffix("[train]")
-    if not learn_from or is_same or _share_scenes(learn_from, data):
+    if not learn_from or _place(learn_from) == _place(data) or _share_scenes(learn_from, data):
         raise Refused(
             f"--data {data} names the images for scoring, so none are left to train on",
             "Name training images with --learn-from ADDRESS.",
         )
     return learn_from
+
+
+def _place(address: str) -> tuple[str, Path, str]:
+    """Where the images of an address lie, however it is written: a split may be a folder of its own."""
+    kind, _, rest = address.partition(":")
+    match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
+    path, split = (Path(match[1]).expanduser().resolve(), match[2] or TRAIN) if match else (Path(rest), TRAIN)
+    return (kind, path / split, TRAIN) if (path / split).is_dir() else (kind, path, split)
 
 
 def _share_scenes(*addresses: str) -> bool:
