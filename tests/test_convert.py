@@ -550,7 +550,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
     converted(run, out, "--to", "coco")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     converted(run, out, "--to", "coco", "--polygons", code=2)
-    assert "settings.polygons" in capsys.readouterr().err
+    assert "holds an export with other settings (settings.polygons" in capsys.readouterr().err
     (full := tmp_path / "full").mkdir()
     (full / "mine.txt").write_text("mine")
     converted(run, full, "--to", "coco", code=2)

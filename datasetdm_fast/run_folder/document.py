@@ -180,8 +180,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else text[:45] + "..."
 
 
-def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses to go on with a folder that was started otherwise in any of the parts of `wanted`."""
+def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str = "a run") -> None:
+    """Refuses to go on with a folder of `what` that was started otherwise in any of the parts of `wanted`."""
     found = [
         line
         for part in wanted
@@ -189,7 +189,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
     ]
     if found:
         raise Refused(
-            f"{folder}: it holds a run with other settings ({'; '.join(found)})",
+            f"{folder}: it holds {what} with other settings ({'; '.join(found)})",
             "Choose another --out, or give the flags that it was started with.",
         )
 
