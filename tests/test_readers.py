@@ -347,6 +347,19 @@ def test_persons_of_one_image_of_coco_are_held_out_together(copied):
     assert source.origins(0) and not open_data(address, SIZE).origins(0)
 
 
+def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
+    root, address = copied("vkitti2")
+    for kind in ("Image", "Depth"):
+        for scene in sorted((root / kind).iterdir()):
+            for weather in ("fog", "rain", "clone", "sunset"):
+                shutil.copytree(scene / "15-deg-left", scene / weather)
+    source = open_data(address, SIZE)
+    assert len(source) == 5 * COUNT
+    for parts in (held_out.split(source, range(len(source)), 0.4, 0), folds.parts(source, range(len(source)), 3, 0)):
+        scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
+        assert all(scenes) and sum(map(len, scenes)) == COUNT
+
+
 def test_coco_without_the_year_in_its_names_is_read(copied):
     root, address = copied("coco")
     before = [item.id for item in open_data(address, SIZE)]

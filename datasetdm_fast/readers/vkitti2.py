@@ -36,6 +36,11 @@ class VirtualKitti(PictureSource):
         self.images = [root / said for said in self.rows]
         super().__init__(size, len(self.rows))
 
+    def origins(self, record: int) -> tuple[str, ...]:
+        """The frame of a scene, which is there from both cameras and in every weather."""
+        said = self.rows[record]
+        return (f"{said.parts[0]}/{said.name}",)
+
     def picture(self, record: int) -> Picture:
         said = self.rows[record]
         image = reading.colour_image(self.images[record])
