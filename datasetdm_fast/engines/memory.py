@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,16 @@ def trim() -> None:
     """Gives back what the C library keeps of freed memory, where it has a function for that."""
     if hasattr(library := _loaded(), "malloc_trim"):
         library.malloc_trim(0)
+
+
+def release() -> None:
+    """Gives back the memory of engines that nobody uses any more: each refers to itself, and PyTorch keeps that of a
+    GPU.
+    """
+    gc.collect()
+    trim()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def keep_freed() -> None:
