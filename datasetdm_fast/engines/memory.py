@@ -75,6 +75,12 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None],
         size, times = -(-size // 2), times - 1
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a GPU ran out, in PyTorch's words or in ours."""
+    is_ours = isinstance(error, Missing) and error.cause.startswith("memory: ")
+    return is_ours or isinstance(error, torch.OutOfMemoryError)
+
+
 def _loaded() -> ctypes.CDLL:
     """All that the process has loaded; nothing is opened for it."""
     return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
