@@ -150,6 +150,24 @@ def test_samples_that_are_not_finite_are_set_aside_alone():
     assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), Missing("memory: not enough for 2 images", "Take fewer.")]
+)
+def test_what_there_is_no_memory_to_make_again_is_set_aside_and_the_run_goes_on(error):
+    engine = Narrow("features")
+    engine.fp32_fallback = lambda: raised(error)
+    found = samples(engine, requests("a heavy ball", "a cube"), sampler="ddim", steps=2)
+    assert isinstance(found[0], SetAside) and isinstance(found[1], Sample)
+    assert found[0].reason.endswith("; there is not enough memory for another attempt in fp32")
+    engine.fp32_fallback = lambda: raised(Missing("a library is not there", "Install it."))
+    with pytest.raises(Missing, match="library"):
+        samples(engine, requests("a heavy ball"), sampler="ddim", steps=2)
+
+
+def raised(error):
+    raise error
+
+
 class Narrow(StubEngine):
     """Cannot hold what `heavy` asks for, at the point `where`; its fp32 form can, unless the prompt is broken too."""
 

@@ -1,9 +1,11 @@
 """Batches that fit, and the forms of operations a device is given."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,19 @@ def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
             images, is_finite = FastEngine.decode_and_check.__wrapped__(engine, latents)
             assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
     assert asked == [5, 3, 2, 2, 1, 2, 2, 1] and engine.adjustments == {"unet_batch": 3, "image_batch": 2}
+
+
+def test_an_engine_is_let_go_with_its_last_name():
+    """Not when Python next looks for what refers to itself: until then a second engine would lack its memory."""
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    engine.denoise(torch.randn(1, 4, 16, 16), 5, engine.encode_text(["", "a ball"]))
+    alive = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):

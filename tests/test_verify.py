@@ -1,6 +1,7 @@
 """verify: agrees with what agrees, and fails on each planted error; the command's output and exit codes."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
 from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines import build_engine, opening
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.pipeline import open_run
+from datasetdm_fast.workers import spawn
 
 SMALL = dict(
     width=12,
@@ -406,6 +408,26 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
     assert not (tmp_path / "third").exists()
+
+
+def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):
+    """They would hold the memory of the first process's GPU."""
+    opened, open_engine = [], opening.open_engine
+
+    def noted(*arguments, **named):
+        engine, told = open_engine(*arguments, **named)
+        opened.append(weakref.ref(engine))
+        return engine, told
+
+    def started(*_):
+        alive.append(opened[0]())
+
+    alive = []
+    monkeypatch.setattr(opening, "open_engine", noted)
+    monkeypatch.setattr(spawn.SpawningSupervisor, "work", started)
+    flags = ["--number", "2", "--steps", "2", "--task", "depth", "--ranks", "2", "--verify", "1", "--quiet"]
+    generate.main([*flags, "--out", str(tmp_path / "run")])
+    assert alive == [None]
 
 
 def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):

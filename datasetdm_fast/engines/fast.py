@@ -178,7 +178,7 @@ class FastEngine:
             trim()
         else:  # built before a run begins, as copies to a GPU make the host wait
             self.text_encoder, self.image_decoder  # noqa: B018
-        self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
+        self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
         self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = (
@@ -192,6 +192,11 @@ class FastEngine:
         self._pool: GraphPool | None = None
         self._label_pool: GraphPool | None = None
         self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
+
+    @property
+    def _step(self) -> Callable[..., tuple[Tensor, ...]]:
+        """A plain call; not kept, as an engine that refers to itself would not be let go at once."""
+        return self._compiled or self._plain
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
         """The weights of these networks of the model, or of all; what no module holds is stored as it is multiplied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,12 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None],
         size, times = -(-size // 2), times - 1
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a GPU ran out, in PyTorch's words or in ours."""
+    is_ours = isinstance(error, Missing) and error.cause.startswith("memory: ")
+    return is_ours or isinstance(error, torch.OutOfMemoryError)
+
+
 def _loaded() -> ctypes.CDLL:
     """All that the process has loaded; nothing is opened for it."""
     return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
@@ -83,6 +90,16 @@ def trim() -> None:
     """Gives back what the C library keeps of freed memory, where it has a function for that."""
     if hasattr(library := _loaded(), "malloc_trim"):
         library.malloc_trim(0)
+
+
+def release() -> None:
+    """Gives back the memory of engines that nobody uses any more: each refers to itself, and PyTorch keeps that of a
+    GPU.
+    """
+    gc.collect()
+    trim()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def keep_freed() -> None:

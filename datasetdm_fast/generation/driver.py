@@ -57,14 +57,34 @@ def generate(
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
         generator = make(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
-            if any(isinstance(result, SetAside) for result in results) and (wide := engine.fp32_fallback()) is not None:
-                label_stream.settle()  # what a new engine records on a GPU must not be disturbed
-                second = make(wide, recipe, calls.queued).make(batch)
-                results = [
-                    again(*both) if isinstance(both[0], SetAside) else both[0]
-                    for both in zip(results, second, strict=True)
-                ]
+            if any(isinstance(result, SetAside) for result in results):
+                results = retried(batch, results, engine, lambda wide: make(wide, recipe, calls.queued), label_stream)
             yield batch, results
+
+
+def retried(
+    batch: Batch,
+    results: list[Sample | SetAside],
+    engine: Engine,
+    make: Callable[[Engine], BatchGenerator],
+    label_stream: LabelStream,
+) -> list[Sample | SetAside]:
+    """The results with those that are set aside made once more in fp32, as far as there is memory for that."""
+    try:
+        if (wide := engine.fp32_fallback()) is None:
+            return results
+        label_stream.settle()  # what a new engine records on a GPU must not be disturbed
+        second = make(wide).make(batch)
+    except Exception as error:
+        from datasetdm_fast.engines.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        lacking = "there is not enough memory for another attempt in fp32"
+        return [
+            SetAside(one.request, f"{one.reason}; {lacking}") if isinstance(one, SetAside) else one for one in results
+        ]
+    return [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
 
 
 def side_by_side(
