@@ -209,6 +209,15 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
     assert 0 < widths[1] < 0.8 * widths[0]
 
 
+def test_intervals_of_folds_are_wider():
+    """Five decoders judge a fifth each: their variance is (1/5 + 1/4) / (1/5) times that of one decoder."""
+    source = open_data("demo:60@40", SIZE)
+    meter = meters_of(source, wrong_in_many_ways(source))["semantic"]
+    one, five = (np.diff(intervals(meter, 20_000, folds=folds)["miou"])[0] for folds in (0, 5))
+    assert 1.4 < five / one < 1.8
+    assert expanded(0.95, 40, 5) > expanded(0.95, 40, 10) > expanded(0.95, 40)
+
+
 def test_a_class_that_one_image_shows_has_no_interval():
     """Its draws are all alike, which would look like certainty; those of a class in few images are moved far out."""
     source = open_data("demo:5@40", SIZE)

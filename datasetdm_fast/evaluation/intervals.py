@@ -14,13 +14,16 @@ ALONE = 0.19  # share of the draws without a class: of one image 0.25 to 0.37 la
 FURTHER = 1 / 3  # images of either kind that `_with_further` adds on average (Kerman 2011)
 
 
-def intervals(meter: Meter, draws: int = DRAWS, level: float = 0.95, classes: int = 0) -> dict[str, Any]:
+def intervals(
+    meter: Meter, draws: int = DRAWS, level: float = 0.95, classes: int = 0, folds: int = 0
+) -> dict[str, Any]:
     """[low, high] of every figure by bootstrap percentiles, expanded for few images: those with something to find, and
     for a class those that show it. None of a single image, of a class that a single image shows, as its draws are all
     alike, and of a mean over images whose draws all agree, as of few images that says nothing.
 
     A mean over classes is over `classes` of them, or over all that the images show: what a draw does not show may score
-    anything. Where figures count hits, further images may score anything, too.
+    anything. Where figures count hits, further images may score anything, too. Figures of `folds` are of as many
+    decoders, none of which is the one that learns from all images: their intervals are wider.
     """
     if meter.count < 2:
         return {}
@@ -32,13 +35,13 @@ def intervals(meter: Meter, draws: int = DRAWS, level: float = 0.95, classes: in
         images = shown if name == meter.each else meter.telling
         values = _with_further(values, images) if meter.counts_hits else values
         if name == meter.each:
-            levels = [expanded(level, count) for count in images]
+            levels = [expanded(level, count, folds) for count in images]
             found = [_between(*one) for one in zip(values.T, levels, strict=True)]
             is_alone = np.isnan(values).mean(0) > ALONE
             named = meter.named(np.where(is_alone[:, None], np.nan, found))
             bounds[name] = {one: _holding(figures[name][one], *between) for one, between in named.items()}
         else:
-            low, high = np.nan_to_num(_between(values, expanded(level, images))).tolist()
+            low, high = np.nan_to_num(_between(values, expanded(level, images, folds))).tolist()
             if low < high:
                 bounds[name] = _holding(figures[name], low, high)
     return bounds
@@ -48,13 +51,15 @@ def _holding(figure: float, low: float, high: float) -> list[float]:
     return [min(low, figure), max(high, figure)]
 
 
-def expanded(level: float, images: int) -> float:
+def expanded(level: float, images: int, folds: int = 0) -> float:
     """The level of bootstrap percentiles of so many images that lie as far out as those of a t distribution (Hesterberg
-    2015, 5.2).
+    2015, 5.2), and further for `folds`, whose decoders would be others had they learnt from other images (Nadeau and
+    Bengio 2003).
     """
     if images < 2:
         return level
     away = np.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1)
+    away *= np.sqrt(1 + folds / (folds - 1)) if folds else 1  # 1/(folds-1): images that judge, of those that teach
     return float(2 * stats.norm.cdf(away) - 1)
 
 

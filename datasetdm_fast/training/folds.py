@@ -100,7 +100,7 @@ def run(
             "folds": count,
             "images": meter.count,
             "held_out": meter.result(),
-            "held_out_intervals": intervals(meter),
+            "held_out_intervals": intervals(meter, folds=count),
         }
         storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
     return ranks.said(document)
