@@ -25,11 +25,13 @@ from bench.machine.processes import another_process
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
+from bench.probe.forms import timed_choice
 from bench.report import report, results
 from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
+from datasetdm_fast.engines import fast
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import native, plain
@@ -55,6 +57,31 @@ def test_an_unknown_command_names_the_known():
 def test_peak_sees_what_was_allocated_and_freed():
     answer, grown = measure.with_peak(lambda: float(torch.ones(64 * 2**18).sum()))  # 64 MiB
     assert answer == 64 * 2**18 and 60 * 2**20 <= grown <= 100 * 2**20
+
+
+def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
+    """PyTorch would give a timed choice what it keeps of the same shape and wish: so the wishes differ, too."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    for is_timed in (False, True):
+        with timed_choice(is_timed):
+            fast.choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
+            assert (cudnn.benchmark, cudnn.deterministic) == (is_timed, not is_timed)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
+def test_memory_on_a_gpu_is_that_of_a_peer_and_of_its_graphs(monkeypatch):
+    """Of what PyTorch holds, what a graph keeps is no longer allocated; the networks of other peers are not counted."""
+    holding = {"now": 100, "most": 100}
+    monkeypatch.setattr(measure, "release", lambda device: None)
+    monkeypatch.setattr(measure, "wait", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: holding["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: holding["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: holding.update(most=holding["now"]))
+    others = measure.held(torch.device("cuda"))
+    holding["now"] += 40  # the peer's networks and recorded graphs
+    answer, most = measure.peak(torch.device("cuda"), lambda: holding.update(most=150) or "made", others)
+    assert (answer, most) == ("made", 50)
 
 
 def test_rounds_go_in_turn():
@@ -226,6 +253,17 @@ def test_the_rate_of_ranks_is_from_the_first_image_made_to_the_last(monkeypatch)
     assert scale.rate(alike, ranks=2) == 2.0
     in_between = [second for second in (10.0, 11.0, 12.0, 13.0, 14.0, 15.0) for _ in range(2)]
     assert 1.5 < scale.rate(in_between, ranks=2) < 2.0
+
+
+def test_ranks_share_the_cores_of_a_cpu_where_there_is_a_gpu_too(monkeypatch):
+    def made(command, **_):
+        assert command[command.index("--device") + 1] == "cpu"
+        images = Path(command[command.index("--out") + 1], "images")
+        images.mkdir(parents=True)
+        (images / "0.png").touch()
+
+    monkeypatch.setattr(scale.subprocess, "run", made)
+    scale.images_per_second(2)
 
 
 def test_help_names_the_numbers_of_the_code(capsys):
