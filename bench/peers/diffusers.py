@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Diffusers:
     diffusion.
     """
 
+    times_convolutions = False  # whether cuDNN's algorithms are chosen by timing
+
     def __init__(self, setting: Setting, batch: int):
         self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
         self.tokenizer = setting.model.tokenizer
@@ -38,13 +40,19 @@ class Diffusers:
         self.unet = self.pipe.unet  # the plain module, which the captured call runs in
         self.decoders = lean_decoders(setting)
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
         with arithmetic(False):
+            torch.backends.cudnn.benchmark = self.times_convolutions  # put back with the flags of the block
+            yield
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        with self._arithmetic():
             return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         doubled, moment = torch.cat([latents, latents]).to(self.storage), torch.tensor(timestep, device=self.device)
-        with arithmetic(False):
+        with self._arithmetic():
             return self.pipe.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
@@ -57,7 +65,7 @@ class Diffusers:
         prompts = [request.prompt for request in requests]
         options["latents"] = noise_of(requests, self.recipe).to(self.device, self.storage)
         options |= {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
-        with arithmetic(False):
+        with self._arithmetic():
             return (self.pipe(prompts, output_type="np", **options).images * 255).astype(np.uint8)
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
@@ -67,9 +75,23 @@ class Diffusers:
         captured = CapturedCall(self, self.recipe.captured[-1])
         captured.before(0)
         images = self._run(requests, callback_on_step_end=captured.on_step_end)
-        with arithmetic(False):
+        with self._arithmetic():
             answers = {task: decoder(captured.capture) for task, decoder in self.decoders.items()}
         return samples_of(requests, images, answers, self.decoders, self.recipe, self.tokenizer)
+
+
+class TunedDiffusers(Diffusers):
+    """With what its guides switch on for a GPU and compile nothing for: channels-last, packed projections, and
+    convolutions chosen by timing.
+    """
+
+    times_convolutions = True
+
+    def __init__(self, setting: Setting, batch: int):
+        super().__init__(setting, batch)
+        for module in (self.pipe.unet, self.pipe.vae):
+            module.to(memory_format=torch.channels_last)
+        self.pipe.fuse_qkv_projections()
 
 
 class CapturedCall:

@@ -16,6 +16,7 @@ RATIOS = {  # name -> (who is faster, than whom)
     "fast_vs_torch": ("ours", "torch"),
     "fast_vs_upstream": ("ours", "upstream"),
     "fast_vs_diffusers_best": ("ours", "diffusers"),
+    "fast_vs_diffusers_tuned": ("ours", "diffusers-tuned"),
     "fast_vs_diffusers_1": ("ours", "diffusers-1"),
     "fast_vs_diffusers_compiled": ("ours", "diffusers-compiled"),
     "fast_vs_ort": ("ours", "ort"),
@@ -92,8 +93,8 @@ MEASUREMENT = Measurement(
 
 
 def race_of_images(run: BenchRun, names: Sequence[str]) -> Rows:
-    """The race, with the times of images without labels."""
-    return race(run, names, without_labels=True)
+    """The race, with the times of images without labels where the first one is timed so."""
+    return race(run, names, without_labels=PEERS[names[0]].draws)
 
 
 def one_by_one(
