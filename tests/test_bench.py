@@ -294,7 +294,9 @@ def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
         begun = [shown for shown in said.splitlines() if shown.startswith("==")]
         assert [shown.split()[1] for shown in begun] == ["environment", "build", *steps] and "/w" in begun[0]
         assert all(int(shown.split("at most ")[1].split()[0]) <= 540 for shown in begun)
-        assert call != 3 or "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in said  # sees each tensor's bounds
+        assert (
+            call != 3 or "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in said
+        )  # sees each tensor's bounds
         files = [word for word in said.split() if word.startswith("tests/")]
         assert call != 1 or {"tests/test_kernels.py", "tests/test_models.py"} <= set(files)
         assert not any("pycocotools" in Path(SCRIPT.parents[1], file).read_text() for file in files)

@@ -10,7 +10,7 @@ import torch
 from bench import suite
 from bench.machine import limits, measure
 from bench.machine.work import TERA, image_flops, stage_flops
-from bench.peers import PEERS, Offer, upstream
+from bench.peers import PEERS, Offer, diffusers, upstream
 from bench.peers.engine import EnginePeer
 from bench.report import tables
 from bench.report.results import ResultFile
@@ -82,6 +82,17 @@ def test_diffusers_is_measured_with_its_settings_for_a_gpu(setting, judge):
     with peer._arithmetic():
         assert torch.backends.cudnn.benchmark
     assert not torch.backends.cudnn.benchmark
+
+
+def test_decoders_of_diffusers_on_a_gpu_are_those_of_our_engine_there(setting, judge):
+    """In fp16: in fp32 without TF32 they would take several times as long as ours, within the time of its images."""
+    _, capture = setting.reference.denoise_and_capture(*judge.inputs(setting.recipe.captured[-1], 1))
+    narrow = diffusers.narrow_decoders(setting)
+    assert {next(decoder.parameters()).dtype for decoder in narrow.values()} == {torch.float16}
+    with torch.inference_mode():
+        found = diffusers.answered(narrow["depth"], capture)
+        truth = setting.reference.annotate("depth", capture)
+    assert found["depth"].dtype == torch.float32 and measure.distance(found["depth"], truth["depth"]) < 1e-2
 
 
 def test_images_alone_are_timed_where_the_peer_has_them(monkeypatch, run):

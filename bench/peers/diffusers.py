@@ -15,12 +15,14 @@ from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.decoders.trunk import Decoder, narrowed
 from datasetdm_fast.engines.torch import capturing
+from datasetdm_fast.kernels.choice import operations
 
 
 class Diffusers:
-    """The decoders are those of ours: folded, each level projected before it is resized, so that the rows compare the
-    diffusion.
+    """The decoders are those of ours: folded, each level projected before it is resized, and on a GPU in fp16 by our
+    kernels, so that the rows compare the diffusion.
     """
 
     times_convolutions = False  # whether cuDNN's algorithms are chosen by timing
@@ -38,7 +40,7 @@ class Diffusers:
         self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.clip_tokenizer, scheduler=scheduler, **absent)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet = self.pipe.unet  # the plain module, which the captured call runs in
-        self.decoders = lean_decoders(setting)
+        self.decoders = lean_decoders(setting) if setting.device.type == "cpu" else narrow_decoders(setting)
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -59,7 +61,7 @@ class Diffusers:
         captured = CapturedCall(self, call=0)
         captured.before(0)
         noise = self.denoise(latents, timestep, context)
-        return noise, captured.after(0)
+        return noise, captured.after(0).to(torch.float32)
 
     def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:
         prompts = [request.prompt for request in requests]
@@ -76,7 +78,7 @@ class Diffusers:
         captured.before(0)
         images = self._run(requests, callback_on_step_end=captured.on_step_end)
         with self._arithmetic():
-            answers = {task: decoder(captured.capture) for task, decoder in self.decoders.items()}
+            answers = {task: answered(decoder, captured.capture) for task, decoder in self.decoders.items()}
         return samples_of(requests, images, answers, self.decoders, self.recipe, self.tokenizer)
 
 
@@ -92,6 +94,17 @@ class TunedDiffusers(Diffusers):
         for module in (self.pipe.unet, self.pipe.vae):
             module.to(memory_format=torch.channels_last)
         self.pipe.fuse_qkv_projections()
+
+
+def narrow_decoders(setting: Setting) -> dict[str, Decoder]:
+    """The folded decoders in fp16, with the operations that our engine gives them."""
+    ops = operations(setting.device, torch.float16)
+    return {task: narrowed(decoder, torch.float16, ops) for task, decoder in setting.reference.decoders.items()}
+
+
+def answered(decoder: Decoder, capture: Capture) -> dict[str, Tensor]:
+    """What a decoder says, in fp32."""
+    return {name: value.float() for name, value in decoder(capture.to(next(decoder.parameters()).dtype)).items()}
 
 
 class CapturedCall:
@@ -110,9 +123,7 @@ class CapturedCall:
         if call == self.call:
             self._hooks.close()
             self.peer.pipe.unet = self._usual
-            (found,) = self._found
-            in_fp32 = [[tuple(x.float() for x in level) for level in kind] for kind in (found.features, found.maps)]
-            self.capture = Capture(*map(tuple, in_fp32))
+            (self.capture,) = self._found
         return self.capture
 
     def on_step_end(self, pipe: Any, call: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
