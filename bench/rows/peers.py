@@ -108,7 +108,7 @@ def one_by_one(
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
             rows=lambda run: raced(run, tuple(dict.fromkeys((name, PEERS[name].beside)))),
-            least_seconds=240 if "compiled" in name else 60,
+            least_seconds=400 if "compiled" in name else 120,
         )
 
     return tuple(against_ours(name) for name in names)
