@@ -471,6 +471,12 @@ def test_a_peer_in_bf16_is_compared_with_ours_in_bf16():
     race.add_times(rows, each, setting, limits)
     said = "1.5× (1.5–1.5) in bf16", "1.5× (1.5–1.5)"
     assert [peers.our_speedup(row) for row in rows] == ["", "2× as fast as in fp32", *said]
+    on_gpu = [
+        {"peer": name, "dtype": dtype} for name, dtype in zip(each, ("fp16", "bf16", "bf16", "fp16"), strict=True)
+    ]
+    on_gpu.append({"peer": "ours-1", "dtype": "fp16"})
+    race.add_times(on_gpu, {"ours-1": [4.0] * 5, **each}, setting, limits)
+    assert peers.our_speedup(on_gpu[1]) == "2× as fast as in fp16" and peers.our_speedup(on_gpu[4]) == "2× (2–2)"
     alone_rows = [row for row in rows if row["peer"] in ("ours", "openvino-bf16")]
     race.add_times(alone_rows, {"ours": each["ours"], "openvino-bf16": each["openvino-bf16"]}, setting, limits)
     assert alone_rows[1]["ours_over"]["median"] == 0.75

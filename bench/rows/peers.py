@@ -63,12 +63,13 @@ def method(row: Row) -> str:
 
 def speedup(row: Row, times: str) -> str:
     """How many times as fast ours is as a peer, by the times of that name; of ours in another precision, itself over
-    fp32.
+    the usual one.
     """
+    usual = row.get("ours_dtype", "fp32")
     if row["peer"] == OURS or times not in row:
         return "" if row["peer"] == OURS else span(None)
-    if row["peer"].startswith(f"{OURS}-") and row["dtype"] != "fp32":
-        return f"{number(1 / row[times]['median'])}× as fast as in fp32"
+    if row["peer"].startswith(f"{OURS}-") and row["dtype"] != usual:
+        return f"{number(1 / row[times]['median'])}× as fast as in {usual}"
     return span(row[times], unit="×") + (f" in {row['dtype']}" if "beside" in row else "")
 
 

@@ -176,8 +176,10 @@ def write(samples: Iterable[Sample], tables: Mapping[str, Table], folder: Path) 
 
 def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting, limits: dict[str, Any]) -> None:
     """Rates and ratios into the rows, from the seconds that `each` peer took for an image in every round; `ours_over`
-    is how many times as many images ours makes, pair by pair, and `beside` says which of ours, unless it is in fp32.
+    is how many times as many images ours makes, pair by pair, and `beside` and `ours_dtype` say which of ours, unless
+    it is the usual one and in fp32.
     """
+    dtypes = {row["peer"]: row["dtype"] for row in rows}
     for row in rows:
         taken = each[row["peer"]]
         rate = 1 / statistics.median(taken)
@@ -189,6 +191,7 @@ def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting,
         if (own := beside(row["peer"], each)) in each:
             row["ours_over"] = spread([theirs / ours for theirs, ours in zip(taken, each[own])])
             row |= {"beside": own} if own != OURS else {}
+            row |= {"ours_dtype": dtypes[own]} if dtypes[own] != "fp32" else {}
 
 
 def ratio(first: Row, second: Row) -> float:
