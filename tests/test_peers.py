@@ -97,10 +97,17 @@ def test_decoders_of_diffusers_on_a_gpu_are_those_of_our_engine_there(setting, j
 
 def test_images_alone_are_timed_where_the_peer_has_them(monkeypatch, run):
     asked = []
-    monkeypatch.setattr(peers, "race", lambda run, names, without_labels: asked.append((names, without_labels)) or [])
+    monkeypatch.setattr(
+        peers, "race", lambda run, names, without_labels, **_: asked.append((names, without_labels)) or []
+    )
     for part in peers.one_by_one(("upstream", "diffusers")):
         part.rows(run)
     assert asked == [(("upstream", "ours"), False), (("diffusers", "ours"), True)]
+
+
+def test_ours_is_not_timed_beside_a_peer_that_is_not_there(run):
+    (part,) = peers.one_by_one(("tensorrt",))
+    assert [(row["peer"], row["status"]) for row in part.rows(run)] == [("tensorrt", "absent")]
 
 
 def test_labels_of_upstream_are_those_of_the_oracle(setting):

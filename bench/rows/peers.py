@@ -94,8 +94,8 @@ MEASUREMENT = Measurement(
 
 
 def race_of_images(run: BenchRun, names: Sequence[str]) -> Rows:
-    """The race, with the times of images without labels where the first one is timed so."""
-    return race(run, names, without_labels=PEERS[names[0]].draws)
+    """The race of the first one, with the times of images without labels where that is timed so."""
+    return race(run, names, without_labels=PEERS[names[0]].draws, is_of_first=True)
 
 
 def one_by_one(

@@ -52,13 +52,23 @@ class Runner:
 
 
 def race(
-    run: BenchRun, names: Sequence[str], offers: Mapping[str, Offer] = PEERS, without_labels: bool = False
+    run: BenchRun,
+    names: Sequence[str],
+    offers: Mapping[str, Offer] = PEERS,
+    without_labels: bool = False,
+    is_of_first: bool = False,
 ) -> Rows:
     """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times; those of
-    images alone too where `without_labels` asks for them.
+    images alone too where `without_labels` asks for them. Where the race `is_of_first`, the others are there to compare
+    it with: without it there are no rows of them.
     """
     setting, device = run.setting, run.setting.device
-    prepared = [prepare(run, name, offers[name]) for name in names]
+    prepared: list[tuple[dict[str, Any], Runner | None]] = []
+    for name in names:
+        prepared.append(prepare(run, name, offers[name]))
+        if is_of_first and prepared[0][1] is None:
+            release(device)
+            return [prepared[0][0]]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
