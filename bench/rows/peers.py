@@ -12,6 +12,7 @@ from bench.rows.ladder import TECHNIQUES
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
 
+BUILT = ("diffusers-compiled", "tensorrt")  # for minutes, before anything of them is timed
 RATIOS = {  # name -> (who is faster, than whom)
     "fast_vs_torch": ("ours", "torch"),
     "fast_vs_upstream": ("ours", "upstream"),
@@ -109,7 +110,7 @@ def one_by_one(
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
             rows=lambda run: raced(run, tuple(dict.fromkeys((name, PEERS[name].beside)))),
-            least_seconds=400 if "compiled" in name else 120,
+            least_seconds=400 if name in BUILT else 120,
         )
 
     return tuple(against_ours(name) for name in names)
