@@ -10,7 +10,7 @@ import torch
 from bench import suite
 from bench.machine import limits, measure
 from bench.machine.work import TERA, image_flops, stage_flops
-from bench.peers import PEERS, Offer, diffusers, upstream
+from bench.peers import PEERS, Offer, compiled, diffusers, upstream
 from bench.peers.engine import EnginePeer
 from bench.report import tables
 from bench.report.results import ResultFile
@@ -82,6 +82,21 @@ def test_diffusers_is_measured_with_its_settings_for_a_gpu(setting, judge):
     with peer._arithmetic():
         assert torch.backends.cudnn.benchmark
     assert not torch.backends.cudnn.benchmark
+
+
+def test_calls_that_are_judged_are_those_that_diffusers_compiled(setting, judge, monkeypatch):
+    """Compiling a UNet takes minutes on a GPU: the same code serves the pipeline and a call by itself."""
+    graphs, compile = [], torch.compile
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda one, **_: compile(one, fullgraph=True, dynamic=False, backend=counted))
+    peer = compiled.build(setting, 2)
+    assert not parity.failures(judge.rows(peer, peer.make(setting.batch(2))))
+    assert len(graphs) == 2  # of the UNet and the autoencoder
+    torch._dynamo.reset()
 
 
 def test_decoders_of_diffusers_on_a_gpu_are_those_of_our_engine_there(setting, judge):

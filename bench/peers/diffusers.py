@@ -19,6 +19,10 @@ from datasetdm_fast.decoders.trunk import Decoder, narrowed
 from datasetdm_fast.engines.torch import capturing
 from datasetdm_fast.kernels.choice import operations
 
+# A call of another form would be compiled anew.
+AS_THE_PIPELINE = {"timestep_cond": None, "cross_attention_kwargs": None, "added_cond_kwargs": None}
+AS_THE_PIPELINE |= {"return_dict": False}
+
 
 class Diffusers:
     """The decoders are those of ours: folded, each level projected before it is resized, and on a GPU in fp16 by our
@@ -53,9 +57,10 @@ class Diffusers:
             return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
-        doubled, moment = torch.cat([latents, latents]).to(self.storage), torch.tensor(timestep, device=self.device)
-        with self._arithmetic():
-            return self.pipe.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
+        with self._arithmetic():  # the inputs, too, are made without gradients, as the pipeline's are
+            doubled, text = torch.cat([latents, latents]).to(self.storage), context.to(self.storage, copy=True)
+            moment = torch.tensor(int(timestep), device=self.device)
+            return self.pipe.unet(doubled, moment, encoder_hidden_states=text, **AS_THE_PIPELINE)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         captured = CapturedCall(self, call=0)
