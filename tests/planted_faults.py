@@ -59,7 +59,7 @@ FAULTS = {
         "datasetdm_fast.kernels.to_device:to_device", "value.pin_memory()", "value"
     ),
     "a graph recorded with another GPU's stream": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "datasetdm_fast.engines.cuda_graph:GraphPool.__init__",
         "torch.cuda.Stream(device)",
         "torch.cuda.Stream(0)",
         {"device": "cuda:1"},
@@ -75,8 +75,8 @@ FAULTS = {
         "tuple(value.clone() for value in self.outputs)",
         "self.outputs",
     ),
-    "graphs of two threads in one pool": Fault(
-        f"{FAST}:FastEngine._labelled", "self._label_pool or torch.cuda.graph_pool_handle()", "self._pool"
+    "graphs of one pool on several streams": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", "pool.stream", "torch.cuda.Stream(inputs[0].device)"
     ),
     "a graph recorded at every call": Fault(
         f"{FAST}:FastEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
@@ -269,8 +269,17 @@ FAULTS = {
     "algorithms chosen by timing": Fault(
         "datasetdm_fast.engines.device:choose_by_shape", "= False, True", "= True, False"
     ),
-    "a second engine records while labels are read": Fault(
-        f"{DRIVER}:generate", "label_stream.settle()", "pass", {"scenario": "retry"}
+    "two threads record at once": Fault(
+        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "with TURN, torch.cuda.device(",
+        "with torch.cuda.device(",
+        {"scenario": "between"},
+    ),
+    "graphs of a pool on two streams at once": Fault(
+        "datasetdm_fast.engines.cuda_graph:GraphPool.follow",
+        "current.wait_stream(self.last)",
+        "pass",
+        {"scenario": "between"},
     ),
     "an autoencoder of fp32 is given fp16": Fault(
         f"{FAST}:FastEngine._decoded",
@@ -292,8 +301,8 @@ FAULTS = {
     ),
     "memory given back at every batch": Fault(
         f"{FAST}:FastEngine.decode_and_check",
-        "chunks = latents.to(self.device)",
-        "torch.cuda.empty_cache(); chunks = latents.to(self.device)",
+        "latents = latents.to(self.device)",
+        "torch.cuda.empty_cache(); latents = latents.to(self.device)",
         {"scenario": "cards"},
     ),
     "the reference's tokens on the host": Fault(

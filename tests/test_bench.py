@@ -25,7 +25,7 @@ from bench.machine.processes import another_process
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
-from bench.probe.forms import timed_choice
+from bench.probe import calls, forms
 from bench.report import report, results
 from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
@@ -64,7 +64,7 @@ def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     for is_timed in (False, True):
-        with timed_choice(is_timed):
+        with forms.timed_choice(is_timed):
             fast.choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
             assert (cudnn.benchmark, cudnn.deterministic) == (is_timed, not is_timed)
     assert (cudnn.benchmark, cudnn.deterministic) == before
@@ -566,3 +566,31 @@ def test_a_process_that_measures_is_killed_where_its_answer_is_not_waited_for(tm
             time.sleep(0.05)
         raise KeyboardInterrupt
     assert ended(int(told.read_text()))
+
+
+def test_a_probe_by_timing_lets_cudnn_time(monkeypatch):
+    """Every call of an engine takes such a choice back; the probe is about what that costs."""
+    seen = []
+
+    class Engine:
+        device, precision, decoders = torch.device("cuda"), "fp16", {}
+
+        @fast.computed
+        def denoise(self, *given):
+            seen.append(torch.backends.cudnn.benchmark)
+
+        denoise_and_capture = decode_image = lambda self, *given: (None, None)
+        _forget = lambda self: None  # noqa: E731
+
+    for name, value in (("benchmark", False), ("deterministic", False), ("allow_tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    monkeypatch.setattr(calls, "given", lambda engine, batch: (None, None))
+    monkeypatch.setattr(calls, "wait", lambda device: None)
+    assert {"call", "call, timed choice"} <= calls.one_batch(Engine(), 1).keys()
+    assert seen == [False] * (len(seen) // 2) + [True] * (len(seen) // 2)
+
+
+def test_norms_are_probed_in_the_forms_that_there_are(monkeypatch):
+    monkeypatch.setattr(forms, "row", lambda name, built, device: (name.split(",")[0], *built))
+    found = set(forms.norms(SimpleNamespace(device=torch.device("cuda"), scale=1, rows=2)))
+    assert found == {("group_norm", "ours", "PyTorch"), ("layer_norm", "ours", "PyTorch"), ("geglu", "PyTorch")}

@@ -66,6 +66,28 @@ def test_the_loop_captures_once_at_the_last_call():
     assert engine.log[-1] == ("capture", engine.log[-2][1]) and all(entry[2] == 3 for entry in engine.log[:5])
 
 
+def test_a_gpu_reads_as_many_images_at_once_whatever_a_batch_holds(monkeypatch):
+    """The last batch, and a sample that is made again, are read in the shapes of all others."""
+    engine, lengths, collect, postprocess = StubEngine(), [], driver.collect, driver.postprocess
+
+    def on_gpu(*given):
+        engine.device = torch.device("cuda")
+        found = collect(*given)
+        engine.device = torch.device("cpu")
+        return found
+
+    def read(requests, raw, *others):
+        lengths.append((len(requests), *map(len, raw.values())))
+        return postprocess(requests, raw, *others)
+
+    monkeypatch.setattr(driver, "READ_PIXELS", {"cuda": 2 * 64**2})
+    monkeypatch.setattr(driver, "collect", on_gpu)
+    monkeypatch.setattr(driver, "postprocess", read)
+    found = samples(engine, requests(*"abcde"), size=4, tasks=("depth",), sampler="ddim", steps=2)
+    assert lengths == [(2, 2)] * 4 and [one.request.prompt for one in found] == list("abcde")
+    assert all("depth" in one.annotations for one in found)
+
+
 def test_the_capture_follows_the_decoders_timestep():
     engine = StubEngine(configs={task: replace(config, capture_timestep=390) for task, config in CONFIGS.items()})
     recipe = make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
@@ -126,6 +148,24 @@ def test_samples_that_are_not_finite_are_set_aside_alone():
     assert [type(result) for result in found] == [Sample, SetAside, Sample]
     assert "latents" in found[1].reason and "semantic" in found[1].reason
     assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), Missing("memory: not enough for 2 images", "Take fewer.")]
+)
+def test_what_there_is_no_memory_to_make_again_is_set_aside_and_the_run_goes_on(error):
+    engine = Narrow("features")
+    engine.fp32_fallback = lambda: raised(error)
+    found = samples(engine, requests("a heavy ball", "a cube"), sampler="ddim", steps=2)
+    assert isinstance(found[0], SetAside) and isinstance(found[1], Sample)
+    assert found[0].reason.endswith("; there is not enough memory for another attempt in fp32")
+    engine.fp32_fallback = lambda: raised(Missing("a library is not there", "Install it."))
+    with pytest.raises(Missing, match="library"):
+        samples(engine, requests("a heavy ball"), sampler="ddim", steps=2)
+
+
+def raised(error):
+    raise error
 
 
 class Narrow(StubEngine):

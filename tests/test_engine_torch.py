@@ -1,6 +1,7 @@
 """The reference engine: capture, per-image semantics in a batch, and agreement with the stock pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from datasetdm_fast.config import ENGINES, EngineKind
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.engines.torch import TorchEngine, capturing
+from datasetdm_fast.engines.torch import TorchEngine, _oracle, capturing
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.presets import DEMO
@@ -235,3 +236,14 @@ def test_an_engine_is_one_file_and_one_line(engine, tmp_path, monkeypatch):
 def test_impossible_arithmetic_or_device_is_refused(engine, option, value, error):
     with pytest.raises(error, match=value):
         build_engine("torch", engine.model, **{option: value})
+
+
+def test_on_a_gpu_cudnn_computes_in_exact_fp32_while_other_threads_do(monkeypatch):
+    cudnn = torch.backends.cudnn
+    names = "enabled", "allow_tf32", "deterministic", "benchmark"
+    for name, before in zip(names, (True, True, False, True)):
+        monkeypatch.setattr(cudnn, name, before)
+    seen = _oracle(lambda engine: [getattr(cudnn, name) for name in names])
+    assert seen(SimpleNamespace(device=torch.device("cpu"))) == [True, True, False, True]
+    assert seen(SimpleNamespace(device=torch.device("cuda"))) == [True, False, True, False]
+    assert not cudnn.allow_tf32  # a call of another thread may be under way

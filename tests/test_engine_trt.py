@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.exported.trt import TrtEngine
-from datasetdm_fast.engines.exported.trt_plan import LoadedPlan
+from datasetdm_fast.engines.exported.trt_plan import LoadedPlan, Queue
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, Manifest
@@ -187,6 +189,51 @@ def test_the_full_tensorrt_is_recorded_once_per_shape_and_bound_to_its_gpu(demo,
     (context,) = engine._loaded["denoise"][0].engine.contexts
     assert context.runs == 1 + 1 + 3  # to warm up, for the golden output, and the three calls
     assert {order.gpu for order in built} == {"NVIDIA GeForce RTX 3090"}
+
+
+def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
+    """The first labels are recorded while the next batch is sampled."""
+    stream = SimpleNamespace(cuda_stream=1, wait_stream=lambda other: None, synchronize=lambda: None)
+    for name in ("Stream", "current_stream", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    queue, order = Queue(torch.device("cuda", 0)), []
+    sampler = threading.Thread(target=queue.run, args=(lambda: order.append("a call"),))
+
+    def labels():
+        order.append("recording")
+        sampler.start()
+        sampler.join(0.2)
+        order.append("recorded")
+
+    queue.run(lambda: queue.record(labels))
+    sampler.join()
+    assert order == ["recording", "recorded", "a call"]
+    with queue.here():
+        sampler = threading.Thread(target=queue.run, args=(lambda: order.append("another"),))
+        sampler.start()
+        sampler.join(0.2)
+        assert order[-1] == "a call"
+    sampler.join()
+    assert order[-1] == "another"
+
+
+def test_buffers_of_a_call_are_written_after_other_threads_have_read_theirs(monkeypatch):
+    waits, streams = [], [SimpleNamespace(cuda_stream=k, wait_stream=None) for k in range(2)]
+    for name in ("get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    for one in streams:
+        one.wait_stream = lambda other, one=one: waits.append((one.cuda_stream, other.cuda_stream))
+    queue = Queue(torch.device("cuda", 0))
+    for k in (0, 0, 1, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, k=k: streams[k])
+        with queue.turn():
+            pass
+    assert waits == [(1, 0), (0, 1)]
 
 
 def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder, built):

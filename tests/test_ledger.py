@@ -1,10 +1,12 @@
 import base64
 import errno
+import importlib.util
 import io
 import json
 import os
 import re
 import sqlite3
+import sys
 import zlib
 
 import numpy as np
@@ -179,6 +181,22 @@ def test_a_resumed_run_equals_an_undisturbed_one(run_path, tmp_path):
         folder.add([rendered(k) for k in range(5, 12)], {"batch_size": 4})
         folder.rebuild()
     assert tree(path) == tree(run_path)
+
+
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path):
+    """Who helps with a late batch may have, in a container of its own, the number of the process it helps."""
+    spec = importlib.util.spec_from_file_location("storage_of_another_machine", storage.__file__)
+    other = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    path = tmp_path / "00000003.png"
+    with storage.Publication([path]) as first:
+        first.write(path, [b"who"])
+        with other.Publication([path]) as second:
+            second.write(path, [b"whole"])
+            assert all(map(storage.is_temporary, tmp_path.iterdir())) and len(list(tmp_path.iterdir())) == 2
+        assert path.read_bytes() == b"whole"
+        first.write(path, [b"le"])
+    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
 
 
 def test_files_hold_what_was_made(run_path):

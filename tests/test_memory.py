@@ -1,15 +1,19 @@
 """Batches that fit, and the forms of operations a device is given."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.machine import measure
 from bench.report.report import forms_table
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.decoders.checkpoint import for_inference
 from datasetdm_fast.decoders.seeded import untrained_decoders
 from datasetdm_fast.engines import build_engine, fast, memory, start
@@ -49,6 +53,21 @@ def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
     held = Memory(room)
     with pytest.raises(Missing, match="does not have enough memory for"):
         memory.halving(held.run, size, held.forget)
+
+
+def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
+    def command(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert run_command(command, []) == 3
+    assert "GPU does not have enough memory\nChoose a smaller --batch-size" in capsys.readouterr().err
+
+
+def test_the_bench_knows_both_ways_in_which_memory_runs_out():
+    with pytest.raises(Missing) as stop:
+        memory.halving(Memory(0).run, 1, Memory(0).forget)
+    assert measure.is_out_of_memory(stop.value) and measure.is_out_of_memory(torch.OutOfMemoryError())
+    assert not measure.is_out_of_memory(ValueError("memory"))
 
 
 def test_a_batch_from_free_memory(monkeypatch):
@@ -97,6 +116,45 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     for _ in range(2):
         assert torch.allclose(engine.denoise(latents, 5, context), expected, atol=1e-5)
     assert asked == [5, 3, 3] and engine.adjustments == {"unet_batch": 3}
+
+
+def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
+    """The same of the autoencoder, beside whose chunks the graphs of the UNet keep their memory."""
+    engine, cuda, cpu = FastEngine(load_model("tiny"), device="cpu"), torch.device("cuda"), torch.device("cpu")
+    latents, inner, to, asked = torch.randn(5, 4, 16, 16), engine._decoded, torch.Tensor.to, []
+    expected = engine.decode_and_check(latents)[0].int()
+
+    def tight(chunk):
+        asked.append(len(chunk))
+        if len(chunk) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        engine.device = cpu
+        try:
+            return inner(chunk)
+        finally:
+            engine.device = cuda
+
+    monkeypatch.setattr(engine, "_decoded", tight)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *given, **named: x if cuda in given else to(x, *given, **named))
+    engine.device, engine.adjustments = cuda, {"unet_batch": 3}
+    with torch.inference_mode():
+        for _ in range(2):
+            images, is_finite = FastEngine.decode_and_check.__wrapped__(engine, latents)
+            assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
+    assert asked == [5, 3, 2, 2, 1, 2, 2, 1] and engine.adjustments == {"unet_batch": 3, "image_batch": 2}
+
+
+def test_an_engine_is_let_go_with_its_last_name():
+    """Not when Python next looks for what refers to itself: until then a second engine would lack its memory."""
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    engine.denoise(torch.randn(1, 4, 16, 16), 5, engine.encode_text(["", "a ball"]))
+    alive = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):

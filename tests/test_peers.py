@@ -125,6 +125,13 @@ def test_ours_is_not_timed_beside_a_peer_that_is_not_there(run):
     assert [(row["peer"], row["status"]) for row in part.rows(run)] == [("tensorrt", "absent")]
 
 
+@pytest.mark.parametrize("has_tf32", [True, False])
+def test_upstream_has_cudnn_as_everybody_has(monkeypatch, has_tf32):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    with upstream.arithmetic(has_tf32):
+        assert torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32 == has_tf32
+
+
 def test_labels_of_upstream_are_those_of_the_oracle(setting):
     """Of seeded weights the gates judge no labels, but these must be equal up to rounding."""
     ours, theirs = (

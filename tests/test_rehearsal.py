@@ -49,7 +49,7 @@ needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="thi
 
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
-SAMPLES |= {"cards": 16, "verify": 13}
+SAMPLES |= {"between": 10, "cards": 16, "verify": 13}
 SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "ranks": 2, "students": 4}  # steps
 
 # What is planted -> the rule that finds it, and the file whose line is named.
@@ -65,7 +65,7 @@ EXPECTED = {
     "a graph recorded with another GPU's stream": ("wrong GPU", "engines/cuda_graph.py"),
     "a kernel launched on another GPU": ("wrong GPU", "kernels/layer_norm.py"),
     "the answer of a graph is not copied": ("overwritten", "engines/cuda_graph.py"),
-    "graphs of two threads in one pool": ("race", "engines/cuda_graph.py"),
+    "graphs of one pool on several streams": ("pool", "engines/cuda_graph.py"),
     "a graph recorded at every call": ("host wait", "engines/cuda_graph.py"),
     "a recording that other threads can spoil": ("capture", "engines/cuda_graph.py"),
     "an array over memory that is used again": ("race", "tasks/to_host.py"),
@@ -105,7 +105,8 @@ EXPECTED = {
     "a graph over its caller's tensors": ("stale", "engines/fast.py"),  # where it is recorded
     "a graph that is not replayed": ("stale", "engines/fast.py"),  # where it is called
     "algorithms chosen by timing": ("choice", "models/fused.py"),
-    "a second engine records while labels are read": ("capture", "engines/cuda_graph.py"),
+    "two threads record at once": ("capture", "engines/cuda_graph.py"),
+    "graphs of a pool on two streams at once": ("race", "engines/cuda_graph.py"),
     "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast.py"),
     "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast.py"),
     "one buffer for the threads of two GPUs": ("race", "tasks/to_host.py"),

@@ -1,6 +1,7 @@
 """verify: agrees with what agrees, and fails on each planted error; the command's output and exit codes."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
 from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines import build_engine, opening
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.pipeline import open_run
+from datasetdm_fast.workers import spawn
 
 SMALL = dict(
     width=12,
@@ -183,6 +185,22 @@ def test_weights_of_another_model_are_noticed(model, reference):
     assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, reference):
+    engine.text_encoder.words[-1, 0] = float("nan")
+    row = verify.weights_row(engine, reference)
+    assert not row.is_passed and json.loads(json.dumps(row.median)) == row.median
+
+
+def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine, monkeypatch):
+    """A product of weights rounds otherwise on a GPU, to which the reference engine moves the modules."""
+    asked, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: asked.append(x.data_ptr()) or cpu(x))
+    engine.device = torch.device("cuda")
+    state = engine._sources("unet")["unet"].state
+    assert {value.data_ptr() for value in engine.model.unet.state_dict().values()} <= set(asked)
+    assert all(value.device.type == "cpu" for value in state.values())
+
+
 # Other engines and precisions -----------------------------------------------------------------------------------------
 
 
@@ -219,6 +237,13 @@ def test_gates_give_way_to_the_references_own_drift():
 def test_gates_are_never_stricter_than_without_a_drift():
     (row,) = judge({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
     assert row.is_passed and row.limit == ROUNDED["call"] == (1e-2, 4e-2)
+
+
+def test_gates_do_not_give_way_where_the_reference_leaves_the_range_of_the_precision():
+    beyond = np.full((4, 2), np.inf)
+    (row,) = judge({"call": beyond}, ROUNDED, {"call": beyond})
+    assert not row.is_passed and row.limit == ROUNDED["call"]
+    assert np.isfinite([row.median, row.p99, *row.floor]).all()  # JSON has no other numbers
 
 
 @pytest.mark.parametrize(
@@ -383,6 +408,26 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
     assert not (tmp_path / "third").exists()
+
+
+def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):
+    """They would hold the memory of the first process's GPU."""
+    opened, open_engine = [], opening.open_engine
+
+    def noted(*arguments, **named):
+        engine, told = open_engine(*arguments, **named)
+        opened.append(weakref.ref(engine))
+        return engine, told
+
+    def started(*_):
+        alive.append(opened[0]())
+
+    alive = []
+    monkeypatch.setattr(opening, "open_engine", noted)
+    monkeypatch.setattr(spawn.SpawningSupervisor, "work", started)
+    flags = ["--number", "2", "--steps", "2", "--task", "depth", "--ranks", "2", "--verify", "1", "--quiet"]
+    generate.main([*flags, "--out", str(tmp_path / "run")])
+    assert alive == [None]
 
 
 def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):

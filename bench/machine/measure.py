@@ -194,7 +194,8 @@ def peak(device: torch.device, call: Callable[[], Any], others: int = 0) -> tupl
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """Whether memory did not suffice, in whatever words."""
+    return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
 
 
 def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:

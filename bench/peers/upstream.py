@@ -83,7 +83,7 @@ def arithmetic(has_tf32: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = has_tf32
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=has_tf32):
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=has_tf32):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

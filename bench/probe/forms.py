@@ -182,6 +182,7 @@ def norms(inputs: Inputs) -> Rows:
         def geglu(space: Any, width=width, cells=cells):
             return partial(space.geglu, inputs.tensor(1, cells, 8 * width))
 
-        for op in (group_norm, layer_norm, geglu):
-            forms: dict[str, Build] = {name: partial(op, space) for name, space in spaces.items()}
+        for name, op in {"group_norm_silu": group_norm, "layer_norm": layer_norm, "geglu": geglu}.items():
+            found = {who: space for who, space in spaces.items() if hasattr(space, name)}
+            forms: dict[str, Build] = {who: partial(op, space) for who, space in found.items()}
             yield row(f"{op.__name__}, {channels} channels, {side} cells", forms, inputs.device)

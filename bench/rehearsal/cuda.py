@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
+from datasetdm_fast.engines import cuda_graph
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -218,10 +219,11 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             if timeline.capture is not None:
                 timeline.find("capture", "a second graph is recorded while another one is")
             card = self.graph.stream[0]
-            for pool in timeline.pools.values():
+            for pool in () if cuda_graph.TURN._is_owned() else timeline.pools.values():
                 works_here = any(card in thread.cards for thread in pool.threads)
                 if pool.queue and pool.records and works_here and timeline.thread not in pool.threads:
                     timeline.find("capture", f"a graph is recorded while the thread {pool.name} may record one, too")
+            timeline.records(self.graph.pool, self.graph.stream)
             timeline.host_waits(
                 "the start of a recording", timeline.reached(timeline.thread.stream(self.graph.stream[0]))
             )

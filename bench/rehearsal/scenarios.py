@@ -214,12 +214,25 @@ def retry(machine: Machine) -> int:
         return machine.made(engine, machine.recipe(engine, ("depth",)), Second)
 
 
+def between(machine: Machine) -> int:
+    """A caller that uses the engine between two batches of a run, while the labels of the next are made."""
+    engine, found = machine.engine("depth"), 0
+    recipe = machine.recipe(engine, ("depth",))
+    own = driver.BatchGenerator(engine, recipe, lambda: None)
+    for batch, results in driver.generate(map(machine.batch_of, range(machine.batches)), engine, recipe):
+        with machine.within("batch 0"):
+            machine.timeline.thread.work = "labels"
+            found += len(results) + len(own.make(Batch(0, batch.requests[:1])))
+            machine.timeline.thread.work = ""
+    return found
+
+
 def memory(machine: Machine) -> int:
     """A GPU that takes fewer images at once than a batch has."""
     engine, record = machine.engine("depth"), fast.StepGraph
 
     def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
-        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._step, engine._captured):
+        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._step, engine._captured, engine._pixels):
             raise torch.OutOfMemoryError("simulated")
         return record(run, inputs, *others, **named)
 
@@ -262,6 +275,7 @@ SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "features": features,
     "samplers": samplers,
     "retry": retry,
+    "between": between,
     "memory": memory,
     "cards": cards,
     "verify": verify,

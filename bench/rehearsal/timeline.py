@@ -130,6 +130,7 @@ class Timeline:
         self._asked: Counter[tuple] = Counter()  # how often the host asked whether this much is over
         self.arrays: dict[int, list[tuple[weakref.ref, str]]] = {}  # of the host's memory: the arrays over it
         self._pools: dict[Any, int] = {}  # of graphs: the number of what all of a pool share
+        self._recorders: dict[Any, StreamId] = {}  # of graphs: the stream on which those of a pool are recorded
         self._hosts: dict[int, tuple[StorageWeakRef, str]] = {}  # tensors of the host, and the lines that made them
         self._operations = 0
         self._shared: set[int] = set()  # storages of batches that streams other than their own have used
@@ -326,6 +327,11 @@ class Timeline:
         if number not in self.memory:
             self.memory[number] = Memory(None, (device, GRAPH_POOL), 0, LOAD, name="the memory of a pool of graphs")
         return number
+
+    def records(self, handle: Any, stream: StreamId) -> None:
+        """A graph of a pool is recorded on a stream: what one leaves there, PyTorch gives to that stream alone."""
+        if self._recorders.setdefault(handle, stream) != stream:
+            self.find("pool", "graphs of one pool share no memory, as they are recorded on several streams")
 
     def recorded(self, numbers: Iterable[int]) -> None:
         """A graph is about to be replayed that uses these: what lies outside of its pool has to be there still."""

@@ -44,6 +44,7 @@ OWN_ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "free image": (4e-2, 8e-2),  # 28 dB, 22 dB
 }
 EXACT, ROUNDED = LabelGates(OWN_EXACT, "exact", "free_exact"), LabelGates(OWN_ROUNDED, "rounded", "free_rounded")
+FARTHEST = 1e300  # the distance of what is no number; a sum of two is still a number
 MARGIN = 1.5  # times the drift of the reference against itself at the same precision
 
 
@@ -65,14 +66,14 @@ def judge(
     distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floors: Mapping[str, np.ndarray]
 ) -> list[GateRow]:
     """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts
-    more at that precision.
+    more at that precision, but not where it leaves its range there.
     """
     rows = []
     for name, values in distances.items():
         limit, floor = gates[_gate_of(name)], None
         if name in floors:
             floor = summary(floors[name])
-            limit = tuple(max(gate, MARGIN * drift) for gate, drift in zip(limit, floor))
+            limit = tuple(max(gate, MARGIN * drift) if drift < FARTHEST else gate for gate, drift in zip(limit, floor))
         rows.append(GateRow(name, *summary(values), limit, floor, worst=int(values.max(0).argmax())))
     return rows
 
@@ -84,5 +85,5 @@ def _gate_of(measure: str) -> str:
 
 def summary(values: np.ndarray) -> Limit:
     """Median and 99th percentile; of fewer than a hundred numbers the latter is the largest."""
-    finite = np.nan_to_num(values, nan=np.finfo(np.float64).max, posinf=np.finfo(np.float64).max)
+    finite = np.nan_to_num(values, nan=FARTHEST, posinf=FARTHEST)
     return float(np.median(finite)), float(np.quantile(finite, 0.99, method="higher"))

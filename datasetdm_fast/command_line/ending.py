@@ -43,9 +43,7 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
         return code
     except (Refused, Missing, GateFailed) as stop:
-        for line in (stop.cause, stop.remedy):
-            print(documents.one_line(line), file=sys.stderr)
-        return stop.exit_code
+        return _told(stop)
     except KeyboardInterrupt:
         print(ENDED, file=sys.stderr)
         return 130
@@ -70,9 +68,26 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         if watch.signal:  # a library made another error of it, as imports do
             print(ENDED, file=sys.stderr)
             return 128 + watch.signal
-        return report(error)
+        return _told(stop) if (stop := _out_of_memory(error)) else report(error)
     finally:
         watch.shut()
+
+
+def _told(stop: Refused | Missing | GateFailed) -> int:
+    for line in (stop.cause, stop.remedy):
+        print(documents.one_line(line), file=sys.stderr)
+    return stop.exit_code
+
+
+def _out_of_memory(error: Exception) -> Missing | None:
+    """What is said instead where an error is PyTorch's about the memory of a GPU, which is no bug."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return Missing(
+        "memory: the GPU does not have enough memory",
+        "Choose a smaller --batch-size or --size, or free its memory.",
+    )
 
 
 def _reader_is_gone() -> bool:

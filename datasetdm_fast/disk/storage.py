@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from datasetdm_fast.errors import Missing, Refused, nearest
 
+_OWN = secrets.randbelow(10**9)  # as on another machine, or in another container, a process may have this one's number
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
@@ -135,7 +137,7 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
 
 
 def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}{_OWN:09}.part")
 
 
 def _opened(part: Path) -> int:

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+TURN = threading.RLock()  # held by the thread that records or replays: what others do would spoil a recording
+
+
+class GraphPool:
+    """Memory that graphs share, and the one stream they are recorded on: what was freed on a stream, PyTorch gives to
+    none but this stream again.
+    """
+
+    def __init__(self, device: torch.device):
+        self.handle = torch.cuda.graph_pool_handle()
+        # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
+        self.stream = torch.cuda.Stream(device)
+        self.last: torch.cuda.Stream | None = None  # on which one of the graphs was replayed
+
+    def follow(self, current: torch.cuda.Stream) -> None:
+        """What `current` is given from now on comes after the calls of other threads, whose buffers it writes over."""
+        if self.last is not None and self.last.cuda_stream != current.cuda_stream:
+            current.wait_stream(self.last)
+        self.last = current
+
 
 class StepGraph:
     """One call as a CUDA graph over its own input and output buffers, on the GPU that its inputs lie on.
 
-    Graphs of one `pool` share memory: they are replayed by one thread, one after the other. The first `fresh` inputs
-    are copied at every call, the others where they are another tensor than before.
+    Graphs of one `pool` share memory: they are replayed one after the other, by whatever thread. The first `fresh`
+    inputs are copied at every call, the others where they are another tensor than before.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool, fresh: int = 1):
-        self.fresh = fresh
+    def __init__(
+        self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool: GraphPool, fresh: int = 1
+    ):
+        self.fresh, self.pool = fresh, pool
         self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
-        self.graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-        # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
-        recording = torch.cuda.Stream(device)
-        with torch.cuda.device(device):
+        self.graph, recording = torch.cuda.CUDAGraph(), pool.stream
+        with TURN, torch.cuda.device(inputs[0].device):
+            pool.follow(torch.cuda.current_stream())
             recording.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(recording):
                 for _ in range(2):  # lets libraries choose their algorithms and allocate before anything is recorded
                     run(*self.inputs)
             torch.cuda.current_stream().wait_stream(recording)
             # Other threads may ask for memory meanwhile: only what this one does is judged.
-            with torch.cuda.graph(self.graph, pool=pool, stream=recording, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"):
                 self.outputs = run(*self.inputs)
         self.pointers = self._pointers()
         self.held: list[Tensor | None] = [None] * len(self.inputs)
@@ -39,11 +61,13 @@ class StepGraph:
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The outputs for new inputs, as tensors of the caller's own."""
         assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
-        for place, (buffer, value) in enumerate(zip(self.inputs, values)):
-            is_fresh = place < self.fresh  # the others come from the engine's own tables, which are never written to
-            if is_fresh or self.held[place] is not value:
-                buffer.copy_(value)
-                self.held[place] = None if is_fresh else value
-        with torch.cuda.device(self.inputs[0].device):
+        with TURN, torch.cuda.device(self.inputs[0].device):
+            self.pool.follow(torch.cuda.current_stream())
+            for place, (buffer, value) in enumerate(zip(self.inputs, values)):
+                # The others come from the engine's own tables, which are never written to.
+                is_fresh = place < self.fresh
+                if is_fresh or self.held[place] is not value:
+                    buffer.copy_(value)
+                    self.held[place] = None if is_fresh else value
             self.graph.replay()
-        return tuple(value.clone() for value in self.outputs)
+            return tuple(value.clone() for value in self.outputs)

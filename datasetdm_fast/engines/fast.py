@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.decoders.trunk import packed as packed_decoder
-from datasetdm_fast.engines.cuda_graph import StepGraph
+from datasetdm_fast.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
@@ -130,7 +130,8 @@ class FastEngine:
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
         self._has_usual_ops = ops is None  # others are called one by one
-        self.is_compiled, self.widest = compile, 0  # images a GPU takes at once, 0 = as many as it is given
+        # Images that the UNet and the autoencoder of a GPU take at once, 0 = as many as they are given.
+        self.is_compiled, self.widest, self.widest_chunk = compile, 0, 0
         self.adjustments: dict[
             str, int
         ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
@@ -177,7 +178,7 @@ class FastEngine:
             trim()
         else:  # built before a run begins, as copies to a GPU make the host wait
             self.text_encoder, self.image_decoder  # noqa: B018
-        self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
+        self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
         self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = (
@@ -188,8 +189,14 @@ class FastEngine:
         self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
         # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
         self._label_graphs: dict[tuple, StepGraph] = {}
-        self._pool = self._label_pool = None
+        self._pool: GraphPool | None = None
+        self._label_pool: GraphPool | None = None
         self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
+
+    @property
+    def _step(self) -> Callable[..., tuple[Tensor, ...]]:
+        """A plain call; not kept, as an engine that refers to itself would not be let go at once."""
+        return self._compiled or self._plain
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
         """The weights of these networks of the model, or of all; what no module holds is stored as it is multiplied
@@ -199,7 +206,11 @@ class FastEngine:
         networks = {name: self.model.networks[name] for name in names or self.model.networks}
         if self.device.type != "cpu":  # whose forms of a layer may read a weight twice
             found = {name: network.read() for name, network in networks.items()}
-            return {name: Weighted(one.config, dict(one.state)) for name, one in found.items()}
+            # Wherever the reference engine has put the modules: what is computed from weights would round otherwise.
+            return {
+                name: Weighted(one.config, {part: value.cpu() for part, value in one.state.items()})
+                for name, one in found.items()
+            }
 
         def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
             is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
@@ -346,7 +357,7 @@ class FastEngine:
                 lambda size: self._in_slices(step, latents, row, context, own, size), size, self._forget
             )
             if worked < size:
-                self.widest, self.adjustments = worked, {"unet_batch": worked}
+                self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
         noise, *others = zip(*parts)
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
@@ -370,6 +381,12 @@ class FastEngine:
         """Drops every recorded call and the tables of the texts."""
         self._graphs.clear()
         self._pool = self._text = None
+        torch.cuda.empty_cache()
+
+    def _forget_labels(self) -> None:
+        """The same of the autoencoder and the decoders."""
+        self._label_graphs.clear()
+        self._label_pool = None
         torch.cuda.empty_cache()
 
     def _latents(self, latents: Tensor) -> Tensor:
@@ -444,7 +461,7 @@ class FastEngine:
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
         key = (step.__name__, *(tuple(value.shape) for value in inputs))
         if key not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool = self._pool or GraphPool(inputs[0].device)
             self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
@@ -456,7 +473,7 @@ class FastEngine:
             return run(*inputs)
         key = (name, *(tuple(value.shape) for value in inputs))
         if key not in self._label_graphs:
-            self._label_pool = self._label_pool or torch.cuda.graph_pool_handle()
+            self._label_pool = self._label_pool or GraphPool(inputs[0].device)
             self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
         return self._label_graphs[key](*inputs)
 
@@ -466,13 +483,17 @@ class FastEngine:
     @computed
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         size = self._chunk(latents.shape[-1] * 8)
-        size = size if self.device.type == "cuda" else min(size, slice_of(len(latents)))
-        chunks = latents.to(self.device).split(size)
+        size = min(size, (self.widest_chunk or len(latents)) if self.device.type == "cuda" else slice_of(len(latents)))
+        latents = latents.to(self.device)
         if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
-            parts = [self._decoded(chunk) for chunk in chunks]
+            parts, worked = halving(
+                lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
+            )
+            if worked < size:
+                self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         else:
             self._keep_alone("image_decoder")
-            decoder = self.image_decoder  # read once, before threads ask for it
+            decoder, chunks = self.image_decoder, latents.split(size)  # read once, before threads ask for it
             if len(chunks) == 1 and is_large(decoder):
                 del self.image_decoder  # the next call of another network would let it go
                 return as_images(decoder.spent(_channels_last(chunks[0], self.dtype), make_room))
@@ -622,12 +643,13 @@ def _changes(context: Tensor) -> int:
 
 
 def state_distance(value: Tensor, truth: Tensor) -> float:
-    """The largest difference of two weights, as a share of the largest number in `truth`."""
-    return (
-        float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30))
-        if truth.numel()
-        else 0.0
-    )
+    """The largest difference of two weights, as a share of the largest number in `truth`; what is no number counts as
+    farther than any.
+    """
+    if not truth.numel():
+        return 0.0
+    farthest = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)
+    return float(farthest.nan_to_num(nan=torch.finfo(torch.double).max))
 
 
 def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:

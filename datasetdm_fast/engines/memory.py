@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -60,18 +61,24 @@ def weight_bytes(engine: Engine) -> int:
     )
 
 
-def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None]) -> tuple[Answer, int]:
-    """run(size), halved where memory runs out, after `forget` dropped caches once; and the size that worked."""
-    try:
-        return run(size), size
-    except torch.OutOfMemoryError as error:
-        if size == 1:
-            raise _too_large(size) from error
-    forget()
-    try:
-        return run(-(-size // 2)), -(-size // 2)
-    except torch.OutOfMemoryError as error:
-        raise _too_large(-(-size // 2)) from error
+def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None], times: int = 1) -> tuple[Answer, int]:
+    """run(size), halved up to so many times where memory runs out, each time after `forget` dropped caches; and the
+    size that worked.
+    """
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError as error:
+            if size == 1 or not times:
+                raise _too_large(size) from error
+        forget()
+        size, times = -(-size // 2), times - 1
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a GPU ran out, in PyTorch's words or in ours."""
+    is_ours = isinstance(error, Missing) and error.cause.startswith("memory: ")
+    return is_ours or isinstance(error, torch.OutOfMemoryError)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -83,6 +90,16 @@ def trim() -> None:
     """Gives back what the C library keeps of freed memory, where it has a function for that."""
     if hasattr(library := _loaded(), "malloc_trim"):
         library.malloc_trim(0)
+
+
+def release() -> None:
+    """Gives back the memory of engines that nobody uses any more: each refers to itself, and PyTorch keeps that of a
+    GPU.
+    """
+    gc.collect()
+    trim()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def keep_freed() -> None:

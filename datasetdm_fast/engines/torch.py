@@ -13,19 +13,23 @@ import transformers
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture
-from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading.model import Model
 
 
 def _oracle(method):
-    """`method` without gradients and without TF32, which cuDNN uses for fp32 convolutions unless told not to."""
+    """`method` without gradients; on a GPU without TF32, which cuDNN uses for fp32 convolutions unless told not to, and
+    by algorithms that round alike every time.
+    """
 
     @functools.wraps(method)
-    def strict(*arguments, **keywords):
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-            return method(*arguments, **keywords)
+    def strict(engine: TorchEngine, *arguments, **keywords):
+        allow_tf32(engine.device, False)
+        choose_by_shape(engine.device)
+        with torch.inference_mode():
+            return method(engine, *arguments, **keywords)
 
     return strict
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.generation.recipe import Recipe
     from datasetdm_fast.labels.class_tables import ClassTable
 
-READ_PIXELS = 512**2  # of the images whose raw outputs are read at once on a CPU
+# Of the images whose raw outputs are read at once: each query has a mask of their size.
+READ_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}
 MOST_NEGATIVES = 256  # encoded negative prompts that are kept
 
 
@@ -56,14 +57,34 @@ def generate(
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
         generator = make(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
-            if any(isinstance(result, SetAside) for result in results) and (wide := engine.fp32_fallback()) is not None:
-                label_stream.settle()  # what a new engine records on a GPU must not be disturbed
-                second = make(wide, recipe, calls.queued).make(batch)
-                results = [
-                    again(*both) if isinstance(both[0], SetAside) else both[0]
-                    for both in zip(results, second, strict=True)
-                ]
+            if any(isinstance(result, SetAside) for result in results):
+                results = retried(batch, results, engine, lambda wide: make(wide, recipe, calls.queued), label_stream)
             yield batch, results
+
+
+def retried(
+    batch: Batch,
+    results: list[Sample | SetAside],
+    engine: Engine,
+    make: Callable[[Engine], BatchGenerator],
+    label_stream: LabelStream,
+) -> list[Sample | SetAside]:
+    """The results with those that are set aside made once more in fp32, as far as there is memory for that."""
+    try:
+        if (wide := engine.fp32_fallback()) is None:
+            return results
+        label_stream.settle()  # what a new engine records on a GPU must not be disturbed
+        second = make(wide).make(batch)
+    except Exception as error:
+        from datasetdm_fast.engines.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        lacking = "there is not enough memory for another attempt in fp32"
+        return [
+            SetAside(one.request, f"{one.reason}; {lacking}") if isinstance(one, SetAside) else one for one in results
+        ]
+    return [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
 
 
 def side_by_side(
@@ -246,12 +267,14 @@ def collect(
 
     def read(task: str, part: slice) -> list[Annotation]:
         outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
-        return postprocess(batch.requests[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        return postprocess(asked[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
 
     is_host = engine.device.type == "cpu"
-    parts = [slice(b, b + 1) for b in range(count)] if is_host else [slice(0, count)]
+    most = max(READ_PIXELS["cpu" if is_host else "cuda"] // recipe.size**2, 1)  # images at once
+    # A GPU reads the padding, too: products of other shapes may round otherwise.
+    asked, together = (batch.requests, 1) if is_host else (batch.padded, most)
+    parts = [slice(b, b + together) for b in range(0, len(asked), together)]
     works = [(task, part) for task in recipe.decoded for part in parts]
-    most = max(READ_PIXELS // recipe.size**2, 1)  # at once: what is read of a large image takes hundreds of megabytes
     answers = iter(readers().map(read, works, most) if is_host else [read(*one) for one in works])
     labels: dict[str, list[Annotation]] = {
         task: [label for _ in parts for label in next(answers)] for task in recipe.decoded

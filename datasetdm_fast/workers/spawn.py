@@ -47,6 +47,10 @@ _BOOT = _WITH_PARENT + "from datasetdm_fast.workers.spawn import enter; enter()"
 def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Result:
     """The run, made by one process a place."""
     folder, begin = Path(config.out), time.perf_counter()
+    if "torch" in sys.modules:  # engines that were compared before: the first process would lack their memory
+        from datasetdm_fast.engines.memory import release
+
+        release()
     storage.make_folder(folder / "state")
     with locks.locked(folder / LOCK):
         clean(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class OrtEngine(CachedEngine):
         super().__init__(model, decoders, tell)
 
     def _open(self, path: Path, name: str, file: StageFile) -> OrtStage:
-        return OrtStage(lambda threads: open_session(path, self.provider, self.device, threads), file, self.device)
+        return OrtStage(partial(open_session, path, self.provider, self.device), file, self.device)
 
     def _images_at_once(self, batch: int) -> int:
         return slice_of(batch) if self.device.type == "cpu" else batch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +33,14 @@ DTYPES = {
 
 
 class Queue:
-    """A stream of its own on one GPU: TensorRT synchronises the whole device when it is given the default stream."""
+    """A stream of its own on one GPU: TensorRT synchronises the whole device when it is given the default stream.
+
+    The threads that sample and that make labels take turns: what one queues while the other records would be recorded.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream, self._turn = device, torch.cuda.Stream(device), threading.RLock()
+        self._last: torch.cuda.Stream | None = None  # of the thread whose turn was the last
         self.gpu = torch.cuda.get_device_name(device)
         self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
         self.handle = self.stream.cuda_stream
@@ -43,10 +48,11 @@ class Queue:
     def run(self, work: Callable[[], None]) -> None:
         """`work` on this stream: after what its caller has queued, before what the caller queues next."""
         current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            work()
-        current.wait_stream(self.stream)
+        with self._turn:
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                work()
+            current.wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What repeats `work` as one CUDA graph; call it within `run`."""
@@ -59,9 +65,23 @@ class Queue:
     def wait(self) -> None:
         self.stream.synchronize()
 
-    def here(self):
-        """Within this block the GPU is the current one, as TensorRT expects when it loads a plan."""
-        return torch.cuda.device(self.device)
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """What this thread queues within this block comes after what others have queued in theirs."""
+        with self._turn:
+            current = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last.cuda_stream != current.cuda_stream:
+                current.wait_stream(self._last)
+            self._last = current
+            yield
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Within this block the GPU is the current one, as TensorRT expects when it loads a plan, and the stream this
+        thread's alone.
+        """
+        with self._turn, torch.cuda.device(self.device):
+            yield
 
 
 class LoadedPlan:
@@ -259,13 +279,14 @@ class Call:
         self._repeat = self.queue.record(self._execute)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, buffer in self.inputs.items():
-            assert inputs[name].shape == buffer.shape, (
-                f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
-            )
-            buffer.copy_(inputs[name])
-        self.queue.run(self._repeat)
-        return {name: buffer.clone() for name, buffer in self.outputs.items()}
+        with self.queue.turn():
+            for name, buffer in self.inputs.items():
+                assert inputs[name].shape == buffer.shape, (
+                    f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
+                )
+                buffer.copy_(inputs[name])
+            self.queue.run(self._repeat)
+            return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
 
 def _logger(trt):
