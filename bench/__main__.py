@@ -20,7 +20,7 @@ BENCHES = {
     "labels": ("bench.claims.labels", "how many labelled scenes of a world are few: students by number of scenes"),
     "attention": (
         "bench.rows.attention",
-        "images with labels from attention, against Dataset Diffusion over diffusers",
+        "images with labels from attention on this CPU, against Dataset Diffusion over diffusers",
     ),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures against captures computed anew"),
     "kernels": ("bench.kernels.audit", "registers, spills, shared memory of kernels (--audit), or tuning (--tune)"),

@@ -112,6 +112,15 @@ def test_the_race_against_dataset_diffusion_begins_with_a_comparison(monkeypatch
         bench.measure(bench.AttentionBench(images=1, steps=2, rounds=1))
 
 
+def test_the_bench_runs_both_on_the_cpu(monkeypatch):
+    """The other one's networks lie there, also where the engine by itself would take a GPU."""
+    devices = []
+    monkeypatch.setattr(bench, "build_engine", lambda *_, device: devices.append(device) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.measure(bench.AttentionBench(images=1, steps=2, rounds=1))
+    assert devices == ["cpu"]
+
+
 @torch.inference_mode()
 def test_sums_of_all_engines_agree_and_the_output_is_that_of_denoise(engines):
     fast, latents = engines["fast"], torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))

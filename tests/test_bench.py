@@ -59,6 +59,31 @@ def test_peak_sees_what_was_allocated_and_freed():
     assert answer == 64 * 2**18 and 60 * 2**20 <= grown <= 100 * 2**20
 
 
+def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
+    """PyTorch would give a timed choice what it keeps of the same shape and wish: so the wishes differ, too."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    for is_timed in (False, True):
+        with forms.timed_choice(is_timed):
+            fast.choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
+            assert (cudnn.benchmark, cudnn.deterministic) == (is_timed, not is_timed)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
+def test_memory_on_a_gpu_is_that_of_a_peer_and_of_its_graphs(monkeypatch):
+    """Of what PyTorch holds, what a graph keeps is no longer allocated; the networks of other peers are not counted."""
+    holding = {"now": 100, "most": 100}
+    monkeypatch.setattr(measure, "release", lambda device: None)
+    monkeypatch.setattr(measure, "wait", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: holding["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: holding["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: holding.update(most=holding["now"]))
+    others = measure.held(torch.device("cuda"))
+    holding["now"] += 40  # the peer's networks and recorded graphs
+    answer, most = measure.peak(torch.device("cuda"), lambda: holding.update(most=150) or "made", others)
+    assert (answer, most) == ("made", 50)
+
+
 def test_rounds_go_in_turn():
     said = []
     rounds = measure.interleaved({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 0.0, least=3)
@@ -230,6 +255,17 @@ def test_the_rate_of_ranks_is_from_the_first_image_made_to_the_last(monkeypatch)
     assert 1.5 < scale.rate(in_between, ranks=2) < 2.0
 
 
+def test_ranks_share_the_cores_of_a_cpu_where_there_is_a_gpu_too(monkeypatch):
+    def made(command, **_):
+        assert command[command.index("--device") + 1] == "cpu"
+        images = Path(command[command.index("--out") + 1], "images")
+        images.mkdir(parents=True)
+        (images / "0.png").touch()
+
+    monkeypatch.setattr(scale.subprocess, "run", made)
+    scale.images_per_second(2)
+
+
 def test_help_names_the_numbers_of_the_code(capsys):
     with pytest.raises(SystemExit):
         bench.dispatch(["--help"])
@@ -258,6 +294,9 @@ def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
         begun = [shown for shown in said.splitlines() if shown.startswith("==")]
         assert [shown.split()[1] for shown in begun] == ["environment", "build", *steps] and "/w" in begun[0]
         assert all(int(shown.split("at most ")[1].split()[0]) <= 540 for shown in begun)
+        assert (
+            call != 3 or "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in said
+        )  # sees each tensor's bounds
         files = [word for word in said.split() if word.startswith("tests/")]
         assert call != 1 or {"tests/test_kernels.py", "tests/test_models.py"} <= set(files)
         assert not any("pycocotools" in Path(SCRIPT.parents[1], file).read_text() for file in files)
@@ -432,6 +471,12 @@ def test_a_peer_in_bf16_is_compared_with_ours_in_bf16():
     race.add_times(rows, each, setting, limits)
     said = "1.5× (1.5–1.5) in bf16", "1.5× (1.5–1.5)"
     assert [peers.our_speedup(row) for row in rows] == ["", "2× as fast as in fp32", *said]
+    on_gpu = [
+        {"peer": name, "dtype": dtype} for name, dtype in zip(each, ("fp16", "bf16", "bf16", "fp16"), strict=True)
+    ]
+    on_gpu.append({"peer": "ours-1", "dtype": "fp16"})
+    race.add_times(on_gpu, {"ours-1": [4.0] * 5, **each}, setting, limits)
+    assert peers.our_speedup(on_gpu[1]) == "2× as fast as in fp16" and peers.our_speedup(on_gpu[4]) == "2× (2–2)"
     alone_rows = [row for row in rows if row["peer"] in ("ours", "openvino-bf16")]
     race.add_times(alone_rows, {"ours": each["ours"], "openvino-bf16": each["openvino-bf16"]}, setting, limits)
     assert alone_rows[1]["ours_over"]["median"] == 0.75

@@ -10,11 +10,11 @@ import torch
 from bench import suite
 from bench.machine import limits, measure
 from bench.machine.work import TERA, image_flops, stage_flops
-from bench.peers import PEERS, Offer, upstream
+from bench.peers import PEERS, Offer, compiled, diffusers, upstream
 from bench.peers.engine import EnginePeer
 from bench.report import tables
 from bench.report.results import ResultFile
-from bench.rows import ladder, layers, ops, parity, profile, quality, race, stages
+from bench.rows import ladder, layers, ops, parity, peers, profile, quality, race, stages
 from bench.rows import limits as limit_rows
 from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
@@ -60,6 +60,69 @@ def test_every_technique_of_the_ladder_agrees(setting, judge):
     for name in ("maps once", "decoders", "batches"):
         peer = ladder.TECHNIQUES[name].build(setting, 1)
         assert not parity.failures(judge.rows(peer, peer.make(setting.batch(1))))
+
+
+def test_a_technique_of_the_ladder_changes_one_thing_on_a_gpu_too():
+    """There ours has 16 bits by itself: they are a row of their own, after all that is in fp32."""
+    *in_fp32, last = ladder.ON_GPU
+    assert (last, ladder.ON_GPU[last].title) == ("ours", ladder.HALF)
+    assert [ladder.ON_GPU[name].title for name in in_fp32] == [one.title for one in ladder.TECHNIQUES.values()][:-1]
+
+
+def test_ours_before_its_last_technique_is_in_fp32(setting, monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.engines.fast.resolve_precision", lambda name, device: name)
+    for name in ("lean", "ours-fp32"):
+        assert ladder.ON_GPU[name].build(setting, 1).dtype == "fp32"
+
+
+def test_diffusers_is_measured_with_its_settings_for_a_gpu(setting, judge):
+    peer = PEERS["diffusers-tuned"].build(setting, 2)
+    assert not parity.failures(judge.rows(peer, peer.make(setting.batch(2))))
+    assert peer.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    with peer._arithmetic():
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_calls_that_are_judged_are_those_that_diffusers_compiled(setting, judge, monkeypatch):
+    """Compiling a UNet takes minutes on a GPU: the same code serves the pipeline and a call by itself."""
+    graphs, compile = [], torch.compile
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda one, **_: compile(one, fullgraph=True, dynamic=False, backend=counted))
+    peer = compiled.build(setting, 2)
+    assert not parity.failures(judge.rows(peer, peer.make(setting.batch(2))))
+    assert len(graphs) == 2  # of the UNet and the autoencoder
+    torch._dynamo.reset()
+
+
+def test_decoders_of_diffusers_on_a_gpu_are_those_of_our_engine_there(setting, judge):
+    """In fp16: in fp32 without TF32 they would take several times as long as ours, within the time of its images."""
+    _, capture = setting.reference.denoise_and_capture(*judge.inputs(setting.recipe.captured[-1], 1))
+    narrow = diffusers.narrow_decoders(setting)
+    assert {next(decoder.parameters()).dtype for decoder in narrow.values()} == {torch.float16}
+    with torch.inference_mode():
+        found = diffusers.answered(narrow["depth"], capture)
+        truth = setting.reference.annotate("depth", capture)
+    assert found["depth"].dtype == torch.float32 and measure.distance(found["depth"], truth["depth"]) < 1e-2
+
+
+def test_images_alone_are_timed_where_the_peer_has_them(monkeypatch, run):
+    asked = []
+    monkeypatch.setattr(
+        peers, "race", lambda run, names, without_labels, **_: asked.append((names, without_labels)) or []
+    )
+    for part in peers.one_by_one(("upstream", "diffusers")):
+        part.rows(run)
+    assert asked == [(("upstream", "ours"), False), (("diffusers", "ours"), True)]
+
+
+def test_ours_is_not_timed_beside_a_peer_that_is_not_there(run):
+    (part,) = peers.one_by_one(("tensorrt",))
+    assert [(row["peer"], row["status"]) for row in part.rows(run)] == [("tensorrt", "absent")]
 
 
 @pytest.mark.parametrize("has_tf32", [True, False])
@@ -160,6 +223,8 @@ def test_stages_are_compared_and_timed_both_ways(run, setting):
     } < set(rows)
     assert all(row["status"] == "ok" for row in rows.values())
     assert all(row["error"] <= row["limit"] and row["ratio"]["median"] > 0 for row in rows.values() if "error" in row)
+    assert {row["naive_dtype"] for row in rows.values() if "naive_s" in row} == {"fp32"}
+    assert stages.precision({"dtype": "fp16", "naive_dtype": "fp32"}) == "fp32, ours fp16"
     assert "naive_s" not in rows["encode"] and rows["encode"]["ours_s"]["median"] > 0
 
 

@@ -299,6 +299,13 @@ def test_our_own_second_precision_does_not_read_as_a_loss():
     assert peers.our_speedup(row | {"peer": "torch"}).startswith("0.5×") and peers.our_speedup({"peer": "ours"}) == ""
 
 
+def test_the_front_page_says_in_which_precision_ours_is_faster(document):
+    assert "speed-up of datasetdm_fast in fp32 |" in report.summary({"cpu": document}, "charts")
+    for row in document["parts"]["peers"]["rows"]:
+        row["dtype"] = "fp16"
+    assert "speed-up of datasetdm_fast in fp16 |" in report.summary({"gpu": document}, "charts")
+
+
 def test_prose_is_broken_into_lines_and_nothing_else():
     text = f"{'word ' * 40}\n\n| {'cell ' * 40}|\n![{'picture ' * 40}](a.svg)"
     prose, gap, *others = report.wrapped(text).rsplit("\n", 3)

@@ -2,12 +2,14 @@
 
 import math
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.kernels import audit, tune
+from bench.machine import limits
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, fused, launch, layer_norm
 
@@ -32,6 +34,22 @@ def test_the_way_down_ends_at_the_fastest_that_is_right():
     best, least = tune.descend(table, key, SIZES, cost, 8.0, time.monotonic() + 60)
     assert best == SIZES | {"BLOCK_S": 512, "num_warps": 1} == table[key] and least == 2.0
     assert tune.descend(table, key, SIZES, cost, 8.0, 0.0) == (SIZES, 8.0)  # no time left: what there was
+
+
+def test_a_kernel_is_timed_without_the_launches_of_the_host(monkeypatch):
+    """One that is small takes a GPU less time than Python needs to launch it: any size would seem equally fast."""
+    replayed, recorded = [], []
+
+    class Graph:
+        def replay(self):
+            replayed.append(len(recorded))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(limits, "wait", lambda device: None)
+    found = limits.device_rate(lambda: recorded.append(1), torch.device("cuda"), 0.0)
+    assert len(recorded) == 2 + limits.MOST_RECORDED == replayed[0] and len(replayed) > 3
+    assert found > limits.MOST_RECORDED / limits.WINDOW
 
 
 @pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")

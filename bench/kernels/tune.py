@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
-from bench.machine.limits import rate
+from bench.machine.limits import device_rate
 from bench.machine.measure import distance
 from bench.options import say
 from bench.peers.upstream import arithmetic
@@ -48,7 +48,7 @@ class Judged:
             found = outputs(form, self.inputs)
             if not max(distance(a, b) for a, b in zip(found, self.answer, strict=True)) <= self.limit:
                 return math.inf
-            return 1 / rate(functools.partial(form, *self.inputs), device, WINDOW)
+            return 1 / device_rate(functools.partial(form, *self.inputs), device, WINDOW)
         except Exception:  # whatever compiler and driver throw at sizes that do not fit; such sizes are not chosen
             return math.inf
 

@@ -20,6 +20,7 @@ TYPES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp16"
 TYPES |= {"tf32": (torch.float32, True)}
 MEASURED_TYPES = {"cpu": ("fp32", "bf16"), "cuda": tuple(TYPES)}
 WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
+REPLAY, MOST_RECORDED = 2e-3, 64  # seconds of the calls of one graph, and how many it has at most
 # Which of them is fastest depends on the library; none is tried after one that takes LONG seconds, as bfloat16 does on
 # a CPU without instructions for it.
 PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}
@@ -48,6 +49,25 @@ def rate(call: Callable[[], object], device: torch.device, seconds: float) -> fl
         wait(device)
         fastest, windows = max(fastest, count / (time.perf_counter() - begin)), windows + 1
     return fastest
+
+
+def device_rate(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The same of the device alone: on a GPU calls are replayed as one CUDA graph, as the engine's are, since what is
+    small there takes less time than its launch.
+    """
+    if device.type != "cuda":
+        return rate(call, device, seconds)
+    call()
+    wait(device)
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    count = min(max(1, int(REPLAY / max(time.perf_counter() - begin, 1e-7))), MOST_RECORDED)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    return count * rate(graph.replay, device, seconds)
 
 
 def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:

@@ -170,16 +170,27 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:
-    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process
-    grew by.
+def held(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch holds in this process when what is free was given back; 0 on a CPU, whose peaks are
+    what a call adds.
+    """
+    if device.type == "cpu":
+        return 0
+    release(device)
+    return torch.cuda.memory_reserved(device)
+
+
+def peak(device: torch.device, call: Callable[[], Any], others: int = 0) -> tuple[Any, int]:
+    """The answer of `call` and the most bytes it needed: of the GPU all that PyTorch held, the memory of recorded
+    graphs among it, without what `others` hold there; of a CPU what the process grew by.
     """
     if device.type == "cpu":
         return with_peak(call)
+    release(device)
     torch.cuda.reset_peak_memory_stats(device)
     answer = call()
     wait(device)
-    return answer, torch.cuda.max_memory_allocated(device)
+    return answer, torch.cuda.max_memory_reserved(device) - others
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -49,6 +49,7 @@ class Offer(NamedTuple):
 
 TF32 = "upstream in TF32: a CPU has no such arithmetic"
 FP16 = "upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32"
+TUNED = "diffusers with its settings for GPUs: they change nothing on a CPU"
 TENSORRT = "TensorRT: it runs on NVIDIA GPUs only"
 CPU_ONLY = "OpenVINO: it is a peer on CPUs"
 OURS = "ours"
@@ -60,6 +61,9 @@ PEERS = {
     "torch": Offer("our reference engine, fp32", engine.reference, must_run=True),
     "diffusers-1": Offer("diffusers, one image at a time", diffusers.Diffusers, batch=1, draws=True),
     "diffusers": Offer("diffusers at its best batch", diffusers.Diffusers, draws=True),
+    "diffusers-tuned": Offer(
+        "diffusers, channels-last, timed convolutions", diffusers.TunedDiffusers, like="diffusers", not_on_cpu=TUNED
+    ),
     "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers", draws=True),
     "ort-1": Offer("ONNX Runtime, one image at a time", engine.named("ort"), batch=1),
     "ort": Offer("ONNX Runtime", engine.named("ort")),

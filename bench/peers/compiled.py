@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.peers.diffusers import Diffusers
+from bench.peers.diffusers import TunedDiffusers
 from bench.setting import Setting
 
 # On a GPU those of diffusers' guide; a CPU has neither graphs nor Triton, and autotuning its products takes minutes.
@@ -23,11 +23,8 @@ OPTIONS = {
 }
 
 
-def build(setting: Setting, batch: int) -> Diffusers:
-    peer = Diffusers(setting, batch)
-    for module in (peer.pipe.unet, peer.pipe.vae):
-        module.to(memory_format=torch.channels_last)
-    peer.pipe.fuse_qkv_projections()
+def build(setting: Setting, batch: int) -> TunedDiffusers:
+    peer = TunedDiffusers(setting, batch)
     options = OPTIONS[setting.device.type]
     peer.pipe.unet = torch.compile(peer.unet, fullgraph=True, dynamic=False, options=options)
     peer.pipe.vae.decode = torch.compile(peer.pipe.vae.decode, fullgraph=True, dynamic=False, options=options)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,21 @@ from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.decoders.trunk import Decoder, narrowed
 from datasetdm_fast.engines.torch import capturing
+from datasetdm_fast.kernels.choice import operations
+
+# A call of another form would be compiled anew.
+AS_THE_PIPELINE = {"timestep_cond": None, "cross_attention_kwargs": None, "added_cond_kwargs": None}
+AS_THE_PIPELINE |= {"return_dict": False}
 
 
 class Diffusers:
-    """The decoders are those of ours: folded, each level projected before it is resized, so that the rows compare the
-    diffusion.
+    """The decoders are those of ours: folded, each level projected before it is resized, and on a GPU in fp16 by our
+    kernels, so that the rows compare the diffusion.
     """
+
+    times_convolutions = False  # whether cuDNN's algorithms are chosen by timing
 
     def __init__(self, setting: Setting, batch: int):
         self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
@@ -36,28 +44,35 @@ class Diffusers:
         self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.clip_tokenizer, scheduler=scheduler, **absent)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet = self.pipe.unet  # the plain module, which the captured call runs in
-        self.decoders = lean_decoders(setting)
+        self.decoders = lean_decoders(setting) if setting.device.type == "cpu" else narrow_decoders(setting)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        with arithmetic(False):
+            torch.backends.cudnn.benchmark = self.times_convolutions  # put back with the flags of the block
+            yield
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        with arithmetic(False):
+        with self._arithmetic():
             return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
-        doubled, moment = torch.cat([latents, latents]).to(self.storage), torch.tensor(timestep, device=self.device)
-        with arithmetic(False):
-            return self.pipe.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
+        with self._arithmetic():  # the inputs, too, are made without gradients, as the pipeline's are
+            doubled, text = torch.cat([latents, latents]).to(self.storage), context.to(self.storage, copy=True)
+            moment = torch.tensor(int(timestep), device=self.device)
+            return self.pipe.unet(doubled, moment, encoder_hidden_states=text, **AS_THE_PIPELINE)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         captured = CapturedCall(self, call=0)
         captured.before(0)
         noise = self.denoise(latents, timestep, context)
-        return noise, captured.after(0)
+        return noise, captured.after(0).to(torch.float32)
 
     def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:
         prompts = [request.prompt for request in requests]
         options["latents"] = noise_of(requests, self.recipe).to(self.device, self.storage)
         options |= {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
-        with arithmetic(False):
+        with self._arithmetic():
             return (self.pipe(prompts, output_type="np", **options).images * 255).astype(np.uint8)
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
@@ -67,9 +82,34 @@ class Diffusers:
         captured = CapturedCall(self, self.recipe.captured[-1])
         captured.before(0)
         images = self._run(requests, callback_on_step_end=captured.on_step_end)
-        with arithmetic(False):
-            answers = {task: decoder(captured.capture) for task, decoder in self.decoders.items()}
+        with self._arithmetic():
+            answers = {task: answered(decoder, captured.capture) for task, decoder in self.decoders.items()}
         return samples_of(requests, images, answers, self.decoders, self.recipe, self.tokenizer)
+
+
+class TunedDiffusers(Diffusers):
+    """With what its guides switch on for a GPU and compile nothing for: channels-last, packed projections, and
+    convolutions chosen by timing.
+    """
+
+    times_convolutions = True
+
+    def __init__(self, setting: Setting, batch: int):
+        super().__init__(setting, batch)
+        for module in (self.pipe.unet, self.pipe.vae):
+            module.to(memory_format=torch.channels_last)
+        self.pipe.fuse_qkv_projections()
+
+
+def narrow_decoders(setting: Setting) -> dict[str, Decoder]:
+    """The folded decoders in fp16, with the operations that our engine gives them."""
+    ops = operations(setting.device, torch.float16)
+    return {task: narrowed(decoder, torch.float16, ops) for task, decoder in setting.reference.decoders.items()}
+
+
+def answered(decoder: Decoder, capture: Capture) -> dict[str, Tensor]:
+    """What a decoder says, in fp32."""
+    return {name: value.float() for name, value in decoder(capture.to(next(decoder.parameters()).dtype)).items()}
 
 
 class CapturedCall:
@@ -88,9 +128,7 @@ class CapturedCall:
         if call == self.call:
             self._hooks.close()
             self.peer.pipe.unet = self._usual
-            (found,) = self._found
-            in_fp32 = [[tuple(x.float() for x in level) for level in kind] for kind in (found.features, found.maps)]
-            self.capture = Capture(*map(tuple, in_fp32))
+            (self.capture,) = self._found
         return self.capture
 
     def on_step_end(self, pipe: Any, call: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class Upstream:
             return self.text_encoder(tokens.input_ids.to(self.device))[0].float()
 
     def arithmetic(self):
-        return arithmetic(self.dtype == "tf32")
+        return arithmetic(self.dtype != "fp32")  # in fp16 what stays in fp32 may be rounded, too
 
     def denoise(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         moment = torch.as_tensor(timestep, dtype=torch.float32)[None].to(self.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
+from datasetdm_fast.engines import fast
 from datasetdm_fast.kernels import fused, reference
 from datasetdm_fast.kernels.case import HEADS, LEVELS, TOKENS
 from datasetdm_fast.models.layers import Upsample, Weights
@@ -71,7 +73,9 @@ def attention(inputs: Inputs) -> Rows:
 
 
 def convolutions(inputs: Inputs) -> Rows:
-    """3x3 convolutions with cuDNN's own choice of algorithm, with the one that timing chooses, and with a bias."""
+    """3x3 convolutions with the algorithm that cuDNN chooses for the engine, with the one of all that timing chooses,
+    and with a bias.
+    """
     for channels, out, side in CONVOLUTIONS:
         sizes = channels // inputs.scale, out // inputs.scale, side // inputs.scale
 
@@ -93,11 +97,21 @@ def convolutions(inputs: Inputs) -> Rows:
 
 @contextmanager
 def timed_choice(is_timed: bool) -> Iterator[None]:
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, is_timed
+    """Within the block cuDNN chooses by timing among all algorithms, whatever an engine asks for, or by shape among
+    deterministic ones, as an engine does.
+
+    PyTorch keeps an algorithm by shape and by whether it had to be deterministic, not by how it was chosen: with the
+    same wish, a choice by timing that follows one by shape would be that one.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    usual = mock.patch.object(fast, "choose_by_shape") if is_timed else nullcontext()
     try:
-        yield
+        with usual:
+            cudnn.benchmark, cudnn.deterministic = is_timed, not is_timed
+            yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def upsampling(inputs: Inputs) -> Rows:

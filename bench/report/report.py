@@ -14,6 +14,7 @@ from bench.claims import page as claims
 from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
+from bench.peers import OURS
 from bench.report import reckoned
 from bench.report.results import (
     FEWER,
@@ -45,7 +46,7 @@ SHORT = {  # columns of the peers that the front page shows, and their headings 
     "batch": "batch",
     "images/s": "images/s",  # and with how many calls
     "share of peak": "share of peak matmul throughput",
-    "our speed-up": "speed-up of datasetdm_fast in fp32",
+    "our speed-up": "speed-up of datasetdm_fast",  # and in which precision
 }
 DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
@@ -160,7 +161,9 @@ def summary(found: Documents, charts: str) -> str:
                 left = counted(len(rows) - len(steady), "row")
                 facts += f" Omitted because the machine was busy or the rounds differed: {left}."
             calls = found[suite]["setting"]["calls"]
+            usual = next((row.get("dtype", "fp32") for row in rows if row["peer"] == OURS), "fp32")
             headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
+            headings["our speed-up"] += f" in {usual}"
             table = narrowed(MEASUREMENTS["peers"].tables[0], headings)
             parts += [picture(suite, "peers", charts), facts, markdown(table.cells(steady))]
     return "\n\n".join(parts)

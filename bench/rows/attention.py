@@ -1,5 +1,5 @@
-"""python -m bench attention: images with labels from attention, ours against Dataset Diffusion written plainly over
-diffusers, in turn in one process and at the numbers of that work.
+"""python -m bench attention: images with labels from attention on this CPU, ours against Dataset Diffusion written
+plainly over diffusers, in turn in one process and at the numbers of that work.
 """
 
 import json
@@ -39,7 +39,7 @@ def measure(config: AttentionBench) -> dict[str, Any]:
     if min(config.images, config.steps, config.rounds) < 1:
         raise Refused("--images, --steps and --rounds: expected 1 or more", "Name larger numbers.")
     model = load_model(config.model)
-    engine, side = build_engine(config.engine, model, {}), model.size // 8
+    engine, side = build_engine(config.engine, model, {}, device="cpu"), model.size // 8  # where the other runs, too
     theirs = DatasetDiffusion(model, Numbers(self_cells=side // 2, cross_cells=side // 4), config.steps)
     numbers = vars(theirs.numbers) | {"steps": config.steps, "classes": CLASSES, "profile": "0.14.0"}
     generator = BatchGenerator(

@@ -1,6 +1,6 @@
 """How speed and memory of one UNet call change with the batch size."""
 
-from bench.machine.measure import release
+from bench.machine.measure import held, release
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.report import charts
@@ -16,8 +16,8 @@ def rows(run: BenchRun) -> Rows:
     raced = [(row, row["tried"]) for row in run.file.rows("peers") if row["status"] == "ok" and "tried" in row]
     work = HALVES * run.setting.stages["call"]
     for name in SWEPT if not raced else ():
-        peer = PEERS[name].build(run.setting, 1)
-        raced.append(({"peer": name, "dtype": peer.dtype}, best_batch(peer, run)[1]))
+        others, peer = held(run.setting.device), PEERS[name].build(run.setting, 1)
+        raced.append(({"peer": name, "dtype": peer.dtype}, best_batch(peer, run, others)[1]))
         release(run.setting.device)
     return [
         {"peer": row["peer"], "dtype": row["dtype"], **one, "tflops": round(work / one["call_s"] / 1e12, 4)}

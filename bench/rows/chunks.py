@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from bench.machine.measure import interleaved, is_out_of_memory, meter, mib, peak
+from bench.machine.measure import held, interleaved, is_out_of_memory, meter, mib, peak
 from bench.peers import OURS, PEERS
 from bench.report.tables import Table, figure, memory, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
@@ -17,6 +17,7 @@ def rows(run: BenchRun) -> Rows:
     """Decoding of images by our autoencoder, by batch size, up to the first size that does not fit into memory."""
     setting, device = run.setting, run.setting.device
     engine, calls, peaks = PEERS[OURS].build(setting, 1).engine, {}, {}
+    others = held(device)
     with torch.inference_mode():
         for size in SIZES[device.type][: 2 if setting.quick else None]:
             latents = fitted(run.judge.truth.latents, size).to(device, engine.dtype)
@@ -27,7 +28,7 @@ def rows(run: BenchRun) -> Rows:
 
             try:
                 call()
-                peaks[size] = mib(peak(device, call)[1])
+                peaks[size] = mib(peak(device, call, others)[1])
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

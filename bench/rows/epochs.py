@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine.measure import distance, interleaved
+from bench.machine.measure import distance, interleaved, meter
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS, setting
 from datasetdm_fast.engines import build_engine
@@ -61,7 +61,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
             trainer.step()
             calls[f"epoch_{name}"] = lambda trainer=trainer: [trainer.step() for _ in batches]
             calls[f"captures_{name}"] = lambda one=one: [one.batch(batch) for batch in batches]
-        rounds = interleaved(calls, 0.0, least=config.rounds)
+        rounds = interleaved(calls, 0.0, meter(engine.device), least=config.rounds)
     clock = {name: statistics.median(taken.seconds) for name, taken in rounds.items()}
     cpu = {name: statistics.median(taken.cpu_seconds) for name, taken in rounds.items()}
     ratios = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from bench.peers import PEERS, Offer
+from bench.peers import PEERS, Offer, engine
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream, lean_decoders
 from bench.report import charts
@@ -21,18 +21,18 @@ def lean_upstream(setting: Setting, batch: int) -> Upstream:
 
 def in_batches(setting: Setting, batch: int) -> EnginePeer:
     """The modules of diffusers still, under our loop."""
-    engine = build_engine("torch", setting.model, lean_decoders(setting), device=str(setting.device))
-    return EnginePeer(engine, setting, batch)
+    reference = build_engine("torch", setting.model, lean_decoders(setting), device=str(setting.device))
+    return EnginePeer(reference, setting, batch)
 
 
 def lean(setting: Setting, batch: int) -> EnginePeer:
     """Our networks with the operations of PyTorch."""
-    engine = FastEngine(setting.model, setting.reference.decoders, device=str(setting.device), ops=plain)
-    return EnginePeer(engine, setting, batch)
+    device, decoders = str(setting.device), setting.reference.decoders
+    return EnginePeer(FastEngine(setting.model, decoders, dtype="fp32", device=device, ops=plain), setting, batch)
 
 
 # Each has every technique of those before it.
-TECHNIQUES = {
+IN_FP32 = {
     "upstream": PEERS["upstream"]._replace(title="DatasetDM as written"),
     "maps once": Offer(
         "attention maps formed in one call alone", lambda setting, batch: Upstream(setting, forms_maps=False), batch=1
@@ -40,13 +40,23 @@ TECHNIQUES = {
     "decoders": Offer("decoders project before they resize", lean_upstream, batch=1),
     "batches": Offer("16 images at a time", in_batches, batch=16),
     "lean": Offer("networks without repeated work", lean, batch=16),
-    "ours": PEERS["ours"]._replace(title="operations in one pass each"),
-    "ours-bf16": PEERS["ours-bf16"]._replace(title="16 bits"),
+}
+ONE_PASS, HALF = "operations in one pass each", "16 bits"
+TECHNIQUES = {
+    **IN_FP32,
+    "ours": PEERS["ours"]._replace(title=ONE_PASS),
+    "ours-bf16": PEERS["ours-bf16"]._replace(title=HALF),
+}
+ON_GPU = {  # where ours has 16 bits unless told otherwise
+    **IN_FP32,
+    "ours-fp32": Offer(ONE_PASS, engine.named("fast", "fp32"), batch=16, must_run=True),
+    "ours": PEERS["ours"]._replace(title=HALF),
 }
 
 
 def rows(run: BenchRun) -> Rows:
-    return run.ladder or race(run, tuple(TECHNIQUES), TECHNIQUES)
+    offers = ON_GPU if run.setting.device.type == "cuda" else TECHNIQUES
+    return run.ladder or race(run, tuple(offers), offers)
 
 
 def with_gains(found: Sequence[Row]) -> Iterator[Row]:

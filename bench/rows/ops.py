@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine.limits import nearest_limit, rate
+from bench.machine.limits import device_rate, nearest_limit
 from bench.machine.measure import distance, interleaved
 from bench.machine.work import HALVES, flops
 from bench.peers import OURS, PEERS
@@ -98,9 +98,11 @@ class OpTiming:
         return {"plain_s": plain_s, "form_s": form_s, "ratio": round(plain_s / form_s, 3), **bound}
 
     def seconds_of(self, calls: dict[str, Callable[[], object]]) -> list[float]:
-        """Of each call: on a CPU, which others share, as the median over rounds in which the calls take turns."""
+        """Of each call: on a GPU without its launches; on a CPU, which others share, as the median over rounds in which
+        the calls take turns.
+        """
         if self.device.type == "cuda":
-            return [1 / rate(call, self.device, self.seconds) for call in calls.values()]
+            return [1 / device_rate(call, self.device, self.seconds) for call in calls.values()]
         for call in calls.values():
             call()
         rounds = interleaved(calls, 2 * self.seconds, least=LEAST_ROUNDS, lasting=self.seconds / LEAST_ROUNDS)

@@ -12,10 +12,12 @@ from bench.rows.ladder import TECHNIQUES
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
 
+BUILT = ("diffusers-compiled", "tensorrt")  # for minutes, before anything of them is timed
 RATIOS = {  # name -> (who is faster, than whom)
     "fast_vs_torch": ("ours", "torch"),
     "fast_vs_upstream": ("ours", "upstream"),
     "fast_vs_diffusers_best": ("ours", "diffusers"),
+    "fast_vs_diffusers_tuned": ("ours", "diffusers-tuned"),
     "fast_vs_diffusers_1": ("ours", "diffusers-1"),
     "fast_vs_diffusers_compiled": ("ours", "diffusers-compiled"),
     "fast_vs_ort": ("ours", "ort"),
@@ -62,12 +64,13 @@ def method(row: Row) -> str:
 
 def speedup(row: Row, times: str) -> str:
     """How many times as fast ours is as a peer, by the times of that name; of ours in another precision, itself over
-    fp32.
+    the usual one.
     """
+    usual = row.get("ours_dtype", "fp32")
     if row["peer"] == OURS or times not in row:
         return "" if row["peer"] == OURS else span(None)
-    if row["peer"].startswith(f"{OURS}-") and row["dtype"] != "fp32":
-        return f"{number(1 / row[times]['median'])}× as fast as in fp32"
+    if row["peer"].startswith(f"{OURS}-") and row["dtype"] != usual:
+        return f"{number(1 / row[times]['median'])}× as fast as in {usual}"
     return span(row[times], unit="×") + (f" in {row['dtype']}" if "beside" in row else "")
 
 
@@ -92,8 +95,8 @@ MEASUREMENT = Measurement(
 
 
 def race_of_images(run: BenchRun, names: Sequence[str]) -> Rows:
-    """The race, with the times of images without labels."""
-    return race(run, names, without_labels=True)
+    """The race of the first one, with the times of images without labels where that is timed so."""
+    return race(run, names, without_labels=PEERS[names[0]].draws, is_of_first=True)
 
 
 def one_by_one(
@@ -107,7 +110,7 @@ def one_by_one(
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
             rows=lambda run: raced(run, tuple(dict.fromkeys((name, PEERS[name].beside)))),
-            least_seconds=240 if "compiled" in name else 60,
+            least_seconds=400 if name in BUILT else 120,
         )
 
     return tuple(against_ours(name) for name in names)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine.measure import (
+    held,
     interleaved,
     is_out_of_memory,
     meter,
@@ -47,21 +48,32 @@ class Runner:
     name: str
     peer: Peer
     row: dict[str, Any] = field(default_factory=dict)
+    held: int = 0  # bytes of a GPU that it holds between batches
 
 
 def race(
-    run: BenchRun, names: Sequence[str], offers: Mapping[str, Offer] = PEERS, without_labels: bool = False
+    run: BenchRun,
+    names: Sequence[str],
+    offers: Mapping[str, Offer] = PEERS,
+    without_labels: bool = False,
+    is_of_first: bool = False,
 ) -> Rows:
     """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times; those of
-    images alone too where `without_labels` asks for them.
+    images alone too where `without_labels` asks for them. Where the race `is_of_first`, the others are there to compare
+    it with: without it there are no rows of them.
     """
     setting, device = run.setting, run.setting.device
-    prepared = [prepare(run, name, offers[name]) for name in names]
+    prepared: list[tuple[dict[str, Any], Runner | None]] = []
+    for name in names:
+        prepared.append(prepare(run, name, offers[name]))
+        if is_of_first and prepared[0][1] is None:
+            release(device)
+            return [prepared[0][0]]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
         for one in runners:  # a round that does not count: memory that nobody had before comes slowly
-            most = peak(device, whole[one.name])[1]
+            most = peak(device, whole[one.name], held(device) - one.held)[1]
             if device.type == "cuda":  # the first batch also tuned, in memory of its own
                 one.row["peak_mib"] = mib(most)
         with watched() as attention:
@@ -90,15 +102,15 @@ def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Run
     row: dict[str, Any] = {"peer": name, "title": offer.title}
     if why := offer.not_on_cpu if run.setting.device.type == "cpu" else offer.not_on_gpu:
         return row | {"status": "absent", "why": why}, None
-    known = offer.batch or run.batches.get(offer.like or name, 0)
+    known, others = offer.batch or run.batches.get(offer.like or name, 0), held(run.setting.device)
     try:
         begin = time.perf_counter()
         peer = offer.build(run.setting, known or 1)
         wait(run.setting.device)
         row |= {"dtype": peer.dtype, "load_s": round(time.perf_counter() - begin, 3)}
         if not known:
-            peer.batch, row["tried"] = best_batch(peer, run)
-        first, row["first_s"], most = first_batch(peer, run.setting)
+            peer.batch, row["tried"] = best_batch(peer, run, others)
+        first, row["first_s"], most = first_batch(peer, run.setting, others)
         row |= {"batch": peer.batch, "peak_mib": mib(most)}
         run.batches.setdefault(name, peer.batch)
         judged = run.judge.rows(peer, first)
@@ -114,17 +126,17 @@ def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Run
         why = "its outputs do not match the reference's: " + "; ".join(failed)
         return row | {"status": "failed", "why": why}, None
     row["status"] = "ok"
-    return row, Runner(name, peer, row)
+    return row, Runner(name, peer, row, held(run.setting.device) - others)
 
 
-def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]:
+def first_batch(peer: Peer, setting: Setting, others: int) -> tuple[list[Sample], float, int]:
     """The first batch, its seconds and the most bytes it took; while it does not fit into memory, the batch is
     halved.
     """
     while True:
         begin = time.perf_counter()
         try:
-            made, most = peak(setting.device, lambda: peer.make(setting.batch(peer.batch)))
+            made, most = peak(setting.device, lambda: peer.make(setting.batch(peer.batch)), others)
             return made, round(time.perf_counter() - begin, 3), most
         except Exception as error:
             if peer.batch == 1 or not is_out_of_memory(error):
@@ -133,9 +145,9 @@ def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]
         release(setting.device)
 
 
-def best_batch(peer: Peer, run: BenchRun) -> tuple[int, Rows]:
+def best_batch(peer: Peer, run: BenchRun, others: int) -> tuple[int, Rows]:
     """The batch size with the least time an image and UNet call, and for each that was tried these seconds and the
-    memory of a call.
+    memory of a call; `others` is what was held before the peer was there.
     """
     tried, device, quick = [], run.setting.device, run.setting.quick
     for size in CANDIDATES[quick]:
@@ -145,7 +157,7 @@ def best_batch(peer: Peer, run: BenchRun) -> tuple[int, Rows]:
             peer.denoise(*inputs)
 
         try:
-            _, most = peak(device, call)
+            _, most = peak(device, call, others)
             rounds = interleaved({"call": call}, 0.2 if quick else 0.3, meter(device), least=2)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -174,8 +186,10 @@ def write(samples: Iterable[Sample], tables: Mapping[str, Table], folder: Path) 
 
 def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting, limits: dict[str, Any]) -> None:
     """Rates and ratios into the rows, from the seconds that `each` peer took for an image in every round; `ours_over`
-    is how many times as many images ours makes, pair by pair, and `beside` says which of ours, unless it is in fp32.
+    is how many times as many images ours makes, pair by pair, and `beside` and `ours_dtype` say which of ours, unless
+    it is the usual one and in fp32.
     """
+    dtypes = {row["peer"]: row["dtype"] for row in rows}
     for row in rows:
         taken = each[row["peer"]]
         rate = 1 / statistics.median(taken)
@@ -187,6 +201,7 @@ def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting,
         if (own := beside(row["peer"], each)) in each:
             row["ours_over"] = spread([theirs / ours for theirs, ours in zip(taken, each[own])])
             row |= {"beside": own} if own != OURS else {}
+            row |= {"ours_dtype": dtypes[own]} if dtypes[own] != "fp32" else {}
 
 
 def ratio(first: Row, second: Row) -> float:

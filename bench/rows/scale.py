@@ -241,6 +241,7 @@ def scene(index: int, size: int) -> Sample:
 def images_per_second(ranks: int) -> float:
     """Of the demo model with so many ranks of one thread each, as the command runs them."""
     sizes = {"ranks": ranks, "threads": 1, "number": ranks * RANK_IMAGES, "batch-size": RANK_BATCH, "steps": RANK_STEPS}
+    sizes |= {"device": "cpu"}  # which ranks share; a GPU is one rank's
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "datasetdm_fast.generate", *flags, "--out", f"{folder}/run", "--quiet"]

@@ -14,7 +14,7 @@ from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream
-from bench.report.tables import Table, figure, share, spread_of, text
+from bench.report.tables import Row, Table, figure, share, spread_of, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.parity import fitted
 from bench.rows.race import write
@@ -25,6 +25,8 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.generation.driver import postprocess
 from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels.label_files import encode
+
+NAIVE_DTYPE = "fp32"  # as DatasetDM is written
 
 
 class Stage(NamedTuple):
@@ -41,7 +43,7 @@ class Stage(NamedTuple):
 
 def rows(run: BenchRun) -> Rows:
     """A row for each stage, its two forms compared before they are timed in turn."""
-    naive, ours = PEERS["upstream"].build(run.setting, 1), PEERS[OURS].build(run.setting, run.batch)
+    naive, ours = Upstream(run.setting, NAIVE_DTYPE), PEERS[OURS].build(run.setting, run.batch)
     with tempfile.TemporaryDirectory() as folder:
         stages = stages_of(run, naive, ours, Path(folder))
         found = [timed(stage, run, run.seconds / 6 / len(stages), ours) for stage in stages]
@@ -86,8 +88,8 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
         *(decoder_stage(task, naive, ours, capture) for task in recipe.tasks),
         Stage(
             "image",
-            lambda: engine.decode_image(latents).float(),
-            lambda: torch.from_numpy(naive.image_of(latents[:1])).float(),
+            lambda: engine.decode_image(latents).cpu(),
+            lambda: torch.from_numpy(naive.image_of(latents[:1])),
             "image",
             work["image"],
         ),
@@ -135,7 +137,7 @@ def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict
     each = [value / ours.batch for value in rounds["ours"].seconds]
     row["ours_s"] = spread(each)
     if stage.naive:
-        row["naive_s"] = spread(rounds["naive"].seconds)
+        row |= {"naive_s": spread(rounds["naive"].seconds), "naive_dtype": NAIVE_DTYPE}
         row["ratio"] = spread([a / b for a, b in zip(rounds["naive"].seconds, each)])
     if stage.flops:
         row["tflops"] = round(stage.flops / statistics.median(each) / 1e12, 4)
@@ -143,7 +145,14 @@ def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict
     return row
 
 
-COLUMNS = {"stage": text("stage"), "DatasetDM as written, ms/image": spread_of("naive_s", 1e3)}
+def precision(row: Row) -> str:
+    """Of both forms; where they differ, a speed-up is that of the precision, too."""
+    ours = row.get("dtype", "")
+    naive = row.get("naive_dtype", ours)
+    return ours if naive == ours else f"{naive}, ours {ours}"
+
+
+COLUMNS = {"stage": text("stage"), "precision": precision, "DatasetDM as written, ms/image": spread_of("naive_s", 1e3)}
 COLUMNS |= {"ours, ms/image": spread_of("ours_s", 1e3), "speed-up": spread_of("ratio", unit="×")}
 COLUMNS |= {"TFLOP/s": figure("tflops"), "share of peak": share("share_of_products")}
 MEASUREMENT = Measurement("stages", "Stage by stage", rows, (Table(COLUMNS),), least_seconds=60)
