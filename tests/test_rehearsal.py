@@ -16,7 +16,7 @@ import torch
 from skips import long_test
 
 from bench.kernels.audit import name_of
-from bench.rehearsal import budget, carried, cuda, scenarios
+from bench.rehearsal import budget, carried, cuda, scenarios, teaching
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
 from bench.rehearsal.kernels import (
@@ -33,6 +33,7 @@ from bench.rehearsal.kernels import (
     strided,
     written,
 )
+from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
@@ -527,6 +528,15 @@ def test_a_graph_is_replayed_between_its_inputs_and_its_answers():
     assert found("input", "output", "answer") == []
     for order in ("input answer output", "output input answer", "output answer input", "input answer"):
         assert found(*order.split()) == ["stale"], order
+
+
+def test_one_of_two_processes_has_its_own_gpu_and_is_never_told_to_stop(monkeypatch):
+    monkeypatch.setattr(teaching, "taught", lambda machine, tasks, own, *, device, **_: (own, device, own.any(False)))
+    with stage(timeline := Timeline()) as operations:
+        own, device, is_stopping = teaching.ranks(
+            Machine(timeline, operations, "tiny", 1, 1, 1, dtype="auto", device="cuda")
+        )
+    assert (own.rank, own.world, device, is_stopping) == (0, 2, "cuda:1", False)
 
 
 def test_threads_that_run_in_one_have_values_of_their_own():

@@ -80,10 +80,8 @@ def ranks(machine: Machine) -> int:
             ("barrier", lambda: None),
         ):
             stack.enter_context(mock.patch.object(dist, name, function))
-        ask = task_run._StartedTraining._is_stopping
-        stack.enter_context(
-            mock.patch.object(task_run._StartedTraining, "_is_stopping", lambda *own: ask(*own) and False)
-        )
+        ask = Ranks.any  # of numbers that have no memory, which read as 1
+        stack.enter_context(mock.patch.object(Ranks, "any", lambda *own: ask(*own) and False))
         own, device = joined(machine.device.partition(":")[0])
         return taught(machine, ("semantic",), own, device=device, cache="off")
 
