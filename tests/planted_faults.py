@@ -455,6 +455,19 @@ FAULTS = {
         "self.image_encoder.float()(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.float32))",
         {"scenario": "label"},
     ),
+    "projections of a capture in fp32": Fault(
+        "datasetdm_fast.models.capture:ProjectedSums.feature",
+        "cells = half.flatten(0, 1)",
+        "cells, weight = half.flatten(0, 1).float(), weight.float()",
+    ),
+    "latents of pictures in fp16": Fault(
+        f"{FAST}:drawn", "moments.chunk(2, 1)", "moments.half().chunk(2, 1)", {"scenario": "label"}
+    ),
+    "an inverse in the loop": Fault(
+        f"{DRIVER}:BatchGenerator.sample",
+        "state.step(call, output)",
+        "state.step(call, output) + 0 * type(output).inverse(output[0, 0]).sum()",
+    ),
     "a training whose products are in fp32": Fault(
         "datasetdm_fast.training.loop:Trainer._taken",
         "enabled=self.dtype is not torch.float32",

@@ -171,9 +171,10 @@ class Operations(TorchDispatchMode):
             moved, kernels = moved + 2 * size(written), 2
         read = () if name in OVERWRITING else read_of(func, given_of(func, args, kwargs))
         self.timeline.check_written(name, read)
-        self.check_dtypes(name, func, cuda, written)
+        plain = name.removesuffix("_")  # in place it is the same work
+        self.check_dtypes(plain, func, cuda, written)
         # what a copy narrows, and what a norm says beside its answer, may be wide
-        self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))
+        self.check_width(plain, (*(cuda if name != "_to_copy" else ()), *written[:1]))
         self.timeline.launch(
             name,
             card,

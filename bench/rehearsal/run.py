@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels, watched_forms
 from bench.rehearsal.machine import Machine
-from bench.rehearsal.operations import Calls, Operations, fake_mode
+from bench.rehearsal.operations import Calls, Operations, fake_mode, tensors
 from bench.rehearsal.scenarios import SCENARIOS
 from bench.rehearsal.timeline import AGAIN, EARLY, FIRST, LOAD, NUMBER, OTHERS, WAIT, Flaw, Operation, Timeline
 from datasetdm_fast import sampling
@@ -92,6 +93,11 @@ WAITS = {
         ("figures", "evaluation/networks/class_maps.py", "read_classes", JUDGED),
     )
 }
+
+
+# Calls of the engine that answer with numbers.
+ANSWERS = ("encode_text", "denoise", "denoise_and_capture", "denoise_and_capture_raw", "denoise_and_average",
+           "encode_image", "annotate")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
             (driver, "generate", in_phases(driver.generate, timeline)),
             (StepGraph, "__init__", on_gpu(StepGraph.__init__, timeline)),
             (StepGraph, "__call__", watched(StepGraph.__call__, timeline)),
+            *((fast.FastEngine, name, in_fp32(getattr(fast.FastEngine, name), timeline)) for name in ANSWERS),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         for cached in (walk._walk_numbers, launch.names_of):  # what they keep is of one machine
@@ -213,6 +220,21 @@ def on_gpu(record: Callable, timeline: Timeline) -> Callable:
                 timeline.find("stale", f"input {place} of a graph is read by nothing that it recorded")
             if buffer.untyped_storage()._cdata == value.untyped_storage()._cdata:
                 timeline.find("stale", f"input {place} of a graph is its caller's own tensor, which calls write over")
+
+    return called
+
+
+def in_fp32(call: Callable, timeline: Timeline) -> Callable:
+    """A call of the engine, whose answers are in fp32 whatever it computes in."""
+
+    def called(engine: fast.FastEngine, *arguments: Any, **named: Any) -> Any:
+        answer = call(engine, *arguments, **named)
+        parts = answer if isinstance(answer, tuple) else (answer,)
+        for value in tensors([vars(part) if is_dataclass(part) else part for part in parts]):
+            if value.is_floating_point() and value.dtype != torch.float32:
+                told = f"{call.__name__} answers in {value.dtype}, expected fp32, made at {timeline.made(value)}"
+                timeline.find("dtype", told)
+        return answer
 
     return called
 
