@@ -417,6 +417,100 @@ FAULTS = {
         "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * (held.numpy().fill(0) or 0)",
         {"scenario": "library"},
     ),
+    "page-locked memory filled past NumPy while it is copied": Fault(
+        "datasetdm_fast.kernels.to_device:to_device",
+        "value.pin_memory().to(device, non_blocking=True)",
+        "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * "
+        "__import__('io').BytesIO(b'7').readinto(held.numpy())",
+        {"scenario": "library"},
+    ),
+    "rows that are filled again while they are copied": Fault(
+        "datasetdm_fast.lessons.cache:StoredCaptures.batch",
+        "rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
+        "rows = vars(self).setdefault(str(len(views)), "
+        "torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",
+        {"scenario": "training"},
+    ),
+    "a call that is over by an event of another GPU": Fault(
+        f"{LABELS}:FinishedCalls.queued",
+        "torch.cuda.current_stream(self._device)",
+        "torch.cuda.current_stream()",
+        {"device": "cuda:1"},
+    ),
+    "an event that is never recorded": Fault(
+        f"{LABELS}:FinishedCalls.queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
+    ),
+    "latents by way of another GPU": Fault(
+        f"{FAST}:FastEngine._latents",
+        "latents.to(self.device, self.unet_dtype)",
+        'latents.to("cuda:0").to(self.device, self.unet_dtype)',
+        {"device": "cuda:1"},
+    ),
+    "free memory of another GPU": Fault(
+        "datasetdm_fast.engines.memory:suggested",
+        "torch.cuda.mem_get_info(device)",
+        "torch.cuda.mem_get_info()",
+        {"scenario": "library", "device": "cuda:1"},
+    ),
+    "networks in fp32 where nobody asked for it": Fault(
+        f"{FAST}:resolve_precision", 'return "fp16" if', 'return "fp32" if'
+    ),
+    "decoders in fp32": Fault(
+        f"{FAST}:FastEngine._read_weights", "torch.float32 if is_wide else torch.float16", "torch.float32"
+    ),
+    "an encoder of pictures in fp32": Fault(
+        f"{FAST}:FastEngine.encode_image",
+        "self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()",
+        "self.image_encoder.float()(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.float32))",
+        {"scenario": "label"},
+    ),
+    "projections of a capture in fp32": Fault(
+        "datasetdm_fast.models.capture:ProjectedSums.feature",
+        "cells = half.flatten(0, 1)",
+        "cells, weight = half.flatten(0, 1).float(), weight.float()",
+    ),
+    "latents of pictures in fp16": Fault(
+        f"{FAST}:drawn", "moments.chunk(2, 1)", "moments.half().chunk(2, 1)", {"scenario": "label"}
+    ),
+    "an inverse in the loop": Fault(
+        f"{DRIVER}:BatchGenerator.sample",
+        "state.step(call, output)",
+        "state.step(call, output) + 0 * type(output).inverse(output[0, 0]).sum()",
+    ),
+    "a training whose products are in fp32": Fault(
+        "datasetdm_fast.training.loop:Trainer._taken",
+        "enabled=self.dtype is not torch.float32",
+        "enabled=False",
+        {"scenario": "training"},
+    ),
+    "a graph that reads another tensor than its input": Fault(
+        f"{FAST}:FastEngine._graph",
+        "StepGraph(step, inputs, self._pool)",
+        "StepGraph(lambda given, _, *others: step(given, inputs[1], *others), inputs, self._pool)",
+    ),
+    "candidates of which equal ones come in any order": Fault(
+        "datasetdm_fast.tasks.instance:candidates",
+        "(values[:, :count] for values in probability.flatten(1).sort(dim=1, descending=True, stable=True))",
+        "probability.flatten(1).topk(count)",
+    ),
+    "several values for one place": Fault(
+        "datasetdm_fast.tasks.open_vocabulary:OpenVocabularyTask.postprocess",
+        "is_word = largest > 0",
+        "is_word = likely.scatter(1, winner[:, None], largest[:, None]).amax(1) > 0",
+        {"scenario": "words"},
+    ),
+    "costs copied image by image": Fault(
+        "datasetdm_fast.training.losses.losses:match",
+        "(-CLASS * probability + MASK * entropy + DICE * overlap).float().cpu().numpy()",
+        "np.stack([one.cpu().numpy() for one in (-CLASS * probability + MASK * entropy + DICE * overlap).float()])",
+        {"scenario": "losses", "batches": 1},
+    ),
+    "a loss read before the step is queued": Fault(
+        "datasetdm_fast.training.loop:Trainer._taken",
+        "self.scaler.step(self.optimiser)",
+        "self._value_of(total), self.scaler.step(self.optimiser)",
+        {"scenario": "training"},
+    ),
     "a kernel launched with no blocks": Fault(
         "datasetdm_fast.kernels.layer_norm:fused", "ceil_divide(rows, sizes", "0 * ceil_divide(rows, sizes"
     ),

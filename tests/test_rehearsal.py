@@ -1,6 +1,7 @@
 """The CUDA path without a GPU: no finding, every planted fault found at its line, and a budget that may only fall."""
 
 import inspect
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from skips import long_test
 
 from bench.kernels.audit import name_of
-from bench.rehearsal import budget, carried, scenarios
+from bench.rehearsal import budget, carried, cuda, scenarios, teaching
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
 from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
 from bench.rehearsal.kernels import (
@@ -32,11 +33,13 @@ from bench.rehearsal.kernels import (
     strided,
     written,
 )
-from bench.rehearsal.operations import adds_in_any_order
-from bench.rehearsal.page_locked import PageLocked
+from bench.rehearsal.machine import Machine
+from bench.rehearsal.operations import adds_in_any_order, by_chance
+from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
-from bench.rehearsal.run import OfThread
-from bench.rehearsal.timeline import OTHERS, POLLS, WAIT, HostThread, Timeline
+from bench.rehearsal.run import OfThread, stage
+from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, HostThread, Timeline
+from datasetdm_fast import _C
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
 
@@ -134,6 +137,24 @@ EXPECTED = {
     "a number printed in the loop": ("host wait", "generation/driver.py"),
     "a loop that asks an event": ("host wait", "generation/overlap.py"),
     "page-locked memory filled through an array while it is copied": ("race", "kernels/to_device.py"),
+    "page-locked memory filled past NumPy while it is copied": ("race", "kernels/to_device.py"),
+    "rows that are filled again while they are copied": ("race", "lessons/cache.py"),
+    "a call that is over by an event of another GPU": ("wrong GPU", "generation/overlap.py"),
+    "an event that is never recorded": ("race", "generation/overlap.py"),
+    "latents by way of another GPU": ("wrong GPU", "engines/fast.py"),
+    "free memory of another GPU": ("wrong GPU", "engines/memory.py"),
+    "networks in fp32 where nobody asked for it": ("dtype", "models/fused.py"),
+    "decoders in fp32": ("dtype", "decoders/stacked.py"),
+    "an encoder of pictures in fp32": ("dtype", "models/layers.py"),
+    "projections of a capture in fp32": ("dtype", "models/capture.py"),
+    "latents of pictures in fp16": ("dtype", "engines/fast.py"),
+    "an inverse in the loop": ("host wait", "generation/driver.py"),
+    "a training whose products are in fp32": ("dtype", "kernels/winograd.py"),
+    "a graph that reads another tensor than its input": ("stale", "engines/fast.py"),
+    "candidates of which equal ones come in any order": ("order", "tasks/instance.py"),
+    "several values for one place": ("order", "tasks/open_vocabulary.py"),
+    "costs copied image by image": ("host wait", "losses/losses.py"),
+    "a loss read before the step is queued": ("host wait", "training/loop.py"),
     "a kernel launched with no blocks": ("grid", "kernels/layer_norm.py"),
     "more blocks than a GPU takes": ("grid", "kernels/linear_geglu.py"),
 }
@@ -304,6 +325,26 @@ def test_sums_in_any_order_are_known_by_their_names():
     assert adds_in_any_order("put_", {"self": x, "accumulate": True}) and not adds_in_any_order("put_", {"self": x})
 
 
+def test_what_is_left_to_chance_is_known():
+    x, places = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    for name, given in (
+        ("topk", {"self": x}),
+        ("sort", {"self": x, "stable": False}),
+        ("scatter_", {"self": x, "src": x}),
+        ("index_put_", {"self": x, "indices": [places], "values": x}),
+        ("index_copy_", {"self": x, "source": x}),
+    ):
+        assert by_chance(name, given), name
+    for name, given in (
+        ("sort", {"self": x, "stable": True}),
+        ("scatter_", {"self": x, "value": 1.0}),
+        ("index_put_", {"self": x, "indices": [places], "values": x[:1]}),
+        ("index_put_", {"self": x, "indices": [places], "values": x, "accumulate": True}),
+        ("index_put_", {"self": x, "indices": [places > 0], "values": x}),
+    ):
+        assert not by_chance(name, given), name
+
+
 def test_writes_through_an_array_are_heard_of():
     heard, array = [], np.zeros((2, 3)).view(PageLocked)
     array.on_write = lambda: heard.append(len(heard))
@@ -324,6 +365,76 @@ def test_writes_through_an_array_are_heard_of():
     (array + 1)[0] = array[array > 5].sum()
     np.sort(array)[0] = 1
     assert not heard and type(copy) is np.ndarray
+
+
+def test_writes_past_numpy_are_seen():
+    """By `readinto` and through memoryviews: at the next look, or when nothing shows the memory any more."""
+    timeline, value = Timeline(), torch.empty(8, dtype=torch.uint8)
+    timeline.pinned.add(value.untyped_storage()._cdata)
+    own, content = filled((2, 4), "uint8", None)
+    timeline.watch(value, own, content)
+    shown = own.reshape(2, 4).view(PageLocked)
+    io.BytesIO(b"1234").readinto(shown)  # no copy is under way
+    timeline.launch("copy", 0, [value], [copied := torch.empty(8)])
+    assert not timeline.found
+    memoryview(shown)[0, 0] = 7
+    timeline.launch("copy", 0, [value], [copied])
+    assert [flaw.rule for flaw in timeline.found] == ["race"]
+    timeline.host_waits("a copy", timeline.reached((0, 0)))
+    memoryview(shown)[0, 0] = 8
+    del own, shown
+    assert timeline.found.total() == 2  # with the wait
+
+
+def test_a_gpu_that_is_not_the_runs_is_not_used():
+    timeline = Timeline()
+    timeline.homes.add(1)
+    timeline.launch("write", 1, [], [torch.empty(4)])
+    assert not timeline.found
+    timeline.launch("write", 0, [], [torch.empty(4)])
+    with cuda.simulated(timeline):
+        assert torch.cuda.get_device_capability(1) == torch.cuda.get_device_capability(0)
+        torch.cuda.Event().record(torch.cuda.current_stream(0))
+    assert [(flaw.rule, flaw.what) for flaw in timeline.found] == [
+        ("wrong GPU", f"{what} on GPU 0, the run has 1")
+        for what in ("write runs", "torch.cuda.get_device_capability() asks", "an event is recorded")
+    ]
+
+
+def test_an_event_has_to_be_recorded():
+    timeline = Timeline()
+    with cuda.simulated(timeline):
+        torch.cuda.Event().synchronize()
+        torch.cuda.current_stream().wait_event(torch.cuda.current_stream().record_event())
+    assert [flaw.rule for flaw in timeline.found] == ["race", WAIT]
+
+
+def test_the_host_waits_once_for_what_it_reads():
+    timeline, value = Timeline(), torch.empty(4)
+    for name in ("copy_", "add", "copy_"):
+        timeline.launch(name, 0, [], [value])
+        timeline.host_waits("a copy", {})
+    assert [(flaw.what, count) for flaw, count in timeline.found.items()] == [("a copy", 2), (f"a copy{AGAIN}", 1)]
+    timeline.found.clear()
+    with timeline.a_step():
+        timeline.host_waits(f"{NUMBER}float32", {})
+        timeline.launch("add", 0, [], [value])
+        timeline.host_waits(f"{NUMBER}bool", {})
+    assert [flaw.what for flaw in timeline.found][2:] == [f"{NUMBER}float32{EARLY}"]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_the_step_in_cpp_is_given_the_current_stream_of_its_gpu(monkeypatch):
+    """Where a GPU has no Triton."""
+    given, timeline = [], Timeline()
+    monkeypatch.setattr(_C, "built_with_cuda", True)
+    monkeypatch.setattr(_C, "guided_step_cuda", lambda *arguments: given.append(arguments))
+    with stage(timeline), torch.inference_mode():
+        latents, history = (torch.empty(*count, 2, 4, 8, 8, device="cuda:1") for count in ((), (3,)))
+        output, numbers = torch.empty(4, 4, 8, 8, device="cuda:1"), torch.empty(8, device="cuda:1")
+        with torch.cuda.stream(stream := torch.cuda.Stream(1)), torch.cuda.device(0):
+            OPS["guided_step"].native(output, latents, history, numbers)
+    assert [one[-2:] for one in given] == [(latents.numel(), stream.cuda_stream)]
 
 
 def test_a_loop_that_asks_is_a_wait_and_ends():
@@ -421,6 +532,15 @@ def test_a_graph_is_replayed_between_its_inputs_and_its_answers():
     assert found("input", "output", "answer") == []
     for order in ("input answer output", "output input answer", "output answer input", "input answer"):
         assert found(*order.split()) == ["stale"], order
+
+
+def test_one_of_two_processes_has_its_own_gpu_and_is_never_told_to_stop(monkeypatch):
+    monkeypatch.setattr(teaching, "taught", lambda machine, tasks, own, *, device, **_: (own, device, own.any(False)))
+    with stage(timeline := Timeline()) as operations:
+        own, device, is_stopping = teaching.ranks(
+            Machine(timeline, operations, "tiny", 1, 1, 1, dtype="auto", device="cuda")
+        )
+    assert (own.rank, own.world, device, is_stopping) == (0, 2, "cuda:1", False)
 
 
 def test_threads_that_run_in_one_have_values_of_their_own():

@@ -87,22 +87,36 @@ def _cards(timeline: Timeline) -> dict[str, Any]:
     def device_of(value: torch.Tensor) -> OnDevice:
         return OnDevice(value.device if value.device.type == "cuda" else None)
 
+    def asked(name: str, answer: Any) -> Callable[..., Any]:
+        def call(device: Any = None) -> Any:
+            timeline.is_at_home(f"torch.cuda.{name}() asks", _index(device, timeline))
+            return answer
+
+        return call
+
+    def chosen(device: Any) -> None:
+        timeline.thread.device = _index(device, timeline)
+        timeline.is_at_home("torch.cuda.set_device() asks for work", timeline.thread.device)
+
+    answers = {
+        "get_device_name": CARD,
+        "get_device_capability": CAPABILITY,
+        "mem_get_info": (MEMORY, MEMORY),
+        "memory_allocated": 0,
+        "max_memory_allocated": MEMORY // 2,
+        "memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+    }
     return {
+        **{name: asked(name, answer) for name, answer in answers.items()},
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: GPUS,
-        "get_device_name": lambda device=None: CARD,
-        "get_device_capability": lambda device=None: CAPABILITY,
         "is_bf16_supported": lambda including_emulation=True: True,
         "current_device": lambda: timeline.thread.device,
-        "set_device": lambda device: setattr(timeline.thread, "device", _index(device, timeline)),
+        "set_device": chosen,
         "device": OnDevice,
         "device_of": device_of,
-        "mem_get_info": lambda device=None: (MEMORY, MEMORY),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: MEMORY // 2,
-        "memory_reserved": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
     }
 
 
@@ -121,6 +135,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             timeline.wait(self.id, timeline.reached(other.id))
 
         def wait_event(self, event: Event) -> None:
+            event.has_to_be_recorded()
             timeline.wait(self.id, event.clock, f", for an event of {event.line}")
 
         def record_event(self, event: Event | None = None) -> Event:
@@ -137,15 +152,22 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
     class Event:
         def __init__(self, *_, **__):
             self.clock: Clock = {}
-            self.line = "nowhere"
+            self.line, self.is_recorded = "nowhere", False
 
         def record(self, stream: Stream | None = None) -> None:
-            self.clock, self.line = timeline.reached((stream or current()).id), line_of_ours(sys._getframe(1))
+            id = (stream or current()).id
+            timeline.is_at_home("an event is recorded", id[0])
+            self.clock, self.line, self.is_recorded = timeline.reached(id), line_of_ours(sys._getframe(1)), True
+
+        def has_to_be_recorded(self) -> None:
+            if not self.is_recorded:
+                timeline.find("race", "an event that was never recorded is waited for, so nothing is")
 
         def wait(self, stream: Stream | None = None) -> None:
             (stream or current()).wait_event(self)
 
         def synchronize(self) -> None:
+            self.has_to_be_recorded()
             timeline.host_waits("an event", self.clock)
 
         def query(self) -> bool:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.decoders.checkpoint import build_decoder, for_inference, upstream
@@ -71,18 +73,23 @@ class Machine:
     def engine(self, *labels: str, device: str = "") -> fast.FastEngine:
         """An engine whose image decoder works in two chunks, as with large images."""
         self.timeline.phase = LOAD
-        engine = open_engine(self.model, self.dtype, device or self.device, labels)
+        self.uses(device := device or self.device)
+        self.operations.judge(self.dtype)
+        engine = open_engine(self.model, self.dtype, device, labels)
         self.engines.append(engine)
-        self.operations.judge(engine)
         fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
         return engine
 
+    def uses(self, device: str) -> None:
+        """Notes that a GPU is the run's."""
+        self.timeline.homes.add(torch.device(device).index or 0)
+
     @contextmanager
-    def of(self, engine: fast.FastEngine) -> Iterator[None]:
-        """Judges calls as those of another engine."""
-        self.operations.judge(engine)
+    def of(self, precision: str) -> Iterator[None]:
+        """Judges calls as those of an engine of another precision."""
+        self.operations.judge(precision)
         yield
-        self.operations.judge(self.engines[-1])
+        self.operations.judge(self.dtype)
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:

@@ -19,22 +19,33 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.rehearsal.page_locked import PageLocked
+from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.timeline import Timeline, frames_of_ours
-from datasetdm_fast.engines.fast import FastEngine
 
 ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
 RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without a GPU PyTorch would take them apart
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
 OVERWRITING = {"fill_", "zero_", "index_put_", "masked_fill_", "slice_scatter", "select_scatter"}  # read no old values
+# Types that a recorded network computes with, by the precision that was asked for; in bf16 decoders are in fp16.
+STORED = {
+    "auto": {torch.float16},
+    "fp16": {torch.float16},
+    "bf16": {torch.bfloat16, torch.float16},
+    "tf32": {torch.float32},
+    "fp32": {torch.float32},
+}
+CHECKED = "_linalg_check_errors"  # after an inverse, among others: whether there is one
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
+READ_BY_HOST |= {CHECKED: 1}
 LISTED = (torch.tensor, torch.as_tensor, torch.asarray)  # tensors of what is no tensor yet
 OPTIMISERS = "_fused_adam"  # whose kernels take every tensor's address as one of the GPU
 INDEXED = ("index", "index_put_", "index_put")
 # What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
           "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
+ENGINE = "datasetdm_fast/engines/fast.py"
+TAUGHT = {("datasetdm_fast/training/loop.py", "_taken"), ("datasetdm_fast/evaluation/course.py", "step")}  # steps
 # Where a recorded network of narrow storage computes in fp32, by file and function.
 IN_FP32 = {
     ("datasetdm_fast/engines/fast.py", "_run"),  # the answer of the U-Net,
@@ -49,6 +60,9 @@ IN_FP32 = {
 # deterministic there; the sums of `index_put_` are sorted.
 UNORDERED = {"index_add", "scatter_add", "cumsum", "bincount", "histc", "nll_loss2d_forward"}
 REDUCING, EXACT = {"scatter", "scatter_reduce", "index_reduce"}, (None, "amax", "amin")
+TIES = {"topk", "kthvalue", "median", "nanmedian", "mode"}  # which of equal numbers they name is a GPU's choice
+PLACING = {"scatter": "src", "index_put": "values", "index_copy": "source", "put": "source"}  # any of several stays
+TRAINING = "datasetdm_fast/training/"  # whose steps are promised up to rounding
 META = torch.device("meta")  # what PyTorch's backward pass is told, as without CUDA it has no streams to ask for
 FOUND = 7  # rows that an operation finds whose result depends on data
 
@@ -66,6 +80,7 @@ class Operations(TorchDispatchMode):
         self.flags: deque[bool] = deque()  # and of arrays of flags
         self.gradients_on: torch.device | None = None  # while they are computed
         self.has_dropout = False
+        self.taught: torch.dtype | None = None  # what the convolutions of a training compute in
 
     @contextmanager
     def backward(self, device: torch.device) -> Iterator[None]:
@@ -77,9 +92,9 @@ class Operations(TorchDispatchMode):
             finally:
                 self.gradients_on = None
 
-    def judge(self, engine: FastEngine) -> None:
-        """Judges what comes next by the precision of an engine."""
-        self.storage, self.is_exact = {engine.dtype, engine.label_dtype}, engine.precision == "fp32"
+    def judge(self, precision: str) -> None:
+        """Judges what comes next by the precision that an engine was asked for."""
+        self.storage, self.is_exact = STORED[precision], precision == "fp32"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")
@@ -110,8 +125,8 @@ class Operations(TorchDispatchMode):
         cuda = [value for value in inputs if value.device.type == "cuda"]
         if cuda and name.startswith(OPTIMISERS) and (held := [one for one in inputs if one.device.type == "cpu"]):
             self.timeline.find("device", f"{name} reads {len(held)} tensors of the host, such as {list(held[0].shape)}")
-        if cuda and adds_in_any_order(name, given) and not self.is_learning(inputs):
-            self.timeline.find("order", f"{name} adds in any order on a GPU, so the last bits change from run to run")
+        if cuda and (reason := by_chance(name, given)) and not self.is_learning(inputs):
+            self.timeline.find("order", f"{name} {reason}")
         if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
             return answer
         if name in INDEXED and inputs[0].device.type == "cuda":
@@ -156,9 +171,10 @@ class Operations(TorchDispatchMode):
             moved, kernels = moved + 2 * size(written), 2
         read = () if name in OVERWRITING else read_of(func, given_of(func, args, kwargs))
         self.timeline.check_written(name, read)
-        self.check_dtypes(name, func, cuda, written)
+        plain = name.removesuffix("_")  # in place it is the same work
+        self.check_dtypes(plain, func, cuda, written)
         # what a copy narrows, and what a norm says beside its answer, may be wide
-        self.check_width(name, (*(cuda if name != "_to_copy" else ()), *written[:1]))
+        self.check_width(plain, (*(cuda if name != "_to_copy" else ()), *written[:1]))
         self.timeline.launch(
             name,
             card,
@@ -176,6 +192,8 @@ class Operations(TorchDispatchMode):
         is_wide = torch.float32 in dtypes and name == "convolution"
         if is_wide and self.is_exact and torch.backends.cudnn.allow_tf32:
             self.timeline.find("precision", "a convolution of fp32 rounds its factors to TF32")
+        if is_wide and (told := self.narrow_network()):
+            self.timeline.find("dtype", f"a convolution in fp32, {told}")
         if self.timeline.capture is None or not self.storage:
             return
         library = torch.backends.cudnn
@@ -188,6 +206,17 @@ class Operations(TorchDispatchMode):
         elif len(dtypes) > 1 and not func._schema.is_mutable:
             self.timeline.find("dtype", f"{name} joins {' and '.join(sorted(map(str, dtypes)))}")
 
+    def narrow_network(self) -> str:
+        """Whose convolution is being computed, where that has to be in half precision."""
+        calls = {(file, function) for file, _, function in frames_of_ours(sys._getframe(1))}
+        if self.taught not in (None, torch.float32) and calls & TAUGHT:
+            return f"the training is in {self.taught}"
+        if (ENGINE, "_decoded") in calls and (ENGINE, "_pixels") not in calls:
+            return ""  # an autoencoder that leaves fp16 runs again
+        is_narrow = self.timeline.capture is None and self.storage and torch.float32 not in self.storage
+        is_engine = is_narrow and any(file == ENGINE for file, _ in calls)
+        return f"the networks of the engine are {self.storage}" if is_engine else ""
+
     def check_width(self, name: str, values: Iterable[Tensor]) -> None:
         """fp32 between the products of a recorded network that is stored in less."""
         if self.timeline.capture is None or not self.storage or torch.float32 in self.storage or name in PRODUCTS:
@@ -199,7 +228,9 @@ class Operations(TorchDispatchMode):
 
     def is_learning(self, inputs: list[Tensor]) -> bool:
         """Whether an operation belongs to a step of a training, which is promised up to rounding on a GPU."""
-        return self.gradients_on is not None or any(value.requires_grad for value in inputs)
+        if self.gradients_on is not None or any(value.requires_grad for value in inputs):
+            return True
+        return any(file.startswith(TRAINING) for file, _, _ in frames_of_ours(sys._getframe(1)))
 
     def random(self, name: str, inputs: list[Tensor], kwargs: Mapping[str, Any]) -> None:
         """Numbers that a GPU draws, or that a generator of another device is asked for."""
@@ -233,6 +264,8 @@ class Operations(TorchDispatchMode):
             self.timeline.launch(name, device, cuda, [], moved=size(cuda), kernels=kernels)
             stream = self.timeline.thread.stream(device)
             self.timeline.host_waits_for(f"aten.{name} of {list(first.shape)} {first.dtype}", stream)
+        if name == CHECKED:
+            return None
         if name == "index_put_":
             return first
         if is_masked:
@@ -343,17 +376,21 @@ class Calls(TorchFunctionMode):
         return f"tensor(..., device={str(value.device)!r})"
 
     def array(self, value: Tensor) -> np.ndarray:
-        """Flags as they are chosen and zeros else; what a GPU writes must have been waited for, and what it reads, too,
-        before the array is written to.
+        """Flags as they are chosen, what is unlikely where nobody has written to page-locked memory, and zeros else;
+        what a GPU writes must have been waited for, and what it reads, too, before the array is written to.
         """
         if value.device.type != "cpu":
             raise TypeError(f"can't convert {value.device} tensor to numpy, copy it to host memory first")
         self.timeline.read_by_host(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        filled = value.dtype == torch.bool and (self.flags.popleft() if self.flags else True)
-        array = np.full(shape, filled, dtype=dtype)
-        if self.is_pinned(value):
-            array = array.view(PageLocked)
+        chosen = value.dtype == torch.bool and (self.flags.popleft() if self.flags else True)
+        if not self.is_pinned(value) or not value.numel():
+            array = np.full(shape, chosen, dtype=dtype)
+        else:
+            is_known = value.dtype == torch.bool or self.timeline.is_written(value)
+            own, content = filled(shape, dtype, chosen if is_known else None)
+            self.timeline.watch(value, own, content)
+            array = own.reshape(shape).view(PageLocked)
             array.on_write = lambda: self.timeline.written_by_host(value)
         self.timeline.viewed(value, array)
         return array
@@ -390,6 +427,20 @@ def adds_in_any_order(name: str, given: Mapping[str, Any]) -> bool:
     if not (is_one or (name == "put" and given.get("accumulate"))):
         return False
     return any(value.is_floating_point() for value in tensors(given))
+
+
+def by_chance(name: str, given: Mapping[str, Any]) -> str:
+    """What an operation on a GPU leaves to chance; nothing where it says the same in every run."""
+    if adds_in_any_order(name, given):
+        return "adds in any order on a GPU, so the last bits change from run to run"
+    if name in TIES or (name == "sort" and not given.get("stable")):
+        return "may take any of equal numbers first: a stable sort says which"
+    values = given.get(PLACING.get(name.removesuffix("_"), ""))
+    is_plain = given.get("reduce") is None and not given.get("accumulate")
+    is_masked = any(one.dtype in (torch.bool, torch.uint8) for one in tensors(given.get("indices")))
+    if isinstance(values, Tensor) and values.numel() > 1 and is_plain and not is_masked:
+        return "writes several values, of which any stays where their places are the same"
+    return ""
 
 
 def is_asynchronous(name: str, args, kwargs) -> bool:

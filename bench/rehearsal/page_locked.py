@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+UNLIKELY = b"\xa5"  # a small number in every type
 WRITING = (np.copyto, np.place, np.put, np.putmask)  # to their first argument
 
 
@@ -52,3 +55,29 @@ def written(*arrays: Any) -> None:
 def plain(value: Any) -> Any:
     """The same memory as an array of NumPy's own."""
     return value.view(np.ndarray) if isinstance(value, PageLocked) else value
+
+
+class Watch:
+    """The memory of an array, looked at for what is written to it past NumPy, by `readinto` or through a memoryview;
+    the last look is when nothing shows it any more.
+    """
+
+    def __init__(self, own: np.ndarray, content: bytearray, on_change: Callable[[], None]):
+        self.content, self.seen, self.on_change = content, bytes(content), on_change
+        self.alive = weakref.ref(own, lambda _: self.look())
+
+    def look(self) -> None:
+        if self.seen != self.content:
+            self.seen = bytes(self.content)
+            self.on_change()
+
+
+def filled(shape: tuple[int, ...], dtype: str, value: Any) -> tuple[np.ndarray, bytearray]:
+    """An array without a shape whose elements are `value`, or what nobody writes where that is None, and its memory."""
+    count = math.prod(shape)
+    content = (
+        bytearray(np.full(count, value, dtype).tobytes())
+        if value is not None
+        else bytearray(UNLIKELY * count * np.dtype(dtype).itemsize)
+    )
+    return np.frombuffer(content, dtype), content

@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,9 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels, watched_forms
 from bench.rehearsal.machine import Machine
-from bench.rehearsal.operations import Calls, Operations, fake_mode
+from bench.rehearsal.operations import Calls, Operations, fake_mode, tensors
 from bench.rehearsal.scenarios import SCENARIOS
-from bench.rehearsal.timeline import FIRST, LOAD, OTHERS, WAIT, Flaw, Operation, Timeline
+from bench.rehearsal.timeline import AGAIN, EARLY, FIRST, LOAD, NUMBER, OTHERS, WAIT, Flaw, Operation, Timeline
 from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch
 from datasetdm_fast.engines import fast
@@ -39,16 +40,19 @@ class Allowed(NamedTuple):
     waits: tuple[str, ...]  # what they begin with; any other wait there is a finding
     is_once: bool = False  # only for the first batch
     is_shared: bool = False  # other threads' work may be waited for, too
+    is_single: bool = False  # not tensor by tensor, with nothing computed between
 
 
 LABELS = "the labels' own thread waits, on its own stream: the sampler goes on"
 ONCE = "it is read, recorded or copied once a run"
 COPY, ANSWER = "pageable copy to the GPU", "pageable copy to the host"
-NUMBER, STREAM, CHOSEN = "aten._local_scalar_dense of [] torch.", "stream", "aten.index"
+STREAM, CHOSEN = "stream", "aten.index"
 FLAG, REAL = f"{NUMBER}bool", f"{NUMBER}float32"
 RECORDING = Allowed(ONCE, ("the start of a recording",), is_once=True)
 STEP = Allowed("once a step, at its end: a loss that is no number ends the training", (REAL,), is_shared=True)
-MATCHED = Allowed("queries are assigned to masks on the host, once for all images", (ANSWER,), is_shared=True)
+MATCHED = Allowed(
+    "queries are assigned to masks on the host, once for all images", (ANSWER,), is_shared=True, is_single=True
+)
 STORED = Allowed("what was computed goes to the disk", (ANSWER, NUMBER), is_shared=True)
 JUDGED = Allowed("between steps labels are compared with the truth", (STREAM, ANSWER), is_shared=True)
 CHOICES = Allowed(JUDGED.reason, ("aten.equal", CHOSEN, FLAG), is_shared=True)
@@ -89,6 +93,11 @@ WAITS = {
         ("figures", "evaluation/networks/class_maps.py", "read_classes", JUDGED),
     )
 }
+
+
+# Calls of the engine that answer with numbers.
+ANSWERS = ("encode_text", "denoise", "denoise_and_capture", "denoise_and_capture_raw", "denoise_and_average",
+           "encode_image", "annotate")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,8 @@ def reason_of(wait: Flaw) -> str | None:
         return None
     if not wait.what.startswith(allowed.waits) or (wait.rule == OTHERS and not allowed.is_shared):
         return None
+    if EARLY in wait.what or (AGAIN in wait.what and allowed.is_single):
+        return None
     return allowed.reason
 
 
@@ -171,6 +182,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
             (driver, "generate", in_phases(driver.generate, timeline)),
             (StepGraph, "__init__", on_gpu(StepGraph.__init__, timeline)),
             (StepGraph, "__call__", watched(StepGraph.__call__, timeline)),
+            *((fast.FastEngine, name, in_fp32(getattr(fast.FastEngine, name), timeline)) for name in ANSWERS),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         for cached in (walk._walk_numbers, launch.names_of):  # what they keep is of one machine
@@ -187,16 +199,42 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
 
 
 def on_gpu(record: Callable, timeline: Timeline) -> Callable:
-    """StepGraph.__init__, whose inputs have to lie on a GPU."""
+    """StepGraph.__init__, whose inputs have to lie on a GPU, and to be all that it reads beside weights."""
+    kept: set[int] = set()  # made while a graph was recorded: what a network computes once and keeps
 
     def called(graph: StepGraph, run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> None:
         for place, value in enumerate(inputs):
             if value.device.type == "cpu":
                 timeline.find("device", f"input {place} of a graph lies on the host, made at {timeline.made(value)}")
+        before = set(timeline.memory)
         record(graph, run, inputs, *others, **named)
+        read = {number for one in graph.graph.launches for number in one.reads}
+        own = {value.untyped_storage()._cdata for value in graph.inputs}
+        kept.update(timeline.memory.keys() - before)
+        for number in sorted((read & before) - own - kept):
+            if (memory := timeline.memory[number]).phase != LOAD:
+                told = f"a graph reads {memory} that are none of its inputs, so every replay sees these, made at"
+                timeline.find("stale", f"{told} {memory.made}")
         for place, (value, buffer) in enumerate(zip(inputs, graph.inputs)):
+            if buffer.numel() and buffer.untyped_storage()._cdata not in read:
+                timeline.find("stale", f"input {place} of a graph is read by nothing that it recorded")
             if buffer.untyped_storage()._cdata == value.untyped_storage()._cdata:
                 timeline.find("stale", f"input {place} of a graph is its caller's own tensor, which calls write over")
+
+    return called
+
+
+def in_fp32(call: Callable, timeline: Timeline) -> Callable:
+    """A call of the engine, whose answers are in fp32 whatever it computes in."""
+
+    def called(engine: fast.FastEngine, *arguments: Any, **named: Any) -> Any:
+        answer = call(engine, *arguments, **named)
+        parts = answer if isinstance(answer, tuple) else (answer,)
+        for value in tensors([vars(part) if is_dataclass(part) else part for part in parts]):
+            if value.is_floating_point() and value.dtype != torch.float32:
+                told = f"{call.__name__} answers in {value.dtype}, expected fp32, made at {timeline.made(value)}"
+                timeline.find("dtype", told)
+        return answer
 
     return called
 

@@ -162,9 +162,11 @@ def library(machine: Machine) -> int:
         return {"latents": given["latents"] * 0.9}
 
     generators = [torch.Generator().manual_seed(k) for k in range(machine.batch * machine.batches - 1)]
+    machine.timeline.phase = LOAD
+    size = min(machine.batch, engine.suggested_batch())
     answer = Pipeline(engine).diffuse(
         [PROMPT] * len(generators), num_inference_steps=machine.steps, generator=generators, output_type="latent",
-        callback_on_step_end=changed, batch_size=machine.batch,
+        callback_on_step_end=changed, batch_size=size,
     )  # fmt: skip
     return len(answer.samples)
 
@@ -200,7 +202,7 @@ def retry(machine: Machine) -> int:
         """What makes a batch in fp32 is an engine's first batch, and in one thread."""
 
         def make(self, batch: Batch) -> list[Sample | SetAside]:
-            with machine.of(self.engine), machine.within("batch 0"):
+            with machine.of(self.engine.precision), machine.within("batch 0"):
                 timeline.thread.work = "labels"
                 made = super().make(batch)
                 timeline.thread.work = ""

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,10 +21,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench.machine.machine import ROOT
+from bench.rehearsal.page_locked import Watch
 
 DEEPEST, MADE = 5, 3  # lines that a finding names, and of what made a tensor
 OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
 LOAD, WAIT, OTHERS = "load", "host wait", "wait for another thread"  # a phase, in which the host may wait, and rules
+AGAIN, EARLY = ", again with nothing computed since", ", before all of a step is queued"  # of waits
+NUMBER = "aten._local_scalar_dense of [] torch."  # what a wait for one begins with
+COPIES = {"_to_copy", "copy_"}  # by their names as operations
 POLLS = 1000  # questions whether a stream or an event is over that come to a wait for it
 FIRST, BETWEEN = "batch 0", "between steps"  # phases: of what is read or recorded once, and of looks at a training
 GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
@@ -127,8 +131,11 @@ class Timeline:
         self.is_threaded = False  # whether other threads have been given work
         self.users: dict[StreamId, set[str]] = {}  # the threads that have launched on a stream
         self.pinned: set[int] = set()  # storages of the host's page-locked memory
+        self.homes: set[int] = set()  # the GPUs that the run was told to use
+        self.waits: list[tuple[Flaw, int]] = []  # of the host, and what was launched before each
         self._asked: Counter[tuple] = Counter()  # how often the host asked whether this much is over
         self.arrays: dict[int, list[tuple[weakref.ref, str]]] = {}  # of the host's memory: the arrays over it
+        self.watches: dict[int, list[Watch]] = {}  # the same of page-locked memory: what they show
         self._pools: dict[Any, int] = {}  # of graphs: the number of what all of a pool share
         self._recorders: dict[Any, StreamId] = {}  # of graphs: the stream on which those of a pool are recorded
         self._hosts: dict[int, tuple[StorageWeakRef, str]] = {}  # tensors of the host, and the lines that made them
@@ -152,9 +159,24 @@ class Timeline:
 
     def host_waits(self, what: str, clock: Clock) -> None:
         """The host waits until all of `clock` is over."""
+        self.look(*list(self.watches))
         rule = "wait in a recording" if self.capture is not None else WAIT
-        self.find(rule, what)
+        flaw, (before, count) = self.flaw(rule, what), (self.waits or [(None, 0)])[-1]
+        since = {one.name for one in self.launches[count:]}
+        if before and flaw.place == before.place and since and since <= COPIES:
+            flaw = replace(flaw, what=what + AGAIN)
+        self.found[flaw] += 1
+        self.waits.append((flaw, len(self.launches)))
         merge(self.thread.clock, clock)
+
+    @contextmanager
+    def a_step(self) -> Iterator[None]:
+        """Within the block a step of a training is queued; numbers of it are read when all of it is."""
+        first = len(self.waits)
+        yield
+        for flaw, count in self.waits[first:]:
+            if flaw.what.startswith(NUMBER) and any(one.thread == flaw.thread for one in self.launches[count:]):
+                self.found[replace(flaw, what=flaw.what + EARLY)] += 1
 
     def host_waits_for(self, what: str, *streams: StreamId) -> None:
         """The host waits until all that was queued on these streams is over."""
@@ -198,14 +220,35 @@ class Timeline:
 
     def read_by_host(self, value: Tensor) -> None:
         """The host reads its own memory, which a GPU may have written."""
-        self._waited_for("reads", value, lambda memory: memory.writes)
+        self._waited_for("reads", value.untyped_storage()._cdata, lambda memory: memory.writes)
 
     def written_by_host(self, value: Tensor) -> None:
         """The host writes its own memory, which a GPU may be reading or writing."""
-        self._waited_for("writes", value, lambda memory: memory.writes + memory.reads)
+        self._waited_for("writes", value.untyped_storage()._cdata, lambda memory: memory.writes + memory.reads)
 
-    def _waited_for(self, verb: str, value: Tensor, uses: Callable[[Memory], list[Use]]) -> None:
+    def is_written(self, value: Tensor) -> bool:
+        """Whether a GPU has written to the host's memory."""
         memory = self.memory.get(value.untyped_storage()._cdata)
+        return memory is not None and bool(memory.writes)
+
+    def watch(self, value: Tensor, own: np.ndarray, content: bytearray) -> None:
+        """Looks at page-locked memory whenever a GPU is given it, the host waits or the array over it is gone."""
+        number = value.untyped_storage()._cdata
+
+        def changed() -> None:
+            self._waited_for("has written to", number, lambda memory: memory.writes + memory.reads)
+
+        self.watches.setdefault(number, []).append(Watch(own, content, changed))
+
+    def look(self, *numbers: int) -> None:
+        """Asks of arrays over page-locked memory whether anything was written past them."""
+        for number in numbers:
+            for one in self.watches[number]:
+                one.look()
+            self.watches[number] = [one for one in self.watches[number] if one.alive() is not None]
+
+    def _waited_for(self, verb: str, number: int, uses: Callable[[Memory], list[Use]]) -> None:
+        memory = self.memory.get(number)
         for use in uses(memory) if memory else ():
             if self.thread.clock.get(use.stream, 0) < use.count:
                 self.find(
@@ -234,6 +277,7 @@ class Timeline:
         stream, reads, writes = self.thread.stream(device), list(reads), list(writes)
         if self.capture is not None and self.capture.stream != stream:
             self.find("wrong GPU", f"{name} runs on stream {stream}, the graph records {self.capture.stream}")
+        self.is_at_home(f"{name} runs", device)
         if self.phase != LOAD and any(value.dtype == torch.float64 and value.dim() for value in (*reads, *writes)):
             self.find("dtype", f"{name} in float64")
         used = [self.number(value, device) for value in reads], [self.number(value, device) for value in writes]
@@ -259,6 +303,7 @@ class Timeline:
         self.thread.cards.add(stream[0])
         now = Use(stream, self.counts[stream], line_of_ours(sys._getframe(1)))
         self._operations += 1
+        self.look(*self.watches.keys() & {*reads, *writes})
         for number in reads:
             self._ordered("reads", number, stream, self.memory[number].writes)
             self.memory[number].reads = [now, *(use for use in self.memory[number].reads if use[0] != stream)]
@@ -274,6 +319,11 @@ class Timeline:
             memory = self.memory[number]
             if memory.home not in (stream, (stream[0], GRAPH_POOL)) and memory.phase != LOAD and not memory.is_host:
                 self._shared.add(number)
+
+    def is_at_home(self, what: str, device: int) -> None:
+        """A GPU is used, which has to be one of the run's."""
+        if self.homes and device not in self.homes:
+            self.find("wrong GPU", f"{what} on GPU {device}, the run has {', '.join(map(str, sorted(self.homes)))}")
 
     def _ordered(self, verb: str, number: int, stream: StreamId, uses: Iterable[Use]) -> None:
         for use in uses:
@@ -404,12 +454,15 @@ class Timeline:
         self.is_ended = True
 
     def find(self, rule: str, what: str, frames: list[tuple[str, int, str]] | None = None) -> None:
+        self.found[self.flaw(rule, what, frames)] += 1
+
+    def flaw(self, rule: str, what: str, frames: list[tuple[str, int, str]] | None = None) -> Flaw:
         frames = (list(frames_of_ours(sys._getframe(1))) if frames is None else frames)[:DEEPEST]
         place = " < ".join(f"{name}:{line}" for name, line, _ in frames)
         name, line, _ = frames[0] if frames else ("", 0, "")
         function = next((function for _, _, function in frames if not function.startswith("<")), "")  # no list's own
         code = linecache.getline(str(ROOT / name), line).strip()
-        self.found[Flaw(rule, what, place, function, code, self.thread.work or self.thread.name, self.phase)] += 1
+        return Flaw(rule, what, place, function, code, self.thread.work or self.thread.name, self.phase)
 
 
 def merge(clock: Clock, other: Clock) -> Clock:
