@@ -22,6 +22,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import NamedMap
 from datasetdm_fast.run_folder import sample_scores, where
 from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.events import EVENTS
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.kept import KEPT
@@ -50,7 +51,8 @@ def state(path: Path) -> dict[str, bytes]:
 
 
 def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
-    before = {name: content for name, content in tree(run).items() if not name.startswith("gallery/index")}
+    shown = ("gallery/run.js", "gallery/pages/")  # the page tells the scores
+    before = {name: content for name, content in tree(run).items() if not name.startswith(shown)}
     assert filter.main([str(run), "--where", "presence>=1", "--json", "--quiet"]) == 0
     facts = json.loads(capsys.readouterr().out)
     table = read_scores(run)
@@ -93,6 +95,17 @@ def test_the_gallery_marks_what_is_left_out(run):
     with RunFolder(run, open_run(run).document) as folder:
         folder.rebuild()
     assert (run / "gallery" / "left-out.js").read_text() == said
+
+
+def test_the_gallery_shows_the_scores(run):
+    assert "distance" not in (run / "gallery" / "run.js").read_text()
+    assert filter.main([str(run), "--quiet"]) == 0
+    told = json.loads((run / "gallery" / "run.js").read_text().removeprefix('receive("run",0,').removesuffix(");\n"))
+    columns = json.loads((run / "gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
+    place = told["figures"].index("distance")
+    with Ledger(run / LEDGER, read_only=True) as ledger:
+        assert [figures[place] for figures in columns["figures"]] == [value for _, value in ledger.scores("distance")]
+    assert audit(run).findings == []
 
 
 def test_the_page_of_an_earlier_version_is_written_anew(run):
@@ -219,6 +232,9 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     with pytest.raises(Refused, match="not a valid filter file"):
         open_run(run, kept=True)
     assert [each.place for each in audit(run).findings] == []  # no filter has sealed it
+    assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 2
+    assert "Run python -m datasetdm_fast.filter" in capsys.readouterr().err
+    assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / KEPT).exists()
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
     (run / KEPT).write_text("{}")
     assert [each.place for each in audit(run).findings] == [KEPT]

@@ -15,7 +15,7 @@ from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder, keep
-from datasetdm_fast.run_folder.kept import Kept, read_kept
+from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -70,6 +70,7 @@ def complete(
     is.
     """
     run.close()  # its ledger is about to change
+    read_kept(run.path)  # the gallery is written anew with it: where it is damaged, that is said before any scoring
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
@@ -130,13 +131,16 @@ def histogram(table: ScoreTable, name: str) -> list[Bin]:
 
 def undo(run: Run, *, is_dry: bool = False) -> int:
     """Keeps all samples again; how many had been left out. A dry run only tells."""
-    decided = read_kept(run.path)
-    if decided is None:
+    if not (run.path / KEPT).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
+    try:
+        decided = read_kept(run.path)
+    except Refused:  # damaged: what it left out is not known, and without it all samples are kept
+        decided = None
     run.close()
     if not is_dry:
         keep(run.path, run.document, None)
-    return len(decided.left_out)
+    return len(decided.left_out) if decided else 0
 
 
 def decide(run: Run, where: str, *, is_dry: bool = False) -> Kept:

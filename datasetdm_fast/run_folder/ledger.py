@@ -180,6 +180,7 @@ class Ledger(AbstractContextManager):
         with self._writing():
             self._connection.execute(_SCORES)
             self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", scores)
+            self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")  # the gallery shows them
 
     def scores(self, name: str) -> list[tuple[int, float | int | None]]:
         """Index and value of every sample that was given this score, by index."""
