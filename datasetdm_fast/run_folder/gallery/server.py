@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import sys
 import threading
@@ -181,7 +182,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, path: Path) -> None:
         with path.open("rb") as file:
-            size, time = (found := path.stat()).st_size, found.st_mtime_ns
+            found = os.fstat(file.fileno())  # another file may have the name by now
+            size, time = found.st_size, found.st_mtime_ns
             tag, kind = f'"{size:x}-{time:x}"', KINDS[path.suffix]
             if self.headers.get("If-None-Match") == tag:
                 return self._send(304, b"", "", {"ETag": tag})
