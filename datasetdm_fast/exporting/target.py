@@ -68,7 +68,7 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
             "Choose another --out; nothing is ever overwritten.",
         )
     there = read_export(folder)
-    check_same(folder, there, {name: described[name] for name in ("settings", "runs", "samples")})
+    check_same(folder, there, {name: described[name] for name in ("settings", "runs", "samples", "splits")})
     return there["complete"]
 
 
