@@ -5,6 +5,8 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -179,6 +181,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(run_path, tmp_path):
         folder.add([rendered(k) for k in range(5, 12)], {"batch_size": 4})
         folder.rebuild()
     assert tree(path) == tree(run_path)
+
+
+def test_processes_of_two_machines_with_one_number_write_in_two_places():
+    told = "import os; os.getpid = lambda: 7; from datasetdm_fast.disk.storage import *"
+    line = [sys.executable, "-c", f"{told}; part = part_of(Path('a.png')); print(part.name, is_temporary(part))"]
+    one, other = (subprocess.run(line, capture_output=True, text=True, check=True).stdout.split() for _ in range(2))
+    assert one[0].startswith(".a.png.7") and one[1] == other[1] == "True" and one != other
 
 
 def test_files_hold_what_was_made(run_path):
