@@ -16,7 +16,9 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.workers import heartbeat, launched
 from datasetdm_fast.workers.heartbeat import USUAL, Silence
 from datasetdm_fast.workers.launched import LaunchedProcess
@@ -61,6 +63,20 @@ def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chos
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
         launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
+
+
+def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
+    """Only a folder that others hold is left to them."""
+    (tmp_path / "state").mkdir()
+
+    def refused(*_):
+        raise Refused("a filter file is damaged", "Undo it.")
+
+    monkeypatch.setattr(launched, "close", refused)
+    with pytest.raises(Refused, match="a filter file is damaged"):
+        launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
+    with locks.locked(tmp_path / LOCK, is_shared=True):
+        assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
 
 
 @pytest.fixture
