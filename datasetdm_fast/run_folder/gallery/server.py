@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,13 +49,13 @@ RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 @dataclass(frozen=True)
 class ServedRun:
     """A run folder that is given out; where its samples are elsewhere, `bring` gives the copy of a file by its name
-    inside the run, None where there is none. `on_marks` is called once marks of a review were written into the folder.
+    inside the run, None where there is none. Marks of a review are written into the folder within `reviewing`.
     """
 
     folder: Path
     command_path: str  # names the run in the commands that the page shows, empty where none takes it
     bring: Callable[[str], Path | None] | None = None
-    on_marks: Callable[[], object] = lambda: None
+    reviewing: Callable[[], AbstractContextManager] = nullcontext
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ServedRun":
@@ -128,9 +129,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404)
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
-            with self.server.marking:
+            with self.server.marking, self.server.run.reviewing():
                 review.change(self.server.run.folder, marks)
-                self.server.run.on_marks()
         except (ValueError, Refused):
             return self._refuse(400)
         except Missing:
