@@ -149,17 +149,22 @@ def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
     assert queue.owners() == {}
 
 
+@pytest.mark.parametrize("has_idle", [False, True])
 @pytest.mark.parametrize("seconds", [100, 1000])
-def test_calls_that_take_minutes_are_waited_for(clock, seconds):
-    queue, other = WorkQueue(), Owner("other", 1)
-    queue.enter(other)
-    silence, own = Silence(USUAL), Owner("own", 0)
+def test_calls_that_take_minutes_are_waited_for(clock, seconds, has_idle):
+    """Also where there are more processes than batches, and the others give a sign every second."""
+    queue, other, idle = WorkQueue(), Owner("other", 1), [Owner("own", 0), Owner("idle", 2)]
+    for owner in (other, *(idle if has_idle else ())):
+        queue.enter(owner)
+    silence = Silence(USUAL)
     for _ in range(3):
-        for _ in range(4 * seconds):
-            clock.now += 0.25
-            launched.drop_lost(queue, silence, own)
+        for _ in range(seconds):
+            clock.now += 1
+            for owner in idle:
+                queue.beat(owner.name, is_idle=True)
+            launched.drop_lost(queue, silence, idle[0])
         queue.beat(other.name)
-    assert list(queue.owners()) == [other]
+    assert set(queue.owners()) == {other, *(idle if has_idle else ())} and queue.failures(0, DIED) == []
 
 
 @pytest.fixture
