@@ -79,6 +79,15 @@ def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, cap
     assert convert.main(line) == 2 and main([str(run), "--undo", "--quiet"]) == 0
 
 
+def test_a_damaged_file_is_still_noticed_once_the_run_is_split(run):
+    (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes()[:-1] + b" ")
+    (run / "statistics.png").unlink()
+    assert main([str(run), "--quiet"]) == 0
+    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+    assert main([str(run), "--undo", "--quiet"]) == 0
+    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+
+
 def test_variants_of_a_picture_stay_with_it(tmp_path):
     run = tmp_path / "varied"
     with RunFolder(run, document(NUMBER, 32)) as folder:
