@@ -126,6 +126,11 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
 
 
+def test_the_usual_port_is_not_said_by_browsers():
+    assert server.hosts_of(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
+    assert server.hosts_of(8765) == {"127.0.0.1:8765", "localhost:8765"}
+
+
 def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -20,7 +20,7 @@ from datasetdm_fast.run_folder.gallery import review
 
 LOOPBACK = "127.0.0.1"
 NAMES = (LOOPBACK, "localhost")  # by which a browser of this machine may ask: any other name is a page of another site
-FIRST_PORT, TRIED_PORTS = 8765, 32
+FIRST_PORT, TRIED_PORTS, HTTP_PORT = 8765, 32, 80
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -78,13 +78,18 @@ class RunServer(ThreadingHTTPServer):
             self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
-        self.hosts = frozenset(f"{name}:{self.server_port}" for name in NAMES)
+        self.hosts = hosts_of(self.server_port)
         self.address = f"http://{LOOPBACK}:{self.server_port}{self.prefix}gallery/index.html"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says what went wrong; a browser that goes away in the middle of an answer is no error."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+
+def hosts_of(port: int) -> frozenset[str]:
+    """What a browser of this machine calls a server on a port: it does not say the usual one."""
+    return frozenset(f"{name}:{port}" for name in NAMES) | (frozenset(NAMES) if port == HTTP_PORT else frozenset())
 
 
 def opened(run: ServedRun, port: int, say: Callable[[str], None], against: ServedRun | None = None) -> RunServer:
