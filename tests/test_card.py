@@ -60,6 +60,14 @@ def test_the_command_names_every_setting_that_is_no_default():
     assert card.command_line(told | {"command": "splice"}) is None
 
 
+def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
+    told = document(12, per_class=4, classes=["ball", "cube", "tree"], prompts="sha256:00")
+    line = card.command_line(told)
+    assert "--per-class 4" in line and "--prompts" not in line and "--number" not in line
+    assert "- The command: `python -m datasetdm_fast.generate" in text(run, config=told["config"])
+    assert "- The command, where PROMPTS are" in text(run, config=document(12, prompts="sha256:00")["config"])
+
+
 def test_the_verdict_stands_there_or_that_there_is_none(run):
     assert card.UNVERIFIED in text(run)
     engine = {"engine": "fast", "dtype": "fp16", "device_name": "a GPU"}

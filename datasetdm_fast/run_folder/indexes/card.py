@@ -171,15 +171,18 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
-        yield f"- The command, where PROMPTS are those of `samples.jsonl`: {_code(line)}"
+        where = "" if document["config"].get("per_class") else ", where PROMPTS are those of `samples.jsonl`"
+        yield f"- The command{where}: {_code(line)}"
 
 
 def command_line(document: Mapping[str, Any]) -> str | None:
     """The line of generate with every setting that decides the samples and is no default; None for other commands."""
     if document.get("command"):
         return None
-    words = []
+    words, makes_prompts = [], bool(document["config"].get("per_class"))  # which then tells their number, too
     for flag in flags_of(RunConfig):
+        if makes_prompts and flag.name in ("prompts", "number"):
+            continue
         value = document["config"].get(flag.name, flag.default)
         value = tuple(value) if isinstance(value, list) else value
         if flag.name == "prompts":
