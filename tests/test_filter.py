@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from rendered import document, rendered, write_run
 from test_ledger import tree
 
-from datasetdm_fast import filter, generate, splice
+from datasetdm_fast import drop, filter, generate, splice
 from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
@@ -165,6 +166,19 @@ def test_duplicates_are_found(tmp_path):
         folder.rebuild()
     assert filter.main([str(path), "--where", "duplicate==0", "--quiet"]) == 0
     assert [sample.id[-1] for sample in open_run(path, kept=True)] == ["0", "1", "3"]
+
+
+def test_a_sample_is_no_duplicate_of_one_that_was_dropped(tmp_path):
+    path, same = tmp_path / "run", rendered(0)
+    with RunFolder(path, document(3)) as folder:
+        folder.add([same, rendered(1)], {})
+        folder.rebuild()
+    assert filter.main([str(path), "--quiet"]) == 0 and drop.main([str(path), "0", "--quiet"]) == 0
+    with RunFolder(path, document(3)) as folder:
+        folder.add([replace(same, request=replace(same.request, index=2))], {})
+        folder.rebuild()
+    assert filter.main([str(path), "--where", "duplicate == 0", "--quiet"]) == 0
+    assert [sample.id for sample in open_run(path, kept=True)] == ["00000001", "00000002"]
 
 
 def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):

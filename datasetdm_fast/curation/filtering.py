@@ -104,8 +104,8 @@ def _short(value: float | int | None) -> float | int | None:
 
 
 def _add_distances(ledger: Ledger) -> None:
-    there = {index for index, _ in ledger.scores("distance")}
-    hashes = ledger.scores(HASH)
+    there, shown = {index for index, _ in ledger.scores("distance")}, set(ledger.indices())
+    hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
     first = next((k for k, (index, _) in enumerate(hashes) if index not in there), len(hashes))
     bits = nearest(np.array([value for _, value in hashes], np.int64), first)
     pairs = zip(hashes[first:], bits.tolist(), strict=True)
