@@ -69,6 +69,9 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
     assert "- The command, where PROMPTS are" in text(run, config=document(12, prompts="sha256:00")["config"])
     aside = document(12, prompts="sha256:00", keep="trusted")["config"]
     assert "- The command, where PROMPTS is the list that it was given" in text(run, config=aside)
+    table = document(12, prompts="sha256:00", class_table="sha256:11")["config"]
+    assert "PROMPTS are those of `samples.jsonl` and TABLE has the words" in text(run, config=table)
+    assert "--class-table TABLE" in text(run, config=table) and "sha256:11" not in text(run, config=table)
     demo = f"sha256:{prompts.PromptSource((), '', (), 0).digest}"
     assert "--prompts" not in card.command_line(document(12, prompts=demo))
 

@@ -175,8 +175,9 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     else:
         # of samples that were set aside, `samples.jsonl` tells no prompt
         given = "is the list that it was given" if sets_aside(config) else "are those of `samples.jsonl`"
-        where = f", where PROMPTS {given}" if " PROMPTS " in line else ""
-        yield f"- The command{where}: {_code(line)}"
+        told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
+        told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
+        yield f"- The command{', where ' if told else ''}{' and '.join(told)}: {_code(line)}"
 
 
 def command_line(document: Mapping[str, Any]) -> str | None:
@@ -191,6 +192,8 @@ def command_line(document: Mapping[str, Any]) -> str | None:
         value = tuple(value) if isinstance(value, list) else value
         if flag.name == "prompts":
             words += ["--prompts", "PROMPTS"] if value and value != NO_PROMPTS else []
+        elif flag.name == "class_table" and value:  # of which run.json holds the digest
+            words += ["--class-table", "TABLE"]
         elif value != flag.default:
             name = flag.name.rstrip("_").replace("_", "-")
             told = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
