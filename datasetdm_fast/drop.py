@@ -43,12 +43,13 @@ def main(arguments: Sequence[str]) -> int:
     run = dropping.open_folder(Path(config.run))
     wanted = set(dropping.read_ids(config.ids, config.file))
     wanted |= set(dropping.matching(run, config.where)) if config.where else set()
-    before = len(run)
+    before, aside = len(run), wanted & dropping.set_aside(run)
     chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
     ids = [f"{index:08d}" for index in chosen]
-    earlier = len(wanted) - len(ids)
-    again = f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
-    told = f"{config.run}: {len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped{again}"
+    earlier = len(wanted) - len(ids) - len(aside)
+    told = f"{config.run}: {len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped"
+    told += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
+    told += f"; {len(aside)} {'is' if len(aside) == 1 else 'are'} set aside and not in the data set" if aside else ""
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
     if config.dry_run:
         return planned(config, facts, "\n".join(ids), told)

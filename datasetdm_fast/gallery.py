@@ -82,7 +82,7 @@ def _served(place: str, run: ShownRun) -> server.ServedRun:
     if run.copies is None:
         return server.ServedRun.of_folder(run.folder)
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
-        return server.ServedRun(run.folder.resolve(), "", run.copies.bring, run.copies.keep_review)
+        return server.ServedRun(run.folder.resolve(), "", run.copies.bring, run.copies.reviewing)
     return replace(server.ServedRun.of_folder(run.folder), bring=run.copies.bring)
 
 

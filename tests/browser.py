@@ -46,8 +46,10 @@ class Watched:
 
 
 def until(page, expression: str, seconds: float = 20.0) -> None:
-    """Waits until an expression holds; Playwright's own way needs `eval`, which the page's policy does not allow."""
+    """Waits until an expression holds; Playwright's own way needs `eval`, which the page's policy does not allow. While
+    the page is read anew, its scripts are not there yet.
+    """
     end = time.monotonic() + seconds
-    while not page.evaluate(expression):
+    while not page.evaluate(f"typeof filled === 'boolean' && ({expression})"):
         assert time.monotonic() < end, f"{expression} does not hold after {seconds:g} s"
         page.wait_for_timeout(30)

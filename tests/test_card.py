@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from rendered import document, rendered, write_run
 
+from datasetdm_fast.generation import prompts
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.indexes import card, statistics
 from datasetdm_fast.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
@@ -58,6 +59,21 @@ def test_the_command_names_every_setting_that_is_no_default():
         assert part in line, part
     assert "--guidance" not in line and "--no-" not in line
     assert card.command_line(told | {"command": "splice"}) is None
+
+
+def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
+    told = document(12, per_class=4, classes=["ball", "cube", "tree"], prompts="sha256:00")
+    line = card.command_line(told)
+    assert "--per-class 4" in line and "--prompts" not in line and "--number" not in line
+    assert "- The command: `python -m datasetdm_fast.generate" in text(run, config=told["config"])
+    assert "- The command, where PROMPTS are" in text(run, config=document(12, prompts="sha256:00")["config"])
+    aside = document(12, prompts="sha256:00", keep="trusted")["config"]
+    assert "- The command, where PROMPTS is the list that it was given" in text(run, config=aside)
+    table = document(12, prompts="sha256:00", class_table="sha256:11")["config"]
+    assert "PROMPTS are those of `samples.jsonl` and TABLE has the words" in text(run, config=table)
+    assert "--class-table TABLE" in text(run, config=table) and "sha256:11" not in text(run, config=table)
+    demo = f"sha256:{prompts.PromptSource((), '', (), 0).digest}"
+    assert "--prompts" not in card.command_line(document(12, prompts=demo))
 
 
 def test_the_verdict_stands_there_or_that_there_is_none(run):

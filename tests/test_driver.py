@@ -329,6 +329,17 @@ def test_interrupted_limited_and_resumed_runs_are_equal(engines, tmp_path):
     assert tree(tmp_path / "whole") == tree(tmp_path / "limited") == tree(tmp_path / "stopped")
 
 
+def test_batches_of_equal_size_stay_those_of_the_plan(engines, tmp_path):
+    """Ten images in batches of at most 8 are two of 5, also for whoever goes on with the run or joins it."""
+    settings = config(tmp_path / "run", number=10, batch_size=8)
+    first = job.prepare(settings)
+    run.run(first, is_stopping=lambda: True)
+    assert first.plan.batch_size == job.prepare(settings).plan.batch_size == 5
+    assert run.run(job.prepare(settings)).done == 10
+    assert {row.recipe["batch_size"] for row in open_run(tmp_path / "run").rows()} == {5}
+    assert job.prepare(config(tmp_path / "run", number=20, batch_size=4)).plan.batch_size == 4
+
+
 def test_a_limit_counts_new_images(engines, tmp_path):
     for done in (2, 4):
         assert run.run(job.prepare(config(tmp_path / "run", limit=2))).done == done

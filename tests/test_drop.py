@@ -1,15 +1,17 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
-from rendered import write_run
+from rendered import document, rendered, write_run
 from skips import IS_LONG
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import drop, edit, filter, merge, restore, splice, vary
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.run_folder.score_table import read_scores
 
@@ -85,6 +87,17 @@ def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
     assert drop.main([str(run), "--where", f"sharpness<={min(scores)}", "--quiet"]) == 0
     assert len(ids(run)) == 3 and is_whole(run)
     assert restore.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0 and len(ids(run)) == 5
+
+
+def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
+    run = tmp_path / "run"
+    with RunFolder(run, document(3)) as folder:
+        folder.add([rendered(0), replace(rendered(1), aside="it is blurred"), rendered(2)], {})
+        folder.rebuild()
+    (tmp_path / "bad.txt").write_text("00000001\n00000002\n")
+    assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
+    assert "1 of 2 samples are dropped; 1 is set aside and not in the data set" in capsys.readouterr().err
+    assert ids(run) == ["00000000"] and [sample.id for sample in open_run(run, doubtful=True)] == ["00000001"]
 
 
 def filter_score(path, id):

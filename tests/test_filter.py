@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from PIL import Image
 from rendered import document, rendered, write_run
 from test_ledger import tree
 
-from datasetdm_fast import filter, generate, splice
+from datasetdm_fast import drop, filter, generate, splice
 from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import NamedMap
 from datasetdm_fast.run_folder import sample_scores, where
 from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.events import EVENTS
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.kept import KEPT
@@ -50,7 +52,8 @@ def state(path: Path) -> dict[str, bytes]:
 
 
 def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
-    before = {name: content for name, content in tree(run).items() if not name.startswith("gallery/index")}
+    shown = ("gallery/run.js", "gallery/pages/")  # the page tells the scores
+    before = {name: content for name, content in tree(run).items() if not name.startswith(shown)}
     assert filter.main([str(run), "--where", "presence>=1", "--json", "--quiet"]) == 0
     facts = json.loads(capsys.readouterr().out)
     table = read_scores(run)
@@ -93,6 +96,17 @@ def test_the_gallery_marks_what_is_left_out(run):
     with RunFolder(run, open_run(run).document) as folder:
         folder.rebuild()
     assert (run / "gallery" / "left-out.js").read_text() == said
+
+
+def test_the_gallery_shows_the_scores(run):
+    assert "distance" not in (run / "gallery" / "run.js").read_text()
+    assert filter.main([str(run), "--quiet"]) == 0
+    told = json.loads((run / "gallery" / "run.js").read_text().removeprefix('receive("run",0,').removesuffix(");\n"))
+    columns = json.loads((run / "gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
+    place = told["figures"].index("distance")
+    with Ledger(run / LEDGER, read_only=True) as ledger:
+        assert [figures[place] for figures in columns["figures"]] == [value for _, value in ledger.scores("distance")]
+    assert audit(run).findings == []
 
 
 def test_the_page_of_an_earlier_version_is_written_anew(run):
@@ -152,6 +166,19 @@ def test_duplicates_are_found(tmp_path):
         folder.rebuild()
     assert filter.main([str(path), "--where", "duplicate==0", "--quiet"]) == 0
     assert [sample.id[-1] for sample in open_run(path, kept=True)] == ["0", "1", "3"]
+
+
+def test_a_sample_is_no_duplicate_of_one_that_was_dropped(tmp_path):
+    path, same = tmp_path / "run", rendered(0)
+    with RunFolder(path, document(3)) as folder:
+        folder.add([same, rendered(1)], {})
+        folder.rebuild()
+    assert filter.main([str(path), "--quiet"]) == 0 and drop.main([str(path), "0", "--quiet"]) == 0
+    with RunFolder(path, document(3)) as folder:
+        folder.add([replace(same, request=replace(same.request, index=2))], {})
+        folder.rebuild()
+    assert filter.main([str(path), "--where", "duplicate == 0", "--quiet"]) == 0
+    assert [sample.id for sample in open_run(path, kept=True)] == ["00000001", "00000002"]
 
 
 def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
@@ -219,6 +246,9 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     with pytest.raises(Refused, match="not a valid filter file"):
         open_run(run, kept=True)
     assert [each.place for each in audit(run).findings] == []  # no filter has sealed it
+    assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 2
+    assert "Run python -m datasetdm_fast.filter" in capsys.readouterr().err
+    assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / KEPT).exists()
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
     (run / KEPT).write_text("{}")
     assert [each.place for each in audit(run).findings] == [KEPT]

@@ -15,7 +15,7 @@ from datasetdm_fast.run_folder import gallery, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import sheets
-from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of
+from datasetdm_fast.run_folder.gallery.facts import RunFacts, key_of, layers_of
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.scenes import world
 
@@ -306,6 +306,13 @@ def test_the_page_tells_the_file_names_of_pictures_that_were_labelled(tmp_path):
     write_run(tmp_path / "drawn", 2, 32)
     assert data(tmp_path / "labelled/gallery/pages/000000.js", "page")["picture"] == names
     assert "picture" not in data(tmp_path / "drawn/gallery/pages/000000.js", "page")
+
+
+def test_a_browser_finds_its_marks_again_once_the_run_has_grown():
+    first = document(4)
+    grown = first | {"config": first["config"] | {"number": 9}, "plan": first["plan"] | {"number": 9}}
+    other = first | {"config": first["config"] | {"seed": 7}}
+    assert key_of(first) == key_of(grown) != key_of(other)
 
 
 def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_path):

@@ -126,6 +126,11 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
 
 
+def test_the_usual_port_is_not_said_by_browsers():
+    assert server.hosts_of(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
+    assert server.hosts_of(8765) == {"127.0.0.1:8765", "localhost:8765"}
+
+
 def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -278,6 +283,7 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
                 ask(serving, home + path)
             ask(serving, f"{home}state/ledger.sqlite")
             own = f"http://127.0.0.1:{serving.server_port}"
+            bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")  # of somebody who looks at it, too
             ask(serving, f"{home}review", "PUT", '{"marks": [["00000001", "bad"]]}', Origin=own)
             bucket.files.cat_file, kept = lambda *_: 1 / 0, bucket.files.cat_file
             bucket.files.get_file, fetched = lambda *_: 1 / 0, bucket.files.get_file
@@ -297,7 +303,8 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
     assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
     assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
     at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
-    assert (at_url or (folder / "review/bad.txt").read_bytes()) == b"00000001\n" and not (folder / "images").exists()
+    marked = at_url or (folder / "review/bad.txt").read_bytes()
+    assert marked == (b"00000000\n" if at_url else b"") + b"00000001\n" and not (folder / "images").exists()
 
 
 def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import shlex
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -352,7 +353,7 @@ def test_nothing_is_wider_than_a_phone(chromium, run, width, height):
     page.locator("#ranges button").click()
     assert page.evaluate("root.scrollWidth <= root.clientWidth")
     assert all(page.locator(f"#{name}").bounding_box()["width"] > 60 for name in ("sort", "search"))
-    page.evaluate("open(0)")
+    page.evaluate("open(shown[0])")
     assert page.evaluate("by('side').scrollWidth <= by('side').clientWidth")
     page.close()
 
@@ -390,6 +391,45 @@ def test_an_empty_page_offers_to_reset_its_filters(chromium, run):
     page.locator(".nothing button").click()
     assert len(shown(page)) == NUMBER and focused(page) == "grid" and page.locator(".nothing").count() == 0
     page.close()
+
+
+def test_a_reset_takes_limits_back_however_often(chromium, run):
+    page = Watched(chromium, 1280, 900).open(address(run))
+    for _ in range(2):
+        page.get_by_text("+ Limit").click()
+        page.get_by_placeholder("at least").fill("99")
+        page.get_by_placeholder("at least").blur()
+        assert shown(page) == []
+        page.locator("#flags").get_by_text("Reset").click()
+        assert len(shown(page)) == NUMBER and page.get_by_placeholder("at least").count() == 0
+    page.close()
+
+
+@pytest.mark.loopback
+def test_a_sample_stays_open_whose_mark_comes_after_it(chromium, run, monkeypatch):
+    """The page asks for unmarked samples and opens one before the server has told that it is marked."""
+
+    def late(folder):
+        time.sleep(1)
+        return {"00000001": "good"}
+
+    monkeypatch.setattr(server.review, "read", late)
+    with server.opened(served(run), 18785, print) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            watched = Watched(chromium)
+            page = watched.open(serving.address + "#only=unmarked&id=00000001")
+            until(page, "opened && served && marks.size === 1")
+            assert page.evaluate("opened.id") == "00000001" and "00000001" not in shown(page)
+            assert page.locator("[data-mark=good]").get_attribute("aria-pressed") == "true"
+            page.keyboard.press("Escape")
+            until(page, "!opened")
+            assert watched.errors == []
+            page.close()
+        finally:
+            serving.shutdown()
+            thread.join()
 
 
 def test_opacity_is_one_value_on_the_page_and_beside_the_opened_sample(chromium, run):

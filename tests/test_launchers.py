@@ -16,7 +16,9 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.workers import heartbeat, launched
 from datasetdm_fast.workers.heartbeat import USUAL, Silence
 from datasetdm_fast.workers.launched import LaunchedProcess
@@ -61,6 +63,20 @@ def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chos
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
         launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
+
+
+def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
+    """Only a folder that others hold is left to them."""
+    (tmp_path / "state").mkdir()
+
+    def refused(*_):
+        raise Refused("a filter file is damaged", "Undo it.")
+
+    monkeypatch.setattr(launched, "close", refused)
+    with pytest.raises(Refused, match="a filter file is damaged"):
+        launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
+    with locks.locked(tmp_path / LOCK, is_shared=True):
+        assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
 
 
 @pytest.fixture
@@ -133,17 +149,22 @@ def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
     assert queue.owners() == {}
 
 
+@pytest.mark.parametrize("has_idle", [False, True])
 @pytest.mark.parametrize("seconds", [100, 1000])
-def test_calls_that_take_minutes_are_waited_for(clock, seconds):
-    queue, other = WorkQueue(), Owner("other", 1)
-    queue.enter(other)
-    silence, own = Silence(USUAL), Owner("own", 0)
+def test_calls_that_take_minutes_are_waited_for(clock, seconds, has_idle):
+    """Also where there are more processes than batches, and the others give a sign every second."""
+    queue, other, idle = WorkQueue(), Owner("other", 1), [Owner("own", 0), Owner("idle", 2)]
+    for owner in (other, *(idle if has_idle else ())):
+        queue.enter(owner)
+    silence = Silence(USUAL)
     for _ in range(3):
-        for _ in range(4 * seconds):
-            clock.now += 0.25
-            launched.drop_lost(queue, silence, own)
+        for _ in range(seconds):
+            clock.now += 1
+            for owner in idle:
+                queue.beat(owner.name, is_idle=True)
+            launched.drop_lost(queue, silence, idle[0])
         queue.beat(other.name)
-    assert list(queue.owners()) == [other]
+    assert set(queue.owners()) == {other, *(idle if has_idle else ())} and queue.failures(0, DIED) == []
 
 
 @pytest.fixture

@@ -56,6 +56,18 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
     assert together[:3] == together[-3:] and len(set(together)) == len(found) - 3
 
 
+def test_a_splice_belongs_to_the_variants_of_its_pictures(runs, tmp_path):
+    spliced, out = tmp_path / "spliced", tmp_path / "all"
+    line = [str(runs / "first"), "--grids", "1x2", "--number", "8", "--resize", "--out", str(spliced), "--quiet"]
+    assert splice.main(line) == 0 and main([str(spliced), str(runs / "varied"), "--out", str(out), "--quiet"]) == 0
+    found = open_run(out)
+    rows = list(found.rows())
+    numbers = groups([origins(found.document, row) for row in rows])
+    for variant, number in zip(rows[8:], numbers[8:], strict=True):
+        shown = [k for k, row in enumerate(rows[:8]) if variant.recipe["source"] in row.recipe["tiles"]]
+        assert shown and {numbers[k] for k in shown} == {number}
+
+
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path):
     out = tmp_path / "all"
     lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]

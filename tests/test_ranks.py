@@ -23,6 +23,7 @@ from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.events import EVENTS
+from datasetdm_fast.run_folder.seal import QUEUE
 from datasetdm_fast.workers import devices, spawn
 from datasetdm_fast.workers.devices import Place
 from datasetdm_fast.workers.heartbeat import USUAL, Patience
@@ -157,6 +158,11 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     with pytest.raises(Refused, match="holds a run with other settings .*seed: 0 there, 5 asked for"):
         shared(config(tmp_path / "run"), [{}])
         job.finished(config(tmp_path / "run", seed=5))
+    with pytest.raises(Refused, match="92 tokens"):
+        shared(config(tmp_path / "run", number=SAMPLES + 1, prompts="x " * 90), [{}] * 2)
+    assert not (tmp_path / "run" / QUEUE).exists() and audit(tmp_path / "run", threads=1).findings == []
+    (tmp_path / "run" / QUEUE).write_bytes(b"of a process that was killed")
+    assert audit(tmp_path / "run", threads=1).findings == []
 
 
 def test_one_rank_compares_samples_and_ends_the_run_where_one_differs(alone, tmp_path):

@@ -116,6 +116,17 @@ def test_instances_keep_their_ids(source, edited):
     assert all(id > max(old) for id in ids if id not in old)
 
 
+def test_things_of_an_edit_have_an_id_in_every_domain(edited, tmp_path):
+    line = [str(edited), "--domain", "night,fog", "--only", "00000000", "--out", str(tmp_path / "run"), "--quiet"]
+    assert vary.main(line) == 0
+    (first, *_), (night, fog) = open_run(edited), open_run(tmp_path / "run")
+    ids = [entry["id"] for entry in COCO(tmp_path / "run" / "instances.json").dataset["annotations"]]
+    assert len(ids) == len(set(ids)) == 2 * len(first.instances.masks) > 0
+    assert (night.instances.masks == first.instances.masks).all() and (
+        fog.instances.masks == night.instances.masks
+    ).all()
+
+
 def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     run, new = open_run(source), open_run(varied)
     assert [(each.meta["source"], each.meta["domain"]) for each in new][:3] == [

@@ -68,6 +68,26 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
     assert audit(run).findings == []
 
 
+def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, capsys):
+    line = [str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]
+    assert convert.main(line) == 0 and convert.main(line) == 0
+    assert main([str(run), "--shares", "70,30", "--quiet"]) == 0
+    assert convert.main(line) == 2 and "splits.train: 20 there, 14 asked for" in capsys.readouterr().err
+    line[-2] = str(tmp_path / "again")
+    assert convert.main(line) == 0 and convert.main(line) == 0
+    assert main([str(run), "--shares", "70,30", "--seed", "1", "--quiet"]) == 0  # as many in each part, but others
+    assert convert.main(line) == 2 and main([str(run), "--undo", "--quiet"]) == 0
+
+
+def test_a_damaged_file_is_still_noticed_once_the_run_is_split(run):
+    (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes()[:-1] + b" ")
+    (run / "statistics.png").unlink()
+    assert main([str(run), "--quiet"]) == 0
+    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+    assert main([str(run), "--undo", "--quiet"]) == 0
+    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+
+
 def test_variants_of_a_picture_stay_with_it(tmp_path):
     run = tmp_path / "varied"
     with RunFolder(run, document(NUMBER, 32)) as folder:

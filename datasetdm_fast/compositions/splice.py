@@ -28,6 +28,7 @@ from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together, fewer where they are large:
@@ -122,7 +123,13 @@ class Splicing:
         form = self.source.document["config"]["image_format"]
         picture = spread("image", placed, sides)
         files = {"image": (f"images/{request.id}.{form}", image_bytes(picture, form)), **files}
-        recipe = {"grid": str(grid), "sides": list(sides), "tiles": [each.id for each in requests]}
+        made_of = sorted({name for tile in tiles for name in origins(self.source.document, tile.row)})
+        recipe = {
+            "grid": str(grid),
+            "sides": list(sides),
+            "tiles": [each.id for each in requests],
+            "groups": made_of,  # also of variants and edits of the same pictures
+        }
         return Row(request, recipe, labels=records), files
 
     def _labels(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.compositions.domains import DOMAINS, check_domains, moved
 from datasetdm_fast.compositions.redraw import Redrawing
 from datasetdm_fast.compositions.settings import VarySettings
 from datasetdm_fast.compositions.source import Source
-from datasetdm_fast.data import Annotation, Request, Sample
+from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.origin import Beginning
@@ -82,7 +83,7 @@ class Variants(Redrawing):
     def finish(self, sample: Sample) -> Sample:
         index = sample.request.index
         tile = self.tile(index)
-        truth = {task: self.source.label(tile, task) for task in sample.annotations}
+        truth = {task: _without_ids(self.source.label(tile, task)) for task in sample.annotations}
         labels = {
             task: CHOSEN[self.settings.labels](kind_of(task), truth[task], predicted)
             for task, predicted in sample.annotations.items()
@@ -90,6 +91,11 @@ class Variants(Redrawing):
         facts = {"domain": self.domain(index), "consistency": consistency(sample.annotations, truth)}
         provenance = {**sample.provenance, **self.provenance(index), **facts}
         return Sample(sample.request, sample.image, labels, provenance, trust_of(sample.request.classes, labels))
+
+
+def _without_ids(label: Annotation) -> Annotation:
+    """The label with its things numbered anew: those of an edited source would be there once for each domain."""
+    return replace(label, ids=None) if isinstance(label, Instances) else label
 
 
 def consistency(predicted: Mapping[str, Annotation], truth: Mapping[str, Annotation]) -> float | None:

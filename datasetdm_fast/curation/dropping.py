@@ -10,7 +10,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DROPPED, LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.run_folder.score_table import SCORES
@@ -56,12 +56,18 @@ def matching(run: Run, where: str) -> list[int]:
     return [row.request.index for row in run.where(where).rows(())]
 
 
+def set_aside(run: Run) -> set[int]:
+    """The indices of the samples that lie beside the data set, which a list of a review may name as well."""
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        return set(ledger.indices(DOUBTFUL))
+
+
 def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     """Takes the wanted samples out of the data set, as far as they are in it; their indices."""
     there = {int(row.request.id) for row in run.rows(())}
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         dropped = {row.request.index for row in ledger.dropped()}
-    _check_known(run.path, wanted, there | dropped)
+    _check_known(run.path, wanted, there | dropped | set_aside(run))
     chosen = [index for index in wanted if index in there]
     run.close()
     if not is_dry:

@@ -15,7 +15,7 @@ from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder, keep
-from datasetdm_fast.run_folder.kept import Kept, read_kept
+from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -77,6 +77,7 @@ def complete(
     is, but for the scores of another CLIP.
     """
     run.close()  # its ledger is about to change
+    read_kept(run.path)  # the gallery is written anew with it: where it is damaged, that is said before any scoring
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
@@ -112,8 +113,8 @@ def _short(value: float | int | None) -> float | int | None:
 
 
 def _add_distances(ledger: Ledger) -> None:
-    there = {index for index, _ in ledger.scores("distance")}
-    hashes = ledger.scores(HASH)
+    there, shown = {index for index, _ in ledger.scores("distance")}, set(ledger.indices())
+    hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
     first = next((k for k, (index, _) in enumerate(hashes) if index not in there), len(hashes))
     bits = nearest(np.array([value for _, value in hashes], np.int64), first)
     pairs = zip(hashes[first:], bits.tolist(), strict=True)
@@ -139,13 +140,16 @@ def histogram(table: ScoreTable, name: str) -> list[Bin]:
 
 def undo(run: Run, *, is_dry: bool = False) -> int:
     """Keeps all samples again; how many had been left out. A dry run only tells."""
-    decided = read_kept(run.path)
-    if decided is None:
+    if not (run.path / KEPT).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
+    try:
+        decided = read_kept(run.path)
+    except Refused:  # damaged: what it left out is not known, and without it all samples are kept
+        decided = None
     run.close()
     if not is_dry:
         keep(run.path, run.document, None)
-    return len(decided.left_out)
+    return len(decided.left_out) if decided else 0
 
 
 def decide(run: Run, where: str, *, is_dry: bool = False) -> Kept:

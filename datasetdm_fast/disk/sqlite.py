@@ -29,7 +29,7 @@ def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: st
 
 
 def _create(path: Path, schema: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = storage.part_of(path)
     try:
         storage.forget(part)
         with closing(_opened(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as connection:
@@ -42,7 +42,7 @@ def _create(path: Path, schema: str) -> None:
 
 def compact(connection: Connection, path: Path) -> Path:
     """A copy of a database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = storage.part_of(path)
     try:
         storage.forget(part)
         connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8

@@ -44,7 +44,7 @@ class Publication(AbstractContextManager):
     """
 
     def __init__(self, paths: Iterable[Path]):
-        self._parts = {path: _part_of(path) for path in paths}
+        self._parts = {path: part_of(path) for path in paths}
         self._handles: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]], unsynced: Collection[
     """Digest and size of every file, once all are on the disk under their names; none is ever half-written. A loss of
     power may cost those that are `unsynced`.
     """
-    parts = {path: _part_of(path) for path in files}
+    parts = {path: part_of(path) for path in files}
     stored: dict[Path, StoredFile] = {}
     try:
         for folder in dict.fromkeys(path.parent for path in files):
@@ -136,7 +136,8 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
     return StoredFile(digest.hexdigest(), size)
 
 
-def _part_of(path: Path) -> Path:
+def part_of(path: Path) -> Path:
+    """Where this process writes a file before it gets its name: no other process has that place, on any machine."""
     return path.with_name(f".{path.name}.{os.getpid()}{_OWN:09}.part")
 
 
@@ -170,7 +171,7 @@ def append(path: Path, line: bytes) -> None:
 
 def link(source: Path, path: Path) -> bool:
     """Whether a file has this second name now: other disks, and some file systems, cannot give it one."""
-    part = _part_of(path)
+    part = part_of(path)
     if not path.parent.is_dir():
         make_folder(path.parent)
     try:

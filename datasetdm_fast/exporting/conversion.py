@@ -187,8 +187,9 @@ class Conversion:
             found, count, last = hashlib.sha256(), 0, -1
             for row in self._guarded(source, source.rows()):
                 files = {role: stored.sha256 for role, (_, stored) in row.files.items()}
-                found.update(canonical([row.request.index, row.request.prompt, files, row.labels]).encode())
                 part = source.part_of(row)
+                told = [row.request.index, row.request.prompt, files, row.labels]
+                found.update(canonical(told if source.split is None else [*told, part]).encode())
                 counts[part] += 1
                 for name in origins(source.run.document, row) if is_split else ():
                     if parts.setdefault(name, part) != part:

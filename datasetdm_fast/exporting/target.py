@@ -68,7 +68,8 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
             "Choose another --out; nothing is ever overwritten.",
         )
     there = read_export(folder)
-    check_same(folder, there, {name: described[name] for name in ("settings", "runs", "samples")}, "an export")
+    names = ("settings", "runs", "samples", "splits")
+    check_same(folder, there, {name: described[name] for name in names}, "an export")
     return there["complete"]
 
 

@@ -422,7 +422,9 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
             if job.config.mixed == "no" or "command" in stored
             else alone,
         )
-    size = (job.config.mixed != "no" and job.config.batch_size) or stored["plan"]["batch_size"]
+    # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
+    is_other = job.config.mixed != "no" and job.config.batch_size != stored["config"].get("batch_size")
+    size = (is_other and job.config.batch_size) or stored["plan"]["batch_size"]
     facts = row_facts({**stored, "engine": engine, "plan": stored["plan"] | {"batch_size": size}})
     return replace(
         job,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from datasetdm_fast.config import RunConfig
+from datasetdm_fast.config import DEMO_PROMPTS, RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
@@ -71,7 +71,7 @@ class PromptSource:
 
     @property
     def digest(self) -> str:
-        text = "\n".join(map(_identity, self.lines)) or ("templates" if self.per_class else "demo world")
+        text = "\n".join(map(_identity, self.lines)) or ("templates" if self.per_class else DEMO_PROMPTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

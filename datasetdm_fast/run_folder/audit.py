@@ -234,7 +234,7 @@ def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Itera
     writes over.
     """
     state = {LEDGER, LOCK, seal.SEAL, KEPT, EVENTS, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
-    state.add(DROPPED.rstrip("/"))
+    state |= {DROPPED.rstrip("/"), seal.QUEUE, f"{seal.QUEUE}-journal"}  # the queue of a process that was killed
     if not seal.is_sealed(folder):
         return
     for name in own:

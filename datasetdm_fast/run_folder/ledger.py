@@ -180,6 +180,7 @@ class Ledger(AbstractContextManager):
         with self._writing():
             self._connection.execute(_SCORES)
             self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", scores)
+            self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")  # the gallery shows them
 
     def forget_scores(self, name: str, why: tuple[str, str]) -> None:
         """Takes a score away from all samples, with a note of why that makes a repetition needless."""

@@ -251,11 +251,15 @@ class StoreCopy:
 
     def state(self) -> Path:
         """The folder, once it has what tells of the samples."""
-        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT, *REVIEW):
+        self._renew((DOCUMENT, LEDGER, SEAL, KEPT, SPLIT, *REVIEW))
+        return self.folder
+
+    def _renew(self, names: Iterable[str]) -> None:
+        """Brings these files as the store has them now, as far as it has them."""
+        for name in names:
             content = self.store.read(name)
             if content is not None:
                 storage.publish({self.folder / name: content})
-        return self.folder
 
     def samples(self, rows: Iterable[Row]) -> Path:
         """The folder, once it has the files of these rows."""
@@ -294,8 +298,13 @@ class StoreCopy:
         storage.move(part, path)
         return path
 
-    def keep_review(self) -> None:
-        """Uploads the marks of the review."""
+    @contextmanager
+    def reviewing(self) -> Iterator[None]:
+        """Within the block the folder has the marks of the review that are in the store, whoever wrote them there;
+        after it the store has those of the folder.
+        """
+        self._renew(REVIEW)
+        yield
         self.store.publish({name: storage.read(self.folder / name, review.LARGEST_LIST) for name in REVIEW})
 
 

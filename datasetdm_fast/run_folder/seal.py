@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
@@ -57,12 +58,20 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return documents.read_object(folder / SEAL, most=LARGEST_SEAL)
 
 
-def seal(folder: Path, document: Mapping[str, Any]) -> None:
-    """Writes down the digests of run.json, ledger and index files, by which an audit notices changes."""
+def seal(folder: Path, document: Mapping[str, Any], known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes down the digests of run.json, ledger and index files, by which an audit notices changes; those in `known`
+    are taken over.
+    """
     there = [name for name in (KEPT, SPLIT) if (folder / name).exists()]
     names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *there]
     digests = {name: storage.sha256_of(folder / name) for name in names}
-    storage.publish({folder / SEAL: sealed(digests)})
+    storage.publish({folder / SEAL: sealed({**digests, **known})})
+
+
+def damaged(folder: Path) -> dict[str, tuple[str, str]]:
+    """The sealed files of a folder that are not as they were written, each with the digest then and now."""
+    found = {name: (digest, storage.sha256_of(folder / name)) for name, digest in read_seal(folder).items()}
+    return {name: pair for name, pair in found.items() if name != OWN and pair[0] != pair[1]}
 
 
 def sealed(digests: Mapping[str, str]) -> bytes:
@@ -79,14 +88,15 @@ def unseal(folder: Path) -> None:
 @contextmanager
 def resealed(folder: Path, document: Mapping[str, Any]) -> Iterator[None]:
     """Within the block, which no other process enters, a file of the run folder is replaced; what was sealed is sealed
-    again after it.
+    again after it, files that were damaged before as they were then: an audit still notices.
     """
     with locks.locked(folder / LOCK):
         was_sealed = is_sealed(folder)
+        before = damaged(folder) if was_sealed else {}
         unseal(folder)
         yield
         if was_sealed:
-            seal(folder, document)
+            seal(folder, document, {n: old for n, (old, new) in before.items() if storage.sha256_of(folder / n) == new})
 
 
 def is_sealed(folder: Path) -> bool:

@@ -68,13 +68,15 @@ def write_split(folder: Path, document: Mapping[str, Any], split: Split | None) 
 def origins(document: Mapping[str, Any], row: Row) -> tuple[str, ...]:
     """What a sample and all others that were made of the same pictures have in common: names of these pictures.
 
-    A picture is named by the begin of its SHA-256, a tile of a splice by its run and its number there.
+    A picture is named by the begin of its SHA-256, a tile of a splice by its run and its number there, and by the
+    pictures that it was made of.
     """
     if "origins" in row.recipe:
         return tuple(row.recipe["origins"])
     source = document.get("composition", {}).get("source", {}).get("digests", {}).get("samples.jsonl", "")
     tiles = row.recipe.get("tiles", ())  # those of a splice; of a picture that was labelled in tiles, their number
-    return (row.group, *(f"{source[:16]}/{id}" for id in (tiles if isinstance(tiles, list) else ())))
+    numbers = tiles if isinstance(tiles, list) else ()
+    return (row.group, *(f"{source[:16]}/{id}" for id in numbers), *row.recipe.get("groups", ()))
 
 
 def groups(origins: Sequence[Sequence[str]]) -> list[int]:

@@ -19,7 +19,7 @@ class Patience:
 
     start: float = 1800.0  # seconds until its first call of a network: loading, compiling, recording
     least: float = 60.0  # seconds between later signs
-    times: float = 20.0  # the longest time between two later signs of any process
+    times: float = 20.0  # the longest time between two later signs of any process that had work
 
 
 USUAL = Patience()
@@ -28,7 +28,7 @@ USUAL = Patience()
 class Silence:
     """How long each process has been silent, on a clock that stands still while the process that looks is itself held
     up. The time until a first sign is spent on loading: it may be long, and says nothing of the time between later
-    ones.
+    ones. Nor do the signs of processes that have nothing to do, which come every second.
     """
 
     def __init__(self, patience: Patience):
@@ -38,7 +38,7 @@ class Silence:
 
     def too_long(self, beats_of: Mapping[Owner, int]) -> dict[Owner, float]:
         """Those that have been silent for longer than is allowed, with the seconds; `beats_of` are their signs of life
-        so far.
+        so far, as WorkQueue.owners tells them.
         """
         now = time.monotonic()
         self._clock += min(now - self._looked, LONGEST_GAP)
@@ -48,7 +48,7 @@ class Silence:
         for owner, beats in beats_of.items():
             seen, since = before.get(owner.name, (beats, self._clock))
             if beats != seen:
-                if seen:
+                if seen > 0 and beats > 0:
                     self._longest = max(self._longest, self._clock - since)
                 since = self._clock
             self._seen[owner.name] = beats, since

@@ -9,7 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,11 +123,13 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
     """
     end = time.monotonic() + ENTRY_SECONDS
     while True:
-        try:
-            with locks.locked(folder / LOCK):
+        with ExitStack() as held:
+            try:
+                held.enter_context(locks.locked(folder / LOCK))
+            except Refused:  # others are there; what the closing refuses is no such thing
+                if not is_waiting or time.monotonic() > end:
+                    return look(folder, number, made, begin)
+            else:
                 clean(folder)
                 return close(folder, number, made, begin)
-        except Refused:
-            if not is_waiting or time.monotonic() > end:
-                return look(folder, number, made, begin)
-            time.sleep(SECONDS_BETWEEN_TRIES)
+        time.sleep(SECONDS_BETWEEN_TRIES)

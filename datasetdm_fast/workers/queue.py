@@ -116,13 +116,16 @@ class WorkQueue:
         self.execute(f"UPDATE queue SET {free} WHERE batch = ? AND state = 'taken'", batch)
 
     def owners(self) -> dict[Owner, int]:
-        """The processes at work, with the signs of life each has given."""
+        """The processes at work, with the signs of life each has given; negative where it had nothing to do when it
+        gave the last.
+        """
         found = self.execute("SELECT name, slot, host, process, beats FROM owners")
         return {Owner(*owner): beats for *owner, beats in found}
 
-    def beat(self, owner: str) -> None:
-        """A sign of life, to be given only where work has gone on."""
-        self.execute("UPDATE owners SET beats = beats + 1 WHERE name = ?", owner)
+    def beat(self, owner: str, *, is_idle: bool = False) -> None:
+        """A sign of life, to be given only where work has gone on, or where there is none."""
+        sign = "-" if is_idle else ""
+        self.execute(f"UPDATE owners SET beats = {sign}(abs(beats) + 1) WHERE name = ?", owner)
 
     def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
         """The next batch, now this owner's: one that has not failed yet, or else one that has."""

@@ -54,10 +54,12 @@ def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Res
     storage.make_folder(folder / "state")
     with locks.locked(folder / LOCK):
         clean(folder)
-        with closing(WorkQueue(folder / seal.QUEUE)) as queue:
-            supervisor = SpawningSupervisor(config, places, callbacks)
-            supervisor.work(queue, len(places))
-        clean(folder)
+        try:
+            with closing(WorkQueue(folder / seal.QUEUE)) as queue:
+                supervisor = SpawningSupervisor(config, places, callbacks)
+                supervisor.work(queue, len(places))
+        finally:  # a finished run that refuses to go on stays as it was
+            clean(folder)
         return close(folder, count_images(config), supervisor.committed, begin)
 
 

@@ -104,11 +104,11 @@ class Worker:
             pass
         self.queue.leave(self.owner)
 
-    def _beat(self) -> None:
-        """To be called where work goes on; now and then this is a sign of life."""
+    def _beat(self, *, is_idle: bool = False) -> None:
+        """To be called where work goes on, or there is none; now and then this is a sign of life."""
         if time.monotonic() - self.last_beat >= SECONDS_BETWEEN_BEATS:
             self.last_beat = time.monotonic()
-            self.queue.beat(self.owner.name)
+            self.queue.beat(self.owner.name, is_idle=is_idle)
 
     def _turn(self) -> bool:
         """Makes what can be taken now, or waits a little; False where nothing will be left to be taken."""
@@ -121,7 +121,7 @@ class Worker:
         elif self.queue.is_over():
             return False
         else:
-            self._beat()
+            self._beat(is_idle=True)
             self.on_idle()
             if (batch := self._late()) is not None:
                 self._make([batch])

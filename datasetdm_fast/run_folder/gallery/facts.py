@@ -150,9 +150,7 @@ class RunFacts:
             for layer, task in self.layers.items()
         ]
         return {
-            "key": hashlib.sha256(canonical([config, document["plan"], document["decoders"]]).encode()).hexdigest()[
-                :16
-            ],
+            "key": key_of(document),
             "pixels": size_in_words(document),
             "format": config["image_format"],
             "layers": drawn,
@@ -199,6 +197,14 @@ class RunFacts:
         }
         found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
         return [_css(each) for each in found]
+
+
+def key_of(document: Mapping[str, Any]) -> str:
+    """What a browser keeps the marks of a run under: the same where it is given more images."""
+    growing = ("number", "per_class", "keep")
+    settings = {name: value for name, value in document["config"].items() if name not in growing}
+    plan = {name: value for name, value in document["plan"].items() if name != "number"}
+    return hashlib.sha256(canonical([settings, plan, document["decoders"]]).encode()).hexdigest()[:16]
 
 
 def _css(colour: Iterable[int]) -> str:

@@ -239,7 +239,7 @@ async function startReview() {
   showReview();
   if (wish.flags.some(flag => ["good", "bad", "unmarked"].includes(flag))) refresh();
   for (const [place, element] of cards) showMark(element, shown[place]);
-  if (opened) open(shown.indexOf(opened));
+  if (opened) open(opened);
 }
 function mark(sample, name) {
   const now = marks.get(sample.id) === name ? "" : name;
@@ -313,7 +313,7 @@ function reviewButtons() {
 let beside = ""; // how the opened sample is compared: "two" pictures, their "difference", or not at all
 async function startComparing() {
   if (!served?.against || !(await load(`${served.against}gallery/run.js`, true))) return;
-  compared.on = () => { if (opened && beside) open(shown.indexOf(opened)); };
+  compared.on = () => { if (opened && beside) open(opened); };
   by("beside").hidden = false;
   const name = decodeURIComponent(served.against.split("/").at(-2));
   served.other = name;
@@ -321,7 +321,7 @@ async function startComparing() {
     const element = button(text, () => {
       beside = beside === way ? "" : way;
       for (const each of by("beside").children) press(each, each.dataset.way === beside);
-      open(shown.indexOf(opened));
+      open(opened);
     });
     element.dataset.way = way;
     press(element, false);
@@ -372,7 +372,7 @@ function valueAt(layer, sample, x, y) {
 // ---- the grid: only the cards in view are part of the page
 
 function card(place) {
-  const sample = shown[place], element = button(undefined, () => open(place), "card"), box = make("span", "stack"), words = make("span", "words");
+  const sample = shown[place], element = button(undefined, () => open(sample), "card"), box = make("span", "stack"), words = make("span", "words");
   const item = make("div");
   element.dataset.id = sample.id;
   item.setAttribute("role", "listitem");
@@ -472,8 +472,8 @@ function refresh(isGrowing = false) {
   summarise();
   if (opened) tellPlace();
   if (wanted) {
-    const place = shown.findIndex(sample => sample.id === wanted);
-    if (place >= 0) open(place);
+    const found = shown.find(sample => sample.id === wanted);
+    if (found) open(found);
   }
 }
 function summarise() {
@@ -514,8 +514,8 @@ function reveal(place) {
 // ---- one sample at a time
 
 let zoom = { x: 0, y: 0, scale: 1 };
-function open(place) {
-  opened = shown[place];
+function open(sample) {
+  opened = sample;
   wanted = "";
   by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
@@ -564,7 +564,7 @@ function tellPlace() {
 }
 function step(way) {
   const place = shown.indexOf(opened) + way;
-  if (shown.includes(opened) && shown[place]) open(place);
+  if (shown.includes(opened) && shown[place]) open(shown[place]);
 }
 function folderOfRun() { return (served ? served.path : folderOf(location)) || "RUN"; }
 function lineOf(sample) {
@@ -725,7 +725,7 @@ function toggleLayer(name) {
   layersOn = layersOn.includes(name) ? layersOn.filter(other => other !== name) : [...layersOn, name];
   showLayers();
   for (const [place, element] of cards) overlay(element, shown[place]);
-  if (opened) beside === "two" ? open(shown.indexOf(opened)) : drawOpened();
+  if (opened) beside === "two" ? open(opened) : drawOpened();
   remember("layers", layersOn);
   keepAddress();
 }
@@ -797,8 +797,8 @@ function showFilters() {
   by("sort").value = quantities.has(wish.sort) ? wish.sort : EMPTY.sort;
   by("direction").textContent = wish.down ? "↓ falling" : "↑ rising";
   countFilters();
-  by("ranges").replaceChildren(...wish.ranges.map(rangeRow), button("+ Limit", () => {
-    wish.ranges.push([quantities.has("score") ? "score" : "things", null, null]);
+  by("ranges").replaceChildren(...wish.ranges.map(range => rangeRow(range)), button("+ Limit", () => {
+    wish.ranges = [...wish.ranges, [quantities.has("score") ? "score" : "things", null, null]];
     showFilters();
     by("ranges").querySelector("label:last-of-type select")?.focus();
   }));
@@ -807,7 +807,7 @@ function countFilters() {
   const number = wish.ranges.filter(isBound).length + wish.has.length + wish.not.length + wish.flags.length;
   by("filtering").textContent = number ? `Filters (${number})` : "Filters";
 }
-function rangeRow(range, k) {
+function rangeRow(range) {
   const row = make("label"), select = quantitySelect(range[0]);
   const limit = (at, told) => {
     const input = make("input");
@@ -825,7 +825,7 @@ function rangeRow(range, k) {
     changed();
   });
   const gone = button("×", () => {
-    wish.ranges.splice(k, 1);
+    wish.ranges = wish.ranges.filter(other => other !== range);
     changed();
     showFilters();
   });

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +20,7 @@ from datasetdm_fast.run_folder.gallery import review
 
 LOOPBACK = "127.0.0.1"
 NAMES = (LOOPBACK, "localhost")  # by which a browser of this machine may ask: any other name is a page of another site
-FIRST_PORT, TRIED_PORTS = 8765, 32
+FIRST_PORT, TRIED_PORTS, HTTP_PORT = 8765, 32, 80
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -47,13 +49,13 @@ RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 @dataclass(frozen=True)
 class ServedRun:
     """A run folder that is given out; where its samples are elsewhere, `bring` gives the copy of a file by its name
-    inside the run, None where there is none. `on_marks` is called once marks of a review were written into the folder.
+    inside the run, None where there is none. Marks of a review are written into the folder within `reviewing`.
     """
 
     folder: Path
     command_path: str  # names the run in the commands that the page shows, empty where none takes it
     bring: Callable[[str], Path | None] | None = None
-    on_marks: Callable[[], object] = lambda: None
+    reviewing: Callable[[], AbstractContextManager] = nullcontext
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ServedRun":
@@ -76,13 +78,18 @@ class RunServer(ThreadingHTTPServer):
             self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
-        self.hosts = frozenset(f"{name}:{self.server_port}" for name in NAMES)
+        self.hosts = hosts_of(self.server_port)
         self.address = f"http://{LOOPBACK}:{self.server_port}{self.prefix}gallery/index.html"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says what went wrong; a browser that goes away in the middle of an answer is no error."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+
+def hosts_of(port: int) -> frozenset[str]:
+    """What a browser of this machine calls a server on a port: it does not say the usual one."""
+    return frozenset(f"{name}:{port}" for name in NAMES) | (frozenset(NAMES) if port == HTTP_PORT else frozenset())
 
 
 def opened(run: ServedRun, port: int, say: Callable[[str], None], against: ServedRun | None = None) -> RunServer:
@@ -127,9 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404)
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
-            with self.server.marking:
+            with self.server.marking, self.server.run.reviewing():
                 review.change(self.server.run.folder, marks)
-                self.server.run.on_marks()
         except (ValueError, Refused):
             return self._refuse(400)
         except Missing:
@@ -181,7 +187,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, path: Path) -> None:
         with path.open("rb") as file:
-            size, time = (found := path.stat()).st_size, found.st_mtime_ns
+            found = os.fstat(file.fileno())  # another file may have the name by now
+            size, time = found.st_size, found.st_mtime_ns
             tag, kind = f'"{size:x}-{time:x}"', KINDS[path.suffix]
             if self.headers.get("If-None-Match") == tag:
                 return self._send(304, b"", "", {"ETag": tag})

@@ -1,12 +1,13 @@
 """README.md of a run folder: the data set card."""
 
+import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, RunConfig, flags_of
+from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
@@ -37,6 +38,7 @@ UNVERIFIED = (
     "Nobody compared the outputs of this engine with those of the reference engine on this machine; "
     "`generate --verify 8` does"
 )
+NO_PROMPTS = f"sha256:{hashlib.sha256(DEMO_PROMPTS.encode()).hexdigest()}"  # of --prompts, where none were given
 LONGEST_LICENCE = 80  # letters of one that is not known
 UNKNOWN_LICENCE = "Where a licence is unknown, ask its owner before you pass the data set on."
 USE = (
@@ -171,19 +173,27 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
-        yield f"- The command, where PROMPTS are those of `samples.jsonl`: {_code(line)}"
+        # of samples that were set aside, `samples.jsonl` tells no prompt
+        given = "is the list that it was given" if sets_aside(config) else "are those of `samples.jsonl`"
+        told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
+        told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
+        yield f"- The command{', where ' if told else ''}{' and '.join(told)}: {_code(line)}"
 
 
 def command_line(document: Mapping[str, Any]) -> str | None:
     """The line of generate with every setting that decides the samples and is no default; None for other commands."""
     if document.get("command"):
         return None
-    words = []
+    words, makes_prompts = [], bool(document["config"].get("per_class"))  # which then tells their number, too
     for flag in flags_of(RunConfig):
+        if makes_prompts and flag.name in ("prompts", "number"):
+            continue
         value = document["config"].get(flag.name, flag.default)
         value = tuple(value) if isinstance(value, list) else value
         if flag.name == "prompts":
-            words += ["--prompts", "PROMPTS"] if value else []
+            words += ["--prompts", "PROMPTS"] if value and value != NO_PROMPTS else []
+        elif flag.name == "class_table" and value:  # of which run.json holds the digest
+            words += ["--class-table", "TABLE"]
         elif value != flag.default:
             name = flag.name.rstrip("_").replace("_", "-")
             told = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
