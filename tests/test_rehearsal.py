@@ -191,9 +191,11 @@ def test_so_are_labels_of_pictures_that_exist():
 
 
 @needs_cpu_build
-def test_so_is_a_training():
-    """Captures made anew, a step in fp16 with its gradients, a look at a held-out image, what is stored."""
-    found = rehearsed("--model", "tiny", "--batch", "1", "--batches", "1", "--scenario", "recomputed")
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_so_is_a_training(dtype):
+    """Captures made anew, a step in fp16 or fp32 with its gradients, a look at a held-out image, what is stored."""
+    flags = "--dtype", dtype, "--scenario", "recomputed"
+    found = rehearsed("--model", "tiny", "--batch", "1", "--batches", "1", *flags)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
     assert found["samples"] == 1
     assert {one["function"] for one in found["waits"] if one["phase"] == "batch 0"} == {"placed", "_value_of"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
+from datasetdm_fast.engines.device import allow_tf32
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
@@ -62,7 +63,9 @@ def answers(
         for start in range(0, lessons.count, batch_size):
             views = range(start, min(start + batch_size, lessons.count))
             text = None if words is None else words.to(device)[None].expand(len(views), -1, -1)
-            raw = ready(projected(ready, [level.to(device) for level in lessons.captures.batch(views)]), text)
+            levels = [level.to(device) for level in lessons.captures.batch(views)]
+            allow_tf32(device, False)  # what an engine that made them in another precision has just set
+            raw = ready(projected(ready, levels), text)
             prompts = lessons.views.captions([lessons.views.item(view) for view in views])
             raw = held_to(raw, config, prompts, asked, tokenizer=tokenizer)
             found += TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
