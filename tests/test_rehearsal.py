@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from planted_faults import FAULTS, planted
 from skips import long_test
 
 from bench.kernels.audit import name_of
@@ -258,6 +259,13 @@ def test_every_kernel_of_a_run_fits_every_gpu(model, dtype):
     found = ran("-m", "bench", "rehearse", "--compile", "--model", model, "--dtype", dtype, "--batches", "1")
     assert found.returncode == 0, found.stdout + found.stderr
     assert all(f"sm_{target}" in found.stdout for target in (80, 90, 100, 120))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_planted_has_its_line(name):
+    """Whether it is found takes minutes to learn, whether it can still be planted does not."""
+    with planted(FAULTS[name]) as line:
+        assert line and name in EXPECTED
 
 
 @long_test
