@@ -272,7 +272,7 @@ class Run(AbstractContextManager["Run"]):
         return self._narrowed(left)
 
     def __repr__(self) -> str:
-        return f"<Run {self.path}: {len(self)} samples, labels {', '.join(self.tasks)}>"
+        return f"<Run {self.path}: {len(self)} sample{'s' * (len(self) != 1)}, labels {', '.join(self.tasks)}>"
 
     def _repr_html_(self) -> str:
         shown = [self[k] for k in range(min(len(self), SHOWN))]
