@@ -276,7 +276,7 @@ FAULTS = {
         {"scenario": "between"},
     ),
     "graphs of a pool on two streams at once": Fault(
-        "datasetdm_fast.engines.cuda_graph:GraphPool.follow",
+        "datasetdm_fast.engines.cuda_graph:InOrder.follow",
         "current.wait_stream(self.last)",
         "pass",
         {"scenario": "between"},

@@ -11,7 +11,19 @@ from torch import Tensor
 TURN = threading.RLock()  # held by the thread that records or replays: what others do would spoil a recording
 
 
-class GraphPool:
+class InOrder:
+    """Buffers that several threads write and read, each on a stream of its own."""
+
+    last: torch.cuda.Stream | None = None  # of the thread that used them last
+
+    def follow(self, current: torch.cuda.Stream) -> None:
+        """What `current` is given from now on comes after the calls of other threads, whose buffers it writes over."""
+        if self.last is not None and self.last.cuda_stream != current.cuda_stream:
+            current.wait_stream(self.last)
+        self.last = current
+
+
+class GraphPool(InOrder):
     """Memory that graphs share, and the one stream they are recorded on: what was freed on a stream, PyTorch gives to
     none but this stream again.
     """
@@ -20,13 +32,6 @@ class GraphPool:
         self.handle = torch.cuda.graph_pool_handle()
         # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
         self.stream = torch.cuda.Stream(device)
-        self.last: torch.cuda.Stream | None = None  # on which one of the graphs was replayed
-
-    def follow(self, current: torch.cuda.Stream) -> None:
-        """What `current` is given from now on comes after the calls of other threads, whose buffers it writes over."""
-        if self.last is not None and self.last.cuda_stream != current.cuda_stream:
-            current.wait_stream(self.last)
-        self.last = current
 
 
 class StepGraph:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.evaluation.examples import Examples, as_tensor
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
@@ -142,14 +142,8 @@ class NetworkTraining:
         """Goes on from the folder's checkpoint, where there is one."""
         if (found := checkpoint.read(folder)) is None:
             return
-        try:
+        with checkpoint.restoring(folder):
             self._restore(*found)
-        except (KeyError, RuntimeError, ValueError) as error:  # as of another version of transformers
-            first = str(error).splitlines()[0]
-            raise Refused(
-                f"{folder / checkpoint.NAME}: not the state of this training ({first})",
-                "Delete it to train from the start.",
-            ) from error
 
     def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})

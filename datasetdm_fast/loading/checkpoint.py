@@ -1,6 +1,8 @@
 """The state of a training in one file, written whole or not at all, and checked before a training goes on from it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,19 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         first = (str(error).splitlines() or [""])[0]
         raise Refused(
             f"{path}: not a checkpoint ({first})", "Delete it to train from the start, or restore it from a copy."
+        ) from error
+
+
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Refuses a checkpoint that does not fit what takes it up within this block, as of another version of a library."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise Refused(
+            f"{folder / NAME}: not the state of this training ({first})",
+            "Delete it to train from the start.",
         ) from error
 
 

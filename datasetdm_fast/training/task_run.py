@@ -193,14 +193,8 @@ class _StartedTraining:
         if (found := checkpoint.read(training.state)) is None:
             return
         tensors, numbers = found
-        try:
+        with checkpoint.restoring(training.state):
             trainer.restore(tensors, numbers["trainer"])
-        except (KeyError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise Refused(
-                f"{training.state / checkpoint.NAME}: not the state of this training ({first})",
-                "Delete it to train from the start.",
-            ) from error
         self.numbers |= numbers["journey"]
         self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engines.cuda_graph import InOrder
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.export import golden
 from datasetdm_fast.export.tensorrt import sealed
@@ -32,7 +33,7 @@ DTYPES = {
 }
 
 
-class Queue:
+class Queue(InOrder):
     """A stream of its own on one GPU: TensorRT synchronises the whole device when it is given the default stream.
 
     The threads that sample and that make labels take turns: what one queues while the other records would be recorded.
@@ -40,7 +41,6 @@ class Queue:
 
     def __init__(self, device: torch.device):
         self.device, self.stream, self._turn = device, torch.cuda.Stream(device), threading.RLock()
-        self._last: torch.cuda.Stream | None = None  # of the thread whose turn was the last
         self.gpu = torch.cuda.get_device_name(device)
         self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
         self.handle = self.stream.cuda_stream
@@ -69,10 +69,7 @@ class Queue:
     def turn(self) -> Iterator[None]:
         """What this thread queues within this block comes after what others have queued in theirs."""
         with self._turn:
-            current = torch.cuda.current_stream(self.device)
-            if self._last is not None and self._last.cuda_stream != current.cuda_stream:
-                current.wait_stream(self._last)
-            self._last = current
+            self.follow(torch.cuda.current_stream(self.device))
             yield
 
     @contextmanager
