@@ -38,7 +38,7 @@ def open_run(
     path = Path(out) if out else results.default_path(described, kind) if is_stored else None
     if path and not out and not goes_on:
         path = results.unused(path)
-    return BenchRun(opened, results.ResultFile.open(path, head, goes_on=goes_on), steps=steps, **options)
+    return BenchRun(opened, results.ResultFile.open(path, head, goes_on=goes_on), **options)
 
 
 def measure_and_show(

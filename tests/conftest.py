@@ -9,7 +9,7 @@ import socket
 import struct
 
 # Decided before any import of torch or transformers: no spinning threads, one thread a worker, nothing fetched.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "PASSIVE", "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -19,8 +19,8 @@ import torch
 from skips import long_test
 
 from bench import __main__ as bench
-from bench import run, suite
-from bench.machine import limits, measure
+from bench import options, run, suite
+from bench.machine import limits, machine, measure
 from bench.machine.processes import another_process
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
@@ -52,6 +52,17 @@ def known_limits(monkeypatch):
 def test_an_unknown_command_names_the_known():
     with pytest.raises(Refused, match="(?s)unknown measurement 'nothing'.*report.*kernels"):
         bench.dispatch(["nothing"])
+
+
+def test_threads_that_wait_spin_for_a_moment_and_the_result_says_so(monkeypatch):
+    for name in machine.OPENMP:
+        monkeypatch.delenv(name, raising=False)
+    options.prepare()
+    found = machine.describe(torch.device("cpu"))["openmp"]
+    assert found["OMP_WAIT_POLICY"] == "PASSIVE" and 1000 <= int(found["GOMP_SPINCOUNT"]) <= 100_000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    options.prepare()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_peak_sees_what_was_allocated_and_freed():

@@ -4,15 +4,13 @@ import copy
 import json
 import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from bench.machine import measure
 from bench.machine.machine import ROOT
 from bench.report import charts, report, results, tables
-from bench.rows import MEASUREMENTS, peers, race, spinning
+from bench.rows import MEASUREMENTS, peers, race
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 
@@ -329,28 +327,3 @@ def test_an_unknown_section_and_an_empty_folder_are_refused(checkout):
     (checkout / "bench" / "results" / "one.json").unlink()
     with pytest.raises(Missing, match="measure first"):
         report.wanted(checkout)
-
-
-def test_threads_spin_in_a_process_of_their_own_beside_ours_that_sleep(monkeypatch):
-    lines = []
-
-    def child(line, env, **options):
-        lines.append((line, env["OMP_WAIT_POLICY"]))
-        each = {"upstream": [0.2, 0.3, 0.4], "ours": [0.3, 0.3, 0.3]}
-        rows = [{"peer": name, "seconds_per_image": {"rounds": taken}} for name, taken in each.items()]
-        Path(line[line.index("--out") + 1]).write_text(json.dumps({"parts": {"peers": {"rows": rows}}}))
-        return SimpleNamespace(stderr="", returncode=0)
-
-    monkeypatch.setattr(spinning.subprocess, "run", child)
-    own = [{"peer": "ours", "seconds_per_image": {"rounds": [0.1, 0.1, 0.2]}}, {"peer": "upstream"}]
-    setting = SimpleNamespace(model=SimpleNamespace(name="demo"), quick=True)
-    asked = {"peers": ("ort", "upstream", "ours"), "setting": setting, "steps": 3, "seconds": 2.0}
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    found = spinning.rows(SimpleNamespace(**asked, file=SimpleNamespace(rows=lambda part: own)))
-    assert [row["ours_over"]["median"] for row in found] == [3, 3]
-    ((line, policy),) = lines
-    assert policy == "ACTIVE" and line[line.index("--peers") + 1] == "upstream,ours" and "--quick" in line
-    assert not spinning.rows(SimpleNamespace(**asked, file=SimpleNamespace(rows=lambda part: [])))
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert not spinning.rows(SimpleNamespace(**asked, file=SimpleNamespace(rows=lambda part: own)))
-    assert len(lines) == 1

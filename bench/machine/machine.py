@@ -1,5 +1,6 @@
 """The machine a measurement is taken on."""
 
+import os
 import platform
 import re
 import subprocess
@@ -18,6 +19,7 @@ from datasetdm_fast.version import __version__
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu")
 LIBRARIES += ("tensorrt", "tensorrt-rtx")
+OPENMP = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"  # how its threads wait
 
 
 @cache
@@ -33,6 +35,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[name] = version(name)
     common = {"kind": device.type, "commit": commit(), "versions": versions}
     common |= {"cores": cores(), "threads": torch.get_num_threads()}
+    common["openmp"] = {name: os.environ[name] for name in OPENMP if name in os.environ}
     if device.type == "cpu":
         told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model, clocks = re.search(r"model name\s*: (.+)", told), re.findall(r"cpu MHz\s*: ([\d.]+)", told)

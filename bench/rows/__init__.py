@@ -11,11 +11,10 @@ from bench.rows import (
     profile,
     quality,
     scale,
-    spinning,
     stages,
 )
 
 MEASUREMENTS = {
     module.MEASUREMENT.name: module.MEASUREMENT
-    for module in (limits, peers, spinning, stages, ops, layers, batches, chunks, profile, ladder, quality, scale)
+    for module in (limits, peers, stages, ops, layers, batches, chunks, profile, ladder, quality, scale)
 }

@@ -22,7 +22,6 @@ class BenchRun:
     file: ResultFile
     seconds: float  # for the rounds of one race
     judged: int  # images every peer is judged by
-    steps: int = 0  # of sampling
     peers: tuple[str, ...] = tuple(PEERS)
     batches: dict[str, int] = field(default_factory=dict)  # peer -> the best batch size that was found
     races_ladder: bool = False  # whether the peers race together with the techniques of the ladder
