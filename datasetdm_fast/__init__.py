@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.command_line.interruption import end_quietly
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.version import __version__
 
@@ -26,8 +27,10 @@ __all__ = [
 ]
 
 
-def _check_command(line: list[str]) -> None:
-    """Ends `python -m MODULE` where the module is a part of the library, which would do nothing and say nothing."""
+def _begin_command(line: list[str]) -> None:
+    """Of `python -m MODULE`: ends it where MODULE is a part of the library, which would do nothing and say nothing; a
+    signal ends a command in one line, also while it is still being imported.
+    """
     module = next((word for before, word in zip(line, line[1:]) if before.startswith("-") and before[-1] == "m"), "")
     package, *names = module.split(".")
     path = Path(__file__).parent.joinpath(*names)
@@ -41,10 +44,11 @@ def _check_command(line: list[str]) -> None:
         print(f"python -m {module}: a part of the library, not a command", file=sys.stderr)
         print("Commands are listed by python -m datasetdm_fast --help.", file=sys.stderr)
         sys.exit(2)
+    end_quietly()
 
 
 if sys.argv[:1] == ["-m"]:  # Python is still looking for the module that it is to run
-    _check_command(sys.orig_argv)
+    _begin_command(sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:

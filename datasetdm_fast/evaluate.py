@@ -85,10 +85,12 @@ def _judged(
             "Choose other data or decoders.",
         )
     from datasetdm_fast.evaluation.measure import figures, measure, passes
+    from datasetdm_fast.training import data_record
 
     result, skipped = {}, {}
     for some in passes(config.data, {label: decoders[label].config for label in tasks}):
         source = _opened(config, config.data, engine.model.size, tasks_of(some), selection)
+        seen = data_record.seen_in_training(config.decoder, source, some)
         known = dict.fromkeys(name for label in some for name in decoders[label].config.classes)
         # captions made of the labels say what they said in training
         source.class_table = next((table for label in some if (table := decoders[label].config.table)), None)
@@ -101,6 +103,7 @@ def _judged(
                 "captions": config.captions,
                 "captions_name_all": config.captions == "true" and source.captions_name_all,
                 "named_by_captions": config.captions == "true" and bool(decoders[label].config.named),
+                **({"seen_in_training": seen[label]} if seen.get(label) else {}),
             }
         if config.class_names:
             result |= {task: naming.in_common(result[task], tuple(known)) for task in meters}
@@ -336,7 +339,17 @@ def table(result: dict[str, dict], level: float) -> str:
         f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "")
         for task, name, value, low in rows
     ]
-    return "\n".join([f"{'task':{tasks}}  {'figure':{names}}   value{title}", *lines, _of_captions(result)])
+    head = f"{'task':{tasks}}  {'figure':{names}}   value{title}"
+    return "\n".join([head, *lines, _of_captions(result), *_of_training(result)])
+
+
+def _of_training(result: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many images the decoders saw in training, a line each, as figures of others are lower."""
+    seen = {task: found["seen_in_training"] for task, found in result.items() if "seen_in_training" in found}
+    return [
+        f"{task}: the decoder's training data held {count} of these images; expect lower figures on others"
+        for task, count in seen.items()
+    ]
 
 
 def _of_captions(result: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.settings import check_settings, spelled_out
+from datasetdm_fast.generation.summary import unnamed
 from datasetdm_fast.run_folder.showing import ShownSoFar
 
 PROG = "python -m datasetdm_fast.label"
@@ -32,14 +33,15 @@ def main(arguments: Sequence[str]) -> int:
     if config.only:
         return remade(config, config.out, config.only, partial(remake, job, config.only))
     left, calls = job.plan.number - job.done, job.calls or job.recipe.facts["calls"]
-    told = (
+    told = [
         f"{left} of {counted(job.plan.number, 'picture')}, {counted(calls, 'UNet call')} each; labels: "
-        f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}"
-    )
+        f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
+        *([f"captions: {captions}"] if (captions := unnamed(job)) else []),
+    ]
     if config.dry_run:
         facts = {"path": config.out, "number": job.plan.number, "done": job.done, "tasks": list(job.recipe.tasks)}
-        return planned(config, facts, config.out, told)
-    say(config, told)
+        return planned(config, facts, config.out, *told)
+    say(config, *told)
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(min(left, config.limit or left), config.quiet, job.plan.batch_size, calls) as progress,

@@ -1,6 +1,7 @@
 """python -m datasetdm_fast.evaluate on real layouts: figures, intervals, tables, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasetdm_fast.evaluation.meter import figure_name
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.training import data_record
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
@@ -79,6 +81,22 @@ def test_real_layouts_are_evaluated(decoders, tmp_path, capsys, name):
         and "95% interval" in out
         and out.splitlines()[1].split()[:2] == [tasks[0], figure_name(MAIN[tasks[0]])]
     )
+
+
+def test_images_of_the_decoders_own_training_are_counted_and_named(decoders, tmp_path, capsys):
+    LAYOUTS["folder"][1](tmp_path / "data")
+    address = f"folder:{tmp_path / 'data'}"
+    source = open_data(address, 64)
+    folder, flags = decoders(source, ("semantic", "depth")), ("--data", address, "--json")
+    assert "seen_in_training" not in run(capsys, "--decoder", folder, *flags)[1]
+    (record := Path(folder) / "depth" / "training" / "data.json").parent.mkdir()
+    items = data_record.record(source)["items"]
+    items[0]["image"] = "0" * len(items[0]["image"])  # that training had another picture
+    record.write_bytes(data_record.as_json({"items": items}))
+    result = json.loads(run(capsys, "--decoder", folder, *flags)[1])
+    assert result["depth"]["seen_in_training"] == len(source) - 1 and "seen_in_training" not in result["semantic"]
+    told = run(capsys, "--decoder", folder, *flags[:2])[1].splitlines()[-1]
+    assert told.startswith(f"depth: the decoder's training data held {len(source) - 1} of these images; expect lower")
 
 
 def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, capsys):

@@ -53,6 +53,19 @@ def test_a_call_that_lasts_minutes_is_ended(body, number, code):
     assert time.monotonic() - begin < 6  # two seconds, and what a busy machine adds
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_command_is_imported_ends_it_in_one_line(tmp_path, number, code):
+    (tmp_path / "numpy.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    line = [sys.executable, "-m", "datasetdm_fast.generate"]
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, cwd=tmp_path, **pipes, **heard)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (code, "\ninterrupted; run the same command again\n")
+
+
 def test_a_batch_that_a_gpu_finishes_is_waited_for_until_the_second_signal():
     process = started(IN_A_BATCH, before="interruption._is_on_gpu = lambda: True")
     process.send_signal(signal.SIGINT)

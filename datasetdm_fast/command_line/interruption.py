@@ -69,6 +69,13 @@ def end(number: int, is_quiet: bool = False, screen: int = 2) -> None:
     os._exit(128 + number)
 
 
+def end_quietly() -> None:
+    """From here on a signal ends the process in one line, until a command watches for them: a second of imports."""
+    for number in STOPPING:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, lambda number, frame: end(number))
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; Python would end a process by the signal itself once a KeyboardInterrupt went through an exec or eval."""
 

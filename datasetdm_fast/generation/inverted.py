@@ -118,6 +118,9 @@ def prepare(config: LabelConfig) -> Job:
     }
     generator = generator_of(recipe, pictures, together if tiles else 0)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
+    if words and not recipe.asks_all:
+        unnamed = [name for name, line in zip(names, lines) if pictures.captions.get(name) and not line.classes]
+        job = replace(job, unnamed=(len(unnamed), number))
     if tiles:
         calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))

@@ -26,7 +26,7 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
-        "prompts": _unnamed(job),
+        "prompts": unnamed(job),
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
@@ -44,8 +44,8 @@ def calls_left(job: Job) -> int:
     return job.recipe.facts["calls"] * job.batches_left
 
 
-def _unnamed(job: Job) -> str:
-    """How many prompts name nothing that a label can show, in words; empty where none."""
+def unnamed(job: Job) -> str:
+    """How many prompts or captions name nothing that a label can show, in words; empty where none."""
     count, total = job.unnamed
     if not count:
         return ""

@@ -281,7 +281,7 @@ class PoseKind(LabelKind):
         return {"people": sum(item["num_keypoints"] > 0 for item in record)}
 
     def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
-        return [f"{self.title}: {counts.get('people', 0)}.\n"]
+        return [f"## {self.title}\n", f"{counts.get('people', 0)} in all samples.\n"]
 
     def distance(self, found: Keypoints, truth: Keypoints) -> float:
         """Mean distance in pixels, infinite where one found a person and the other none."""

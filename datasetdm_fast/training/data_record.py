@@ -5,16 +5,19 @@ FOLDER/training/data.json   a list of items, each with its name, its sides and t
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasetdm_fast.command_line.progress import counted
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.decoders.folders import find_decoders
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.truth.labelled import LabelledSource
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
@@ -41,12 +44,16 @@ def record(source: LabelledSource, progress: Callable[[int], None] = lambda done
 
 
 def _item(source: LabelledSource, index: int) -> dict[str, Any]:
-    number = source.order[index]
-    item = source.guarded(source.picture, number) if hasattr(source, "picture") else source[index]
+    number, item = source.order[index], _whole(source, index)
     fields = {"image": (item.image,), "caption": (item.caption,), "semantic": (item.semantic,), "depth": (item.depth,)}
     fields |= {name: tuple(getattr(item, part) for part in parts) for name, parts in TOGETHER.items()}
     said = {name: _digest(parts) for name, parts in fields.items() if parts[0] is not None}
     return {"name": source.name(number), "sides": [item.image.shape[1], item.image.shape[0]], **said}
+
+
+def _whole(source: LabelledSource, index: int) -> Picture | Labelled:
+    """An item at its own size, where it has one."""
+    return source.guarded(source.picture, source.order[index]) if hasattr(source, "picture") else source[index]
 
 
 def _digest(parts: tuple[Any, ...]) -> str:
@@ -61,6 +68,35 @@ def _digest(parts: tuple[Any, ...]) -> str:
             else:
                 digest.update(f"{value}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:DIGITS]
+
+
+def seen_in_training(decoder: str, source: LabelledSource, labels: Iterable[str]) -> dict[str, int]:
+    """How many pictures of a data set were there when the decoder of each label was trained, where its folder says it.
+
+    Nothing is known of scenes and of decoders of earlier versions and other projects.
+    """
+    if source.is_rendered:
+        return {}
+    try:
+        folders = find_decoders(decoder)
+    except (Missing, Refused):  # a checkpoint of DatasetDM
+        return {}
+    files = {label: folders[label] / "training" / NAME for label in labels if label in folders}
+    known = {label: _pictures(file) for label, file in files.items() if file.exists()}
+    there = []
+    for index in range(len(source)) if any(known.values()) else ():
+        with suppress(Refused):  # one that cannot be read is skipped or refused where it is judged
+            there.append(_digest((_whole(source, index).image,)))
+    return {label: sum(picture in pictures for picture in there) for label, pictures in known.items()}
+
+
+def _pictures(file: Path) -> set[str]:
+    try:
+        before = json.loads(storage.read(file, LARGEST_RECORD))
+        documents.check_form(before, FORM)
+    except (Refused, ValueError):
+        return set()
+    return {item["image"] for item in before["items"] if "image" in item}
 
 
 def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
