@@ -2,6 +2,7 @@
 several threads.
 """
 
+import math
 import subprocess
 import sys
 import time
@@ -64,6 +65,18 @@ def test_attention_reads_packed_heads_where_they_lie():
     ours = attention.native(q, k, v)
     assert distance(ours, attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
     assert ours.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_attention_hides_nothing_that_is_not_finite(dtype, with_vectors):
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(3):
+            given = [noise(2, 3, 9, 16 + k)[..., :16].to(dtype).contiguous() for k in range(3)]
+            given[place][1, 2, 4, 5] = bad
+            found, expected = attention.native(*given), attention.reference(*given)
+            assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
 
 
 @torch.inference_mode()
