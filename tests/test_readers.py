@@ -360,6 +360,38 @@ def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
         assert all(scenes) and sum(map(len, scenes)) == COUNT
 
 
+def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copied):
+    root, address = copied("vkitti2")
+    for kind in ("Image", "Depth"):
+        for path in sorted((root / kind).rglob("*00000.*")):
+            for frame in range(1, 6):
+                shutil.copy(path, path.with_name(path.name.replace("00000", f"{frame:05d}")))
+    source, one = open_data(address, SIZE), open_data(f"{address}[Scene01]", SIZE)
+    assert len(source) == 6 * COUNT and len(one) == 6
+    numbers = range(len(source))
+    for parts in (held_out.split(source, numbers, 0.4, 0), folds.parts(source, numbers, COUNT, 0)):
+        scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
+        assert all(scenes) and sum(map(len, scenes)) == COUNT
+    assert sorted(map(len, folds.parts(one, range(6), 3, 0))) == [2, 2, 2]
+    one = one.narrowed([*range(6), *range(6)])
+    assert {len(part) for part in held_out.split(one, range(12), 0.2, 0)} == {2, 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "sequence"),
+    [
+        ("nyu", "kitchen_0031b/rgb_00045.jpg", "kitchen_0031"),
+        ("nyu", "bathroom/rgb_00045.jpg", ""),
+        ("kitti", "2011_09_26/2011_09_26_drive_0002_sync/image_03/data/0000000005.png", "2011_09_26_drive_0002_sync"),
+        ("kitti", "2011_09_26/0000000005.png", ""),
+    ],
+)
+def test_the_path_of_a_frame_names_its_video(made, name, path, sequence):
+    source = open_data(f"{name}:{made(name)}", SIZE)
+    source.rows[0] = (path, "")
+    assert source.sequence(0) == sequence
+
+
 def test_coco_without_the_year_in_its_names_is_read(copied):
     root, address = copied("coco")
     before = [item.id for item in open_data(address, SIZE)]
