@@ -31,7 +31,7 @@ from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
-from datasetdm_fast.training import folds, held_out
+from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
@@ -375,6 +375,19 @@ def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copi
     assert sorted(map(len, folds.parts(one, range(6), 3, 0))) == [2, 2, 2]
     one = one.narrowed([*range(6), *range(6)])
     assert {len(part) for part in held_out.split(one, range(12), 0.2, 0)} == {2, 10}
+
+
+def test_halves_of_characters_are_cleaned_in_captions_and_refused_in_class_names(copied):
+    root, address = copied("coco")
+    path = root / "annotations/instances_train2017.json"
+    rewrite(path, lambda document: document["categories"][0].update(name="ball \ud83d"))
+    with pytest.raises(Refused, match=r"the class or joint 'ball .ud83d' is not valid Unicode"):
+        open_data(address, SIZE)
+    root, address = copied("folder")
+    name = sorted(path.name for path in (root / "images").iterdir())[0]
+    (root / "captions.json").write_text(json.dumps({name: "a ball \ud83d"}))
+    source = open_data(address, SIZE)
+    assert source[0].caption == "a ball ?" and data_record.record(source)["items"][0]["caption"]
 
 
 @pytest.mark.parametrize(

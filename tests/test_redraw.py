@@ -271,6 +271,7 @@ WRONG = [
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
+    (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),
     (edit, [*EDIT, "--grow", str(2**31)], f"--grow {2**31}: expected a number from 0 to {2**31 - 1}"),
     (edit, [*EDIT, "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
     (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63}: expected a whole number"),  # of the second image

@@ -17,7 +17,7 @@ from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.origin import Beginning
-from datasetdm_fast.generation.prompts import GivenPrompt
+from datasetdm_fast.generation.prompts import GivenPrompt, check_line
 from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
@@ -43,6 +43,7 @@ class Edits(Redrawing):
     def __init__(self, source: Source, settings: EditSettings, mask: Mapping[str, Any] | None = None):
         if not settings.prompt.strip():
             raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
+        check_line(settings.prompt, "--prompt")
         for name, least in (("grow", 0), ("feather", -1)):
             if not least <= getattr(settings, name) < 2**31:
                 raise Refused(

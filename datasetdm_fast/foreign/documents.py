@@ -54,6 +54,17 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a file name that is none cannot, nor the half of a character that JSON
+    tells in two escapes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def encodable(text: str) -> str:
     """A JSON text in which the bytes of names that are no UTF-8, as Python has them, are escapes."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
