@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -375,6 +377,23 @@ def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copi
     assert sorted(map(len, folds.parts(one, range(6), 3, 0))) == [2, 2, 2]
     one = one.narrowed([*range(6), *range(6)])
     assert {len(part) for part in held_out.split(one, range(12), 0.2, 0)} == {2, 10}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_maps_of_few_bits_hold_class_numbers(copied, bits):
+    root, address = copied("folder")
+    path = sorted((root / "semantic" if (root / "semantic").is_dir() else root / "masks").iterdir())[0]
+    numbers = np.minimum(np.asarray(Image.open(path)), 2**bits - 1)
+    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
+    Image.fromarray(numbers).save(path)
+    before = open_data(address, SIZE)[0].semantic
+    header = struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    for kind, part in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    path.write_bytes(content)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
 
 
 def test_halves_of_characters_are_cleaned_in_captions_and_refused_in_class_names(copied):
