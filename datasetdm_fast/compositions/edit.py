@@ -21,7 +21,6 @@ from datasetdm_fast.generation.prompts import GivenPrompt
 from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.labels.words import AFTER_A_NOUN
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ class Edits(Redrawing):
         facts = {"mask": regions.described(region), "feather": self.feather}
         request = replace(sample.request, classes=self._classes(sample.request, tile, labels))
         provenance = {**sample.provenance, **self.provenance(index), **facts}
-        return Sample(request, image, labels, provenance, trust_of(request.classes, labels))
+        return Sample(request, image, labels, provenance)
 
     def _classes(self, request: Request, tile: Tile, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
         """The class words of the prompt, and those of the source that the labels still show."""
