@@ -12,7 +12,7 @@ constexpr int64_t kKeys = 256;                                                  
 constexpr int64_t kGroup = 32 * kQueries;                                          // ... for so many queries
 
 INLINE Vector all(float value) { return value - Vector{}; }
-INLINE Vector larger(const Vector& a, const Vector& b) { return a > b ? a : b; }
+INLINE Vector larger(const Vector& a, const Vector& b) { return a > b ? a : b; }  // b where either is NaN
 // Halves are folded onto each other: taking the lanes one by one would cost more than the rest of a short row.
 template <typename Fold>
 INLINE float folded(const Vector& value, const Fold& fold) {
@@ -30,9 +30,10 @@ INLINE float largest_of(const Vector& value) {
 }
 
 // 2^x for x <= 127, to 1e-7, or to 8e-5 where it is rounded to bf16; below -126 it stays at 2^-126, which no sum with 1 in it can tell from 0.
+// A NaN stays one.
 template <bool is_rounded = false>
 INLINE void power_of_two(Vector& x) {
-    const Vector clamped = larger(x, all(-126.0f));
+    const Vector clamped = larger(all(-126.0f), x);
     const Vector shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the lowest bits now hold the nearest whole number
     const Vector r = clamped - (shifted - 12582912.0f);
     Vector y;

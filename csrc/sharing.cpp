@@ -6,7 +6,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -15,6 +18,16 @@ namespace {
 
 constexpr std::chrono::microseconds kAwake{30};  // between two operations; being woken takes as long as a small operation
 
+// A thread for this work, or none where the system has no more.
+template <typename... Work>
+std::thread started(const Work&... work) {
+    try {
+        return std::thread(work...);
+    } catch (const std::system_error&) {
+        return {};
+    }
+}
+
 // Threads that wait for work; each has its own place, so that share i is always that of worker i.
 class Workers {
 public:
@@ -22,12 +35,15 @@ public:
 
     bool is_of_this_process() const { return process_ == getpid(); }
 
-    // False where they are busy: nothing was done.
+    // False where they are busy: nothing was done. `work` throws nothing.
     bool run(int64_t shares, const std::function<void(int64_t)>& work) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock()) return false;
-        while (static_cast<int64_t>(started_) < shares - 1) {
-            std::thread(&Workers::wait, this, ++started_, round_.load()).detach();
+        while (started_ < shares - 1) {
+            std::thread next = started(&Workers::wait, this, started_ + 1, round_.load());
+            if (!next.joinable()) break;
+            next.detach();
+            ++started_;
         }
         {
             std::lock_guard<std::mutex> lock(state_);
@@ -38,6 +54,7 @@ public:
         }
         begun_.notify_all();
         work(0);
+        for (int64_t place = started_ + 1; place < shares; ++place) work(place);
         if (!awaited([&] { return left_.load(std::memory_order_acquire) == 0; })) {
             std::unique_lock<std::mutex> lock(state_);
             done_.wait(lock, [&] { return left_.load(std::memory_order_acquire) == 0; });
@@ -83,13 +100,14 @@ private:
     int64_t shares_ = 0, started_ = 0;
 };
 
-// Never taken down, as its threads may still wait when the process ends; a child of a fork has none of its parent's threads.
+// Never taken down, as its threads may still wait when the process ends; a child of a fork has none of its parent's threads, and a lock that
+// one of them held would stay locked.
 Workers& workers() {
-    static std::mutex guard;
-    static Workers* found = nullptr;
-    std::lock_guard<std::mutex> lock(guard);
-    if (!found || !found->is_of_this_process()) found = new Workers;
-    return *found;
+    static std::atomic<Workers*> kept{nullptr};
+    Workers* found = kept.load(std::memory_order_acquire);
+    if (found && found->is_of_this_process()) return *found;
+    auto own = std::make_unique<Workers>();
+    return kept.compare_exchange_strong(found, own.get()) ? *own.release() : *found;
 }
 
 }  // namespace
@@ -97,12 +115,22 @@ Workers& workers() {
 void share(int64_t count, int64_t threads, const std::function<void(int64_t, int64_t)>& work) {
     const int64_t shares = std::min(threads, count);
     if (shares <= 1) return work(0, count);
-    const auto one = [&](int64_t i) { work(count * i / shares, count * (i + 1) / shares); };
-    if (workers().run(shares, one)) return;
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < shares; ++i) others.emplace_back(one, i);
-    one(0);
-    for (std::thread& other : others) other.join();
+    std::atomic_flag has_failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr failure;
+    const auto one = [&](int64_t i) {
+        try {
+            work(count * i / shares, count * (i + 1) / shares);
+        } catch (...) {  // beyond a thread's first function it would end the process
+            if (!has_failed.test_and_set()) failure = std::current_exception();
+        }
+    };
+    if (!workers().run(shares, one)) {
+        std::vector<std::thread> others(shares);
+        for (int64_t i = 1; i < shares; ++i) others[i] = started(one, i);
+        one(0);
+        for (int64_t i = 1; i < shares; ++i) others[i].joinable() ? others[i].join() : one(i);
+    }
+    if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace datasetdm

@@ -196,7 +196,7 @@ def _network(config: EvaluateConfig) -> int:
     from datasetdm_fast.evaluation.course import Course
     from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
     from datasetdm_fast.evaluation.networks.weights import check_folder, size_of
-    from datasetdm_fast.evaluation.worth import SEEDS
+    from datasetdm_fast.evaluation.worth import SEEDS, check_classes
     from datasetdm_fast.run_folder.document import read_document
 
     network = open_network(config.student)
@@ -224,12 +224,10 @@ def _network(config: EvaluateConfig) -> int:
     learnt = _opened(config, address, side, tasks, config.selection()) if has_real else None
     if config.skip_bad:
         run, judged, learnt = (source and source.readable() for source in (run, judged, learnt))
-    if learnt is not None and (config.real > len(learnt) or learnt.classes != judged.classes):
-        raise Refused(
-            f"--real {config.real}: {address} has {len(learnt)} images of {len(learnt.classes)} classes, the data "
-            f"{len(judged.classes)} classes",
-            "Ask for fewer, or choose --data and --learn-from of one data set.",
-        )
+    if learnt is not None:
+        if config.real > len(learnt):
+            raise Refused(f"--real {config.real}: the data set has {len(learnt)} images", "Ask for fewer.")
+        check_classes(learnt.classes, judged.classes)
     vocabulary = shared_vocabulary(judged, run)
     sets = {} if learnt is None else {"real": Examples(learnt, vocabulary, task, count=config.real)}
     import torch

@@ -103,6 +103,9 @@ def _check(config: PromptsConfig) -> None:
         raise Refused("--llm-url: the name of the model is missing", "Add --llm-model NAME.")
     if not config.llm_url and config.llm_model:
         raise Refused(f"--llm-model {config.llm_model}: no endpoint to ask", "Add --llm-url https://HOST/v1.")
+    for word in config.classes:
+        if not documents.is_unicode(word):
+            raise Refused(f"--classes: {word!r} is not valid Unicode", "Write the class words in UTF-8.")
     out = Path(config.out)
     if out.is_dir() or not out.name:
         raise Refused(f"--out {config.out}: is a folder", "Name a file, for example prompts.jsonl.")

@@ -108,6 +108,18 @@ def test_a_yaml_file_lies_under_the_flags(tmp_path):
     assert given == {"seed", "batch_size", "guidance", "task", "classes", "quiet"}
 
 
+@pytest.mark.parametrize("text, value", [("010", 10), ("-1", -1), ("+7", 7), ("08", 8)])
+def test_whole_numbers_of_a_yaml_file_are_decimal(text, value, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"seed: {text}\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")])[0].seed == value
+
+
+@pytest.mark.parametrize("text, value", [("7.5", 7.5), (".5", 0.5), ("5.", 5.0), ("1e-1", 0.1), ("+2.5e+1", 25.0)])
+def test_fractions_of_a_yaml_file_are_decimal(text, value, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"guidance: {text}\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")])[0].guidance == value
+
+
 def test_an_empty_yaml_file_changes_nothing(tmp_path):
     (tmp_path / "run.yaml").write_text("# nothing yet\n")
     assert parse(["--config", str(tmp_path / "run.yaml")]) == (RunConfig(), set())
@@ -120,7 +132,13 @@ WRONG_YAML = [
     ("seed: three", "seed: 'three' is not a whole number"),
     ("seed: 1.5", "'1.5' is not a whole number"),
     ("seed: true", "seed: True has the wrong type"),
-    ("only: 00000003", "only: 3 has the wrong type for this setting; put text in quotes"),  # YAML reads an octal number
+    ("only: 00000003", "only: 3 has the wrong type for this setting; put text in quotes"),
+    ("seed: 1:30", "seed: '1:30' is not a whole number"),  # YAML 1.1 reads 90
+    ("seed: 1_0", "seed: '1_0' is not a whole number"),
+    ("seed: 0x1f", "seed: '0x1f' is not a whole number"),
+    ("guidance: 1_0.5", "guidance: '1_0.5' is not a finite number"),
+    ("guidance: 1:30.5", "guidance: '1:30.5' is not a finite number"),
+    ("guidance: .inf", "guidance: '.inf' is not a finite number"),
     ("resume: no", "resume: False has the wrong type"),
     ("quiet: 'yes'", "quiet: 'yes' is neither true nor false"),
     ("seed:", "seed: None has the wrong type"),

@@ -475,6 +475,34 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
             thread.join()
 
 
+@pytest.mark.loopback
+def test_a_sample_that_the_other_run_has_set_aside_is_shown_beside_this_one(chromium, run, tmp_path):
+    with RunFolder(tmp_path / "other", document(2, 48)) as folder:
+        folder.add([rendered(0, 48), replace(rendered(1, 48), aside="it looks odd")], {})
+        folder.rebuild()
+    with server.opened(served(run), 18900, print, served(tmp_path / "other")) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            page = Watched(chromium).open(serving.address + "#id=00000001&layer=semantic")
+            page.click("#beside [data-way=two]")
+            until(page, "frame.children.length > 1")
+            until(page, "[...frame.querySelectorAll('img')].every(image => image.complete && image.naturalWidth)")
+            page.close()
+        finally:
+            serving.shutdown()
+            thread.join()
+
+
+def test_a_sample_of_an_address_that_filters_hide_does_not_open_later(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000007&search=00000009"))
+    assert shown(page) == ["00000009"] and not page.evaluate("viewer.open")
+    page.evaluate("by('filters').classList.add('open')")
+    page.fill("#search", "0000000")
+    assert "00000007" in shown(page) and not page.evaluate("viewer.open")
+    page.close()
+
+
 def many_classes(path, number=110):
     """One sample whose map shows that many classes and, in its first rows, ignored pixels."""
     names, values = tuple(f"class {k}" for k in range(number)), document(1, 48)

@@ -2,6 +2,9 @@
 several threads.
 """
 
+import math
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -64,6 +67,18 @@ def test_attention_reads_packed_heads_where_they_lie():
     assert ours.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_attention_hides_nothing_that_is_not_finite(dtype, with_vectors):
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(3):
+            given = [noise(2, 3, 9, 16 + k)[..., :16].to(dtype).contiguous() for k in range(3)]
+            given[place][1, 2, 4, 5] = bad
+            found, expected = attention.native(*given), attention.reference(*given)
+            assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
+
+
 @torch.inference_mode()
 def test_threads_do_not_change_a_bit(monkeypatch):
     results = []
@@ -97,6 +112,69 @@ def test_refuses(call, told):
     memory = np.zeros(64, np.float32)
     with pytest.raises(ValueError, match=told):
         call(memory.ctypes.data)
+
+
+CONVOLUTION = """
+import os, resource, signal, threading
+import numpy as np
+from datasetdm_fast import _C
+
+def answer(threads):
+    out = np.zeros((1, 99, 4), np.float32)
+    given = [np.ones(shape, np.float32) for shape in ((1, 1, 99, 4), 1, (9, 1))]
+    _C.hidden_convolution(*given, out, threads)
+    return out
+"""
+NO_THREADS = """
+alone, size = answer(1), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**21, size + 2**21))
+assert all((answer(4) == alone).all() for _ in range(5))
+"""
+NO_MEMORY = """
+x, out, strides = np.ones((2, 4, 16), np.float32), np.zeros((2, 4, 16), np.float32), [64, 16, 16]
+
+def attend(keys, threads):
+    arrays = [part for one in (x, x, x, out) for part in (one.ctypes.data, strides)]
+    _C.attention(0, *arrays, 2, 1, 4, keys, 16, 0.25, threads)
+
+for threads in (1, 2):
+    attend(4, threads)
+    try:
+        attend(2**52, threads)
+        raise AssertionError
+    except MemoryError:
+        attend(4, threads)
+        assert (out == 1).all()
+"""
+FORKS = """
+def work():
+    while True:
+        answer(2)
+
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+for _ in range(400):
+    if not (child := os.fork()):
+        signal.alarm(5)
+        answer(2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(NO_THREADS, id="the system has no more threads"),
+        pytest.param(NO_MEMORY, id="a thread finds no memory"),
+        pytest.param(FORKS, id="children of a fork beside calls"),
+    ],
+)
+def test_threads_that_fail_or_are_missing_end_no_process_and_stop_no_call(program):
+    command = [sys.executable, "-c", CONVOLUTION + program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_lanes_keep_the_order_and_share_the_threads():

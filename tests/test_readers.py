@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
-from datasetdm_fast.training import folds, held_out
+from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
@@ -358,6 +360,68 @@ def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
     for parts in (held_out.split(source, range(len(source)), 0.4, 0), folds.parts(source, range(len(source)), 3, 0)):
         scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
         assert all(scenes) and sum(map(len, scenes)) == COUNT
+
+
+def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copied):
+    root, address = copied("vkitti2")
+    for kind in ("Image", "Depth"):
+        for path in sorted((root / kind).rglob("*00000.*")):
+            for frame in range(1, 6):
+                shutil.copy(path, path.with_name(path.name.replace("00000", f"{frame:05d}")))
+    source, one = open_data(address, SIZE), open_data(f"{address}[Scene01]", SIZE)
+    assert len(source) == 6 * COUNT and len(one) == 6
+    numbers = range(len(source))
+    for parts in (held_out.split(source, numbers, 0.4, 0), folds.parts(source, numbers, COUNT, 0)):
+        scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
+        assert all(scenes) and sum(map(len, scenes)) == COUNT
+    assert sorted(map(len, folds.parts(one, range(6), 3, 0))) == [2, 2, 2]
+    one = one.narrowed([*range(6), *range(6)])
+    assert {len(part) for part in held_out.split(one, range(12), 0.2, 0)} == {2, 10}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_maps_of_few_bits_hold_class_numbers(copied, bits):
+    root, address = copied("folder")
+    path = sorted((root / "semantic" if (root / "semantic").is_dir() else root / "masks").iterdir())[0]
+    numbers = np.minimum(np.asarray(Image.open(path)), 2**bits - 1)
+    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
+    Image.fromarray(numbers).save(path)
+    before = open_data(address, SIZE)[0].semantic
+    header = struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    for kind, part in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    path.write_bytes(content)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
+
+
+def test_halves_of_characters_are_cleaned_in_captions_and_refused_in_class_names(copied):
+    root, address = copied("coco")
+    path = root / "annotations/instances_train2017.json"
+    rewrite(path, lambda document: document["categories"][0].update(name="ball \ud83d"))
+    with pytest.raises(Refused, match=r"the class or joint 'ball .ud83d' is not valid Unicode"):
+        open_data(address, SIZE)
+    root, address = copied("folder")
+    name = sorted(path.name for path in (root / "images").iterdir())[0]
+    (root / "captions.json").write_text(json.dumps({name: "a ball \ud83d"}))
+    source = open_data(address, SIZE)
+    assert source[0].caption == "a ball ?" and data_record.record(source)["items"][0]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "sequence"),
+    [
+        ("nyu", "kitchen_0031b/rgb_00045.jpg", "kitchen_0031"),
+        ("nyu", "bathroom/rgb_00045.jpg", ""),
+        ("kitti", "2011_09_26/2011_09_26_drive_0002_sync/image_03/data/0000000005.png", "2011_09_26_drive_0002_sync"),
+        ("kitti", "2011_09_26/0000000005.png", ""),
+    ],
+)
+def test_the_path_of_a_frame_names_its_video(made, name, path, sequence):
+    source = open_data(f"{name}:{made(name)}", SIZE)
+    source.rows[0] = (path, "")
+    assert source.sequence(0) == sequence
 
 
 def test_coco_without_the_year_in_its_names_is_read(copied):

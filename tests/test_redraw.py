@@ -18,7 +18,9 @@ from test_ledger import tree
 
 from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.compositions import domains, regions
-from datasetdm_fast.compositions.edit import replaced
+from datasetdm_fast.compositions.edit import MOST_NEW, Edits, replaced
+from datasetdm_fast.compositions.redraw import drawn_source
+from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engines import opening
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
@@ -114,6 +116,15 @@ def test_instances_keep_their_ids(source, edited):
     assert [names[entry["category_id"]] for entry in kept] == ["person"]
     assert kept[0]["segmentation"] == old[kept[0]["id"]]["segmentation"]
     assert all(id > max(old) for id in ids if id not in old)
+
+
+def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):
+    ids = {"instance:a": {0: [1, 2], 1: [3]}, "instance:b": {0: [], 1: [4, 5]}}
+    monkeypatch.setattr(regions, "labels_of", lambda *_: list(ids))
+    monkeypatch.setattr(regions, "annotation_ids", lambda _, label: ids[label])
+    edits = Edits(drawn_source(source, only_kept=False), EditSettings(str(source), prompt="a cube", box="0,0,64,64"))
+    new = [edits.first_new(label, index) + k for label in ids for index in range(3) for k in (0, MOST_NEW - 1)]
+    assert len(set(new)) == len(new) and min(new) == 6
 
 
 def test_things_of_an_edit_have_an_id_in_every_domain(edited, tmp_path):
@@ -260,6 +271,7 @@ WRONG = [
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
+    (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),
     (edit, [*EDIT, "--grow", str(2**31)], f"--grow {2**31}: expected a number from 0 to {2**31 - 1}"),
     (edit, [*EDIT, "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
     (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63}: expected a whole number"),  # of the second image

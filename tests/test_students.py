@@ -286,6 +286,7 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
         (["--student", "segformer", "--student-size", "b00"], "did you mean b0"),
         (["--student", "segformer", "--task", "depth"], "--task depth: segformer learns semantic"),
         (["--student", "small", "--tta"], "--tta: for students of transformers, --student small is built in"),
+        (["--student", "small"], "--out: for students of transformers, --student small is built in"),
         (["--student", "mask2former", "--tta"], "the predictions of mask2former cannot be averaged"),
         (["--student", "glpn", "--self-train"], "--self-train: glpn learns depth"),
         (["--student", "segformer", "--only-synthetic", "--both"], "--only-synthetic and --both cannot be combined"),
@@ -321,6 +322,19 @@ def test_a_run_none_of_whose_classes_the_data_names_is_refused(run, tmp_path, ca
     assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
     said = "none of its 4 images shows a label of semantic" if student == "small" else "are none of the data's, "
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("student", ["small", "segformer"])
+def test_data_sets_of_other_classes_are_refused_and_one_is_named(run, tmp_path, capsys, student):
+    for name in ("learnt", "judged"):
+        LAYOUTS["yolo-seg"][1](tmp_path / name)
+        classes = [f"other{k}" for k in range(9 if name == "learnt" else 8)]
+        (tmp_path / name / "data.yaml").write_text(f"names: [{', '.join(classes)}]\n")
+    line = ["--run", str(run), "--real", "2", "--student", student, "--quiet"]
+    line += ["--data", f"yolo-seg:{tmp_path}/judged", "--learn-from", f"yolo-seg:{tmp_path}/learnt"]
+    assert evaluate.main([*line, *(["--out", str(tmp_path / "out")] if student == "segformer" else ())]) == 2
+    error = capsys.readouterr().err
+    assert "have different classes: only --learn-from has other8" in error and "the same classes.txt" in error
 
 
 def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):

@@ -160,6 +160,15 @@ def test_instances_keep_parts_and_holes_and_drop_doubles():
     assert found.scores.dtype == np.float32 and (np.diff(found.scores) <= 0).all()
 
 
+def test_masks_are_resized_a_few_at_a_time_to_the_same_bytes(monkeypatch):
+    logits = torch.randn(7, 12, 12, generator=torch.Generator().manual_seed(0))
+    whole, sizes = instance.large_masks(logits, SIZE), []
+    resize = instance.resize
+    monkeypatch.setattr(instance, "resize", lambda x, side: sizes.append(x.shape[1]) or resize(x, side))
+    monkeypatch.setattr(instance, "MOST_PIXELS", 3 * SIZE**2)
+    assert torch.equal(instance.large_masks(logits, SIZE), whole) and sizes == [3, 3, 1]
+
+
 def test_suppression_follows_the_order_of_scores():
     """b is hidden by a, so c, which only b overlaps, stays."""
     masks = planes((0, 0, 1, 10), (0, 4, 1, 14), (0, 8, 1, 18))[0].flatten(1)[None] > 0

@@ -56,6 +56,7 @@ def test_the_rule():
         "star is in the prompt, but not in instance (its score 0.31 is below 0.4)",
     )
     assert trust_of(("ball",), RIGHT).unnamed == ("star",)
+    assert trust_of(("ball",), RIGHT, "a ball beside two stars").is_trusted, "not asked for, but in the text"
     assert trust_of((), RIGHT).is_trusted, "a prompt that names no thing says nothing about things"
     apart = scene([0, 0, 2, 2, 2, 1, 1, 3, 3, 3], (0, slice(2, 5)), (1, slice(9, 10)))
     assert trust_of(("ball", "star"), apart).reasons == (
@@ -66,12 +67,13 @@ def test_the_rule():
 
 
 def test_doubtful_pixels():
-    def row(named, labels):
-        return without_doubtful(named, labels)["semantic"].labels[0].tolist()
+    def row(*said):
+        return without_doubtful(*said)["semantic"].labels[0].tolist()
 
     assert row(("ball", "star"), RIGHT) == RIGHT["semantic"].labels[0].tolist()
     assert row(("ball", "star"), SWAPPED) == [0, 0, 255, 255, 255, 1, 1, 255, 255, 255]
     assert row(("ball",), RIGHT) == [0, 0, 2, 2, 2, 1, 1, 255, 255, 255]
+    assert row(("ball",), RIGHT, "a ball and a star") == RIGHT["semantic"].labels[0].tolist()
 
 
 def test_unsure_pixels():

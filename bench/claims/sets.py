@@ -168,6 +168,7 @@ class RelabelledSample:
     instances: Instances | None = None
     depth: DepthMap | None = None
     keypoints: Keypoints | None = None
+    prompt: str = ""
 
     @property
     def trust(self) -> Trust:

@@ -191,19 +191,26 @@ def _converter(hint: Any, choices: tuple[str, ...], has_names: bool = False) -> 
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        return int(_without_underscores(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _finite(text: str) -> float:
     try:
-        value = float(text)
+        value = float(_without_underscores(text))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
+
+
+def _without_underscores(text: str) -> str:
+    """The digits of a number, which Python alone reads with underscores in between."""
+    if "_" in text:
+        raise ValueError
+    return text
 
 
 def _truth(text: str) -> bool:
@@ -214,7 +221,7 @@ def _truth(text: str) -> bool:
 
 def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
     try:
-        loaded = documents.read_yaml(path, has_unique_keys=True)
+        loaded = documents.read_yaml(path, is_strict=True)
     except Missing as stop:
         raise Refused(
             f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "Give a readable YAML file."

@@ -17,11 +17,10 @@ from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.origin import Beginning
-from datasetdm_fast.generation.prompts import GivenPrompt
+from datasetdm_fast.generation.prompts import GivenPrompt, check_line
 from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.labels.words import AFTER_A_NOUN
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ class Edits(Redrawing):
     def __init__(self, source: Source, settings: EditSettings, mask: Mapping[str, Any] | None = None):
         if not settings.prompt.strip():
             raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
+        check_line(settings.prompt, "--prompt")
         for name, least in (("grow", 0), ("feather", -1)):
             if not least <= getattr(settings, name) < 2**31:
                 raise Refused(
@@ -64,9 +64,7 @@ class Edits(Redrawing):
         elif self.way == "box":
             self.region = regions.read_box(settings.box, source.side)
         self.ids = {label: regions.annotation_ids(source, label) for label in numbered}
-        self.largest = {
-            label: max((id for own in ids.values() for id in own), default=0) for label, ids in self.ids.items()
-        }
+        self.largest = max((id for ids in self.ids.values() for own in ids.values() for id in own), default=0)
         self.feather = source.side // FEATHER if settings.feather < 0 else settings.feather
         super().__init__(source, settings)
         for seed in (settings.seed, settings.seed + self.number - 1) if settings.seed != -1 else ():
@@ -187,11 +185,15 @@ class Edits(Redrawing):
                 kept = replace(kept, ids=np.array(self.ids[task][tile.row.request.index], np.int64))
             labels[task] = kind_of(task).merged(kept, found, region)
             if task in self.ids:
-                labels[task] = numbered(labels[task], self.largest[task] + 1 + index * MOST_NEW)
+                labels[task] = numbered(labels[task], self.first_new(task, index))
         facts = {"mask": regions.described(region), "feather": self.feather}
         request = replace(sample.request, classes=self._classes(sample.request, tile, labels))
         provenance = {**sample.provenance, **self.provenance(index), **facts}
-        return Sample(request, image, labels, provenance, trust_of(request.classes, labels))
+        return Sample(request, image, labels, provenance)
+
+    def first_new(self, label: str, index: int) -> int:
+        """The first of the ids for instances that an image adds to a label, which no other label of the run has."""
+        return self.largest + 1 + (index * len(self.ids) + list(self.ids).index(label)) * MOST_NEW
 
     def _classes(self, request: Request, tile: Tile, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
         """The class words of the prompt, and those of the source that the labels still show."""

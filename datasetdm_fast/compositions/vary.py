@@ -17,7 +17,6 @@ from datasetdm_fast.generation.origin import Beginning
 from datasetdm_fast.generation.prompts import GivenPrompt, count_tokens
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.kind import LabelKind
-from datasetdm_fast.labels.trust import trust_of
 
 if TYPE_CHECKING:
     from datasetdm_fast.sampling.schedule import Schedule
@@ -90,7 +89,7 @@ class Variants(Redrawing):
         }
         facts = {"domain": self.domain(index), "consistency": consistency(sample.annotations, truth)}
         provenance = {**sample.provenance, **self.provenance(index), **facts}
-        return Sample(sample.request, sample.image, labels, provenance, trust_of(sample.request.classes, labels))
+        return Sample(sample.request, sample.image, labels, provenance)
 
 
 def _without_ids(label: Annotation) -> Annotation:

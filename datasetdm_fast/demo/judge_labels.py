@@ -113,7 +113,7 @@ def of_run(run: Run, judge: Judge) -> list[JudgedPicture]:
         for sample, classes, probability in zip(samples, seen, sure, strict=True):
             named = tuple(name for name in sample.classes if name in world.THINGS)
             labels = {kind: sample.label(kind) for kind in KINDS}
-            trust = trust_of(sample.classes, labels)
+            trust = trust_of(sample.classes, labels, sample.prompt)
             domain = sample.meta.get("domain", "")
             pictures.append(JudgedPicture(named, labels, classes, probability >= SURE, trust, domain))
     return pictures

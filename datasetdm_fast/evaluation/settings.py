@@ -136,7 +136,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 f"--student and --run belong together, {'--run' if self.student else '--student'} is missing",
                 f"Add --student NAME --run RUN; students: {', '.join(STUDENTS)}.",
             )
-        own = ("student_size", "weights", "only_synthetic", "both", "self_train", "tta", "size")
+        own = ("student_size", "weights", "only_synthetic", "both", "self_train", "tta", "size", "out")
         given = [name for name in own if getattr(self, name)]
         if given and self.student in ("", BUILT_IN):
             raise Refused(

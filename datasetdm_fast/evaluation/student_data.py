@@ -140,7 +140,8 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray,
         return None
     named = [name for name in sample.classes if name in vocabulary.things]
     found = {"semantic": sample.semantic, "instance": sample.instances}
-    found = without_doubtful(sample.classes, {task: label for task, label in found.items() if label is not None})
+    found = {task: label for task, label in found.items() if label is not None}
+    found = without_doubtful(sample.classes, found, sample.prompt)
     semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
     if "semantic" in found:
         semantic = voted(found["semantic"], vocabulary.classes)

@@ -54,11 +54,7 @@ def worth(
     if count > len(learnt):
         raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
     count, vocabulary = count or len(learnt), student_data.vocabulary_of(learnt)
-    if vocabulary.classes != student_data.vocabulary_of(judged).classes:
-        raise Refused(
-            "--student: the training images and the images for scoring have different classes",
-            "Choose --data and --learn-from of one data set.",
-        )
+    check_classes(vocabulary.classes, student_data.vocabulary_of(judged).classes)
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
     generated = student_data.synthetic(run, vocabulary).balanced()
     taught = [task for task in tasks if generated.teaches(task)]
@@ -87,6 +83,17 @@ def worth(
     images = {"real": len(real), "synthetic": len(generated), "left_out": generated.left_out, "judged": len(items)}
     facts = {"images": images, "steps": course.steps}
     return {task: compared(task, found["real"], found["both"]) | facts for task, found in scores.items()}
+
+
+def check_classes(learnt: Sequence[str], judged: Sequence[str]) -> None:
+    """Refuses data sets of other classes, or of the same ones in another order."""
+    if tuple(learnt) != tuple(judged):
+        lacking = [name for name in (*learnt, *judged) if name not in learnt or name not in judged]
+        raise Refused(
+            "--student: the training images and the images for scoring have different classes"
+            + (f": only {'--learn-from' if lacking[0] in learnt else '--data'} has {lacking[0]}" if lacking else ""),
+            "Choose --data and --learn-from of one data set, or put the same classes.txt into both.",
+        )
 
 
 def graded(

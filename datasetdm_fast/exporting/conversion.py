@@ -203,7 +203,10 @@ class Conversion:
             self.offsets.append(offset)
             offset += last + 1
         if not counts:
-            raise Refused(f"{self.sources[0].run.path}: no sample to convert", "Name a run folder with samples.")
+            raise Refused(
+                f"{self.sources[0].run.path}: no sample to convert",
+                "Name a run folder with samples, or let more pass --kept or --where.",
+            )
         self.splits = {name: counts[name] for name in sorted(counts, key=_split_order)}
 
     @property

@@ -20,6 +20,11 @@ LARGEST_XML = 2**20
 MOST_MEMBERS = 20_000  # of one zip archive
 DEEPEST = 32  # nested lists, objects, elements or graphs
 LONGEST_NAME = 1024
+_WHOLE, _FRACTION = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_YAML_NUMBERS = {  # decimal ones alone; a float has a point or an exponent
+    _WHOLE: re.compile(r"[-+]?[0-9]+$"),
+    _FRACTION: re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+}
 _NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f\\:]")
 GET_AGAIN = "Get the file again and compare its checksum."
 
@@ -47,6 +52,17 @@ def quoted(value: Any) -> str:
     """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a file name that is none cannot, nor the half of a character that JSON
+    tells in two escapes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def encodable(text: str) -> str:
@@ -139,9 +155,11 @@ def read_object(path: Path, *, most: int = LARGEST_CONFIG) -> dict[str, Any]:
     return value
 
 
-def read_yaml(path: Path, *, has_unique_keys: bool = False) -> Any:
-    """The value of a YAML file of plain values; anchors, aliases and tags are refused, and repeated keys where none may
-    be: elsewhere the last one counts.
+def read_yaml(path: Path, *, is_strict: bool = False) -> Any:
+    """The value of a YAML file of plain values; anchors, aliases and tags are refused.
+
+    In a strict one repeated keys are refused, too, where elsewhere the last one counts, and numbers are decimal: YAML
+    1.1 reads 1:30 as 90, 010 as 8 and 1_0 as 10.
     """
     import yaml  # only a run with --config needs it
 
@@ -163,13 +181,20 @@ def read_yaml(path: Path, *, has_unique_keys: bool = False) -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
-            for key in (key for key, _ in node.value if has_unique_keys and isinstance(key, yaml.ScalarNode)):
+            for key in (key for key, _ in node.value if is_strict and isinstance(key, yaml.ScalarNode)):
                 if key.value in seen:
                     problem = f"the key {quoted(key.value)} occurs twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    if is_strict:
+        Plain.yaml_implicit_resolvers = {
+            first: [(tag, _YAML_NUMBERS.get(tag, pattern)) for tag, pattern in pairs]
+            for first, pairs in Plain.yaml_implicit_resolvers.items()
+        }
+        Plain.add_constructor(_WHOLE, lambda _, node: int(node.value))
+        Plain.add_constructor(_FRACTION, lambda _, node: float(node.value))
     data = storage.read(path, LARGEST_YAML)
     try:
         return yaml.load(data.decode("utf-8-sig"), Loader=Plain)

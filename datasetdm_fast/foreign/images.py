@@ -13,15 +13,22 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import GET_AGAIN, reason_of
 
 LARGEST_IMAGE_FILE = 64 * 2**20
+BIT_DEPTH = 24  # the byte of a PNG file that tells the bits of a pixel's channel
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
-def read_image(path: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is."""
-    return decode_image(storage.read(path, LARGEST_IMAGE_FILE), str(path), most_pixels=most_pixels)
+def read_image(path: Path, *, most_pixels: int = MOST_PIXELS, holds_numbers: bool = False) -> Image.Image:
+    """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is.
+
+    One that `holds_numbers` has them as they are stored: Pillow stretches grey values of 2 or 4 bits to 8.
+    """
+    data = storage.read(path, LARGEST_IMAGE_FILE)
+    return decode_image(data, str(path), most_pixels=most_pixels, holds_numbers=holds_numbers)
 
 
-def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, least_side: int = 0) -> Image.Image:
+def decode_image(
+    data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, least_side: int = 0, holds_numbers: bool = False
+) -> Image.Image:
     """The same for bytes in memory; of a JPEG whose sides are larger than `least_side`, where that is given, a smaller
     image, which takes less time.
     """
@@ -47,6 +54,9 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, leas
         image.load()
     except Exception as error:  # Pillow's readers raise nearly anything
         raise Refused(f"{name}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
+    if holds_numbers and image.format == "PNG" and image.mode == "L" and data[BIT_DEPTH] in (2, 4):
+        step = 255 // (2 ** data[BIT_DEPTH] - 1)
+        image = image.point([value // step for value in range(256)])
     return image
 
 

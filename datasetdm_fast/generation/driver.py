@@ -297,11 +297,10 @@ def collect(
 
 def judged(sample: Sample, recipe: Recipe) -> Sample:
     """A sample with what speaks for and against its labels, and 255 where the run ignores pixels."""
-    kept = (
-        without_doubtful(sample.request.classes, sample.annotations) if recipe.ignores_doubtful else sample.annotations
-    )
+    said = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
+    kept = without_doubtful(*said) if recipe.ignores_doubtful else sample.annotations
     kept = without_unsure(kept, recipe.least_confidence) if recipe.least_confidence else kept
-    return replace(sample, annotations=kept, trust=trust_of(sample.request.classes, sample.annotations))
+    return replace(sample, annotations=kept, trust=trust_of(*said))
 
 
 def is_finite(values: Tensor) -> Tensor:

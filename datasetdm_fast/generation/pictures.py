@@ -141,7 +141,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
         )
     paths = tuple(reading.listing(root, *reading.PICTURES))
     for path in paths:
-        if not prompts.is_unicode(str(path)):
+        if not documents.is_unicode(str(path)):
             raise Refused(
                 f"IMAGES: the path of {documents.quoted(path.name)} is not valid UTF-8",
                 "Rename it, or the folder that holds it.",

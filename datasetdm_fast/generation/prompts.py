@@ -112,7 +112,7 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
             raise Refused(
                 "--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube"
             )
-        if _CONTROL.search(word) or not is_unicode(word):
+        if _CONTROL.search(word) or not documents.is_unicode(word):
             raise Refused(f"--classes: {shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
         key = " ".join(word.lower().split())
         if key in seen:
@@ -178,7 +178,7 @@ def read_prompts(given: str) -> tuple[str, str]:
     """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
     path = _as_path(given)
     if path is None:
-        if not is_unicode(given):
+        if not documents.is_unicode(given):
             raise Refused(f"--prompts: {shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
         return "--prompts", given
     try:
@@ -216,7 +216,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
             what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
             raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
         prompt = line.strip()
-        if not is_unicode(prompt):
+        if not documents.is_unicode(prompt):
             raise Refused(f"{name} line {number}: {shown(prompt)} is not valid Unicode", "Write the prompt in UTF-8.")
         if (size := len(prompt.encode())) > LONGEST_LINE and not truncate:
             raise Refused(
@@ -233,7 +233,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
 def check_line(text: str, where: str) -> str:
     """A text that is no list of prompts, on one line."""
     line = " ".join(text.splitlines())
-    if _CONTROL.search(line) or not is_unicode(line):
+    if _CONTROL.search(line) or not documents.is_unicode(line):
         raise Refused(f"{where}: {shown(line)} holds control characters or invalid UTF-8", "Use plain words.")
     return line.strip()
 
@@ -308,15 +308,6 @@ def fit(
         )
         raise Refused(f"{where}: {what}: {shown(prompt)}", "Name the classes earlier in the prompt.")
     return kept
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: a file name that is none cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown(text: str) -> str:

@@ -12,9 +12,11 @@ from itertools import combinations, product
 import numpy as np
 
 from datasetdm_fast.data import Annotation, Instances, SemanticMap, Trust
+from datasetdm_fast.labels.class_tables import ClassTable
 from datasetdm_fast.labels.instance import SHOWN_SCORE
 from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.labels.semantic import IGNORE
+from datasetdm_fast.labels.words import find_classes
 
 LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown
 MOST_DISAGREEING = 0.1  # of the pixels of things
@@ -60,8 +62,12 @@ def _confidence(label: Annotation) -> float | None:
     return float(sure.mean()) if len(sure) else None
 
 
-def trust_of(named: Sequence[str], labels: Mapping[str, Annotation]) -> Trust:
-    """How far the labels of a sample can be trusted; `named` are the classes of its prompt."""
+def trust_of(
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+) -> Trust:
+    """How far the labels of a sample can be trusted; `named` are the classes of its prompt that were asked for, and
+    `prompt` is its text, which may name further ones.
+    """
     maps = {task: found for task, label in labels.items() if (found := named_map(label))}
     shares = {task: found.shares() for task, found in maps.items()}
     reasons, missing, unnamed = [], {}, {}
@@ -70,7 +76,7 @@ def trust_of(named: Sequence[str], labels: Mapping[str, Annotation]) -> Trust:
             missing[name] = None
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in lacking)
             reasons.append(f"{name} is in the prompt, but not in {places}")
-    for name in sorted(_foreign(named, labels)):
+    for name in sorted(_foreign(named, labels, prompt, own)):
         if shown := [task for task, found in shares.items() if found.get(name, 0) >= LEAST_SHARE]:
             unnamed[name] = None
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
@@ -109,10 +115,10 @@ def _faintly(label: Annotation, name: str) -> str:
     return f" (its score {scores.max():.2f} is below {SHOWN_SCORE})" if is_faint else ""
 
 
-def _foreign(named: Sequence[str], labels: Mapping[str, Annotation]) -> set[str]:
+def _foreign(named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, own: ClassTable | None) -> set[str]:
     """Things that a prompt does not name, where it names any: the classes of instances are things."""
     things = {name for label in labels.values() if isinstance(label, Instances) for name in label.classes}
-    return things - set(named) if things & set(named) else set()
+    return things.difference(named, find_classes(prompt, sorted(things), own)) if things & set(named) else set()
 
 
 def pairs(maps: Iterable[NamedMap]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -143,10 +149,12 @@ def without_unsure(labels: Mapping[str, Annotation], least: float) -> dict[str, 
     }
 
 
-def without_doubtful(named: Sequence[str], labels: Mapping[str, Annotation]) -> dict[str, Annotation]:
+def without_doubtful(
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+) -> dict[str, Annotation]:
     """The labels with IGNORE in their maps of classes where two differ, or a thing is not named by the prompt."""
     maps = {task: found for task, label in labels.items() if (found := named_map(label))}
-    foreign, cleaned = _foreign(named, labels), dict(labels)
+    foreign, cleaned = _foreign(named, labels, prompt, own), dict(labels)
     for task in maps:
         label = labels[task]
         if not isinstance(label, SemanticMap):

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.plugins import Registry
 from datasetdm_fast.readers import demo
 from datasetdm_fast.readers.celebamask import CelebAMask
@@ -114,6 +115,9 @@ def open_data(
             f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
             f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
         )
+    for name in (*source.classes, *source.thing_classes, *source.joints):
+        if not documents.is_unicode(name):
+            raise Refused(f"--data {spec}: the class or joint {name!r} is not valid Unicode", "Correct its name.")
     if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
         raise Refused(f"--data {spec}: no ground truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
     if not len(source):

@@ -159,17 +159,18 @@ class HuggingFace(PictureSource):
         areas = np.maximum(boxes[:, 2] * boxes[:, 3], 1)
         return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": areas}
 
-    def _image(self, row: dict[str, Any], what: str, record: int) -> Image.Image:
+    def _image(self, row: dict[str, Any], what: str, record: int, holds_numbers: bool = False) -> Image.Image:
         value = row[self.columns[what]]
         value = {"path": value} if isinstance(value, str) else {"bytes": value} if isinstance(value, bytes) else value
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise reading.bad(self.name(record), f"no picture in the column {self.columns[what]}")
         name = f"{self.name(record)}, {self.columns[what]}"
+        given = {"most_pixels": reading.MOST_PIXELS, "holds_numbers": holds_numbers}
         if value.get("bytes"):
-            image = images.decode_image(value["bytes"], name, most_pixels=reading.MOST_PIXELS)
+            image = images.decode_image(value["bytes"], name, **given)
         else:
             file = reading.inside(self.rows.folder, value["path"], name)
-            image = images.read_image(file, most_pixels=reading.MOST_PIXELS)
+            image = images.read_image(file, **given)
         reading.check_sides(name, image.size)
         return image
 
@@ -194,7 +195,7 @@ class HuggingFace(PictureSource):
         """
         value, column, steps = row[self.columns[what]], self.columns[what], 1.0
         if isinstance(value, (dict, str, bytes)):
-            image = self._image(row, what, record)
+            image = self._image(row, what, record, holds_numbers=True)
             if image.mode not in ("I", "I;16", *(() if what == "depth" else reading.EIGHT_BITS)):
                 wanted = "one number of 16 bits each" if what == "depth" else "one number each"
                 raise reading.bad(self.name(record), f"the pixels of {column} are {image.mode}, expected {wanted}")

@@ -26,6 +26,10 @@ class Kitti(PictureSource):
         self.images = [path / "input" / said for said, _ in self.rows]
         super().__init__(size, len(self.rows))
 
+    def sequence(self, record: int) -> str:
+        """The drive, which has frames of two cameras."""
+        return next((part for part in Path(self.rows[record][0]).parts if "_drive_" in part), "")
+
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]
         image = reading.colour_image(reading.inside(self.path / "input", said, self.list))

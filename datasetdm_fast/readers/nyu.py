@@ -9,6 +9,7 @@ from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
+SCENE = re.compile(r"(.+_\d+)[a-z]*")
 
 
 class Nyu(PictureSource):
@@ -35,6 +36,11 @@ class Nyu(PictureSource):
                 raise reading.bad(kinds, "no list of scene names")
             self.kinds = tuple(listed)
         super().__init__(size, len(self.rows))
+
+    def sequence(self, record: int) -> str:
+        """The numbered scene, which may have parts a, b and so on; images of tests lie by kinds of scenes."""
+        scene = SCENE.fullmatch(Path(self.rows[record][0]).parent.name)
+        return scene[1] if scene else ""
 
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]

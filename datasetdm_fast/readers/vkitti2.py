@@ -41,6 +41,9 @@ class VirtualKitti(PictureSource):
         said = self.rows[record]
         return (f"{said.parts[0]}/{said.name}",)
 
+    def sequence(self, record: int) -> str:
+        return self.rows[record].parts[0]
+
     def picture(self, record: int) -> Picture:
         said = self.rows[record]
         image = reading.colour_image(self.images[record])

@@ -82,7 +82,7 @@ class StoredSample:
             return self.row.trust
         labels = {task: self.label(task) for task in self.row.labels}
         with self._naming_damage():
-            return trust_of(self.classes, labels)
+            return trust_of(self.classes, labels, self.prompt)
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8

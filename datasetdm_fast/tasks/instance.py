@@ -17,6 +17,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
+MOST_PIXELS = 2**26  # of masks that are resized together: 256 MiB in fp32
 
 
 def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +53,12 @@ def inside_masks(values: Tensor, mask_logits: Tensor) -> Tensor:
     return resize(values, mask_logits.shape[-1]).flatten(2) @ masks.mT / (masks.sum(2)[:, None] + NOTHING)
 
 
+def large_masks(mask_logits: Tensor, size: int) -> Tensor:
+    """[N, size, size] bool of masks [N, h, w], a bounded number of them at a time."""
+    parts = mask_logits.split(max(MOST_PIXELS // size**2, 1))
+    return torch.cat([resize(part[None], size)[0] > 0 for part in parts])
+
+
 class InstanceTask(Task):
     needs, names = ("masks",), "thing_classes"
     shown_by = "masks"
@@ -71,7 +78,7 @@ class InstanceTask(Task):
         images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
         chosen = mask_logits[images, queries]  # [B, k, m, m]
         kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
-        masks = (resize(chosen[kept][None], size)[0] if kept.any() else chosen.new_zeros(0, size, size)) > 0
+        masks = large_masks(chosen[kept], size) if kept.any() else kept.new_zeros(0, size, size)
         is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
         found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
         return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]

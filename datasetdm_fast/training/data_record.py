@@ -66,7 +66,7 @@ def _digest(parts: tuple[Any, ...]) -> str:
                 digest.update(f"{value.dtype.str}{value.shape}".encode())
                 digest.update(np.ascontiguousarray(value).data)
             else:
-                digest.update(f"{value}\n".encode(errors="surrogateescape"))
+                digest.update(f"{value}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:DIGITS]
 
 

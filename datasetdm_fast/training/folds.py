@@ -46,16 +46,26 @@ def count_of(session: TrainingSession) -> int:
 
 
 def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int) -> list[list[int]]:
-    """The item numbers of each fold, as equal as may be; items that were made of one picture are in the same fold."""
-    members = defaultdict(list)
-    for number, group in zip(numbers, groups([source.made_of(number) for number in numbers])):
-        members[group].append(number)
+    """The item numbers of each fold, as equal as may be; items that were made of one picture are in the same fold, and
+    so are the frames of a sequence where there are as many sequences as folds.
+    """
+    members = _grouped(numbers, source.filmed_in)
+    if len(members) < folds:
+        members = _grouped(numbers, source.made_of)
     found: list[list[int]] = [[] for _ in range(folds)]
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
         min(found, key=len).extend(members[group])
     if not all(found):
         raise Refused(f"--folds: {folds} folds of {len(members)} pictures", "Ask for no more folds than pictures.")
     return [sorted(fold) for fold in found]
+
+
+def _grouped(numbers: Sequence[int], of_one: Callable[[int], tuple[str, ...]]) -> dict[int, list[int]]:
+    """The item numbers by the number of their group, whose items have something of what `of_one` says in common."""
+    members = defaultdict(list)
+    for number, group in zip(numbers, groups([of_one(number) for number in numbers])):
+        members[group].append(number)
+    return members
 
 
 def run(

@@ -29,11 +29,21 @@ NAMED = 5  # classes that a warning lists
 
 def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
     """The item numbers to learn from, and those held out, both in their order; items that were made of one picture are
-    on the same side.
+    on the same side, and so are the frames of a sequence unless none could be held out then.
     """
     count = len(numbers)
     wanted = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
-    numbered = groups([source.made_of(number) for number in numbers])
+    held: set[int] = set()
+    for of_one in (source.filmed_in, source.made_of):
+        held = held or _held(groups([of_one(number) for number in numbers]), wanted, seed)
+    return [n for k, n in enumerate(numbers) if k not in held], [n for k, n in enumerate(numbers) if k in held]
+
+
+def _held(numbered: Sequence[int], wanted: int, seed: int) -> set[int]:
+    """The places that are held out of items with these numbers of their groups: whole groups of `wanted` items at most,
+    or else the smallest group, if it is no more than half of all.
+    """
+    count = len(numbered)
     members = defaultdict(list)
     for place, group in enumerate(numbered):
         members[group].append(place)
@@ -43,7 +53,7 @@ def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: in
             held.update(members[numbered[place]])
     if wanted and not held and 2 * len(smallest := min(members.values(), key=len)) <= count:
         held.update(smallest)
-    return [n for k, n in enumerate(numbers) if k not in held], [n for k, n in enumerate(numbers) if k in held]
+    return held
 
 
 def answers(

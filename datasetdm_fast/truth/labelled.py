@@ -109,10 +109,19 @@ class LabelledSource:
         """The pictures that a record was made of: two records that share one are never held out from each other."""
         return ()
 
+    def sequence(self, record: int) -> str:
+        """The video that a record is a frame of, empty where the data set names none."""
+        return ""
+
     def made_of(self, index: int) -> tuple[str, ...]:
         """The origins of item `index` and, where it is known, the digest of its pixels: copies are of one picture."""
         record = self.order[index]
         return (*self.origins(record), *([self.digests[record]] if record in self.digests else ()))
+
+    def filmed_in(self, index: int) -> tuple[str, ...]:
+        """The same with the sequence of item `index`, whose frames are much alike."""
+        sequence = self.sequence(self.order[index])
+        return (*self.made_of(index), *([f"sequence {sequence}"] if sequence else ()))
 
     def things_of(self, item: Labelled) -> list[tuple[str, np.ndarray]]:
         """The things of an item with their masks: without masks, all pixels of a class that is one of things."""

@@ -98,7 +98,7 @@ def check_sides(path: Path | str, size: tuple[int, int]) -> None:
 
 def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarray:
     """[H, W] whole numbers of a PNG of one channel or a palette, over 8 bits where deep, as large as its image."""
-    image = images.read_image(path, most_pixels=MOST_PIXELS)
+    image = images.read_image(path, most_pixels=MOST_PIXELS, holds_numbers=True)
     if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
         raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")
     found = np.asarray(image).astype(np.int32)

@@ -328,8 +328,14 @@ async function startComparing() {
     return element;
   }));
 }
+// A file of the other run, which may have set the sample aside.
+function comparedPicture(file, name, alt) {
+  const image = picture(served.against + file, name, alt);
+  image.addEventListener("error", () => { image.src = `${served.against}doubtful/${file}`; }, { once: true });
+  return image;
+}
 function comparedImage(sample) {
-  return picture(`${served.against}images/${idOf(sample.source)}.${compared.run.format}`, "image compared", `The same in the other run`);
+  return comparedPicture(`images/${idOf(sample.source)}.${compared.run.format}`, "image compared", `The same in the other run`);
 }
 // The other run's picture of a sample, with the layers that both runs have.
 function comparedStack(sample) {
@@ -337,7 +343,7 @@ function comparedStack(sample) {
   box.append(comparedImage(sample));
   for (const layer of active().map(each => compared.run.layers.find(other => other.name === each.name)).filter(Boolean)) {
     if (layer.file) {
-      box.append(picture(`${served.against}${layer.is_drawn ? "gallery/" : ""}${layer.file.replace("ID", idOf(sample.source))}`, `layer ${layer.drawing}`, ""));
+      box.append(comparedPicture((layer.is_drawn ? "gallery/" : "") + layer.file.replace("ID", idOf(sample.source)), `layer ${layer.drawing}`, ""));
       continue;
     }
     if (!compared.details.has(number)) load(`${served.against}gallery/${named("details", number)}`, true);
@@ -494,6 +500,7 @@ function reset() {
 }
 function changed() {
   first = 0;
+  wanted = "";
   refresh();
   countFilters();
   keepAddress();
