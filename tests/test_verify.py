@@ -76,7 +76,7 @@ def engine(model, reference):
 def judged(engine, reference, number: int = 3) -> verify.Verdict:
     recipe = make_recipe(reference, tuple(KINDS), steps=STEPS, guidance=5.0)
     requests = [Request(k, prompt, 40 + k) for k, prompt in enumerate(PROMPTS[:number])]
-    return verify.verify(engine, reference, requests, recipe, batch_size=2)
+    return verify.verify(engine, reference, requests, recipe, batch_size=2, encodes=True)
 
 
 def failed(verdict: verify.Verdict) -> set[str]:
@@ -94,6 +94,7 @@ def test_the_fast_engine_agrees(engine, reference):
         "call",
         *(f"level {name}" for name in ("low", "mid", "high", "highest")),
         "image",
+        "encoded image",
         "free latents",
         "free image",
     } | {name for task in KINDS for name in (task, f"outputs {task}", f"free {task}")}
@@ -138,6 +139,10 @@ def one_weight_of_a_decoder(engine: FastEngine) -> None:
     layer.weight = torch.nn.Parameter(layer.weight * 1.01, requires_grad=False)  # the reference keeps its own
 
 
+def one_weight_of_the_image_encoder(engine: FastEngine) -> None:
+    next(engine.image_encoder.parameters()).mul_(1.01)
+
+
 def halves(engine: FastEngine) -> None:
     inner = engine._tabled
     engine._tabled = lambda context: inner(torch.cat(context.chunk(2)[::-1]))
@@ -150,6 +155,7 @@ PLANTED = {
     one_head_of_the_maps: {"level high"},
     one_head_of_the_network: {"call", "level high"},
     one_weight_of_a_decoder: {"outputs semantic"},
+    one_weight_of_the_image_encoder: {"weights", "encoded image"},
     halves: {"call", "level low", "free latents"},
 }
 

@@ -1,6 +1,7 @@
 """Distances between tensors, images and labels of two engines."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from datasetdm_fast.agreement.observe import Observation
@@ -57,6 +58,12 @@ def free_running_distances(found: Observation, truth: Observation) -> dict[str, 
         "free image": image_distance(found.images, truth.images),
         **_label_distances("free ", found, truth),
     }
+
+
+def encoded_distance(engine, reference, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the latents that both make of the same images [B, H, W, 3]."""
+    given = torch.from_numpy(images)
+    return {"encoded image": relative(*(one.encode_image(given).float().cpu() for one in (engine, reference)))}
 
 
 def _label_distances(prefix: str, found: Observation, truth: Observation) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.agreement.distances import free_running_distances, teacher_forced_distances
+from datasetdm_fast.agreement.distances import encoded_distance, free_running_distances, teacher_forced_distances
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.agreement.observe import Observation, Rounded, observe
 from datasetdm_fast.engines.fast import DTYPES, state_distance
@@ -43,8 +43,12 @@ def verify(
     recipe: Recipe,
     batch_size: int,
     on_unet_call: Callable[[], None] = lambda: None,
+    *,
+    encodes: bool = False,
 ) -> Verdict:
-    """Every request through both engines, led by the reference and on its own, judged by the precision's gates."""
+    """Every request through both engines, led by the reference and on its own, judged by the precision's gates; with
+    `encodes` also the encoder of images, which only existing pictures need, on the reference's images.
+    """
     dtype = engine.fingerprint()["dtype"]
     storage = DTYPES.get("fp16" if dtype == "tf32" else dtype, DTYPES["fp16"])  # TF32 keeps as many bits as fp16
     rounded = Rounded(reference, storage) if dtype != "fp32" and reference.name == "torch" else None
@@ -58,14 +62,16 @@ def verify(
         _gather(
             collected,
             teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call), truth)
-            | free_running_distances(found, truth),
+            | free_running_distances(found, truth)
+            | (encoded_distance(engine, reference, truth.images) if encodes else {}),
             len(batch),
         )
         if rounded and not first:  # one batch tells what the precision costs; the reference is slow
             _gather(
                 drift,
                 teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
-                | free_running_distances(observe(rounded, batch, recipe), truth),
+                | free_running_distances(observe(rounded, batch, recipe), truth)
+                | (encoded_distance(rounded, reference, truth.images) if encodes else {}),
                 len(batch),
             )
         truths.append(truth)

@@ -263,7 +263,8 @@ class FastEngine:
         something changed it.
         """
         farthest, sources = 0.0, self._sources()
-        for name in (*NETWORKS, "text_encoder", "image_decoder"):
+        encoder = ("image_encoder",) if "image_encoder" in self.__dict__ else ()  # few need it
+        for name in (*NETWORKS, "text_encoder", "image_decoder", *encoder):
             held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
             farthest = max(farthest, _distance(held, truth))
         for task, decoder in self._stored_decoders.items() if self.label_dtype == torch.float32 else ():
