@@ -161,6 +161,14 @@ for _ in range(400):
     assert os.waitpid(child, 0)[1] == 0
 os._exit(0)
 """
+DAEMONS = """
+def work():
+    while True:
+        _C.png_encode(np.zeros((300, 300), np.uint8))
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+"""
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,7 @@ os._exit(0)
         pytest.param(NO_THREADS, id="the system has no more threads"),
         pytest.param(NO_MEMORY, id="a thread finds no memory"),
         pytest.param(FORKS, id="children of a fork beside calls"),
+        pytest.param(DAEMONS, id="the interpreter ends beside calls"),
     ],
 )
 def test_threads_that_fail_or_are_missing_end_no_process_and_stop_no_call(program):
