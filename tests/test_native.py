@@ -67,6 +67,32 @@ def test_attention_reads_packed_heads_where_they_lie():
     assert ours.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes", "last"),
+    [
+        pytest.param("layer_norm", ((4, 64), (64,), (1,)), (1e-5,), id="a bias of one number"),
+        pytest.param("group_norm_silu", ((1, 64, 8, 8), (32,), (32,)), (4, 1e-5), id="a weight for half the channels"),
+        pytest.param("group_norm_silu", ((1, 64, 8, 8), (64,), (32,)), (4, 1e-5), id="a bias for half the channels"),
+        pytest.param("attention", ((2, 2, 4, 8), (2, 2, 5, 8), (2, 2, 3, 8)), (), id="fewer values than keys"),
+        pytest.param("attention", ((2, 2, 4, 8), (2, 2, 5, 7), (2, 2, 5, 8)), (), id="narrow keys"),
+        pytest.param("attention", ((2, 2, 4, 8), (3, 2, 5, 8), (3, 2, 5, 8)), (), id="keys of other images"),
+    ],
+)
+@torch.inference_mode()
+def test_shapes_that_do_not_fit_are_refused_where_they_would_be_read_beyond_their_end(name, shapes, last):
+    given = [noise(*shape) for shape in shapes]
+    if given[0].ndim == 4 and name != "attention":
+        given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        OPS[name].native(*given, *last)
+
+
+@torch.inference_mode()
+def test_attention_over_the_keys_of_one_image():
+    q, k, v = (noise(batch, 2, 5, 8) for batch in (3, 1, 1))
+    assert distance(attention.native(q, k, v), attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
+
+
 @pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
