@@ -10,13 +10,14 @@
 #include "network_ops.h"
 #include "png.h"
 #include "query_transformer.h"
+#include "released_gil.h"
 #include "timing.h"
 #include "unet.h"
 #include "winograd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
-using WithoutGil = py::call_guard<py::gil_scoped_release>;
+using WithoutGil = py::call_guard<datasetdm::ReleasedGil>;
 
 template <typename Block>
 void add_step(py::class_<datasetdm::Step> step) {

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "check.h"
+#include "released_gil.h"
 #include "sharing.h"
 
 namespace py = pybind11;
@@ -157,7 +158,7 @@ void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const
     const Real* source = products.data();
     Real* target = logits.mutable_data();
     const AddRows<Real> add_rows = add_rows_with<Real>(vector_bytes);
-    py::gil_scoped_release release;
+    ReleasedGil release;
     const Head<Real> head(side, middle, full, channels, bias.data(), last.data());
     // Each thread owns a band of rows and meets the channels in the same order: their number cannot change a sum.
     const int64_t bands = std::min(threads, full);

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "released_gil.h"
+
 extern "C" int datasetdm_cuda_device_count(int* count);
 extern "C" const char* datasetdm_cuda_error(int code);  // of the CUDA code, not 0, that a launcher returned
 
@@ -21,7 +23,7 @@ template <typename Launch>
 void launch(const char* name, Launch launcher) {
     int code;
     {
-        pybind11::gil_scoped_release release;
+        ReleasedGil release;
         code = launcher();
     }
     if (code) throw std::runtime_error(std::string(name) + ": " + datasetdm_cuda_error(code));

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "device.h"
 #include "guided_value.h"
+#include "released_gil.h"
 
 namespace py = pybind11;
 
@@ -20,7 +21,7 @@ Numbers guided_step(const Numbers& output, const Numbers& latents, const Numbers
     Numbers next(std::vector<py::ssize_t>{2, size});
     const float *from = output.data(), *latent = latents.data(), *earlier = history.data(), *number = numbers.data();
     float* target = next.mutable_data();
-    py::gil_scoped_release release;
+    ReleasedGil release;
     for (int64_t i = 0; i < size; ++i) {
         const Stepped stepped = guided_value(from[i], from[size + i], latent[i], earlier + i, slots, size, number);
         target[i] = stepped.latent;

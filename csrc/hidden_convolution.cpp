@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "depth_head.h"
+#include "released_gil.h"
 #include "sharing.h"
 
 namespace py = pybind11;
@@ -60,7 +61,7 @@ void hidden_convolution(const Array<Real>& hidden, const Array<Real>& bias, cons
     vector_bytes = chosen_vector_bytes("hidden_convolution", vector_bytes);
     const Real* source = hidden.data();
     Real* target = out.mutable_data();
-    py::gil_scoped_release release;
+    ReleasedGil release;
     // A row of the answer is one thread's and meets the channels in their order, so the number of threads cannot change a sum.
     const int64_t bands = (wide.height + kRows - 1) / kRows;
     share(wide.batch * bands, threads, [&](int64_t begin, int64_t end) {
@@ -84,7 +85,7 @@ void hidden_convolution_gradient(const Array<Real>& hidden, const Array<Real>& b
     vector_bytes = chosen_vector_bytes("hidden_convolution_gradient", vector_bytes);
     const Real *source = hidden.data(), *out = gradient.data();
     Real *own = to_hidden.mutable_data(), *own_bias = to_bias.mutable_data(), *own_last = to_last.mutable_data();
-    py::gil_scoped_release release;
+    ReleasedGil release;
     std::vector<Real> padded(wide.batch * (wide.height + 2) * wide.pitch);
     for (int64_t row = 0; row < wide.batch * wide.height; ++row)
         std::copy_n(out + row * wide.width, wide.width, padded.data() + (row + row / wide.height * 2 + 1) * wide.pitch + 1);

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "mask_runs.h"
+#include "released_gil.h"
 
 namespace py = pybind11;
 
@@ -21,7 +22,7 @@ py::tuple rle_encode(const Masks& masks) {
     int64_t* area = areas.mutable_data();
     double* box = boxes.mutable_data();
     {
-        py::gil_scoped_release release;
+        ReleasedGil release;
         Columns columns(height, width);
         std::vector<uint64_t> rows(columns.words);
         std::vector<int64_t> runs;
@@ -42,12 +43,12 @@ Masks rle_decode(const std::string& counts, int64_t height, int64_t width) {
     require_size("rle_decode", height, width);
     std::vector<int64_t> runs;
     {
-        py::gil_scoped_release release;
+        ReleasedGil release;
         runs = read_counts(counts, height * width);  // refuses before anything of the claimed size is allocated
     }
     Masks mask({height, width});
     uint8_t* target = mask.mutable_data();
-    py::gil_scoped_release release;
+    ReleasedGil release;
     paint(runs, height, width, target);
     return mask;
 }

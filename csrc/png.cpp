@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "png_file.h"
+#include "released_gil.h"
 
 namespace py = pybind11;
 
@@ -31,7 +32,7 @@ py::bytes png_encode(const Bytes& pixels, const std::string& palette) {
     }
     std::vector<uint8_t> file;
     {
-        py::gil_scoped_release release;
+        ReleasedGil release;
         file = png_file(source, height, width, colour == kRgb ? 3 : 1, 8, colour, palette);
     }
     return as_bytes(file);
@@ -44,7 +45,7 @@ py::bytes png_encode_words(const Words& pixels) {
     const uint16_t* source = pixels.data();
     std::vector<uint8_t> file;
     {
-        py::gil_scoped_release release;
+        ReleasedGil release;
         std::vector<uint8_t> bytes(2 * height * width);
         for (int64_t k = 0; k < height * width; ++k) bytes[2 * k] = static_cast<uint8_t>(source[k] >> 8), bytes[2 * k + 1] = static_cast<uint8_t>(source[k]);
         file = png_file(bytes.data(), height, width, 2, 16, kGrey, "");
@@ -56,7 +57,7 @@ py::array_t<int64_t> count_bytes(const Bytes& pixels) {
     py::array_t<int64_t> counts(256);
     const uint8_t* source = pixels.data();
     int64_t* target = counts.mutable_data();
-    py::gil_scoped_release release;
+    ReleasedGil release;
     std::array<std::array<uint32_t, 256>, 4> parts{};  // four, as equal neighbours would wait for each other
     const int64_t size = pixels.size();
     for (int64_t k = 0; k < size; ++k) ++parts[k & 3][source[k]];

@@ -43,6 +43,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same on a CPU: csrc/network_ops.cpp where it is faster, PyTorch's own fused attention elsewhere."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    if k.shape != (batch, heads, keys, width) or v.shape[:3] != k.shape[:3]:
+        return reference(q, k, v)  # PyTorch's own does not refuse all that do not fit
     is_wide = width > WIDE and keys > FEW_KEYS and q.dtype == torch.float32
     if not is_native(q, k, v) or is_wide or v.shape[3] != width:
         return plain(q, k, v)

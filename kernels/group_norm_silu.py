@@ -32,7 +32,8 @@ def native(
     """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map
     between; `in_place` in the memory of the image, where that lies as it is read.
     """
-    if x.ndim != 4 or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
+    fits = x.ndim == 4 and weight.shape == bias.shape == x.shape[1:2]
+    if not fits or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
         return reference(x, weight, bias, groups, eps, has_silu)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape

@@ -32,8 +32,19 @@ def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor)
     return torch.stack([sample * latents + weight * entry + earlier, entry]).to(latents.dtype)
 
 
+def _check(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> None:
+    if output.shape != (2 * len(latents), *latents.shape[1:]):
+        raise ValueError(f"guided_step: output {list(output.shape)} is not twice the latents {list(latents.shape)}")
+    if history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
+        raise ValueError(
+            f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents "
+            f"{list(latents.shape)}"
+        )
+
+
 def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
     """The same from csrc/guided_step.cpp or guided_step.cu, fp32 latents and history wherever they lie."""
+    _check(output, latents, history, numbers)
     if latents.dtype != torch.float32 or history.dtype != torch.float32 or (latents.is_cuda and not _C.built_with_cuda):
         return reference(output, latents, history, numbers)
     size, slots = latents.numel(), len(history)
@@ -86,13 +97,7 @@ def _guided_step_kernel(
 
 def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
     """What `reference` says; the numbers stay on the device, so one captured graph serves every call."""
-    if output.shape != (2 * len(latents), *latents.shape[1:]):
-        raise ValueError(f"guided_step: output {list(output.shape)} is not twice the latents {list(latents.shape)}")
-    if history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
-        raise ValueError(
-            f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents "
-            f"{list(latents.shape)}"
-        )
+    _check(output, latents, history, numbers)
     if not is_served("guided_step", output, latents, history, numbers):
         return reference(output, latents, history, numbers)
     out, sizes = latents.new_empty((2, *latents.shape)), blocks(BLOCKS, "guided_step", latents)

@@ -28,7 +28,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor
 
 def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     """The same on a CPU, from csrc/network_ops.cpp."""
-    if shift is not None or not is_native(x, weight, bias) or weight.shape != x.shape[-1:]:
+    fits = weight.shape == bias.shape == x.shape[-1:]
+    if shift is not None or not fits or not is_native(x, weight, bias):
         return reference(x, weight, bias, eps, shift)
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -282,6 +282,9 @@ REFUSED = {
     "guided_step: output": lambda: fused.guided_step(
         torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)
     ),
+    "guided_step: history": lambda: native.guided_step(
+        torch.ones(2, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1, 1, 4, 2, 1), torch.ones(6)
+    ),
     "attention_capture: 2 queries over 0 tokens": lambda: fused.attention_capture(
         torch.ones(1, 1, 2, 8), *[torch.ones(1, 1, 0, 8)] * 2, torch.ones(1, 0, 4)
     ),

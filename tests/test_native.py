@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
-from datasetdm_fast.kernels import OPS, attention, cpu
+from datasetdm_fast.kernels import OPS, attention, cpu, products
 from datasetdm_fast.kernels.case import noise
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
@@ -65,6 +65,32 @@ def test_attention_reads_packed_heads_where_they_lie():
     ours = attention.native(q, k, v)
     assert distance(ours, attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
     assert ours.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "last"),
+    [
+        pytest.param("layer_norm", ((4, 64), (64,), (1,)), (1e-5,), id="a bias of one number"),
+        pytest.param("group_norm_silu", ((1, 64, 8, 8), (32,), (32,)), (4, 1e-5), id="a weight for half the channels"),
+        pytest.param("group_norm_silu", ((1, 64, 8, 8), (64,), (32,)), (4, 1e-5), id="a bias for half the channels"),
+        pytest.param("attention", ((2, 2, 4, 8), (2, 2, 5, 8), (2, 2, 3, 8)), (), id="fewer values than keys"),
+        pytest.param("attention", ((2, 2, 4, 8), (2, 2, 5, 7), (2, 2, 5, 8)), (), id="narrow keys"),
+        pytest.param("attention", ((2, 2, 4, 8), (3, 2, 5, 8), (3, 2, 5, 8)), (), id="keys of other images"),
+    ],
+)
+@torch.inference_mode()
+def test_shapes_that_do_not_fit_are_refused_where_they_would_be_read_beyond_their_end(name, shapes, last):
+    given = [noise(*shape) for shape in shapes]
+    if given[0].ndim == 4 and name != "attention":
+        given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        OPS[name].native(*given, *last)
+
+
+@torch.inference_mode()
+def test_attention_over_the_keys_of_one_image():
+    q, k, v = (noise(batch, 2, 5, 8) for batch in (3, 1, 1))
+    assert distance(attention.native(q, k, v), attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
 
 
 @pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
@@ -161,6 +187,14 @@ for _ in range(400):
     assert os.waitpid(child, 0)[1] == 0
 os._exit(0)
 """
+DAEMONS = """
+def work():
+    while True:
+        _C.png_encode(np.zeros((300, 300), np.uint8))
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+"""
 
 
 @pytest.mark.parametrize(
@@ -169,6 +203,7 @@ os._exit(0)
         pytest.param(NO_THREADS, id="the system has no more threads"),
         pytest.param(NO_MEMORY, id="a thread finds no memory"),
         pytest.param(FORKS, id="children of a fork beside calls"),
+        pytest.param(DAEMONS, id="the interpreter ends beside calls"),
     ],
 )
 def test_threads_that_fail_or_are_missing_end_no_process_and_stop_no_call(program):
@@ -260,7 +295,7 @@ def test_the_time_of_each_kind_of_work_is_told_by_thread():
 def test_a_product_within_a_convolution_counts_as_convolution():
     """Not twice, so that the kinds of work of a thread never add up to more than its time."""
     image, weight, bias = (torch.randn(*shape) for shape in ((1, 8, 8, 8), (8, 72), (8,)))
-    out = torch.empty(1, 8, 8, 8)
+    weight, out = products.panels(weight), torch.empty(1, 8, 8, 8)
     convolution = _C.Convolution(weight.data_ptr(), bias.data_ptr(), 0, 8, 8, 3, 1, 1)
     _C.take_times(True)
     convolution.run(image.data_ptr(), bias.data_ptr(), 0, out.data_ptr(), 1, 8, 8, 1)
