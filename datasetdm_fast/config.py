@@ -100,6 +100,7 @@ ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
 ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 SEEDS = 2**63  # a seed is one of so many from 0 on, which a generator and the ledger can hold
+MOST_THREADS = 1024
 MOST_TRIES = 10  # samples that a run makes for every one that is asked for, before it gives up
 DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes the captions of the demo world
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
@@ -188,11 +189,13 @@ def setting(
     positional: bool = False,
     output: str = "",
     has_names: bool = False,
+    most: int | None = None,
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
     a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
-    names what is written. With `has_names` a choice may be followed by a colon and a name.
+    names what is written. With `has_names` a choice may be followed by a colon and a name. A number beyond `most` is
+    refused.
     """
     return field(
         default=default,
@@ -204,6 +207,7 @@ def setting(
             "positional": positional,
             "output": output,
             "has_names": has_names,
+            "most": most,
         },
     )
 
@@ -253,7 +257,7 @@ class EngineSettings:
     engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
     dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
+    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N", most=MOST_THREADS)
     compile: bool = setting(
         False, "compile the fast engine's U-Net with torch.compile, which takes minutes before the first image"
     )
@@ -528,7 +532,11 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         metavar="MINUTES",
     )
     threads: int = setting(
-        0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
+        0,
+        "CPU threads of a process, 0 = all cores, divided among the ranks",
+        identity=False,
+        metavar="N",
+        most=MOST_THREADS,
     )
     gpus: str = setting(
         "",

@@ -73,13 +73,13 @@ def main(arguments: Sequence[str]) -> int:
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
     if not result.is_complete:
-        print(f"not all samples are converted; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
+        print(f"{folder}: not complete; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     told = (
         f"{counted(result.samples, 'sample')} ({splits}) as {', '.join(settings.to)}, {counted(result.files, 'file')}"
     )
-    say(settings, f"{folder}: {told}" if result.made else f"{folder}: complete, {told}; nothing to do")
+    say(settings, f"{folder}: complete, {told}; nothing to do" if conversion.is_complete else f"{folder}: {told}")
     facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
     put(settings, {**facts, "splits": conversion.splits}, str(folder))
     return interruption.exit_code(0)

@@ -117,6 +117,9 @@ def _prepared(config: VerifyConfig):
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile, **where}
     check_engine(config.engine, **own)
+    settings.check_numbers(threads=config.threads)
+    settings.check_seed(config.seed + config.number - 1)
+    prompts.check_classes(config.classes)
     if config.task:
         settings.check_tasks(config.task)
     say(config, f"loading {config.model} for {config.engine} and {config.against}")
@@ -143,7 +146,7 @@ def _prepared(config: VerifyConfig):
         source,
         reference.model.tokenizer,
         number=config.number,
-        seed=settings.check_seed(config.seed),
+        seed=config.seed,
         batch_size=config.number,
         words=words,
     )

@@ -439,12 +439,18 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
         (["PHOTOS", "--only", "00000000"], "is not a run folder"),
         (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows only a part"),
+        (["PHOTOS", "--task", "semantic", "--threads", str(10**20)], "--threads 1"),
     ],
 )
 def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
     given = [str(photos) if word == "PHOTOS" else word for word in line]
     assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_label_without_a_folder_of_decoders_is_refused(photos, tmp_path, capsys):
+    line = [str(photos), "--task", "semantic", "--decoder", "", "--out", str(tmp_path / "run"), "--quiet"]
+    assert label.main(line) == 3 and "no sub-folder holds a config.json" in capsys.readouterr().err
 
 
 def test_a_picture_whose_name_is_no_text_is_refused_by_it(photos, tmp_path, capsys):

@@ -21,6 +21,7 @@ from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit, filter, generate, open_run
+from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
@@ -542,6 +543,26 @@ def test_a_killed_conversion_ends_with_the_same_bytes(run, tmp_path):
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) or contents(out) == whole
         assert contents(converted(run, out, *flags)) == whole
+
+
+def test_a_run_folder_that_was_moved_keeps_its_export(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "before")
+    converted(tmp_path / "before", tmp_path / "before" / "exports", "--to", "coco")
+    (tmp_path / "before").rename(tmp_path / "after")
+    capsys.readouterr()
+    assert main([str(tmp_path / "after"), "--to", "coco"]) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_an_export_stopped_before_its_shared_files_says_that_it_is_not_complete(run, tmp_path, capsys, monkeypatch):
+    out, is_stopping = tmp_path / "out", Interruption.is_stopping
+    asked = iter([False, False])
+    monkeypatch.setattr(Interruption, "is_stopping", lambda self: next(asked, True))
+    assert main([str(run), "--to", "coco", "--out", str(out), "--threads", "1"]) == 0
+    assert f"{out}: not complete; go on with: " in capsys.readouterr().err
+    monkeypatch.setattr(Interruption, "is_stopping", is_stopping)
+    assert main([str(run), "--to", "coco", "--out", str(out), "--threads", "1"]) == 0
+    assert "nothing to do" not in capsys.readouterr().err
 
 
 def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, tmp_path, capsys):

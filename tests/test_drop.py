@@ -76,7 +76,7 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
 
 
 def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
-    (tmp_path / "ids.txt").write_text("00000003\n\n  00000000 \n")
+    (tmp_path / "ids.txt").write_text("\ufeff00000003\r\n\n  00000000 \n")
     assert drop.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0
     assert ids(run) == ["00000001", "00000002", "00000004", "00000005"]
     assert drop.main([str(run), "--where", "score<2"]) == 2 and "Score them first" in capsys.readouterr().err

@@ -219,6 +219,7 @@ WRONG = [
     (["--where", "score>=1", "--undo"], "--undo: it removes the filter"),
     (["--undo"], "has not been filtered"),
     (["--clip", "no/such/folder"], "holds no config.json"),
+    (["--clip", "no/such/folder", "--dry-run"], "holds no config.json"),
     (["--threads", "-1"], "--threads -1"),
 ]
 

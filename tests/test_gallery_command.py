@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -124,6 +125,27 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert (run / "review" / "good.txt").read_text() == "" and review.read(run)["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
     assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
+
+
+def test_what_cannot_be_answered_is_no_error_on_the_screen(run, ask, capsys):
+    with socket.create_connection(("127.0.0.1", ask.port), timeout=20) as connection:
+        connection.sendall(f"GET http://[ HTTP/1.1\r\nHost: 127.0.0.1:{ask.port}\r\n\r\n".encode())
+        assert b"404" in connection.recv(100)
+    bad = run / "review" / "bad.txt"
+    kept = bad.read_bytes() if bad.exists() else b""
+    bad.unlink(missing_ok=True)
+    bad.mkdir(parents=True)
+    assert ask(f"{HOME}review")[0] == 500
+    bad.rmdir()
+    bad.write_bytes(kept)
+    assert ask(f"{HOME}review")[0] == 200 and capsys.readouterr().err == ""
+
+
+def test_a_run_folder_whose_name_is_no_utf_8_is_served(tmp_path):
+    folder = tmp_path / os.fsdecode(b"b\xffd")
+    folder.mkdir()
+    with server.opened(server.ServedRun.of_folder(folder), 18800, print) as serving:
+        assert serving.address.endswith("/b%EF%BF%BDd/gallery/index.html")
 
 
 def test_the_usual_port_is_not_said_by_browsers():

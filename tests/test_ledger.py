@@ -678,3 +678,20 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):
             ledger.row(1)
+
+
+def test_a_disk_without_room_beside_a_ledger_is_full_and_the_ledger_not_damaged(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", 1, 32)
+    real = storage.syscall
+
+    def full(name, call, *arguments):
+        if name.startswith("sqlite SELECT"):
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+            raise error
+        return real(name, call, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", full)
+    for read in (lambda: audit(tmp_path / "run"), lambda: open_run(tmp_path / "run")):
+        with pytest.raises(Missing, match="the disk is full"):
+            read()

@@ -366,7 +366,12 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "more", [("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")], ids=" ".join
+    "more",
+    [
+        *(("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")),
+        *(("--threads", "-1"), ("--threads", str(10**20)), ("--number", str(10**20)), ("--classes", "\udcff")),
+    ],
+    ids=ascii,
 )
 def test_what_cannot_be_compared_is_refused(folder, more, capsys):
     assert command.main(line(folder, *more)) in (2, 3)

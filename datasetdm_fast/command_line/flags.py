@@ -60,6 +60,8 @@ def parse(
     for field in flags_of(cls):
         if (kind := field.metadata.get("output")) and getattr(config, field.name):
             check_output(_flag(field.name), getattr(config, field.name), kind)
+        if (most := field.metadata.get("most")) and (value := getattr(config, field.name)) > most:
+            raise Refused(f"{_flag(field.name)} {value}: expected at most {most}", "Choose another number.")
     return config, set(values)
 
 

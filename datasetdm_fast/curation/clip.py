@@ -20,6 +20,11 @@ NEEDED = "It needs config.json, model.safetensors and the files of its tokenizer
 
 def digest_of(folder: Path) -> str:
     """SHA-256 of the files of a CLIP's folder that decide its scores, in the order of their names."""
+    if not (folder / "config.json").is_file():
+        raise Refused(
+            f"--clip {folder}: holds no config.json",
+            "Name a folder with a CLIP as transformers saves it, such as a copy of openai/clip-vit-base-patch32.",
+        )
     found = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
     digests = ((path.name, storage.sha256_of(path)) for path in found)
     return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
@@ -30,11 +35,6 @@ class Clip:
 
     def __init__(self, folder: Path, digest: str):
         self.digest = digest
-        if not (folder / "config.json").is_file():
-            raise Refused(
-                f"--clip {folder}: holds no config.json",
-                "Name a folder with a CLIP as transformers saves it, such as a copy of openai/clip-vit-base-patch32.",
-            )
         from transformers import AutoTokenizer, CLIPModel
 
         try:

@@ -31,7 +31,7 @@ def read_ids(given: Sequence[str], file: str) -> list[int]:
     """Indices from ids, and from a file with one id per line."""
     ids = [(id, "ID") for id in given]
     if file:
-        text = storage.read(Path(file), LARGEST_LIST).decode(errors="replace")
+        text = storage.read(Path(file), LARGEST_LIST).decode("utf-8-sig", errors="replace")
         ids += [(line.strip(), f"{file} line {k}") for k, line in enumerate(text.splitlines(), 1) if line.strip()]
         if not ids:
             raise Refused(f"--file {file}: it contains no id", "Write one id per line, such as 00000003.")

@@ -155,8 +155,10 @@ def _refusing(path: Path) -> Iterator[None]:
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError):
         raise  # our own mistakes
     except (sqlite3.DatabaseError, OverflowError, UnicodeError) as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest of it says which call it was
-        if code == sqlite3.SQLITE_FULL:
+        call = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        code = call & 0xFF  # the rest of it says which call it was
+        # the memory that processes share is a file beside the database, and a disk without room for it is full as well
+        if code == sqlite3.SQLITE_FULL or call == sqlite3.SQLITE_IOERR_SHMSIZE:
             raise storage.refusal(OSError(errno.ENOSPC, ""), path) from error
         if code in _DISK:
             remedy = "Check the disk, the folder and its permissions, then run the same command again."

@@ -20,6 +20,7 @@ from datasetdm_fast.errors import Missing, Refused, nearest
 _OWN = secrets.randbelow(10**9)  # as on another machine, or in another container, a process may have this one's number
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
@@ -204,7 +205,7 @@ def forget(part: Path) -> None:
 def refusal(error: OSError, path: str | Path) -> Missing:
     """What a command says and does where the disk does not do its part."""
     if error.errno in _FULL:
-        return Missing(f"{path}: the disk is full", "Free some space and run the same command again: it resumes.")
+        return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(
         f"{path}: {error.strerror or error}{alike}",

@@ -67,7 +67,7 @@ def open_engine(
         labels = check_known(tasks, found, list(found), list(found), f"{loaded.name}, a model of seeded weights,")
         chosen = {label: found[label] for label in labels}
         told = {label: {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE} for label in labels}
-    elif decoder:
+    elif decoder is not None:
         folders = find_decoders(unpacked(decoder, loaded.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
         chosen = {label: load_decoder(folders[label], strict=strict) for label in labels}

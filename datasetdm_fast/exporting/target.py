@@ -68,9 +68,15 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
             "Choose another --out; nothing is ever overwritten.",
         )
     there = read_export(folder)
-    names = ("settings", "runs", "samples", "splits")
-    check_same(folder, there, {name: described[name] for name in names}, "an export")
+    names = ("settings", "samples", "splits")
+    wanted = {name: described[name] for name in names} | {"runs": _unnamed(described)}
+    check_same(folder, {**there, "runs": _unnamed(there)}, wanted, "an export")
     return there["complete"]
+
+
+def _unnamed(described: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an export without the names of their folders, which may have been moved since."""
+    return [{name: value for name, value in run.items() if name != "name"} for run in described["runs"]]
 
 
 class ExportFolder(AbstractContextManager):

@@ -97,6 +97,8 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     try:
         ledger = Ledger(folder / LEDGER, read_only=True)
     except (Refused, Missing) as error:
+        if storage.FULL in str(error):  # which says nothing of the ledger
+            raise
         return damaged(error)
     with ledger:
         try:

@@ -70,11 +70,11 @@ class RunServer(ThreadingHTTPServer):
 
     def __init__(self, run: ServedRun, port: int, against: ServedRun | None = None):
         self.run = run
-        self.prefix = f"/{quote(run.folder.name or 'run')}/"
+        self.prefix = f"/{_quoted(run.folder)}/"
         self.runs = {self.prefix: run}  # by the prefix of their addresses
         self.against = ""
         if against is not None:
-            self.against = f"/against/{quote(against.folder.name or 'run')}/"
+            self.against = f"/against/{_quoted(against.folder)}/"
             self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
@@ -85,6 +85,11 @@ class RunServer(ThreadingHTTPServer):
         """Says what went wrong; a browser that goes away in the middle of an answer is no error."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+
+def _quoted(folder: Path) -> str:
+    """The name of a run folder in an address; bytes of it that are no UTF-8, which no page could read, become marks."""
+    return quote(os.fsencode(folder.name).decode(errors="replace") or "run")
 
 
 def hosts_of(port: int) -> frozenset[str]:
@@ -130,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         is_own = self.headers.get("Origin") in {f"http://{host}" for host in self.server.hosts}
         if not self._is_asked_here() or not is_own:
             return self._refuse(403)
-        if urlsplit(self.path).path != f"{self.server.prefix}review":
+        if self._path() != f"{self.server.prefix}review":
             return self._refuse(404)
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
@@ -145,14 +150,17 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         if not self._is_asked_here():
             return self._refuse(403)
-        path = urlsplit(self.path).path
+        path = self._path()
         if path in ("/", self.server.prefix):
             return self._send(302, b"", "", {"Location": f"{self.server.prefix}gallery/index.html"})
         if path == "/favicon.ico":  # which browsers ask for without being told to
             return self._send(204, b"", "")
         if path == f"{self.server.prefix}review":
             run = self.server.run
-            marks = sorted(review.read(run.folder).items())
+            try:
+                marks = sorted(review.read(run.folder).items())
+            except (Missing, Refused):  # the lists of marks cannot be read
+                return self._refuse(500)
             told = {"path": run.command_path, "marks": marks, "against": self.server.against}
             return self._send(200, json.dumps(told).encode(), "application/json")
         try:
@@ -160,6 +168,13 @@ class Handler(BaseHTTPRequestHandler):
         except Missing:  # the store does not answer
             return self._refuse(502)
         return self._send_file(found) if found else self._refuse(404)
+
+    def _path(self) -> str:
+        """The path of the address that is asked for, empty where it is no address."""
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            return ""
 
     def _is_asked_here(self) -> bool:
         """Whether the browser took this server for what it is: another name may be one that was pointed here."""
