@@ -209,8 +209,9 @@ def _tell(config: PromptsConfig, sentences: Sequence[Sentence], total: int, reas
     if named:
         rarest, commonest = min(named, key=named.get), max(named, key=named.get)
         least, most = (f"{named[name]:,} ({name})" for name in (rarest, commonest))
-        even = named[rarest] == named[commonest]
-        print(f"classes    {len(named)}, {f'{named[rarest]:,} prompts each' if even else f'from {least} to {most}'}")
+        each = f"{named[rarest]:,} {'prompt' if named[rarest] == 1 else 'prompts'} each"
+        told = each if named[rarest] == named[commonest] else f"from {least} to {most}"
+        print(f"classes    {len(named)}, {told}")
     for first, second, count in found["together"][:3]:
         print(f"together   {first} and {second}: {count:,}")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):

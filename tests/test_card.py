@@ -76,6 +76,12 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
     assert "--prompts" not in card.command_line(document(12, prompts=demo))
 
 
+def test_the_card_of_pictures_that_were_given_does_not_call_them_the_models(run):
+    drawn, given_ = text(run), text(run, command="label")
+    assert "The images have the biases" in drawn and "its labels have the biases" not in drawn
+    assert "The images have the biases" not in given_ and "its labels have the biases" in given_
+
+
 def test_the_verdict_stands_there_or_that_there_is_none(run):
     assert card.UNVERIFIED in text(run)
     engine = {"engine": "fast", "dtype": "fp16", "device_name": "a GPU"}

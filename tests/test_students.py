@@ -189,6 +189,8 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     assert evaluate.main(line) == 0
     shown = capsys.readouterr().out
     assert "both over real: " in shown and "both-self over both: " in shown and "at 64 x 64 pixels" in shown
+    head, row = shown.splitlines()[1:3]
+    assert len(head) == len(row) and head.index("miou") + 4 == row.index(".") + 4, "columns lie below their heads"
     weights = {path: path.read_bytes() for path in (tmp_path / "out").rglob("model.safetensors")}
     assert sorted(path.parent.name for path in weights) == [
         f"{arm}-{seed}" for arm in ("both", "both-self", "real") for seed in (0, 1)

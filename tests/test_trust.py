@@ -114,8 +114,11 @@ def test_all_samples_are_kept_and_counted(tmp_path, capsys):
     assert ids(path, kept=True) == [k for k in range(NUMBER) if k not in doubtful] and audit(path).findings == []
 
 
-def test_one_doubtful_sample_is_told_in_the_singular(tmp_path, monkeypatch, capsys):
+def test_one_doubtful_sample_is_told_in_the_singular_and_none_as_none(tmp_path, monkeypatch, capsys):
     trusted, drawn = Trust(), torchless.drawn
+    monkeypatch.setattr(torchless, "drawn", lambda request, tasks: replace(drawn(request, tasks), trust=trusted))
+    assert generate.main(["--number", "3", "--out", str(tmp_path / "good")]) == 0
+    assert "None of the samples is doubtful" in (tmp_path / "good" / "README.md").read_text()
     monkeypatch.setattr(
         torchless,
         "drawn",

@@ -37,6 +37,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.truth.labelled import Labelled
 
+TAUGHT_BY = "taught by"  # heads the arms of a table
 ARMS = {"real": ("real",), "synthetic": ("run",), "both": ("real", "run")}  # name -> the sets it is taught by
 SELF = "-self"  # what the names of students end with that are taught again by labels of their own
 LARGEST_STATE = 2**24  # bytes of a JSON file in the folder
@@ -277,12 +278,12 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """The figures for a reader."""
     ((task, row),) = found.items()
-    wide = max(map(len, row["arms"]))
+    wide = max(map(len, (TAUGHT_BY, *row["arms"])))
     averaged = ", the mean over six scales and their mirror images" if row["averaged"] else ""
     own = ", scored at the images' own size" if row["own_size"] else ""
     lines = [f"{row['student']}, {task}, at {row['pixels']} x {row['pixels']} pixels{own}{averaged}"]
     has_things = any("things" in arm for arm in row["arms"].values())
-    lines.append(f"{'taught by':{wide}}  {row['figure']:>8}  95 % interval" + "       of things" * has_things)
+    lines.append(f"{TAUGHT_BY:{wide}}  {row['figure']:>8}  95 % interval" + "     of things" * has_things)
     for name, arm in row["arms"].items():
         low, high = arm["interval"]
         things = f"  {arm['things']['value']:9.3f}" if "things" in arm else ""

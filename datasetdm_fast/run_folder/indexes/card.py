@@ -46,9 +46,13 @@ USE = (
     "images: a figure on this data set says how well a network agrees with its decoders.",
     "- Labels are wrong where the decoders are: small, thin, hidden and rare things most. `trust`, scores and "
     "confidences tell where to look first.",
-    "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that belong to "
-    "nobody or to somebody among them. Not meant to identify people, nor for decisions about them.",
 )
+BIASES = (
+    "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that belong to "
+    "nobody or to somebody among them.",
+    "- The pictures are not the model's, but its labels have the biases of what it was trained on.",
+)
+NOT_FOR = " Not meant to identify people, nor for decisions about them."
 CITATIONS = (
     """@inproceedings{wu2023datasetdm,
   title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
@@ -114,6 +118,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         *_making(document),
         "\n## Intended use and limits\n",
         *USE,
+        BIASES[is_label] + NOT_FOR,
         "\n## Licences\n",
         *_licences(document),
         "\n## Fingerprints\n",
@@ -256,7 +261,9 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
-        count = ledger.count_doubtful()
+        if not (count := ledger.count_doubtful()):
+            yield "None of the samples is doubtful: their labels fit their prompts and one another.\n"
+            return
         is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
         yield f"{count} of the samples {is_or_are} doubtful, as {their} labels do not fit {their} prompt or one"
         yield "another; `trust` in `samples.jsonl` says why.\n"
