@@ -89,6 +89,8 @@ def main(arguments: Sequence[str]) -> int:
         if interruption.signal:
             print("not all samples are scored; the same command resumes", file=sys.stderr)
             return interruption.exit_code(0)
+    elif not config.dry_run:
+        filtering.close(run)
     return _keep(config, run) if config.where else _show(config, run)
 
 

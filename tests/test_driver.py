@@ -151,7 +151,11 @@ def test_samples_that_are_not_finite_are_set_aside_alone():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), Missing("memory: not enough for 2 images", "Take fewer.")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        Missing("memory: the GPU does not have enough memory for 2 images", "Take fewer."),
+    ],
 )
 def test_what_there_is_no_memory_to_make_again_is_set_aside_and_the_run_goes_on(error):
     engine = Narrow("features")

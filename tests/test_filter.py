@@ -17,7 +17,7 @@ from rendered import document, rendered, write_run
 from test_ledger import tree
 
 from datasetdm_fast import drop, filter, generate, splice
-from datasetdm_fast.curation import scores
+from datasetdm_fast.curation import filtering, scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import NamedMap
@@ -30,6 +30,7 @@ from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.run_folder.score_table import SCORES, read_scores
+from datasetdm_fast.run_folder.seal import is_sealed
 
 NUMBER = 10
 
@@ -154,6 +155,18 @@ def test_kill_9_while_scoring(tmp_path):
     assert state(tmp_path / "a") == state(tmp_path / "b") and audit(tmp_path / "a").findings == []
 
 
+def test_a_run_whose_scoring_was_killed_at_its_very_end_is_closed_by_the_same_line(tmp_path, monkeypatch):
+    write_run(tmp_path / "a", 6)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "rebuild", lambda folder: None)
+        assert filter.main([str(tmp_path / "a"), "--quiet"]) == 0
+    assert not is_sealed(tmp_path / "a")
+    assert [filter.main([str(tmp_path / name), "--quiet"]) for name in "ab"] == [0, 0]
+    assert is_sealed(tmp_path / "a") and state(tmp_path / "a") == state(tmp_path / "b")
+    assert audit(tmp_path / "a").findings == []
+
+
 def test_duplicates_are_found(tmp_path):
     path = tmp_path / "run"
     samples = [rendered(k) for k in (0, 1, 0, 2, 1)]
@@ -255,8 +268,9 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     assert [each.place for each in audit(run).findings] == [KEPT]
 
 
-def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path):
+def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path, monkeypatch):
     number, path = 100_000, tmp_path / "run"
+    monkeypatch.setattr(filtering, "close", lambda run: None)  # without images there is no page of them
     dice = np.random.default_rng(0)
     with RunFolder(path, document(number)) as folder:
         folder.ledger.commit(Row(Request(k, f"a ball {k}", k, ("ball",)), {}) for k in range(number))

@@ -4,8 +4,10 @@ import http.client
 import json
 import os
 import socket
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -362,6 +364,18 @@ def broken_after(number, get_file):
         return get_file(*arguments)
 
     return get
+
+
+def test_a_damaged_row_of_a_store_is_told_with_the_place_of_the_store(run, bucket, tmp_path, capsys):
+    fill(bucket, run)
+    ledger = tmp_path / "ledger.sqlite"
+    ledger.write_bytes((run / "state/ledger.sqlite").read_bytes())
+    with closing(sqlite3.connect(ledger, isolation_level=None)) as connection:
+        connection.execute("UPDATE samples SET labels = '{' WHERE \"index\" = 1")
+    bucket.files.pipe_file(f"{bucket.root}/state/ledger.sqlite", ledger.read_bytes())
+    assert convert.main([bucket.url, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]) == 4
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(f"{bucket.url}/state/ledger.sqlite: ") and told[1].endswith(f"audit {bucket.url}")
 
 
 def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, capsys):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.machine import measure
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.decoders.checkpoint import for_inference
@@ -66,8 +65,8 @@ def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
 def test_the_bench_knows_both_ways_in_which_memory_runs_out():
     with pytest.raises(Missing) as stop:
         memory.halving(Memory(0).run, 1, Memory(0).forget)
-    assert measure.is_out_of_memory(stop.value) and measure.is_out_of_memory(torch.OutOfMemoryError())
-    assert not measure.is_out_of_memory(ValueError("memory"))
+    assert memory.is_out_of_memory(stop.value) and memory.is_out_of_memory(torch.OutOfMemoryError())
+    assert not memory.is_out_of_memory(ValueError("memory"))
 
 
 def test_a_batch_from_free_memory(monkeypatch):

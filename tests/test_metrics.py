@@ -64,11 +64,12 @@ def test_the_truth_scores_one(source):
     assert result["pose"]["pck"] == 1 and result["pose"]["oks_ap"] == pytest.approx(1)
 
 
-def test_images_whose_every_pixel_is_ignored_do_not_count(source):
-    meter, item = METRICS["semantic"](source), source[0]
-    meter.add(replace(item, semantic=np.full_like(item.semantic, 255)), perfect(source, item)["semantic"])
+@pytest.mark.parametrize("task", ["semantic", "open-vocabulary"])
+def test_images_whose_every_pixel_is_ignored_do_not_count(source, task):
+    meter, item = METRICS[task](source), source[0]
+    meter.add(replace(item, semantic=np.full_like(item.semantic, 255)), perfect(source, item)[task])
     assert meter.count == 0
-    meter.add(item, perfect(source, item)["semantic"])
+    meter.add(item, perfect(source, item)[task])
     assert meter.count == 1 and meter.result()["miou"] == 1
 
 

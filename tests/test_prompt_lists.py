@@ -178,6 +178,19 @@ def test_wrong_lines_are_refused_in_a_sentence(line, told, capsys, tmp_path, mon
         assert code in (2, 3) and not os.listdir(tmp_path)
 
 
+def test_a_prompt_of_two_classes_is_used_once_whichever_is_named_first():
+    replies = iter(["a small owl beside a tall lamp", "a tall lamp beside a small owl"][place] for place in (0, 0, 1))
+    plan = [("owl", "lamp"), ("lamp", "owl")]
+    found, reasons = language_model.written(
+        plan, ["owl", "lamp"], lambda _: json.dumps([next(replies)]), lambda _: None
+    )
+    assert [sentence.prompt for sentence in found] == [
+        "a small owl beside a tall lamp",
+        "a tall lamp beside a small owl",
+    ]
+    assert reasons == {"is there twice": 1}
+
+
 def test_a_key_does_not_travel_unencrypted(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     line = ["--llm-url", "http://example.org/v1", "--llm-model", "m", "--out", str(tmp_path / "x")]

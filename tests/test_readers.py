@@ -32,6 +32,7 @@ from datasetdm_fast.labels.image_files import with_text
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.run_folder.split import Split, write_split
 from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, tables
@@ -180,7 +181,7 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         )
     assert [item.id for item in open_data(address, SIZE)] == [before[0], before[2]]
     assert filter.main([str(root), "--where", "trust == 0", "--quiet"]) == 0
-    with pytest.raises(Refused, match="all 1 samples that it keeps are doubtful"):
+    with pytest.raises(Refused, match="the one sample that it keeps is doubtful"):
         open_data(address, SIZE)
     whole = open_data(f"{address}[all]", SIZE)
     assert [item.id for item in whole] == before and [whole.origins(k) for k in range(COUNT)] == [("g",)] * COUNT
@@ -190,6 +191,19 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         assert (sample.instances.masks == item.masks).all() and (sample.depth.metres == item.depth).all()
         assert item.keypoints[..., :2] == pytest.approx(sample.keypoints.points[..., :2], abs=1e-4)
         open_data(f"{address}[val]", SIZE)
+
+
+def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
+    root, address = copied("run")
+    with RunFolder(root, document(COUNT, SIDE)) as folder:
+        folder.ledger.commit(
+            replace(row, trust=Trust(reasons=("it is",) if row.request.index else ()))
+            for row in list(folder.ledger.rows())
+        )
+    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (0,), "test": (1, 2)}))
+    assert len(open_data(address, SIZE)) == 1
+    with pytest.raises(Refused, match=r"run\[test\]: all 2 samples that it keeps are doubtful"):
+        open_data(f"{address}[test]", SIZE)
 
 
 def test_binary_masks_are_read_whatever_their_file_holds(copied):

@@ -1,6 +1,5 @@
 """Time, energy and memory of calls that take turns in one process."""
 
-import gc
 import os
 import statistics
 import time
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
-from datasetdm_fast.engines.memory import trim
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.errors import Missing
 
 STATUS, CLEAR, CORES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
@@ -162,21 +161,13 @@ def meter(device: torch.device) -> Callable[[], float | None]:
     return read
 
 
-def release(device: torch.device) -> None:
-    """Gives back what is free; what the allocator still held would hide what is asked for next."""
-    gc.collect()
-    trim()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def held(device: torch.device) -> int:
     """Bytes of a GPU that PyTorch holds in this process when what is free was given back; 0 on a CPU, whose peaks are
     what a call adds.
     """
     if device.type == "cpu":
         return 0
-    release(device)
+    release()
     return torch.cuda.memory_reserved(device)
 
 
@@ -186,16 +177,11 @@ def peak(device: torch.device, call: Callable[[], Any], others: int = 0) -> tupl
     """
     if device.type == "cpu":
         return with_peak(call)
-    release(device)
+    release()
     torch.cuda.reset_peak_memory_stats(device)
     answer = call()
     wait(device)
     return answer, torch.cuda.max_memory_reserved(device) - others
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, in whatever words."""
-    return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
 
 
 def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
@@ -212,7 +198,7 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
 
 def reset_peak() -> None:
     """Gives back what is free, and begins to count the most memory of this process anew."""
-    release(torch.device("cpu"))
+    release()
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError as error:

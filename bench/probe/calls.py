@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.machine.measure import release, wait
+from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
 from datasetdm_fast.engines.fast import CHUNK_PIXELS, FastEngine
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.generation.overlap import LabelStream
 from datasetdm_fast.kernels.case import BATCH
 from datasetdm_fast.loading.model import Model
@@ -58,7 +59,7 @@ def batches(engine: FastEngine) -> Rows:
     """Milliseconds an image of everything a batch is put through, for several batch sizes."""
     for batch in BATCHES[engine.device.type]:
         yield {"what": f"batch of {batch}, {engine.precision}, an image", "ms": one_batch(engine, batch)}
-        release(engine.device)
+        release()
 
 
 def one_batch(engine: FastEngine, batch: int) -> dict[str, float]:

@@ -75,10 +75,10 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
     """Every part that is not there yet, while the clock allows; the model is loaded for the first that needs it."""
     import torch
 
-    from bench.machine.measure import release
     from bench.probe import calls, forms
     from bench.probe.timing import Inputs
     from bench.report.results import is_settled
+    from datasetdm_fast.engines.memory import release
     from datasetdm_fast.loading import load_model
 
     device, engine = torch.device(config.device), None
@@ -102,4 +102,4 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
                 shown = ", ".join(f"{form} {value}" for form, value in row["ms"].items())
                 print(f"{row['what']}: {shown or row.get('largest_difference', '')}", flush=True)
         file.store(name, rows, time.perf_counter() - begin)
-        release(device)
+        release()

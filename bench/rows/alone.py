@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.machine.measure import CpuShare, mib, release, reset_peak, spread, status, watched
+from bench.machine.measure import CpuShare, mib, reset_peak, spread, status, watched
 from bench.machine.processes import another_process
 from bench.options import say
 from bench.peers import PEERS, Peer, beside
@@ -26,6 +26,7 @@ from bench.rows.measurement import BenchRun, Rows
 from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.generation.recipe import Recipe, label_tables
 from datasetdm_fast.labels.kind import Table
 
@@ -161,7 +162,7 @@ def let_go(setting: Setting) -> None:
     """Drops the reference's networks; who asks for them builds them again."""
     for network in setting.model.networks.values():
         network.let_go()
-    release(setting.device)
+    release()
 
 
 def calls(one: PeerAlone) -> list[float]:

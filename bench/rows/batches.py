@@ -1,12 +1,13 @@
 """How speed and memory of one UNet call change with the batch size."""
 
-from bench.machine.measure import held, release
+from bench.machine.measure import held
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.report import charts
 from bench.report.tables import WHO, Table, figure, memory
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import best_batch
+from datasetdm_fast.engines.memory import release
 
 SWEPT = ("diffusers", OURS)
 
@@ -18,7 +19,7 @@ def rows(run: BenchRun) -> Rows:
     for name in SWEPT if not raced else ():
         others, peer = held(run.setting.device), PEERS[name].build(run.setting, 1)
         raced.append(({"peer": name, "dtype": peer.dtype}, best_batch(peer, run, others)[1]))
-        release(run.setting.device)
+        release()
     return [
         {"peer": row["peer"], "dtype": row["dtype"], **one, "tflops": round(work / one["call_s"] / 1e12, 4)}
         for row, tried in raced

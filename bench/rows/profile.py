@@ -10,12 +10,13 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from bench.machine.measure import release, wait
+from bench.machine.measure import wait
 from bench.peers import PEERS
 from bench.report import charts
 from bench.report.tables import WHO, Cell, Table, figure, percent
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast import _C
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.errors import Missing
 
 # The first that matches a kernel's name, or on a CPU an operation's, names its group.
@@ -47,7 +48,7 @@ def rows(run: BenchRun) -> Rows:
         row = {"peer": name, "dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6)}
         found.append(row | {"shares": shares})
         del peer, call
-        release(run.setting.device)
+        release()
     return found
 
 

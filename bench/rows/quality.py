@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine.measure import interleaved, release, spread
+from bench.machine.measure import interleaved, spread
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
 from bench.report.tables import Table, figure, spread_of, text
@@ -17,6 +17,7 @@ from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import PROFILE, TASKS, Setting
 from datasetdm_fast.agreement.distances import image_distance
 from datasetdm_fast.data import Sample, SemanticMap
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 
@@ -49,7 +50,7 @@ def rows(run: BenchRun) -> Rows:
     rounds = interleaved({name: lambda name=name: make(name) for name in peers}, 0.0, least=IMAGES // BATCH)
     seconds = {name: taken.seconds for name, taken in rounds.items()}
     calls = {name: len(peer.recipe.schedule) for name, peer in peers.items()}
-    release(setting.device)
+    release()
     return [
         {"option": name, "calls": calls[name], "exact_calls": calls[EXACT], "batch": BATCH, "images": IMAGES}
         | {"images_per_second": round(BATCH / statistics.median(seconds[name]), 4)}

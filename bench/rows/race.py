@@ -12,25 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.machine.measure import (
-    held,
-    interleaved,
-    is_out_of_memory,
-    meter,
-    mib,
-    peak,
-    release,
-    spread,
-    undisturbed,
-    wait,
-    watched,
-)
+from bench.machine.measure import held, interleaved, meter, mib, peak, spread, undisturbed, wait, watched
 from bench.peers import OURS, PEERS, Offer, Peer, beside
 from bench.report.tables import Row
 from bench.rows import parity
 from bench.rows.measurement import BenchRun, Rows
 from bench.setting import Setting
 from datasetdm_fast.data import Sample
+from datasetdm_fast.engines.memory import is_out_of_memory, release
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels import label_files
@@ -67,7 +56,7 @@ def race(
     for name in names:
         prepared.append(prepare(run, name, offers[name]))
         if is_of_first and prepared[0][1] is None:
-            release(device)
+            release()
             return [prepared[0][0]]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +82,7 @@ def race(
             one.row["images_alone_s"] = spread([value / one.peer.batch for value in taken[one.name].seconds])
     found = [row for row, _ in prepared]
     del prepared, runners
-    release(device)
+    release()
     return found
 
 
@@ -142,7 +131,7 @@ def first_batch(peer: Peer, setting: Setting, others: int) -> tuple[list[Sample]
             if peer.batch == 1 or not is_out_of_memory(error):
                 raise
         peer.batch //= 2
-        release(setting.device)
+        release()
 
 
 def best_batch(peer: Peer, run: BenchRun, others: int) -> tuple[int, Rows]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.machine.measure import interleaved, meter, release, spread
+from bench.machine.measure import interleaved, meter, spread
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
@@ -22,6 +22,7 @@ from bench.setting import Setting
 from datasetdm_fast.agreement.distances import by_image, relative
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
+from datasetdm_fast.engines.memory import release
 from datasetdm_fast.generation.driver import postprocess
 from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels.label_files import encode
@@ -47,7 +48,7 @@ def rows(run: BenchRun) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         stages = stages_of(run, naive, ours, Path(folder))
         found = [timed(stage, run, run.seconds / 6 / len(stages), ours) for stage in stages]
-    release(run.setting.device)
+    release()
     return found
 
 

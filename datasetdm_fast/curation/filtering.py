@@ -20,6 +20,8 @@ from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run, StoredSample
 from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, passing
+from datasetdm_fast.run_folder.seal import is_indexed
+from datasetdm_fast.run_folder.showing import is_held
 
 BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
@@ -106,6 +108,16 @@ def complete(
         if not is_stopping():
             _add_distances(ledger)
         folder.rebuild()
+
+
+def close(run: Run) -> None:
+    """Writes index files, page and seal of a run with all its scores where a process that was killed has left them; a
+    run that others are at work on is left alone.
+    """
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        is_closed = is_indexed(run.path, run.document, ledger)
+    if not is_closed and not is_held(run.path):
+        complete(run, {}, 1, lambda count: None, lambda: False)
 
 
 def _short(value: float | int | None) -> float | int | None:

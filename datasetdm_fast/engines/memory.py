@@ -76,9 +76,8 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None],
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of a GPU ran out, in PyTorch's words or in ours."""
-    is_ours = isinstance(error, Missing) and error.cause.startswith("memory: ")
-    return is_ours or isinstance(error, torch.OutOfMemoryError)
+    """Whether memory did not suffice, of a GPU or of the machine, in PyTorch's words or in ours."""
+    return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -93,8 +92,8 @@ def trim() -> None:
 
 
 def release() -> None:
-    """Gives back the memory of engines that nobody uses any more: each refers to itself, and PyTorch keeps that of a
-    GPU.
+    """Gives back memory that nobody uses any more: of objects that refer to themselves, as engines of plans do, and
+    what the C library and PyTorch keep.
     """
     gc.collect()
     trim()

@@ -106,6 +106,8 @@ class OpenVocabulary(_Overlap):
     def add(self, truth: Labelled, found: SemanticMap) -> None:
         row = np.zeros((3, len(self.classes)), np.int64)
         known = np.ones(truth.image.shape[:2], bool) if truth.semantic is None else truth.semantic != 255
+        if not known.any():
+            return
         for k, name in enumerate(self.classes):
             mine = truth.mask_classes == k
             here = truth.masks[mine].any(0) & known if mine.any() else np.zeros(truth.image.shape[:2], bool)

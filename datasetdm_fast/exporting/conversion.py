@@ -272,7 +272,9 @@ class Conversion:
         try:
             yield from rows
         except Refused as error:
-            raise _damaged(source.run.path, error.cause) from error
+            path, copies = str(source.run.path), source.run.copies
+            name = copies.store.url if copies else path  # rather than a copy that is deleted at the end
+            raise _damaged(name, error.cause.replace(path, name)) from error
 
     def _in_threads(
         self, opened: target.ExportFolder, threads: int, is_stopping: Callable[[], bool]

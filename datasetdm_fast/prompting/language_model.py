@@ -132,8 +132,9 @@ def written(
     wanted = Counter(plan)
     found: dict[tuple[str, ...], list[str]] = {names: [] for names in wanted}
     reasons: Counter[str] = Counter()
+    used: dict[frozenset[str], set[str]] = {frozenset(names): set() for names in wanted}  # a pair in either order
     for names, count in wanted.items():
-        kept, said, number, empty = found[names], set[str](), 0, 0
+        kept, said, number, empty = found[names], used[frozenset(names)], 0, 0
         while len(kept) < count and empty < 2:
             number += 1
             before = len(kept)

@@ -74,14 +74,18 @@ class RunSamples(PictureSource):
         self._name_classes(tasks)
         # position in the run, id, and what the sample has in common with others
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
+        kept = 0
         for position, row in enumerate(self.run.rows(("files", "trust"))):
             if wanted is not None and row.request.index not in wanted:
                 continue
+            kept += 1
             if self.is_all or self._trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
-        if len(self.run) and wanted is None and not self.records:
+        if kept and not self.records:
+            part = f"[{split}]" if parts else ""
             raise Refused(
-                f"--data run:{path}: all {len(self.run)} samples that it keeps are doubtful",
+                f"--data run:{path}{part}: {'the one sample' if kept == 1 else f'all {kept} samples'} that it keeps "
+                f"{'is' if kept == 1 else 'are'} doubtful",
                 f"Look at them in its gallery; run:{path}[all] takes them as they are.",
             )
         super().__init__(size, len(self.records))
