@@ -305,6 +305,15 @@ def child(code, **options):
     )
 
 
+@pytest.mark.parametrize(("raised", "code"), [("Refused('no', 'do')", 2), ("OSError(28, 'No space left')", 3)])
+def test_where_no_message_can_be_written_the_exit_code_still_tells(raised, code):
+    body = f"from datasetdm_fast.errors import Refused\ndef command(_):\n    raise {raised}"
+    with open("/dev/full", "w") as full:
+        lines = f"import sys\nfrom datasetdm_fast.command_line.ending import run_command\n{body}"
+        lines += "\nsys.exit(run_command(command))"
+        assert subprocess.run([sys.executable, "-c", lines], stderr=full).returncode == code
+
+
 def test_sigterm_unwinds_and_exits_143():
     code = """
 def command(arguments):

@@ -150,6 +150,16 @@ def test_a_run_folder_whose_name_is_no_utf_8_is_served(tmp_path):
         assert serving.address.endswith("/b%EF%BF%BDd/gallery/index.html")
 
 
+def test_marks_of_a_run_that_was_moved_away_are_not_written(run, ask):
+    moved, own = run.with_name("moved"), f"http://127.0.0.1:{ask.port}"
+    run.rename(moved)
+    try:
+        assert ask(f"{HOME}review", "PUT", '{"marks": [["00000001", "bad"]]}', Origin=own)[0] == 507
+        assert not run.exists()
+    finally:
+        moved.rename(run)
+
+
 def test_the_usual_port_is_not_said_by_browsers():
     assert server.hosts_of(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
     assert server.hosts_of(8765) == {"127.0.0.1:8765", "localhost:8765"}

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
@@ -45,28 +46,26 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
     except (Refused, Missing, GateFailed) as stop:
         return _told(stop)
     except KeyboardInterrupt:
-        print(ENDED, file=sys.stderr)
+        _say(ENDED)
         return 130
     except SystemExit as stop:  # --help, --version, SIGTERM
         if watch.signal:
-            print(ENDED, file=sys.stderr)
+            _say(ENDED)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError as error:
         return 141 if _reader_is_gone() else report(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = "a file or standard output" if error.filename is None else documents.quoted(error.filename)
-            print(f"{place}: {error.strerror}", file=sys.stderr)
-            print("Free some space, then run the same command again.", file=sys.stderr)
+            _say(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
             return Missing.exit_code
         if error.errno != errno.ENAMETOOLONG:
             return report(error)
-        print(f"{documents.quoted(error.filename)}: no file or folder has so long a name", file=sys.stderr)
-        print("Choose a shorter name.", file=sys.stderr)
+        _say(f"{documents.quoted(error.filename)}: no file or folder has so long a name", "Choose a shorter name.")
         return Refused.exit_code
     except Exception as error:
         if watch.signal:  # a library made another error of it, as imports do
-            print(ENDED, file=sys.stderr)
+            _say(ENDED)
             return 128 + watch.signal
         return _told(stop) if (stop := _out_of_memory(error)) else report(error)
     finally:
@@ -74,9 +73,14 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
 
 
 def _told(stop: Refused | Missing | GateFailed) -> int:
-    for line in (stop.cause, stop.remedy):
-        print(documents.one_line(line), file=sys.stderr)
+    _say(documents.one_line(stop.cause), documents.one_line(stop.remedy))
     return stop.exit_code
+
+
+def _say(*lines: str) -> None:
+    """Lines on standard error; where even these cannot be written, as on a full disk, the exit code tells alone."""
+    with suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def _out_of_memory(error: Exception) -> Missing | None:

@@ -33,7 +33,9 @@ def own_table(path: str) -> class_tables.ClassTable:
             categories = [value for key, value, _, _ in JsonStream(Path(path)) if key == "categories"]
             return class_tables.of_categories(categories, path)
         return class_tables.parse(storage.read(Path(path), LARGEST_TABLE).decode("utf-8-sig"), path)
+    except Refused as stop:  # of the file as a whole
+        raise Refused(f"--class-table: {stop.cause}", stop.remedy) from stop
     except ValueError as error:
-        raise Refused(
-            f"--class-table {path}: {error}", "The first line names the columns: number,name,say,colour,words."
-        ) from error
+        form = "The first line names the columns: number,name,say,colour,words."
+        remedy = "Name the annotation file of LVIS or COCO, or a CSV file." if path.endswith(".json") else form
+        raise Refused(f"--class-table {path}: {error}", remedy) from error

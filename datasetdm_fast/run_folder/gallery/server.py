@@ -139,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404)
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
+            if not self.server.run.folder.is_dir():  # moved or deleted: the marks would be in a new folder of its name
+                return self._refuse(507)
             with self.server.marking, self.server.run.reviewing():
                 review.change(self.server.run.folder, marks)
         except (ValueError, Refused):
