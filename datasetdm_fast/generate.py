@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         result = _run_together(config, partial(spawn.run, config, places), interruption)
     else:
         result = _run_here(config, interruption)
-    code = _end(config, result)
+    code = _end(config, result, by=" by this process" if peer else "")
     if not result.is_complete:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}".rstrip()
         print(f"{result.done} of {result.number} samples are there; {remedy}", file=sys.stderr)
@@ -263,7 +263,7 @@ def _make_again(config: RunConfig, given: set[str]) -> int:
     return remade(config, str(task.folder), task.row.request.id, partial(remake, task))
 
 
-def _end(config: RunConfig, result: Result) -> int:
+def _end(config: RunConfig, result: Result, by: str = "") -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
@@ -271,9 +271,8 @@ def _end(config: RunConfig, result: Result) -> int:
     put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
-        speed = (
-            f"{counted(result.made, 'image')} in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
-        )
+        made = f"{counted(result.made, 'image')}{by} in {duration(result.seconds)}"
+        speed = f"{made} ({closing}), {rate:.3g} images per second"
         say(config, f"{speed}; look at {_page(config, result)}")
     if result.told:
         say(config, result.told)

@@ -82,6 +82,11 @@ def test_the_card_of_pictures_that_were_given_does_not_call_them_the_models(run)
     assert "The images have the biases" not in given_ and "its labels have the biases" in given_
 
 
+def test_what_a_sample_offers_is_what_its_run_made():
+    assert card._attributes(("semantic", "instance")) == ".image .semantic .instances .prompt .seed"
+    assert card._attributes(("attention", "depth:nyu")) == '.image .attention .label("depth:nyu") .prompt .seed'
+
+
 def test_the_verdict_stands_there_or_that_there_is_none(run):
     assert card.UNVERIFIED in text(run)
     engine = {"engine": "fast", "dtype": "fp16", "device_name": "a GPU"}

@@ -423,6 +423,7 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         (["empty"], "empty: no sample is committed yet"),
         (["away"], "away: no browser opens a page whose samples are in an object store"),
         (["away", "--serve"], "away: no sample is committed yet"),
+        (["file:///nowhere/run"], "file:///nowhere/run: holds no run.json"),
         (["empty", "--out", "copy"], "--out: empty is a local folder"),
         (["nothing://bucket/run", "--serve"], "Protocol not known"),
     ],

@@ -14,10 +14,12 @@ import troubled
 from skips import IS_LONG, long_test
 from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
+from datasetdm_fast import generate
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation.result import Result
 from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.workers import heartbeat, launched
 from datasetdm_fast.workers.heartbeat import USUAL, Silence
@@ -63,6 +65,12 @@ def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chos
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
         launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
+
+
+def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
+    result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
+    generate._end(RunConfig(), result, by=" by this process")
+    assert "2 images by this process in 2.0 s" in capsys.readouterr().err
 
 
 def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):

@@ -40,6 +40,8 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
     folder = Path(place)
     if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
         copies, folder = None, copies.store.disk
+    elif copies and copies.store.disk and is_url(place):
+        raise unfinished(str(place))
     elif copies and not is_served:
         raise Refused(
             f"{place}: no browser opens a page whose samples are in an object store",

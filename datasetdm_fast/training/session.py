@@ -179,7 +179,8 @@ class TrainingSession:
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
-            self.say(f"{task:<10} {plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
+            views = counted(batch, "view")
+            self.say(f"{task:<10} {plan.decoder.kind} decoder, {steps} steps of {views}{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
             for task, plan in plans.items():

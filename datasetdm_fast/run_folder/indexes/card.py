@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
-from datasetdm_fast.labels import by_kind, kind_of
+from datasetdm_fast.labels import by_kind, kind_of, task_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
 from datasetdm_fast.run_folder.document import ASIDE, maker, sets_aside, size_in_words
@@ -248,8 +248,9 @@ def _citations(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _attributes(labels: Sequence[str]) -> str:
     """What a sample of these labels offers."""
-    named = [f'.label("{label}")' for label in labels if ":" in label]
-    return " ".join((".image", *(named or (".semantic", ".instances", ".depth", ".keypoints")), ".prompt .seed"))
+    names = {label: kind_of(label).attribute for label in labels}
+    found = (f".{name}" if task_of(name) == label else f'.label("{label}")' for label, name in names.items())
+    return " ".join((".image", *found, ".prompt .seed"))
 
 
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
