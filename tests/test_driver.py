@@ -221,7 +221,7 @@ def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
 
 
 def test_every_sample_is_judged_and_may_lose_its_doubtful_pixels(monkeypatch):
-    def emptied(named, labels):
+    def emptied(named, labels, prompt, own):
         label = labels["semantic"]
         return {**labels, "semantic": replace(label, labels=np.full_like(label.labels, 255))}
 
@@ -229,7 +229,8 @@ def test_every_sample_is_judged_and_may_lose_its_doubtful_pixels(monkeypatch):
     asked, tasks = requests("a ball", "a tree", classes=("ball",)), ("semantic", "instance")
     plain, ignored = (samples(StubEngine(), asked, tasks=tasks, ignore=how) for how in ("nothing", "disagreeing"))
     for before, after in zip(plain, ignored, strict=True):
-        assert before.trust == after.trust == trust_of(("ball",), before.annotations) and before.is_doubtful
+        judged = trust_of(("ball",), before.annotations, before.request.prompt)
+        assert before.trust == after.trust == judged and before.is_doubtful
         assert not (before.annotations["semantic"].labels == 255).any()
         assert (after.annotations["semantic"].labels == 255).all()
 
