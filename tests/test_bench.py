@@ -84,7 +84,7 @@ def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
 def test_memory_on_a_gpu_is_that_of_a_peer_and_of_its_graphs(monkeypatch):
     """Of what PyTorch holds, what a graph keeps is no longer allocated; the networks of other peers are not counted."""
     holding = {"now": 100, "most": 100}
-    monkeypatch.setattr(measure, "release", lambda device: None)
+    monkeypatch.setattr(measure, "release", lambda: None)
     monkeypatch.setattr(measure, "wait", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: holding["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: holding["most"])

@@ -226,7 +226,9 @@ def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> li
     """What is mapped, kept, mended and left out, a line each."""
     noise = "seed + place in the list" if config.corrected else "one generator for the images of this line"
     places = "all tokens of a word" if config.corrected else "word positions"
-    shard = "" if prompts.is_whole else f", entries {prompts.first} to {prompts.first + len(prompts.prompts) - 1}"
+    first, last = prompts.first, prompts.first + len(prompts.prompts) - 1
+    entries = f"entry {first}" if first == last else f"entries {first} to {last}"
+    shard = "" if prompts.is_whole else f", {entries}"
     lines = {
         "list": f"{len(prompts.prompts)} of {prompts.length} prompts{shard}, classes of {prompts.kind}",
         "mapped": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "

@@ -161,6 +161,13 @@ def size_in_words(document: Mapping[str, Any]) -> str:
     return document["composition"]["sides"] if "composition" in document else f"{size} × {size} pixels"
 
 
+def sampler_in_words(document: Mapping[str, Any]) -> str:
+    """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not."""
+    name, sampling = document["config"]["sampler"], document["sampling"]
+    steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
+    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != "inversion"))
+
+
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     """One line per setting that differs, with both values."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):

@@ -12,7 +12,7 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.names import LabelName, by_task
-from datasetdm_fast.run_folder.document import maker, sides, size_in_words
+from datasetdm_fast.run_folder.document import maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import traced
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
@@ -131,7 +131,7 @@ class RunFacts:
     def whole(self, *, has_sheets: bool, is_in_progress: bool) -> dict[str, Any]:
         """What all samples share."""
         document, words = self.document, list(self._numbers)
-        config, sampling = document["config"], document["sampling"]
+        config = document["config"]
         drawn = [
             {
                 "name": layer.name,
@@ -172,7 +172,7 @@ class RunFacts:
             "summary": ", ".join(config["task"]),
             "facts": [
                 ["Model", document["model"]["name"]],
-                ["Sampler", f"{config['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}"],
+                ["Sampler", sampler_in_words(document)],
                 ["Engine", document["engine"].get("engine", "")],
                 *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
             ],

@@ -11,7 +11,7 @@ from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of, task_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
-from datasetdm_fast.run_folder.document import ASIDE, maker, sets_aside, size_in_words
+from datasetdm_fast.run_folder.document import ASIDE, maker, sampler_in_words, sets_aside, size_in_words
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
@@ -166,10 +166,7 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     versions = {**document["versions"], **{name: value for name, value in engine.items() if name != "engine"}}
     yield f"- Versions and device: {', '.join(f'{_word(name)} {_code(value)}' for name, value in versions.items())}"
     yield from _mixed(document)
-    yield (
-        f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
-        f"{sampling['guidance']:g}"
-    )
+    yield f"- Sampler {sampler_in_words(document)}"
     foreign = sampling.get("labellers", {}).items()
     yield from (f"- Labels {_code(name)}: read by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
