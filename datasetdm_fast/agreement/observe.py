@@ -136,9 +136,3 @@ class Rounded(TorchEngine):
                 latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False
             )[0].float()
         return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
-
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        with torch.inference_mode():
-            pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            posterior = self.model.vae.encode(pixels.to(self.dtype)).latent_dist
-        return posterior.mean.float() * self.model.vae.config.scaling_factor

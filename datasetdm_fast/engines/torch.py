@@ -217,8 +217,8 @@ class TorchEngine:
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
         pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.model.vae.encode(pixels).latent_dist
-        latents = posterior.mean
+        posterior = self.model.vae.encode(pixels.to(self.model.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
         if generators is not None:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
             latents = latents + posterior.std * noise.to(self.device)
