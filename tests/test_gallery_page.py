@@ -3,7 +3,10 @@
 import shlex
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,38 +274,45 @@ def test_marks_are_kept_and_saved_as_a_list(chromium, run, capsys):
     page.close()
 
 
-@pytest.mark.loopback
-def test_a_served_page_writes_marks_and_tells_values(chromium, run):
-    with server.opened(served(run), 18765, print) as serving:
+@contextmanager
+def at_work(*given: Any) -> Iterator[server.RunServer]:
+    """A gallery served by a thread of its own within the block; what is given is what `server.opened` takes."""
+    with server.opened(*given) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:
-            watched = Watched(chromium)
-            page = watched.open(serving.address + "#id=00000001&layer=depth")
-            until(page, "served")
-            page.keyboard.press("b")
-            bad = run / "review" / "bad.txt"
-            until(page, "!isSending")
-            assert bad.read_text() == "00000001\n"
-            assert f"--out '{run.resolve()}'" in page.locator("#line").inner_text()
-            dropping = shlex.split(page.evaluate("by('dropping').textContent"))
-            assert dropping[3:] == [str(run.resolve()), "--file", str(run.resolve() / "review/bad.txt")]
-            box = page.locator("#frame .stack").bounding_box()
-            page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
-            until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")
-            until(page, "by('pointed').textContent.includes(' m')")  # though the cursor rests
-            told = page.locator("#pointed").inner_text()
-            x, y = map(int, told.partition(" · ")[0].split(", "))
-            view = rendered(1, 48).annotations
-            assert f"{view['depth'].metres[y, x]:.2f} m" in told
-            assert f"Semantic: {view['semantic'].classes[view['semantic'].labels[y, x]]}" in told
-            assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
-            page.reload()
-            until(page, "filled && marks.get('00000001') === 'bad'")
-            page.close()
+            yield serving
         finally:
             serving.shutdown()
             thread.join()
+
+
+@pytest.mark.loopback
+def test_a_served_page_writes_marks_and_tells_values(chromium, run):
+    with at_work(served(run), 18765, print) as serving:
+        watched = Watched(chromium)
+        page = watched.open(serving.address + "#id=00000001&layer=depth")
+        until(page, "served")
+        page.keyboard.press("b")
+        bad = run / "review" / "bad.txt"
+        until(page, "!isSending")
+        assert bad.read_text() == "00000001\n"
+        assert f"--out '{run.resolve()}'" in page.locator("#line").inner_text()
+        dropping = shlex.split(page.evaluate("by('dropping').textContent"))
+        assert dropping[3:] == [str(run.resolve()), "--file", str(run.resolve() / "review/bad.txt")]
+        box = page.locator("#frame .stack").bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
+        until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")
+        until(page, "by('pointed').textContent.includes(' m')")  # though the cursor rests
+        told = page.locator("#pointed").inner_text()
+        x, y = map(int, told.partition(" · ")[0].split(", "))
+        view = rendered(1, 48).annotations
+        assert f"{view['depth'].metres[y, x]:.2f} m" in told
+        assert f"Semantic: {view['semantic'].classes[view['semantic'].labels[y, x]]}" in told
+        assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
+        page.reload()
+        until(page, "filled && marks.get('00000001') === 'bad'")
+        page.close()
 
 
 def test_statistics_are_those_of_the_samples_shown(chromium, run):
@@ -414,22 +424,16 @@ def test_a_sample_stays_open_whose_mark_comes_after_it(chromium, run, monkeypatc
         return {"00000001": "good"}
 
     monkeypatch.setattr(server.review, "read", late)
-    with server.opened(served(run), 18785, print) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        try:
-            watched = Watched(chromium)
-            page = watched.open(serving.address + "#only=unmarked&id=00000001")
-            until(page, "opened && served && marks.size === 1")
-            assert page.evaluate("opened.id") == "00000001" and "00000001" not in shown(page)
-            assert page.locator("[data-mark=good]").get_attribute("aria-pressed") == "true"
-            page.keyboard.press("Escape")
-            until(page, "!opened")
-            assert watched.errors == []
-            page.close()
-        finally:
-            serving.shutdown()
-            thread.join()
+    with at_work(served(run), 18785, print) as serving:
+        watched = Watched(chromium)
+        page = watched.open(serving.address + "#only=unmarked&id=00000001")
+        until(page, "opened && served && marks.size === 1")
+        assert page.evaluate("opened.id") == "00000001" and "00000001" not in shown(page)
+        assert page.locator("[data-mark=good]").get_attribute("aria-pressed") == "true"
+        page.keyboard.press("Escape")
+        until(page, "!opened")
+        assert watched.errors == []
+        page.close()
 
 
 def test_opacity_is_one_value_on_the_page_and_beside_the_opened_sample(chromium, run):
@@ -447,32 +451,24 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
     """The other run has the same pictures, but of sample 2 a darker one."""
     write_run(tmp_path / "other", 4, 48)
     Image.fromarray(rendered(2, 48).image // 2).save(tmp_path / "other/images/00000002.png")
-    with server.opened(served(run), 18900, print, served(tmp_path / "other")) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        try:
-            watched = Watched(chromium)
-            page = watched.open(serving.address + "#id=00000002&layer=instance")
-            page.click("#beside [data-way=two]")
-            until(
-                page, "[...frame.children].every(stack => stack.querySelector('.shape')) && frame.children.length > 1"
-            )
-            boxes = [page.locator("#frame .stack").nth(k).bounding_box() for k in (0, 1)]
-            assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1 and boxes[0]["width"] > 300
-            assert page.evaluate("[...frame.children].map(stack => stack.dataset.name)") == [run.name, "other"]
-            page.click("#beside [data-way=difference]")
-            found = []
-            for key in ("ArrowLeft", "ArrowRight"):
-                page.keyboard.press(key)
-                until(page, "[...document.querySelectorAll('#frame img')].every(image => image.complete)")
-                page.wait_for_timeout(300)
-                page.locator("#frame .stack").screenshot(path=tmp_path / "difference.png")
-                found.append(np.array(Image.open(tmp_path / "difference.png").convert("L")).mean())
-            assert found[0] < 4 < 30 < found[1] and watched.errors == []
-            page.close()
-        finally:
-            serving.shutdown()
-            thread.join()
+    with at_work(served(run), 18900, print, served(tmp_path / "other")) as serving:
+        watched = Watched(chromium)
+        page = watched.open(serving.address + "#id=00000002&layer=instance")
+        page.click("#beside [data-way=two]")
+        until(page, "[...frame.children].every(stack => stack.querySelector('.shape')) && frame.children.length > 1")
+        boxes = [page.locator("#frame .stack").nth(k).bounding_box() for k in (0, 1)]
+        assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1 and boxes[0]["width"] > 300
+        assert page.evaluate("[...frame.children].map(stack => stack.dataset.name)") == [run.name, "other"]
+        page.click("#beside [data-way=difference]")
+        found = []
+        for key in ("ArrowLeft", "ArrowRight"):
+            page.keyboard.press(key)
+            until(page, "[...document.querySelectorAll('#frame img')].every(image => image.complete)")
+            page.wait_for_timeout(300)
+            page.locator("#frame .stack").screenshot(path=tmp_path / "difference.png")
+            found.append(np.array(Image.open(tmp_path / "difference.png").convert("L")).mean())
+        assert found[0] < 4 < 30 < found[1] and watched.errors == []
+        page.close()
 
 
 @pytest.mark.loopback
@@ -480,18 +476,12 @@ def test_a_sample_that_the_other_run_has_set_aside_is_shown_beside_this_one(chro
     with RunFolder(tmp_path / "other", document(2, 48)) as folder:
         folder.add([rendered(0, 48), replace(rendered(1, 48), aside="it looks odd")], {})
         folder.rebuild()
-    with server.opened(served(run), 18900, print, served(tmp_path / "other")) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
-        thread.start()
-        try:
-            page = Watched(chromium).open(serving.address + "#id=00000001&layer=semantic")
-            page.click("#beside [data-way=two]")
-            until(page, "frame.children.length > 1")
-            until(page, "[...frame.querySelectorAll('img')].every(image => image.complete && image.naturalWidth)")
-            page.close()
-        finally:
-            serving.shutdown()
-            thread.join()
+    with at_work(served(run), 18900, print, served(tmp_path / "other")) as serving:
+        page = Watched(chromium).open(serving.address + "#id=00000001&layer=semantic")
+        page.click("#beside [data-way=two]")
+        until(page, "frame.children.length > 1")
+        until(page, "[...frame.querySelectorAll('img')].every(image => image.complete && image.naturalWidth)")
+        page.close()
 
 
 def test_a_sample_of_an_address_that_filters_hide_does_not_open_later(chromium, run):
