@@ -28,6 +28,7 @@ COMMAND = "command"  # the fact that has a line of its own
 WIDTH, HEIGHT = 440, 170  # pixels of a chart
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # pixels between its sides and the curve
 POINTS = 200  # of a curve
+STEEP = 5  # a curve whose values differ by a larger factor has a logarithmic scale
 STYLE = """
 :root{color-scheme:light dark;--ink:#222;--dim:#666;--back:#fff;--line:#d5d5d5;--curve:#2563c4}
 @media(prefers-color-scheme:dark){:root{--ink:#eee;--dim:#aaa;--back:#161616;--line:#444;--curve:#7cb0ff}}
@@ -149,7 +150,9 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
     (first, low), (last, high) = means.min(0), means.max(0)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x = LEFT + (means[:, 0] - first) / max(last - first, 1e-9) * (right - LEFT)
-    y = bottom - (means[:, 1] - low) / max(high - low, 1e-12) * (bottom - TOP)
+    is_wide = 0 < STEEP * low < high
+    heights, floor, top = (np.log(one) if is_wide else one for one in (means[:, 1], low, high))
+    y = bottom - (heights - floor) / max(top - floor, 1e-12) * (bottom - TOP)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2"/>' for a, b in zip(x, y)) if len(means) <= 30 else ""
     scale = [(LEFT - 8, bottom + 4, f"{low:.3g}", "end"), (LEFT, HEIGHT - 6, f"step {first:.0f}", "")]
@@ -158,6 +161,7 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
     words = "".join(f'<text x="{a}" y="{b}" class="{kind}">{said}</text>' for a, b, said, kind in scale)
     ends = [means[0], means[-1]] if last > first else [means[0]]
     said = f"{name}: " + ", ".join(f"{value:.4g} at step {step:.0f}" for step, value in ends)
+    said += "; logarithmic scale" if is_wide else ""
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
         f'aria-label="{html.escape(said)}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8}" '
