@@ -240,7 +240,8 @@ def test_the_generation_loop_alone_is_timed_and_holds_its_memory(monkeypatch):
     *runs, scenes, closed, disk = scale.rows(SimpleNamespace(setting=SimpleNamespace(quick=True)))
     assert [row["images"] for row in runs] == [16, 48]
     assert closed["closed"] == 64 and closed["closing_core_ms"] > 0 and 500 < closed["ledger_bytes"] < 4000
-    assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in runs)
+    assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 for row in runs)
+    assert runs[0]["ms"]["engine"] > 0  # which may have made all images before the writer is done with the first 16
     assert scenes["written"] >= scale.SCENE_COUNT and scenes["images_per_second"] > 0 and scenes["core_ms"] > 0
     assert disk["commit_ms"] > 0 and disk["files"] == 4  # image, semantic, confidence, depth
 

@@ -519,6 +519,16 @@ def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
         assert distance(answer[name], expected[name]) <= 1e-6
 
 
+def test_a_single_word_to_centre_is_read_as_it_is():
+    word = torch.full((1, 10), 7.0)
+    decoder = build_decoder(small("open-vocabulary", text_centre=True)).eval()
+    for words in (word, word.repeat(3, 1)):
+        with torch.inference_mode():
+            decoder.centre(words)
+            before = decoder.ask(1, word)
+        assert decoder.text_gain == 1 and not decoder.text_mean.any() and all(part.isfinite().all() for part in before)
+
+
 def test_config_refusals():
     config = small("segmentation")
     assert DecoderConfig.from_json(config.to_json()) == config

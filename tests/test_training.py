@@ -275,10 +275,26 @@ def test_classes_with_a_side_change_places_in_a_mirror():
 
 
 @pytest.mark.parametrize(
-    "names", [("Left Hip", "bright", "Right Hip"), ("leftKnee", "x", "rightKnee"), ("LEFT", "x", "RIGHT")]
+    "names",
+    [
+        ("Left Hip", "bright", "Right Hip"),
+        ("leftKnee", "x", "rightKnee"),
+        ("LEFT", "x", "RIGHT"),
+        ("lefthip", "bright", "righthip"),
+        ("eyeleft", "cleft", "eyeright"),
+        ("Lefthip", "right", "Righthip"),
+        ("bright left", "b", "bright right"),
+        ("brightleft", "brightness", "brightright"),
+    ],
 )
 def test_a_side_is_found_however_it_is_written(names):
     assert mirrored_names(names) == [2, 1, 0]
+
+
+def test_a_name_whose_other_side_is_another_ones_stays():
+    assert mirrored_names(("bleft", "bright", "right bright", "left bright", "a")) == [1, 0, 3, 2, 4]
+    assert mirrored_names(("left", "leftleft", "rightleft")) == [0, 2, 1]
+    assert mirrored_names(("left", "left", "right")) == [2, 1, 0]
 
 
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):

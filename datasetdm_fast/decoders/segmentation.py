@@ -131,7 +131,11 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             self.register_buffer("text_gain", torch.ones(()))
 
     def centre(self, words: Tensor) -> None:
-        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart."""
+        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart; a single one, which has
+        no spread, is read as it is.
+        """
+        if (words == words[0]).all():
+            return
         self.text_mean.copy_(words.mean(0))
         self.text_gain.copy_(1 / (words - words.mean(0)).std())
 

@@ -1,7 +1,7 @@
 """Which classes a text names: one pass over its words."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from datasetdm_fast.labels.class_tables import ClassTable, known
@@ -25,7 +25,8 @@ AFTER_A_NOUN = frozenset(
     " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
     " standing hanging that which who while as against around across along among through".split()
 )
-SIDES = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
+SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
+SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
@@ -109,8 +110,22 @@ def always_named(
 
 def mirrored_names(names: Sequence[str]) -> list[int]:
     """For each joint or class the index of the one that takes its name in a mirror image."""
-    swapped = [SIDES.sub(lambda word: OTHER_SIDE[word[0]], name) for name in names]
-    return [names.index(name) if name in names else k for k, name in enumerate(swapped)]
+    places = {name: k for k, name in reversed(list(enumerate(names)))}
+    order = [next((places[other] for other in _other_sides(name) if other in places), k) for k, name in enumerate(names)]
+    return [other if order[other] == k else k for k, other in enumerate(order)]
+
+
+def _other_sides(name: str) -> Iterator[str]:
+    """What a name may be called on the other side, the likeliest first."""
+
+    def other(found: re.Match[str]) -> str:
+        return OTHER_SIDE[found[0]]
+
+    if SIDE_WORD.search(name):
+        yield SIDE_WORD.sub(other, name)
+    for found in SIDE.finditer(name):
+        yield name[: found.start()] + other(found) + name[found.end() :]
+    yield SIDE.sub(other, name)
 
 
 def token_places(
