@@ -55,8 +55,11 @@ def inside_masks(values: Tensor, mask_logits: Tensor) -> Tensor:
 
 def large_masks(mask_logits: Tensor, size: int) -> Tensor:
     """[N, size, size] bool of masks [N, h, w], a bounded number of them at a time."""
-    parts = mask_logits.split(max(MOST_PIXELS // size**2, 1))
-    return torch.cat([resize(part[None], size)[0] > 0 for part in parts])
+    count = max(MOST_PIXELS // size**2, 1)
+    masks = torch.empty(len(mask_logits), size, size, dtype=torch.bool, device=mask_logits.device)
+    for part, answer in zip(mask_logits.split(count), masks.split(count)):
+        torch.gt(resize(part[None], size)[0], 0, out=answer)
+    return masks
 
 
 class InstanceTask(Task):
