@@ -120,3 +120,26 @@ def test_a_signal_that_is_ignored_stays_ignored():
     process = started("print('ready', flush=True); time.sleep(2)", before="signal.signal(2, signal.SIG_IGN)")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+
+
+LATE = "write=os.write, sleep=time.sleep: (write(1, b'ready\\n'), sleep(0.8), write(1, b'slept\\n'))"
+IN_AN_EXIT_FUNCTION = f"import atexit\n    atexit.register(lambda {LATE})"
+IN_THE_LAST_STEP = f"sys.kept = type('Late', (), dict(__del__=lambda self, {LATE}))()"
+
+
+@pytest.mark.parametrize("body", [IN_AN_EXIT_FUNCTION, IN_THE_LAST_STEP])
+def test_the_exit_code_of_a_command_that_is_done_stays_though_python_has_not_ended(body):
+    process = started(body)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "slept\n", "")
+
+
+def test_two_signals_at_its_end_end_it_at_once():
+    process = started(IN_AN_EXIT_FUNCTION.replace("0.8", "60"))
+    begin = time.monotonic()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - begin < 6

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: work looks at them between batches, and a call that does not return is ended."""
 
+import atexit
 import os
 import signal
 import sys
@@ -107,6 +108,8 @@ class SignalWatch:
         stays = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING if number not in stays}
         _silence_children()
+        if self._is_last:
+            atexit.register(_ignore_interrupts)
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._woken_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -166,21 +169,28 @@ class SignalWatch:
     def __exit__(self, *_: object) -> None:
         if not self._before:
             return
-        if self._is_last and self.signal:  # the thread watches what runs at the end of the process, too
-            self._is_over = True
-            return
-        if self._is_last and self._told:  # the code is known: a signal at the very end would make another one of it
+        if self._is_last and self._told and not self.signal:  # the code is known: a signal at the very end would make another one of it
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
             limit = threading.Timer(TIDYING, os._exit, (128 + self._told,))
             limit.daemon = True
             limit.start()
             return
+        if self._is_last:  # the thread watches what runs at the end of the process, too
+            self._is_over = True
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._woken_before)
         os.close(self._writing)
         self._closed.set()
+
+
+def _ignore_interrupts() -> None:
+    """Python's last steps, in which it runs no handlers any more: Ctrl-C would end a process whose exit code is known
+    by the signal itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _is_reached(condition) -> bool:
