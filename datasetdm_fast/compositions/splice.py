@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from datasetdm_fast.compositions.grids import Grid, drawn, parse_grids
 from datasetdm_fast.compositions.source import Source, Tile, begun, decisive
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import MOST_PIXELS
@@ -206,7 +206,9 @@ def run(
     with RunFolder(folder, read_document(folder) or splicing.document) as opened:
         there, done = opened.ledger.within(0, splicing.number), 0
         wanted = islice((index for index in range(splicing.number) if index not in there), limit or None)
-        for rows in in_threads(threads, splicing, wanted, folder, is_stopping):
+        largest = max(math.prod(splicing.sides(grid)) for grid in splicing.grids)
+        size = min(max(BLOCK_PIXELS // largest, 1), BLOCK)
+        for rows in in_threads(partial(write, splicing, folder), wanted, size, threads, is_stopping):
             opened.unseal()
             opened.commit(rows)
             done += len(rows)
@@ -215,26 +217,7 @@ def run(
     return done, time.perf_counter() - start
 
 
-def in_threads(
-    threads: int, splicing: Splicing, wanted: Iterator[int], folder: Path, is_stopping: Callable[[], bool]
-) -> Iterator[list[Row]]:
-    """The rows of the wanted samples, a block at a time and in order, once their files are on the disk."""
-    largest = max(math.prod(splicing.sides(grid)) for grid in splicing.grids)
-    size = min(max(BLOCK_PIXELS // largest, 1), BLOCK)
-    waiting = deque[Future[list[Row]]]()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        while True:
-            while len(waiting) <= threads and not is_stopping() and (block := list(islice(wanted, size))):
-                waiting.append(pool.submit(write, splicing, block, folder))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def write(splicing: Splicing, block: Sequence[int], folder: Path) -> list[Row]:
+def write(splicing: Splicing, folder: Path, block: Sequence[int]) -> list[Row]:
     """The rows of some samples, once their files are on the disk."""
     return publish_samples([splicing.made(index) for index in block], into(folder))
 

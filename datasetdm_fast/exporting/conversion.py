@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.exporting import target
@@ -242,7 +242,9 @@ class Conversion:
             return ExportResult(self.samples, sum(1 for _ in target.stated(self.folder)), 0, True)
         made = 0
         with target.ExportFolder(self.folder, self.described, is_copied=self.settings.copy) as opened:
-            for rows in self._in_threads(opened, threads, is_stopping):
+            there = opened.numbers()
+            wanted = (view for view in self._views() if view.number not in there)
+            for rows in in_threads(partial(self._write, opened), wanted, BLOCK, threads, is_stopping):
                 opened.commit(rows)
                 made += len(rows)
                 on_commit(len(rows))
@@ -275,24 +277,6 @@ class Conversion:
             path, copies = str(source.run.path), source.run.copies
             name = copies.store.url if copies else path  # rather than a copy that is deleted at the end
             raise _damaged(name, error.cause.replace(path, name)) from error
-
-    def _in_threads(
-        self, opened: target.ExportFolder, threads: int, is_stopping: Callable[[], bool]
-    ) -> Iterator[list[tuple[int, str, dict[str, Entry], dict[str, StoredFile]]]]:
-        """The rows of samples that are missing, in order, once their files are on the disk."""
-        there = opened.numbers()
-        wanted = (view for view in self._views() if view.number not in there)
-        waiting: deque[Future] = deque()
-        pool = ThreadPoolExecutor(threads)
-        try:
-            while True:
-                while len(waiting) <= threads and not is_stopping() and (block := list(islice(wanted, BLOCK))):
-                    waiting.append(pool.submit(self._write, opened, block))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _write(
         self, opened: target.ExportFolder, block: Sequence[SampleView]
