@@ -169,7 +169,8 @@ class SignalWatch:
     def __exit__(self, *_: object) -> None:
         if not self._before:
             return
-        if self._is_last and self._told and not self.signal:  # the code is known: a signal at the very end would make another one of it
+        # the code is known: a signal at the very end would make another one of it
+        if self._is_last and self._told and not self.signal:
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
             limit = threading.Timer(TIDYING, os._exit, (128 + self._told,))

@@ -111,7 +111,9 @@ def always_named(
 def mirrored_names(names: Sequence[str]) -> list[int]:
     """For each joint or class the index of the one that takes its name in a mirror image."""
     places = {name: k for k, name in reversed(list(enumerate(names)))}
-    order = [next((places[other] for other in _other_sides(name) if other in places), k) for k, name in enumerate(names)]
+    order = [
+        next((places[other] for other in _other_sides(name) if other in places), k) for k, name in enumerate(names)
+    ]
     return [other if order[other] == k else k for k, other in enumerate(order)]
 
 
