@@ -131,7 +131,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             self.register_buffer("text_gain", torch.ones(()))
 
     def centre(self, words: Tensor) -> None:
-        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart; one that is alone, and
+        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart; one alone, which
         has no spread, is read as it is.
         """
         if (words == words[0]).all():
