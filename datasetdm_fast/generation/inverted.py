@@ -24,6 +24,7 @@ from datasetdm_fast.generation.job import (
     count_rows,
     describe,
     engine_of,
+    moved_decoder,
     recipe_of,
     row_facts,
     table_of,
@@ -51,13 +52,15 @@ WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of 
 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
-    """The settings a run folder was started with; its pictures and captions may have been moved."""
+    """The settings a run folder was started with; its pictures, captions and decoders may have been moved."""
     stored, _ = remakable("label", Path(config.out), config.only)
     source = stored["composition"]["source"]
     decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
+    if config.decoder != LabelConfig.decoder:
+        kept.pop("decoder", None)
     moved = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **moved)
 
@@ -125,7 +128,8 @@ def prepare(config: LabelConfig) -> Job:
         calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
-        check_same(job.folder, *({"config": one["config"]} for one in (stored, document)))
+        wanted = document["config"] | moved_decoder(config, stored)
+        check_same(job.folder, {"config": stored["config"]}, {"config": wanted})
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job

@@ -150,12 +150,13 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     stored, row = remakable("", folder, config.only)
     if row.status == SET_ASIDE:
         refuse_stored(folder)
+    moved = {"model", "decoder"} & set(given)  # their digests tell whether they are the same
     settings = replace(
         config,
         **{
             name: tuple(value) if isinstance(value, list) else value
             for name, value in stored["config"].items()
-            if name != "prompts"
+            if name not in ("prompts", *moved)
         },
     )
     engine = row.recipe.get("engine")
