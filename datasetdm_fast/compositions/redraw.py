@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from datasetdm_fast.compositions.settings import RedrawSettings
-from datasetdm_fast.compositions.source import Source, Tile, decisive
+from datasetdm_fast.compositions.source import Source, Tile, decisive, source_path
 from datasetdm_fast.config import EngineSettings, RunConfig, flags_of
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engines.engine import Engine
@@ -177,6 +177,7 @@ class Redrawing(ABC):
     def resumed(cls, folder: Path, stored: Mapping[str, Any], settings: RedrawSettings) -> Self:
         """The one that a run folder tells of; `settings` say where source and weights lie now, and the device."""
         config = stored["config"]
+        opened = drawn_source(source_path(folder, stored, settings.run), only_kept=bool(config.get("kept")))
         own = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in config.items()
@@ -185,8 +186,6 @@ class Redrawing(ABC):
         try:
             restored = replace(settings, **own, kept=bool(config["kept"]))
             restored.check()
-            path = Path(settings.run or stored["composition"]["source"]["path"])
-            opened = drawn_source(path, only_kept=restored.kept)
             return cls.restored(opened, restored, config)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
