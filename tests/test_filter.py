@@ -264,7 +264,10 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     assert "Run python -m datasetdm_fast.filter" in capsys.readouterr().err
     assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / KEPT).exists()
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
-    (run / KEPT).write_text("{}")
+    (run / KEPT).write_text("{")
+    with pytest.raises(Refused, match="not readable as JSON") as stop:
+        open_run(run, kept=True)
+    assert "--undo" in stop.value.remedy
     assert [each.place for each in audit(run).findings] == [KEPT]
 
 
