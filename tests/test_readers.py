@@ -193,6 +193,23 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         open_data(f"{address}[val]", SIZE)
 
 
+def test_things_named_by_words_of_the_class_table_of_a_run_are_not_ignored(copied):
+    root, address = copied("run")
+    table = [{"name": name, "say": "", "words": [name[::-1]]} for name in world.THINGS]
+    with RunFolder(root, document(COUNT, SIDE)) as folder:
+        rows = list(folder.ledger.rows())
+        folder.ledger.commit(
+            replace(row, request=replace(row.request, classes=first, prompt=f"{first} {others}"), trust=None)
+            for row in rows
+            for first, others in [(row.request.classes[:1], " ".join(name[::-1] for name in row.request.classes[1:]))]
+        )
+    assert len(open_data(address, SIZE)) < COUNT
+    (root / "run.json").write_text(json.dumps(document(COUNT, SIDE) | {"class_table": table}))
+    assert len(open_data(address, SIZE)) == COUNT
+    whole = open_data(f"{address}[all]", SIZE)
+    assert all((item.semantic == truth.semantic).all() for item, truth in zip(open_data(address, SIZE), whole))
+
+
 def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
     root, address = copied("run")
     with RunFolder(root, document(COUNT, SIDE)) as folder:

@@ -23,7 +23,7 @@ from datasetdm_fast.generation.prompts import GivenPrompt
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import Remake
 from datasetdm_fast.labels.names import LabelName
-from datasetdm_fast.run_folder.document import check_same, differences, read_document
+from datasetdm_fast.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.run_folder.remaking import remakable
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     # A label of another package tells nothing of the words that it was asked for: the plan of the run does.
     words = [table["classes"][1:] for label, table in source["labels"].items() if _is_asked(label)]
     asked = words[0] if words else source["plan"].get("words", ())
-    recipe = job.recipe_of(config, engine, asked, settings.strength, job.table_of(source))
+    recipe = job.recipe_of(config, engine, asked, settings.strength, table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))

@@ -27,7 +27,6 @@ from datasetdm_fast.generation.job import (
     moved_decoder,
     recipe_of,
     row_facts,
-    table_of,
 )
 from datasetdm_fast.generation.pictures import GivenPictures, Pictures, open_pictures
 from datasetdm_fast.generation.plan import Plan
@@ -38,7 +37,7 @@ from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.document import check_same, read_document
+from datasetdm_fast.run_folder.document import check_same, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.truth import reading

@@ -383,11 +383,6 @@ def recipe_of(
     return make_recipe(engine, config.task, classes=classes, strength=strength, table=table, **chosen)
 
 
-def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
-    """The user's own class words that a run folder's description holds, if any."""
-    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
 
