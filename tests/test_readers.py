@@ -380,7 +380,7 @@ def test_persons_of_one_image_of_coco_are_held_out_together(copied):
     assert source.origins(0) and not open_data(address, SIZE).origins(0)
 
 
-def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
+def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied, tmp_path):
     root, address = copied("vkitti2")
     for kind in ("Image", "Depth"):
         for scene in sorted((root / kind).iterdir()):
@@ -391,6 +391,12 @@ def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
     for parts in (held_out.split(source, range(len(source)), 0.4, 0), folds.parts(source, range(len(source)), 3, 0)):
         scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
         assert all(scenes) and sum(map(len, scenes)) == COUNT
+    shutil.copytree(root / "Depth", tmp_path / "both", dirs_exist_ok=True)
+    shutil.copytree(root / "Image", tmp_path / "both", dirs_exist_ok=True)
+    whole, scene = (open_data(f"vkitti2:{tmp_path}/both{name}", SIZE) for name in ("[Scene01]", "/Scene01"))
+    assert len(scene) == 5 and len(open_data(f"vkitti2:{tmp_path}/both/Scene01/fog", SIZE)) == 1
+    for number in range(5):
+        assert scene.made_of(number) == whole.made_of(number) and scene.filmed_in(number) == whole.filmed_in(number)
 
 
 def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copied):
