@@ -421,16 +421,30 @@ def test_grey_maps_of_few_bits_hold_class_numbers(copied, bits):
     root, address = copied("folder")
     path = sorted((root / "semantic" if (root / "semantic").is_dir() else root / "masks").iterdir())[0]
     numbers = np.minimum(np.asarray(Image.open(path)), 2**bits - 1)
-    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
     Image.fromarray(numbers).save(path)
     before = open_data(address, SIZE)[0].semantic
+    save_grey(path, numbers, bits)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
+
+
+@pytest.mark.parametrize("bits, white", [(2, 1), (4, 1), (2, 3), (4, 15)])
+def test_grey_masks_of_few_bits_show_the_object(copied, bits, white):
+    root, address = copied("mask")
+    before = open_data(address, SIZE)[0].semantic
+    path = next((root / "DIS-TR" / "gt").glob("0#*"))
+    save_grey(path, (np.asarray(Image.open(path)) > 127) * np.uint8(white), bits)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.any()
+
+
+def save_grey(path, numbers, bits):
+    """Writes a PNG file of fewer than 8 bits, as Pillow does not."""
+    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
     header = struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
     for kind, part in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
         content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
     path.write_bytes(content)
-    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
 
 
 def test_halves_of_characters_are_cleaned_in_captions_and_refused_in_class_names(copied):
