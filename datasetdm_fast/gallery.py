@@ -74,7 +74,12 @@ def main(arguments: Sequence[str]) -> int:
     with server.opened(_served(place, run), config.port, lambda line: say(config, line), against) as serving:
         put(config, facts | {"address": serving.address}, serving.address)
         say(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
-        serving.serve_forever()
+        try:
+            serving.serve_forever()
+        except KeyboardInterrupt:
+            return 130
+        except SystemExit as stop:  # SIGTERM, another way to end what has no end of its own
+            return int(stop.code or 0)
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import nearest, parse
+from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
@@ -183,13 +184,9 @@ def _asked(
         Path(f"{config.out}.replies"), ask, config.llm_requests, key if config.llm_url else ""
     )
     plan = list(balance.planned(counts, config.pairs, config.seed))
-
-    def on_progress(done: int) -> None:
-        if not config.quiet:
-            print(f"{done}/{len(plan)} prompts, {replies.asked} requests", file=sys.stderr)
-
     own = own_table(config.class_table) if config.class_table else None
-    return language_model.written(plan, classes, replies, on_progress, own)
+    with PromptProgress(len(plan), config.quiet) as progress:
+        return language_model.written(plan, classes, replies, lambda done: progress.on_reply(done, replies.asked), own)
 
 
 def _row(sentence: Sentence) -> dict[str, object]:

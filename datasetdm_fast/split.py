@@ -60,13 +60,14 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     parts = config.parts()
     from datasetdm_fast.run_folder.reader import Run
-    from datasetdm_fast.run_folder.split import Split, dealt, origins, read_split, write_split
+    from datasetdm_fast.run_folder.seal import SPLIT
+    from datasetdm_fast.run_folder.split import Split, dealt, origins, write_split
 
     path = Path(config.run)
     with Run(path) as run:
         document = run.document
         if config.undo:
-            if read_split(path) is None:
+            if not (path / SPLIT).exists():
                 raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
             if not config.dry_run:
                 write_split(path, document, None)

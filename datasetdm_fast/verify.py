@@ -24,6 +24,7 @@ from datasetdm_fast.config import (
 )
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.generation.settings import LARGEST_BATCH
 from datasetdm_fast.labels.names import by_task
 from datasetdm_fast.run_folder.document import described
 from datasetdm_fast.run_folder.folder import note
@@ -33,6 +34,7 @@ EXAMPLES = (
     "--engine fast --against torch",
     "--model MODEL --decoder decoder --dtype fp16 --html worst.html",
 )
+MOST_IMAGES = 100_000  # to compare
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
-    if config.number < 1 or config.batch_size < 1:
-        raise Refused(
-            f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number."
-        )
+    for flag, value, most in (
+        ("--number", config.number, MOST_IMAGES),
+        ("--batch-size", config.batch_size, LARGEST_BATCH),
+    ):
+        if not 1 <= value <= most:
+            raise Refused(f"{flag} {value}: expected a number from 1 to {most}", "Choose another number.")
     if config.run:
         described(Path(config.run))  # minutes before the verdict is to be stored there
     engine, reference, recipe, requests = _prepared(config)

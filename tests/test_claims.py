@@ -63,7 +63,8 @@ def generated(prompt_classes=("ball",), **changes):
     sure = np.full((128, 128), 0.9, np.float32)
 
     class Sample:
-        id, prompt, classes, image = "00000000", "", prompt_classes, np.full((128, 128, 3), 90, np.uint8)
+        id, prompt, classes, class_table = "00000000", "", prompt_classes, None
+        image = np.full((128, 128, 3), 90, np.uint8)
         depth, keypoints = DepthMap(np.full((128, 128), 2.0, np.float32), 4.0), None
         instances = Instances(ball[None], np.array([0]), np.array([0.8], np.float32), VOCABULARY.things)
 

@@ -66,11 +66,7 @@ def test_parts_of_a_list_add_up(prompts, whole, tmp_path, monkeypatch):
 
 def test_every_listed_word_has_its_own_place(prompts):
     found = vinai_lists.read_list(prompts, "", -1, -1)
-    assert (
-        found.kind == "voc"
-        and found.unnamed == 1
-        and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")
-    )
+    assert found.kind == "voc" and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")
     named = columns(found.prompts[2].class_prompt, ("person", "sofa"), None, by_words=True)
     assert named == [("person", (1,)), ("person", (2,)), ("sofa", (3,))]
     entry = {"filename": "a.jpg", "caption": "x", "class_prompt": "hot dog fire hydrant dog"}

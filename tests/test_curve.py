@@ -61,6 +61,8 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
         and "lower" in lines[-1]
         and len(lines) == 7
     )
+    level = {**found, "more": {**found["more"], "gain": 4e-5}}
+    assert ": no change (95% interval " in told("depth", level, 0.95).splitlines()[-1]
 
 
 def test_images_without_truth_have_no_curve():

@@ -75,6 +75,24 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
     assert tree(run) == tree(whole) and restore.main([str(run), "--all", "--quiet"]) == 0
 
 
+def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
+    run = tmp_path / "run"
+    with RunFolder(run, document(5)) as folder:
+        samples = [rendered(k) for k in range(5)]
+        folder.add([replace(sample, image=samples[k // 2].image) for k, sample in enumerate(samples)], {})
+        folder.rebuild()
+
+    def duplicates():
+        return read_scores(run, ("duplicate",)).values["duplicate"].tolist()
+
+    assert drop.main([str(run), "4", "--quiet"]) == filter.main([str(run), "--quiet"]) == 0
+    assert duplicates() == [0, 1, 0, 1]
+    assert restore.main([str(run), "4", "--quiet"]) == filter.main([str(run), "--quiet"]) == 0
+    assert drop.main([str(run), "2", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 0] and is_whole(run)
+    assert drop.main([str(run), "0", "--quiet"]) == 0 and duplicates() == [0, 0, 0]
+    assert restore.main([str(run), "--all", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 1, 0] and is_whole(run)
+
+
 def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
     (tmp_path / "ids.txt").write_text("\ufeff00000003\r\n\n  00000000 \n")
     assert drop.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0

@@ -1,6 +1,7 @@
 """python -m datasetdm_fast.evaluate on real layouts: figures, intervals, tables, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,10 @@ def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, cap
     assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and not said
     assert _end(EvaluateConfig(skip_bad=True), {}, result["skipped"]) == 0
     assert capsys.readouterr().err.startswith("1 image was skipped:")
+    shutil.rmtree(tmp_path / "data" / "images")
+    shutil.copytree(tmp_path / "data" / "depth", tmp_path / "data" / "images")  # no pictures of colours
+    code, out, said = run(capsys, "--decoder", folder, "--data", address, "--skip-bad")
+    assert code == 2 and said.startswith("none of 2 images can be read; ")
 
 
 def test_captions_are_read_twice_once_or_not_at_all(decoders, capsys):

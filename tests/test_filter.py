@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from datasetdm_fast.curation import filtering, scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import NamedMap
-from datasetdm_fast.run_folder import sample_scores, where
+from datasetdm_fast.run_folder import gallery, sample_scores, where
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.events import EVENTS
@@ -84,6 +85,24 @@ def test_undone_and_applied_again_it_is_the_same(run):
     assert filter.main([str(run), "--undo", "--quiet"]) == 0
     assert (tree(run), state(run)) == scored and len(open_run(run, kept=True)) == NUMBER
     assert filter.main(line) == 0 and (tree(run), state(run)) == kept
+
+
+def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, monkeypatch):
+    page, line = run / "gallery" / "left-out.js", ["--where", "sharpness > 200"]
+
+    def killed(command):
+        with monkeypatch.context() as patch:
+            patch.setattr(gallery, "mark", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                filter.main.__wrapped__([str(run), *command, "--quiet"])
+
+    assert filter.main([str(run), *line, "--quiet"]) == filter.main([str(run), "--undo", "--quiet"]) == 0
+    before = page.read_text()
+    killed(line)
+    assert page.read_text() == before and filter.main([str(run), "--quiet"]) == 0
+    assert "sharpness is " in page.read_text() and audit(run).findings == []
+    killed(["--undo"])
+    assert filter.main([str(run), "--undo", "--quiet"]) == 0 and page.read_text() == before
 
 
 def test_the_gallery_marks_what_is_left_out(run):
@@ -264,7 +283,10 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     assert "Run python -m datasetdm_fast.filter" in capsys.readouterr().err
     assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / KEPT).exists()
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
-    (run / KEPT).write_text("{}")
+    (run / KEPT).write_text("{")
+    with pytest.raises(Refused, match="not readable as JSON") as stop:
+        open_run(run, kept=True)
+    assert "--undo" in stop.value.remedy
     assert [each.place for each in audit(run).findings] == [KEPT]
 
 

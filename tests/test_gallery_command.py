@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import sqlite3
 import threading
@@ -339,6 +340,13 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
     at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
     marked = at_url or (folder / "review/bad.txt").read_bytes()
     assert marked == (b"00000000\n" if at_url else b"") + b"00000001\n" and not (folder / "images").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_served_page_without_a_word(run, monkeypatch, capsys, number, code):
+    monkeypatch.setattr(server.RunServer, "serve_forever", lambda serving: signal.raise_signal(number))
+    assert command.main([str(run), "--serve", "--port", "18840", "--quiet"]) == code
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys):

@@ -238,6 +238,24 @@ def test_dry_run_shows_the_plan_and_writes_nothing(engines, tmp_path, capsys):
     ]
 
 
+def test_decoders_may_be_moved(tmp_path, capsys):
+    decoders, moved, path = tmp_path / "decoders", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(DEMO / "depth", decoders / "depth")
+    line = ("--task", "depth", "--number", "2", "--steps", "2", "--batch-size", "1", "--device", "cpu", "--quiet")
+    assert run(*line, "--decoder", str(decoders), "--limit", "1", out=path) == 0
+    decoders.rename(moved)
+    for _ in range(2):  # resumed and finished
+        assert run(*line, "--decoder", str(moved), out=path) == 0
+    assert read_document(path)["config"]["decoder"] == str(decoders)
+    (path / "depth/00000000.png").unlink()
+    assert run("--only", "00000000", out=path) == 3, "its decoders are not there"
+    assert run("--only", "00000000", "--decoder", str(moved), out=path) == 0 and audit(path).findings == []
+    (moved / "depth/config.json").write_text((moved / "depth/config.json").read_text() + "\n")
+    assert run(*line, "--decoder", str(moved), out=path) == 2 and "(decoder: " in capsys.readouterr().err
+    assert run("--only", "00000000", "--decoder", str(moved), out=path) == 2
+    assert "(decoders.depth.digest: " in capsys.readouterr().err
+
+
 def test_per_class(engines, tmp_path):
     assert run("--classes", "ball,cube", "--per-class", "3", "--task", "semantic", out=tmp_path / "run") == 0
     assert [sample.classes for sample in open_run(tmp_path / "run")] == [("ball",), ("cube",)] * 3

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast import prompts
+from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.prompting import balance, language_model, measures, vocabulary
@@ -413,6 +414,13 @@ def test_a_program_that_fails_gives_no_prompts(code, told, tmp_path, capsys):
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
     assert prompts.main([*line, "--llm-command", f'{sys.executable} -c "{code}"']) == 3
     assert told in capsys.readouterr().err and not (tmp_path / "list").exists()
+
+
+def test_progress_outside_a_terminal_is_no_line_per_request(capsys):
+    with PromptProgress(3, is_quiet=False) as progress:
+        for count in range(1, 4):
+            progress.on_reply(count, count)
+    assert capsys.readouterr().err == "3/3 prompts, 3 requests\n"
 
 
 def test_the_folder_of_the_list_need_not_be_there(tmp_path):

@@ -193,6 +193,23 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         open_data(f"{address}[val]", SIZE)
 
 
+def test_things_named_by_words_of_the_class_table_of_a_run_are_not_ignored(copied):
+    root, address = copied("run")
+    table = [{"name": name, "say": "", "words": [name[::-1]]} for name in world.THINGS]
+    with RunFolder(root, document(COUNT, SIDE)) as folder:
+        rows = list(folder.ledger.rows())
+        folder.ledger.commit(
+            replace(row, request=replace(row.request, classes=first, prompt=f"{first} {others}"), trust=None)
+            for row in rows
+            for first, others in [(row.request.classes[:1], " ".join(name[::-1] for name in row.request.classes[1:]))]
+        )
+    assert len(open_data(address, SIZE)) < COUNT
+    (root / "run.json").write_text(json.dumps(document(COUNT, SIDE) | {"class_table": table}))
+    assert len(open_data(address, SIZE)) == COUNT
+    whole = open_data(f"{address}[all]", SIZE)
+    assert all((item.semantic == truth.semantic).all() for item, truth in zip(open_data(address, SIZE), whole))
+
+
 def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
     root, address = copied("run")
     with RunFolder(root, document(COUNT, SIDE)) as folder:
@@ -363,7 +380,7 @@ def test_persons_of_one_image_of_coco_are_held_out_together(copied):
     assert source.origins(0) and not open_data(address, SIZE).origins(0)
 
 
-def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
+def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied, tmp_path):
     root, address = copied("vkitti2")
     for kind in ("Image", "Depth"):
         for scene in sorted((root / kind).iterdir()):
@@ -374,6 +391,12 @@ def test_a_frame_of_virtual_kitti_is_held_out_in_every_weather(copied):
     for parts in (held_out.split(source, range(len(source)), 0.4, 0), folds.parts(source, range(len(source)), 3, 0)):
         scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
         assert all(scenes) and sum(map(len, scenes)) == COUNT
+    shutil.copytree(root / "Depth", tmp_path / "both", dirs_exist_ok=True)
+    shutil.copytree(root / "Image", tmp_path / "both", dirs_exist_ok=True)
+    whole, scene = (open_data(f"vkitti2:{tmp_path}/both{name}", SIZE) for name in ("[Scene01]", "/Scene01"))
+    assert len(scene) == 5 and len(open_data(f"vkitti2:{tmp_path}/both/Scene01/fog", SIZE)) == 1
+    for number in range(5):
+        assert scene.made_of(number) == whole.made_of(number) and scene.filmed_in(number) == whole.filmed_in(number)
 
 
 def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copied):
@@ -398,16 +421,30 @@ def test_grey_maps_of_few_bits_hold_class_numbers(copied, bits):
     root, address = copied("folder")
     path = sorted((root / "semantic" if (root / "semantic").is_dir() else root / "masks").iterdir())[0]
     numbers = np.minimum(np.asarray(Image.open(path)), 2**bits - 1)
-    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
     Image.fromarray(numbers).save(path)
     before = open_data(address, SIZE)[0].semantic
+    save_grey(path, numbers, bits)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
+
+
+@pytest.mark.parametrize("bits, white", [(2, 1), (4, 1), (2, 3), (4, 15)])
+def test_grey_masks_of_few_bits_show_the_object(copied, bits, white):
+    root, address = copied("mask")
+    before = open_data(address, SIZE)[0].semantic
+    path = next((root / "DIS-TR" / "gt").glob("0#*"))
+    save_grey(path, (np.asarray(Image.open(path)) > 127) * np.uint8(white), bits)
+    assert (open_data(address, SIZE)[0].semantic == before).all() and before.any()
+
+
+def save_grey(path, numbers, bits):
+    """Writes a PNG file of fewer than 8 bits, as Pillow does not."""
+    lines = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(numbers), -1), axis=1)
     header = struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     packed = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
     for kind, part in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
         content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
     path.write_bytes(content)
-    assert (open_data(address, SIZE)[0].semantic == before).all() and before.max() > 1
 
 
 def test_halves_of_characters_are_cleaned_in_captions_and_refused_in_class_names(copied):

@@ -79,6 +79,15 @@ def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, cap
     assert convert.main(line) == 2 and main([str(run), "--undo", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize("content", ['{"seed": 0}', "{"])
+def test_a_damaged_split_can_be_undone(run, content, capsys):
+    (run / "split.json").write_text(content)
+    with pytest.raises(Refused, match="split.json: not") as stop:
+        read_split(run)
+    assert stop.value.remedy == f"Run python -m datasetdm_fast.split {run} --undo, then split again."
+    assert main([str(run), "--undo", "--quiet"]) == 0 and not (run / "split.json").exists()
+
+
 def test_a_damaged_file_is_still_noticed_once_the_run_is_split(run):
     (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes()[:-1] + b" ")
     (run / "statistics.png").unlink()

@@ -23,6 +23,7 @@ from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
 from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.evaluation.networks import NETWORKS, STUDENTS, open_network
 from datasetdm_fast.evaluation.networks.weights import build
+from datasetdm_fast.evaluation.worth import check_classes
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
@@ -337,6 +338,8 @@ def test_data_sets_of_other_classes_are_refused_and_one_is_named(run, tmp_path, 
     assert evaluate.main([*line, *(["--out", str(tmp_path / "out")] if student == "segformer" else ())]) == 2
     error = capsys.readouterr().err
     assert "have different classes: only --learn-from has other8" in error and "the same classes.txt" in error
+    with pytest.raises(Refused, match="different classes: the same ones in another order"):
+        check_classes(("ball", "cube"), ("cube", "ball"))
 
 
 def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):

@@ -22,6 +22,7 @@ from skips import IS_LONG, long_test
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.checkpoint import load_decoders
+from datasetdm_fast.demo import teach
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
@@ -723,3 +724,11 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     assert len(set(captures.glob("*.f16")) - before) <= 4
     with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):
         session.train_on(engine, source, "depth", 5)
+
+
+def test_flags_of_the_demo_decoders_that_are_given_stand_once_in_the_command(monkeypatch):
+    monkeypatch.setattr("runpy.run_module", lambda *arguments, **options: None)
+    monkeypatch.setattr(sys, "argv", ["teach"])
+    assert teach.main(["--world", "hard", "--steps=40", "--task", "depth", "--out", "x"]) == 0
+    settings = teach.SETTINGS | {"--data": "hard:100@1000", "--steps": "40", "--task": "depth"}
+    assert sys.argv[1:] == [*(word for pair in settings.items() for word in pair), "--out", "x"]

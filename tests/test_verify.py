@@ -369,7 +369,8 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
     "more",
     [
         *(("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")),
-        *(("--threads", "-1"), ("--threads", str(10**20)), ("--number", str(10**20)), ("--classes", "\udcff")),
+        *(("--threads", "-1"), ("--threads", str(10**20)), ("--number", str(10**9)), ("--classes", "\udcff")),
+        ("--batch-size", str(10**9)),
     ],
     ids=ascii,
 )

@@ -98,6 +98,20 @@ class StepProgress(Progress):
             self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}{left}{later}")
 
 
+class PromptProgress(Progress):
+    """Progress of a list of prompts that a language model is asked for."""
+
+    def __init__(self, prompts: int, is_quiet: bool):
+        super().__init__(prompts, "prompt", "prompts", is_quiet)
+
+    def on_reply(self, done: int, requests: int) -> None:
+        if self._bar:
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(counted(requests, "request"))
+        elif self.is_line_due() or done == self.total:
+            self.print(f"{done}/{self.total} prompts, {counted(requests, 'request')}")
+
+
 def counted(count: int, noun: str, several: str = "") -> str:
     """A count and what is counted, in the singular for one; `several` is the plural where it does not end in s."""
     return f"{count} {noun if count == 1 else several or f'{noun}s'}"

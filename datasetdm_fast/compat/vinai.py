@@ -17,7 +17,7 @@ from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.disk import storage
@@ -238,8 +238,6 @@ def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> li
         "their labels where a prompt lists no class",
         "left out": "the safety checker",
     }
-    if prompts.unnamed:
-        lines["no class"] = f"{counted(prompts.unnamed, 'prompt')}: mask 0 everywhere"
     return [f"{name:<11}{value}" for name, value in lines.items()]
 
 

@@ -37,11 +37,6 @@ class PromptList:
     def is_whole(self) -> bool:
         return len(self.prompts) == self.length
 
-    @property
-    def unnamed(self) -> int:
-        """Prompts whose class prompt lists no class."""
-        return sum(not prompt.classes for prompt in self.prompts)
-
     def source(self, path: Path, negative: str, *, tokenizer_cuts: bool) -> PromptSource:
         return PromptSource(
             self.prompts, str(path), self.classes, 0, negative, is_part=True, tokenizer_cuts=tokenizer_cuts

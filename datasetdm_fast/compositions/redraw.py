@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from datasetdm_fast.compositions.settings import RedrawSettings
-from datasetdm_fast.compositions.source import Source, Tile, decisive
+from datasetdm_fast.compositions.source import Source, Tile, decisive, source_path
 from datasetdm_fast.config import EngineSettings, RunConfig, flags_of
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engines.engine import Engine
@@ -23,7 +23,7 @@ from datasetdm_fast.generation.prompts import GivenPrompt
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import Remake
 from datasetdm_fast.labels.names import LabelName
-from datasetdm_fast.run_folder.document import check_same, differences, read_document
+from datasetdm_fast.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.run_folder.remaking import remakable
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class Redrawing(ABC):
     def resumed(cls, folder: Path, stored: Mapping[str, Any], settings: RedrawSettings) -> Self:
         """The one that a run folder tells of; `settings` say where source and weights lie now, and the device."""
         config = stored["config"]
+        opened = drawn_source(source_path(folder, stored, settings.run), only_kept=bool(config.get("kept")))
         own = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in config.items()
@@ -185,8 +186,6 @@ class Redrawing(ABC):
         try:
             restored = replace(settings, **own, kept=bool(config["kept"]))
             restored.check()
-            path = Path(settings.run or stored["composition"]["source"]["path"])
-            opened = drawn_source(path, only_kept=restored.kept)
             return cls.restored(opened, restored, config)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
@@ -208,7 +207,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     # A label of another package tells nothing of the words that it was asked for: the plan of the run does.
     words = [table["classes"][1:] for label, table in source["labels"].items() if _is_asked(label)]
     asked = words[0] if words else source["plan"].get("words", ())
-    recipe = job.recipe_of(config, engine, asked, settings.strength, job.table_of(source))
+    recipe = job.recipe_of(config, engine, asked, settings.strength, table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))

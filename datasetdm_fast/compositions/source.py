@@ -13,7 +13,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document, sides
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, check_same, maker, read_document, sides
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
@@ -41,6 +41,17 @@ def begun(folder: Path, document: Mapping[str, Any]) -> int:
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         return ledger.count() + ledger.count_dropped()
+
+
+def source_path(folder: Path, stored: Mapping[str, Any], given: str) -> Path:
+    """The run that the composition `folder` was made of; `given` is where it lies now, if it was moved."""
+    path = Path(given or stored.get("composition", {}).get("source", {}).get("path", ""))
+    if not given and not (path / DOCUMENT).exists():
+        raise Refused(
+            f"{folder}: was made of {path}, where there is no run folder any more",
+            f"Tell where it is now: {maker(stored)} RUN --only ID --out {folder}",
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.compositions.grids import Grid, drawn, parse_grids
-from datasetdm_fast.compositions.source import Source, Tile, begun, decisive
+from datasetdm_fast.compositions.source import Source, Tile, begun, decisive, source_path
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
@@ -162,7 +162,7 @@ def resumed(folder: Path, stored: Mapping[str, Any], source: str = "") -> Splici
         documents.check_form(config, CONFIG_FORM, "config")
     except ValueError as error:
         raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
-    opened = Source(Path(source or stored["composition"]["source"]["path"]), only_kept=bool(config["kept"]))
+    opened = Source(source_path(folder, stored, source), only_kept=bool(config["kept"]))
     splicing = Splicing(opened, parse_grids(config["grids"]), config["number"], config["seed"], config["resize"])
     check_same(folder, *map(decisive, (stored, splicing.document)))
     return splicing

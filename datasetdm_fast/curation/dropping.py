@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.curation.scores import add_distances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
@@ -73,6 +75,7 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     if not is_dry:
         with RunFolder(run.path, run.document) as folder:
             _in_blocks(chosen, folder.drop)
+            add_distances(folder.ledger, since=min(wanted, default=inf))
             folder.rebuild()
     return chosen
 
@@ -91,6 +94,7 @@ def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> 
         return chosen
     with RunFolder(run.path, run.document) as folder:
         _in_blocks([dropped[index] for index in chosen], folder.bring_back)
+        add_distances(folder.ledger, since=min(wanted or (0,)))
         folder.rebuild()
     return chosen
 

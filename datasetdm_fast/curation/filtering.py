@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.curation.clip import Clip
-from datasetdm_fast.curation.scores import nearest, scored
+from datasetdm_fast.curation.scores import add_distances, scored
 from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
@@ -106,7 +106,7 @@ def complete(
             )
             on_commit(len(samples))
         if not is_stopping():
-            _add_distances(ledger)
+            add_distances(ledger)
         folder.rebuild()
 
 
@@ -122,15 +122,6 @@ def close(run: Run) -> None:
 
 def _short(value: float | int | None) -> float | int | None:
     return round(value, 6) if isinstance(value, float) else value
-
-
-def _add_distances(ledger: Ledger) -> None:
-    there, shown = {index for index, _ in ledger.scores("distance")}, set(ledger.indices())
-    hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
-    first = next((k for k, (index, _) in enumerate(hashes) if index not in there), len(hashes))
-    bits = nearest(np.array([value for _, value in hashes], np.int64), first)
-    pairs = zip(hashes[first:], bits.tolist(), strict=True)
-    ledger.add_scores([(index, "distance", distance) for (index, _), distance in pairs])
 
 
 def histogram(table: ScoreTable, name: str) -> list[Bin]:

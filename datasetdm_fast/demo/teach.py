@@ -62,10 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--words", metavar="DIR", help="decoders that learn which heads tell words apart; no other flag"
     )
+    for flag in SETTINGS:  # one that is given takes the place of ours, so that the command told has it once
+        parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     options, given = parser.parse_known_args(given)
     if options.words is not None:
         parser.error("--words stands alone")
     settings = SETTINGS | {"--data": SETTINGS["--data"].replace("demo", options.world)}
+    settings |= {flag: value for flag, value in vars(options).items() if flag in SETTINGS}
     sys.argv[1:] = [*(word for pair in settings.items() for word in pair), *given]
     try:
         runpy.run_module("datasetdm_fast.train", run_name="__main__", alter_sys=True)

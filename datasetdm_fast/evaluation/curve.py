@@ -155,6 +155,7 @@ def told(task: str, found: dict[str, Any], level: float) -> str:
     low, high = more["interval"]
     added = more["labels"] - last["labels"]
     better = f"{more['gain']:.4f} {'lower' if METRICS[task].less_is_better else 'higher'}"
+    better = "no change" if float(f"{more['gain']:.4f}") == 0 else better
     lines.append(
         f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval "
         f"{low:.4f} to {high:.4f})."

@@ -141,7 +141,7 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray,
     named = [name for name in sample.classes if name in vocabulary.things]
     found = {"semantic": sample.semantic, "instance": sample.instances}
     found = {task: label for task, label in found.items() if label is not None}
-    found = without_doubtful(sample.classes, found, sample.prompt)
+    found = without_doubtful(sample.classes, found, sample.prompt, sample.class_table)
     semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
     if "semantic" in found:
         semantic = voted(found["semantic"], vocabulary.classes)

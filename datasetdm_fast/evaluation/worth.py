@@ -89,9 +89,11 @@ def check_classes(learnt: Sequence[str], judged: Sequence[str]) -> None:
     """Refuses data sets of other classes, or of the same ones in another order."""
     if tuple(learnt) != tuple(judged):
         lacking = [name for name in (*learnt, *judged) if name not in learnt or name not in judged]
+        told = "the same ones in another order"
+        if lacking:
+            told = f"only {'--learn-from' if lacking[0] in learnt else '--data'} has {lacking[0]}"
         raise Refused(
-            "--student: the training images and the images for scoring have different classes"
-            + (f": only {'--learn-from' if lacking[0] in learnt else '--data'} has {lacking[0]}" if lacking else ""),
+            f"--student: the training images and the images for scoring have different classes: {told}",
             "Choose --data and --learn-from of one data set, or put the same classes.txt into both.",
         )
 

@@ -24,9 +24,9 @@ from datasetdm_fast.generation.job import (
     count_rows,
     describe,
     engine_of,
+    moved_decoder,
     recipe_of,
     row_facts,
-    table_of,
 )
 from datasetdm_fast.generation.pictures import GivenPictures, Pictures, open_pictures
 from datasetdm_fast.generation.plan import Plan
@@ -37,7 +37,7 @@ from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.document import check_same, read_document
+from datasetdm_fast.run_folder.document import check_same, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.truth import reading
@@ -51,13 +51,15 @@ WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of 
 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
-    """The settings a run folder was started with; its pictures and captions may have been moved."""
+    """The settings a run folder was started with; its pictures, captions and decoders may have been moved."""
     stored, _ = remakable("label", Path(config.out), config.only)
     source = stored["composition"]["source"]
     decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
+    if config.decoder != LabelConfig.decoder:
+        kept.pop("decoder", None)
     moved = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **moved)
 
@@ -125,7 +127,8 @@ def prepare(config: LabelConfig) -> Job:
         calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
-        check_same(job.folder, *({"config": one["config"]} for one in (stored, document)))
+        wanted = document["config"] | moved_decoder(config, stored)
+        check_same(job.folder, {"config": stored["config"]}, {"config": wanted})
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job

@@ -7,8 +7,9 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, HALF, UNDECODED, RunConfig
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, UNDECODED, LabelConfig, RunConfig
 from datasetdm_fast.data import Request
+from datasetdm_fast.decoders.folders import find_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
@@ -157,10 +158,22 @@ def settled(
 
 def compared_identity(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have to be those of a run folder: what merely computes its samples may be mixed."""
-    wanted = identity(config, source)
+    wanted = identity(config, source) | moved_decoder(config, stored)
     if config.mixed == "no":
         return wanted
     return wanted | {name: stored["config"][name] for name in COMPUTING if name in stored["config"]}
+
+
+def moved_decoder(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -> dict[str, str]:
+    """--decoder as a run folder has it, where that of `config` names the same files in another place."""
+    there, digests = stored["config"].get("decoder"), {name: one["digest"] for name, one in stored["decoders"].items()}
+    if there is None or config.decoder == there:
+        return {}
+    try:
+        here = opening.describe_decoders(find_decoders(config.decoder), list(digests))
+    except (Refused, Missing, KeyError, OSError):  # loading tells what is wrong with them
+        return {}
+    return {"decoder": there} if digests == {name: one["digest"] for name, one in here.items()} else {}
 
 
 def _installed(name: str) -> str:
@@ -368,11 +381,6 @@ def recipe_of(
         names += ["exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"]
     chosen = {name: getattr(config, name) for name in names}
     return make_recipe(engine, config.task, classes=classes, strength=strength, table=table, **chosen)
-
-
-def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
-    """The user's own class words that a run folder's description holds, if any."""
-    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
 
 
 def _megabytes(count: int) -> str:

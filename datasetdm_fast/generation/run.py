@@ -13,13 +13,13 @@ from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
-from datasetdm_fast.generation.job import Job, engine_of, recipe_of, table_of
+from datasetdm_fast.generation.job import Job, engine_of, recipe_of
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.acceptance import acceptance_of
-from datasetdm_fast.run_folder.document import check_same, differences
+from datasetdm_fast.run_folder.document import check_same, differences, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
@@ -150,12 +150,13 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     stored, row = remakable("", folder, config.only)
     if row.status == SET_ASIDE:
         refuse_stored(folder)
+    moved = {"model", "decoder"} & set(given)  # their digests tell whether they are the same
     settings = replace(
         config,
         **{
             name: tuple(value) if isinstance(value, list) else value
             for name, value in stored["config"].items()
-            if name != "prompts"
+            if name not in ("prompts", *moved)
         },
     )
     engine = row.recipe.get("engine")

@@ -144,7 +144,7 @@ class RunSamples(PictureSource):
         fields: dict[str, Any] = {}
         found = self._class_labels(sample)
         if not self.is_all:
-            found = without_doubtful(sample.classes, found, sample.prompt)
+            found = without_doubtful(sample.classes, found, sample.prompt, sample.class_table)
         image = sample.image
         for label in found.values():
             fields |= self._of(label, record, image.shape[:2])

@@ -1,5 +1,6 @@
 """vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, or all of them."""
 
+import re
 from pathlib import Path
 
 from datasetdm_fast.errors import Refused
@@ -7,6 +8,8 @@ from datasetdm_fast.readers.kitti import CAPTION
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import PictureSource
+
+SCENE = re.compile(r"Scene\d+")
 
 
 class VirtualKitti(PictureSource):
@@ -33,16 +36,18 @@ class VirtualKitti(PictureSource):
             raise Refused(
                 f"{root}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on."
             )
+        inside = [part for part in root.absolute().parts[-2:] if SCENE.fullmatch(part)]  # or a weather of it
+        self.scene = inside[-1] if inside else ""
         self.images = [root / said for said in self.rows]
         super().__init__(size, len(self.rows))
 
     def origins(self, record: int) -> tuple[str, ...]:
         """The frame of a scene, which is there from both cameras and in every weather."""
         said = self.rows[record]
-        return (f"{said.parts[0]}/{said.name}",)
+        return (f"{self.sequence(record)}/{said.name}",)
 
     def sequence(self, record: int) -> str:
-        return self.rows[record].parts[0]
+        return self.scene or self.rows[record].parts[0]
 
     def picture(self, record: int) -> Picture:
         said = self.rows[record]

@@ -132,6 +132,11 @@ def check_document(document: Mapping[str, Any]) -> None:
         raise ValueError("a number in sampling or plan is out of range")
 
 
+def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
+    """The user's own class words that run.json holds, if any."""
+    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
+
+
 def sets_aside(config: Mapping[str, Any]) -> bool:
     """Whether a run of these settings sets samples aside and makes others in their place."""
     return config.get("keep") == "trusted" or bool(config.get("accept"))

@@ -29,7 +29,7 @@ from datasetdm_fast.run_folder.document import (
     read_document,
 )
 from datasetdm_fast.run_folder.events import EventLog
-from datasetdm_fast.run_folder.kept import KEPT, Kept
+from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.rebuilding import rebuild
 from datasetdm_fast.run_folder.seal import SEAL, has_indexes, is_sealed, unseal
@@ -209,6 +209,8 @@ class RunFolder(AbstractContextManager):
                 rebuild(self.path, self.document, self.ledger)
                 gallery.remove_thumbnails(self.path)
             self.ledger.note("indexed", "yes")
+        elif not is_sealed(self.path):  # a filter may have been killed before it marked the page
+            gallery.mark(self.path, self.document, read_kept(self.path))
         if not is_sealed(self.path) and self.ledger.settle():
             seal.seal(self.path, self.document)
 
@@ -312,11 +314,11 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
 def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
     """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
     with seal.resealed(folder, document):
-        if decided is None:
-            storage.remove(folder / KEPT)
-        else:
+        if decided is not None:
             storage.publish({folder / KEPT: decided.content})
         gallery.mark(folder, document, decided)
+        if decided is None:  # last, so that a process that was killed can be repeated
+            storage.remove(folder / KEPT)
 
 
 def note(folder: Path, name: str, value: Any) -> None:

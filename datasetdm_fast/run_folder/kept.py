@@ -36,8 +36,9 @@ def read_kept(folder: Path) -> Kept | None:
     path = folder / KEPT
     if not path.exists():
         return None
-    value = documents.read_object(path, most=LARGEST_KEPT)
+    remedy = f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again."
     try:
+        value = documents.read_object(path, most=LARGEST_KEPT)
         documents.check_form(value, KEPT_FORM)
         documents.check_form(list(value["left_out"].values()), [str])
         return Kept(
@@ -45,8 +46,7 @@ def read_kept(folder: Path) -> Kept | None:
             tuple(map(int, value["kept"])),
             {int(id): reason for id, reason in value["left_out"].items()},
         )
+    except Refused as stop:
+        raise Refused(stop.cause, remedy) from stop
     except ValueError as error:
-        raise Refused(
-            f"{path}: not a valid filter file ({error})",
-            f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again.",
-        ) from error
+        raise Refused(f"{path}: not a valid filter file ({error})", remedy) from error

@@ -175,11 +175,13 @@ class Ledger(AbstractContextManager):
             return [_short(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
         return {"path": path, "sha256": stored.sha256, "bytes": stored.size}
 
-    def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]]) -> None:
-        """Scores of samples: index, name and value; one that is there already stays as it is."""
+    def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]], *, replaces: bool = False) -> None:
+        """Scores of samples: index, name and value; one that is there already stays as it is, unless it is replaced."""
         with self._writing():
             self._connection.execute(_SCORES)
-            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", scores)
+            self._connection.executemany(
+                f"INSERT OR {'REPLACE' if replaces else 'IGNORE'} INTO scores VALUES (?, ?, ?)", scores
+            )
             self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")  # the gallery shows them
 
     def forget_scores(self, name: str, why: tuple[str, str]) -> None:

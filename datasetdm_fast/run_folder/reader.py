@@ -18,10 +18,11 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
+from datasetdm_fast.labels.class_tables import ClassTable
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder import other_libraries
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides, table_of
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
@@ -70,6 +71,11 @@ class StoredSample:
         return self.row.request.classes
 
     @property
+    def class_table(self) -> ClassTable | None:
+        """The words of --class-table that its run was made with, if any."""
+        return table_of(self.document)
+
+    @property
     def meta(self) -> dict[str, Any]:
         return self.row.recipe
 
@@ -82,7 +88,7 @@ class StoredSample:
             return self.row.trust
         labels = {task: self.label(task) for task in self.row.labels}
         with self._naming_damage():
-            return trust_of(self.classes, labels, self.prompt)
+            return trust_of(self.classes, labels, self.prompt, self.class_table)
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8

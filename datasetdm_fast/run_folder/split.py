@@ -43,17 +43,17 @@ def read_split(folder: Path) -> Split | None:
     path = folder / SPLIT
     if not path.exists():
         return None
-    value = documents.read_object(path, most=LARGEST_SPLIT)
+    remedy = f"Run python -m datasetdm_fast.split {folder} --undo, then split again."
     try:
+        value = documents.read_object(path, most=LARGEST_SPLIT)
         documents.check_form(value, SPLIT_FORM)
         documents.check_form(list(value["parts"].values()), [[str]])
         parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
         return Split(value["seed"], value["by_source"], parts)
+    except Refused as stop:
+        raise Refused(stop.cause, remedy) from stop
     except ValueError as error:
-        raise Refused(
-            f"{path}: not a valid split file ({error})",
-            f"Run python -m datasetdm_fast.split {folder} --undo, then split again.",
-        ) from error
+        raise Refused(f"{path}: not a valid split file ({error})", remedy) from error
 
 
 def write_split(folder: Path, document: Mapping[str, Any], split: Split | None) -> None:

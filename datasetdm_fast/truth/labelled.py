@@ -145,6 +145,7 @@ class LabelledSource:
         return self[index]
 
     def __iter__(self) -> Iterator[Labelled]:
+        are_all_bad = True
         for index in range(len(self)):
             try:
                 item = self[index]
@@ -153,7 +154,9 @@ class LabelledSource:
                     raise
                 self.skipped[self.name(self.order[index])] = stop.cause
                 continue
+            are_all_bad = False
             yield item
+        self._check_readable(are_all_bad)
 
     def drawn(self, index: int, seed: int) -> Labelled:
         """Item `index` in another scale and crop, drawn by upstream's augmentation rule from the seed alone."""
@@ -177,12 +180,15 @@ class LabelledSource:
                 self.skipped[self.name(record)] = stop.cause
             else:
                 found.append(index)
-        if len(self) and not found:
+        self._check_readable(not found)
+        return self.narrowed(found)
+
+    def _check_readable(self, are_all_bad: bool) -> None:
+        if len(self) and are_all_bad:
             raise Refused(
                 f"none of {len(self)} images can be read; {next(iter(self.skipped.values()))}",
                 "Repair the files, or name other data.",
             )
-        return self.narrowed(found)
 
     def guarded(self, read: Callable, *arguments):
         """What `read` returns; a file that is not there, or may not be looked at, is bad data like any other."""

@@ -111,14 +111,14 @@ def binary_mask(path: Path, shape: Sequence[int], may_be_smaller: bool = False) 
     """[H, W] bool where a grey picture of 0 and 255, or of 0 and 1, is not black; as large as its image, or a whole
     number of times smaller.
     """
-    image = images.read_image(path, most_pixels=MOST_PIXELS)
+    image = images.read_image(path, most_pixels=MOST_PIXELS, holds_numbers=True)
     if image.mode not in (*EIGHT_BITS, "LA", "RGB", "RGBA"):
         raise bad(path, f"its pixels are {image.mode}, expected 0 and 255")
     pixels = np.asarray(image)
     if image.mode in ("RGB", "RGBA") and (pixels[..., :3] != pixels[..., :1]).any():
         raise bad(path, "its pixels have colours, expected 0 and 255")
     grey = pixels if pixels.ndim == 2 else pixels[..., 0]
-    mask = grey > (127 if grey.max() > 1 else 0)
+    mask = grey > (127 if grey.max() > 15 else grey.max() // 2)  # a file of 2 or 4 bits has 3 or 15 for white
     times = shape[0] // len(mask) if may_be_smaller else 1
     mask = mask.repeat(times, 0).repeat(times, 1) if times > 1 else mask
     if mask.shape != tuple(shape[:2]):
