@@ -368,6 +368,26 @@ def test_what_an_image_was_not_searched_for_is_neither_right_nor_wrong(source):
     assert found(twice).result()["ap"] < 0.9 and found(twice, not_exhausted=(kind,)).result()["ap"] == pytest.approx(1)
 
 
+def test_a_word_that_an_image_was_not_searched_for_or_that_lies_in_a_crowd_costs_nothing(source):
+    item = next(item for item in source if len(set(item.mask_classes)) >= 2)
+    kind, own = int(item.mask_classes[0]), item.mask_classes == item.mask_classes[0]
+    labels = np.zeros(item.image.shape[:2], np.uint8)
+    for mask, k in zip(item.masks, item.mask_classes):
+        labels[mask] = k + 1
+    shown = {"semantic": None, "masks": item.masks[own], "mask_classes": item.mask_classes[own]}
+
+    def miou(words=labels, **more):
+        meter, names = METRICS["open-vocabulary"](source), ("none", *source.thing_classes)
+        meter.add(replace(item, **shown, **more), SemanticMap(words, np.ones(words.shape, np.float32), names))
+        return meter.result()["miou"]
+
+    crowds = {"crowds": item.masks[~own], "crowd_classes": item.mask_classes[~own]}
+    assert miou() < 0.6 and miou(searched=(kind,)) == miou(**crowds) == pytest.approx(1)
+    more = np.where(np.roll(item.masks[0], 30, 1), kind + 1, labels).astype(np.uint8)
+    assert miou(more, searched=(kind,)) < 0.9
+    assert miou(more, searched=(kind,), not_exhausted=(kind,)) == pytest.approx(1)
+
+
 def test_classes_are_compared_by_name(source):
     names = ("sky", *reversed(source.classes))
     meter = METRICS["semantic"](source)

@@ -5,6 +5,7 @@ several threads.
 import math
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -247,6 +248,24 @@ def test_an_error_in_a_lane_is_the_callers():
             Lanes().map(lambda number: 1 // number, [(1,), (0,)])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_callers_of_other_numbers_of_slices_share_the_lanes():
+    lanes, threads, told = Lanes(), torch.get_num_threads(), {}
+
+    def call(count: int) -> None:
+        told[count] = [lanes.map(lambda number: number, [(k,) for k in range(count)]) for _ in range(50)]
+
+    callers = [threading.Thread(target=call, args=(count,)) for count in (2, 3, 4)]
+    try:
+        torch.set_num_threads(4)
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert told == {count: [list(range(count))] * 50 for count in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1016,6 +1016,19 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
     assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
 
 
+@pytest.mark.parametrize("layout", ["labelme", "cvat"])
+@pytest.mark.parametrize("orientation", [1, 3, 4, 6, 8])  # 8: labels of a version that did not turn it
+def test_a_photo_is_read_as_the_program_showed_it_that_drew_the_labels(copied, layout, orientation):
+    root, address = copied(layout)
+    source = open_data(address, SIZE)
+    path, before = Path(source.name(0).replace(".json", ".jpg")), source[0].image
+    shown = Image.open(path)
+    back = {3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 6: Image.Transpose.ROTATE_90}
+    stored = shown.transpose(back[orientation]) if orientation in back else shown.copy()
+    stored.save(path, exif=turned(orientation), quality=95)
+    assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before).mean() < 4
+
+
 def test_a_label_file_of_empty_lines_shows_nothing(copied):
     root, address = copied("yolo-seg")
     (root / "labels/train/000000.txt").write_text("\n\n")

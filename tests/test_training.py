@@ -360,6 +360,22 @@ def test_a_crop_moves_truth_and_image_alike(source):
     assert not found.keypoints[..., 2][~inside].any()
 
 
+def test_a_person_out_of_sight_leaves_the_others_to_be_learnt(source):
+    item = next(item for item in source if len(item.keypoints))
+    (own,), seen = item.keypoints, np.array([0, 0, 1])
+    apart = [own * seen + (x, 50, 0) for x in (10, 50)]  # the larger one is to the left
+    both = replace(
+        item,
+        keypoints=np.float32(apart),
+        keypoint_boxes=np.float32([[0, 40, 20, 20], [45, 45, 10, 10]]),
+        keypoint_areas=np.float32([400, 100]),
+    )
+    for found in (cropped(both, 2.0, 1.0, 1.0), turned(cropped(both, 2.0, 1.0, 1.0), 10.0)):
+        learnt = target(source, found, "pose")
+        assert len(found.keypoints) == len(found.keypoint_boxes) == len(found.keypoint_areas) == 1
+        assert learnt.weights.any() and np.allclose(learnt.points, found.keypoints[0, :, :2])
+
+
 def test_strong_looks_paste_only_what_is_learnt_from(source):
     asked = []
 

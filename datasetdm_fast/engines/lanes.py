@@ -24,6 +24,7 @@ class Lanes:
         self._is_single = is_single
         self._pool: ThreadPoolExecutor | None = None
         self._key: tuple[int, int, int] | None = None
+        self._turn = threading.Lock()  # of callers, who may want other pools
 
     def map(self, work: Callable[..., Any], slices: Sequence[tuple], most: int = 0) -> list[Any]:
         """work(*slice) of every slice, in order; of at most so many at once, 0 = of one a thread."""
@@ -32,7 +33,9 @@ class Lanes:
         if lanes < 2:
             with _threads(1 if self._is_single else threads):  # here, as a thread of its own has memory of its own, too
                 return [work(*one) for one in slices]
-        return list(self._started(lanes, threads).map(lambda one: _undisturbed(work, one), slices))
+        with self._turn:
+            found = self._started(lanes, threads).map(lambda one: _undisturbed(work, one), slices)
+        return list(found)
 
     def _started(self, lanes: int, threads: int) -> ThreadPoolExecutor:
         key = (os.getpid(), lanes, threads)  # threads do not survive a fork

@@ -89,7 +89,9 @@ class Semantic(_Overlap):
 
 
 class OpenVocabulary(_Overlap):
-    """The same of each class word asked for: asked of every image, so that naming what is not there costs too."""
+    """The same of each class word asked for: asked of every image, so that naming what is not there costs too. What
+    lies in a crowd is left out, and so is what an image was not searched for.
+    """
 
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.thing_classes, unseen)
@@ -105,15 +107,28 @@ class OpenVocabulary(_Overlap):
 
     def add(self, truth: Labelled, found: SemanticMap) -> None:
         row = np.zeros((3, len(self.classes)), np.int64)
-        known = np.ones(truth.image.shape[:2], bool) if truth.semantic is None else truth.semantic != 255
+        known = _told(truth)
         if not known.any():
             return
         for k, name in enumerate(self.classes):
+            if truth.searched is not None and k not in truth.searched:
+                continue
             mine = truth.mask_classes == k
             here = truth.masks[mine].any(0) & known if mine.any() else np.zeros(truth.image.shape[:2], bool)
             seen = (found.labels == found.classes.index(name)) & known if name in found.classes else np.zeros_like(here)
+            if k in truth.not_exhausted:
+                seen = seen & here
             row[:, k] = (here & seen).sum(), (here | seen).sum(), here.sum()
         self.rows.append(row)
+
+
+def _told(truth: Labelled) -> np.ndarray:
+    """[H, W] bool: of which pixels it is known what they show."""
+    if truth.semantic is not None:
+        return truth.semantic != 255
+    if truth.crowds is None:
+        return np.ones(truth.image.shape[:2], bool)
+    return truth.masks.any(0) | ~truth.crowds.any(0)
 
 
 class Depth(Meter):

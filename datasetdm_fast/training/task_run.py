@@ -127,9 +127,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other trainings out of a training's folder."""
+    """Keeps other trainings out of a training's folder, and takes away what killed ones left half-written."""
     storage.make_folder(folder / "training")
     with locks.locked(folder / "training" / LOCK):
+        storage.remove_temporaries(folder)
         yield
 
 

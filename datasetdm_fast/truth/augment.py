@@ -159,10 +159,16 @@ def warped(item: Labelled, back: np.ndarray, origin: np.ndarray) -> Labelled:
 
 
 def _without_empty(item: Labelled) -> Labelled:
-    """The item without masks of which nothing is left."""
-    if item.masks is None or (kept := item.masks.any((1, 2))).all():
-        return item
-    return replace(item, masks=item.masks[kept], mask_classes=np.asarray(item.mask_classes)[kept])
+    """The item without masks and persons of which nothing is left."""
+    changes = {}
+    if item.masks is not None:
+        kept = item.masks.any((1, 2))
+        changes = {"masks": item.masks[kept], "mask_classes": np.asarray(item.mask_classes)[kept]}
+    if item.keypoints is not None:
+        seen = (item.keypoints[..., 2] > 0).any(1)
+        fields = ("keypoints", "keypoint_boxes", "keypoint_areas")
+        changes |= {name: value[seen] for name in fields if (value := getattr(item, name)) is not None}
+    return replace(item, **changes)
 
 
 def pasted(

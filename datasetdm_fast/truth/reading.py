@@ -91,6 +91,13 @@ def as_said(size: tuple[int, int]) -> Turning:
     return lambda path, stored, upright: upright if upright.size == size != stored.size else stored
 
 
+def as_drawn_on(size: tuple[int, int]) -> Turning:
+    """For labels of programs that show pictures upright, as their early versions did not: the picture as stored only
+    where that alone has the width and height that their file says.
+    """
+    return lambda path, stored, upright: stored if stored.size == size != upright.size else upright
+
+
 def check_sides(path: Path | str, size: tuple[int, int]) -> None:
     if not all(LEAST_SIDE <= side <= MOST_SIDE for side in size):
         raise bad(path, f"{size[0]} x {size[1]} pixels, expected sides of {LEAST_SIDE} to {MOST_SIDE}")
