@@ -135,8 +135,8 @@ def _keep(config: FilterConfig, run: Run) -> int:
 
     decided = filtering.decide(run, config.where, is_dry=config.dry_run)
     total = len(decided.kept) + len(decided.left_out)
-    reasons = f"are kept; {config.run}/state/kept.json says why the others are not"
-    say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else reasons}")
+    others = f"; {config.run}/state/kept.json says why the others are not" if decided.left_out else ""
+    say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else f'are kept{others}'}")
     table = read_scores(run.path, ())
     kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
     left = Counter(

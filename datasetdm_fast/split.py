@@ -41,10 +41,13 @@ class SplitConfig:
         except ValueError:
             shares = []
         if not shares or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
-            raise Refused(f"--shares {self.shares}: expected numbers of 0 or more", "For example 80,10,10.")
+            raise Refused(
+                f"--shares {self.shares}: expected numbers of 0 or more, not all of them 0", "For example 80,10,10."
+            )
         if len(self.names) < len(shares) or (len(self.names) > len(shares) and self.names != USUAL):
             raise Refused(
-                f"--names: {len(self.names)} names for {len(shares)} shares", "Name as many parts as there are shares."
+                f"--names {','.join(self.names)}: expected {len(shares)} different names, one for each share",
+                "For example train,val,test.",
             )
         if bad := [name for name in self.names if not NAME.fullmatch(name)]:
             raise Refused(f"--names {bad[0]!r}: expected small letters, digits, - or _", "For example train,val,test.")

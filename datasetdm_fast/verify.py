@@ -122,8 +122,7 @@ def _prepared(config: VerifyConfig):
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile, **where}
     check_engine(config.engine, **own)
     settings.check_numbers(threads=config.threads)
-    for seed in (config.seed, config.seed + config.number - 1):
-        settings.check_seed(seed)
+    settings.check_seed(config.seed, config.number)
     prompts.check_classes(config.classes)
     if config.task:
         settings.check_tasks(config.task)

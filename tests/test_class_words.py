@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.worlds import WORLDS
+from datasetdm_fast.truth.class_file import own_table
 
 SENTENCES = [
     [cell.strip() for cell in line.split("|")]
@@ -99,6 +101,12 @@ def test_an_own_table_goes_before_ours():
     assert find_classes("lorries beside a toy car", ("vehicle", "cat"), own) == ("vehicle",)
     assert find_classes("a toy car", ("vehicle",), own) == ()
     assert find_classes("a house cat", ("cat",), own) == ("cat",)
+
+
+def test_a_table_in_another_encoding_is_told_so(tmp_path):
+    (tmp_path / "own.csv").write_bytes("name\nBär\n".encode("latin-1"))
+    with pytest.raises(Refused, match="own.csv: not UTF-8 at byte 6"):
+        own_table(str(tmp_path / "own.csv"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.export_cli.settings import ExportConfig
@@ -89,6 +90,12 @@ WRONG = [
     (["--quiet=yes"], "--quiet"),
     (["a red ball"], "unexpected argument 'a red ball'"),
 ]
+
+
+def test_flags_may_stand_between_what_needs_none():
+    for line in (["runs/demo", "--dry-run", "3", "7"], ["--dry-run", "runs/demo", "3", "7"]):
+        config, _ = parse(line, DropConfig)
+        assert config.dry_run and (config.run, config.ids) == ("runs/demo", ("3", "7"))
 
 
 @pytest.mark.parametrize(("line", "said"), WRONG)

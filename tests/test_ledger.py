@@ -22,7 +22,7 @@ from datasetdm_fast.labels import label_files
 from datasetdm_fast.labels.numbering import check_numbers, laid_out, numbered
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import check_same, read_document
+from datasetdm_fast.run_folder.document import check_config, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
 from datasetdm_fast.run_folder.reader import open_run
@@ -445,6 +445,8 @@ def test_unreadable_descriptions_are_refused(tmp_path, content):
 def test_other_configurations_are_refused_with_the_fields(tmp_path):
     with pytest.raises(Refused, match="number: 4 there, 5 asked for; seed: 0 there, 1 asked for"):
         check_same(tmp_path, document(4), {"config": document(5, seed=1)["config"]})
+    with pytest.raises(Refused, match="it holds a run of merge, not of generate"):
+        check_config(tmp_path, document(4) | {"command": "merge"}, document(4)["config"])
 
 
 def test_two_writers_are_refused(tmp_path):

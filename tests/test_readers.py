@@ -915,6 +915,12 @@ BAD = {
         lambda p: Image.open(p).save(p, exif=turned(3)),
         True,
     ),
+    "a photo turned upside down, of outlines that may not be": (
+        "coco",
+        "train2017/000000000002.jpg",
+        lambda p: Image.open(p).save(p, exif=turned(3)),
+        True,
+    ),
     "an id that is there twice": (
         "voc",
         "ImageSets/Segmentation/train.txt",
@@ -997,6 +1003,7 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
         ("hf-imagefolder", "train/images/scene 0.png", True),
         ("coco", "train2017/000000000001.jpg", True),
         ("coco", "", False),
+        ("voc", "JPEGImages/2007_000000.jpg", True),
     ):
         root, address = copied(layout)
         before = open_data(address, SIZE, tasks=["semantic"])[0]
@@ -1009,11 +1016,16 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
         after = open_data(address, SIZE, tasks=["semantic"])[0]
         assert np.abs(after.image.astype(int) - before.image).mean() < 4 and (after.semantic == before.semantic).all()
         shutil.rmtree(root)
-    root, address = copied("yolo-seg")
-    before = open_data(address, SIZE)[0]
-    path = root / "images/train/000000.jpg"
-    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
-    assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
+    for layout, name in (
+        ("yolo-seg", "images/train/000000.jpg"),
+        ("labelme", "scene 0.jpg"),
+        ("cvat", "images/day/0.png"),
+    ):
+        root, address = copied(layout)
+        before = open_data(address, SIZE)[0]
+        path = root / name
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
+        assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
 
 
 @pytest.mark.parametrize("layout", ["labelme", "cvat"])

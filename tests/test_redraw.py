@@ -286,7 +286,7 @@ WRONG = [
     (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),
     (edit, [*EDIT, "--grow", str(2**31)], f"--grow {2**31}: expected a number from 0 to {2**31 - 1}"),
     (edit, [*EDIT, "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
-    (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63}: expected a whole number"),  # of the second image
+    (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63 - 1}: expected a whole number"),  # of several images
     (edit, ["--prompt", "a cube"], "the region to redraw is missing"),
     (edit, [*EDIT, "--box", "0,0,8,8"], "2 ways to name the region, expected one"),
     (edit, ["--class", "bal", "--prompt", "a cube"], "no label of"),
@@ -322,7 +322,7 @@ def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
     assert "has no instances, it has depth" in capsys.readouterr().err
     assert edit.main([*EDIT]) == 2 and "RUN is missing" in capsys.readouterr().err
     assert vary.main([str(source), "--domain", "fog", "--out", str(source)]) == 2
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert "it holds a run of generate, not of vary" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])

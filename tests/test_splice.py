@@ -161,7 +161,7 @@ def test_bad_input_is_refused_and_nothing_written(flags, said, source, tmp_path,
 def test_a_source_that_cannot_serve_is_refused(spliced, source, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert splice.main(out) == 2 and "RUN is missing" in capsys.readouterr().err
-    assert splice.main([str(spliced), *out]) == 2 and "is itself a composition" in capsys.readouterr().err
+    assert splice.main([str(spliced), *out]) == 2 and "is itself spliced" in capsys.readouterr().err
     assert splice.main([str(tmp_path / "none"), *out]) == 2 and "not a run folder" in capsys.readouterr().err
     half = Path(shutil.copytree(source, tmp_path / "half"))
     (half / "state" / "seal.json").write_text("{}\n")

@@ -116,7 +116,9 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
     [
         (("--shares", "a,b"), "expected numbers"),
         (("--shares", "0"), "expected numbers"),
-        (("--shares", "50,50", "--names", "a"), "Name as many parts"),
+        (("--shares", "0,0"), "not all of them 0"),
+        (("--shares", "50,50", "--names", "a"), "expected 2 different names"),
+        (("--shares", "50,50", "--names", "a,a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,B/../c"), "expected small letters"),
         (("--undo",), "is not split"),
     ],

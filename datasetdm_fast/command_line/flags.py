@@ -40,7 +40,7 @@ def parse(
         for field in flags_of(cls)
     }
     parser = _build_parser(cls, hints, converters, prog, description, examples)
-    flags, unknown = parser.parse_known_args(_hyphenate(arguments))
+    flags, unknown = parser.parse_known_intermixed_args(_hyphenate(arguments))
     if unknown:
         _refuse_unknown(unknown, cls, prog)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(flags).items()}
@@ -165,7 +165,7 @@ def _refuse_unknown(unknown: list[str], cls: type, prog: str) -> NoReturn:
     flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise Refused(
-            f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag",
+            f"{prog}: unexpected argument {unknown[0]!r}, every {'other ' if bare else ''}setting is a flag",
             f"{remedy} Quote a value that contains spaces.",
         )
     if flag in bare:

@@ -67,8 +67,8 @@ class Edits(Redrawing):
         self.largest = max((id for ids in self.ids.values() for own in ids.values() for id in own), default=0)
         self.feather = source.side // FEATHER if settings.feather < 0 else settings.feather
         super().__init__(source, settings)
-        for seed in (settings.seed, settings.seed + self.number - 1) if settings.seed != -1 else ():
-            check_seed(seed)
+        if settings.seed != -1:
+            check_seed(settings.seed, self.number)
 
     def _places(self) -> list[int]:
         places = super()._places()

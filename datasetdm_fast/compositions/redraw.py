@@ -160,7 +160,8 @@ class Redrawing(ABC):
         """run.json of the run folder, None where there is none yet; other settings and another source are refused."""
         stored = read_document(folder)
         if stored is not None:
-            check_same(folder, decisive(stored), {"config": self.config, "source": self.digests})
+            wanted = {"command": self.command, "config": self.config, "source": self.digests}
+            check_same(folder, decisive(stored), wanted)
         return stored
 
     def check_words(self, engine: Engine) -> None:

@@ -13,7 +13,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, check_same, maker, read_document, sides
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, check_same, made_by, maker, read_document, sides
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
@@ -65,6 +65,7 @@ class Tile:
 def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
     """What of the run.json of a composition decides the bytes of its samples."""
     return {
+        "command": made_by(document),
         "config": document["config"],
         "source": document.get("composition", {}).get("source", {}).get("digests"),
     }
@@ -85,7 +86,7 @@ class Source:
             )
         self.document: dict[str, Any] = self.run.document
         if self.document.get("command") == "splice":
-            raise Refused(f"{path}: is itself a composition", "Name the run folder that it was made from.")
+            raise Refused(f"{path}: is itself spliced", "Name the run folder that it was made from.")
         if not self.run.is_complete or not is_sealed(path):
             raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
         if not len(self.run):

@@ -37,7 +37,7 @@ from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.document import check_same, read_document, table_of
+from datasetdm_fast.run_folder.document import check_same, made_by, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.truth import reading
@@ -128,7 +128,8 @@ def prepare(config: LabelConfig) -> Job:
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
         wanted = document["config"] | moved_decoder(config, stored)
-        check_same(job.folder, {"config": stored["config"]}, {"config": wanted})
+        pairs = ((stored, stored["config"]), (document, wanted))
+        check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job

@@ -87,7 +87,7 @@ def check_settings(config: RunConfig) -> None:
         raise Refused(
             f"--batch-size {config.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
         )
-    check_seed(config.seed + most_samples(config.identity(), count_images(config)) - 1)
+    check_seed(config.seed, most_samples(config.identity(), count_images(config)))
     if not 0 <= config.ignore_below <= 1:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
     if not 0 <= config.page_every <= MOST_MINUTES:
@@ -116,11 +116,11 @@ def check_numbers(**values: float) -> None:
             )
 
 
-def check_seed(seed: int) -> int:
-    """The seed itself, where a generator and the ledger can hold it."""
-    if not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
+def check_seed(seed: int, number: int = 1) -> int:
+    """The seed itself, where a generator and the ledger can hold it and those of the images after it."""
+    if not isinstance(seed, Integral) or not 0 <= seed <= SEEDS - number:
         raise Refused(
-            f"--seed {seed}: expected a whole number from 0 to {SEEDS - 1}, that of the last image included",
+            f"--seed {seed}: expected a whole number from 0 to {SEEDS - number}",
             "Choose another seed.",
         )
     return seed

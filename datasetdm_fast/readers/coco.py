@@ -194,7 +194,8 @@ class Coco(PictureSource):
         for source in (self.things, self.persons):
             if source and image in source.bad:
                 raise reading.bad(source.path, source.bad[image])
-        pixels = reading.colour_image(path, reading.as_said((said["width"], said["height"])))
+        entry, sides = f"its entry in {first.path.name}", (said["width"], said["height"])
+        pixels = reading.colour_image(path, reading.as_sized(entry, lambda: sides))
         if pixels.shape[:2] != (said["height"], said["width"]):
             raise reading.bad(
                 path,

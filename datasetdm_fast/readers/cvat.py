@@ -55,7 +55,7 @@ class Cvat(PictureSource):
             sides = (int(entry.get("height", "")), int(entry.get("width", "")))
         except ValueError:
             raise reading.bad(self.file, f"{path.name} has no width and height") from None
-        image = reading.colour_image(path, reading.as_drawn_on(sides[::-1]))
+        image = reading.colour_image(path, reading.as_drawn(sides[::-1]))
         if image.shape[:2] != sides:
             shape = f"{image.shape[1]} x {image.shape[0]}"
             raise reading.bad(path, f"{shape} pixels, but {self.file.name} says {sides[1]} x {sides[0]}")

@@ -71,7 +71,7 @@ class LabelMe(PictureSource):
         return Picture(path.stem, image, caption, **truth)
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
-        said = reading.as_drawn_on(sides[::-1])
+        said = reading.as_drawn(sides[::-1])
         try:
             file = reading.inside(path.parent, document["imagePath"].replace("\\", "/"), path)
         except Refused:  # labelme may keep its files in a folder beside that of the pictures

@@ -50,8 +50,9 @@ class Voc(PictureSource):
 
     def picture(self, record: int) -> Picture:
         name = self.ids[record]
-        image = reading.colour_image(reading.inside(self.path / "JPEGImages", f"{name}.jpg", self.list))
-        labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes)
+        path, maps = reading.inside(self.path / "JPEGImages", f"{name}.jpg", self.list), self.maps / f"{name}.png"
+        image = reading.colour_image(path, reading.as_its_labels(maps))
+        labels = reading.label_map(maps, image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
         caption = self.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])

@@ -118,7 +118,7 @@ def check_document(document: Mapping[str, Any]) -> None:
     check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
     documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")
-    if document.get("command", COMMANDS[0]) not in COMMANDS:
+    if made_by(document) not in COMMANDS:
         raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
     if document["config"]["image_format"] not in ("png", "jpg"):
         raise ValueError(
@@ -147,9 +147,14 @@ def most_samples(config: Mapping[str, Any], number: int) -> int:
     return number * (config.get("most_tries", MOST_TRIES) if sets_aside(config) else 1)
 
 
+def made_by(document: Mapping[str, Any]) -> str:
+    """The command that made a run folder."""
+    return document.get("command", COMMANDS[0])
+
+
 def maker(document: Mapping[str, Any]) -> str:
     """The command line, without its flags, that made a run folder."""
-    return f"python -m datasetdm_fast.{document.get('command', COMMANDS[0])}"
+    return f"python -m datasetdm_fast.{made_by(document)}"
 
 
 def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
@@ -194,6 +199,10 @@ def _short(value: Any) -> str:
 
 def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str = "a run") -> None:
     """Refuses to go on with a folder of `what` that was started otherwise in any of the parts of `wanted`."""
+    if "command" in wanted and stored["command"] != wanted["command"]:  # whose settings are all others
+        raise Refused(
+            f"{folder}: it holds a run of {stored['command']}, not of {wanted['command']}", "Choose another --out."
+        )
     found = [
         line
         for part in wanted
@@ -221,7 +230,7 @@ def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, A
             f"{folder}: holds a run that kept its doubtful samples",
             "Add --refill to make others in their place, or choose another --out.",
         )
-    check_same(folder, {"config": there}, {"config": wanted})
+    check_same(folder, {"command": made_by(stored), "config": there}, {"command": COMMANDS[0], "config": wanted})
 
 
 def pretty(document: Mapping[str, Any]) -> bytes:

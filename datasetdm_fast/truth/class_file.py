@@ -35,6 +35,8 @@ def own_table(path: str) -> class_tables.ClassTable:
         return class_tables.parse(storage.read(Path(path), LARGEST_TABLE).decode("utf-8-sig"), path)
     except Refused as stop:  # of the file as a whole
         raise Refused(f"--class-table: {stop.cause}", stop.remedy) from stop
+    except UnicodeDecodeError as error:
+        raise Refused(f"--class-table {path}: not UTF-8 at byte {error.start}", "Save the file as UTF-8.") from error
     except ValueError as error:
         form = "The first line names the columns: number,name,say,colour,words."
         remedy = "Name the annotation file of LVIS or COCO, or a CSV file." if path.endswith(".json") else form

@@ -86,15 +86,8 @@ def as_sized(labels: str, size: Callable[[], Sequence[int]]) -> Turning:
     return turned
 
 
-def as_said(size: tuple[int, int]) -> Turning:
-    """For labels whose file says width and height: the picture as shown where only that has them, else as stored."""
-    return lambda path, stored, upright: upright if upright.size == size != stored.size else stored
-
-
-def as_drawn_on(size: tuple[int, int]) -> Turning:
-    """For labels of programs that show pictures upright, as their early versions did not: the picture as stored only
-    where that alone has the width and height that their file says.
-    """
+def as_drawn(size: tuple[int, int]) -> Turning:
+    """For labels of a program that turns pictures itself: as shown, unless only as stored it has the size they say."""
     return lambda path, stored, upright: stored if stored.size == size != upright.size else upright
 
 
