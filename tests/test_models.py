@@ -218,6 +218,26 @@ def test_weights_changed_in_place_are_read_again():
     assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, context)) <= STAGE
 
 
+def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    latents, _ = inputs(engine, 1)
+    image = engine.decode_image(latents)
+    calls = {
+        "text_encoder": lambda engine: engine.encode_text(["a ball"]),
+        "vae": lambda engine: engine.encode_image(image),
+    }
+    before = {name: call(engine) for name, call in calls.items()}
+    for name, call in calls.items():
+        for weight in getattr(model, name).parameters():
+            weight.detach().mul_(1.2)
+        after, truth = call(engine), call(build_engine("torch", model, device="cpu"))
+        assert relative(after, before[name]) > 0.01 and relative(after, truth) <= STAGE
+    model.vae.post_quant_conv.weight.detach().mul_(2)
+    truth = build_engine("torch", model, device="cpu").decode_image(latents)
+    assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
+
+
 def test_a_changed_timestep_embedding_is_read_before_the_first_call():
     model = load_model("tiny")
     engine = build_engine("fast", model, device="cpu")
