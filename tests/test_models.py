@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import build_decoder, fold
+from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
@@ -236,6 +236,20 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
     model.vae.post_quant_conv.weight.detach().mul_(2)
     truth = build_engine("torch", model, device="cpu").decode_image(latents)
     assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
+
+
+def test_weights_of_a_decoder_changed_in_place_are_read_again():
+    model, decoders = load_model("demo"), {"semantic": load_decoders("demo")["semantic"]}
+    engine = build_engine("fast", model, decoders, device="cpu")
+    latents, context = inputs(engine, 1)
+    _, capture = engine.denoise_and_capture_raw(latents, 5, context)
+    before = engine.annotate("semantic", capture)
+    for weight in decoders["semantic"].parameters():
+        weight.detach().mul_(1.1)
+    truth = build_engine("fast", model, decoders, device="cpu").annotate("semantic", capture)
+    for name, value in engine.annotate("semantic", capture).items():
+        assert torch.equal(value, truth[name])
+    assert relative(truth["pred_masks"], before["pred_masks"]) > 0.1
 
 
 def test_a_changed_timestep_embedding_is_read_before_the_first_call():

@@ -493,8 +493,8 @@ class FastEngine:
             )
             if worked < size:
                 self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
-        else:  # where no other thread is at work beside the UNet
-            self._refresh()
+        else:
+            self._refresh()  # as in annotate
             self._keep_alone("image_decoder")
             decoder, chunks = self.image_decoder, latents.split(size)  # read once, before threads ask for it
             if len(chunks) == 1 and is_large(decoder):
@@ -544,6 +544,8 @@ class FastEngine:
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
                 "Name a folder with that decoder: --decoder DIR",
             )
+        if self.device.type == "cpu":  # elsewhere a thread of its own labels, beside the UNet
+            self._refresh()
         decoder = self._stored_decoders[task]
         own = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
         own = own.to(next(decoder.parameters()).dtype)
