@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import build_decoder, fold
+from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
@@ -216,6 +216,40 @@ def test_weights_changed_in_place_are_read_again():
     after = engine.denoise(latents, 5, context.clone())
     assert relative(after, before) > 0.1
     assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, context)) <= STAGE
+
+
+def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    latents, _ = inputs(engine, 1)
+    image = engine.decode_image(latents)
+    calls = {
+        "text_encoder": lambda engine: engine.encode_text(["a ball"]),
+        "vae": lambda engine: engine.encode_image(image),
+    }
+    before = {name: call(engine) for name, call in calls.items()}
+    for name, call in calls.items():
+        for weight in getattr(model, name).parameters():
+            weight.detach().mul_(1.2)
+        after, truth = call(engine), call(build_engine("torch", model, device="cpu"))
+        assert relative(after, before[name]) > 0.01 and relative(after, truth) <= STAGE
+    model.vae.post_quant_conv.weight.detach().mul_(2)
+    truth = build_engine("torch", model, device="cpu").decode_image(latents)
+    assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
+
+
+def test_weights_of_a_decoder_changed_in_place_are_read_again():
+    model, decoders = load_model("demo"), {"semantic": load_decoders("demo")["semantic"]}
+    engine = build_engine("fast", model, decoders, device="cpu")
+    latents, context = inputs(engine, 1)
+    _, capture = engine.denoise_and_capture_raw(latents, 5, context)
+    before = engine.annotate("semantic", capture)
+    for weight in decoders["semantic"].parameters():
+        weight.detach().mul_(1.1)
+    truth = build_engine("fast", model, decoders, device="cpu").annotate("semantic", capture)
+    for name, value in engine.annotate("semantic", capture).items():
+        assert torch.equal(value, truth[name])
+    assert relative(truth["pred_masks"], before["pred_masks"]) > 0.1
 
 
 def test_a_changed_timestep_embedding_is_read_before_the_first_call():

@@ -156,7 +156,7 @@ class FastEngine:
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
         self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
-        for name in AT_NEED:
+        for name in (*AT_NEED, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
         is_wide = self.device.type == "cpu" or self.is_compiled or self.dtype == torch.float32
         # In bf16, too: labels need its three further bits, and what leaves its range is made again in fp32.
@@ -285,6 +285,7 @@ class FastEngine:
 
     @computed
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        self._refresh()
         self._keep_alone("text_encoder")
         return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
 
@@ -493,6 +494,7 @@ class FastEngine:
             if worked < size:
                 self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         else:
+            self._refresh()  # as in annotate
             self._keep_alone("image_decoder")
             decoder, chunks = self.image_decoder, latents.split(size)  # read once, before threads ask for it
             if len(chunks) == 1 and is_large(decoder):
@@ -520,6 +522,7 @@ class FastEngine:
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
+        self._refresh()
         self._keep_alone("image_encoder")
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat(
@@ -541,6 +544,8 @@ class FastEngine:
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
                 "Name a folder with that decoder: --decoder DIR",
             )
+        if self.device.type == "cpu":  # elsewhere a thread of its own labels, beside the UNet
+            self._refresh()
         decoder = self._stored_decoders[task]
         own = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
         own = own.to(next(decoder.parameters()).dtype)
