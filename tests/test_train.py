@@ -582,6 +582,7 @@ def checkpoint_of_another(tmp_path):
         (["--accumulate", "0"], 2, "--accumulate: 0 is less than 1"),
         (["--steps", "-1"], 2, "--steps: -1 is less than 0"),
         (["--timestep", "1000"], 2, "--timestep: 1000 is not one of the model's 1000"),
+        (["--dtype", "fp16"], 2, "--dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones"),
         (["--cache", "disk", "--cache-gb", "0.0001"], 2, "--cache disk: the captures take"),
         (["--cache-dir", "/proc/nowhere", "--cache", "disk", "--cache-gb", "9"], 3, "/proc/nowhere"),
         (["--model", "/nowhere/model"], 2, "/nowhere/model"),

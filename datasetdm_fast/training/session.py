@@ -358,6 +358,11 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
         )
     is_auto = config.engine == "torch" or (config.engine in ("auto", "fast") and config.device != "cpu")
     engine = build_engine(config.engine, model, {}, dtype="auto" if is_auto else "fp32", device=config.device)
+    if config.dtype == "fp16" and engine.device.type == "cpu":
+        raise Refused(
+            "--dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
+            "Use --dtype bf16 or --dtype fp32.",
+        )
 
     def say(line: str) -> None:
         if ranks.is_first and not config.quiet:
