@@ -69,10 +69,9 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
-    if config.number < 1 or config.batch_size < 1:
-        raise Refused(
-            f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number."
-        )
+    for flag, number in (("--number", config.number), ("--batch-size", config.batch_size)):
+        if number < 1:
+            raise Refused(f"{flag} {number}: expected 1 or more", "Choose another number.")
     if config.run:
         described(Path(config.run))  # minutes before the verdict is to be stored there
     engine, reference, recipe, requests = _prepared(config)

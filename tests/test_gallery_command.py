@@ -420,6 +420,8 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         ([], "RUN is missing"),
         (["nowhere"], "nowhere: holds no run.json"),
         (["nowhere", "--port", "0"], "--port 0"),
+        (["other"], "other: holds no run.json"),
+        (["other/file"], "other/file: holds no run.json"),
         (["empty"], "empty: no sample is committed yet"),
         (["away"], "away: no browser opens a page whose samples are in an object store"),
         (["away", "--serve"], "away: no sample is committed yet"),
@@ -434,6 +436,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, lin
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "run.json").write_text(json.dumps(document(1, 32)))
     (tmp_path / "away" / "state" / "store").write_text(f"file://{tmp_path}/none")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
     assert command.main(line) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and said in lines[0]
+    assert len(lines) == 2 and said in lines[0] and "another --out" not in lines[1]
