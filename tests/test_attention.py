@@ -363,6 +363,13 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
     assert label.main([*line, "--seed", "5"]) == 2
 
 
+def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):
+    (captions := tmp_path / "captions.json").write_text('{"photos/a.png": "a ball"}')
+    line = [str(photos), "--captions", str(captions), "--out", str(tmp_path / "labelled")]
+    assert label.main(line) == 2 and not (tmp_path / "labelled").exists()
+    assert f"{captions}: names none of the pictures in {photos}" in capsys.readouterr().err
+
+
 def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photos, tmp_path, capsys):
     (captions := tmp_path / "captions.json").write_text('{"a.png": "a ball", "b": "some things", "more/c": "a scene"}')
     line = [str(photos), "--task", "semantic", "--classes", "ball,cube", "--out", str(tmp_path / "run"), "--dry-run"]

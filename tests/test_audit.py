@@ -216,6 +216,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 2
         assert not arguments or arguments[0] in err or "more" in arguments or "\0" in arguments, err
+        assert "did you mean file?" not in err
     with pytest.raises(Refused):
         audit.audit(tmp_path)
 

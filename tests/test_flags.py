@@ -1,5 +1,6 @@
 """Flags from RunConfig: spellings, types, YAML under flags, refusals in two lines, and how a command ends."""
 
+import errno
 import os
 import pickle
 import signal
@@ -225,6 +226,13 @@ def test_a_name_too_long_for_any_file_is_refused_wherever_it_is_met(capsys):
     for line in ((audit.main, ["x" * 300]), (prompts.main, ["--classes", "voc", "--out", "x" * 300])):
         assert line[0](line[1]) == 2
         assert len(capsys.readouterr().err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
+def test_a_folder_that_may_not_be_entered_is_no_bug_of_ours(code, tmp_path, capsys):
+    assert ends_with(OSError(code, os.strerror(code), str(tmp_path / "run"))) == 3
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause == f"'{tmp_path / 'run'}': {os.strerror(code)}" and "permissions" in remedy
 
 
 def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, capsys):

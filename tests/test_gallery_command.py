@@ -345,7 +345,11 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_served_page_without_a_word(run, monkeypatch, capsys, number, code):
     monkeypatch.setattr(server.RunServer, "serve_forever", lambda serving: signal.raise_signal(number))
-    assert command.main([str(run), "--serve", "--port", "18840", "--quiet"]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        assert command.main([str(run), "--serve", "--port", "18840", "--quiet"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
 
 
@@ -428,6 +432,8 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         ([], "RUN is missing"),
         (["nowhere"], "nowhere: holds no run.json"),
         (["nowhere", "--port", "0"], "--port 0"),
+        (["other"], "other: holds no run.json"),
+        (["other/file"], "other/file: holds no run.json"),
         (["empty"], "empty: no sample is committed yet"),
         (["away"], "away: no browser opens a page whose samples are in an object store"),
         (["away", "--serve"], "away: no sample is committed yet"),
@@ -442,6 +448,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, lin
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "run.json").write_text(json.dumps(document(1, 32)))
     (tmp_path / "away" / "state" / "store").write_text(f"file://{tmp_path}/none")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
     assert command.main(line) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and said in lines[0]
+    assert len(lines) == 2 and said in lines[0] and "another --out" not in lines[1]

@@ -309,8 +309,9 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
 def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line)
-    with pytest.raises(Refused, match="line 2|holds no prompt|empty"):
+    with pytest.raises(Refused, match="line 2|holds no prompt|empty") as stop:
         prompts.read_source(RunConfig(prompts=str(path)))
+    assert "checksum" not in stop.value.remedy
 
 
 def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refused(tmp_path, capsys):

@@ -109,7 +109,7 @@ def test_every_export_is_one_of_the_labels_that_are_made():
 @pytest.mark.parametrize("flags", [(), ("--quick",)], ids=["whole", "quick"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_line_is_one_that_its_command_accepts(name, flags, monkeypatch, capsys):
-    parse = argparse.ArgumentParser.parse_known_args
+    parse = argparse.ArgumentParser.parse_known_intermixed_args
 
     def parse_and_stop(self, *arguments):
         found, unknown = parse(self, *arguments)
@@ -117,7 +117,7 @@ def test_every_line_is_one_that_its_command_accepts(name, flags, monkeypatch, ca
         raise SystemExit(PARSED)
 
     lines = steps(name, "--root", "DATA", *flags)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_intermixed_args", parse_and_stop)
     for step in lines:
         assert "{" not in step.line
         assert import_module(f"datasetdm_fast.{step.words[0]}").main(list(step.words[1:])) == PARSED, step.line

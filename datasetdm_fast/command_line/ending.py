@@ -16,6 +16,8 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
 
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
+
 
 def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """The function as `main`, which returns the exit code; without arguments it takes those of the command line."""
@@ -58,6 +60,12 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = "a file or standard output" if error.filename is None else documents.quoted(error.filename)
             _say(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
+            return Missing.exit_code
+        if error.errno in DENIED and error.filename is not None:
+            _say(
+                f"{documents.quoted(error.filename)}: {error.strerror}",
+                "Check its permissions, then run the same command again.",
+            )
             return Missing.exit_code
         if error.errno != errno.ENAMETOOLONG:
             return report(error)

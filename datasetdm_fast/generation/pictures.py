@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.cores import cores
@@ -155,4 +155,6 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             if not isinstance(text, str):
                 raise Refused(f"{captions}: the caption of {name} is not a text", 'Write {"a.jpg": "a dog on a sofa"}.')
             said[name] = prompts.check_line(text, f"{captions}: {name}")
+        if given and given.keys().isdisjoint([*said, *(str(PurePosixPath(name).with_suffix("")) for name in said)]):
+            raise Refused(f"{captions}: names none of the pictures in {root}", 'Write {"a.jpg": "a dog on a sofa"}.')
     return Pictures(root, paths, said)

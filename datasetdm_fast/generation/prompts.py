@@ -20,6 +20,7 @@ from datasetdm_fast.truth.class_file import own_table
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
 MOST_PIECES = 3  # tokens of a word, on average, where a tokenizer knows the language of a prompt
+LINES = 'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed": 7}; only prompt is needed.'
 NEGATIVE_PROMPTS = {
     # Dataset Diffusion's text, letter by letter: two of its commas have no space after them.
     "dataset-diffusion": "ugly, tiling, poorly drawn hands, poorly drawn feet, poorly drawn face,out of frame, "
@@ -152,7 +153,10 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
         if not line.strip():
             continue
         where = f"{name} line {number}"
-        value = documents.parse_json(line, where)
+        try:
+            value = documents.parse_json(line, where)
+        except Refused as stop:
+            raise Refused(stop.cause, LINES) from stop
         try:
             documents.check_form(value, {"prompt": str})
             for key in ("negative", "class_prompt"):
@@ -162,10 +166,7 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
                 raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
         except ValueError as error:
-            raise Refused(
-                f"{where}: {error}",
-                'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed": 7}; only prompt is needed.',
-            ) from error
+            raise Refused(f"{where}: {error}", LINES) from error
         (only,) = split_prompts(value["prompt"].replace("\n", " "), where, truncate=truncate)
         classes = check_classes(value["classes"]) if "classes" in value else None
         negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None

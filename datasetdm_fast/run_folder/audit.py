@@ -70,9 +70,10 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        alike = storage.named_alike(folder)
+        alike = "" if folder.exists() else storage.named_alike(folder)
         raise Refused(
-            f"{documents.quoted(str(folder))}: no such folder{alike}", "Name a run folder, or an export of convert."
+            f"{documents.quoted(str(folder))}: {'not a' if folder.exists() else 'no such'} folder{alike}",
+            "Name a run folder, or an export of convert.",
         )
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(

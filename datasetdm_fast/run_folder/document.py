@@ -88,7 +88,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
 
 def described(folder: Path) -> dict[str, Any]:
     """run.json of a folder that must be a run folder."""
-    document = read_document(folder)
+    document = read_document(folder) if (folder / DOCUMENT).exists() else None
     if document is None:
         alike = "" if folder.exists() else storage.named_alike(folder)
         raise Refused(f"{folder}: holds no {DOCUMENT}, so it is not a run folder{alike}", "Name the folder of a run.")
