@@ -397,7 +397,11 @@ def test_what_helps_is_outside_its_interval(capsys):
     assert (worth.t95(11), worth.t95(12), worth.t95(31)) == pytest.approx((2.228, 2.201, 2.042), abs=5e-4)
     row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])
     assert row["helps"] and row["gain"] < 0 and row["interval"][1] < 0
-    assert not worth.compared("semantic", [0.5, 0.6, 0.7], [0.48, 0.65, 0.73])["helps"]
+    assert worth.verdict(row) == "helps"
+    unclear = worth.compared("semantic", [0.5, 0.6, 0.7], [0.48, 0.65, 0.73])
+    assert not unclear["helps"] and worth.verdict(unclear) == "no clear help"
+    worse = worth.compared("semantic", [0.5, 0.6, 0.7], [0.4, 0.501, 0.6])
+    assert not worse["helps"] and worth.verdict(worse) == "harms"
     assert evaluate.main(["--student", "small"]) == 2 and "--run is missing" in capsys.readouterr().err
 
 

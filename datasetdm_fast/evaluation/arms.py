@@ -32,7 +32,7 @@ from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.networks.weights import build, check_folder
 from datasetdm_fast.evaluation.student_data import IGNORED, Vocabulary
-from datasetdm_fast.evaluation.worth import compared, t95
+from datasetdm_fast.evaluation.worth import compared, t95, verdict
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.truth.labelled import Labelled
@@ -290,8 +290,8 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(f"{name:{wide}}  {arm['value']:8.3f}  {low:6.3f} to {high:6.3f}{things}")
     for gain in row["gains"]:
         low, high = gain["interval"]
-        verdict = "helps" if gain["helps"] else "no clear help"
-        lines.append(f"{gain['of']} over {gain['over']}: {gain['gain']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}")
+        difference = f"{gain['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(f"{gain['of']} over {gain['over']}: {difference}: {verdict(gain)}")
     images = row["images"]
     counts = [f"{images[name]} {said}" for name, said in (("real", "real"), ("run", "generated")) if name in images]
     seeds = len(next(iter(row["arms"].values()))["seeds"])

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
@@ -141,15 +141,22 @@ def t95(count: int) -> float:
     return float(stdtrit(count - 1, 0.975))
 
 
+def verdict(gain: Mapping[str, Any]) -> str:
+    """What a gain and its interval say in words."""
+    if gain["helps"]:
+        return "helps"
+    low, high = gain["interval"]
+    return "no clear help" if low <= 0 <= high else "harms"
+
+
 def table(found: dict[str, Any]) -> str:
     """The figures for a reader."""
     lines = [f"{'task':10}  {'figure':8}  {'real':>6}  {'both':>6}  gain (95 % interval)"]
     for task, row in found.items():
         low, high = row["interval"]
-        verdict = "helps" if row["helps"] else "no clear help"
         lines.append(
             f"{task:10}  {row['figure']:8}  {row['real']:6.3f}  {row['both']:6.3f}  {row['gain']:+.3f} ({low:+.3f} "
-            f"to {high:+.3f}): {verdict}"
+            f"to {high:+.3f}): {verdict(row)}"
         )
     row = next(iter(found.values()))
     images, seeds = row["images"], len(row["seeds"]["real"])
