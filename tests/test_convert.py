@@ -572,6 +572,10 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     converted(run, out, "--to", "coco", "--polygons", code=2)
     assert "holds an export with other settings (settings.polygons" in capsys.readouterr().err
+    samples = (document := json.loads((out / "export.json").read_text()))["samples"]
+    (out / "export.json").write_text(json.dumps(document | {"samples": samples + 1}))  # as one before a drop says
+    converted(run, out, "--to", "coco", code=2)
+    assert f"an export of other samples ({samples + 1} there, {samples} asked for)" in capsys.readouterr().err
     (full := tmp_path / "full").mkdir()
     (full / "mine.txt").write_text("mine")
     converted(run, full, "--to", "coco", code=2)

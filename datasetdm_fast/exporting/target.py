@@ -68,9 +68,14 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
             "Choose another --out; nothing is ever overwritten.",
         )
     there = read_export(folder)
-    names = ("settings", "samples", "splits")
-    wanted = {name: described[name] for name in names} | {"runs": _unnamed(described)}
-    check_same(folder, {**there, "runs": _unnamed(there)}, wanted, "an export")
+    check_same(folder, there, {"settings": described["settings"]}, "an export")
+    is_same = all(there.get(name) == described[name] for name in ("samples", "splits"))
+    if not is_same or _unnamed(there) != _unnamed(described):
+        samples = described["samples"]
+        raise Refused(
+            f"{folder}: it holds an export of other samples ({there['samples']} there, {samples} asked for)",
+            "Choose another --out, or delete the folder if its run was changed since.",
+        )
     return there["complete"]
 
 
