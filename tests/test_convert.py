@@ -573,9 +573,9 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
     converted(run, out, "--to", "coco", "--polygons", code=2)
     assert "holds an export with other settings (settings.polygons" in capsys.readouterr().err
     samples = (document := json.loads((out / "export.json").read_text()))["samples"]
-    (out / "export.json").write_text(json.dumps(document | {"samples": samples + 1}))  # as one before a drop says
+    (out / "export.json").write_text(json.dumps(document | {"splits": {"train": samples + 1}}))  # before a drop
     converted(run, out, "--to", "coco", code=2)
-    assert f"an export of other samples ({samples + 1} there, {samples} asked for)" in capsys.readouterr().err
+    assert f"other samples (train {samples + 1} there, train {samples} asked for)" in capsys.readouterr().err
     (full := tmp_path / "full").mkdir()
     (full / "mine.txt").write_text("mine")
     converted(run, full, "--to", "coco", code=2)

@@ -223,6 +223,14 @@ def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
         open_data(f"{address}[test]", SIZE)
 
 
+def test_a_part_of_a_run_that_has_grown_since_it_was_split_says_so(copied):
+    root, address = copied("run")
+    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (0,), "test": tuple(range(1, COUNT - 1))}))
+    with pytest.raises(Refused, match=f"sample {COUNT - 1:08d} is in no part of its split"):
+        open_data(f"{address}[train]", SIZE)
+    assert len(open_data(f"{address}[all]", SIZE)) == COUNT
+
+
 def test_binary_masks_are_read_whatever_their_file_holds(copied):
     root, address = copied("mask")
     before = [item.semantic for item in open_data(address, SIZE)]

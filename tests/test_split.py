@@ -72,7 +72,7 @@ def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, cap
     line = [str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]
     assert convert.main(line) == 0 and convert.main(line) == 0
     assert main([str(run), "--shares", "70,30", "--quiet"]) == 0
-    assert convert.main(line) == 2 and "splits.train: 20 there, 14 asked for" in capsys.readouterr().err
+    assert convert.main(line) == 2 and "(train 20 there, train 14, val 6 asked for)" in capsys.readouterr().err
     line[-2] = str(tmp_path / "again")
     assert convert.main(line) == 0 and convert.main(line) == 0
     assert main([str(run), "--shares", "70,30", "--seed", "1", "--quiet"]) == 0  # as many in each part, but others

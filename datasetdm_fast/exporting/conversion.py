@@ -27,7 +27,7 @@ from datasetdm_fast.plugins import named
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
-from datasetdm_fast.run_folder.split import origins, read_split
+from datasetdm_fast.run_folder.split import origins, part_of, read_split
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples published and committed together
@@ -52,14 +52,7 @@ class ExportSource:
 
     def part_of(self, row: Row) -> str:
         """The part of a sample."""
-        if self.split is None:
-            return TRAIN
-        if (part := self.split.get(row.request.index)) is None:
-            raise Refused(
-                f"{self.run.path}: sample {row.request.id} is in no part of its split",
-                f"Split the run again: python -m datasetdm_fast.split {self.run.path}",
-            )
-        return part
+        return TRAIN if self.split is None else part_of(self.run.path, self.split, row)
 
     def rows(self) -> Iterator[Row]:
         for row in self.run.rows(PARTS):

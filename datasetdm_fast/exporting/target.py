@@ -19,7 +19,7 @@ from datasetdm_fast.run_folder.document import check_same, pretty
 DOCUMENT = "export.json"  # what the export is of; "complete" once nothing is left to be done
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them
 WORK = ".converting"  # which samples are done; gone once the export is complete
-FORM = {"format": int, "complete": bool, "settings": dict, "runs": [dict], "samples": int}
+FORM = {"format": int, "complete": bool, "settings": dict, "runs": [dict], "samples": int, "splits": dict}
 FORMAT = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, split TEXT NOT NULL, entries TEXT NOT NULL,
@@ -69,11 +69,10 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
         )
     there = read_export(folder)
     check_same(folder, there, {"settings": described["settings"]}, "an export")
-    is_same = all(there.get(name) == described[name] for name in ("samples", "splits"))
-    if not is_same or _unnamed(there) != _unnamed(described):
-        samples = described["samples"]
+    if there["splits"] != described["splits"] or _unnamed(there) != _unnamed(described):
+        parts = (", ".join(f"{name} {count}" for name, count in one["splits"].items()) for one in (there, described))
         raise Refused(
-            f"{folder}: it holds an export of other samples ({there['samples']} there, {samples} asked for)",
+            f"{folder}: it holds an export of other samples ({next(parts)} there, {next(parts)} asked for)",
             "Choose another --out, or delete the folder if its run was changed since.",
         )
     return there["complete"]

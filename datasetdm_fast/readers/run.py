@@ -16,7 +16,7 @@ from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.reader import Run, StoredSample
-from datasetdm_fast.run_folder.split import origins, read_split
+from datasetdm_fast.run_folder.split import origins, part_of, read_split
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
@@ -58,10 +58,10 @@ class RunSamples(PictureSource):
         split, chosen = _split_and_label(split)
         self.path, self.is_all = path, split == ALL
         self.run = Run(path, kept=not self.is_all)
-        parts = found.parts if not self.is_all and (found := read_split(path)) else {}
-        if split not in (ALL, *(parts or (TRAIN,))):
+        found = None if self.is_all else read_split(path)
+        if split not in (ALL, *(found.parts if found else (TRAIN,))):
             raise reading.no_split(path, split)
-        wanted = set(parts[split]) if parts else None
+        parts = found.names() if found else {}
         self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth
         for label in self.run.tasks:
             self.labels.setdefault(task_of_label(label), label)
@@ -76,13 +76,13 @@ class RunSamples(PictureSource):
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
         kept = 0
         for position, row in enumerate(self.run.rows(("files", "trust"))):
-            if wanted is not None and row.request.index not in wanted:
+            if found and part_of(path, parts, row) != split:
                 continue
             kept += 1
             if self.is_all or self._trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
         if kept and not self.records:
-            part = f"[{split}]" if parts else ""
+            part = f"[{split}]" if found else ""
             raise Refused(
                 f"--data run:{path}{part}: {'the one sample' if kept == 1 else f'all {kept} samples'} that it keeps "
                 f"{'is' if kept == 1 else 'are'} doubtful",

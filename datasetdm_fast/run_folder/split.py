@@ -56,6 +56,16 @@ def read_split(folder: Path) -> Split | None:
         raise Refused(f"{path}: not a valid split file ({error})", remedy) from error
 
 
+def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:
+    """The part of a sample; one that was made after the run was split is in none."""
+    if (part := parts.get(row.request.index)) is None:
+        raise Refused(
+            f"{folder}: sample {row.request.id} is in no part of its split",
+            f"Split the run again: python -m datasetdm_fast.split {folder}",
+        )
+    return part
+
+
 def write_split(folder: Path, document: Mapping[str, Any], split: Split | None) -> None:
     """Writes down how a run is split, or that it is not; nothing else is changed."""
     with resealed(folder, document):
