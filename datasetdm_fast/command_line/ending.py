@@ -62,9 +62,10 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
             _say(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
             return Missing.exit_code
         if error.errno in DENIED and error.filename is not None:
+            checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
             _say(
                 f"{documents.quoted(error.filename)}: {error.strerror}",
-                "Check its permissions, then run the same command again.",
+                f"Check {checked}, then run the same command again.",
             )
             return Missing.exit_code
         if error.errno != errno.ENAMETOOLONG:
