@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
     ids = [f"{index:08d}" for index in chosen]
     earlier = len(wanted) - len(ids) - len(aside)
-    told = f"{config.run}: {len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped"
+    verb = "would be" if config.dry_run else "is" if len(ids) == 1 else "are"
+    told = f"{config.run}: {len(ids)} of {before} samples {verb} dropped"
     told += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
     told += f"; {len(aside)} {'is' if len(aside) == 1 else 'are'} set aside and not in the data set" if aside else ""
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}

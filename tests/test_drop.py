@@ -114,7 +114,7 @@ def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
         folder.rebuild()
     (tmp_path / "bad.txt").write_text("00000001\n00000002\n")
     assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
-    assert "1 of 2 samples are dropped; 1 is set aside and not in the data set" in capsys.readouterr().err
+    assert "1 of 2 samples is dropped; 1 is set aside and not in the data set" in capsys.readouterr().err
     assert ids(run) == ["00000000"] and [sample.id for sample in open_run(run, doubtful=True)] == ["00000001"]
 
 
