@@ -386,6 +386,7 @@ def test_card_quotes_no_foreign_markup(tmp_path):
         folder.rebuild()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "<img" not in card and card.count("](") == 1 and "](statistics.png)" in card and "\n# <" not in card
+    assert "- Model: `'x' # <script>`;" in card
 
 
 def test_open_run_gives_back_every_label(run_path):
