@@ -13,7 +13,7 @@ from datasetdm_fast.curation.clip import Clip
 from datasetdm_fast.curation.scores import add_distances, scored
 from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.document import LEDGER, table_of
 from datasetdm_fast.run_folder.folder import RunFolder, keep
 from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
@@ -79,6 +79,7 @@ def complete(
     is, but for the scores of another CLIP.
     """
     run.close()  # its ledger is about to change
+    table = table_of(run.document)
     read_kept(run.path)  # the gallery is written anew with it: where it is damaged, that is said before any scoring
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
@@ -90,7 +91,7 @@ def complete(
             there = {index for index, _ in ledger.scores(name)}
             indices = iter([index for index in ledger.indices() if index not in there])
             while (block := list(islice(indices, BLOCK))) and not is_stopping():
-                yield [StoredSample(ledger.row(index), run.path, run.document) for index in block]
+                yield [StoredSample(ledger.row(index), run.path, run.document, class_table=table) for index in block]
 
         for name, network in networks.items():
             for samples in lacking(name):

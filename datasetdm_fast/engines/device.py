@@ -34,6 +34,14 @@ def half_of(device: torch.device) -> str:
     return "bf16" if multiplies_bf16(device) else ""
 
 
+def slow_in_fp16(setting: str) -> Refused:
+    """The refusal of fp16 on a CPU."""
+    return Refused(
+        f"{setting}: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
+        "Use --dtype bf16 or --dtype fp32.",
+    )
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether `device` has instructions for products of bf16; GPUs before Ampere only emulate them."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.decoders.trunk import packed as packed_decoder
 from datasetdm_fast.engines.cuda_graph import GraphPool, StepGraph
-from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device
+from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, slow_in_fp16
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
 from datasetdm_fast.errors import Missing, Refused
@@ -64,10 +64,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name not in DTYPES:
         raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
     if name == "fp16" and device.type == "cpu":
-        raise Refused(
-            "dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
-            "Use --dtype bf16 or --dtype fp32.",
-        )
+        raise slow_in_fp16("dtype")
     if name == "tf32" and device.type == "cpu":
         raise Refused("dtype: a CPU has no TF32", "Use --dtype bf16 or --dtype fp32.")
     return name

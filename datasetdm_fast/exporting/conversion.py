@@ -24,6 +24,7 @@ from datasetdm_fast.exporting.view import RunView, SampleView
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.plugins import named
+from datasetdm_fast.run_folder.document import table_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -251,8 +252,9 @@ class Conversion:
 
     def _views(self) -> Iterator[SampleView]:
         for source, view, offset in zip(self.sources, self.views, self.offsets):
+            run, table = source.run, table_of(source.run.document)
             for row in self._guarded(source, source.rows()):
-                stored = StoredSample(row, source.run.path, source.run.document, source.run.copies)
+                stored = StoredSample(row, run.path, run.document, run.copies, table)
                 yield SampleView(stored, offset + row.request.index, source.part_of(row), view, self.settings)
 
     def view(self, number: int) -> SampleView:

@@ -70,9 +70,11 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
     there = read_export(folder)
     check_same(folder, there, {"settings": described["settings"]}, "an export")
     if there["splits"] != described["splits"] or _unnamed(there) != _unnamed(described):
-        parts = (", ".join(f"{name} {count}" for name, count in one["splits"].items()) for one in (there, described))
+        held, asked = (
+            ", ".join(f"{name} {count}" for name, count in one["splits"].items()) for one in (there, described)
+        )
         raise Refused(
-            f"{folder}: it holds an export of other samples ({next(parts)} there, {next(parts)} asked for)",
+            f"{folder}: it holds an export of other samples ({held} there, {asked} asked for)",
             "Choose another --out, or delete the folder if its run was changed since.",
         )
     return there["complete"]

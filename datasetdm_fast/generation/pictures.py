@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.cores import cores
@@ -149,12 +149,13 @@ def open_pictures(folder: str, captions: str) -> Pictures:
     said: dict[str, str] = {}
     if captions:
         given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS)
-        for path in paths:
-            name = path.relative_to(root).as_posix()
-            text = given.get(name, given.get(Path(name).with_suffix("").as_posix(), ""))
+        names = (path.relative_to(root) for path in paths)
+        stems = {name.as_posix(): name.with_suffix("").as_posix() for name in names}
+        for name, stem in stems.items():
+            text = given.get(name, given.get(stem, ""))
             if not isinstance(text, str):
                 raise Refused(f"{captions}: the caption of {name} is not a text", 'Write {"a.jpg": "a dog on a sofa"}.')
             said[name] = prompts.check_line(text, f"{captions}: {name}")
-        if given and given.keys().isdisjoint([*said, *(str(PurePosixPath(name).with_suffix("")) for name in said)]):
+        if given and given.keys().isdisjoint([*stems, *stems.values()]):
             raise Refused(f"{captions}: names none of the pictures in {root}", 'Write {"a.jpg": "a dog on a sofa"}.')
     return Pictures(root, paths, said)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -48,6 +49,7 @@ class StoredSample:
     folder: Path
     document: Mapping[str, Any]
     copies: StoreCopy | None = None  # of files that are in an object store
+    class_table: ClassTable | None = None  # the words of --class-table that its run was made with
 
     @property
     def id(self) -> str:
@@ -69,11 +71,6 @@ class StoredSample:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.row.request.classes
-
-    @property
-    def class_table(self) -> ClassTable | None:
-        """The words of --class-table that its run was made with, if any."""
-        return table_of(self.document)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -201,6 +198,10 @@ class Run(AbstractContextManager["Run"]):
         """
         return tuple(self.document.get("classes", ()))
 
+    @cached_property
+    def _class_table(self) -> ClassTable | None:  # one for all samples, as matchers are kept by their table
+        return table_of(self.document)
+
     @property
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
@@ -232,7 +233,7 @@ class Run(AbstractContextManager["Run"]):
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
-        return StoredSample(row, self.path, self.document, self.copies)
+        return StoredSample(row, self.path, self.document, self.copies, self._class_table)
 
     def _narrowed(self, indices: Sequence[int]) -> Run:
         """The same run with only these samples; it has a connection of its own to the ledger."""

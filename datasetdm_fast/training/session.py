@@ -15,6 +15,7 @@ from datasetdm_fast.decoders.trunk import Decoder, fold
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.device import slow_in_fp16
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import ClassTable, digest_of, spoken, words_of
@@ -359,10 +360,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     is_auto = config.engine == "torch" or (config.engine in ("auto", "fast") and config.device != "cpu")
     engine = build_engine(config.engine, model, {}, dtype="auto" if is_auto else "fp32", device=config.device)
     if config.dtype == "fp16" and engine.device.type == "cpu":
-        raise Refused(
-            "--dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
-            "Use --dtype bf16 or --dtype fp32.",
-        )
+        raise slow_in_fp16("--dtype")
 
     def say(line: str) -> None:
         if ranks.is_first and not config.quiet:
