@@ -189,6 +189,17 @@ def needed_by_the_product() -> set[str]:
     return {name for name in found if not name.startswith(("nvidia", "cuda", "triton"))}  # of torch's own build
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_clone_holds_no_link_and_nothing_that_git_is_told_to_ignore():
+    listed = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
+    links, ignored = (
+        subprocess.run([*listed, *flags], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        for flags in (["-s"], ["-ic", "--exclude-standard"])
+    )
+    assert len(links) > 500
+    assert [line for line in links if line.startswith("120000")] == [] == ignored
+
+
 def copy_of_the_sources(copy):
     """A checkout of this commit in another folder."""
     files = ("MANIFEST.in", "LICENSE", "README.md", "SECURITY.md", "requirements.lock", "Makefile")
