@@ -5,7 +5,6 @@
 #include "depth_head.h"
 #include "device.h"
 #include "guided_step.h"
-#include "hidden_convolution.h"
 #include "mask_rle.h"
 #include "network_ops.h"
 #include "png.h"
@@ -26,23 +25,19 @@ void add_step(py::class_<datasetdm::Step> step) {
 }
 
 template <typename Real>
-void add_hidden_convolution(py::module_& m) {
-    m.def("hidden_convolution", &datasetdm::hidden_convolution<Real>, "hidden"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "out"_a.noconvert(),
-          "threads"_a, "vector_bytes"_a = 0);
-    m.def("hidden_convolution_gradient", &datasetdm::hidden_convolution_gradient<Real>, "hidden"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(),
-          "gradient"_a.noconvert(), "to_hidden"_a.noconvert(), "to_bias"_a.noconvert(), "to_last"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
+void add_depth_head(py::module_& m) {
+    m.def("depth_head_add", &datasetdm::depth_head_add<Real>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
+          "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
+    m.def("depth_head_gradient", &datasetdm::depth_head_gradient<Real>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
+          "gradient"_a.noconvert(), "to_products"_a.noconvert(), "to_bias"_a.noconvert(), "to_last"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
 }
 
 PYBIND11_MODULE(_C, m) {
     m.attr("built_with_cuda") = datasetdm::built_with_cuda();
     m.def("cuda_device_count", &datasetdm::cuda_device_count);
     m.def("depth_head_vector_bytes", &datasetdm::depth_head_vector_bytes);
-    m.def("depth_head_add", &datasetdm::depth_head_add<float>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
-          "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
-    m.def("depth_head_add", &datasetdm::depth_head_add<double>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
-          "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
-    add_hidden_convolution<float>(m);
-    add_hidden_convolution<double>(m);
+    add_depth_head<float>(m);
+    add_depth_head<double>(m);
     m.def("attention", &datasetdm::attention_cpu, WithoutGil(), "storage"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a,
           "images"_a, "heads"_a, "queries"_a, "keys"_a, "width"_a, "scale"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("group_norm", &datasetdm::group_norm_cpu, WithoutGil(), "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "images"_a, "cells"_a, "channels"_a, "groups"_a, "eps"_a,

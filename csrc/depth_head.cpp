@@ -58,23 +58,34 @@ struct Head {
     int64_t padded() const { return (full + kBlock - 1) / kBlock * kBlock; }
 };
 
-// What one thread works in: every buffer at its own aligned place of one allocation.
+// What one thread works in: every buffer at its own aligned place of one allocation; those of gradients are empty without a backward.
 template <typename Real>
 struct Scratch {
     std::vector<Real> memory;
     Real *bias, *last, *cells, *rows, *columns, *hidden, *sums;
+    Real *rows_back, *columns_back, *hidden_back, *taps_back;
     int64_t lanes;
 
-    Scratch(const Head<Real>& head, int64_t vector_bytes) : lanes(vector_bytes / sizeof(Real)) {
-        const int64_t sizes[] = {kChannels, kTaps * kChannels, head.side * kTaps * kChannels, head.span * head.middle * kTaps * kChannels,
-                                 head.middle * 3 * kChannels, (kBlock + 2) * kChannels, 3 * head.padded() * lanes};
+    Scratch(const Head<Real>& head, int64_t vector_bytes, bool has_backward = false) : lanes(vector_bytes / sizeof(Real)) {
+        const int64_t rows_size = head.span * head.middle * kTaps * kChannels, columns_size = head.middle * 3 * kChannels;
+        const int64_t sizes[] = {kChannels,
+                                 kTaps * kChannels,
+                                 head.side * kTaps * kChannels,
+                                 rows_size,
+                                 columns_size,
+                                 (kBlock + 2) * kChannels,
+                                 has_backward ? 0 : 3 * head.padded() * lanes,
+                                 has_backward * rows_size,
+                                 has_backward * columns_size,
+                                 has_backward * kBlock * kChannels,
+                                 has_backward * (kTaps + 1) * kChannels};
         int64_t total = kAlignment / sizeof(Real);
         for (int64_t size : sizes) total += rounded(size);
         memory.resize(total);
         void* start = memory.data();
         size_t space = total * sizeof(Real);
         Real* at = static_cast<Real*>(std::align(kAlignment, sizeof(Real), start, space));
-        Real** const places[] = {&bias, &last, &cells, &rows, &columns, &hidden, &sums};
+        Real** const places[] = {&bias, &last, &cells, &rows, &columns, &hidden, &sums, &rows_back, &columns_back, &hidden_back, &taps_back};
         for (size_t i = 0; i < std::size(sizes); ++i) {
             *places[i] = at;
             at += rounded(sizes[i]);
@@ -85,6 +96,7 @@ struct Scratch {
         return (size + kStep - 1) / kStep * kStep;
     }
     Real* row(const Head<Real>& head, int64_t row) const { return rows + row % head.span * head.middle * kTaps * kChannels; }
+    Real* row_back(const Head<Real>& head, int64_t row) const { return rows_back + row % head.span * head.middle * kTaps * kChannels; }
     Real* sum(const Head<Real>& head, int64_t row) const { return sums + (row + 3) % 3 * head.padded() * lanes; }
 
     void begin(const Head<Real>& head, int64_t channel) {
@@ -92,7 +104,7 @@ struct Scratch {
         std::fill(bias, bias + kChannels, Real{0});
         std::fill(last, last + kTaps * kChannels, Real{0});
         std::fill(cells, cells + head.side * kTaps * kChannels, Real{0});
-        std::fill(sums, sums + 3 * head.padded() * lanes, Real{0});
+        std::fill(sums, rows_back, Real{0});
         std::copy_n(head.bias + channel, count, bias);
         for (int64_t tap = 0; tap < kTaps; ++tap) std::copy_n(head.last + tap * head.channels + channel, count, last + tap * kChannels);
     }
@@ -107,16 +119,27 @@ struct Scratch {
 namespace datasetdm {
 namespace {
 
+// The layers behind `products`, for logits [B, H, H].
 template <typename Real>
-using AddRows = void (*)(const Head<Real>&, Scratch<Real>&, const Real*, int64_t, int64_t, int64_t, Real*);
+Head<Real> head_of(const char* name, const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, const Array<Real>& logits,
+                   int64_t threads) {
+    require(products.ndim() == 5 && products.shape(1) == products.shape(2) && products.shape(3) == kTaps, name, ": products must be [B, h, h, 9, C]");
+    require(logits.ndim() == 3 && logits.shape(1) == logits.shape(2) && logits.shape(0) == products.shape(0), name,
+            ": logits must be [B, H, H] with the batch of the products, ", products.shape(0));
+    const int64_t side = products.shape(1), channels = products.shape(4), full = logits.shape(1);
+    require(bias.ndim() == 1 && bias.shape(0) == channels, name, ": bias must be [", channels, "], one for each channel of the products");
+    require(last.ndim() == 2 && last.shape(0) == kTaps && last.shape(1) == channels, name, ": last must be [9, ", channels, "]");
+    require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
+    require_size("depth head: cells", side, side);
+    require_size("depth head: middle", middle, middle);
+    require_size("depth head: logits", full, full);
+    return {side, middle, full, channels, bias.data(), last.data()};
+}
 
 template <typename Real>
-AddRows<Real> add_rows_with(int64_t vector_bytes) {
-#if defined(__x86_64__)
-    if (vector_bytes == 64) return avx512::add_rows<Real>;
-    if (vector_bytes == 32) return avx2::add_rows<Real>;
-#endif
-    return baseline::add_rows<Real>;
+void require_like(const char* name, const Array<Real>& one, const Array<Real>& other) {
+    require(one.ndim() == other.ndim() && std::equal(one.shape(), one.shape() + one.ndim(), other.shape()), "depth_head_gradient: ", name,
+            " has another shape than its gradient");
 }
 
 }  // namespace
@@ -140,26 +163,14 @@ int64_t chosen_vector_bytes(const char* name, int64_t vector_bytes) {
 }
 
 template <typename Real>
-void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const py::array_t<Real, py::array::c_style>& bias,
-                    const py::array_t<Real, py::array::c_style>& last, int64_t middle, py::array_t<Real, py::array::c_style> logits, int64_t threads,
+void depth_head_add(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, Array<Real> logits, int64_t threads,
                     int64_t vector_bytes) {
-    require(products.ndim() == 5 && products.shape(1) == products.shape(2) && products.shape(3) == kTaps,
-            "depth_head_add: products must be [B, h, h, 9, C]");
-    require(logits.ndim() == 3 && logits.shape(1) == logits.shape(2) && logits.shape(0) == products.shape(0),
-            "depth_head_add: logits must be [B, H, H] with the batch of the products, ", products.shape(0));
-    const int64_t batch = products.shape(0), side = products.shape(1), channels = products.shape(4), full = logits.shape(1);
-    require(bias.ndim() == 1 && bias.shape(0) == channels, "depth_head_add: bias must be [", channels, "], one for each channel of the products");
-    require(last.ndim() == 2 && last.shape(0) == kTaps && last.shape(1) == channels, "depth_head_add: last must be [9, ", channels, "]");
-    require(threads > 0, "depth_head_add: threads is ", threads, ", expected at least 1");
-    require_size("depth_head_add: cells", side, side);
-    require_size("depth_head_add: middle", middle, middle);
-    require_size("depth_head_add: logits", full, full);
+    const Head<Real> head = head_of("depth_head_add", products, bias, last, middle, logits, threads);
     vector_bytes = chosen_vector_bytes("depth_head_add", vector_bytes);
+    const int64_t batch = products.shape(0), size = head.side * head.side * kTaps * head.channels, full = head.full;
     const Real* source = products.data();
     Real* target = logits.mutable_data();
-    const AddRows<Real> add_rows = add_rows_with<Real>(vector_bytes);
     ReleasedGil release;
-    const Head<Real> head(side, middle, full, channels, bias.data(), last.data());
     // Each thread owns a band of rows and meets the channels in the same order: their number cannot change a sum.
     const int64_t bands = std::min(threads, full);
     std::vector<Scratch<Real>> scratch;
@@ -167,15 +178,51 @@ void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const
     share(bands, bands, [&](int64_t begin, int64_t end) {
         for (int64_t band = begin; band < end; ++band)
             for (int64_t image = 0; image < batch; ++image)
-                for (int64_t channel = 0; channel < channels; channel += kChannels)
-                    add_rows(head, scratch[band], source + image * side * side * kTaps * channels, channel, full * band / bands, full * (band + 1) / bands,
-                             target + image * full * full);
+                for (int64_t channel = 0; channel < head.channels; channel += kChannels)
+                    WITH_VECTORS(vector_bytes, add_rows, head, scratch[band], source + image * size, channel, full * band / bands, full * (band + 1) / bands,
+                                 target + image * full * full);
     });
 }
 
-template void depth_head_add<float>(const py::array_t<float, py::array::c_style>&, const py::array_t<float, py::array::c_style>&,
-                                    const py::array_t<float, py::array::c_style>&, int64_t, py::array_t<float, py::array::c_style>, int64_t, int64_t);
-template void depth_head_add<double>(const py::array_t<double, py::array::c_style>&, const py::array_t<double, py::array::c_style>&,
-                                     const py::array_t<double, py::array::c_style>&, int64_t, py::array_t<double, py::array::c_style>, int64_t, int64_t);
+template <typename Real>
+void depth_head_gradient(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, const Array<Real>& gradient,
+                         Array<Real> to_products, Array<Real> to_bias, Array<Real> to_last, int64_t threads, int64_t vector_bytes) {
+    const Head<Real> head = head_of("depth_head_gradient", products, bias, last, middle, gradient, threads);
+    require_like("products", products, to_products);
+    require_like("bias", bias, to_bias);
+    require_like("last", last, to_last);
+    vector_bytes = chosen_vector_bytes("depth_head_gradient", vector_bytes);
+    const int64_t batch = products.shape(0), size = head.side * head.side * kTaps * head.channels, full = head.full, pitch = full + 2;
+    const Real *source = products.data(), *out = gradient.data();
+    Real *own = to_products.mutable_data(), *own_bias = to_bias.mutable_data(), *own_last = to_last.mutable_data();
+    ReleasedGil release;
+    std::vector<Real> padded(batch * pitch * pitch);
+    for (int64_t row = 0; row < batch * full; ++row) std::copy_n(out + row * full, full, padded.data() + (row + row / full * 2 + 1) * pitch + 1);
+    // Some channels of one image are one thread's, and images are added in their order: the number of threads cannot change a sum.
+    const int64_t slices = (head.channels + kChannels - 1) / kChannels;
+    std::vector<double> totals(batch * slices * (kTaps + 1) * kChannels);
+    share(batch * slices, threads, [&](int64_t begin, int64_t end) {
+        Scratch<Real> scratch(head, vector_bytes, true);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t image = i / slices, channel = i % slices * kChannels;
+            WITH_VECTORS(vector_bytes, slice_gradient, head, scratch, source + image * size, channel, padded.data() + image * pitch * pitch, own + image * size,
+                         totals.data() + i * (kTaps + 1) * kChannels);
+        }
+    });
+    for (int64_t c = 0; c < head.channels; ++c)
+        for (int64_t tap = 0; tap <= kTaps; ++tap) {
+            double total = 0;
+            for (int64_t image = 0; image < batch; ++image)
+                total += totals[((image * slices + c / kChannels) * (kTaps + 1) + tap) * kChannels + c % kChannels];
+            (tap < kTaps ? own_last[tap * head.channels + c] : own_bias[c]) = static_cast<Real>(total);
+        }
+}
+
+#define FOR(Real)                                                                                                                                       \
+    template void depth_head_add<Real>(const Array<Real>&, const Array<Real>&, const Array<Real>&, int64_t, Array<Real>, int64_t, int64_t);             \
+    template void depth_head_gradient<Real>(const Array<Real>&, const Array<Real>&, const Array<Real>&, int64_t, const Array<Real>&, Array<Real>,       \
+                                            Array<Real>, Array<Real>, int64_t, int64_t);
+FOR(float)
+FOR(double)
 
 }  // namespace datasetdm

@@ -57,42 +57,26 @@ def depth_head_add(
     vector_bytes: int = 0,
 ) -> None: ...
 @overload
-def hidden_convolution(
-    hidden: NDArray[np.float32],
+def depth_head_gradient(
+    products: NDArray[np.float32],
     bias: NDArray[np.float32],
     last: NDArray[np.float32],
-    out: NDArray[np.float32],
-    threads: int,
-    vector_bytes: int = 0,
-) -> None: ...
-@overload
-def hidden_convolution(
-    hidden: NDArray[np.float64],
-    bias: NDArray[np.float64],
-    last: NDArray[np.float64],
-    out: NDArray[np.float64],
-    threads: int,
-    vector_bytes: int = 0,
-) -> None: ...
-@overload
-def hidden_convolution_gradient(
-    hidden: NDArray[np.float32],
-    bias: NDArray[np.float32],
-    last: NDArray[np.float32],
+    middle: int,
     gradient: NDArray[np.float32],
-    to_hidden: NDArray[np.float32],
+    to_products: NDArray[np.float32],
     to_bias: NDArray[np.float32],
     to_last: NDArray[np.float32],
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
 @overload
-def hidden_convolution_gradient(
-    hidden: NDArray[np.float64],
+def depth_head_gradient(
+    products: NDArray[np.float64],
     bias: NDArray[np.float64],
     last: NDArray[np.float64],
+    middle: int,
     gradient: NDArray[np.float64],
-    to_hidden: NDArray[np.float64],
+    to_products: NDArray[np.float64],
     to_bias: NDArray[np.float64],
     to_last: NDArray[np.float64],
     threads: int,

@@ -70,34 +70,43 @@ def plain(
 
 class _TrainedEnd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
-        hidden, bias, taps = (one.detach().contiguous() for one in (hidden, bias, taps))
-        ctx.save_for_backward(hidden, bias, taps)
-        out = hidden.new_empty(len(hidden), *hidden.shape[2:])
-        _C.hidden_convolution(*(one.numpy() for one in (hidden, bias, taps, out)), torch.get_num_threads())
-        return out
+    def forward(ctx, products: Tensor, bias: Tensor, taps: Tensor, middle: int, full: int) -> Tensor:
+        given = tuple(one.detach().contiguous() for one in (products, bias, taps))
+        ctx.save_for_backward(*given)
+        ctx.middle, logits = middle, products.new_zeros(len(products), full, full)
+        _C.depth_head_add(*(one.numpy() for one in given), middle, logits.numpy(), torch.get_num_threads())
+        return logits
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        given, out = [one.numpy() for one in ctx.saved_tensors], gradients[0].contiguous().numpy()
         answers = tuple(torch.empty_like(one) for one in ctx.saved_tensors)
-        arrays = (*ctx.saved_tensors, gradients[0].contiguous(), *answers)
-        _C.hidden_convolution_gradient(*(one.numpy() for one in arrays), torch.get_num_threads())
-        return answers
+        _C.depth_head_gradient(*given, ctx.middle, out, *(one.numpy() for one in answers), torch.get_num_threads())
+        return *answers, None, None
 
 
 def trained(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """What `plain` says, for training: on a CPU, where its precision is exact, bias, ReLU and last convolution are one
-    pass forward and one backward, by csrc/hidden_convolution.cpp.
+    """What `plain` says, for training: on a CPU, where its precision is exact, csrc/depth_head.cpp does what follows
+    the products, forwards and backwards, without the wide map.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
         return plain(x, weight, bias, last_weight, last_bias, sides)
-    taps, answer = last_weight[0].flatten(1).T, last_bias[:, None, None]
-    for start, hidden in hidden_parts(x, weight, sides, CHUNK):
-        stop = start + hidden.shape[1]
-        answer = answer + _TrainedEnd.apply(hidden, bias[start:stop], taps[:, start:stop])[:, None]
-    return answer
+    products, middle = tap_products(x, weight, sides)
+    taps = last_weight[0].flatten(1).T
+    return (_TrainedEnd.apply(products, bias, taps, middle, sides[-1]) + last_bias[:, None, None])[:, None]
+
+
+def tap_products(x: Tensor, weight: Tensor, sides: Sequence[int]) -> tuple[Tensor, int]:
+    """What each tap of the first convolution says of each cell [B, h, h, 9, C], and the side in the middle of the two
+    resizes that are left.
+    """
+    for side in sides[:-2]:
+        x = resize(x, side)
+    cells = x.flatten(2).transpose(1, 2)  # [B, h h, C]
+    products = F.linear(cells, weight.permute(2, 3, 0, 1).flatten(0, 2))  # of [9 d, C]
+    return products.view(len(x), *x.shape[2:], TAPS, -1), sides[-2] if len(sides) > 1 else x.shape[-1]
 
 
 def hidden_parts(x: Tensor, weight: Tensor, sides: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
@@ -224,18 +233,13 @@ def native(
             f"depth_head: the compiled form got a tensor on {x.device}, expected one on the CPU; use the plain form "
             "there"
         )
-    for side in sides[:-2]:
-        x = resize(x, side)
-    batch, _, side, _ = x.shape
-    middle, full = (sides[-2] if len(sides) > 1 else side), sides[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cells = x.detach().flatten(2).transpose(1, 2)  # [B, h h, C]
+    wide, full = torch.promote_types(x.dtype, torch.float32), sides[-1]
     taps = last_weight.detach()[0].flatten(1).T.to(wide)  # [9, D]
-    logits = last_bias.detach().to(wide).repeat(batch, full, full)
+    logits = last_bias.detach().to(wide).repeat(len(x), full, full)
     for start in range(0, len(weight), SLICE):
-        part = weight.detach()[start : start + SLICE].permute(2, 3, 0, 1).reshape(-1, weight.shape[1])  # [9 d, C]
-        products = F.linear(cells, part).to(wide).view(batch, side, side, 9, -1)
-        arrays = (products, bias.detach()[start : start + SLICE].to(wide), taps[:, start : start + SLICE].contiguous())
+        part = slice(start, start + SLICE)
+        products, middle = tap_products(x.detach(), weight.detach()[part], sides)
+        arrays = products.to(wide), bias.detach()[part].to(wide), taps[:, part].contiguous()
         _C.depth_head_add(*(one.numpy() for one in arrays), middle, logits.numpy(), torch.get_num_threads())
     return logits[:, None].to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The native depth head, and its end in training: every instruction set, any number of threads, the border, what is
+"""The native depth head, and its gradients: every instruction set, any number of threads, the border, what is
 refused.
 """
 
@@ -21,31 +21,62 @@ def head(batch: int, channels: int, hidden: int, side: int, dtype=torch.float64)
     return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
 
 
-def added(inputs: tuple[Tensor, ...], middle: int, full: int, threads: int, vector_bytes: int) -> np.ndarray:
+def end(inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
+    """Products, bias and taps of the last convolution."""
     x, weight, bias, last, _ = (one.numpy() for one in inputs)
-    products = np.ascontiguousarray(np.einsum("bcyx,oclk->byxlko", x, weight).reshape(len(x), *x.shape[2:], 9, -1))
-    logits = np.zeros((len(x), full, full), x.dtype)
-    _C.depth_head_add(
-        products, bias, np.ascontiguousarray(last[0].reshape(-1, 9).T), middle, logits, threads, vector_bytes
-    )
+    products = np.einsum("bcyx,oclk->byxlko", x, weight).reshape(len(x), *x.shape[2:], 9, -1)
+    return [np.ascontiguousarray(one) for one in (products, bias, last[0].reshape(-1, 9).T)]
+
+
+def added(inputs: tuple[Tensor, ...], middle: int, full: int, threads: int, vector_bytes: int) -> np.ndarray:
+    logits = np.zeros((len(inputs[0]), full, full), inputs[0].numpy().dtype)
+    _C.depth_head_add(*end(inputs), middle, logits, threads, vector_bytes)
     return logits
+
+
+def gradients(inputs: tuple[Tensor, ...], middle: int, full: int, threads: int, vector_bytes: int) -> list[np.ndarray]:
+    """Those of products, bias and taps, written over NaN, for a gradient of the logits that is different everywhere."""
+    given = end(inputs)
+    answers = [np.full_like(one, np.nan) for one in given]
+    out = gradient(len(inputs[0]), full).numpy().astype(given[0].dtype)
+    _C.depth_head_gradient(*given, middle, out, *answers, threads, vector_bytes)
+    return answers
+
+
+def gradient(batch: int, full: int) -> Tensor:
+    return torch.randn(batch, full, full, generator=torch.Generator().manual_seed(full), dtype=torch.float64)
+
+
+def known_gradients(inputs: tuple[Tensor, ...], middle: int, full: int) -> list[np.ndarray]:
+    """The same by PyTorch, from the definition."""
+    products, bias, taps = (torch.from_numpy(one).requires_grad_() for one in end(inputs))
+    planes = products.permute(0, 3, 4, 1, 2)  # [B, 9, C, h, h]
+    for side in (middle, full):
+        planes = F.interpolate(planes.flatten(1, 2), size=(side, side), mode="bilinear").unflatten(1, (9, -1))
+    around = F.pad(planes, (1, 1, 1, 1))
+    shifted = (around[:, tap, :, tap // 3 : tap // 3 + full, tap % 3 : tap % 3 + full] for tap in range(9))
+    hidden = F.relu(sum(shifted) + bias[:, None, None])
+    logits = F.conv2d(hidden, taps.T.unflatten(1, (3, 3))[None], padding=1)[:, 0]
+    found = torch.autograd.grad(logits, (products, bias, taps), gradient(len(products), full))
+    return [one.numpy() for one in found]
 
 
 def distance(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+SHAPES = [  # hidden channels, sides of the cells, in the middle and in full
+    (3, 1, 1, 1),  # smallest: every tap but the middle one lies outside
+    (33, 3, 7, 17),  # one channel into a second tile
+    (40, 6, 15, 66),  # two pixels into a second block
+    (32, 5, 5, 5),  # nothing is resized
+    (8, 9, 20, 11),  # down at the end
+    (5, 4, 60, 7),  # rows in the middle that no pixel reads
+]
+
+
 @pytest.mark.parametrize("vector_bytes", _C.depth_head_vector_bytes())
-@pytest.mark.parametrize(
-    ("hidden", "side", "middle", "full"),
-    [
-        (3, 1, 1, 1),  # smallest: every tap but the middle one lies outside
-        (33, 3, 7, 17),  # one channel into a second tile
-        (40, 6, 15, 66),  # two pixels into a second block
-        (32, 5, 5, 5),  # nothing is resized
-        (8, 9, 20, 11),  # down at the end
-    ],
-)
+@pytest.mark.parametrize(("hidden", "side", "middle", "full"), SHAPES)
 def test_every_instruction_set_is_exact(vector_bytes, hidden, side, middle, full):
     inputs = head(2, 4, hidden, side)
     expected = depth_head.reference(*inputs[:4], torch.zeros(1, dtype=torch.float64), (middle, full))[:, 0].numpy()
@@ -54,11 +85,23 @@ def test_every_instruction_set_is_exact(vector_bytes, hidden, side, middle, full
     assert distance(added(narrow, middle, full, 1, vector_bytes), expected) <= 2e-6
 
 
+@pytest.mark.parametrize("vector_bytes", _C.depth_head_vector_bytes())
+@pytest.mark.parametrize(("hidden", "side", "middle", "full"), SHAPES)
+def test_gradients_of_every_instruction_set_are_exact(vector_bytes, hidden, side, middle, full):
+    inputs = head(2, 4, hidden, side)
+    expected = known_gradients(inputs, middle, full)
+    for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+        given = tuple(one.to(dtype) for one in inputs)
+        for ours, theirs in zip(gradients(given, middle, full, 1, vector_bytes), expected, strict=True):
+            assert distance(ours, theirs) <= budget
+
+
 def test_threads_do_not_change_a_bit():
     inputs = head(2, 3, 70, 5, torch.float32)
-    alone = added(inputs, 12, 37, 1, 0)
+    alone = [added(inputs, 12, 37, 1, 0), *gradients(inputs, 12, 37, 1, 0)]
     for threads in (2, 3, 40):
-        np.testing.assert_array_equal(added(inputs, 12, 37, threads, 0), alone)
+        for found, expected in zip([added(inputs, 12, 37, threads, 0), *gradients(inputs, 12, 37, threads, 0)], alone):
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("sides", [(23,), (4, 9, 20)])
@@ -108,79 +151,30 @@ def test_wrong_shapes_are_refused():
         _C.depth_head_add(products, bias, last, 4, logits.astype(np.float64), 1)
 
 
-def end(batch: int, channels: int, height: int, width: int, dtype=torch.float64) -> tuple[Tensor, ...]:
-    """A wide map, its bias, the taps of the last convolution and a gradient of its answer."""
-    generator = torch.Generator().manual_seed(channels * width)
-    shapes = (batch, channels, height, width), (channels,), (9, channels), (batch, height, width)
-    return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
-
-
-def end_reference(hidden: Tensor, bias: Tensor, taps: Tensor) -> Tensor:
-    weight = taps.T.unflatten(1, (3, 3))[None]
-    return F.conv2d(F.relu(hidden + bias[:, None, None]), weight, padding=1)[:, 0]
-
-
-def ended(inputs: tuple[Tensor, ...], threads: int = 1, vector_bytes: int = 0) -> list[np.ndarray]:
-    """The answer and the gradients of what it is made of, written over NaN."""
-    hidden, bias, taps, gradient = (one.numpy() for one in inputs)
-    answers = [np.full_like(one, np.nan) for one in (gradient, hidden, bias, taps)]
-    _C.hidden_convolution(hidden, bias, taps, answers[0], threads, vector_bytes)
-    _C.hidden_convolution_gradient(hidden, bias, taps, gradient, *answers[1:], threads, vector_bytes)
-    return answers
-
-
-@pytest.mark.parametrize("vector_bytes", _C.depth_head_vector_bytes())
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 1, 1),  # every tap but the middle one lies outside
-        (2, 3, 5, 4),  # narrower than a vector
-        (2, 5, 33, 16),  # one row into a second band
-        (1, 4, 70, 67),  # three bands, a ragged last vector
-    ],
-)
-def test_the_end_in_training_and_its_gradients_by_every_instruction_set(vector_bytes, shape):
-    inputs = end(*shape)
-    known = [one.clone().requires_grad_() for one in inputs[:3]]
-    answer = end_reference(*known)
-    truth = [answer.detach(), *torch.autograd.grad(answer, known, inputs[3])]
-    for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        for found, expected in zip(ended(tuple(one.to(dtype) for one in inputs), 1, vector_bytes), truth):
-            assert distance(found, expected.numpy()) <= budget
-
-
-def test_threads_do_not_change_a_bit_of_a_training():
-    inputs = end(3, 7, 41, 37, torch.float32)
-    alone = ended(inputs)
-    for threads in (2, 3, 40):
-        for found, expected in zip(ended(inputs, threads), alone):
-            np.testing.assert_array_equal(found, expected)
-
-
 def test_a_nan_is_not_hidden_from_a_training():
-    inputs = end(1, 2, 4, 20, torch.float32)
-    for place in (0, 19):  # of a whole vector and of what is left
-        hidden = inputs[0].clone()
-        hidden[0, 1, 2, place] = torch.nan
-        answer, to_hidden, _, to_last = ended((hidden, *inputs[1:]))
-        assert np.isnan(answer).sum() == 6 and np.isnan(to_last).sum() == 9 and not np.isnan(to_last[:, 0]).any()
-        assert not np.isnan(to_hidden).any()
+    products, bias, taps = end(head(1, 2, 3, 4, torch.float32))
+    products[0, 1, 2, 4, 1] = np.nan
+    logits, answers = np.zeros((1, 4, 4), np.float32), [np.empty_like(one) for one in (products, bias, taps)]
+    _C.depth_head_add(products, bias, taps, 4, logits, 1)
+    _C.depth_head_gradient(products, bias, taps, 4, np.ones_like(logits), *answers, 1)
+    assert np.isnan(logits).any()
+    assert np.isnan(answers[2]).all(0).tolist() == [False, True, False] and not np.isnan(answers[2][:, [0, 2]]).any()
 
 
-@pytest.mark.parametrize("sides", [(23,), (9, 20)])
+@pytest.mark.parametrize("sides", [(23,), (9, 20), (4, 9, 20)])
 def test_a_head_in_training_is_the_plain_one(sides):
-    inputs = head(2, 4, 70, 6)  # six channels into a second part
-    gradients = []
+    inputs = head(2, 4, 70, 6)
+    both = []
     for form in (depth_head.trained, depth_head.plain):
         own = [one.clone().requires_grad_() for one in inputs]
         answer = form(*own, sides)
-        gradients.append((answer.detach(), *torch.autograd.grad(answer.square().sum(), own)))
-    for found, expected in zip(*gradients):
+        both.append((answer.detach(), *torch.autograd.grad(answer.square().sum(), own)))
+    for found, expected in zip(*both):
         assert found.shape == expected.shape and distance(found.numpy(), expected.numpy()) <= 1e-12
 
 
 def test_a_training_in_bf16_takes_the_plain_head(monkeypatch):
-    monkeypatch.delattr(_C, "hidden_convolution")
+    monkeypatch.delattr(_C, "depth_head_add")
     inputs = head(1, 2, 3, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (form(*inputs, (8,)) for form in (depth_head.trained, depth_head.plain))
@@ -199,24 +193,16 @@ def test_a_decoder_in_training_takes_the_trained_head(monkeypatch):
 
 
 def test_wrong_shapes_of_a_training_are_refused():
-    hidden, bias, taps, plane = (one.numpy() for one in end(1, 4, 3, 5, torch.float32))
-    out = np.zeros_like(plane)
-    for arguments, said in [
-        ((hidden[0], bias, taps, out, 1), "B, C, H, W"),
-        ((hidden, bias[:3].copy(), taps, out, 1), "bias"),
-        ((hidden, bias, taps[:8].copy(), out, 1), "last"),
-        ((hidden, bias, taps, np.zeros((1, 5, 3), np.float32), 1), "the plane"),
-        ((hidden, bias, taps, out, 0), "threads is 0"),
-        ((hidden, bias, taps, out, 1, 7), "vectors of 7 bytes"),
+    products, bias, taps = end(head(1, 2, 4, 3, torch.float32))
+    out = np.zeros((1, 8, 8), np.float32)
+    for gradient, answers, threads, said in [
+        (out[:, :7].copy(), (products, bias, taps), 1, "logits must be"),
+        (out, (products[:, :2].copy(), bias, taps), 1, "products has another shape"),
+        (out, (products, bias[:3].copy(), taps), 1, "bias has another shape"),
+        (out, (products, bias, taps[:, :3].copy()), 1, "last has another shape"),
+        (out, (products, bias, taps), 0, "threads is 0"),
     ]:
         with pytest.raises(ValueError, match=said):
-            _C.hidden_convolution(*arguments)
-    for answers, said in [
-        ((hidden[:, :3].copy(), bias, taps), "hidden has another shape"),
-        ((hidden, bias[:3].copy(), taps), "bias has another shape"),
-        ((hidden, bias, taps[:, :3].copy()), "last has another shape"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            _C.hidden_convolution_gradient(hidden, bias, taps, plane, *answers, 1)
+            _C.depth_head_gradient(products, bias, taps, 4, gradient, *answers, threads)
     with pytest.raises(TypeError):
-        _C.hidden_convolution(hidden, bias, taps, out.astype(np.float64), 1)
+        _C.depth_head_gradient(products, bias, taps, 4, out.astype(np.float64), products, bias, taps, 1)
