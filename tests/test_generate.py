@@ -220,7 +220,7 @@ def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_sample
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
     assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
     assert (
-        "1 of 3 samples are there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
+        "1 of 3 samples is there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
         f"{tmp_path / 'run'}" in capsys.readouterr().err
     )
 
