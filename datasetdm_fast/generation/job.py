@@ -39,6 +39,7 @@ from datasetdm_fast.run_folder.document import (
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.score_table import add_distances
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
@@ -237,6 +238,7 @@ def refill(config: RunConfig) -> None:
     with RunFolder(Path(config.out), document) as folder:
         if config.keep == "trusted":
             folder.set_doubtful_aside()
+            add_distances(folder.ledger, since=0)
 
 
 def measures(config: RunConfig) -> bool:
