@@ -15,7 +15,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say
+from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say, unfinished
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     code = _end(config, result, by=" by this process" if peer else "")
     if not result.is_complete:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}".rstrip()
-        print(f"{result.done} of {result.number} samples are there; {remedy}", file=sys.stderr)
+        unfinished(result.done, result.number, remedy)
     return interruption.exit_code(code)
 
 

@@ -13,7 +13,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted
-from datasetdm_fast.command_line.telling import planned, put, remade, say
+from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     merging.close()
     done = there + made
     if done < number:
-        print(f"{done} of {number} samples are there; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
+        unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
-        say(config, f"{folder}: complete with {done} samples{more}" + ("" if made else ", nothing to do"))
+        say(config, f"{folder}: complete with {counted(done, 'sample')}{more}" + ("" if made else ", nothing to do"))
     facts = {"number": number, "done": done, "made": made, "duplicates": merging.duplicates}
     put(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code(0)

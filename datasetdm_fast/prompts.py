@@ -30,6 +30,7 @@ EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp
 SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", *WORLDS)
 MOST_PROMPTS = 10_000_000
 LARGEST_COUNTS = 2**24  # bytes
+COUNTS = 'Write a whole number for each class: {"cat": 40, "dog": 25}.'
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _chosen(asked: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
     if config.target_counts:
-        found = documents.read_object(Path(config.target_counts), most=LARGEST_COUNTS)
+        found = documents.read_object(Path(config.target_counts), most=LARGEST_COUNTS, remedy=COUNTS)
         for name, count in found.items():
             if name not in classes:
                 raise Refused(
@@ -150,7 +151,7 @@ def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
                     f"The classes are {', '.join(classes)}.",
                 )
             if type(count) is not int or not 0 <= count <= MOST_PROMPTS:
-                raise Refused(f"{config.target_counts}: {name!r} has {count!r}", "Give each class a whole number.")
+                raise Refused(f"{config.target_counts}: {name!r} has {count!r}", COUNTS)
         counts = {name: found.get(name, 0) for name in classes}
     elif config.balance:
         counts = balance.lacking(_present(config.balance), classes)

@@ -17,7 +17,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.command_line.telling import planned, put, remade, say
+from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
@@ -91,10 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
     speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
     speed = f"{speed}; look at {folder}/gallery/index.html"
-    say(config, speed if made else f"{folder}: complete with {done} samples, nothing to do")
+    say(config, speed if made else f"{folder}: complete with {counted(done, 'sample')}, nothing to do")
     if done < config.number:
-        again = f"{PROG} {shlex.join(arguments)}"
-        print(f"{done} of {config.number} samples are there; go on with: {again}", file=sys.stderr)
+        unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
     return interruption.exit_code(0)
 
 

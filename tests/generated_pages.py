@@ -267,18 +267,21 @@ def functions_of(path: Path) -> dict[ast.AST, ast.FunctionDef]:
     return found
 
 
-def given(function: ast.FunctionDef, name: str) -> list[tuple[ast.expr, Path]]:
-    """What the callers of a function give to a parameter."""
+def given(function: ast.FunctionDef, name: str, own: Path) -> list[tuple[ast.expr, Path]]:
+    """What a parameter of a function is by default, and what callers give to it."""
     names = [one.arg for one in (*function.args.posonlyargs, *function.args.args)]
-    if name not in names:
+    by_name = [one.arg for one in function.args.kwonlyargs]
+    if name not in (*names, *by_name):
         return []
-    place, found = names.index(name) - (names[0] in ("self", "cls")), []
+    place = names.index(name) - (names[0] in ("self", "cls")) if name in names else name
+    usual = [None] * (len(names) - len(function.args.defaults)) + function.args.defaults + function.args.kw_defaults
+    found = [(one, own) for one in (usual[[*names, *by_name].index(name)],) if one is not None]
     for path in sources():
         for node in ast.walk(parsed(path)):
             called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
             if called == function.name:
                 arguments = dict(enumerate(node.args)) | {one.arg: one.value for one in node.keywords}
-                found += [(arguments[key], path) for key in (place, name) if key in arguments]
+                found += [(arguments[key], path) for key in {place, name} if key in arguments]
     return found
 
 
@@ -290,7 +293,7 @@ def meanings(node: ast.expr, path: Path) -> Iterator[tuple[ast.expr, Path]]:
             yield from meanings(one, path)
     elif isinstance(node, ast.Name):
         found = [(one, path) for one in (assigned(function, node.id) if function else ())]
-        found = found or (given(function, node.id) if function else [])
+        found = found or (given(function, node.id, path) if function else [])
         found = found or [(one, path) for one in assigned(parsed(path), node.id)]
         if not found and node.id in imported(path):
             module, name = imported(path)[node.id]

@@ -368,6 +368,9 @@ def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):
     line = [str(photos), "--captions", str(captions), "--out", str(tmp_path / "labelled")]
     assert label.main(line) == 2 and not (tmp_path / "labelled").exists()
     assert f"{captions}: names none of the pictures in {photos}" in capsys.readouterr().err
+    for text in ("", "{'photos/a.png': 'a ball'}", '["a ball"]'):
+        captions.write_text(text)
+        assert label.main(line) == 2 and capsys.readouterr().err.endswith('Write {"a.jpg": "a dog on a sofa"}.\n')
 
 
 def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photos, tmp_path, capsys):

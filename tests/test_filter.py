@@ -22,7 +22,7 @@ from datasetdm_fast.curation import filtering, scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import NamedMap
-from datasetdm_fast.run_folder import gallery, sample_scores, where
+from datasetdm_fast.run_folder import gallery, sample_scores, score_table, where
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.events import EVENTS
@@ -324,8 +324,8 @@ def test_sharpness_and_hash_tell_images_apart():
     assert sample_scores.sharpness(noise) > 100 * sample_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
     assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
-    assert scores.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
-    assert scores.nearest(hashes, 3).tolist() == [61, 1]
+    assert score_table.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
+    assert score_table.nearest(hashes, 3).tolist() == [61, 1]
 
 
 def test_agreement_counts_pixels_with_one_name():

@@ -88,6 +88,7 @@ WRONG = [
     (["--steps", "2.5"], "--steps: '2.5' is not a whole number"),
     (["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),
     (["--seed"], "--seed: expected one argument"),
+    (["--seed", "-5,105"], "--seed: '-5,105' is not a whole number"),
     (["--quiet=yes"], "--quiet"),
     (["a red ball"], "unexpected argument 'a red ball'"),
 ]

@@ -203,7 +203,7 @@ def test_classes_are_those_that_labels_show(tmp_path):
 
 
 @pytest.mark.parametrize("palette", ["ours", "voc"])
-def test_a_map_tells_its_shares_of_background_and_of_ignored_pixels_and_their_colours(tmp_path, palette):
+def test_a_map_tells_its_shares_of_classes_background_and_ignored_pixels_and_their_colours(tmp_path, palette):
     values, labels = document(1, 32), np.ones((32, 32), np.uint8)
     labels[:8], labels[8:12] = 255, 0
     values["config"]["task"] = ["semantic"]
@@ -213,7 +213,7 @@ def test_a_map_tells_its_shares_of_background_and_of_ignored_pixels_and_their_co
         folder.add([Sample(Request(0, "a cat", 0, ()), rendered(0, 32).image, {"semantic": label})], {})
         folder.rebuild()
     run, details = data(tmp_path / "gallery/run.js", "run"), data(tmp_path / "gallery/details/000000.js", "details")
-    assert details == [[0, {"semantic": [0.125, 0.25]}]]
+    assert details == [[0, {"semantic": [0.125, 0.25, {"1": 0.625}]}]]
     seen = Image.open(tmp_path / "semantic/00000000.png").convert("RGB")
     told = run["layers"][0]["ignored"], run["colours"][run["words"].index("background")]
     assert told == tuple("#{:02x}{:02x}{:02x}".format(*seen.getpixel((0, y))) for y in (0, 8))

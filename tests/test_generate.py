@@ -16,6 +16,7 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import job
 from datasetdm_fast.generation.defaults import with_labels
+from datasetdm_fast.loading import presets
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER, read_document
 from datasetdm_fast.run_folder.ledger import Ledger
@@ -220,7 +221,7 @@ def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_sample
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
     assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
     assert (
-        "1 of 3 samples are there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
+        "1 of 3 samples is there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
         f"{tmp_path / 'run'}" in capsys.readouterr().err
     )
 
@@ -254,6 +255,23 @@ def test_decoders_may_be_moved(tmp_path, capsys):
     assert run(*line, "--decoder", str(moved), out=path) == 2 and "(decoder: " in capsys.readouterr().err
     assert run("--only", "00000000", "--decoder", str(moved), out=path) == 2
     assert "(decoders.depth.digest: " in capsys.readouterr().err
+
+
+def test_the_model_may_be_moved(tmp_path, capsys):
+    model, moved, path = tmp_path / "model", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(presets.DEMO, model)
+    line = ("--task", "depth", "--number", "2", "--steps", "2", "--batch-size", "1", "--device", "cpu", "--quiet")
+    line += ("--prompts", "a red ball")
+    assert run(*line, "--model", str(model), "--limit", "1", out=path) == 0
+    model.rename(moved)
+    for _ in range(2):  # resumed and finished
+        assert run(*line, "--model", str(moved), out=path) == 0
+    document = read_document(path)
+    assert document["config"]["model"] == document["model"]["name"] == str(model)
+    assert {sample.row.recipe["model"]["name"] for sample in open_run(path)} == {str(model)}
+    assert run("--only", "00000001", "--model", str(moved), out=path) == 0 and audit(path).findings == []
+    (moved / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert run(*line, "--model", str(moved), out=path) == 2 and "(model: " in capsys.readouterr().err
 
 
 def test_per_class(engines, tmp_path):

@@ -131,12 +131,16 @@ def test_the_command_says_how_often_classes_come_up(tmp_path, capsys):
     assert prompts.main(line) == 0 and "classes    2, from 2 (owl) to 4 (cat)" in capsys.readouterr().out
 
 
-def test_target_counts_and_own_words(tmp_path):
+def test_target_counts_and_own_words(tmp_path, capsys):
     counts = tmp_path / "real.json"
     counts.write_text('{"owl": 2, "fire hydrant": 5}')
     line = ["--classes", "owl,fire hydrant,kettle", "--target-counts", str(counts), "--out", str(tmp_path / "list")]
     assert prompts.main([*line, "--quiet"]) == 0
     assert Counter(row["group"] for row in rows(tmp_path / "list")) == {"owl": 2, "fire hydrant": 5}
+    for text in ("", "{owl: 2}", "[2]", '{"owl": "two"}'):
+        counts.write_text(text)
+        assert prompts.main(line) == 2
+        assert capsys.readouterr().err.endswith('Write a whole number for each class: {"cat": 40, "dog": 25}.\n')
 
 
 def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):

@@ -292,6 +292,7 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
         "{",
         "[]",
         '{"prompt": 3}',
+        '{"text": "a ball"}',
         '{"classes": []}',
         '{"prompt": "a", "classes": "ball"}',
         '{"prompt": "a", "classes": [""]}',
@@ -311,7 +312,7 @@ def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
     path.write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(Refused, match="line 2|holds no prompt|empty") as stop:
         prompts.read_source(RunConfig(prompts=str(path)))
-    assert "checksum" not in stop.value.remedy
+    assert "checksum" not in stop.value.remedy and "None" not in stop.value.cause
 
 
 def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refused(tmp_path, capsys):

@@ -14,6 +14,7 @@ from torchless import DOUBT
 
 from datasetdm_fast import filter, generate
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.generation import job
 from datasetdm_fast.generation.summary import table
@@ -21,6 +22,7 @@ from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsu
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.run_folder.score_table import read_scores
 from datasetdm_fast.workers import spawn
 from datasetdm_fast.workers.devices import Place
 from datasetdm_fast.workers.worker import Callbacks
@@ -212,6 +214,15 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
     assert 0 < len(ids(path, doubtful=True)) < len(ids(kept, doubtful=True))
     assert run(path, *refilled) == 0 and tree(path) == tree(kept) and audit(path).findings == []
     assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)
+
+
+def test_refill_compares_no_image_with_one_that_was_set_aside(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    monkeypatch.setattr(scores, "difference_hash", lambda image: 0)
+    seed = str(next(index for index in range(99) if is_doubtful(index)))  # of the first image
+    assert run(path, "--seed", seed) == 0 and filter.main([str(path), "--quiet"]) == 0
+    assert run(path, "--seed", seed, "--keep", "trusted", "--refill") == 0
+    assert ids(path)[0] > 0 and read_scores(path, ["distance"]).values["distance"][:2].tolist() == [64, 0]
 
 
 def test_it_gives_up(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,6 +117,7 @@ def _build_parser(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # also lists of numbers, such as -5,105, are no flags
     parser.add_argument(DESCRIBE, action=_Describe, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")

@@ -33,6 +33,11 @@ def put(settings: TellingSettings, facts: Mapping[str, Any], line: str) -> None:
         print(told, flush=True)
 
 
+def unfinished(done: int, number: int, remedy: str, noun: str = "samples") -> None:
+    """Says on stderr, also where all is to be quiet, how much of a run is there and how it is continued."""
+    print(f"{done} of {number} {noun} {'is' if done == 1 else 'are'} there; {remedy}", file=sys.stderr)
+
+
 def planned(settings: TellingSettings, facts: Mapping[str, Any], line: str, *told: str) -> int:
     """The exit code of a dry run, once it told what would be done; `line` is its result without --json."""
     say(settings, *told, NOTHING_WRITTEN)

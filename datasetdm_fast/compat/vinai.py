@@ -18,6 +18,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.disk import storage
@@ -288,7 +289,7 @@ def _end(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[s
     print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
     if not result.is_complete:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}"
-        print(f"{result.done} of {result.number} samples are there; {remedy}", file=sys.stderr)
+        unfinished(result.done, result.number, remedy)
     result.check()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.command_line.telling import planned, put, remade, say
+from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
@@ -42,8 +41,7 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     result = _run(job, interruption)
     code = _end(settings, result)
     if not result.is_complete:
-        line = f"{prog} {shlex.join(arguments)}"
-        print(f"{result.done} of {result.number} samples are there; go on with: {line}", file=sys.stderr)
+        unfinished(result.done, result.number, f"go on with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(code)
 
 

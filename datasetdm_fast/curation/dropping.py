@@ -6,7 +6,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.curation.scores import add_distances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
@@ -15,7 +14,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.run_folder.score_table import SCORES
+from datasetdm_fast.run_folder.score_table import SCORES, add_distances
 from datasetdm_fast.run_folder.where import parse_where
 
 BLOCK = 64  # samples moved together

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.curation.clip import Clip
-from datasetdm_fast.curation.scores import add_distances, scored
+from datasetdm_fast.curation.scores import scored
 from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER, table_of
@@ -19,7 +19,7 @@ from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run, StoredSample
-from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, passing
+from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, add_distances, passing
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.run_folder.showing import is_held
 

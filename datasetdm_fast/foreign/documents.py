@@ -6,6 +6,8 @@ import re
 import stat
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -96,23 +98,26 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             check_form(item, form[0], f"{name}[{k}]")
     elif isinstance(form, dict):
         for key, inner in form.items():
-            check_form(value.get(key), inner, f"{name}.{key}" if name else key)
+            where = f"{name}.{key}" if name else key
+            if key not in value:
+                raise ValueError(f"{where} is missing")
+            check_form(value[key], inner, where)
 
 
-def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
-    return parse_json(storage.read(path, most), str(path))
+def read_json(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> Any:
+    return parse_json(storage.read(path, most), str(path), remedy)
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
+def parse_json(text: str | bytes, name: str, remedy: str = GET_AGAIN) -> Any:
     """The value of a JSON text that messages call `name`; repeated keys, NaN and deep nesting are refused."""
     if not text:
-        raise Refused(f"{name}: empty, expected JSON", GET_AGAIN)
+        raise Refused(f"{name}: empty, expected JSON", remedy)
     try:
         value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{name}: not readable as JSON ({reason_of(error)})", GET_AGAIN) from error
+        raise Refused(f"{name}: not readable as JSON ({reason_of(error)})", remedy) from error
     if _depth(value) > DEEPEST:
-        raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
+        raise Refused(f"{name}: nested more than {DEEPEST} deep", remedy)
     return value
 
 
@@ -147,11 +152,22 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def read_object(path: Path, *, most: int = LARGEST_CONFIG) -> dict[str, Any]:
+@contextmanager
+def refusing(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Within the block, what is wrong with a file becomes a refusal with this remedy."""
+    try:
+        yield
+    except Refused as stop:
+        raise Refused(stop.cause, remedy) from stop
+    except ValueError as error:
+        raise Refused(f"{path}: not a valid {what} file ({error})", remedy) from error
+
+
+def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> dict[str, Any]:
     """The object in a JSON file, such as a config.json."""
-    value = read_json(path, most=most)
+    value = read_json(path, most=most, remedy=remedy)
     if not isinstance(value, dict):
-        raise Refused(f"{path}: holds a JSON {type(value).__name__}, expected an object", GET_AGAIN)
+        raise Refused(f"{path}: holds a JSON {type(value).__name__}, expected an object", remedy)
     return value
 
 

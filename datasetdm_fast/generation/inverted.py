@@ -24,7 +24,7 @@ from datasetdm_fast.generation.job import (
     count_rows,
     describe,
     engine_of,
-    moved_decoder,
+    moved,
     recipe_of,
     row_facts,
 )
@@ -51,17 +51,18 @@ WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of 
 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
-    """The settings a run folder was started with; its pictures, captions and decoders may have been moved."""
+    """The settings a run folder was started with; its pictures, captions, model and decoders may have been moved."""
     stored, _ = remakable("label", Path(config.out), config.only)
     source = stored["composition"]["source"]
     decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
-    if config.decoder != LabelConfig.decoder:
-        kept.pop("decoder", None)
-    moved = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
-    return replace(config, **kept, **moved)
+    for name in ("model", "decoder"):
+        if getattr(config, name) != getattr(LabelConfig, name):
+            kept.pop(name, None)
+    places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
+    return replace(config, **kept, **places)
 
 
 def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
@@ -127,7 +128,7 @@ def prepare(config: LabelConfig) -> Job:
         calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
-        wanted = document["config"] | moved_decoder(config, stored)
+        wanted = document["config"] | moved(config, stored)
         pairs = ((stored, stored["config"]), (document, wanted))
         check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
         job = replace(adopt(job, stored), done=count_rows(config))

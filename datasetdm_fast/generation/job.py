@@ -39,6 +39,7 @@ from datasetdm_fast.run_folder.document import (
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.score_table import add_distances
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
@@ -158,14 +159,32 @@ def settled(
 
 def compared_identity(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have to be those of a run folder: what merely computes its samples may be mixed."""
-    wanted = identity(config, source) | moved_decoder(config, stored)
+    wanted = identity(config, source) | moved(config, stored)
     if config.mixed == "no":
         return wanted
     return wanted | {name: stored["config"][name] for name in COMPUTING if name in stored["config"]}
 
 
-def moved_decoder(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -> dict[str, str]:
-    """--decoder as a run folder has it, where that of `config` names the same files in another place."""
+def moved(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -> dict[str, str]:
+    """--model and --decoder as a run folder has them, where those of `config` name the same files in another place."""
+    return _moved_model(config, stored) | _moved_decoder(config, stored)
+
+
+def _moved_model(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -> dict[str, str]:
+    there, path = stored["config"].get("model"), Path(config.model)
+    if there is None or config.model == there or not path.exists():
+        return {}
+    from datasetdm_fast.loading.folder import folder_digests  # which needs torch
+    from datasetdm_fast.loading.provenance import digest
+
+    try:
+        here = folder_digests(path) if path.is_dir() else {"file": digest([path])}
+    except (Refused, Missing, OSError):  # loading tells what is wrong with it
+        return {}
+    return {"model": there} if here.items() <= stored["model"]["digests"].items() else {}
+
+
+def _moved_decoder(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -> dict[str, str]:
     there, digests = stored["config"].get("decoder"), {name: one["digest"] for name, one in stored["decoders"].items()}
     if there is None or config.decoder == there:
         return {}
@@ -237,6 +256,7 @@ def refill(config: RunConfig) -> None:
     with RunFolder(Path(config.out), document) as folder:
         if config.keep == "trusted":
             folder.set_doubtful_aside()
+            add_distances(folder.ledger, since=0)
 
 
 def measures(config: RunConfig) -> bool:
@@ -415,7 +435,7 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
     document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
     compared = [
         {
-            part: {name: value for name, value in source[part].items() if name not in ("source", "licence")}
+            part: {name: value for name, value in source[part].items() if name not in ("name", "source", "licence")}
             for part in ("model", "decoders", "sampling", "plan", "labels")
         }
         for source in (stored, document)

@@ -153,10 +153,7 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
         if not line.strip():
             continue
         where = f"{name} line {number}"
-        try:
-            value = documents.parse_json(line, where)
-        except Refused as stop:
-            raise Refused(stop.cause, LINES) from stop
+        value = documents.parse_json(line, where, LINES)
         try:
             documents.check_form(value, {"prompt": str})
             for key in ("negative", "class_prompt"):

@@ -6,7 +6,7 @@ from typing import Any
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.kind import GalleryLayer, Table
 from datasetdm_fast.labels.open_vocabulary import OpenVocabularyKind
-from datasetdm_fast.labels.semantic import IGNORE, unclassed
+from datasetdm_fast.labels.semantic import IGNORE, shares
 
 OTHERS = ("semantic", "open-vocabulary")  # maps of decoders that it can be compared with
 
@@ -30,7 +30,7 @@ class AttentionKind(OpenVocabularyKind):
     )
     roles = ("attention", "attention_confidence")
     layers = (
-        GalleryLayer("attention", "Attention", "map", role="attention", values=unclassed),
+        GalleryLayer("attention", "Attention", "map", role="attention", values=shares),
         GalleryLayer("attention-confidence", "Uncertainty of attention", "uncertainty", role="attention_confidence"),
     )
 

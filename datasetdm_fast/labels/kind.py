@@ -56,9 +56,10 @@ class Placement:
 class GalleryLayer:
     """What the gallery draws over an image.
 
-    `drawing` is one of: map (a picture file with sharp pixels; `values` are the shares of background and of ignored
-    pixels), picture (a smooth one), uncertainty (a grey file, clear where it is white), outlines (`values` are [class
-    word, score, path of an SVG]), skeletons (`values` are x, y, visibility of every joint).
+    `drawing` is one of: map (a picture file with sharp pixels; `values` are the shares of background, of ignored pixels
+    and of the other classes by number), picture (a smooth one), uncertainty (a grey file, clear where it is white),
+    outlines (`values` are [class word, score, path of an SVG]), skeletons (`values` are x, y, visibility of every
+    joint).
     """
 
     name: str

@@ -7,7 +7,7 @@ from typing import Any
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.colours import palette
 from datasetdm_fast.labels.kind import GalleryLayer, Table
-from datasetdm_fast.labels.semantic import ClassMap, unclassed
+from datasetdm_fast.labels.semantic import ClassMap, shares
 
 
 def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
@@ -26,7 +26,7 @@ class OpenVocabularyKind(ClassMap):
     )
     roles = ("open_vocabulary", "open_vocabulary_confidence")
     layers = (
-        GalleryLayer("open-vocabulary", "Open vocabulary", "map", role="open_vocabulary", values=unclassed),
+        GalleryLayer("open-vocabulary", "Open vocabulary", "map", role="open_vocabulary", values=shares),
         GalleryLayer("word-confidence", "Uncertainty of words", "uncertainty", role="open_vocabulary_confidence"),
     )
     layout = ("numbers", "has_confidence")

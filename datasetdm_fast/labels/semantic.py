@@ -28,11 +28,12 @@ def mean_confidence(sure: np.ndarray) -> float:
     return round(float(sure.mean()) / 255, 4)
 
 
-def unclassed(record: Any, table: Table, _: Any) -> list[float]:
-    """Shares of the pixels that are background and that are ignored."""
+def shares(record: Any, table: Table, _: Any) -> list[Any]:
+    """Shares of the pixels that are background and that are ignored, and of the other classes by number."""
     names, counts = SemanticKind().names(table), SemanticKind().count(record)
-    background = sum(count for number, count in counts.items() if names.get(number) == BACKGROUND)
-    return [rounded(count / max(sum(counts.values()), 1)) for count in (background, counts.get(IGNORE, 0))]
+    found = {number: rounded(count / sum(counts.values())) for number, count in counts.items()}
+    background = sum(found.pop(number, 0) for number, name in names.items() if name == BACKGROUND)
+    return [background, found.pop(IGNORE, 0), found]
 
 
 class ClassMap(LabelKind):
@@ -157,7 +158,7 @@ class SemanticKind(ClassMap):
     contents = "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255"
     roles = ("semantic", "confidence")
     layers = (
-        GalleryLayer("semantic", "Semantic", "map", role="semantic", values=unclassed),
+        GalleryLayer("semantic", "Semantic", "map", role="semantic", values=shares),
         GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),
     )
 

@@ -63,11 +63,6 @@ def load_folder(
     weights = {part: _weight_files(folder / part) for part in NETWORKS}
     tokenizer = (OwnTokenizer if is_own else load_tokenizer)(folder / "tokenizer")
     networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
-    files = {
-        **{part: found.files for part, found in weights.items()},
-        "tokenizer": files_of(folder / "tokenizer"),
-        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
-    }
     side = networks["unet"].config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise Refused(
@@ -78,8 +73,18 @@ def load_folder(
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
     origin = name or str(folder), str(folder.resolve())
-    proof = {part: digest(files[part]) if files[part] else USUAL for part in PARTS}, folder_licence(folder)
+    proof = folder_digests(folder), folder_licence(folder)
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Digest of the files of each part."""
+    files = {
+        **{part: _weight_files(folder / part).files for part in NETWORKS},
+        "tokenizer": files_of(folder / "tokenizer"),
+        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
+    }
+    return {part: digest(files[part]) if files[part] else USUAL for part in PARTS}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 
 KEPT = "state/kept.json"
@@ -37,7 +36,7 @@ def read_kept(folder: Path) -> Kept | None:
     if not path.exists():
         return None
     remedy = f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again."
-    try:
+    with documents.refusing(path, "filter", remedy):
         value = documents.read_object(path, most=LARGEST_KEPT)
         documents.check_form(value, KEPT_FORM)
         documents.check_form(list(value["left_out"].values()), [str])
@@ -46,7 +45,3 @@ def read_kept(folder: Path) -> Kept | None:
             tuple(map(int, value["kept"])),
             {int(id): reason for id, reason in value["left_out"].items()},
         )
-    except Refused as stop:
-        raise Refused(stop.cause, remedy) from stop
-    except ValueError as error:
-        raise Refused(f"{path}: not a valid filter file ({error})", remedy) from error

@@ -44,16 +44,12 @@ def read_split(folder: Path) -> Split | None:
     if not path.exists():
         return None
     remedy = f"Run python -m datasetdm_fast.split {folder} --undo, then split again."
-    try:
+    with documents.refusing(path, "split", remedy):
         value = documents.read_object(path, most=LARGEST_SPLIT)
         documents.check_form(value, SPLIT_FORM)
         documents.check_form(list(value["parts"].values()), [[str]])
         parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
         return Split(value["seed"], value["by_source"], parts)
-    except Refused as stop:
-        raise Refused(stop.cause, remedy) from stop
-    except ValueError as error:
-        raise Refused(f"{path}: not a valid split file ({error})", remedy) from error
 
 
 def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.showlab.demo import Demo
 from datasetdm_fast.compat.showlab.files import Answer, jpeg
 from datasetdm_fast.compat.showlab.lines import Line, read_line
@@ -131,7 +132,7 @@ def generate(plan: Planned, line: Line, again: str) -> int:
     )
     code = _end(line, order.out, result)
     if not result.is_complete:
-        print(f"{result.done} of {result.number} images are there; go on with: {again}", file=sys.stderr)
+        unfinished(result.done, result.number, f"go on with: {again}", "images")
     return interruption.exit_code(code)
 
 

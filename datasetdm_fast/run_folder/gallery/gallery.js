@@ -591,13 +591,22 @@ function tellFacts() {
   const words = new Set([...opened.missing, ...opened.shown, ...opened.named]), lines = [], others = [];
   for (const word of words) {
     const things = opened.things.filter(thing => thing[0] === word), line = dotted("span", "", word);
-    const told = [things.length ? `× ${things.length}` : "", things.length ? `${(sum(things.map(thing => thing[2])) / 10).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
+    const share = things.length ? sum(things.map(thing => thing[2])) / 1000 : shareOf(word, details);
+    const told = [things.length ? `× ${things.length}` : "", share ? `${(100 * share).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
     line.append(make("small", opened.missing.includes(word) ? "doubts" : "", told.filter(Boolean).join(", ")));
     lines.push(line);
   }
   for (const layer of active().filter(each => each.drawing === "map")) others.push(...unclassed(layer, details[layer.name] ?? [0, 0]));
   by("legend").replaceChildren(...legend, ...folded(lines), ...others);
   by("facts").replaceChildren(...[...facts, ...run.facts].flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+// How much of the picture a class fills in the first map that tells it; maps that are shown come first.
+function shareOf(word, details) {
+  for (const layer of [...active(), ...run.layers].filter(each => each.drawing === "map")) {
+    const found = Object.entries(details[layer.name]?.[2] ?? {}).find(([number]) => layer.classes[number] === word);
+    if (found) return found[1];
+  }
+  return 0;
 }
 // Lines of the legend for what a map shows besides its classes: background and ignored pixels.
 function unclassed(layer, [background, ignored]) {
