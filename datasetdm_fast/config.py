@@ -350,7 +350,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     labeller: tuple[str, ...] = setting(
         (),
         "what makes the labels, comma-separated: decoder, those of --task; attention, the class words of the prompts "
-        "without any decoder; a labeller that another package registers, by its name",
+        "without any decoder; a labeller that another package registers, by its name"
+        + (f": {', '.join(sorted(LABELLER_KINDS.others))}" if LABELLER_KINDS.others else ""),
         identity=False,
         choices=LABELLERS,
         metavar="LIST",

@@ -77,16 +77,17 @@ tell({"version": torch.__version__, "cuda": torch.version.cuda or "", "threads":
     **{
         f"engine {name}": f"""
 from importlib import import_module
+from datasetdm_fast.config import ENGINES
 from datasetdm_fast.engines import check_engine
 from datasetdm_fast.errors import Missing, Refused
 try:
     check_engine({name!r})
-    import_module({kind.engine.partition(":")[0]!r})
+    import_module(ENGINES[{name!r}].engine.partition(":")[0])
     tell({{"runs": True, "cause": "", "remedy": ""}})
 except (Missing, Refused) as stop:
     tell({{"runs": False, "cause": stop.cause, "remedy": stop.remedy}})
 """
-        for name, kind in ENGINES.items()
+        for name in ENGINES.names
     },
 }
 SELF_TEST = """
@@ -174,7 +175,7 @@ def examine() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "gpu": answers["gpu"],
         "torch": answers["torch"],
-        "engines": {name: _engine(**answers[f"engine {name}"]) for name in ENGINES},
+        "engines": {name: _engine(**answers[f"engine {name}"]) for name in ENGINES.names},
         "sandbox": answers["sandbox"],
         "caches": _caches(),
         "disk": {place: _free(Path(place)) for place in (os.getcwd(), tempfile.gettempdir(), str(Path.home()))},

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -128,6 +130,14 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert (run / "review" / "good.txt").read_text() == "" and review.read(run)["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
     assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
+
+
+def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):
+    code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.run_folder.gallery import review\n"
+    code += "for k in range(100):\n    review.change(Path(sys.argv[1]), {f'{2 * k + int(sys.argv[2]):08}': 'bad'})"
+    line = [sys.executable, "-c", code, str(tmp_path)]
+    assert [one.wait() for one in [subprocess.Popen([*line, number]) for number in "01"]] == [0, 0]
+    assert sorted(review.read(tmp_path)) == [f"{k:08}" for k in range(200)]
 
 
 def test_what_cannot_be_answered_is_no_error_on_the_screen(run, ask, capsys):

@@ -37,10 +37,17 @@ WRITER = """
 from datasetdm_fast.exporting.configs import MmsegFormat
 
 class Listing(MmsegFormat):
+    needs = (("semantic",), ("bright",))
+
     def shared(self, plan, samples):
         return {"list.txt": [b"one"]}
 
 LISTING = Listing()
+
+class BrightListing(Listing):
+    needs = (("bright",),)
+
+BRIGHT_LISTING = BrightListing()
 """
 STUDENT = """
 from dataclasses import replace
@@ -48,8 +55,9 @@ from datasetdm_fast.evaluation.networks.segformer import NETWORK
 OURS = replace(NETWORK)
 """
 LABELLER = """
+import numpy as np
 from datasetdm_fast.config import LabellerKind
-from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.semantic import SemanticKind
 from datasetdm_fast.tasks.labeller import Labeller
@@ -77,12 +85,22 @@ class Words(Bright):
         return [SemanticMap((one[..., 0] > 0).byte().cpu().numpy() * 2, one[..., 0].numpy(), classes)
                 for one in given.images]
 
+class Halves(Bright):
+    classes = ("left", "right")
+
+    def label(self, given):
+        masks = np.zeros((2, *given.images.shape[1:3]), bool)
+        masks[0, :, :9] = masks[1, :, 9:] = True
+        return [Instances(masks, np.arange(2), np.ones(2, np.float32), self.classes) for _ in given.images]
+
 class Mute(Bright):
     def label(self, given):
         return []
 
 BRIGHT = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Bright")
 WORDS = LabellerKind("datasetdm_fast.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
+HALVES = LabellerKind("datasetdm_fast.labels.instance:InstanceKind", "foreign_labeller:Halves")
+JOINTS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Halves")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
@@ -102,6 +120,8 @@ bad-edges = foreign_things:TORN
 [datasetdm_fast.labellers]
 bright = foreign_labeller:BRIGHT
 words = foreign_labeller:WORDS
+halves = foreign_labeller:HALVES
+joints = foreign_labeller:JOINTS
 mute = foreign_labeller:MUTE
 hollow = foreign_labeller:HOLLOW
 faint = foreign_labeller:FAINT
@@ -109,6 +129,7 @@ semantic = foreign_labeller:FAINT
 
 [datasetdm_fast.writers]
 listing = foreign_writer:LISTING
+bright-listing = foreign_writer:BRIGHT_LISTING
 wrong-listing = foreign_things:scenes
 
 [datasetdm_fast.students]
@@ -152,7 +173,7 @@ def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
 # One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.
 COMMANDS = """
 import contextlib, io, json, sys
-from datasetdm_fast import cli
+from datasetdm_fast import cli, doctor
 from datasetdm_fast.agreement.gates import EXACT
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.evaluation.metrics import METRICS
@@ -174,8 +195,11 @@ for ask in (lambda: open_network("lost"), lambda: TASKS["bad-edges"]):
         ask()
     except Missing as stop:
         said.append(stop.cause)
+told = []
+for name in ("slow", "torn"):
+    exec(doctor.QUESTIONS[f"engine {name}"], {"tell": told.append})
 parts = LABEL_KINDS["edges"].title, TASKS["edges"].wanted, METRICS["edges"].figure, EXACT["free edges"][0] >= 0
-print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, open_network("seg").task, parts, said]))
+print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, open_network("seg").task, parts, said, told]))
 """
 
 
@@ -196,10 +220,16 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole"),
         ([*run, "--labeller", "mute", "--out", "mute"], 3, "fails on a batch (ValueError: 0 labels for 1 images)"),
         ([*run, "--labeller", "hollow", "--out", "none"], 3, "'hollow' of the package foreign-things does not load"),
+        ([*run, "--labeller", "joints", "--out", "none"], 3, "does not say what its labels are (AttributeError: "),
         ([*run, "--labeller", "faint", "--out", "none"], 3, "'faint' of the package foreign-things does not load"),
         ([*run, "--labeller", "brigth", "--out", "none"], 2, "did you mean bright?"),
         ([*run, "--labeller", "words", "--out", "none"], 2, "no class words were given"),
         (["convert", "run", "--to", "listing", "--out", "out", "--quiet"], 0, ""),
+        (["convert", "both", "--to", "bright-listing", "--out", "bright", "--quiet"], 0, ""),
+        (["convert", "run", "--to", "bright-listing", "--out", "none"], 2, "there are some for semantic"),
+        (["convert", "seen", "--to", "mmseg", "--out", "maps", "--quiet"], 0, ""),
+        (["convert", "seen", "--to", "yolo-seg", "--out", "none"], 2, "there are some for bright, semantic"),
+        ([*run, "--labeller", "halves", "--format", "yolo-seg", "--out", "halves"], 0, ""),
         (
             ["convert", "run", "--to", "wrong-listing", "--out", "none"],
             3,
@@ -221,7 +251,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert ended.returncode == 0, ended.stderr
-    *found, count, is_late, task, parts, (lost, bad) = json.loads(ended.stdout)
+    *found, count, is_late, task, parts, (lost, bad), (slow, torn) = json.loads(ended.stdout)
     for (code, says), (line, ended_with, said) in zip(found, lines, strict=True):
         assert ended_with == code and said in says, (line, says)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3
@@ -234,8 +264,17 @@ def test_commands_run_them_by_name(installed, tmp_path):
     first, second = (tmp_path / name / "bright_confidence" / "00000000.png" for name in ("both", "seen"))
     assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "out" / "listing" / "list.txt").read_bytes() == b"one"
+    assert (tmp_path / "bright" / "bright-listing" / "list.txt").is_file()
+    assert "'bright'" in (tmp_path / "maps" / "mmseg" / "dataset.py").read_text()
+    yolo = tmp_path / "halves" / "exports" / "yolo-seg"
+    assert "right" in (yolo / "data.yaml").read_text()
+    assert [line[0] for text in (yolo / "labels").rglob("*.txt") for line in text.read_text().splitlines()] == [
+        "0",
+        "1",
+    ]
     assert (tmp_path / "edges" / "edges" / "00000000.png").is_file() == IS_LONG and not (tmp_path / "none").exists()
     assert (is_late or IS_LONG) and task == "semantic"
     assert parts == ["Edges", "an edge between two classes", "f1", True]
+    assert slow["runs"] and "'torn' of the package foreign-things does not load" in torn["cause"]
     assert "'lost' of the package foreign-things does not load" in lost
     assert "'bad-edges' of the package foreign-things does not load" in bad

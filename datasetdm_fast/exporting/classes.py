@@ -9,7 +9,8 @@ import numpy as np
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import quoted
-from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels.instance import InstanceKind
 
 BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
@@ -75,7 +76,7 @@ class Classes:
 def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     """The classes of a label by their numbers in the files of the run, the background among them."""
     table = document["labels"][label]
-    names, first = table.get("classes", ()), int(task_of_label(label) == "instance")
+    names, first = table.get("classes", ()), int(isinstance(kind_of(label), InstanceKind))
     return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
 
 

@@ -22,6 +22,7 @@ from datasetdm_fast.exporting.format import Content, Entry, ExportPlan, Format
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.exporting.view import RunView, SampleView
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels import LABEL_KINDS, OWN_KINDS
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.plugins import named
 from datasetdm_fast.run_folder.document import table_of
@@ -86,10 +87,8 @@ def open_source(place: str | Path, settings: ExportSettings, chosen: frozenset[i
 
 def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
     """Refuses formats that a run with these labels could not be converted to."""
-    known = {task_of_label(label) for label in labels}
-    tasks = [task for task, kinds in TASKS.items() if known & set(kinds)]
     for name in names:
-        _format(name).check_tasks(f"--format {name}", tasks)
+        _format(name).check_tasks(f"--format {name}", labels_by_task(labels))
 
 
 def check_not_exported(path: Path) -> None:
@@ -111,20 +110,33 @@ def export_run(path: Path, names: Sequence[str], threads: int) -> ExportResult:
         conversion.close()
 
 
+def labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:
+    """The labels that each task of an export may be made of, the first choice first. One of another package counts as
+    what it is stored as and, for formats of that package, under its own name.
+    """
+    found = {
+        task: [name for own in kinds for name in labels if task_of_label(name) == own] for task, kinds in TASKS.items()
+    }
+    for name in labels:
+        if (other := task_of_label(name)) not in OWN_KINDS:
+            stored = [task for task in TASKS if isinstance(LABEL_KINDS[other], type(OWN_KINDS[task]))]
+            for task in (*stored, other):
+                found.setdefault(task, []).append(name)
+    return {task: names for task, names in found.items() if names}
+
+
 def chosen_labels(run: Run, wanted: Sequence[str]) -> dict[str, str]:
     """The label of a run for each task of an export, from all of them or those that are wanted."""
     if absent := [name for name in wanted if name not in run.tasks]:
         raise Refused(f"--task {absent[0]}: {run.path} has no such labels", f"It has {', '.join(run.tasks)}.")
     found = {}
-    for task, kinds in TASKS.items():
-        known = [name for kind in kinds for name in wanted or run.tasks if task_of_label(name) == kind]
+    for task, known in labels_by_task(wanted or run.tasks).items():
         if len(known) > 1 and wanted:
             raise Refused(
                 f"--task: {known[0]} and {known[1]} cannot both be exported: a format has one place for such a label",
                 "Name one of them.",
             )
-        if known:
-            found[task] = known[0]
+        found[task] = known[0]
     return found
 
 

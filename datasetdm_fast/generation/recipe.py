@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, UNDECODED
@@ -147,7 +148,16 @@ def make_recipe(
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What run.json says of each label: names and ranges, those of a labeller as its own class has them."""
     found = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
-    return {label: kind_of(label).table(found.get(label), recipe.size, recipe.words) for label in recipe.tasks}
+
+    def table(label: str) -> dict[str, Any]:
+        return kind_of(label).table(found.get(label), recipe.size, recipe.words)
+
+    return {
+        label: LABELLER_KINDS.loaded(label, partial(table, label), "does not say what its labels are")
+        if label in LABELLER_KINDS.others
+        else table(label)
+        for label in recipe.tasks
+    }
 
 
 def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:

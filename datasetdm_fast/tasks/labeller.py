@@ -39,6 +39,11 @@ class Labeller(ABC):
     def __init__(self, device: torch.device):
         self.device = device
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its classes are the words it is asked for, as a decoder's configuration says of an open one."""
+        return self.asks_words
+
     @abstractmethod
     def label(self, given: LabellerInput) -> list[Annotation]:
         """The label of each image."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.locks import in_turn
 from datasetdm_fast.foreign import documents
 
 MARKS = ("good", "bad")
@@ -39,7 +40,9 @@ def parse(value: Any) -> dict[str, str]:
 
 
 def change(folder: Path, marks: Mapping[str, str]) -> None:
-    """Writes down these marks beside those that are there."""
-    found = {id: mark for id, mark in {**read(folder), **marks}.items() if mark}
-    lists = {mark: sorted(id for id, other in found.items() if other == mark) for mark in MARKS}
-    storage.publish({path_of(folder, mark): "".join(f"{id}\n" for id in ids).encode() for mark, ids in lists.items()})
+    """Writes down these marks beside those that are there, also where two reviewers serve the same run."""
+    with in_turn(folder):
+        found = {id: mark for id, mark in {**read(folder), **marks}.items() if mark}
+        lists = {mark: sorted(id for id, other in found.items() if other == mark) for mark in MARKS}
+        contents = {path_of(folder, mark): "".join(f"{id}\n" for id in ids).encode() for mark, ids in lists.items()}
+        storage.publish(contents)
