@@ -898,10 +898,10 @@ function keys(event) {
     by("search").focus();
   }
   const layer = /^[1-9]$/.test(event.key) ? run.layers[Number(event.key) - 1] : null;
-  if (layer) toggleLayer(layer.name);
+  if (layer && !event.repeat) toggleLayer(layer.name);
   const place = [...cards].find(([, element]) => element === event.target)?.[0];
   const marked = viewer.open ? opened : shown[place], name = { g: "good", b: "bad", u: marks.get(marked?.id) }[event.key];
-  if (marked && name) mark(marked, name);
+  if (marked && name && !event.repeat) mark(marked, name);  // a key held down would mark, unmark, mark ...
   if (viewer.open) {
     if (event.key === "ArrowRight" && !isSliding) step(1);
     if (event.key === "ArrowLeft" && !isSliding) step(-1);
