@@ -29,7 +29,7 @@ from datasetdm_fast.training import session
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
-from datasetdm_fast.training.losses.objective import loss_of
+from datasetdm_fast.training.losses.objective import asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks, joined
 from datasetdm_fast.training.recipes import recipe
 from datasetdm_fast.training.settings import TrainConfig
@@ -154,6 +154,17 @@ def test_relative_error_by_its_formula():
     truth = torch.tensor([[[1.0, 2.0, 0.0, 4.0]]])
     found = losses.relative_error(torch.tensor([[[2.0, 2.0, 9.0, 3.0]]]), truth)
     assert found.tolist() == pytest.approx([(1 + 0 + 1 / 4) / 3])
+
+
+def test_a_word_that_is_not_there_is_one_the_picture_was_searched_for(source):
+    item, count = source[0], len(source.thing_classes)
+    there, every = set(item.mask_classes.tolist()), set(range(count))
+    searched = there | {min(every - there)}
+    for told, expected in ((None, every), (tuple(searched), searched)):
+        found = target(source, replace(item, searched=told), "open-vocabulary")
+        kept = TargetMemory(2 * found.bytes).kept(found)
+        asked = {asked_word(kept, count, torch.Generator().manual_seed(seed)) for seed in range(400)}
+        assert there < asked == expected
 
 
 @pytest.mark.parametrize("is_relative", [True, False])

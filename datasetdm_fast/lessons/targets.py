@@ -12,7 +12,14 @@ from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 ALIGNED = 8  # bytes
-DTYPES = {"classes": np.int64, "masks": bool, "depth": np.float32, "points": np.float32, "weights": np.float32}
+DTYPES = {
+    "classes": np.int64,
+    "masks": bool,
+    "depth": np.float32,
+    "points": np.float32,
+    "weights": np.float32,
+    "searched": np.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,11 @@ class TrainingTarget:
     depth: Tensor  # [H, W] metres, 0 = unknown
     points: Tensor  # [J, 2] pixels
     weights: Tensor  # [J] 1 where the joint is in the picture
+    searched: Tensor  # [S] ids that the picture was searched for; none: for all
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.classes, self.masks, self.depth, self.points, self.weights))
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
 class TargetMemory:
@@ -94,5 +102,6 @@ def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.n
         "depth": np.zeros((1, 1), np.float32),
         "points": np.zeros((joints, 2), np.float32),
         "weights": np.zeros(joints, np.float32),
+        "searched": np.array(item.searched or (), np.int64),
         **TASKS[task].target(source, item),
     }

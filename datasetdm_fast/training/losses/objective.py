@@ -71,12 +71,11 @@ def _of_layers(
 
 
 def asked_word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
+    """Mostly one that is there, else any that the picture was searched for."""
     is_there = len(target.classes) and torch.rand((), generator=source) < PRESENT
-    return int(
-        target.classes[torch.randint(len(target.classes), (), generator=source)]
-        if is_there
-        else torch.randint(count, (), generator=source)
-    )
+    known = target.classes if is_there else target.searched
+    drawn = torch.randint(len(known) or count, (), generator=source)
+    return int(known[drawn] if len(known) else drawn)
 
 
 def answer_of(target: TrainingTarget, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
