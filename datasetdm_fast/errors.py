@@ -1,6 +1,8 @@
 """The three exceptions with which a command ends; each carries the cause, the remedy and the exit code."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class _Stop(Exception):
@@ -35,6 +37,17 @@ class GateFailed(_Stop, RuntimeError):
 REFUSALS = {
     kind.__name__: kind for kind in (Refused, Missing, GateFailed)
 }  # by name, as one process passes them to another
+
+
+@contextmanager
+def refusing_form(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Within the block, what is wrong with the form of a file becomes a refusal with this remedy."""
+    try:
+        yield
+    except Refused as stop:
+        raise Refused(stop.cause, remedy) from stop
+    except ValueError as error:
+        raise Refused(f"{path}: not a valid {what} file ({error})", remedy) from error
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:

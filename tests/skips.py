@@ -38,6 +38,7 @@ REASONS = {
     "DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM": "a comparison with code that is not ours",
     "DATASET_DIFFUSION_UPSTREAM does not name a checkout of VinAIResearch/Dataset-Diffusion": "the same",
     "the demo model is not trained yet": "checkouts without the demo model",
+    "this folder is no checkout of git": "an unpacked source distribution",
     "the long form only": "`make soak` runs it",
     "a measurement; set DATASETDM_LONG_TESTS=1": "`make soak` leaves it out, as it needs a quiet machine",
     "takes a minute and 6 GB; set DATASETDM_LONG_TESTS=1": "the same",

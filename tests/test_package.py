@@ -189,7 +189,7 @@ def needed_by_the_product() -> set[str]:
     return {name for name in found if not name.startswith(("nvidia", "cuda", "triton"))}  # of torch's own build
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this folder is no checkout of git")
 def test_a_clone_holds_no_link_and_nothing_that_git_is_told_to_ignore():
     listed = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
     links, ignored = (

@@ -6,8 +6,6 @@ import re
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -150,17 +148,6 @@ def _depth(value: Any) -> int:
         ]
         depth += 1
     return depth
-
-
-@contextmanager
-def refusing(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Within the block, what is wrong with a file becomes a refusal with this remedy."""
-    try:
-        yield
-    except Refused as stop:
-        raise Refused(stop.cause, remedy) from stop
-    except ValueError as error:
-        raise Refused(f"{path}: not a valid {what} file ({error})", remedy) from error
 
 
 def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasetdm_fast.errors import refusing_form
 from datasetdm_fast.foreign import documents
 
 KEPT = "state/kept.json"
@@ -36,7 +37,7 @@ def read_kept(folder: Path) -> Kept | None:
     if not path.exists():
         return None
     remedy = f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again."
-    with documents.refusing(path, "filter", remedy):
+    with refusing_form(path, "filter", remedy):
         value = documents.read_object(path, most=LARGEST_KEPT)
         documents.check_form(value, KEPT_FORM)
         documents.check_form(list(value["left_out"].values()), [str])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, refusing_form
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.seal import SPLIT, resealed
@@ -44,7 +44,7 @@ def read_split(folder: Path) -> Split | None:
     if not path.exists():
         return None
     remedy = f"Run python -m datasetdm_fast.split {folder} --undo, then split again."
-    with documents.refusing(path, "split", remedy):
+    with refusing_form(path, "split", remedy):
         value = documents.read_object(path, most=LARGEST_SPLIT)
         documents.check_form(value, SPLIT_FORM)
         documents.check_form(list(value["parts"].values()), [[str]])
