@@ -96,7 +96,7 @@ struct Scratch {
         return (size + kStep - 1) / kStep * kStep;
     }
     Real* row(const Head<Real>& head, int64_t row) const { return rows + row % head.span * head.middle * kTaps * kChannels; }
-    Real* row_back(const Head<Real>& head, int64_t row) const { return rows_back + row % head.span * head.middle * kTaps * kChannels; }
+    Real* row_back(const Head<Real>& head, int64_t y) const { return rows_back + (row(head, y) - rows); }
     Real* sum(const Head<Real>& head, int64_t row) const { return sums + (row + 3) % 3 * head.padded() * lanes; }
 
     void begin(const Head<Real>& head, int64_t channel) {

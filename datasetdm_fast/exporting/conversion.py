@@ -87,8 +87,9 @@ def open_source(place: str | Path, settings: ExportSettings, chosen: frozenset[i
 
 def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
     """Refuses formats that a run with these labels could not be converted to."""
+    tasks = labels_by_task(labels)
     for name in names:
-        _format(name).check_tasks(f"--format {name}", labels_by_task(labels))
+        _format(name).check_tasks(f"--format {name}", tasks)
 
 
 def check_not_exported(path: Path) -> None:

@@ -60,7 +60,7 @@ def load_folder(
         check_scheduler(configs["scheduler"], folder)
         check_unet(configs["unet"], folder)
         check_vae(configs["vae"], folder)
-    weights = {part: _weight_files(folder / part) for part in NETWORKS}
+    weights = _all_weights(folder)
     tokenizer = (OwnTokenizer if is_own else load_tokenizer)(folder / "tokenizer")
     networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
     side = networks["unet"].config.sample_size
@@ -73,18 +73,8 @@ def load_folder(
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
     origin = name or str(folder), str(folder.resolve())
-    proof = folder_digests(folder), folder_licence(folder)
+    proof = folder_digests(folder, weights), folder_licence(folder)
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
-
-
-def folder_digests(folder: Path) -> dict[str, str]:
-    """Digest of the files of each part."""
-    files = {
-        **{part: _weight_files(folder / part).files for part in NETWORKS},
-        "tokenizer": files_of(folder / "tokenizer"),
-        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
-    }
-    return {part: digest(files[part]) if files[part] else USUAL for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -151,6 +141,20 @@ def _making_sense(source: Path) -> Iterator[None]:
         raise Refused(
             f"model: {source}: its configs are inconsistent ({type(error).__name__}: {first_line(error)})", DAMAGED
         ) from error
+
+
+def folder_digests(folder: Path, weights: Mapping[str, _Weights] | None = None) -> dict[str, str]:
+    """Digest of the files of each part, whose weights are looked for where they are not given."""
+    files = {
+        **{part: found.files for part, found in (weights or _all_weights(folder)).items()},
+        "tokenizer": files_of(folder / "tokenizer"),
+        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
+    }
+    return {part: digest(files[part]) if files[part] else USUAL for part in PARTS}
+
+
+def _all_weights(folder: Path) -> dict[str, _Weights]:
+    return {part: _weight_files(folder / part) for part in NETWORKS}
 
 
 def _weight_files(part: Path) -> _Weights:
