@@ -59,6 +59,10 @@ def test_every_network_learns_its_task(scenes, name, tmp_path):
     losses = []
     model = taught(one, tmp_path, lambda step, loss: losses.append(loss))
     assert len(losses) == 8 and np.mean(losses[-2:]) < losses[0]
+    names = one.network.names and dict(enumerate(one.network.names(one.vocabulary)))
+    model.save_pretrained(tmp_path / "saved")
+    if names:  # as transformers reads them
+        assert type(model.config).from_pretrained(tmp_path / "saved").id2label == names and len(names) > 1
     found = answering.scored(one.network, model, one.sets[0], one.vocabulary, 2)
     assert found and all(np.isfinite(value) for value in found.values() if isinstance(value, float))
 
@@ -251,7 +255,9 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     model = build(network, vocabulary, "tiny", SIDE, 5)
     folder = tmp_path / "weights"
     model.save_pretrained(folder)
-    begun = build(network, student_data.Vocabulary(("a", "b"), (), (), 0.0), "", SIDE, 0, str(folder)).state_dict()
+    other = build(network, student_data.Vocabulary(("a", "b"), (), (), 0.0), "", SIDE, 0, str(folder))
+    assert other.config.id2label == {0: "a", 1: "b"} and other.config.label2id == {"a": 0, "b": 1}
+    begun = other.state_dict()
     stored = model.state_dict()
     for name, value in begun.items():
         assert torch.equal(value, stored[name]) or "classifier" in name, name

@@ -14,10 +14,6 @@ from datasetdm_fast.labels.words import mirrored_names
 from datasetdm_fast.truth.labelled import Labelled
 
 
-def class_settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
-    return {"num_labels": len(vocabulary.classes)}
-
-
 def class_loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """Mean cross-entropy over the pixels that are not ignored; 0 where all of them are."""
     labels = to_device(torch.from_numpy(np.stack([item.semantic for item in items])), images.device).long()

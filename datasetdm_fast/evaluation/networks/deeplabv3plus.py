@@ -4,7 +4,6 @@ from torch import nn
 
 from datasetdm_fast.evaluation.networks.class_maps import (
     class_loss,
-    class_settings,
     class_shares,
     mirrored_classes,
     read_classes,
@@ -32,7 +31,7 @@ NETWORK = StudentNetwork(
         "tiny": DENSE | {"depth_multiplier": 0.35, "finegrained_output": False},
         "0.5": DENSE | {"depth_multiplier": 0.5, "finegrained_output": False},
     },
-    settings=class_settings,
+    names=lambda vocabulary: vocabulary.classes,
     body="mobilenet_v2.",
     loss=class_loss,
     predict=class_shares,

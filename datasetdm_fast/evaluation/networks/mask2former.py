@@ -33,10 +33,6 @@ TINY = {
 }
 
 
-def _settings(vocabulary: Vocabulary, side: int) -> dict[str, int]:
-    return {"num_labels": len(vocabulary.things)}
-
-
 def _loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:
     """Mask2Former's own loss over all its layers; what lies in a crowd is not taught."""
     masks = [to_device(torch.from_numpy(np.ascontiguousarray(item.masks)), images.device).float() for item in items]
@@ -77,7 +73,7 @@ NETWORK = StudentNetwork(
         "swin-t": {"backbone_config": SWIN_T | STAGES},
         "tiny": TINY | {"backbone_config": TINY_SWIN | STAGES},
     },
-    settings=_settings,
+    names=lambda vocabulary: vocabulary.things,
     body="model.",
     loss=_loss,
     predict=_predict,

@@ -22,11 +22,12 @@ class StudentNetwork:
     model: str  # class of transformers
     config: str  # class of its settings
     sizes: Mapping[str, Mapping[str, Any]]  # name -> settings of a network without weights; the first is the default
-    settings: Callable[[Vocabulary, int], Mapping[str, Any]]  # that the vocabulary and the pixels of a side decide
     body: str  # how the tensors begin that --weights must hold; the others are the head, which may start anew
     loss: Callable[[nn.Module, Tensor, Sequence[Labelled], Vocabulary], Tensor]
     predict: Callable[[nn.Module, Tensor], Any]  # raw answers; where `mirror` is there, maps [B, C, H, W]
     read: Callable[[Any, Vocabulary], list[Annotation]]
+    names: Callable[[Vocabulary], Sequence[str]] | None = None  # of what the outputs stand for; None: no classes
+    settings: Callable[[Vocabulary, int], Mapping[str, Any]] = lambda vocabulary, side: {}  # by vocabulary and side
     mirror: Callable[[Vocabulary], Sequence[int]] | None = None  # the map each becomes in a mirror; None: no --tta
     colours: tuple[Sequence[float], Sequence[float]] = IMAGENET
     rate: float = 1e-3  # learning rate from the start

@@ -2,7 +2,6 @@
 
 from datasetdm_fast.evaluation.networks.class_maps import (
     class_loss,
-    class_settings,
     class_shares,
     mirrored_classes,
     read_classes,
@@ -28,7 +27,7 @@ NETWORK = StudentNetwork(
         "b2": WIDE | {"depths": (3, 4, 6, 3), "decoder_hidden_size": 768},
         "b5": WIDE | {"depths": (3, 6, 40, 3), "decoder_hidden_size": 768},
     },
-    settings=class_settings,
+    names=lambda vocabulary: vocabulary.classes,
     body="segformer.",
     loss=class_loss,
     predict=class_shares,

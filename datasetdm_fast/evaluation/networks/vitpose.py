@@ -20,7 +20,7 @@ PATCH = 16
 
 
 def _settings(vocabulary: Vocabulary, side: int) -> dict:
-    return {"num_labels": len(vocabulary.joints), "backbone_config": {"image_size": (side, side)}}
+    return {"backbone_config": {"image_size": (side, side)}}
 
 
 def _size(width: int, layers: int, heads: int) -> dict:
@@ -73,6 +73,7 @@ NETWORK = StudentNetwork(
     config="VitPoseConfig",
     sizes={"small": _size(384, 12, 12), "tiny": _size(96, 3, 3), "base": _size(768, 12, 12)},
     settings=_settings,
+    names=lambda vocabulary: vocabulary.joints,
     body="backbone.",
     loss=_loss,
     predict=_heat,

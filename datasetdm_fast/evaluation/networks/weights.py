@@ -1,7 +1,7 @@
 """A student network without a download: from its settings, or from a local folder that transformers has written."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ def build(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         settings = network.settings(vocabulary, side)
-        model = _of_folder(network, Path(weights), settings) if weights else _of_size(network, size, settings)
+        names = network.names(vocabulary) if network.names else ()
+        if weights:
+            model = _of_folder(network, Path(weights), settings, names)
+        else:
+            model = _of_size(network, size, settings, names)
     return network.prepared(model)
 
 
@@ -41,11 +45,20 @@ def size_of(network: StudentNetwork, size: str) -> str:
     return size or next(iter(network.sizes))
 
 
-def _of_size(network: StudentNetwork, size: str, settings: Mapping[str, Any]) -> nn.Module:
+def _of_size(network: StudentNetwork, size: str, settings: Mapping[str, Any], names: Sequence[str]) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, network.config)(**joined(network.sizes[size], settings))
-    return getattr(transformers, network.model)(config)
+    return getattr(transformers, network.model)(_config(network, joined(network.sizes[size], settings), names))
+
+
+def _config(network: StudentNetwork, settings: Mapping[str, Any], names: Sequence[str]):
+    import transformers
+
+    config = getattr(transformers, network.config).from_dict(dict(settings))
+    if names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+    return config
 
 
 def joined(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,13 +89,12 @@ def check_folder(network: StudentNetwork, folder: Path) -> tuple[dict[str, Any],
     return found, files
 
 
-def _of_folder(network: StudentNetwork, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
+def _of_folder(network: StudentNetwork, folder: Path, settings: Mapping[str, Any], names: Sequence[str]) -> nn.Module:
     import transformers
 
     found, _ = check_folder(network, folder)
     try:
-        config = getattr(transformers, network.config).from_dict(joined(found, settings))
-        config.num_labels = settings.get("num_labels", config.num_labels)
+        config = _config(network, joined(found, settings), names)
         options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         model, told = getattr(transformers, network.model).from_pretrained(
             folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
