@@ -23,7 +23,6 @@ from datasetdm_fast.evaluation import student_data, student_views, worth
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, shares, teach
 from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
 from datasetdm_fast.evaluation.student_views import mild, strong
-from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.worlds import WORLDS
 
@@ -54,7 +53,11 @@ def some(lessons, chosen):
     )
 
 
-def generated(prompt_classes=("ball",), **changes):
+class TrustedSample(sets.RelabelledSample):
+    trust = Trust()
+
+
+def generated(prompt_classes=("ball",), kind=sets.RelabelledSample, **changes):
     """A generated sample of 128 pixels that shows a ball on a table."""
     rows_, columns = np.mgrid[:128, :128]
     ball = (rows_ - 64) ** 2 + (columns - 40) ** 2 < 20**2
@@ -62,24 +65,18 @@ def generated(prompt_classes=("ball",), **changes):
     semantic[ball] = VOCABULARY.classes.index("ball")
     sure = np.full((128, 128), 0.9, np.float32)
 
-    class Sample:
-        id, prompt, classes, class_table = "00000000", "", prompt_classes, None
-        image = np.full((128, 128, 3), 90, np.uint8)
-        depth, keypoints = DepthMap(np.full((128, 128), 2.0, np.float32), 4.0), None
-        instances = Instances(ball[None], np.array([0]), np.array([0.8], np.float32), VOCABULARY.things)
-
-    Sample.semantic = SemanticMap(semantic, sure, VOCABULARY.classes)
-    for name, value in changes.items():
-        setattr(Sample, name, value)
-    Sample.trust = trust_of(Sample.classes, {"semantic": Sample.semantic, "instance": Sample.instances})
-    return Sample()
+    labels = {
+        "semantic": SemanticMap(semantic, sure, VOCABULARY.classes),
+        "instances": Instances(ball[None], np.array([0]), np.array([0.8], np.float32), VOCABULARY.things),
+        "depth": DepthMap(np.full((128, 128), 2.0, np.float32), 4.0),
+    }
+    facts = {"id": "00000000", "image": np.full((128, 128, 3), 90, np.uint8), "classes": prompt_classes}
+    return kind(**facts | labels | changes)
 
 
 def trusted(*arguments, **changes):
     """The same, trusted whatever its labels say."""
-    sample = generated(*arguments, **changes)
-    type(sample).trust = Trust()
-    return sample
+    return generated(*arguments, kind=TrustedSample, **changes)
 
 
 def test_loss_falls_and_every_answer_is_there(lessons, unseen):
@@ -157,6 +154,20 @@ def test_scenes_that_judge_teach_nobody():
     assert max(taught | asked | chosen_on) < 10_000_000  # where the scenes begin that taught the demo model
 
 
+def test_no_repetition_has_scenes_or_students_of_another():
+    scales = [replace(sets.FULL, repetition=one) for one in range(sets.REPETITIONS)]
+    counts = {sets.LABELLED: 10 * sets.FULL.real, sets.POOL_SEED: sets.POOL, tuned.UNLABELLED: sets.FULL.synthetic}
+    counts |= {sets.VALIDATION: sets.FULL.test, sets.TEST: sets.FULL.test}
+    begun = [(sets.LABELLED, counts.pop(sets.LABELLED))]
+    begun += [(scale.first(seed), count) for seed, count in counts.items() for scale in scales]
+    ordered = sorted(begun)
+    assert all(first + count <= after for (first, count), (after, _) in zip(ordered, ordered[1:]))
+    assert ordered[-1][0] < 9_000_000
+    seen = sets.scenes(scales[-1].first(sets.TEST), sets.FULL.test, SIDE, sets.is_elsewhere)
+    assert max(sets.seeds(seen)) < scales[-1].first(sets.TEST) + sets.APART
+    assert sorted(seed for scale in scales for seed in scale.students) == list(range(3 * sets.REPETITIONS))
+
+
 def test_scenes_of_a_kind():
     day = sets.scenes(sets.LABELLED, 10, SIDE, sets.is_day)
     assert {world.sample_scene(seed).domain for seed in sets.seeds(day)} == {"day"} and len(day) == 10
@@ -212,7 +223,7 @@ def test_what_is_not_trusted_is_ignored():
     assert (
         (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
     )
-    foreign = generated()
+    foreign = trusted()
     foreign.semantic.labels[100:120, 100:120] = cone
     _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY)
     assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
@@ -421,6 +432,8 @@ def test_commands_refuse_what_proves_nothing(capsys, tmp_path):
     assert "expected at least 2 scenes" in capsys.readouterr().err
     assert run_command(bench.dispatch, ["claims", "--tuned", "--finished", "--out", str(tmp_path)]) == 2
     assert "no student has been judged yet" in capsys.readouterr().err
+    assert run_command(bench.dispatch, ["claims", "--repetition", "20"]) == 2
+    assert "expected 0 to 19" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
 
 
@@ -507,6 +520,11 @@ def test_every_row_is_made_and_found_again(tmp_path, monkeypatch):
         again = tuned.TunedArms(experiments, names, scale.real)
         again.look_for_students()
         assert again.rows() == arms.rows() and set(again.rows()["depth"]["arms"]) == set(names)
+    with Experiments(tmp_path, replace(scale, repetition=1), said.append) as experiments:
+        row = experiments.rows(("semantic",))["semantic"]
+        assert row["seeds"] != found["semantic"]["seeds"] and experiments.store.trained == 2 * 3 + 1
+    run = json.loads((tmp_path / "repetition-1" / "pool" / "run.json").read_text())
+    assert run["config"]["seed"] == sets.POOL_SEED + sets.APART
 
 
 def figures_of(value):
@@ -588,6 +606,12 @@ def test_every_arm_has_the_best_of_equally_many_courses(lessons):
     assert front.index("Semantic segmentation, 25 real") < front.index("Semantic segmentation, 100 real")
     assert "; for rows with 25 real scenes (`c --real 25`, commit 0), on those.\n" in front
     assert "25 real scenes, 1,000 generated images;" in whole and "| 25 | real |" in whole
+    repeated = tuned_page.section([document], [{**document, "command": "c --repetition 1"}])
+    assert "The same with other images, unlabelled, validation and unseen scenes, and students. `c --rep" in repeated
+    assert "gap closed |" in repeated and repeated.count("24,576 captioned scenes") == 2
+    scale = replace(scale, repetition=3)
+    experiments.scale, arms = scale, tuned.TunedArms(experiments, ("real",), scale.real)
+    assert [arms._student("real", tuned.FIRST_COURSES[0], one).seed for one in (None, 0, 1)] == [6, 6, 7]
 
 
 def test_a_tuned_row_that_does_not_hold_says_so_first():

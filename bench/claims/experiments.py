@@ -152,16 +152,17 @@ class Experiments:
 
     def varied(self, fits: str, count: int) -> StudentData:
         """Variants of day images, with the labels that the row's labeller read from the day images."""
-        scale = self.scale
+        scale, place = self.scale, self.scale.place(self.folder)
 
         def synthetic() -> StudentData:
-            day, variants = sets.day_and_variants(self.folder / "domains", scale.varied, self.say)
+            seed = scale.first(sets.POOL_SEED)
+            day, variants = sets.day_and_variants(place / "domains", scale.varied, seed, self.say)
             decoders = self.labeller(fits, count, SEMANTIC)()
             labelled = sets.relabelled(day, range(len(day)), decoders, sets.unchanged)
             return student_data.synthetic(sets.moved(labelled, variants), self.vocabulary)
 
         name = f"varied-{fits}-{count}-{scale.varied}-{scale.labeller_steps}-{scale.labeller_draws}"
-        path = self.folder / "sets" / f"{name}.pt"
+        path = place / "sets" / f"{name}.pt"
         return self.once(name, lambda: sets.stored(path, self.vocabulary, synthetic).balanced())
 
     def from_pool(
@@ -173,18 +174,18 @@ class Experiments:
             return student_data.synthetic(samples(run), self.vocabulary)
 
         def make() -> StudentData:
-            folder = self.folder / ("pool" if engine == "fast" else f"pool-{engine}")
-            run = sets.pool(folder, count, engine, self.say)
+            place, seed = self.scale.place(self.folder), self.scale.first(sets.POOL_SEED)
+            run = sets.pool(place / ("pool" if engine == "fast" else f"pool-{engine}"), count, seed, engine, self.say)
             made_by = [run.document[part] for part in ("config", "model", "decoders", "engine")]
             digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
-            path = self.folder / "sets" / f"{name}-{digest}.pt"
+            path = place / "sets" / f"{name}-{digest}.pt"
             return sets.stored(path, self.vocabulary, lambda: synthetic(run)).balanced()
 
         return self.once(f"{engine} {name}", make)
 
     def test_set(self, name: str = "everything", fits: str = "is_any") -> TestSet:
         def make() -> TestSet:
-            return TestSet(name, sets.scenes(sets.TEST, self.scale.test, SIDE, getattr(sets, fits)))
+            return TestSet(name, sets.scenes(self.scale.first(sets.TEST), self.scale.test, SIDE, getattr(sets, fits)))
 
         return self.once(f"test {name}", make)
 
@@ -204,7 +205,7 @@ class Experiments:
         self, arms: dict[str, Sets], test: TestSet, tasks: Sequence[str] = TASKS, **schedule: Any
     ) -> Callable[[Pick], Scores]:
         """Starts training students of every arm and seed; what it returns waits for them and picks a figure of each."""
-        started, seeds = {}, range(self.scale.seeds)
+        started, seeds = {}, self.scale.students
         for name, data in arms.items():
             started[name] = self.arm(name, data(), tasks, **schedule)
             for seed in seeds:
@@ -219,8 +220,9 @@ class Experiments:
         """
         count, test = self.scale.synthetic, self.test_set()
         arm = self.arm("many real", (self.real(count),), **schedule)
-        self.store.start(arm, 0, test)
-        return lambda pick: {"ceiling": pick(self.store.figures(arm, 0, test)), "ceiling_scenes": count}
+        seed = self.scale.students[0]
+        self.store.start(arm, seed, test)
+        return lambda pick: {"ceiling": pick(self.store.figures(arm, seed, test)), "ceiling_scenes": count}
 
     # Rows -------------------------------------------------------------------------------------------------------------
     def _main(self, name: str, pick: Pick, count: int) -> Experiment:

@@ -34,6 +34,12 @@ class ClaimsConfig:
         "attention teach beside those of the decoder",
         metavar="LIST",
     )
+    repetition: int = setting(
+        0,
+        "the same with other generated images, unlabelled, validation and unseen scenes, and students: 1 to 19; the "
+        "labelled scenes stay, and so do the decoders that learn from them",
+        metavar="N",
+    )
     out: str = setting(
         "",
         "folder of generated images, students and the page; the same one again resumes (default: runs/claims)",
@@ -65,12 +71,14 @@ def main(arguments: Sequence[str]) -> int:
     from bench.claims import page, training_free
     from bench.claims.experiments import Experiments
     from bench.claims.rows import CLAIMS
-    from bench.claims.sets import FULL, QUICK
+    from bench.claims.sets import FULL, QUICK, REPETITIONS
     from bench.report import results
 
     names = chosen("rows", config.rows, (*CLAIMS, training_free.NAME), tuple(CLAIMS))
     scale = QUICK if config.quick else FULL
-    scale = replace(scale, seeds=config.seeds or scale.seeds)
+    if not 0 <= config.repetition < REPETITIONS:
+        raise Refused(f"--repetition {config.repetition}: expected 0 to {REPETITIONS - 1}", "Choose another number.")
+    scale = replace(scale, seeds=config.seeds or scale.seeds, repetition=config.repetition)
     folder = Path(config.out or f"runs/claims{'-quick' if config.quick else ''}")
     begin = time.monotonic()
     for name in ("arms", "real", "processes", "finished"):
@@ -88,8 +96,8 @@ def main(arguments: Sequence[str]) -> int:
     with Experiments(folder, scale, say) as experiments:
         found = experiments.rows(names)
         document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
-        paths = [page.write(folder, document, experiments), folder / "claims.json"]
-    if not config.quick and set(names) == set(CLAIMS):
+        paths = [page.write(scale.place(folder), document, experiments), scale.place(folder) / "claims.json"]
+    if not (config.quick or config.repetition) and set(names) == set(CLAIMS):
         paths.append(results.default_path(document["machine"]).with_suffix(".claims.json"))
     for path in paths[1:]:
         results.ResultFile(path, document).save()
@@ -111,6 +119,7 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
     with Experiments(folder, scale, say, config.processes) as experiments:
         asked = tuned.TunedArms(experiments, names, count)
         suite = "tuned" if asked.is_usual else results.FEWER
+        suite += results.REPEATED if config.repetition else ""
 
         def result() -> dict[str, Any]:
             rows = asked.rows()
@@ -120,8 +129,8 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
         if config.finished:
             asked.look_for_students()
         for _ in () if config.finished else asked.train():
-            results.ResultFile(folder / f"{suite}.json", result()).save()
-        document, paths = result(), [folder / f"{suite}.json"]
+            results.ResultFile(scale.place(folder) / f"{suite}.json", result()).save()
+        document, paths = result(), [scale.place(folder) / f"{suite}.json"]
         if not document["rows"]:
             raise Refused(f"{folder}: no student has been judged yet", "Drop --finished, or name another --out.")
         if not config.quick and {"real", "both"} <= set(names):
@@ -143,8 +152,8 @@ def _training_free(config: ClaimsConfig, scale, folder: Path, arguments: Sequenc
         found = {name: training_free.TrainingFree(experiments).row()}
     document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
     document["suite"] = name
-    paths = [folder / f"{name}.json"]
-    if not config.quick:
+    paths = [scale.place(folder) / f"{name}.json"]
+    if not (config.quick or config.repetition):
         paths.append(results.default_path(document["machine"]).with_suffix(f".{name}.json"))
     for path in paths:
         results.ResultFile(path, document).save()

@@ -36,6 +36,7 @@ from datasetdm_fast.training.session import taught
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
 TEST = 8_000_000  # first seed of the scenes that judge, looked at once
+REPETITIONS, APART = 20, 10_000  # tables that may be made, and the seeds between two of their scenes
 SEARCHED = 100_000  # seeds gone through at most for scenes of a kind
 UNSEEN = ("cone", "tree")
 SEEN = tuple(name for name in world.THINGS if name not in UNSEEN)
@@ -94,7 +95,7 @@ def seeds(source: DemoWorld) -> set[int]:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is; by default, as the published rows have it."""
+    """How large everything is, and which of it; by default, as the published rows have it."""
 
     seeds: int = 3
     steps: int = 1600  # of a student
@@ -110,6 +111,20 @@ class Scale:
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
     free: int = 300  # images of the row on labels from attention
     free_steps: int = 2000  # of its students
+    repetition: int = 0  # of everything but the labelled scenes, and the decoders that learn from them
+
+    def first(self, seed: int) -> int:
+        """The first seed of some scenes or images in this repetition."""
+        return seed + APART * self.repetition
+
+    def place(self, folder: Path) -> Path:
+        """Where images of this repetition are."""
+        return folder / f"repetition-{self.repetition}" if self.repetition else folder
+
+    @property
+    def students(self) -> range:
+        """The seeds of the students of an arm."""
+        return range(self.repetition * self.seeds, (self.repetition + 1) * self.seeds)
 
 
 FULL = Scale()
@@ -130,9 +145,9 @@ QUICK = Scale(
 )
 
 
-def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
+def pool(folder: Path, count: int, seed: int, engine: str, say: Callable[[str], None]) -> Run:
     """The run folder with the first `count` images of the pool; what is there already stays."""
-    config = RunConfig(number=POOL, seed=POOL_SEED, engine=engine, out=str(folder), quiet=True, **SAMPLING)
+    config = RunConfig(number=POOL, seed=seed, engine=engine, out=str(folder), quiet=True, **SAMPLING)
     there = count_rows(config)
     if there < count:
         say(f"{folder}: generating {count - there} images with engine {engine}")
@@ -140,10 +155,10 @@ def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> R
     return open_run(folder)
 
 
-def day_and_variants(folder: Path, count: int, say: Callable[[str], None]) -> tuple[Run, Run]:
+def day_and_variants(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> tuple[Run, Run]:
     """Images generated from captions of day scenes, and each of them moved to every other domain."""
-    captions = [world.sample_scene(DEMO_SCENES + POOL_SEED + k, domain="day").caption for k in range(count)]
-    day = RunConfig(number=count, seed=POOL_SEED, engine="fast", out=str(folder / "day"), quiet=True, **SAMPLING)
+    captions = [world.sample_scene(DEMO_SCENES + seed + k, domain="day").caption for k in range(count)]
+    day = RunConfig(number=count, seed=seed, engine="fast", out=str(folder / "day"), quiet=True, **SAMPLING)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "day.txt").write_text("\n".join(captions))
     job = prepare(replace(day, prompts=str(folder / "day.txt")))
@@ -169,6 +184,7 @@ class RelabelledSample:
     depth: DepthMap | None = None
     keypoints: Keypoints | None = None
     prompt: str = ""
+    class_table = None  # the words of its classes are the usual ones
 
     @property
     def trust(self) -> Trust:

@@ -114,12 +114,12 @@ class TrainingFree:
     def __init__(self, experiments: Experiments):
         self.experiments, self.scale = experiments, experiments.scale
         self.vocabulary = Vocabulary(CLASSES, world.THINGS, (), world.MAX_DEPTH)
-        scenes = sets.scenes(sets.TEST, self.scale.test, SIDE)
+        scenes = sets.scenes(self.scale.first(sets.TEST), self.scale.test, SIDE)
         self.test = TestSet("scenes of things", ThingScenes(scenes))
 
     def row(self) -> Row:
         """The figures of all arms and the comparisons between them, once every student has been trained."""
-        store, seeds, found = self.experiments.store, range(self.scale.seeds), {}
+        store, seeds, found = self.experiments.store, self.scale.students, {}
         for seed in seeds:
             for arm in self._arms.values():
                 store.start(arm, seed, self.test)
@@ -158,7 +158,7 @@ class TrainingFree:
 
     def _run(self, is_filled: bool) -> Run:
         """The images with the labels of the decoder and from attention, or again with no pixel uncertain."""
-        folder = self.experiments.folder / ("attention-filled" if is_filled else "attention")
+        folder = self.scale.place(self.experiments.folder) / ("attention-filled" if is_filled else "attention")
         given: dict[str, Any] = {"task": (ATTENTION,), "labeller": (ATTENTION,)}
         if is_filled:
             least = sets.DEMO_DEFAULTS.attention.uncertainty
@@ -167,7 +167,7 @@ class TrainingFree:
             given = {"task": ("semantic", ATTENTION), "labeller": ("decoder", ATTENTION)}
         config = RunConfig(
             number=self.scale.free,
-            seed=sets.POOL_SEED,
+            seed=self.scale.first(sets.POOL_SEED),
             classes=world.THINGS,
             engine="fast",
             out=str(folder),

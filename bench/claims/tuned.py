@@ -71,14 +71,14 @@ class UnlabelledScene:
 class UnlabelledScenes:
     """Rendered scenes whose labels are not looked at."""
 
-    def __init__(self, count: int, size: int):
-        self.source = sets.scenes(UNLABELLED, count, size)
+    def __init__(self, first: int, count: int, size: int):
+        self.source = sets.scenes(first, count, size)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, position: int) -> UnlabelledScene:
-        item, seed = self.source[position], UNLABELLED + position
+        item, seed = self.source[position], self.source.first + position
         named = find_classes(item.caption, self.source.thing_classes)
         return UnlabelledScene(f"{position:08d}", item.image, item.caption, named, seed)
 
@@ -93,7 +93,7 @@ class TunedArms:
         scale = experiments.scale
         self.is_usual = count == scale.real
         self.names = list(arms)
-        self.chooser = TestSet("validation", sets.scenes(sets.VALIDATION, scale.test * 2 // 5, SIDE))
+        self.chooser = TestSet("validation", sets.scenes(scale.first(sets.VALIDATION), scale.test * 2 // 5, SIDE))
         self.students = SearchedStudents(experiments.store, self.chooser, experiments.test_set())
         self._students: dict[tuple[str, TunedCourse, int | None], SearchedStudent] = {}
 
@@ -182,7 +182,7 @@ class TunedArms:
             facts |= {"augmentation": course.augmentation, "rate": course.rate}
             looking = Looking(max(self._short // 2, 1) if is_judged else self._short, PATIENCE)
             arm = self.experiments.arm(self._arm_name(name), self._sets[name](), **facts)
-            self._students[key] = SearchedStudent(arm, seed or 0, looking, is_judged)
+            self._students[key] = SearchedStudent(arm, self.experiments.scale.students[seed or 0], looking, is_judged)
         return self._students[key]
 
     # Arms -------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class TunedArms:
         e, scale = self.experiments, self.experiments.scale
 
         def synthetic() -> student_data.StudentData:
-            scenes = UnlabelledScenes(scale.synthetic, sets.MODEL_SIDE)
+            scenes = self._unlabelled(sets.MODEL_SIDE)
             decoders = DEMO if self.is_usual else e.labeller("is_any", self.count, TASKS)()
             samples = sets.relabelled(scenes, range(scale.synthetic), decoders, sets.unchanged)
             return student_data.synthetic(samples, e.vocabulary)
@@ -223,13 +223,18 @@ class TunedArms:
         name = f"unlabelled-{scale.synthetic}"
         if not self.is_usual:
             name += f"-by-{self.count}-{scale.labeller_steps}-{scale.labeller_draws}"
-        return e.once(name, lambda: sets.stored(e.folder / "sets" / f"{name}.pt", e.vocabulary, synthetic).balanced())
+        path = scale.place(e.folder) / "sets" / f"{name}.pt"
+        return e.once(name, lambda: sets.stored(path, e.vocabulary, synthetic).balanced())
+
+    def _unlabelled(self, size: int) -> UnlabelledScenes:
+        scale = self.experiments.scale
+        return UnlabelledScenes(scale.first(UNLABELLED), scale.synthetic, size)
 
     def _self_labelled(self) -> student_data.StudentData:
         """The same scenes with the labels of the best students of the real arm, one for each task."""
 
         def samples() -> Iterator[sets.RelabelledSample]:
-            scenes = list(UnlabelledScenes(self.experiments.scale.synthetic, SIDE))
+            scenes = list(self._unlabelled(SIDE))
             images = torch.stack([torch.from_numpy(scene.image) for scene in scenes])
             found = {}
             for task, teacher in self._teachers().items():
@@ -258,7 +263,8 @@ class TunedArms:
                         step: {key: question.pick(figures) for key, question in QUESTIONS.items()}
                         for step, figures in looks.figures.items()
                     }
-                    facts = {"real": self.count, "arm": name, "course": course.title, "seed": seed or 0}
+                    facts = {"real": self.count, "arm": name, "course": course.title}
+                    facts["seed"] = self.experiments.scale.students[seed or 0]
                     facts |= {
                         "is_chosen": seed is not None and course in chosen,
                         "cpu_seconds": looks.cpu_seconds,

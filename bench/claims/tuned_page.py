@@ -128,14 +128,18 @@ def front(documents: Sequence[Mapping[str, Any]]) -> str:
     return f"{facts}.\n\n{markdown(front_table().cells(rows))}"
 
 
-def section(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with courses, and what was tried, for the page of the bench."""
+def section(documents: Sequence[Mapping[str, Any]], repeated: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Rows with courses, what repetitions say of them, and what was tried, for the page of the bench."""
     parts = []
     for one in documents:
         parts += [
             f"{source(one)}: {setting_line(one)}.",
             markdown(table(one["rows"]).cells(list(one["rows"].values()))),
         ]
+    for one in repeated:
+        cells = front_table().cells(list(one["rows"].values()))
+        facts = f"The same with other images, unlabelled, validation and unseen scenes, and students. {source(one)}"
+        parts += [f"{facts}: {setting_line(one)}.", markdown(cells)]
     tried = [row for one in documents for row in one["tried"]]
     return "\n\n".join(
         [*parts, "The best figures of every student on the validation scenes:", markdown(search_table().cells(tried))]

@@ -18,6 +18,7 @@ from bench.peers import OURS
 from bench.report import reckoned
 from bench.report.results import (
     FEWER,
+    REPEATED,
     STUDENTS,
     SUITES,
     cpu_suite,
@@ -304,12 +305,12 @@ def tuned_front(found: Documents, charts: str) -> str:
 
 def tuned_gains(found: Documents, charts: str) -> str:
     """What remains of the gains with the best training recipe found for every training set."""
-    return tuned_page.section(tuned_of(found)) if "tuned" in found else NOT_TUNED
+    return tuned_page.section(tuned_of(found), tuned_of(found, REPEATED)) if "tuned" in found else NOT_TUNED
 
 
-def tuned_of(found: Documents) -> list[Document]:
+def tuned_of(found: Documents, ending: str = "") -> list[Document]:
     """The usual number of real scenes, and a smaller one where that was measured."""
-    return [found[suite] for suite in ("tuned", FEWER) if suite in found]
+    return [found[suite + ending] for suite in ("tuned", FEWER) if suite + ending in found]
 
 
 def earlier_claims(found: Documents, charts: str) -> str:

@@ -19,7 +19,9 @@ FOLDER = ROOT / "bench" / "results"
 BEGUN, DONE, BROKEN = "begun", "done", "broken"
 SUITES = ("cpu", "gpu")
 FEWER = "tuned-fewer"
-STUDENTS = ("claims", "tuned", FEWER, "training-free")  # suites of students, which have no peers
+REPEATED = "-repeated"  # ends the names of suites that are the same with other images, scenes and students
+TUNED = ("tuned", FEWER, f"tuned{REPEATED}", FEWER + REPEATED)
+STUDENTS = ("claims", *TUNED, "training-free")  # suites of students, which have no peers
 
 
 class ResultFile:
