@@ -1111,6 +1111,11 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
     path.write_text(json.dumps({"scene 0.jpg": "a quiet room"}))
     with pytest.raises(Refused, match="names none of the images"):
         open_data(spec, 64)
+    for text in ('{"scene 0": "a room",}', '["a room"]', ""):  # written by hand: there is nothing to get again
+        path.write_text(text)
+        with pytest.raises(Refused, match="captions.json") as stop:
+            open_data(spec, 64)
+        assert stop.value.remedy == 'Write {"a.jpg": "a dog on a sofa"}.'
 
 
 @pytest.mark.parametrize(

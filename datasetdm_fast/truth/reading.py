@@ -32,6 +32,7 @@ OTHER_PICTURES = (
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
+CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
