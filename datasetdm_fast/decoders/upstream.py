@@ -287,7 +287,7 @@ def _unpacked(part: Path, levels: tuple[Level, ...]) -> Path:
     if not colon or kind not in KINDS:
         kind, named = "", str(part)
     path = Path(named)
-    if path.suffix not in SUFFIXES or path.is_dir():
+    if part.is_dir() or not kind and (path.suffix not in SUFFIXES or path.is_dir()):
         return part
     checkpoint = open_checkpoint(path, kind, levels)
     key = json.dumps([storage.sha256_of(path), asdict(checkpoint.config)])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.compat.showlab.checkout import present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import storage
@@ -166,6 +167,8 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
 def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job:
     """The job of a line, checked in full; nothing is written."""
     config = order.config
+    for _, flag in order.checkpoints.values():
+        present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
     chosen = config.engine_choices()
     engine, decoders = opening.open_engine(
         config.model, config.decoder, config.task, size=config.size, strict=order.line["strict"], **chosen
@@ -191,8 +194,8 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
 
 def check_decoder(order: Order, decoders: Mapping[str, Decoder]) -> None:
     """Refuses a decoder of other sizes than the configuration of the line says."""
-    for label, (kind, path) in order.checkpoints.items():
-        config = decoders[label].config
+    for label, (kind, flag) in order.checkpoints.items():
+        config, path = decoders[label].config, order.line.path(flag)
         found = {"num_classes": config.logits - 1, "num_queries": config.queries} if config.has_queries else {}
         if kind == "lvis":  # ours has as many as its data, whatever a configuration says
             del found["num_classes"]

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.compat.showlab.order import Order
-from datasetdm_fast.compat.showlab.scripts import NO_EFFECT
 from datasetdm_fast.generation.job import Job
 
 MENDED = (
@@ -24,12 +24,11 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     yield _row(
         "mapped", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of --thread_num {processes} processes"
     )
-    for label, (kind, path) in order.checkpoints.items():
-        yield _row("", f"{path}: {label} by a decoder of {kind}")
+    for label, (kind, flag) in order.checkpoints.items():
+        yield _row("", f"{line.path(flag)}: {label} by a decoder of {kind}")
     networks = "batches" if line["together"] else "one image at a time in the networks, batches"
     yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
-    if idle := [flag.name for flag in NO_EFFECT if flag.name in line.given]:
-        yield _row("ignored", f"{', '.join(f'--{name}' for name in idle)}: without effect in DatasetDM, too")
+    yield from ignored(line)
     yield _row("mended", MENDED)
     if line["fixed"]:
         yield _row("", FIXED)
@@ -38,6 +37,12 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     yield _row("kept", KEPT if line["fixed"] else f"{KEPT}; {KEPT_IN_FILES}")
     yield _row("", f"Q6: timesteps of diffusers {line['profile']} (--profile); {NORMS[line['strict']]}")
     yield _row("run", f"{order.run_folder}: gallery, audit and convert take it")
+
+
+def ignored(line: Line) -> Iterator[str]:
+    """The flags of a line that are accepted and not used."""
+    if line.idle:
+        yield _row("ignored", f"{', '.join(f'--{name}' for name in line.idle)}: without effect in DatasetDM, too")
 
 
 def _row(title: str, text: str) -> str:
