@@ -485,6 +485,17 @@ def test_what_is_refused(root, tmp_path, capsys, arguments, code, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_same_checkpoint_in_another_place_is_accepted(run, root, tmp_path):
+    line = (*NYU, "--number_data", "2", "--thread_num", "1", "--outdir", tmp_path / "out")
+    run(*line, "--limit", "1")
+    state = torch.load(root / "nyu.pth", weights_only=True)
+    torch.save(state, tmp_path / "moved.pth")
+    run(*line, "--grounding_ckpt", tmp_path / "moved.pth")
+    assert json.loads(run(*line, "--json").out)["made"] == 0
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "other.pth")
+    assert "other settings (decoder: " in run(*line, "--grounding_ckpt", tmp_path / "other.pth", code=2).err
+
+
 def test_refusals_name_the_flags_of_the_line(run, tmp_path):
     line = (*NYU, "--number_data", "1", "--thread_num", "1", "--outdir", tmp_path / "out")
     run(*line)

@@ -27,6 +27,7 @@ from datasetdm_fast.generation.job import (
     class_words,
     count_rows,
     describe,
+    moved,
     recipe_of,
     row_facts,
     settled,
@@ -153,7 +154,8 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
     check_settings(order.config)
     stored = read_document(order.run_folder)
     if stored is not None:
-        check_same(order.run_folder, {"config": stored["config"]}, {"config": identity_of(order)})
+        wanted = identity_of(order) | moved(order.config, stored)
+        check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
         return stored
     for folder in (order.out / name for name in folders):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
