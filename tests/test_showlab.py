@@ -518,6 +518,16 @@ def test_flags_without_effect_are_named(root, model):
         assert list(telling.ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
 
 
+def test_the_table_counts_processes_and_what_they_leave_over(root):
+    engine = types.SimpleNamespace(name="fast", model=types.SimpleNamespace(name="demo"))
+    job = types.SimpleNamespace(engine=engine, plan=types.SimpleNamespace(batch_size=4))
+    flags = ("Depth_NYU", "--number_data", "7", "--thread_num", "3", "--prompt_root", f"{PROMPTS}/NYU")
+    plain, whole = ("\n".join(telling.rows(ordered(root, *flags, *more), job)) for more in ((), ("--all",)))
+    assert "6 images, seeds 200000 to 200009: those of --thread_num 3 processes" in plain
+    assert "--number_data 7: 1 left over by 3 processes; --all makes them" in plain and "guidance 5;" in plain
+    assert "7 images, seeds 200000 to 200012: those of --thread_num 3 processes" in whole and "left over" not in whole
+
+
 def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     write(tmp_path / "out/Image/200000.jpg", "mine")
     told = run(*NYU, "--number_data", "1", "--thread_num", "1", "--outdir", tmp_path / "out", code=2).err
