@@ -112,6 +112,12 @@ def test_a_list_written_by_hand_is_refused_with_an_example(tmp_path, capsys):
         assert str(path) in told and 'Write a JSON list of entries such as {"filename": "0.jpg"' in told
 
 
+def test_a_file_is_no_folder_to_write_into(prompts, tmp_path, capsys):
+    (tmp_path / "OUT").touch()
+    assert run(prompts, tmp_path / "OUT") == 2
+    assert f"--work-dir {tmp_path / 'OUT'}: there is a file of that name" in capsys.readouterr().err
+
+
 def test_another_run_is_refused_by_the_names_of_its_flags(prompts, whole, capsys):
     assert run(prompts, whole, "--corrected", "--seed", "5") == 2
     assert "Choose another --work-dir, or give the flags" in capsys.readouterr().err

@@ -501,6 +501,9 @@ def test_refusals_name_the_flags_of_the_line(run, tmp_path):
     run(*line)
     said = run(*line, "--seed", "7", code=2).err
     assert "Choose another --outdir, or give the flags" in said
+    (tmp_path / "file").touch()
+    said = run(*line, "--outdir", tmp_path / "file", code=2).err
+    assert said.startswith(f"--outdir {tmp_path / 'file'}: there is a file of that name")
 
 
 def test_flags_without_effect_are_named(root, model):

@@ -17,6 +17,7 @@ from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
@@ -150,6 +151,7 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     prompts = read_list(config.path(config.json_path), config.data_type, config.start, config.end)
     settings = _run_config(config, prompts)
     out = config.path(config.work_dir)
+    check_output("--work-dir", str(out), "folder")
     _check_folder(out, Path(settings.out))
     path = config.path(config.json_path)
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)

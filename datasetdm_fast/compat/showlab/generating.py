@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.compat.showlab.checkout import present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Sample, SetAside
@@ -151,6 +152,7 @@ def _digest(value: Any) -> str:
 
 def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
     """The description of the run that an output holds, if any; files of another run are refused."""
+    check_output("--outdir", str(order.out), "folder")
     check_settings(order.config)
     stored = read_document(order.run_folder)
     if stored is not None:
