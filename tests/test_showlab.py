@@ -351,7 +351,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
 
     run(*line, "--outdir", tmp_path / "parts", "--limit", "2")
     (tmp_path / "parts/Image/200000.jpg").unlink()
-    run(*line, "--outdir", tmp_path / "parts")
+    run(*line, "--batch_size", "3", "--outdir", tmp_path / "parts")
     assert tree(tmp_path / "parts") == whole
     before = os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns
     assert json.loads(run(*line, "--outdir", tmp_path / "parts", "--json").out)["made"] == 0
@@ -371,7 +371,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     run(*line, "--batch_size", "3", "--outdir", tmp_path / "other")
     assert sizes[1:] == [1] * 4 and tree(tmp_path / "other") == whole
 
-    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--profile", "0.14.0")):
+    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--together",), ("--profile", "0.14.0")):
         assert "holds a run with other" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
     assert tree(tmp_path / "parts") == whole
 

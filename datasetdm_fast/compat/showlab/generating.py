@@ -141,6 +141,7 @@ def identity_of(order: Order) -> dict[str, Any]:
     """The settings that decide the bytes of what is made, without a look at weights."""
     line = order.line
     choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed", "strict")}
+    choices |= {"together": True} if line["together"] else {}
     names = [[item.stem, item.seed] for item in order.items]
     plan = {"names": _digest(names), **choices}
     return identity(order.config, order.source) | {"showlab": plan}
@@ -157,6 +158,8 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
     stored = read_document(order.run_folder)
     if stored is not None:
         wanted = identity_of(order) | moved(order.config, stored)
+        if not order.line["together"]:  # the networks process one image at a time, so it changes no byte
+            wanted["batch_size"] = stored["config"]["batch_size"]
         check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
         return stored
     for folder in (order.out / name for name in folders):
