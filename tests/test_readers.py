@@ -642,6 +642,14 @@ def test_single_class_images_and_totals():
     )
 
 
+def test_cityscapes_selection_counts_all_classes_of_the_map(made):
+    address, chosen = f"cityscapes:{made('cityscapes')}", DataSettings(select="cityscapes", limit_per_class=1)
+    many = replace(chosen.selection(), min_area=900)  # pixels; only the road and the sidewalk cover more
+    assert len(open_data(address, SIZE, selection=many)) == 2
+    with pytest.raises(Refused, match="none of 3 images"):
+        open_data(address, SIZE, selection=replace(many, by_map=False))
+
+
 def test_upstreams_values_are_presets_and_flags_change_them():
     assert PRESETS["voc-long-tail"].tail == (
         "diningtable",
