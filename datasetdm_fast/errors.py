@@ -1,6 +1,7 @@
 """The three exceptions with which a command ends; each carries the cause, the remedy and the exit code."""
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def refusing_form(path: Path, what: str, remedy: str) -> Iterator[None]:
         raise Refused(stop.cause, remedy) from stop
     except ValueError as error:
         raise Refused(f"{path}: not a valid {what} file ({error})", remedy) from error
+
+
+@contextmanager
+def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, refusals call a flag as the command line does that was given: `names` are ours -> those."""
+    try:
+        yield
+    except _Stop as stop:
+        cause, remedy = stop.args
+        for ours, theirs in names.items():
+            cause, remedy = (re.sub(rf"{ours}(?![\w-])", theirs, text) for text in (cause, remedy))
+        raise type(stop)(cause, remedy) from stop
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:

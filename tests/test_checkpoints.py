@@ -133,6 +133,15 @@ def test_instances_of_other_numbers_of_classes_and_queries_are_read(kind, count,
             checkpoints.open_checkpoint(tmp_path / "w.safetensors", other)
 
 
+def test_what_looks_the_same_is_said_with_the_flags_of_both_commands(tmp_path):
+    save_file(state_of(config_of("coco")), path := tmp_path / "w.safetensors")
+    told = checkpoints.open_checkpoint(path).told
+    assert told.endswith(f"a checkpoint of lvis looks the same, say so with --kind lvis or --decoder lvis:{path}")
+    save_file({**state_of(config_of("coco")), "x.y": torch.ones(2)}, path)
+    with pytest.raises(Refused, match="1 tensor does not fit"):
+        checkpoints.open_checkpoint(path)
+
+
 def test_instances_are_not_read_from_a_decoder_of_classes(tmp_path):
     save_file(state_of(config_of("cityscapes")), tmp_path / "w.safetensors")
     for kind in ("coco", "lvis"):
@@ -245,6 +254,9 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
     model = load_model(str(folder))
     assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL
     assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(Refused, match="these parts are needed: tokenizer, text_encoder, unet, vae\n"):
+        load_model(str(folder))
 
 
 def test_a_model_file_that_is_not_there_is_told_as_such(tmp_path, capsys):

@@ -85,7 +85,9 @@ def test_every_listed_word_has_its_own_place(prompts):
     [
         (["gen_dat"], 2, "did you mean gen_data?"),
         (["gen_data", "--work-dir", "OUT"], 2, "--sd-path is missing"),
-        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "none.json"], 3, "none.json"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "none.json"], 3, "--json-path: none.json is not there"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--self-res", "64"], 2, "--self-res 64: this"),
+        (["train_mmseg_voc", "--repeats", "1"], 2, "--repeats 1: expected 2 or more"),
         (["gen_data", "--sd-path", "SD", "--work-dir", "OUT", "--json-path", "LIST"], 3, "--sd-path: SD is not there"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--treshold", "1"], 2, "did you mean --threshold?"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--threshold", "0.4"], 2, "--uncertainty-threshold 0.5"),
@@ -99,6 +101,26 @@ def test_bad_lines_write_nothing(prompts, line, code, said, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert vinai.main([str(prompts) if word == "LIST" else word for word in line]) == code
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_list_written_by_hand_is_refused_with_an_example(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    for text in ('[{"filename": "0.jpg", "caption": "a dog", "class_prompt": "dog"},]', "", "{}"):
+        path.write_text(text)
+        assert run(path, tmp_path / "OUT") == 2
+        told = capsys.readouterr().err
+        assert str(path) in told and 'Write a JSON list of entries such as {"filename": "0.jpg"' in told
+
+
+def test_a_file_is_no_folder_to_write_into(prompts, tmp_path, capsys):
+    (tmp_path / "OUT").touch()
+    assert run(prompts, tmp_path / "OUT") == 2
+    assert f"--work-dir {tmp_path / 'OUT'}: there is a file of that name" in capsys.readouterr().err
+
+
+def test_another_run_is_refused_by_the_names_of_its_flags(prompts, whole, capsys):
+    assert run(prompts, whole, "--corrected", "--seed", "5") == 2
+    assert "Choose another --work-dir, or give the flags" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_cut_by_the_tokenizer(tmp_path, capsys):

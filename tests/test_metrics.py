@@ -457,6 +457,7 @@ def test_what_to_know_of_a_figure():
         and "--captions none" in notes[2]
     )
     assert "raise --held-out to 30" in held_out.cautions({"images": 56, "held_out_images": 4})[0]
+    assert "--folds" not in held_out.cautions({"images": 1, "held_out_images": 0})[0]
     many = held_out.cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})
     assert len(many) == 1 and many[0].startswith(
         "no held-out image shows a, b, c, d, e and 2 more: means leave them out"

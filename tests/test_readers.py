@@ -642,6 +642,14 @@ def test_single_class_images_and_totals():
     )
 
 
+def test_cityscapes_selection_counts_all_classes_of_the_map(made):
+    address, chosen = f"cityscapes:{made('cityscapes')}", DataSettings(select="cityscapes", limit_per_class=1)
+    many = replace(chosen.selection(), min_area=900)  # pixels; only the road and the sidewalk cover more
+    assert len(open_data(address, SIZE, selection=many)) == 2
+    with pytest.raises(Refused, match="none of 3 images"):
+        open_data(address, SIZE, selection=replace(many, by_map=False))
+
+
 def test_upstreams_values_are_presets_and_flags_change_them():
     assert PRESETS["voc-long-tail"].tail == (
         "diningtable",
@@ -1109,8 +1117,22 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
     path.write_text(json.dumps({"scene 0.png": "a quiet room", "scene 1": "a garden"}))
     assert [item.caption for item in open_data(spec, 64)][:2] == ["a quiet room", "a garden"]
     path.write_text(json.dumps({"scene 0.jpg": "a quiet room"}))
-    with pytest.raises(Refused, match="names none of the images"):
+    with pytest.raises(Refused, match="names none of the images") as stop:
         open_data(spec, 64)
+    assert stop.value.remedy == "Name them by their paths there, such as 'scene 0'."
+    for text in ('{"scene 0": "a room",}', '["a room"]', ""):  # written by hand: there is nothing to get again
+        path.write_text(text)
+        with pytest.raises(Refused, match="captions.json") as stop:
+            open_data(spec, 64)
+        assert stop.value.remedy == 'Write {"a.jpg": "a dog on a sofa"}.'
+
+
+def test_a_folder_without_names_of_classes_is_told_how_to_give_them(copied):
+    root, address = copied("folder")
+    (root / "classes.txt").unlink()
+    with pytest.raises(Refused, match="classes.txt: not there") as stop:
+        open_data(address, SIZE)
+    assert stop.value.remedy.startswith("Write one class name per line there")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from test_schemas import check_run
 from datasetdm_fast import audit
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
-from datasetdm_fast.compat.showlab import contours, demo, drawing, files, generating, order, splicing, training
+from datasetdm_fast.compat.showlab import contours, demo, drawing, files, generating, order, splicing, telling, training
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
@@ -351,7 +351,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
 
     run(*line, "--outdir", tmp_path / "parts", "--limit", "2")
     (tmp_path / "parts/Image/200000.jpg").unlink()
-    run(*line, "--outdir", tmp_path / "parts")
+    run(*line, "--batch_size", "3", "--outdir", tmp_path / "parts")
     assert tree(tmp_path / "parts") == whole
     before = os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns
     assert json.loads(run(*line, "--outdir", tmp_path / "parts", "--json").out)["made"] == 0
@@ -371,7 +371,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     run(*line, "--batch_size", "3", "--outdir", tmp_path / "other")
     assert sizes[1:] == [1] * 4 and tree(tmp_path / "other") == whole
 
-    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--profile", "0.14.0")):
+    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--together",), ("--profile", "0.14.0")):
         assert "holds a run with other" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
     assert tree(tmp_path / "parts") == whole
 
@@ -434,7 +434,17 @@ def test_strict_norms_move_from_image_to_image(root, model):
         ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a number of 1 or more"),
         ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 gives too few images"),
         ((*NYU, "--thread_num", "1", "--number_data", "2", "--grounding_ckpt", "pose.pth"), 2, "do not fit this depth"),
-        ((*NYU, "--thread_num", "1", "--grounding_ckpt", "none.pth"), 3, "none.pth: no such file"),
+        (
+            (*NYU, "--thread_num", "1", "--grounding_ckpt", "none.pth"),
+            3,
+            "--grounding_ckpt: {root}/none.pth is not there",
+        ),
+        (
+            (*NYU, "--thread_num", "1", "--grounding_ckpt", "config"),
+            2,
+            "config: a folder, expected a checkpoint FILE.pth",
+        ),
+        (("parallel_demo", "--thread_num", "1"), 3, "--grounding_ckpt_semantic: {root}/grounding_module.pth is not"),
         ((*NYU, "--thread_num", "1", "--config", "config/VOC/none.yaml"), 3, "config/VOC/none.yaml is not there"),
         ((*NYU, "--thread_num", "1", "--prompt_root", "none"), 3, "none/general.txt is not there"),
         ((*NYU, "--thread_num", "1", "--model", "none"), 3, "none is not there"),
@@ -471,8 +481,54 @@ def test_what_is_refused(root, tmp_path, capsys, arguments, code, said):
     rest += ["--model", "demo"] if rest and "--model" not in given else []
     assert command.main([*given, *rest]) == code
     told = capsys.readouterr().err
-    assert said in told and len(told.splitlines()) <= 3, told
+    assert said.format(root=root) in told and len(told.splitlines()) <= 3, told
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_checkpoint_in_another_place_is_accepted(run, root, tmp_path):
+    line = (*NYU, "--number_data", "2", "--thread_num", "1", "--outdir", tmp_path / "out")
+    run(*line, "--limit", "1")
+    state = torch.load(root / "nyu.pth", weights_only=True)
+    torch.save(state, tmp_path / "moved.pth")
+    run(*line, "--grounding_ckpt", tmp_path / "moved.pth")
+    assert json.loads(run(*line, "--json").out)["made"] == 0
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "other.pth")
+    assert "other settings (decoder: " in run(*line, "--grounding_ckpt", tmp_path / "other.pth", code=2).err
+
+
+def test_refusals_name_the_flags_of_the_line(run, tmp_path):
+    line = (*NYU, "--number_data", "1", "--thread_num", "1", "--outdir", tmp_path / "out")
+    run(*line)
+    said = run(*line, "--seed", "7", code=2).err
+    assert "Choose another --outdir, or give the flags" in said
+    (tmp_path / "file").touch()
+    said = run(*line, "--outdir", tmp_path / "file", code=2).err
+    assert said.startswith(f"--outdir {tmp_path / 'file'}: there is a file of that name")
+
+
+def test_flags_without_effect_are_named(root, model):
+    given = {
+        "parallel_demo": ("--prompt", "a cat", "--config_pose", "x.yaml", "--prompt_root", "x", "--plms"),
+        "parallel_generate_Semantic_Medical_CT": ("--prompt", "a cat", "--config", "x.yaml", "--prompt_root", "x"),
+        "train_depth_NYU": ("--batch_size", "4", "--steps", "3"),
+    }
+    for script, idle in (
+        ("parallel_demo", "--prompt_root, --config_pose, --plms"),
+        ("parallel_generate_Semantic_Medical_CT", "--config, --prompt"),
+        ("train_depth_NYU", "--batch_size"),
+    ):
+        line = command.read_line("", script, "", command.SCRIPTS[script].flags, given[script], {})
+        assert list(telling.ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
+
+
+def test_the_table_counts_processes_and_what_they_leave_over(root):
+    engine = types.SimpleNamespace(name="fast", model=types.SimpleNamespace(name="demo"))
+    job = types.SimpleNamespace(engine=engine, plan=types.SimpleNamespace(batch_size=4))
+    flags = ("Depth_NYU", "--number_data", "7", "--thread_num", "3", "--prompt_root", f"{PROMPTS}/NYU")
+    plain, whole = ("\n".join(telling.rows(ordered(root, *flags, *more), job)) for more in ((), ("--all",)))
+    assert "6 images, seeds 200000 to 200009: those of --thread_num 3 processes" in plain
+    assert "--number_data 7: 1 left over by 3 processes; --all makes them" in plain and "guidance 5;" in plain
+    assert "7 images, seeds 200000 to 200012: those of --thread_num 3 processes" in whole and "left over" not in whole
 
 
 def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
@@ -603,6 +659,12 @@ def test_a_trainers_line_becomes_one_of_train(tmp_path, script, config, data, fl
     assert words[1] == data.format(tmp_path) and flags in " ".join(words) or set(flags.split()) <= set(words)
     assert ("--limit-per-class" in words) == (script == "train_instance_coco" or config == "is_zero: true")
     assert read.preset == "upstream" and read.out == str(tmp_path / "checkpoint/one/.train")
+
+
+def test_a_configuration_of_no_data_is_refused(root, tmp_path, capsys):
+    line = ("--root", str(root), "--model", "demo", "--config", "config/VOC.yaml", "--quiet")
+    assert command.main(["train_semantic_voc", *line]) == 2
+    assert "config/VOC.yaml: DATASETS is missing" in capsys.readouterr().err
 
 
 def test_what_a_trainer_leaves_is_a_checkpoint(root, tmp_path):

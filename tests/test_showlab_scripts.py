@@ -244,6 +244,7 @@ def test_a_trainer_takes_its_data_and_losses_from_its_checkout(tmp_path, monkeyp
         (None, 2, "no such script"),
         ("import (", 2, "not a Python script"),
         ("x = 1\nfrom model.unet import Nothing", 2, "line 2: ImportError"),
+        ("import torch\ntorch.load('none.pth')", 3, "line 2: none.pth is not there"),
         ("import model.loss", 2, "model.loss is none of the modules"),
         ("import albumentations\nalbumentations.Compose([])", 3, "the script needs albumentations, which is not"),
         ("from tools.utils import nothing", 2, "cannot import name 'nothing' from 'tools.utils'"),

@@ -515,6 +515,18 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     assert run(*arguments[:-1], "2") == 0 and "2-fold cross-validation" in (state / "page.html").read_text()
 
 
+def test_the_page_says_why_a_class_has_no_interval():
+    source = types.SimpleNamespace(classes=("background", "ball", "cube"), thing_classes=("ball", "cube"))
+    figures = {"miou": 0.5, "per_class": {"background": 0.9, "ball": 0.4}}
+    bounds = {"miou": [0.1, 0.8], "per_class": {"background": [0.8, 1.0]}}
+    lines = {"images": 27, "held_out_images": 3, "held_out": figures}
+    told = page.page("semantic", source, {}, lines | {"held_out_intervals": bounds}, []).decode()
+    assert "0.9000 (0.8000 to 1.0000)<" in told and "0.4000 (no interval, as only one image shows it)<" in told
+    alone = page.page("semantic", source, {}, lines | {"held_out_intervals": {}}, []).decode()
+    assert "<h2>On the held-out images (95 % intervals)</h2>" in told and "<h2>On the held-out images</h2>" in alone
+    assert "no interval" not in alone
+
+
 @pytest.mark.parametrize(("images", "held"), [(40, 0), (400, 32)])
 def test_a_fold_holds_out_images_only_where_they_are_enough_to_choose_a_step_by(images, held):
     config = TrainConfig(data=f"demo:{images}@1000", task=("depth",), model="tiny", size=64, engine="torch", quiet=True)

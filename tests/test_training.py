@@ -694,7 +694,10 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, tas
         trainer.step()
 
 
-def test_upstreams_schedule(engine, source, folder):
+PRESETS = "default", "upstream"
+
+
+def test_upstreams_recipe(engine, source, folder):
     found = recipe("semantic", source, engine.model.levels, 32, 0, 100, preset="upstream").schedule
     assert (found.steps, found.batch_size, found.rate, found.optimiser, found.weight_decay) == (
         500_000,
@@ -708,6 +711,14 @@ def test_upstreams_schedule(engine, source, folder):
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, 0, 10, preset="upstream").schedule.decay_every == 4000
+    for task, ours in (("semantic", 64), ("open-vocabulary", 64), ("depth", 16)):  # on a small UNet, too
+        usual, theirs = (recipe(task, source, engine.model.levels, 32, 0, 10, preset=k).config for k in PRESETS)
+        assert (usual.width, theirs.width, usual.upscale, theirs.upscale) == (
+            ours,
+            256,
+            2,
+            0,
+        ) and not theirs.text_centre
     usual, varied = (recipe("semantic", source, engine.model.levels, 32, 0, 100, is_varied=k).schedule for k in (0, 1))
     assert varied.dropout < usual.dropout and varied.weight_decay < usual.weight_decay and varied.steps == usual.steps
 

@@ -14,6 +14,7 @@ from types import CodeType
 
 from datasetdm_fast.compat.showlab.lines import ScriptParser
 from datasetdm_fast.config import PROFILES
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import ENGINE_NAMES
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
@@ -149,8 +150,14 @@ def _refusal(path: Path, error: Exception) -> Refused | Missing:
             return cause
         cause = cause.__cause__ or cause.__context__
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"{path}, line {lines[-1] if lines else '?'}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        alike = storage.named_alike(Path(error.filename))
+        return Missing(
+            f"{where}: {error.filename} is not there{alike}", "Relative paths start from the current folder."
+        )
     said = documents.one_line(f"{type(error).__name__}: {error}")
     return Refused(
-        f"{path}, line {lines[-1] if lines else '?'}: {said}",
+        f"{where}: {said}",
         "The page docs/from-datasetdm.md lists the modules and names that a script finds.",
     )

@@ -17,12 +17,13 @@ from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.generation.job import finished, prepare
 from datasetdm_fast.generation.run import run
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 PROG = "python -m datasetdm_fast.compat.vinai"
 PARITY = "dataset-diffusion"
 EXAMPLES = ("--sd-path SD --json-path voc_prompts.json --work-dir OUT",)
+# ours -> the original's
+OTHER_FLAGS = {
+    "--out": "--work-dir",
+    "--model": "--sd-path",
+    "--self-cells": "--self-res",
+    "--cross-cells": "--cross-res",
+}
 RUN = ".run"  # the run folder in the folder of the data set
 # mmsegmentation's colours of COCO's classes, 1 to 80
 COCO_COLOURS = """
@@ -143,16 +151,20 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     prompts = read_list(config.path(config.json_path), config.data_type, config.start, config.end)
     settings = _run_config(config, prompts)
     out = config.path(config.work_dir)
+    check_output("--work-dir", str(out), "folder")
     _check_folder(out, Path(settings.out))
     path = config.path(config.json_path)
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
-    result, interruption = finished(settings, source=source), Interruption(config.quiet)
+    interruption = Interruption(config.quiet)
+    with renamed_flags(OTHER_FLAGS):
+        result = finished(settings, source=source)
     if result is None:
         _check_model(config)
     if not config.quiet:
         print(*_told(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
     if result is None:
-        job = prepare(settings, source=source)
+        with renamed_flags(OTHER_FLAGS):
+            job = prepare(settings, source=source)
         if not config.quiet:
             print(*table(job), sep="\n", file=sys.stderr, flush=True)
         if config.dry_run:
@@ -301,6 +313,10 @@ def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> i
         f"{PROG} train_mmseg_{kind}",
         "A student is taught by what gen_data wrote, and by its own labels of these images, and scored on real ones.",
     )
+    if config.repeats < 2:
+        raise Refused(
+            f"--repeats {config.repeats}: expected 2 or more", "Leave it out for 3: a mean is of several students."
+        )
     root = Path(config.root)
     out = root / (config.work_dir or f"data/gen_{kind}")
     parts = sorted(path for path in out.glob(RUN + "*") if (path / DOCUMENT).is_file())

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.generation.class_prompts import further_words, listed
 from datasetdm_fast.generation.prompts import LARGEST_FILE, GivenPrompt, PromptSource, check_line
@@ -52,9 +53,12 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
     """The entries from `start` to before `end` (-1: the last included); an empty `kind` is found from the class
     prompts.
     """
-    entries = documents.read_json(path, most=LARGEST_FILE)
+    if not storage.is_there(path):
+        raise Missing(f"--json-path: {path} is not there{storage.named_alike(path)}", "Name the list of prompts.")
+    remedy = f"Write a JSON list of entries such as {EXAMPLE}."
+    entries = documents.read_json(path, most=LARGEST_FILE, remedy=remedy)
     if not isinstance(entries, list) or not entries:
-        raise Refused(f"{path}: not a list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
+        raise Refused(f"{path}: not a list of prompts", remedy)
     for place, entry in enumerate(entries):
         try:
             documents.check_form(entry, FORM)

@@ -193,7 +193,8 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
     if wrong := [f"{label}: {', '.join(listed(names))}" for label, names in found.items() if names]:
         count = sum(map(len, found.values()))
         raise Refused(
-            f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
+            f"{origin}: {count} {'tensor does' if count == 1 else 'tensors do'} not fit this {decoder.config.kind} "
+            f"decoder; {'; '.join(wrong)}",
             "Check that the configuration is the one it was trained with.",
         )
 

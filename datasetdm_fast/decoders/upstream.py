@@ -79,7 +79,8 @@ class Checkpoint:
         numbers = f", {config.queries} queries, {config.logits} class logits" if config.has_queries else ""
         numbers += "" if not numbers or config.logits in LOGITS else " of classes without names"
         alike = [kind for kind in _alike(_shapes(self.copy)[1]) if kind != self.kind] if self.is_guessed else []
-        others = f"; a checkpoint of {' or '.join(alike)} looks the same, say so with --kind" if alike else ""
+        others = f"; a checkpoint of {' or '.join(alike)} looks the same" if alike else ""
+        others += f", say so with --kind {alike[0]} or --decoder {alike[0]}:{self.path}" if alike else ""
         source = "; the class of an instance is what its prompt names" if config.instance_class_from == "prompt" else ""
         return f"{self.path}: {how} a {self.kind} decoder ({config.kind}{numbers}){source}{others}"
 
@@ -287,7 +288,7 @@ def _unpacked(part: Path, levels: tuple[Level, ...]) -> Path:
     if not colon or kind not in KINDS:
         kind, named = "", str(part)
     path = Path(named)
-    if path.suffix not in SUFFIXES or path.is_dir():
+    if part.is_dir() or not kind and (path.suffix not in SUFFIXES or path.is_dir()):
         return part
     checkpoint = open_checkpoint(path, kind, levels)
     key = json.dumps([storage.sha256_of(path), asdict(checkpoint.config)])

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasetdm_fast.config import ATTENTION, ENGINES, HALF, UNDECODED, LabelConfig, RunConfig
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.folders import find_decoders
+from datasetdm_fast.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
@@ -189,10 +189,21 @@ def _moved_decoder(config: RunConfig | LabelConfig, stored: Mapping[str, Any]) -
     if there is None or config.decoder == there:
         return {}
     try:
-        here = opening.describe_decoders(find_decoders(config.decoder), list(digests))
+        here = opening.describe_decoders(_decoders(config), list(digests))
     except (Refused, Missing, KeyError, OSError):  # loading tells what is wrong with them
         return {}
     return {"decoder": there} if digests == {name: one["digest"] for name, one in here.items()} else {}
+
+
+def _decoders(config: RunConfig | LabelConfig) -> DecoderFolders:
+    """The decoders of --decoder; those of checkpoints depend on the model's levels."""
+    folders = parts_of(config.decoder)
+    if not all(path.is_dir() for path in folders):
+        from datasetdm_fast.decoders.upstream import unpacked  # which needs torch, as the next does
+        from datasetdm_fast.loading import load_model
+
+        folders = unpacked(config.decoder, load_model(config.model, size=config.size).levels)
+    return find_decoders(folders)
 
 
 def _installed(name: str) -> str:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_CAPTIONS = 64 * 2**20  # bytes
-CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,14 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             )
     said: dict[str, str] = {}
     if captions:
-        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=CAPTIONS)
+        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
         names = (path.relative_to(root) for path in paths)
         stems = {name.as_posix(): name.with_suffix("").as_posix() for name in names}
         for name, stem in stems.items():
             text = given.get(name, given.get(stem, ""))
             if not isinstance(text, str):
-                raise Refused(f"{captions}: the caption of {name} is not a text", CAPTIONS)
+                raise Refused(f"{captions}: the caption of {name} is not a text", reading.CAPTIONS)
             said[name] = prompts.check_line(text, f"{captions}: {name}")
         if given and given.keys().isdisjoint([*stems, *stems.values()]):
-            raise Refused(f"{captions}: names none of the pictures in {root}", CAPTIONS)
+            raise Refused(f"{captions}: names none of the pictures in {root}", reading.CAPTIONS)
     return Pictures(root, paths, said)

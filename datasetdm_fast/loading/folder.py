@@ -111,8 +111,8 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
     for part, place in places.items():
         if not place.is_file() and (part != "scheduler" or has_schedule):
             raise Refused(
-                f"model: {folder} has no {part} ({part}/{place.name} is missing), and every part is needed: "
-                f"{', '.join(PARTS)}",
+                f"model: {folder} has no {part} ({part}/{place.name} is missing), and these parts are needed: "
+                f"tokenizer, {', '.join(NETWORKS)}",
                 f"Add the folder {part} of the same model.",
             )
     read = {part: read_config(place) for part, place in places.items() if part != "scheduler" or has_schedule}

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.depth import UNITS, unit_of
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
+CLASSES = "Write one class name per line there, in the order of the numbers in the masks."
 PARTS = "images", "masks", "semantic", "depth"
 
 
@@ -32,7 +34,8 @@ class Folder(PictureSource):
         if not has_maps and not has_depth:
             raise reading.bad(path, "neither masks nor depth beside images")
         if has_maps:
-            self.classes = reading.class_file(reading.first_there(path / "classes.txt", path.parent / "classes.txt"))
+            files = (folder / "classes.txt" for folder in (path, path.parent))
+            self.classes = reading.class_file(reading.first_there(*files, remedy=CLASSES))
             if len(self.classes) > IGNORED:
                 raise reading.bad(
                     path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"
@@ -43,10 +46,13 @@ class Folder(PictureSource):
             self.max_depth = reading.farthest_depth(next((file for file in farthest if file.exists()), farthest[0]))
             self.depth_steps = UNITS[unit_of(self.max_depth)]
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
-        captions = path / "captions.json"
-        self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
+        captions, how = path / "captions.json", {"most": reading.LARGEST_LIST, "remedy": reading.CAPTIONS}
+        self.captions = documents.read_object(captions, **how) if captions.exists() else {}
         if self.captions and all(self._said(record) is None for record in range(len(self.images))):
-            raise reading.bad(captions, f"names none of the images in {path / 'images'}")
+            raise Refused(
+                f"{captions}: names none of the images in {path / 'images'}",
+                f"Name them by their paths there, such as {documents.quoted(self.ids[0])}.",
+            )
         self.captions_name_all = not self.captions
         super().__init__(size, len(self.images))
 

@@ -109,6 +109,8 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
     few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
     if not images and has_folds:
         found.append("no image was held out to measure it: see the figures of cross-validation")
+    elif not images and result["images"] < 2:
+        found.append("no image was held out to measure it: evaluate on other data")
     elif not images:
         folds = FOLDS if result["images"] >= LEAST_IMAGES else 2
         found.append(

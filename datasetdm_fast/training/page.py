@@ -68,7 +68,8 @@ def page(
     body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
     notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(one))}.</p>" for one in cautions]
     if result["held_out"]:
-        body += ["<h2>On the held-out images (95 % intervals)</h2>", *_figures(task, source, result, notes)]
+        with_what = " (95 % intervals)" if result.get("held_out_intervals") else ""
+        body += [f"<h2>On the held-out images{with_what}</h2>", *_figures(task, source, result, notes)]
     else:
         body += notes
     if folds:
@@ -121,7 +122,10 @@ def _figures(task: str, source: LabelledSource, result: Mapping[str, Any], notes
     if not meter.columns:
         return found
     values, limits = figures.get(meter.each, {}), bounds.get(meter.each, {})
-    rows = [(name, _told(value, limits.get(name))) for name, value in values.items()]
+    alone = " (no interval, as only one image shows it)" if meter.each in bounds else ""
+    rows = [
+        (name, _told(value, limits.get(name)) + ("" if name in limits else alone)) for name, value in values.items()
+    ]
     each = figure_name(meter.each)
     found += [f"<h3>{each.capitalize()}</h3>", *([_table(rows)] if rows else [])]
     if absent := meter.not_shown(figures):

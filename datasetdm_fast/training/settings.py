@@ -74,7 +74,9 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         metavar="N|auto|no",
     )
     preset: str = setting(
-        "default", "training recipe: ours, or DatasetDM's optimiser, schedule and loss", choices=("default", "upstream")
+        "default",
+        "training recipe: ours, or DatasetDM's architecture, optimiser, schedule and loss",
+        choices=("default", "upstream"),
     )
     quirks: tuple[str, ...] = setting(
         (),

@@ -101,6 +101,10 @@ class LabelledSource:
         """Pixels of each class at the record's own size: all of them in a label map, the largest mask among things."""
         raise NotImplementedError
 
+    def map_areas(self, record: int) -> dict[str, int]:
+        """The same of all classes of a label map, where the data set has them."""
+        return self.areas(record)
+
     def is_centred(self, record: int) -> bool:
         """Whether a person's joints lie around the centre of its box; data without persons have no say."""
         return True

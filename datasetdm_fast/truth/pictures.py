@@ -85,14 +85,19 @@ class PictureSource(LabelledSource):
             return largest(
                 (self.thing_classes[k], int(make().sum())) for make, k in zip(picture.masks, picture.mask_classes)
             )
-        if picture.semantic is None:
-            return {}
-        counts = np.bincount(picture.semantic.ravel(), minlength=256)
-        return {
-            name: int(counts[k])
-            for k, name in enumerate(self.classes)
-            if counts[k] and (name in self.thing_classes or not self.thing_classes)
-        }
+        counted = _counted(picture, self.classes)
+        return {name: area for name, area in counted.items() if name in self.thing_classes or not self.thing_classes}
+
+    def map_areas(self, record: int) -> dict[str, int]:
+        return _counted(self.picture(record), self.classes)
+
+
+def _counted(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
+    """Pixels of each class that a label map shows."""
+    if picture.semantic is None:
+        return {}
+    counts = np.bincount(picture.semantic.ravel(), minlength=256)
+    return {name: int(counts[k]) for k, name in enumerate(classes) if counts[k]}
 
 
 def _stacked(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:

@@ -32,6 +32,8 @@ OTHER_PICTURES = (
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
+CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
+AS_PUBLISHED = "Give the data set's own folder, laid out as it was published."
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
@@ -227,15 +229,13 @@ def beside(folder: Path, name: str, ending: str) -> Path:
     return other if other.exists() and not path.exists() else path
 
 
-def first_there(*paths: Path) -> Path:
+def first_there(*paths: Path, remedy: str = AS_PUBLISHED) -> Path:
     for path in paths:
         if path.exists():
             return path
     alike = storage.named_alike(paths[0])
     others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
-    raise Refused(
-        f"{paths[0]}: not there{others}{alike}", "Give the data set's own folder, laid out as it was published."
-    )
+    raise Refused(f"{paths[0]}: not there{others}{alike}", remedy)
 
 
 def class_file(path: Path) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class Selection:
     most: int = 0  # images in all, 0 = no limit
     classes: tuple[str, ...] = ()  # the only ones that may be shown, apart from the background
     is_single: bool = False  # images of one class alone
+    by_map: bool = False  # all classes of a label map count, and not things alone
     tail: tuple[str, ...] = ()  # classes with a limit of their own
     tail_per_class: int = 0
     is_shuffled: bool = False
@@ -46,7 +47,7 @@ PRESETS = {
     "voc": Selection(per_class=11, min_area=18000, is_single=True),
     "voc-zero-shot": Selection(per_class=30, min_area=18000, classes=SEEN),
     "voc-long-tail": Selection(per_class=20, min_area=18000, tail=VOC_CLASSES[11:], tail_per_class=2),
-    "cityscapes": Selection(per_class=10, min_area=10000),
+    "cityscapes": Selection(per_class=10, min_area=10000, by_map=True),
     "deepfashion": Selection(per_class=5),
     "coco": Selection(per_class=50, min_area=10000, min_instance=500),
     "lvis": Selection(per_class=1, min_area=50, min_instance=500),
@@ -124,7 +125,9 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
     order = (
         np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
     )
-    known = selection.classes or source.thing_classes or source.classes
+    mapped = source.classes if selection.by_map else ()
+    known = selection.classes or mapped or source.thing_classes or source.classes
+    measure = source.map_areas if selection.by_map else source.areas
     limits = {name: selection.tail_per_class if name in selection.tail else selection.per_class for name in known}
     has_limits = any(limits.values())
     needs_areas = has_limits or selection.min_area or selection.classes or selection.is_single
@@ -136,7 +139,7 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
             return
         record = source.order[index]
         try:
-            areas = source.guarded(source.areas, record) if needs_areas else {}
+            areas = source.guarded(measure, record) if needs_areas else {}
             is_centred = not selection.is_centred or source.guarded(source.is_centred, record)
         except Refused as stop:
             if not source.skip_bad:

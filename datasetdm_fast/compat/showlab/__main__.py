@@ -23,7 +23,7 @@ from datasetdm_fast.compat.showlab.scripts import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.showing import SHOWERS, Shower, show
 from datasetdm_fast.compat.showlab.splicing import SPLICERS, Splicer, splice
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train, shown
-from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.errors import Refused, nearest, renamed_flags
 from datasetdm_fast.foreign import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     others = {each: {flag.name for flag in one.flags} for each, one in SCRIPTS.items()}
     line = read_line(PROG, name, script.told, script.flags, arguments[1:], others)
     if isinstance(script, (Generator, Demo)):
-        return generate(planned(script, line), line, again)
+        with renamed_flags({"--out": "--outdir"}):
+            return generate(planned(script, line), line, again)
     if isinstance(script, Shower):
         out, count = show(script, line)
         _say(line, f"{count} pictures")
@@ -138,10 +139,11 @@ def generate(plan: Planned, line: Line, again: str) -> int:
 
 def teach(trainer: TrainingScript, line: Line, again: str) -> int:
     """Teaches a decoder, or goes on with it, and leaves its checkpoint."""
+    from datasetdm_fast.compat.showlab import telling
+
     words = line_of_train(trainer, line)
-    if idle := [flag.name for flag in trainer.flags if flag.name in line.given and not flag.has_effect]:
-        _say(line, f"ignored   {', '.join(f'--{name}' for name in idle)}: without effect in DatasetDM, too")
-    _say(line, f"mapped    {shown(words)}", f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe")
+    kept = f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe"
+    _say(line, *telling.ignored(line), f"mapped    {shown(words)}", kept)
     if (code := import_module(TRAIN).main(words)) or line["dry_run"]:
         return code
     if (path := checkpoint_of(trainer, line)) is None:

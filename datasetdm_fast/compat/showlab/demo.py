@@ -63,7 +63,7 @@ class Demo:
         generator = random.Random(line["seed"])
         seeds = dict.fromkeys(generator.randint(1, LARGEST_SEED) for _ in range(count))
         made = tuple(Item(0, place, seed, line["prompt"], "") for place, seed in enumerate(seeds))
-        checkpoints = {label: (kind, line.path(f"grounding_ckpt_{name}")) for name, (label, kind, _) in LABELS.items()}
+        checkpoints = {label: (kind, f"grounding_ckpt_{name}") for name, (label, kind, _) in LABELS.items()}
         asked = (ClassName("", word, word),)
         return Order(line, line.path("outdir"), checkpoints, 5.0, made, asked, True, (word,))
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.command_line.outputs import check_output
+from datasetdm_fast.compat.showlab.checkout import present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import storage
@@ -26,6 +28,7 @@ from datasetdm_fast.generation.job import (
     class_words,
     count_rows,
     describe,
+    moved,
     recipe_of,
     row_facts,
     settled,
@@ -138,6 +141,7 @@ def identity_of(order: Order) -> dict[str, Any]:
     """The settings that decide the bytes of what is made, without a look at weights."""
     line = order.line
     choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed", "strict")}
+    choices |= {"together": True} if line["together"] else {}
     names = [[item.stem, item.seed] for item in order.items]
     plan = {"names": _digest(names), **choices}
     return identity(order.config, order.source) | {"showlab": plan}
@@ -149,10 +153,14 @@ def _digest(value: Any) -> str:
 
 def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
     """The description of the run that an output holds, if any; files of another run are refused."""
+    check_output("--outdir", str(order.out), "folder")
     check_settings(order.config)
     stored = read_document(order.run_folder)
     if stored is not None:
-        check_same(order.run_folder, {"config": stored["config"]}, {"config": identity_of(order)})
+        wanted = identity_of(order) | moved(order.config, stored)
+        if not order.line["together"]:  # the networks process one image at a time, so it changes no byte
+            wanted["batch_size"] = stored["config"]["batch_size"]
+        check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
         return stored
     for folder in (order.out / name for name in folders):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
@@ -166,6 +174,8 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
 def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job:
     """The job of a line, checked in full; nothing is written."""
     config = order.config
+    for _, flag in order.checkpoints.values():
+        present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
     chosen = config.engine_choices()
     engine, decoders = opening.open_engine(
         config.model, config.decoder, config.task, size=config.size, strict=order.line["strict"], **chosen
@@ -191,8 +201,8 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
 
 def check_decoder(order: Order, decoders: Mapping[str, Decoder]) -> None:
     """Refuses a decoder of other sizes than the configuration of the line says."""
-    for label, (kind, path) in order.checkpoints.items():
-        config = decoders[label].config
+    for label, (kind, flag) in order.checkpoints.items():
+        config, path = decoders[label].config, order.line.path(flag)
         found = {"num_classes": config.logits - 1, "num_queries": config.queries} if config.has_queries else {}
         if kind == "lvis":  # ours has as many as its data, whatever a configuration says
             del found["num_classes"]

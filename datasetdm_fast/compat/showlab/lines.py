@@ -31,6 +31,7 @@ class Line:
     script: str
     values: Mapping[str, Any]
     given: frozenset[str]
+    idle: tuple[str, ...] = ()  # flags that were given and have no effect
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -64,7 +65,8 @@ def read_line(
     if unknown:
         _refuse(unknown[0].partition("=")[0], script, parser.prog, [flag.name for flag in flags], others)
     given = {name: value for name, value in vars(found).items() if value is not None}  # None: without its value
-    return Line(script, {flag.name: flag.default for flag in flags} | given, frozenset(vars(found)))
+    idle = tuple(flag.name for flag in flags if flag.name in vars(found) and not flag.has_effect)
+    return Line(script, {flag.name: flag.default for flag in flags} | given, frozenset(vars(found)), idle)
 
 
 def _add(parser: ScriptParser, flag: Flag) -> None:

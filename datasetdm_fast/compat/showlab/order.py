@@ -39,7 +39,7 @@ class Order:
 
     line: Line
     out: Path
-    checkpoints: Mapping[str, tuple[str, Path]]  # label -> kind of its decoder, and weights
+    checkpoints: Mapping[str, tuple[str, str]]  # label -> kind of its decoder, and the flag of its weights
     guidance: float
     items: tuple[prompts.Item, ...]
     classes: tuple[ClassName, ...] = ()
@@ -71,7 +71,7 @@ class Order:
             )
         return RunConfig(
             model=model_of(line),
-            decoder=",".join(f"{kind}:{path}" for kind, path in self.checkpoints.values()),
+            decoder=",".join(f"{kind}:{line.path(flag)}" for kind, flag in self.checkpoints.values()),
             task=tuple(self.checkpoints),
             classes=self.words,
             number=len(self.items),
@@ -128,7 +128,7 @@ def order_of(generator: Generator, line: Line) -> Order:
     return Order(
         line,
         line.path("outdir"),
-        {generator.task: (kind, line.path("grounding_ckpt"))},
+        {generator.task: (kind, "grounding_ckpt")},
         generator.guidance,
         tuple(made),
         classes,

@@ -123,11 +123,12 @@ def _data_of(trainer: TrainingScript, line: Line) -> str:
     if "config" not in line.given or line["config"] == "./config/":
         return trainer.data[0]
     path = line.path("config")
-    found = read_settings(path).get("DATASETS")
+    settings = read_settings(path)
     try:
-        documents.check_form(found, {"dataset": str}, "DATASETS")
+        documents.check_form(settings, {"DATASETS": {"dataset": str}})
     except ValueError as error:
         raise Refused(f"--config {path}: {error}", "Name a file of the checkout's config folder.") from error
+    found = settings["DATASETS"]
     name = _one_of(trainer, f"--config {path}: DATASETS.dataset", found["dataset"])
     return f"{name}{_split(found)}" if name == "VOC" else name
 
