@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.document import (
     GROWING,
     LEDGER,
     LOCK,
+    NOT_INSTALLED,
     check_document,
     differences,
     maker,
@@ -151,6 +152,8 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
         document = read_document(folder)
         what = "is not there"
     except (Refused, Missing) as error:
+        if NOT_INSTALLED in str(error):  # which is no damage
+            raise
         document, what = None, _told_of(error, folder, DOCUMENT)
     if document is None:
         findings.append(

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import MOST_TRIES
+from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
+from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.numbering import check_numbers, check_palette
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
@@ -41,6 +42,7 @@ FORM = {
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE = "Restore the file from a copy, or choose another --out."
+NOT_INSTALLED = "which is not installed here"
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}
 
@@ -83,6 +85,8 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         check_document(document)
     except ValueError as error:
         raise Refused(f"{path}: not the description of a run ({error})", RESTORE) from error
+    except Missing as stop:
+        raise Missing(f"{path}: {stop.cause}", stop.remedy) from stop
     return document
 
 
@@ -96,9 +100,10 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def check_document(document: Mapping[str, Any]) -> None:
-    """A ValueError where it is not the content of a run.json."""
+    """A ValueError where it is not the content of a run.json, Missing where a package that it needs is."""
     documents.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
+    _check_installed(document)
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     if "class_table" in document:
@@ -130,6 +135,20 @@ def check_document(document: Mapping[str, Any]) -> None:
         or not 0 < document["plan"]["batch_size"] < 2**31
     ):
         raise ValueError("a number in sampling or plan is out of range")
+
+
+def _check_installed(document: Mapping[str, Any]) -> None:
+    """Refuses a run with a label that another package makes, where that package is not installed."""
+    packages = document["sampling"].get("labellers", {})
+    documents.check_form(packages, dict, "sampling.labellers")
+    for label in document["config"]["task"]:
+        if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
+            continue
+        package = f"the package {documents.quoted(packages[label])}" if label in packages else "another package"
+        raise Missing(
+            f"the label {documents.quoted(label)} is made by {package}, {NOT_INSTALLED}",
+            "Install that package, then run the same command again.",
+        )
 
 
 def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
