@@ -129,6 +129,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys, flags, said):
     assert said in capsys.readouterr().err and sorted(run.iterdir()) == before
 
 
+def test_why_a_part_is_empty_is_said(tmp_path, capsys):
+    write_run(tmp_path / "run", 2, 32)
+    assert main([str(tmp_path / "run")]) == 0
+    assert "train 2, val 0, test 0; none left for val, test, as there are too few samples" in capsys.readouterr().err
+
+
 def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(4, 32)) as folder:

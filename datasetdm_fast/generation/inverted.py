@@ -82,6 +82,11 @@ def prepare(config: LabelConfig) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
+    if Path(config.out).resolve().is_relative_to(pictures.folder.resolve()):
+        raise Refused(
+            f"--out {config.out}: it lies inside {pictures.folder}, so its files would count as pictures",
+            "Choose another --out.",
+        )
     stored = read_document(Path(config.out))
     sides = pictures.sides() if config.tiles else []
     if stored is None:
