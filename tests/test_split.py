@@ -55,7 +55,7 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
         assert len(names) == count and {parts[index] for index in names} == {part}
         assert [int(item.id) for item in open_data(f"run:{run}[{part}]", 32)] == names
     assert len(open_data(f"run:{run}[all]", 32)) == NUMBER
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="no part 'other', it is split into train, val, test"):
         open_data(f"run:{run}[other]", 32)
     ids = []
     for part in ("train", "val", "test"):

@@ -128,6 +128,16 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> Studen
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
 
+def lack(task: str, samples: Iterable[StoredSample], vocabulary: Vocabulary) -> str:
+    """Why none of these generated images teaches a task, in words."""
+    named = {name for sample in samples for name in sample.classes}.intersection(vocabulary.things)
+    if task == "instance" and not named:
+        return "no prompt names a class of the data"
+    if task == "pose" and named and PERSON not in named:
+        return f"no prompt names a {PERSON}"
+    return "no image shows a label of it that the data names"
+
+
 def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray, ...] | None:
     """Image and labels of a generated sample, None where it is doubtful; doubtful pixels are ignored."""
     height, width = sample.image.shape[:2]
