@@ -77,6 +77,7 @@ def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, cap
     assert convert.main(line) == 0 and convert.main(line) == 0
     assert main([str(run), "--shares", "70,30", "--seed", "1", "--quiet"]) == 0  # as many in each part, but others
     assert convert.main(line) == 2 and main([str(run), "--undo", "--quiet"]) == 0
+    assert "it holds an export of other samples or of another split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ['{"seed": 0}', "{"])

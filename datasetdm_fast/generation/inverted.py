@@ -136,6 +136,11 @@ def prepare(config: LabelConfig) -> Job:
         wanted = document["config"] | moved(config, stored)
         pairs = ((stored, stored["config"]), (document, wanted))
         check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
+        if stored["composition"]["source"]["digests"] != document["composition"]["source"]["digests"]:
+            raise Refused(
+                f"{job.folder}: it holds labels of other pictures or captions than {pictures.folder} has now",
+                "Restore them, or choose another --out.",
+            )
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job

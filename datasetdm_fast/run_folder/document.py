@@ -1,6 +1,7 @@
 """run.json: its form, how it is read and checked, and how two of them differ."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all 
 RESTORE = "Restore the file from a copy, or choose another --out."
 NOT_INSTALLED = "which is not installed here"
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
+DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 DECODER_FORM = {"digest": str, "licence": str}
 
 
@@ -62,6 +64,8 @@ def read_document(folder: Path) -> dict[str, Any] | None:
                     f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
                     "Choose another --out; nothing is ever overwritten.",
                 )
+            if (run := run_around(folder)) is not None:
+                raise Refused(f"{folder}: it lies inside the run folder {run}", "Choose another --out.")
             return None
     except OSError as error:
         raise storage.refusal(error, folder) from error
@@ -88,6 +92,11 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     except Missing as stop:
         raise Missing(f"{path}: {stop.cause}", stop.remedy) from stop
     return document
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run folder that `folder` lies in, None where it lies in none."""
+    return next((above for above in folder.resolve().parents if (above / LEDGER).exists()), None)
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -198,7 +207,7 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
-    """One line per setting that differs, with both values."""
+    """One line per setting that differs, with both values where a reader can tell them apart."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         keys = sorted(set(stored) | set(wanted))
         return [
@@ -206,7 +215,11 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
             for key in keys
             for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if stored == wanted else [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
+    if stored == wanted:
+        return []
+    if all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (stored, wanted)):
+        return [f"{name}: other content there than asked for"]
+    return [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
 
 
 def _short(value: Any) -> str:
