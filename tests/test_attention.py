@@ -472,7 +472,9 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ([], "is not a folder"),
+        ([], "IMAGES is missing"),
+        (["nowhere"], "'nowhere' is not a folder"),
+        (["EMPTY"], "Name a folder of PNG or JPEG files."),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
         (["PHOTOS", "--only", "00000000"], "is not a run folder"),
@@ -481,7 +483,8 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     ],
 )
 def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
-    given = [str(photos) if word == "PHOTOS" else word for word in line]
+    (tmp_path / "empty").mkdir()
+    given = [{"PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}.get(word, word) for word in line]
     assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -120,6 +120,8 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> Studen
     """The trusted ones of generated images."""
     read = [of_sample(sample, vocabulary) for sample in samples]
     rows = [row for row in read if row is not None]
+    if not read:
+        raise Refused("student: the run holds no image that is kept", "Name a run folder with samples.")
     if not rows:
         raise Refused(
             f"student: all of {len(read)} generated images are doubtful",

@@ -116,7 +116,7 @@ class SampleView:
         except (Missing, Refused) as error:
             raise self._damaged(error.cause) from error
         if len(data) != written.size or hashlib.sha256(data).hexdigest() != written.sha256:
-            raise self._damaged(f"{self.stored.run}/{name}: is missing or has changed since it was written")
+            raise self._damaged(f"{self.stored.run}/{name}: it is missing or has changed since it was written")
         return data
 
     def _damaged(self, cause: str) -> GateFailed:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_CAPTIONS = 64 * 2**20  # bytes
+NAME_PICTURES = "Name a folder of PNG or JPEG files."
 CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 
 
@@ -139,14 +140,17 @@ def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
 def open_pictures(folder: str, captions: str) -> Pictures:
     """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
     root = Path(folder)
-    if not folder or not root.is_dir():
-        alike = storage.named_alike(root) if folder and not root.exists() else ""
-        raise Refused(
-            f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", "Name a folder of PNG or JPEG files."
-        )
+    if not folder:
+        raise Refused("IMAGES is missing", NAME_PICTURES)
+    if not root.is_dir():
+        alike = storage.named_alike(root) if not root.exists() else ""
+        raise Refused(f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", NAME_PICTURES)
     if (root / LEDGER).exists():
         raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
-    paths = tuple(reading.listing(root, *reading.PICTURES))
+    try:
+        paths = tuple(reading.listing(root, *reading.PICTURES))
+    except Refused as stop:
+        raise Refused(stop.cause, NAME_PICTURES) from stop
     for path in paths:
         if not documents.is_unicode(str(path)):
             raise Refused(

@@ -185,6 +185,11 @@ def maker(document: Mapping[str, Any]) -> str:
     return f"python -m datasetdm_fast.{made_by(document)}"
 
 
+def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
+    """The refusal of a run folder whose ledger is not there."""
+    return Refused(f"{folder}: holds no {LEDGER}", f"Run {maker(document)} with its flags again: it resumes.")
+
+
 def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
     height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
