@@ -215,6 +215,9 @@ def test_doubtful_samples_show_that_a_filter_left_out(chromium, tmp_path):
     assert shown(page) == ["00000002"]
     told = page.locator(".card .doubts").inner_text()
     assert "Left out: trust is 0" in told and "Doubtful: cube is missing" in told
+    page.goto(address(path, "#search=00000002"))
+    until(page, "shown.length === 0")
+    assert "No sample matches, except 1 sample that a filter left out" in page.locator(".nothing").inner_text()
     page.close()
 
 

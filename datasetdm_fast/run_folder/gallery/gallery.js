@@ -503,7 +503,8 @@ function summarise() {
   by("summary").textContent = [...troubles.values(), number, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
 }
 function showNothing() {
-  const told = make("p", "nothing", run.samples ? "No sample matches. " : "No sample yet.");
+  const out = samples.filter(sample => passes(sample, { ...wish, flags: [...wish.flags, "left-out"] }, quantities, marks)).length;
+  const told = make("p", "nothing", run.samples ? `No sample matches${out ? `, except ${several(out, "sample")} that a filter left out` : ""}. ` : "No sample yet.");
   if (run.samples) told.append(button("Reset", () => { reset(); grid.focus({ preventScroll: true }); }));
   grid.append(told);
 }
