@@ -78,7 +78,7 @@ OWN_ENGINES = {
     "ort": EngineKind(
         "datasetdm_fast.engines.exported.ort:OrtEngine",
         options={
-            "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "add --engine ort")
+            "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "Add --engine ort.")
         },
         requirement=("datasetdm_fast.engines.exported.providers:require_provider", "provider"),
         races=True,

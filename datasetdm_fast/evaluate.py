@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
 
 STUDENTS_FOLDER = "runs/students"  # where no --out names another
+OF_TRAINING = ("learn_from", "real", "repeats", "steps", "more")  # settings of networks that are trained here
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
 EXAMPLES = (
@@ -34,8 +35,12 @@ EXAMPLES = (
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
+    config, given = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
     config.check()
+    if not (config.student or config.curve) and (idle := [name for name in OF_TRAINING if name in given]):
+        raise Refused(
+            f"--{idle[0].replace('_', '-')}: for --curve and --student, and neither is named", "Add one, or drop it."
+        )
     if (config.student or config.curve) and (len(naming.addresses(config.data)) > 1 or config.class_names):
         raise Refused(
             "--data: several data sets, or --class-names, can only be used to evaluate trained decoders",
@@ -171,6 +176,11 @@ def _student(config: EvaluateConfig) -> int:
     from datasetdm_fast.evaluation.student_data import SIDE
     from datasetdm_fast.run_folder.reader import open_run
 
+    if config.run.endswith("]") and not Path(config.run).exists():
+        raise Refused(
+            f"--run {config.run}: --student {BUILT_IN} reads the labels of decoders only",
+            "Name the run without brackets, or another --student.",
+        )
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
     with open_run(config.run, kept=True) as run:
         learnt = _opened(config, address, SIDE, selection=config.selection())

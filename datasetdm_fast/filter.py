@@ -56,8 +56,9 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
     if config.undo and given & {"where", "clip", "stability"}:
         raise Refused("--undo: it removes the filter, and takes no other flags", "Give only --undo, or drop it.")
-    if "where" in given and not config.where.strip():
-        raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
+    for name, what in (("where", "condition"), ("clip", "folder")):
+        if name in given and not getattr(config, name).strip():
+            raise Refused(f"--{name}: no {what} was given", f"Give a {what}, or drop the flag.")
     from datasetdm_fast.curation import filtering
     from datasetdm_fast.run_folder.score_table import OF_NETWORKS, SCORES
     from datasetdm_fast.run_folder.where import parse_where

@@ -9,7 +9,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.command_line.telling import planned, put, remade, say
+from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.generation.run import run
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     job = prepare(config)
     if config.only:
         return remade(config, config.out, config.only, partial(remake, job, config.only))
-    left, calls = job.plan.number - job.done, job.calls or job.recipe.facts["calls"]
+    left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
     told = [
         f"{left} of {counted(job.plan.number, 'picture')}, {counted(calls, 'UNet call')} each; labels: "
         f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     say(config, *told)
     with (
         Interruption(config.quiet) as interruption,
-        ImageProgress(min(left, config.limit or left), config.quiet, job.plan.batch_size, calls) as progress,
+        ImageProgress(left, config.quiet, job.plan.batch_size, calls) as progress,
         ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         result = run(
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     result.check()
     if not result.is_complete:
-        again = f"{PROG} {shlex.join(arguments)}"
-        print(f"{result.done} of {result.number} pictures are labelled; go on with: {again}", file=sys.stderr)
+        unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}", "pictures")
     return interruption.exit_code(0)
 
 

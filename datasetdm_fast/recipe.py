@@ -29,10 +29,10 @@ QUICK = {  # command -> flags that take the place of a recipe's own
     "generate": f"--steps {STEPS} --number {STEPS} --batch-size 2 --truncate-prompts",
     "splice": "--number 2",
     "convert": "",
-    "evaluate": f"--steps {STEPS} --repeats 2 --real 2 --batch-size 2",
+    "evaluate": "--batch-size 2",
     "compat.vinai": f"--steps {STEPS}",
 }
-QUICK_STUDENT = "--student-size tiny --size 64"
+QUICK_STUDENT = f"--steps {STEPS} --repeats 2 --real 2 --student-size tiny --size 64"
 NOT_QUICK = ("--select", "--min-area")  # flags with a value that a few small images would not pass
 
 

@@ -74,15 +74,13 @@ def main(arguments: Sequence[str]) -> int:
 
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
+    left = config.number - there
+    left = min(left, config.limit or left)
     if config.dry_run:
-        told = f"{folder}: {config.number - there} of {counted(config.number, 'image')} would be made"
+        told = f"{folder}: {left} of {counted(config.number, 'image')} would be made"
         return planned(config, {"path": config.out, "number": config.number, "done": there}, config.out, told)
     threads = config.threads or 2 * cores()  # half of them wait for the disk
-    left = config.number - there
-    with (
-        Interruption(config.quiet) as interruption,
-        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
-    ):
+    with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
         options = {"limit": config.limit, "threads": threads, "on_commit": progress.on_commit}
         made, seconds = run(splicing, folder, is_stopping=interruption.is_stopping, **options)
     done = there + made

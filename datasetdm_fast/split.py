@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     parts = config.parts()
     from datasetdm_fast.run_folder.reader import Run
     from datasetdm_fast.run_folder.seal import SPLIT
-    from datasetdm_fast.run_folder.split import Split, dealt, origins, write_split
+    from datasetdm_fast.run_folder.split import Split, dealt, groups, origins, write_split
 
     path = Path(config.run)
     with Run(path) as run:
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str]) -> int:
     counts = Counter(found)
     told = ", ".join(f"{name} {counts[name]}" for name in parts)
     lone = [name for name in parts if not counts[name]]
-    more = f"; none left for {', '.join(lone)}, as too many samples were made of one picture" if lone else ""
+    is_apart = len(set(groups(keys))) == len(keys)
+    why = "there are too few samples" if is_apart else "too many samples were made of one picture"
+    more = f"; none left for {', '.join(lone)}, as {why}" if lone else ""
     return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}")
 
 

@@ -402,6 +402,31 @@ def test_a_picture_that_cannot_be_read_is_refused_before_any_is_labelled(name, s
     assert not (tmp_path / "run").exists()
 
 
+def test_a_picture_that_is_too_small_for_tiles_has_a_remedy_of_this_command(photos, tmp_path, capsys):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "z.png").write_bytes(png_of(np.zeros((8, 64), np.uint8)))
+    line = [str(folder), "--tiles", "--task", "semantic", "--out", str(tmp_path / "run"), "--quiet"]
+    assert label.main(line) == 2
+    assert capsys.readouterr().err.splitlines()[1] == "Repair it, or take it out of the folder."
+
+
+def test_a_run_folder_among_the_pictures_is_refused(photos, tmp_path, capsys):
+    """The same command could not resume it: its own files would be pictures."""
+    folder, run = Path(shutil.copytree(photos, tmp_path / "photos")), tmp_path / "run"
+    line = [str(folder), "--task", "semantic", "--quiet", "--limit", "1", "--out"]
+    for out in (folder, folder / "labelled"):
+        assert label.main([*line, str(out)]) == 2 and "so its files would count as pictures" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {path.name for path in photos.iterdir()}
+    assert label.main([*line, str(run), "--dry-run", "--no-quiet"]) == 0
+    assert capsys.readouterr().err.startswith("1 of 3 pictures")
+    assert label.main([*line, str(run)]) == 0 and "1 of 3 pictures is there; go on with" in capsys.readouterr().err
+    (folder / "b.jpg").unlink()
+    assert label.main([*line, str(run)]) == 2
+    assert "it holds labels of other pictures or captions than" in capsys.readouterr().err
+    assert label.main([str(run), "--out", str(tmp_path / "other")]) == 2
+    assert f"Name the folder of its pictures, {run / 'images'}." in capsys.readouterr().err
+
+
 def png_of(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -447,7 +472,9 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ([], "is not a folder"),
+        ([], "IMAGES is missing"),
+        (["nowhere"], "'nowhere' is not a folder"),
+        (["EMPTY"], "Name a folder of PNG or JPEG files."),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
         (["PHOTOS", "--only", "00000000"], "is not a run folder"),
@@ -456,7 +483,8 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     ],
 )
 def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
-    given = [str(photos) if word == "PHOTOS" else word for word in line]
+    (tmp_path / "empty").mkdir()
+    given = [{"PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}.get(word, word) for word in line]
     assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -14,6 +14,7 @@ from rendered import document, write_run
 from rendered import rendered as render
 
 from datasetdm_fast import audit as command
+from datasetdm_fast import gallery, split
 from datasetdm_fast.compositions.source import digests_of
 from datasetdm_fast.data import Request, SetAside
 from datasetdm_fast.disk import storage
@@ -219,6 +220,24 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
         assert "did you mean file?" not in err
     with pytest.raises(Refused):
         audit.audit(tmp_path)
+
+
+def test_a_spoilt_run_json_is_to_be_restored_itself(spoilt):
+    (spoilt / "run.json").write_text("{")
+    found = [(finding.place, finding.remedy) for finding in audit.audit(spoilt).findings]
+    remedy = "Restore run.json from a copy; the ledger holds its content under notes."
+    assert found == [("run.json", remedy)] * 2
+
+
+def test_a_run_whose_ledger_is_gone_names_the_command_that_made_it(spoilt, capsys):
+    document = json.loads((spoilt / "run.json").read_text()) | {"command": "edit"}
+    (spoilt / "run.json").write_text(json.dumps(document))
+    (spoilt / "state" / "ledger.sqlite").unlink()
+    for reading in (split, gallery):
+        assert reading.main([str(spoilt)]) == 2
+        error = capsys.readouterr().err
+        assert "holds no state/ledger.sqlite" in error
+        assert "Run python -m datasetdm_fast.edit with its flags again" in error
 
 
 def test_a_seal_changed_by_hand_is_found(spoilt):

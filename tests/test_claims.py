@@ -400,6 +400,8 @@ def test_worth_of_a_run(capsys):
         worth.student_tasks(SOURCE, unseen, run, ("pose",))
     with pytest.raises(Refused, match="--real 13: the data set has 12 images"):
         worth.worth(SOURCE, unseen, run, tasks, 13)
+    with pytest.raises(Refused, match="the run holds no image that is kept"):
+        worth.worth(SOURCE, unseen, Generated([]), tasks, 6)
     with pytest.raises(Refused, match="all of 1 generated images are doubtful"):
         worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
 

@@ -575,7 +575,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
     samples = (document := json.loads((out / "export.json").read_text()))["samples"]
     (out / "export.json").write_text(json.dumps(document | {"splits": {"train": samples + 1}}))  # before a drop
     converted(run, out, "--to", "coco", code=2)
-    assert f"other samples (train {samples + 1} there, train {samples} asked for)" in capsys.readouterr().err
+    assert f"another split (train {samples + 1} there, train {samples} asked for)" in capsys.readouterr().err
     (full := tmp_path / "full").mkdir()
     (full / "mine.txt").write_text("mine")
     converted(run, full, "--to", "coco", code=2)
@@ -638,8 +638,9 @@ def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     for inside in (copy, copy / "images", copy / "images" / "new"):
-        converted(copy, inside, "--to", "coco", code=2)
-        assert "inside the run folder" in capsys.readouterr().err
+        for source in (copy, run):
+            converted(source, inside, "--to", "coco", code=2)
+            assert "inside the run folder" in capsys.readouterr().err
     assert main([str(copy), "--to", "coco", "--quiet"]) == 0 and (copy / "exports" / "coco").is_dir()
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -143,6 +144,12 @@ def test_what_names_no_sample_is_refused_and_nothing_changes(run, whole, capsys,
     assert code == (3 if "none.txt" in said else 2)
     assert said in capsys.readouterr().err.splitlines()[0] and tree(run) == tree(whole)
     assert command.main([str(run.parent), "1"]) == 2 and "run folder" in capsys.readouterr().err
+
+
+def test_the_remedy_of_restore_tells_what_was_dropped(run, capsys):
+    assert drop.main([str(run), "2", "--quiet"]) == 0 and restore.main([str(run), "9"]) == 2
+    line = shlex.split(capsys.readouterr().err.splitlines()[1].partition("datasetdm_fast.restore ")[2])
+    assert restore.main(line) == 0 and capsys.readouterr().out == "00000002\n"
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/run", "file:///bucket/run"])

@@ -250,6 +250,7 @@ WRONG = [
     (["--where", " "], "no condition was given"),
     (["--where", "score>=1", "--undo"], "--undo: it removes the filter"),
     (["--undo"], "has not been filtered"),
+    (["--clip", ""], "--clip: no folder was given"),
     (["--clip", "no/such/folder"], "holds no config.json"),
     (["--clip", "no/such/folder", "--dry-run"], "holds no config.json"),
     (["--threads", "-1"], "--threads -1"),

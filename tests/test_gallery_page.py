@@ -14,13 +14,13 @@ from browser import Watched, browser, until
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import drop
-from datasetdm_fast.data import Request, Sample, SemanticMap
+from datasetdm_fast import drop, filter
+from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.run_folder import showing
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.gallery import server
+from datasetdm_fast.run_folder.gallery import review, server
 
 NUMBER = 300
 served = server.ServedRun.of_folder
@@ -202,6 +202,25 @@ def test_limits_and_flags(chromium, run):
     page.close()
 
 
+def test_doubtful_samples_show_that_a_filter_left_out(chromium, tmp_path):
+    path, samples = tmp_path / "run", [rendered(k, 48) for k in range(4)]
+    samples[2] = replace(samples[2], trust=Trust(reasons=("cube is missing",)))
+    with RunFolder(path, document(4, 48)) as folder:
+        folder.add(samples, {})
+        folder.rebuild()
+    assert filter.main([str(path), "--where", "trust == 1", "--quiet"]) == 0
+    page = Watched(chromium).open(address(path))
+    assert shown(page) == ["00000000", "00000001", "00000003"]
+    page.locator("#flags").get_by_text("Doubtful").click()
+    assert shown(page) == ["00000002"]
+    told = page.locator(".card .doubts").inner_text()
+    assert "Left out: trust is 0" in told and "Doubtful: cube is missing" in told
+    page.goto(address(path, "#search=00000002"))
+    until(page, "shown.length === 0")
+    assert "No sample matches, except 1 sample that a filter left out" in page.locator(".nothing").inner_text()
+    page.close()
+
+
 def test_the_page_bears_the_name_of_its_folder_and_its_line_works(chromium, run):
     page = Watched(chromium).open(address(run, "#id=00000007"))
     assert page.title().startswith("a run") and page.locator("#title").inner_text() == "a run"
@@ -312,6 +331,10 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
         assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
         page.reload()
         until(page, "filled && marks.get('00000001') === 'bad'")
+        review.change(run, {"00000001": "", "00000002": "good"})  # by somebody else
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        until(page, "marks.get('00000002') === 'good' && !marks.has('00000001')")
+        assert page.locator("[data-mark=bad]").get_attribute("aria-pressed") == "false"
         page.close()
 
 
@@ -502,7 +525,7 @@ def many_classes(path, number=110):
     values |= numbered({"semantic": {"classes": list(names), "ignore": 255}})
     label = SemanticMap(labels, np.ones((48, 48), np.float32), names)
     with RunFolder(path, values) as folder:
-        folder.add([Sample(Request(0, "", 0, ("class 109",)), rendered(0, 48).image, {"semantic": label})], {})
+        folder.add([Sample(Request(0, "", 0, names[-1:]), rendered(0, 48).image, {"semantic": label})], {})
         folder.rebuild()
 
 

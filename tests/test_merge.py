@@ -1,6 +1,7 @@
 """merge: every sample once, its files byte for byte, whole for audit, and split by what it was made of."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -147,6 +148,14 @@ def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
     assert not (tmp_path / "spliced").exists()
 
 
+def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
+    places, out = [str(runs / name) for name in ("first", "second")], str(tmp_path / "all")
+    assert main([*places, "--out", out, "--quiet"]) == 0
+    assert main([*reversed(places), "--out", out, "--quiet"]) == 2
+    told = capsys.readouterr().err.splitlines()[0]
+    assert "source.0/samples.jsonl: other content there than asked for" in told and not re.search("[0-9a-f]{16}", told)
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     out, first = tmp_path / "all", str(runs / "first")
     for flags, code, said in (
@@ -162,3 +171,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     (tmp_path / "damaged" / "images" / "00000001.png").write_bytes(b"no picture")
     assert main([str(tmp_path / "damaged"), str(runs / "second"), "--out", str(out), "--quiet"]) == 4
     assert "datasetdm_fast.audit" in capsys.readouterr().err
+    (tmp_path / "damaged" / "images" / "00000001.png").unlink()
+    assert main([str(tmp_path / "damaged"), str(runs / "second"), "--out", str(out), "--quiet"]) == 4
+    assert "00000001.png is missing or has changed since it was written" in capsys.readouterr().err

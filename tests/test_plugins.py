@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from skips import IS_LONG
 
+from datasetdm_fast import open_run
 from datasetdm_fast.config import EngineKind
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
+from datasetdm_fast.run_folder.audit import audit
 
 EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
 CODE = """
@@ -278,3 +280,6 @@ def test_commands_run_them_by_name(installed, tmp_path):
     assert slow["runs"] and "'torn' of the package foreign-things does not load" in torn["cause"]
     assert "'lost' of the package foreign-things does not load" in lost
     assert "'bad-edges' of the package foreign-things does not load" in bad
+    for read in (open_run, audit):  # here, where the package is not installed
+        with pytest.raises(Missing, match="'bright' is made by the package 'foreign-things 1.0', which is not"):
+            read(tmp_path / "both")

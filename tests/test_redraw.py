@@ -85,6 +85,8 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
         out, err = capsys.readouterr()
         found = json.loads(out)
         assert found | told == found and err.endswith("--dry-run: nothing is written\n")
+    line = [str(source), *EDIT, "--out", str(tmp_path / "run"), "--limit", "1", "--dry-run"]
+    assert edit.main(line) == 0 and "1 of 2 images would be made" in capsys.readouterr().err
     assert tree(source.parent) == before and not list(tmp_path.iterdir())
 
 
@@ -284,7 +286,9 @@ WRONG = [
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
     (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),
-    (edit, [*EDIT, "--grow", str(2**31)], f"--grow {2**31}: expected a number from 0 to {2**31 - 1}"),
+    (edit, [*EDIT, "--grow", str(SIDE + 1)], f"--grow {SIDE + 1}: expected a number from 0 to {SIDE}, the side of the"),
+    (edit, [*EDIT, "--feather", str(SIDE + 1)], f"--feather {SIDE + 1}: expected a number from -1 to {SIDE}"),
+    (edit, ["--box", "0,0,8,8", "--prompt", "red " * 90], "92 tokens, at most 77 fit"),
     (edit, [*EDIT, "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
     (edit, [*EDIT, "--seed", str(2**63 - 1)], f"--seed {2**63 - 1}: expected a whole number"),  # of several images
     (edit, ["--prompt", "a cube"], "the region to redraw is missing"),
@@ -297,7 +301,8 @@ WRONG = [
     (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
     (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
     (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "the mask is empty, no pixel has a value of 128 or more"),
-    (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: there is no such file"),
+    (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: there is no file of this name"),
+    (edit, ["--mask", ".", "--prompt", "a cube"], "--mask .: there is no file of this name"),
     (edit, ["--mask", "SMALL", "--prompt", "a cube"], "64 x 64 pixels, the samples have 128 x 128"),
     (edit, ["--claas", "ball"], "did you mean --class?"),
 ]
@@ -310,6 +315,7 @@ def test_bad_input_is_refused_and_nothing_written(command, flags, said, source, 
     assert command.main(line) == 2
     told = capsys.readouterr().err.splitlines()
     assert said in told[0] and len(told) == 2 and not (tmp_path / "out").exists()
+    assert "--truncate-prompts" not in told[1]  # which these commands do not have
 
 
 def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):

@@ -195,7 +195,18 @@ def test_a_damaged_source_is_refused(source, tmp_path, capsys):
     damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
     shutil.copy(damaged / "depth" / "00000001.png", damaged / "depth" / "00000002.png")
     assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 2
-    assert "depth/00000002.png has changed since it was written" in capsys.readouterr().err
+    said = "depth/00000002.png is missing or has changed since it was written"
+    assert said in capsys.readouterr().err
+    (damaged / "depth" / "00000002.png").unlink()
+    assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and f"python -m datasetdm_fast.audit {damaged}" in error
+
+
+def test_a_place_inside_of_a_run_is_refused(source, tmp_path, capsys):
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    assert splice.main([str(source), "--number", "1", "--out", str(copy / "new"), "--quiet"]) == 2
+    assert f"it lies inside the run folder {copy}" in capsys.readouterr().err and not (copy / "new").exists()
 
 
 def test_grids_take_different_samples_where_there_are_enough():

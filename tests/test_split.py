@@ -55,7 +55,7 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
         assert len(names) == count and {parts[index] for index in names} == {part}
         assert [int(item.id) for item in open_data(f"run:{run}[{part}]", 32)] == names
     assert len(open_data(f"run:{run}[all]", 32)) == NUMBER
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="no part 'other', it is split into train, val, test"):
         open_data(f"run:{run}[other]", 32)
     ids = []
     for part in ("train", "val", "test"):
@@ -77,6 +77,7 @@ def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, cap
     assert convert.main(line) == 0 and convert.main(line) == 0
     assert main([str(run), "--shares", "70,30", "--seed", "1", "--quiet"]) == 0  # as many in each part, but others
     assert convert.main(line) == 2 and main([str(run), "--undo", "--quiet"]) == 0
+    assert "it holds an export of other samples or of another split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ['{"seed": 0}', "{"])
@@ -127,6 +128,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys, flags, said):
     before = sorted(run.iterdir())
     assert main([str(run), *flags]) == 2
     assert said in capsys.readouterr().err and sorted(run.iterdir()) == before
+
+
+def test_why_a_part_is_empty_is_said(tmp_path, capsys):
+    write_run(tmp_path / "run", 2, 32)
+    assert main([str(tmp_path / "run")]) == 0
+    assert "train 2, val 0, test 0; none left for val, test, as there are too few samples" in capsys.readouterr().err
 
 
 def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from PIL import Image
-from rendered import write_run
+from rendered import document, rendered, write_run
 from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import evaluate
-from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.data import Request, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import answering, arms, course, student_data
 from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
@@ -26,6 +26,7 @@ from datasetdm_fast.evaluation.networks.weights import build
 from datasetdm_fast.evaluation.worth import check_classes
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
 
 SIDE = 64
@@ -314,6 +315,23 @@ def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):
     assert code == 2 and said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
 
 
+def test_the_built_in_student_says_what_of_a_run_it_cannot_learn(tmp_path, capsys):
+    path = tmp_path / "run"
+    samples = [replace(rendered(k, SIDE), request=Request(k, "a photo", k)) for k in range(2)]
+    with RunFolder(path, document(2, SIDE)) as folder:
+        folder.add(samples, {})
+        folder.rebuild()
+    line = ["--student", "small", "--data", "demo:2", "--real", "2", "--steps", "1", "--repeats", "2", "--run"]
+    assert evaluate.main([*line, str(path)]) == 0
+    assert "instance is left out: no prompt names a class of the data" in capsys.readouterr().err
+    assert evaluate.main([*line, str(path), "--task", "instance"]) == 2
+    assert "none of its 2 images teaches instance, as no prompt names a class of the data" in capsys.readouterr().err
+    assert evaluate.main([*line, f"{path}[attention]"]) == 2
+    assert "--student small reads the labels of decoders only" in capsys.readouterr().err
+    assert evaluate.main([*line, str(path), "--curve", "1,2"]) == 2
+    assert "--student and --curve cannot be combined" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "student, task", [("small", "semantic"), ("segformer", "semantic"), ("mask2former", "instance")]
 )
@@ -329,7 +347,9 @@ def test_a_run_none_of_whose_classes_the_data_names_is_refused(run, tmp_path, ca
     for flag in ("--student-size", "--out") if student == "small" else ():
         del parts[flag]
     assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
-    said = "none of its 4 images shows a label of semantic" if student == "small" else "are none of the data's, "
+    said = (
+        "none of its 4 images teaches semantic, as no image shows" if student == "small" else "are none of the data's, "
+    )
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,7 @@ def _check_place(flag: str, path: Path, kind: str) -> None:
             raise Refused(f"{flag} {path}: {place} is a symbolic link that leads nowhere", "Repair or delete the link.")
     if path.exists():
         if path.is_dir() != (kind == "folder") or not (path.is_dir() or path.is_file()):
-            found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
+            found = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
             raise Refused(f"{flag} {path}: there is {found} of that name, expected a {kind}", f"Choose another {flag}.")
         return
     above = next(parent for parent in path.absolute().parents if parent.exists())

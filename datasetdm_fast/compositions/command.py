@@ -34,7 +34,7 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     job = redraw.prepare(redrawing, folder)
     if settings.dry_run:
         facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
-        told = f"{folder}: {job.plan.number - job.done} of {counted(job.plan.number, 'image')} would be made"
+        told = f"{folder}: {job.images_left} of {counted(job.plan.number, 'image')} would be made"
         return planned(settings, facts, settings.out, redrawing.told, told)
     say(settings, redrawing.told)
     interruption = Interruption(settings.quiet)

@@ -44,9 +44,10 @@ class Edits(Redrawing):
             raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
         check_line(settings.prompt, "--prompt")
         for name, least in (("grow", 0), ("feather", -1)):
-            if not least <= getattr(settings, name) < 2**31:
+            if not least <= getattr(settings, name) <= source.side:
                 raise Refused(
-                    f"--{name} {getattr(settings, name)}: expected a number from {least} to {2**31 - 1}",
+                    f"--{name} {getattr(settings, name)}: expected a number from {least} to {source.side}, the side of "
+                    "the samples",
                     "Choose another number.",
                 )
         numbered = regions.labels_of(source, "instance")

@@ -185,14 +185,15 @@ class Merging:
         files: Files = {}
         sources = {}
         for role, (name, stored) in row.files.items():
-            content = storage.read(part.path / name, LARGEST_IMAGE_FILE)
+            path = part.path / name
+            content = storage.read(path, LARGEST_IMAGE_FILE) if path.exists() else b""
             if len(content) != stored.size or hashlib.sha256(content).hexdigest() != stored.sha256:
                 raise GateFailed(
-                    f"{part.path}: {name} has changed since it was written",
+                    f"{part.path}: {name} is missing or has changed since it was written",
                     f"See what is damaged with: python -m datasetdm_fast.audit {part.path}",
                 )
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
-            files[role], sources[new] = (new, content), part.path / name
+            files[role], sources[new] = (new, content), path
         told = {
             "sides": list(sides(part.run.document, row.recipe)),
             "merged": {"run": part.path.resolve().name, "id": row.request.id},
@@ -223,12 +224,7 @@ def _told(value: Any) -> str:
 
 
 def begin(merging: Merging, folder: Path) -> int:
-    """Samples that the run folder holds already; other runs, and a place in one of them, are refused."""
-    inside = [
-        part.path for part in merging.parts if part.path.resolve() in (folder.resolve(), *folder.resolve().parents)
-    ]
-    if inside:
-        raise Refused(f"--out {folder}: it lies inside the run folder {inside[0]}", "Choose another folder.")
+    """Samples that the run folder holds already; other runs are refused."""
     return begun(folder, merging.document)
 
 

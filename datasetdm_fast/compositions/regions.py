@@ -41,7 +41,8 @@ def read_mask(path: str, side: int) -> dict[str, Any]:
     """The run lengths of a mask file for pictures of side x side pixels."""
     if not Path(path).is_file():
         raise Refused(
-            f"--mask {path}: there is no such file", "Name a picture whose white pixels mark the area to redraw."
+            f"--mask {path}: there is no file of this name",
+            "Name a picture whose white pixels mark the area to redraw.",
         )
     grey = np.asarray(images.read_image(Path(path)).convert("L"))
     if grey.shape != (side, side):

@@ -82,7 +82,7 @@ class Source:
         if only_kept and not self.kept_digest:
             raise Refused(
                 f"--kept: {path} has not been filtered",
-                f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where EXPRESSION",
+                f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
             )
         self.document: dict[str, Any] = self.run.document
         if self.document.get("command") == "splice":
@@ -136,15 +136,18 @@ class Source:
         if role not in row.files:
             raise self._damaged(f"the row of sample {row.request.id}")
         name, stored = row.files[role]
-        data = storage.read(self.path / name, images.LARGEST_IMAGE_FILE)
+        path = self.path / name
+        data = storage.read(path, images.LARGEST_IMAGE_FILE) if path.exists() else b""
+        if hashlib.sha256(data).hexdigest() != stored.sha256:
+            raise self._damaged(name)
         pixels = np.asarray(images.decode_image(data, name))
-        if hashlib.sha256(data).hexdigest() != stored.sha256 or pixels.shape[:2] != (self.side, self.side):
+        if pixels.shape[:2] != (self.side, self.side):
             raise self._damaged(name)
         return pixels
 
     def _damaged(self, name: str) -> Refused:
         return Refused(
-            f"{self.path}: {name} has changed since it was written",
+            f"{self.path}: {name} is missing or has changed since it was written",
             f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
         )
 

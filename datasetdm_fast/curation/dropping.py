@@ -68,7 +68,9 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     there = {int(row.request.id) for row in run.rows(())}
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         dropped = {row.request.index for row in ledger.dropped()}
-    _check_known(run.path, wanted, there | dropped | set_aside(run))
+    _check_known(
+        run.path, wanted, there | dropped | set_aside(run), "Use an id from samples.jsonl, for example 00000003."
+    )
     chosen = [index for index in wanted if index in there]
     run.close()
     if not is_dry:
@@ -86,7 +88,8 @@ def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> 
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         dropped = {row.request.index: row for row in ledger.dropped()}
     chosen = sorted(dropped) if wanted is None else [index for index in wanted if index in dropped]
-    _check_known(run.path, wanted or (), there | dropped.keys())
+    remedy = f"See what was dropped with: python -m datasetdm_fast.restore {run.path} --all --dry-run"
+    _check_known(run.path, wanted or (), there | dropped.keys(), remedy)
     for index in chosen:
         _check_files(run.path, dropped[index])
     if is_dry:
@@ -104,12 +107,10 @@ def _in_blocks(items: Iterable[Any], move: Callable[[Sequence[Any]], None]) -> N
         move(block)
 
 
-def _check_known(path: Path, wanted: Iterable[int], known: set[int]) -> None:
+def _check_known(path: Path, wanted: Iterable[int], known: set[int], remedy: str) -> None:
     for index in wanted:
         if index not in known:
-            raise Refused(
-                f"{path}: no sample has the id {index:08d}", "Use an id from samples.jsonl, for example 00000003."
-            )
+            raise Refused(f"{path}: no sample has the id {index:08d}", remedy)
 
 
 def _check_files(path: Path, row: Row) -> None:

@@ -42,7 +42,7 @@ class Stability:
         configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
         self.configs = {label: found for label, found in configs.items() if found.classes and not found.has_text}
         if not self.configs:
-            raise Refused(f"--stability: {run.path} has no labels that name classes", "Drop the flag.")
+            raise Refused(f"--stability: {run.path} has no semantic or instance labels of a decoder", "Drop the flag.")
 
     def scores(self, samples: Sequence[StoredSample]) -> list[float]:
         """Of the pixels that either of two draws calls a thing, the share that both call the same, mean over labels."""

@@ -39,7 +39,8 @@ def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
             )
         except BlockingIOError as error:
             raise Refused(
-                f"{path}: another process is writing to this run folder", "Wait for it, or choose another --out."
+                f"{path}: another process is writing to this run folder",
+                "Wait until it has ended, or choose another folder.",
             ) from error
         except OSError as error:
             raise Missing(

@@ -7,6 +7,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, NETWORKS, STUDENTS
 from datasetdm_fast.truth.selection import DataSettings
 
+MOST_DRAWS = 10_000  # bootstrap resamples of an interval
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
@@ -46,7 +48,9 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "so; unread: condition only; none: neither",
         choices=("true", "unread", "none"),
     )
-    bootstrap: int = setting(500, "bootstrap resamples per interval, 0 = no intervals", metavar="N")
+    bootstrap: int = setting(
+        500, f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals", metavar="N"
+    )
     level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
     curve: tuple[str, ...] = setting(
         (),
@@ -117,8 +121,9 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                     f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}",
                     f"Give {least} or more.",
                 )
-        if self.seed >= SEEDS:
-            raise Refused(f"--seed: {self.seed} is not at most {SEEDS - 1}", "Choose a smaller number.")
+        for name, most in (("seed", SEEDS - 1), ("bootstrap", MOST_DRAWS)):
+            if getattr(self, name) > most:
+                raise Refused(f"--{name}: {getattr(self, name)} is not at most {most}", "Choose a smaller number.")
         named = [label for label in self.task if ":" in label]
         if named and (self.curve or self.student or self.run):
             raise Refused(
@@ -136,6 +141,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 f"--student and --run belong together, {'--run' if self.student else '--student'} is missing",
                 f"Add --student NAME --run RUN; students: {', '.join(STUDENTS)}.",
             )
+        if self.student and self.curve:
+            raise Refused("--student and --curve cannot be combined", "Leave out one of the two.")
         own = ("student_size", "weights", "only_synthetic", "both", "self_train", "tta", "size", "out")
         given = [name for name in own if getattr(self, name)]
         if given and self.student in ("", BUILT_IN):

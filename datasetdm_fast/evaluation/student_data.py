@@ -120,12 +120,24 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> Studen
     """The trusted ones of generated images."""
     read = [of_sample(sample, vocabulary) for sample in samples]
     rows = [row for row in read if row is not None]
+    if not read:
+        raise Refused("student: the run holds no image that is kept", "Name a run folder with samples.")
     if not rows:
         raise Refused(
             f"student: all of {len(read)} generated images are doubtful",
             "Their gallery shows why.",
         )
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
+
+
+def lack(task: str, samples: Iterable[StoredSample], vocabulary: Vocabulary) -> str:
+    """Why none of these generated images teaches a task, in words."""
+    named = {name for sample in samples for name in sample.classes}.intersection(vocabulary.things)
+    if task == "instance" and not named:
+        return "no prompt names a class of the data"
+    if task == "pose" and named and PERSON not in named:
+        return f"no prompt names a {PERSON}"
+    return "no image shows a label of it that the data names"
 
 
 def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray, ...] | None:

@@ -57,14 +57,15 @@ def worth(
     check_classes(vocabulary.classes, student_data.vocabulary_of(judged).classes)
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
     generated = student_data.synthetic(run, vocabulary).balanced()
-    taught = [task for task in tasks if generated.teaches(task)]
-    for task in tasks:
-        if task not in taught:
-            told(f"{task} is left out: no generated image shows a label of it that the data names")
+    lacking = {task: student_data.lack(task, run, vocabulary) for task in tasks if not generated.teaches(task)}
+    for task, why in lacking.items():
+        told(f"{task} is left out: {why}")
+    taught = [task for task in tasks if task not in lacking]
     if not taught:
         raise Refused(
-            f"--run: none of its {len(generated)} images shows a label of {', '.join(tasks)} that the data names",
-            "Choose a run whose classes and joints have the names that the data gives them.",
+            f"--run: none of its {len(generated)} images teaches {', '.join(tasks)}, as "
+            f"{' and '.join(dict.fromkeys(lacking.values()))}",
+            "Choose a run whose prompts, classes and joints have the names that the data gives them.",
         )
     told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)

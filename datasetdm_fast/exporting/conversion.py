@@ -161,7 +161,7 @@ class Conversion:
         self.plan = ExportPlan(classes, self.splits, frozenset(first.labels), **self._tables(), settings=settings)
         for name, format in self.formats.items():
             format.check(name, self.plan)
-        self.is_complete = target.check_target(folder, [source.run.path for source in sources], self.described)
+        self.is_complete = target.check_target(folder, self.described)
 
     def _tables(self) -> dict[str, Any]:
         """Joints, limbs and the farthest depth of all runs."""

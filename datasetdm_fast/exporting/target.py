@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting.view import Linked
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import check_same, pretty
+from datasetdm_fast.run_folder.document import check_same, pretty, run_around
 
 DOCUMENT = "export.json"  # what the export is of; "complete" once nothing is left to be done
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them
@@ -45,16 +45,13 @@ def read_export(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, Any]) -> bool:
+def check_target(folder: Path, described: Mapping[str, Any]) -> bool:
     """Whether the export is there already, complete; a folder that may not become this export is refused."""
-    real = folder.resolve()
-    for source in sources:
-        inside = source.resolve()
-        if real == inside or (inside in real.parents and real.relative_to(inside).parts[0] != "exports"):
-            raise Refused(
-                f"--out {folder}: it lies inside the run folder {source}",
-                f"Choose {source / 'exports'}, or another folder.",
-            )
+    run = run_around(folder / "format")  # the folder itself may be one
+    if run is not None and folder.resolve().relative_to(run).parts[:1] != ("exports",):
+        raise Refused(
+            f"--out {folder}: it lies inside the run folder {run}", f"Choose {run / 'exports'}, or another folder."
+        )
     try:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
@@ -74,7 +71,7 @@ def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, 
             ", ".join(f"{name} {count}" for name, count in one["splits"].items()) for one in (there, described)
         )
         raise Refused(
-            f"{folder}: it holds an export of other samples ({held} there, {asked} asked for)",
+            f"{folder}: it holds an export of other samples or of another split ({held} there, {asked} asked for)",
             "Choose another --out, or delete the folder if its run was changed since.",
         )
     return there["complete"]

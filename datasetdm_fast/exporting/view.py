@@ -110,12 +110,13 @@ class SampleView:
     def read(self, role: str) -> bytes:
         """The bytes of a file of the run; others than were written are refused."""
         name, written = self.stored.row.files[role]
+        path = self.stored.folder / name
         try:
-            data = storage.read(self.stored.folder / name, images.LARGEST_IMAGE_FILE)
+            data = storage.read(path, images.LARGEST_IMAGE_FILE) if path.exists() else b""
         except (Missing, Refused) as error:
             raise self._damaged(error.cause) from error
         if len(data) != written.size or hashlib.sha256(data).hexdigest() != written.sha256:
-            raise self._damaged(f"{self.stored.run}/{name}: has changed since it was written")
+            raise self._damaged(f"{self.stored.run}/{name}: it is missing or has changed since it was written")
         return data
 
     def _damaged(self, cause: str) -> GateFailed:

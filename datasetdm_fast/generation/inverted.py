@@ -82,6 +82,11 @@ def prepare(config: LabelConfig) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
+    if Path(config.out).resolve().is_relative_to(pictures.folder.resolve()):
+        raise Refused(
+            f"--out {config.out}: it lies inside {pictures.folder}, so its files would count as pictures",
+            "Choose another --out.",
+        )
     stored = read_document(Path(config.out))
     sides = pictures.sides() if config.tiles else []
     if stored is None:
@@ -131,6 +136,11 @@ def prepare(config: LabelConfig) -> Job:
         wanted = document["config"] | moved(config, stored)
         pairs = ((stored, stored["config"]), (document, wanted))
         check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
+        if stored["composition"]["source"]["digests"] != document["composition"]["source"]["digests"]:
+            raise Refused(
+                f"{job.folder}: it holds labels of other pictures or captions than {pictures.folder} has now",
+                "Restore them, or choose another --out.",
+            )
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job

@@ -15,6 +15,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_CAPTIONS = 64 * 2**20  # bytes
+NAME_PICTURES = "Name a folder of PNG or JPEG files."
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,12 @@ class Pictures:
 
     def sides(self) -> list[tuple[int, int]]:
         """Width and height of every picture, which is to be stored at its own size."""
-        found = [images.sides_of(path) for path in self.paths]
-        for path, (width, height) in zip(self.paths, found):
-            reading.check_sides(path, (width, height))
+        found = []
+        for path in self.paths:
+            with _to_be_mended():
+                width, height = images.sides_of(path)
+                reading.check_sides(path, (width, height))
+            found.append((width, height))
             if width * height > images.MOST_PIXELS:
                 raise Refused(
                     f"{path}: {width} x {height} pixels, with --tiles at most {images.MOST_PIXELS:,}",
@@ -134,12 +139,17 @@ def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
 def open_pictures(folder: str, captions: str) -> Pictures:
     """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
     root = Path(folder)
-    if not folder or not root.is_dir():
-        alike = storage.named_alike(root) if folder and not root.exists() else ""
-        raise Refused(
-            f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", "Name a folder of PNG or JPEG files."
-        )
-    paths = tuple(reading.listing(root, *reading.PICTURES))
+    if not folder:
+        raise Refused("IMAGES is missing", NAME_PICTURES)
+    if not root.is_dir():
+        alike = storage.named_alike(root) if not root.exists() else ""
+        raise Refused(f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", NAME_PICTURES)
+    if (root / LEDGER).exists():
+        raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
+    try:
+        paths = tuple(reading.listing(root, *reading.PICTURES))
+    except Refused as stop:
+        raise Refused(stop.cause, NAME_PICTURES) from stop
     for path in paths:
         if not documents.is_unicode(str(path)):
             raise Refused(

@@ -269,17 +269,19 @@ def fit(
     where: str,
     words: Sequence[str] = (),
     *,
-    truncate: bool = False,
+    truncate: bool | None = None,
     own: ClassTable | None = None,
 ) -> str:
-    """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words."""
+    """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words. None
+    stands for a command without that flag.
+    """
     limit = token_limit(tokenizer)
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)
     if count <= limit and head == prompt:
         return prompt
     if not truncate:
-        remedy = "Shorten it, or pass --truncate-prompts."
+        remedy = "Shorten it." if truncate is None else "Shorten it, or pass --truncate-prompts."
         if count > MOST_PIECES * len(head.split()):
             remedy = (
                 "The model's tokenizer knows few of its words. For the demo model write prompts with "

@@ -59,8 +59,16 @@ class RunSamples(PictureSource):
         self.path, self.is_all = path, split == ALL
         self.run = Run(path, kept=not self.is_all)
         found = None if self.is_all else read_split(path)
-        if split not in (ALL, *(found.parts if found else (TRAIN,))):
-            raise reading.no_split(path, split)
+        if found and split not in (ALL, *found.parts):
+            raise Refused(
+                f"{path}: no part {split!r}, it is split into {', '.join(found.parts)}",
+                f"Name one of these, as in run:{path}[{next(iter(found.parts))}], or [all] for every sample.",
+            )
+        if not found and split not in (ALL, TRAIN):
+            raise Refused(
+                f"{path}: no split {split!r}",
+                f"Leave the brackets out, or split it first with: python -m datasetdm_fast.split {path}",
+            )
         parts = found.names() if found else {}
         self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth
         for label in self.run.tasks:

@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.document import (
     GROWING,
     LEDGER,
     LOCK,
+    NOT_INSTALLED,
     check_document,
     differences,
     maker,
@@ -37,6 +38,8 @@ from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, 
 # What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
 # writes it there.
 BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", *(f"config.{name}" for name in GROWING)}
+
+RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger holds its content under notes."
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,11 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
         document = read_document(folder)
         what = "is not there"
     except (Refused, Missing) as error:
+        if NOT_INSTALLED in str(error):  # which is no damage
+            raise
         document, what = None, _told_of(error, folder, DOCUMENT)
     if document is None:
-        findings.append(
-            Finding(DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes.")
-        )
+        findings.append(Finding(DOCUMENT, what, RESTORE_DOCUMENT))
     return document
 
 
@@ -220,8 +223,8 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         found = storage.sha256_of(folder / name)
         if found != digest:
             what = "its bytes are not those that were written" if found else "is not there"
-            is_rebuilt = name not in (DOCUMENT, LEDGER)
-            yield Finding(name, what, (f"Delete it. {remedy}" if found else remedy) if is_rebuilt else _restore(folder))
+            again = f"Delete it. {remedy}" if found else remedy
+            yield Finding(name, what, {DOCUMENT: RESTORE_DOCUMENT, LEDGER: _restore(folder)}.get(name, again))
 
 
 def _own_folders(document: Mapping[str, Any]) -> list[str]:

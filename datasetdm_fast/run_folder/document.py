@@ -1,15 +1,17 @@
 """run.json: its form, how it is read and checked, and how two of them differ."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import MOST_TRIES
+from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
+from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.numbering import check_numbers, check_palette
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
@@ -41,7 +43,9 @@ FORM = {
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE = "Restore the file from a copy, or choose another --out."
+NOT_INSTALLED = "which is not installed here"
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
+DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 DECODER_FORM = {"digest": str, "licence": str}
 
 
@@ -60,6 +64,8 @@ def read_document(folder: Path) -> dict[str, Any] | None:
                     f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
                     "Choose another --out; nothing is ever overwritten.",
                 )
+            if (run := run_around(folder)) is not None:
+                raise Refused(f"{folder}: it lies inside the run folder {run}", "Choose another --out.")
             return None
     except OSError as error:
         raise storage.refusal(error, folder) from error
@@ -83,7 +89,14 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         check_document(document)
     except ValueError as error:
         raise Refused(f"{path}: not the description of a run ({error})", RESTORE) from error
+    except Missing as stop:
+        raise Missing(f"{path}: {stop.cause}", stop.remedy) from stop
     return document
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run folder that `folder` lies in, None where it lies in none."""
+    return next((above for above in folder.resolve().parents if (above / LEDGER).exists()), None)
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -96,9 +109,10 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def check_document(document: Mapping[str, Any]) -> None:
-    """A ValueError where it is not the content of a run.json."""
+    """A ValueError where it is not the content of a run.json, Missing where a package that it needs is."""
     documents.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
+    _check_installed(document)
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     if "class_table" in document:
@@ -132,6 +146,20 @@ def check_document(document: Mapping[str, Any]) -> None:
         raise ValueError("a number in sampling or plan is out of range")
 
 
+def _check_installed(document: Mapping[str, Any]) -> None:
+    """Refuses a run with a label that another package makes, where that package is not installed."""
+    packages = document["sampling"].get("labellers", {})
+    documents.check_form(packages, dict, "sampling.labellers")
+    for label in document["config"]["task"]:
+        if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
+            continue
+        package = f"the package {documents.quoted(packages[label])}" if label in packages else "another package"
+        raise Missing(
+            f"the label {documents.quoted(label)} is made by {package}, {NOT_INSTALLED}",
+            "Install that package, then run the same command again.",
+        )
+
+
 def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
     """The user's own class words that run.json holds, if any."""
     return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
@@ -157,6 +185,11 @@ def maker(document: Mapping[str, Any]) -> str:
     return f"python -m datasetdm_fast.{made_by(document)}"
 
 
+def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
+    """The refusal of a run folder whose ledger is not there."""
+    return Refused(f"{folder}: holds no {LEDGER}", f"Run {maker(document)} with its flags again: it resumes.")
+
+
 def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
     height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
@@ -179,7 +212,7 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
-    """One line per setting that differs, with both values."""
+    """One line per setting that differs, with both values where a reader can tell them apart."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         keys = sorted(set(stored) | set(wanted))
         return [
@@ -187,7 +220,11 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
             for key in keys
             for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if stored == wanted else [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
+    if stored == wanted:
+        return []
+    if all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (stored, wanted)):
+        return [f"{name}: other content there than asked for"]
+    return [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from datasetdm_fast.labels.class_tables import ClassTable
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder import other_libraries
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides, table_of
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides, table_of, without_ledger
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
@@ -170,7 +170,7 @@ class Run(AbstractContextManager["Run"]):
             alike = "" if self.path.exists() else storage.named_alike(self.path)
             raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
-            raise Refused(f"{self.path}: holds no {LEDGER}", "Run generate with its flags again: it resumes.")
+            raise without_ledger(self.path, document)
         self.document: dict[str, Any] = document
         self._ledger: Ledger | None = None
         self._owner = os.getpid()

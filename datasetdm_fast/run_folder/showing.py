@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import gallery
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described, without_ledger
 from datasetdm_fast.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
@@ -63,6 +63,8 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
     document = described(folder)
     if not (folder / LEDGER).exists():
+        if is_sealed(folder):
+            raise without_ledger(folder, document)
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))

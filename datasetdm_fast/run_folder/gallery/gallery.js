@@ -223,25 +223,38 @@ function thumbnail(sample) {
 
 let served = null; // what the server tells of the run, null where the page was opened from a disk
 const unsent = new Map();
-let isSending = false;
+let isSending = false, changes = 0; // marks that were set or removed here
 
-async function findServer() {
-  if (!location.protocol.startsWith("http")) return;
+async function askServer() {
+  if (!location.protocol.startsWith("http")) return null;
   try {
     const answer = await fetch("../review");
-    if (answer.ok && answer.headers.get("Content-Type") === "application/json") served = await answer.json();
+    if (answer.ok && answer.headers.get("Content-Type") === "application/json") return await answer.json();
   } catch { /* served by something that only gives out files */ }
+  return null;
 }
 async function startReview() {
-  await findServer();
+  served = await askServer();
   startComparing();
-  for (const [id, mark] of served ? served.marks : Object.entries(remembered(run.key) ?? {})) marks.set(id, mark);
+  takeMarks(served ? served.marks : Object.entries(remembered(run.key) ?? {}));
+  if (opened) open(opened);
+}
+function takeMarks(found) {
+  marks.clear();
+  for (const [id, mark] of found) marks.set(id, mark);
   showReview();
   if (wish.flags.some(flag => ["good", "bad", "unmarked"].includes(flag))) refresh();
   for (const [place, element] of cards) showMark(element, shown[place]);
-  if (opened) open(opened);
+}
+// Takes over the marks of others who review the same run, unless one was set here in the meantime.
+async function renewMarks() {
+  const before = changes, answer = served && (await askServer());
+  if (!answer || changes !== before || isSending || unsent.size) return;
+  takeMarks(answer.marks);
+  if (opened) showOpenedMark();
 }
 function mark(sample, name) {
+  changes++;
   const now = marks.get(sample.id) === name ? "" : name;
   if (now) marks.set(sample.id, now);
   else marks.delete(sample.id);
@@ -389,7 +402,8 @@ function card(place) {
   const value = wish.sort === "number" || wish.sort === "seed" ? null : quantities.get(wish.sort)?.(sample);
   const told = [sample.id, sample.picture || `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
   words.append(make("span", sample.prompt ? "prompt" : "prompt told", sample.prompt || "No prompt"), make("span", "told", told));
-  const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
+  const doubt = sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
+  const reason = [sample.leftOut && `Left out: ${sample.leftOut}`, doubt].filter(Boolean).join(". ");
   if (reason) words.append(make("span", "told doubts", reason));
   element.append(box, words);
   element.title = [sample.prompt, reason].filter(Boolean).join("\n");
@@ -489,7 +503,8 @@ function summarise() {
   by("summary").textContent = [...troubles.values(), number, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
 }
 function showNothing() {
-  const told = make("p", "nothing", run.samples ? "No sample matches. " : "No sample yet.");
+  const out = samples.filter(sample => passes(sample, { ...wish, flags: [...wish.flags, "left-out"] }, quantities, marks)).length;
+  const told = make("p", "nothing", run.samples ? `No sample matches${out ? `, except ${several(out, "sample")} that a filter left out` : ""}. ` : "No sample yet.");
   if (run.samples) told.append(button("Reset", () => { reset(); grid.focus({ preventScroll: true }); }));
   grid.append(told);
 }
@@ -1018,4 +1033,5 @@ applyAddress();
 startReview();
 loadPages();
 by("newer").addEventListener("click", () => location.reload());
+addEventListener("focus", renewMarks);
 if (run.is_in_progress) setInterval(lookForNews, ASKED_AGAIN);

@@ -56,10 +56,10 @@ const FLAGS = {
   unmarked: (sample, marks) => !marks.has(sample.id),
 };
 
+const BESIDE = ["doubtful", "missing", "aside", "left-out"]; // flags that also choose samples beside the data set
 function isBound([, least, most]) { return least !== null || most !== null; }
 function passes(sample, wish, quantities, marks) {
-  if (sample.leftOut && !wish.flags.includes("left-out")) return false;
-  if (sample.aside && !wish.flags.includes("aside") && !wish.flags.includes("doubtful")) return false;
+  if ((sample.leftOut || sample.aside) && !wish.flags.some(flag => BESIDE.includes(flag))) return false;
   if (!wish.flags.every(flag => FLAGS[flag](sample, marks))) return false;
   if (wish.has.length && !wish.has[wish.any ? "some" : "every"](word => sample.shown.includes(word))) return false;
   if (wish.not.some(word => sample.shown.includes(word))) return false;
