@@ -151,7 +151,7 @@ that is a bug in this package: the message names a report file.
 
 """
 PASSED_ON = "As this page says of the sentence that it repeats."
-STOPS = {"Refused": 2, "Missing": 3, "GateFailed": 4}
+STOPS = {"Refused": 2, "Missing": 3, "NotInstalled": 3, "GateFailed": 4}
 SOURCES = ("datasetdm_fast", "export", "kernels")
 
 

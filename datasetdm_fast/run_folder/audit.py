@@ -23,7 +23,7 @@ from datasetdm_fast.run_folder.document import (
     GROWING,
     LEDGER,
     LOCK,
-    NOT_INSTALLED,
+    NotInstalled,
     check_document,
     differences,
     maker,
@@ -153,9 +153,9 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
     try:
         document = read_document(folder)
         what = "is not there"
+    except NotInstalled:  # which is no damage
+        raise
     except (Refused, Missing) as error:
-        if NOT_INSTALLED in str(error):  # which is no damage
-            raise
         document, what = None, _told_of(error, folder, DOCUMENT)
     if document is None:
         findings.append(Finding(DOCUMENT, what, RESTORE_DOCUMENT))

@@ -43,10 +43,13 @@ FORM = {
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE = "Restore the file from a copy, or choose another --out."
-NOT_INSTALLED = "which is not installed here"
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
-DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
 DECODER_FORM = {"digest": str, "licence": str}
+DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
+
+
+class NotInstalled(Missing):
+    """A run has a label of a package that is not installed."""
 
 
 def read_document(folder: Path) -> dict[str, Any] | None:
@@ -89,8 +92,8 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         check_document(document)
     except ValueError as error:
         raise Refused(f"{path}: not the description of a run ({error})", RESTORE) from error
-    except Missing as stop:
-        raise Missing(f"{path}: {stop.cause}", stop.remedy) from stop
+    except NotInstalled as stop:
+        raise NotInstalled(f"{path}: {stop.cause}", stop.remedy) from stop
     return document
 
 
@@ -109,7 +112,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def check_document(document: Mapping[str, Any]) -> None:
-    """A ValueError where it is not the content of a run.json, Missing where a package that it needs is."""
+    """A ValueError where it is not the content of a run.json, NotInstalled where a package that it needs is not."""
     documents.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     _check_installed(document)
@@ -154,8 +157,8 @@ def _check_installed(document: Mapping[str, Any]) -> None:
         if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
             continue
         package = f"the package {documents.quoted(packages[label])}" if label in packages else "another package"
-        raise Missing(
-            f"the label {documents.quoted(label)} is made by {package}, {NOT_INSTALLED}",
+        raise NotInstalled(
+            f"the label {documents.quoted(label)} is made by {package}, which is not installed here",
             "Install that package, then run the same command again.",
         )
 
