@@ -96,7 +96,8 @@ def judged(reference, dtype: str, number: int, steps: int) -> verify.Verdict:
         mock.patch.object(fast, "Lanes", lambda: in_turn),
         mock.patch.object(verify, "Rounded", lambda *given: rounded(observe.Rounded(*given))),
     ):
-        engine = emulated(fast.FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu"), True)
+        own = fast.FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu", ops=plain)
+        engine = emulated(own, has_tf32=True)
         recipe = make_recipe(reference, TASKS, steps=steps, profile="0.14.0")
         words, source = job.class_words(reference, TASKS, ()), prompts.read_source(RunConfig(model="demo"))
         tokenizer = reference.model.tokenizer
