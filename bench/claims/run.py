@@ -96,7 +96,8 @@ def main(arguments: Sequence[str]) -> int:
     with Experiments(folder, scale, say) as experiments:
         found = experiments.rows(names)
         document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
-        paths = [page.write(scale.place(folder), document, experiments), scale.place(folder) / "claims.json"]
+        place = scale.place(folder)
+        paths = [page.write(place, document, experiments), place / "claims.json"]
     if not (config.quick or config.repetition) and set(names) == set(CLAIMS):
         paths.append(results.default_path(document["machine"]).with_suffix(".claims.json"))
     for path in paths[1:]:
@@ -120,6 +121,7 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
         asked = tuned.TunedArms(experiments, names, count)
         suite = "tuned" if asked.is_usual else results.FEWER
         suite += results.REPEATED if config.repetition else ""
+        own = scale.place(folder) / f"{suite}.json"
 
         def result() -> dict[str, Any]:
             rows = asked.rows()
@@ -129,8 +131,8 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
         if config.finished:
             asked.look_for_students()
         for _ in () if config.finished else asked.train():
-            results.ResultFile(scale.place(folder) / f"{suite}.json", result()).save()
-        document, paths = result(), [scale.place(folder) / f"{suite}.json"]
+            results.ResultFile(own, result()).save()
+        document, paths = result(), [own]
         if not document["rows"]:
             raise Refused(f"{folder}: no student has been judged yet", "Drop --finished, or name another --out.")
         if not config.quick and {"real", "both"} <= set(names):

@@ -186,8 +186,7 @@ class Merging:
         sources = {}
         for role, (name, stored) in row.files.items():
             path = part.path / name
-            content = storage.read(path, LARGEST_IMAGE_FILE) if path.exists() else b""
-            if len(content) != stored.size or hashlib.sha256(content).hexdigest() != stored.sha256:
+            if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
                 raise GateFailed(
                     f"{part.path}: {name} is missing or has changed since it was written",
                     f"See what is damaged with: python -m datasetdm_fast.audit {part.path}",

@@ -1,6 +1,5 @@
 """A finished run folder whose samples are put into another one: what identifies it, and its samples as pixels."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -136,9 +135,7 @@ class Source:
         if role not in row.files:
             raise self._damaged(f"the row of sample {row.request.id}")
         name, stored = row.files[role]
-        path = self.path / name
-        data = storage.read(path, images.LARGEST_IMAGE_FILE) if path.exists() else b""
-        if hashlib.sha256(data).hexdigest() != stored.sha256:
+        if (data := storage.read_written(self.path / name, stored, images.LARGEST_IMAGE_FILE)) is None:
             raise self._damaged(name)
         pixels = np.asarray(images.decode_image(data, name))
         if pixels.shape[:2] != (self.side, self.side):

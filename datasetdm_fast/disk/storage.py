@@ -281,6 +281,15 @@ def read(path: Path, most: int) -> bytes:
             os.close(handle)
 
 
+def read_written(path: Path, written: StoredFile, most: int) -> bytes | None:
+    """The bytes of a file where it is there and they are those that were written, else None."""
+    if not is_there(path):
+        return None
+    content = read(path, most)
+    is_same = len(content) == written.size and hashlib.sha256(content).hexdigest() == written.sha256
+    return content if is_same else None
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, empty where there is no such file."""
     with refusing(path):

@@ -1,6 +1,5 @@
 """A sample as an export shows it: chosen labels, classes by the export's numbers, at the size asked for."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,12 +109,11 @@ class SampleView:
     def read(self, role: str) -> bytes:
         """The bytes of a file of the run; others than were written are refused."""
         name, written = self.stored.row.files[role]
-        path = self.stored.folder / name
         try:
-            data = storage.read(path, images.LARGEST_IMAGE_FILE) if path.exists() else b""
+            data = storage.read_written(self.stored.folder / name, written, images.LARGEST_IMAGE_FILE)
         except (Missing, Refused) as error:
             raise self._damaged(error.cause) from error
-        if len(data) != written.size or hashlib.sha256(data).hexdigest() != written.sha256:
+        if data is None:
             raise self._damaged(f"{self.stored.run}/{name}: it is missing or has changed since it was written")
         return data
 

@@ -146,10 +146,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
         raise Refused(f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", NAME_PICTURES)
     if (root / LEDGER).exists():
         raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
-    try:
-        paths = tuple(reading.listing(root, *reading.PICTURES))
-    except Refused as stop:
-        raise Refused(stop.cause, NAME_PICTURES) from stop
+    paths = tuple(reading.listing(root, *reading.PICTURES, remedy=NAME_PICTURES))
     for path in paths:
         if not documents.is_unicode(str(path)):
             raise Refused(

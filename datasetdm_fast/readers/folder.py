@@ -46,8 +46,10 @@ class Folder(PictureSource):
             self.max_depth = reading.farthest_depth(next((file for file in farthest if file.exists()), farthest[0]))
             self.depth_steps = UNITS[unit_of(self.max_depth)]
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
-        captions, how = path / "captions.json", {"most": reading.LARGEST_LIST, "remedy": reading.CAPTIONS}
-        self.captions = documents.read_object(captions, **how) if captions.exists() else {}
+        captions = path / "captions.json"
+        self.captions = {}
+        if captions.exists():
+            self.captions = documents.read_object(captions, most=reading.LARGEST_LIST, remedy=reading.CAPTIONS)
         if self.captions and all(self._said(record) is None for record in range(len(self.images))):
             raise Refused(
                 f"{captions}: names none of the images in {path / 'images'}",

@@ -34,6 +34,7 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
 CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 AS_PUBLISHED = "Give the data set's own folder, laid out as it was published."
+OF_DATA = "Give the folder of the data set itself."
 MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
@@ -184,14 +185,13 @@ def inside(root: Path, name: str, listed_in: Path | str) -> Path:
         raise bad(listed_in, str(error)) from error
 
 
-def listing(folder: Path, *endings: str) -> list[Path]:
+def listing(folder: Path, *endings: str, remedy: str = OF_DATA) -> list[Path]:
     """The files of a folder and its sub-folders with one of the endings, sorted by name."""
+    if not storage.is_there(folder):
+        raise Refused(f"{folder}: no such folder{storage.named_alike(folder)}", remedy)
     found, seen = [], set()
 
     def refuse(error: OSError) -> NoReturn:
-        if isinstance(error, FileNotFoundError):
-            alike = storage.named_alike(folder)
-            raise Refused(f"{folder}: no such folder{alike}", "Give the folder of the data set itself.") from error
         raise storage.refusal(error, error.filename) from error
 
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -202,9 +202,7 @@ def listing(folder: Path, *endings: str) -> list[Path]:
         folders.sort()
         found += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
     if not found:
-        raise Refused(
-            f"{folder}: no file that ends in {' or '.join(endings)}", "Give the folder of the data set itself."
-        )
+        raise Refused(f"{folder}: no file that ends in {' or '.join(endings)}", remedy)
     return sorted(found)
 
 
