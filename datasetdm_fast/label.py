@@ -27,7 +27,8 @@ EXAMPLES = (
 @command
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
-    config = as_stored(config) if config.only else tileable(spelled_out(config, given), given)
+    asked = tileable(spelled_out(config, given), given)
+    config = as_stored(asked, given) if config.only else asked
     check_settings(config)
     job = prepare(config)
     if config.only:

@@ -344,7 +344,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
+def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path, capsys):
     run = tmp_path / "run"
     line = [str(photos), "--labeller", "decoder,attention", "--task", "semantic", "--classes", ",".join(world.THINGS)]
     line += ["--captions", str(photos / "captions.json"), "--timesteps", "100,400", "--batch-size", "2", "--quiet"]
@@ -358,9 +358,11 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
     assert (open_run(run)[0].semantic.labels == world.view(11, 128).semantic).mean() > 0.7
     kept = (run / "attention/00000002.png").read_bytes()
     (run / "attention/00000002.png").unlink()
-    assert label.main(["--out", str(run), "--only", "00000002", "--quiet"]) == 0
+    again = ["--only", "00000002", "--quiet"]
+    assert label.main(["--out", str(run), *again]) == label.main([*line, *again]) == 0
     assert (run / "attention/00000002.png").read_bytes() == kept
-    assert label.main([*line, "--seed", "5"]) == 2
+    assert label.main([*line, "--seed", "5"]) == label.main([*line, *again, "--seed", "5"]) == 2
+    assert "Drop these flags" in capsys.readouterr().err
 
 
 def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):

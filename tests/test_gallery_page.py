@@ -211,6 +211,9 @@ def test_doubtful_samples_show_that_a_filter_left_out(chromium, tmp_path):
     assert filter.main([str(path), "--where", "trust == 1", "--quiet"]) == 0
     page = Watched(chromium).open(address(path))
     assert shown(page) == ["00000000", "00000001", "00000003"]
+    for button in page.locator("#classes button").all():
+        word, told = int(button.get_attribute("data-word")), int(button.locator("small").inner_text())
+        assert told == page.evaluate(f"shown.filter(sample => sample.shown.includes({word})).length")
     page.locator("#flags").get_by_text("Doubtful").click()
     assert shown(page) == ["00000002"]
     told = page.locator(".card .doubts").inner_text()

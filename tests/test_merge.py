@@ -69,13 +69,19 @@ def test_a_splice_belongs_to_the_variants_of_its_pictures(runs, tmp_path):
         assert shown and {numbers[k] for k in shown} == {number}
 
 
-def test_a_damaged_file_is_taken_over_again(runs, tmp_path):
+def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     out = tmp_path / "all"
     lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]
     assert main(lines) == 0
     (out / "depth" / "00000003.png").write_bytes(b"no picture")
     assert len(audit(out).findings) == 1
-    assert main(["--out", str(out), "--only", "00000003", "--quiet"]) == 0 and audit(out).findings == []
+    again = ["--out", str(out), "--only", "00000003", "--quiet"]
+    assert main(again) == 0 and audit(out).findings == []
+    assert main([*again, "--kept"]) == 2 and "kept: false there, true asked for" in capsys.readouterr().err
+    assert main([*again, str(runs / "first")]) == 2 and "merged from 2 runs, not from 1" in capsys.readouterr().err
+    moved = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("first", "second")]
+    (out / "depth" / "00000003.png").unlink()
+    assert main([*again, *moved]) == 0 and audit(out).findings == []
     assert main(lines) == 0
 
 

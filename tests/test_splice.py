@@ -135,6 +135,11 @@ def test_one_sample_is_made_again(spliced, tmp_path, capsys):
     assert splice.main(["--out", str(out), "--only", "00000001", "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["written"] == ["depth/00000001.png"]
     assert tree(out) == tree(spliced)
+    again = ["--out", str(out), "--only", "00000001", "--quiet"]
+    for flag, value in (("--seed", "5"), ("--grids", "3"), ("--number", "2")):
+        assert splice.main([*again, flag, value]) == 2
+        assert f"{flag[2:]}: " in (said := capsys.readouterr().err) and "Drop these flags" in said
+    assert splice.main([*again, "--seed", str(open_run(spliced).document["config"]["seed"])]) == 0
     assert generate.main(["--out", str(out), "--only", "00000001"]) == 2
     assert "was not made by generate" in capsys.readouterr().err
 

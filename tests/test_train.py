@@ -252,6 +252,13 @@ def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_i
     assert '<th scope="row">mIoU</th>' in page and "miou" not in page and page.count('alt="answer"') == 1
 
 
+def test_only_what_falls_has_a_logarithmic_scale_on_the_page():
+    log = [{"step": k, "loss": 8.0 / 4**k, "held_out_miou": 0.05 * 3**k} for k in range(3)]
+    loss, miou = re.findall("<figcaption>(.*?)</figcaption>", page._curves(log, False)[1])
+    assert "logarithmic" in loss and miou == "mIoU, held out: 0.05 at step 0, 0.45 at step 2"
+    assert page._curves(log, True)[1].count("logarithmic scale</figcaption>") == 2
+
+
 def test_things_have_the_colours_of_a_gallery_on_the_page():
     source = open_data("demo:1", 64)
     legend, ball = page._legend("instance", source)[0], source.classes.index("ball")

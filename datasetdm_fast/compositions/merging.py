@@ -273,9 +273,16 @@ def to_remake(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
     return remakable("merge", folder, id)
 
 
-def remake(folder: Path, stored: Mapping[str, Any], row: Row) -> list[str]:
-    """Takes over one sample of a merged run again; the files that were missing or damaged."""
-    paths = [Path(path) for path in stored["composition"]["source"]["paths"]]
+def remake(folder: Path, stored: Mapping[str, Any], row: Row, runs: Sequence[str] = ()) -> list[str]:
+    """Takes over one sample of a merged run again; the files that were missing or damaged. `runs` are where the
+    merged runs lie now, if they were moved.
+    """
+    paths = [Path(path) for path in runs or stored["composition"]["source"]["paths"]]
+    if len(paths) != len(stored["config"]["kept"]):
+        raise Refused(
+            f"{folder}: was merged from {len(stored['config']['kept'])} runs, not from {len(paths)}",
+            "Name them all, in their order, or none where they were not moved.",
+        )
     merging = Merging([open_part(path, only_kept=bool(kept)) for path, kept in zip(paths, stored["config"]["kept"])])
     check_same(folder, *map(decisive, (stored, merging.document)))
     with RunFolder(folder, stored) as opened:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of
 from datasetdm_fast.data import SetAside
@@ -39,7 +39,7 @@ from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import check_same, made_by, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.run_folder.remaking import check_given, remakable
 from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.class_file import own_table
 
@@ -47,14 +47,19 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
 
 TRAINING_STEPS = 1000  # of every model
+MOVABLE = ("model", "decoder", "class_table")  # settings of a run whose files may lie elsewhere now
 WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
 
 
-def as_stored(config: LabelConfig) -> LabelConfig:
-    """The settings a run folder was started with; its pictures, captions, model and decoders may have been moved."""
+def as_stored(config: LabelConfig, given: Collection[str]) -> LabelConfig:
+    """The settings a run folder was started with; its pictures, captions, model and decoders may have been moved, and
+    others in `given` must agree.
+    """
     stored, _ = remakable("label", Path(config.out), config.only)
     source = stored["composition"]["source"]
-    decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
+    decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
+    asked = {name: getattr(config, name) for name in decisive if name in given and name not in MOVABLE}
+    check_given(Path(config.out), *map(_listed, (decisive | stored["config"], asked)))
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
@@ -63,6 +68,11 @@ def as_stored(config: LabelConfig) -> LabelConfig:
             kept.pop(name, None)
     places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **places)
+
+
+def _listed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as run.json holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
@@ -107,7 +117,7 @@ def prepare(config: LabelConfig) -> Job:
     if recipe.attention is not None:
         for request in plan:
             check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
-    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
+    identity = _listed(config.identity())
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)
     document = describe({**identity, "sampler": "inversion"}, plan, engine, recipe, decoders)

@@ -10,7 +10,7 @@ from typing import Any
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.engines.engine import Engine
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
 from datasetdm_fast.generation.job import Job, engine_of, recipe_of
@@ -19,12 +19,12 @@ from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.acceptance import acceptance_of
-from datasetdm_fast.run_folder.document import check_same, differences, table_of
+from datasetdm_fast.run_folder.document import check_same, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.object_store import open_folder, refuse_stored
-from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.run_folder.remaking import check_given, remakable
 
 
 def run(
@@ -163,20 +163,11 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
-        name
+        name: identity(config, _NO_PROMPTS).get(name)
         for name in config.identity()
         if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)
     }
-    if changed:
-        told = "; ".join(
-            line
-            for name in sorted(changed)
-            for line in differences(stored["config"].get(name), identity(config, _NO_PROMPTS).get(name), name)
-        )
-        raise Refused(
-            f"{folder}: it holds a run with other settings ({told})",
-            "Drop these flags: --only takes them from the run folder.",
-        )
+    check_given(folder, stored["config"], changed)
     engine, decoders = engine_of(settings, stored)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)

@@ -1,10 +1,11 @@
 """Which sample of a run folder is to be made again, as --only names it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder.document import LEDGER, maker, read_document
+from datasetdm_fast.run_folder.document import LEDGER, differences, maker, read_document
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 LONGEST_ID = 18  # digits
@@ -29,3 +30,13 @@ def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]
             f"--only {id}: no sample of {folder} has this id", "Use an id from samples.jsonl, for example 00000003."
         )
     return stored, row
+
+
+def check_given(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses settings given beside --only that are not those of the run folder, which decide what is made again."""
+    found = [line for name in sorted(given) for line in differences(stored.get(name), given[name], name)]
+    if found:
+        raise Refused(
+            f"{folder}: it holds a run with other settings ({'; '.join(found)})",
+            "Drop these flags: --only takes them from the run folder.",
+        )

@@ -78,7 +78,7 @@ def page(
             "that has learnt from others only.</p>"
         )
         body += _figures(task, source, folds)
-    body += _curves(log)
+    body += _curves(log, METRICS[task].less_is_better)
     if views is not None:
         body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
         body += _legend(task, source)
@@ -133,18 +133,18 @@ def _figures(task: str, source: LabelledSource, result: Mapping[str, Any], notes
     return found
 
 
-def _curves(log: Sequence[Mapping[str, float]]) -> list[str]:
-    """The loss and the held-out figure over the steps."""
+def _curves(log: Sequence[Mapping[str, float]], less_is_better: bool) -> list[str]:
+    """The loss and the held-out figure over the steps; of what falls by orders of magnitude, the logarithm."""
     names = dict.fromkeys(name for line in log for name in line if name == "loss" or name.startswith("held_out_"))
     found = []
     for name in names:
         points = [(line["step"], line[name]) for line in log if name in line]
         said = "loss" if name == "loss" else f"{figure_name(name.removeprefix('held_out_'))}, held out"
-        found.append(_curve(said, points))
+        found.append(_curve(said, points, name == "loss" or less_is_better))
     return ["<h2>Curves</h2>", f'<div class="curves">{"".join(found)}</div>'] if any(found) else []
 
 
-def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
+def _curve(name: str, points: Sequence[tuple[float, float]], may_be_steep: bool) -> str:
     """Means over equal numbers of steps, so that a long training stays a small picture."""
     parts = np.array_split(np.array(points, np.float64), min(POINTS, len(points)))
     means = np.array([part.mean(0) for part in parts])
@@ -154,7 +154,7 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> str:
     (first, low), (last, high) = means.min(0), means.max(0)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x = LEFT + (means[:, 0] - first) / max(last - first, 1e-9) * (right - LEFT)
-    is_wide = 0 < STEEP * low < high
+    is_wide = may_be_steep and 0 < STEEP * low < high
     heights, floor, top = (np.log(one) if is_wide else one for one in (means[:, 1], low, high))
     y = bottom - (heights - floor) / max(top - floor, 1e-12) * (bottom - TOP)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))

@@ -15,7 +15,7 @@ const root = document.documentElement, by = id => document.getElementById(id);
 const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
 const leftOut = new Map(received.leftOut), hasDoubts = Boolean(run.doubtful || run.missing || leftOut.size);
 const WORDS = hasDoubts ? 92 : 74; // pixels of a card's text: a third line where some cards say what is wrong with them
-const quantities = quantitiesOf(run.figures), marks = new Map();
+const quantities = quantitiesOf(run.figures), marks = new Map(), inSet = [...run.shown];
 let wish = { ...EMPTY }, layersOn = [], samples = [], shown = [], first = 0, opened = null, wanted = "";
 let layout = layoutOf(1000, 232, GAP, WORDS, 0), cards = new Map(), settling = 0, filled = false;
 
@@ -116,6 +116,7 @@ async function loadPages() {
   await Promise.all(Array.from({ length: LOADED_AT_ONCE }, work));
   samples = parts.filter(Boolean).flat();
   filled = true;
+  countWords();
   refresh(true);
   if (isMixed) readAgain();
 }
@@ -804,7 +805,7 @@ function filterButtons() {
     const element = dotted("button", "chip", word);
     element.type = "button";
     element.dataset.word = word;
-    element.append(make("small", "", count(run.shown[word])));
+    element.append(make("small", "", count(inSet[word])));
     element.addEventListener("click", () => {
       const [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];
       wish.has = had ? wish.has.filter(other => other !== word) : ruled ? wish.has : [...wish.has, word];
@@ -817,11 +818,7 @@ function filterButtons() {
 }
 function showFilters() {
   for (const element of by("flags").querySelectorAll("[data-flag]")) press(element, wish.flags.includes(element.dataset.flag));
-  for (const element of by("classes").children) {
-    const word = Number(element.dataset.word);
-    element.setAttribute("aria-pressed", wish.has.includes(word) ? "true" : wish.not.includes(word) ? "mixed" : "false");
-    element.setAttribute("aria-label", `${run.words[word]}, ${several(run.shown[word], "sample")}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
-  }
+  for (const element of by("classes").children) showClass(element);
   by("any").hidden = wish.has.length < 2;
   by("any").textContent = wish.any ? "Any of these" : "All of these";
   by("search").value = wish.search;
@@ -833,6 +830,17 @@ function showFilters() {
     showFilters();
     by("ranges").querySelector("label:last-of-type select")?.focus();
   }));
+}
+// A button of a class counts the samples of the data set, once it is known which lie beside it.
+function countWords() {
+  for (const sample of samples.filter(isBeside)) for (const word of sample.shown) inSet[word]--;
+  for (const element of by("classes").children) showClass(element);
+}
+function showClass(element) {
+  const word = Number(element.dataset.word), [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];
+  element.querySelector("small").textContent = count(inSet[word]);
+  element.setAttribute("aria-pressed", had ? "true" : ruled ? "mixed" : "false");
+  element.setAttribute("aria-label", `${run.words[word]}, ${several(inSet[word], "sample")}: ${had ? "asked for" : ruled ? "ruled out" : "not asked for"}`);
 }
 function countFilters() {
   const number = wish.ranges.filter(isBound).length + wish.has.length + wish.not.length + wish.flags.length;

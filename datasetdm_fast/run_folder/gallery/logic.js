@@ -58,8 +58,9 @@ const FLAGS = {
 
 const BESIDE = ["doubtful", "missing", "aside", "left-out"]; // flags that also choose samples beside the data set
 function isBound([, least, most]) { return least !== null || most !== null; }
+function isBeside(sample) { return Boolean(sample.leftOut || sample.aside); }
 function passes(sample, wish, quantities, marks) {
-  if ((sample.leftOut || sample.aside) && !wish.flags.some(flag => BESIDE.includes(flag))) return false;
+  if (isBeside(sample) && !wish.flags.some(flag => BESIDE.includes(flag))) return false;
   if (!wish.flags.every(flag => FLAGS[flag](sample, marks))) return false;
   if (wish.has.length && !wish.has[wish.any ? "some" : "every"](word => sample.shown.includes(word))) return false;
   if (wish.not.some(word => sample.shown.includes(word))) return false;
