@@ -50,37 +50,14 @@ def main(arguments: Sequence[str]) -> int:
             raise Refused(f"--{name}: no value was given", f"Drop the flag, or see {PROG} --help.")
     if config.only:
         return _make_again(config, given)
-    object_store.check(config)
-    if config.format:
-        from datasetdm_fast.exporting.conversion import check_formats
-
-        if config.store:
-            raise Refused(
-                "--format: the samples go to an object store", "Convert the run by its URL once it is finished."
-            )
-        check_formats(config.format, config.task)
     peer = None if config.dry_run else launched.this_peer()
-    if peer and config.cluster:
-        raise Refused(
-            f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together",
-            "Start one process alone.",
-        )
+    _check_together(config, peer)
     if config.refill:
-        if peer:
-            raise Refused(
-                f"--refill: this is one of {peer.world} processes that were started together",
-                "Run the command once with --refill --limit 1, alone; then start them without it.",
-            )
         refill(config)
     if peer and peer.rank:  # the first of them tells how it ended
         config = replace(config, quiet=True)
     if result := finished(config, is_alone=peer is None):
-        if peer and peer.rank:
-            return 0
-        if config.store and not config.dry_run:
-            object_store.ObjectStore(config.store).complete(result.path)
-        say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
-        return _end(config, result)
+        return 0 if peer and peer.rank else _nothing_to_do(config, result)
     if config.format:
         from datasetdm_fast.exporting.conversion import check_not_exported
 
@@ -88,22 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
         say(config, f"loading    {config.model}")
     if config.dry_run:
-        job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
-        say(config, *table(job))
-        _show_plan(job)
-        say(config, NOTHING_WRITTEN)
-        return 0
+        return _plan_alone(config)
     interruption = Interruption(config.quiet)
     places = () if peer or config.cluster else devices.places(config)
-    if config.verify and (peer or config.cluster):
-        raise Refused(
-            f"--verify {config.verify}: several machines or processes that were started together make this run",
-            "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
-        )
-    if config.verify_every and config.engine == REFERENCE:
-        raise Refused(
-            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
-        )
     if places and (config.verify or measures(config) or may_differ(config)):
         _begin(config)
     if peer:
@@ -122,6 +86,55 @@ def main(arguments: Sequence[str]) -> int:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}".rstrip()
         unfinished(result.done, result.number, remedy)
     return interruption.exit_code(code)
+
+
+def _check_together(config: RunConfig, peer: LaunchedProcess | None) -> None:
+    """Refuses flags that do not go together, or not where `peer` is one of several processes that were started."""
+    object_store.check(config)
+    if config.format:
+        from datasetdm_fast.exporting.conversion import check_formats
+
+        if config.store:
+            raise Refused(
+                "--format: the samples go to an object store", "Convert the run by its URL once it is finished."
+            )
+        check_formats(config.format, config.task)
+    if config.verify_every and config.engine == REFERENCE:
+        raise Refused(
+            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
+        )
+    if peer and config.cluster:
+        raise Refused(
+            f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together",
+            "Start one process alone.",
+        )
+    if peer and config.refill:
+        raise Refused(
+            f"--refill: this is one of {peer.world} processes that were started together",
+            "Run the command once with --refill --limit 1, alone; then start them without it.",
+        )
+    if config.verify and not config.dry_run and (peer or config.cluster):
+        raise Refused(
+            f"--verify {config.verify}: several machines or processes that were started together make this run",
+            "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
+        )
+
+
+def _nothing_to_do(config: RunConfig, result: Result) -> int:
+    """The exit code of a run that was finished before."""
+    if config.store and not config.dry_run:
+        object_store.ObjectStore(config.store).complete(result.path)
+    say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
+    return _end(config, result)
+
+
+def _plan_alone(config: RunConfig) -> int:
+    """The exit code of a dry run, once it has shown what would be made."""
+    job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
+    say(config, *table(job))
+    _show_plan(job)
+    say(config, NOTHING_WRITTEN)
+    return 0
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:

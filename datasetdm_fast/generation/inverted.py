@@ -120,20 +120,9 @@ def prepare(config: LabelConfig) -> Job:
     identity = _listed(config.identity())
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)
+    composition = _composition(config, pictures, together if tiles else 0, recipe.size)
     document = describe({**identity, "sampler": "inversion"}, plan, engine, recipe, decoders)
-    document |= {
-        "command": "label",
-        "composition": {
-            "told": f"Labels of {number} pictures from the folder {pictures.folder.resolve().name}",
-            "sides": "their own sizes" if tiles else f"{recipe.size} × {recipe.size} pixels",
-            **({"together": together} if tiles else {}),
-            "source": {
-                "path": str(pictures.folder),
-                "captions": config.captions,
-                "digests": {"pictures": pictures.digest()},
-            },
-        },
-    }
+    document |= {"command": "label", "composition": composition}
     generator = generator_of(recipe, pictures, together if tiles else 0)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
     if words and not recipe.asks_all:
@@ -143,17 +132,37 @@ def prepare(config: LabelConfig) -> Job:
         calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
         job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
-        wanted = document["config"] | moved(config, stored)
-        pairs = ((stored, stored["config"]), (document, wanted))
-        check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
-        if stored["composition"]["source"]["digests"] != document["composition"]["source"]["digests"]:
-            raise Refused(
-                f"{job.folder}: it holds labels of other pictures or captions than {pictures.folder} has now",
-                "Restore them, or choose another --out.",
-            )
+        _check_stored(job, stored)
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job
+
+
+def _composition(config: LabelConfig, pictures: Pictures, together: int, size: int) -> dict[str, Any]:
+    """What run.json says of the pictures; `together` are the tiles read at once, 0 where whole pictures are."""
+    return {
+        "told": f"Labels of {len(pictures.paths)} pictures from the folder {pictures.folder.resolve().name}",
+        "sides": "their own sizes" if together else f"{size} × {size} pixels",
+        **({"together": together} if together else {}),
+        "source": {
+            "path": str(pictures.folder),
+            "captions": config.captions,
+            "digests": {"pictures": pictures.digest()},
+        },
+    }
+
+
+def _check_stored(job: Job, stored: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run folder of other settings, pictures or captions."""
+    wanted = job.document["config"] | moved(job.config, stored)
+    pairs = ((stored, stored["config"]), (job.document, wanted))
+    check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
+    source, folder = job.document["composition"]["source"], job.config.images
+    if stored["composition"]["source"]["digests"] != source["digests"]:
+        raise Refused(
+            f"{job.folder}: it holds labels of other pictures or captions than {folder} has now",
+            "Restore them, or choose another --out.",
+        )
 
 
 def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
