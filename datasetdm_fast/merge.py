@@ -41,14 +41,11 @@ def main(arguments: Sequence[str]) -> int:
     if not config.out:
         raise Refused(f"{PROG}: --out is missing", "Name the run folder that is to be written.")
     from datasetdm_fast.compositions.merging import Merging, begin, open_part, remake, run, to_remake
-    from datasetdm_fast.run_folder.remaking import check_given
 
     folder = Path(config.out)
     if config.only:
-        stored, row = to_remake(folder, config.only)
-        if "kept" in given:
-            check_given(folder, {"kept": any(stored["config"].get("kept", ()))}, {"kept": config.kept})
-        return remade(config, config.out, config.only, partial(remake, folder, stored, row, config.runs))
+        sample = to_remake(folder, config.only, {"kept": config.kept} if "kept" in given else {})
+        return remade(config, config.out, config.only, partial(remake, folder, *sample, config.runs))
     if len(config.runs) < 2:
         told = "one run" if config.runs else "no run"
         raise Refused(f"{PROG}: {told} was named, expected two or more", "Name the run folders to be merged.")

@@ -63,17 +63,12 @@ def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
     config.check()
     if config.only:
-        from datasetdm_fast.compositions.grids import parse_grids
-        from datasetdm_fast.compositions.splice import remake, to_remake
-        from datasetdm_fast.run_folder.remaking import check_given
+        from datasetdm_fast.compositions.splice import CONFIG_FORM, remake, to_remake
 
         folder = Path(config.out)
-        stored, row = to_remake(folder, config.only)
-        kept = bool(stored["config"].get("kept"))
-        asked = {name: getattr(config, name) for name in ("number", "seed", "resize", "kept") if name in given}
-        asked |= {"grids": [str(grid) for grid in parse_grids(config.grids)]} if "grids" in given else {}
-        check_given(folder, stored["config"] | {"kept": kept}, asked)
-        return remade(config, config.out, config.only, partial(remake, folder, stored, row, config.run))
+        asked = {name: getattr(config, name) for name in CONFIG_FORM if name in given}
+        sample = to_remake(folder, config.only, asked)
+        return remade(config, config.out, config.only, partial(remake, folder, *sample, config.run))
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
     from datasetdm_fast.compositions.splice import begin, run

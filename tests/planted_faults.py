@@ -28,12 +28,15 @@ class Fault(NamedTuple):
     options: dict[str, Any] = {}
 
 
-FAST, DRIVER, LABELS = (
-    f"datasetdm_fast.{name}" for name in ("engines.fast", "generation.driver", "generation.overlap")
+FAST, GPU, DRIVER, LABELS = (
+    f"datasetdm_fast.{name}"
+    for name in ("engines.fast.base", "engines.fast.on_gpu", "generation.driver", "generation.overlap")
 )
 FAULTS = {
     "images decoded by other threads": Fault(
-        f"{FAST}:FastEngine.decode_and_check", 'if self.device.type == "cuda":', 'if self.device.type == "tpu":'
+        f"{GPU}:GpuEngine._images",
+        "list(map(self._decoded, latents.split(size)))",
+        "[*__import__('concurrent.futures').futures.ThreadPoolExecutor(2).map(self._decoded, latents.split(size))]",
     ),
     "sums given back too early": Fault(
         f"{DRIVER}:BatchGenerator.label",
@@ -79,7 +82,7 @@ FAULTS = {
         "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", "pool.stream", "torch.cuda.Stream(inputs[0].device)"
     ),
     "a graph recorded at every call": Fault(
-        f"{FAST}:FastEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
+        f"{GPU}:GpuEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
     ),
     "a recording that other threads can spoil": Fault(
         "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
@@ -111,7 +114,7 @@ FAULTS = {
         {"scenario": "attention"},
     ),
     "a graph for other shapes": Fault(
-        f"{FAST}:FastEngine._graph",
+        f"{GPU}:GpuEngine._graph",
         "*(tuple(value.shape) for value in inputs)",
         "len(inputs[0])",
         {"scenario": "attention"},
@@ -283,12 +286,12 @@ FAULTS = {
     ),
     "an autoencoder of fp32 is given fp16": Fault(
         f"{FAST}:FastEngine._decoded",
-        "_channels_last(latents, torch.float32)",
-        "_channels_last(latents, self.dtype)",
+        "channels_last(latents, torch.float32)",
+        "channels_last(latents, self.dtype)",
         {"scenario": "retry"},
     ),
     "a wait for the whole GPU where memory ran out": Fault(
-        f"{FAST}:FastEngine._call",
+        f"{GPU}:GpuEngine._parts",
         "self.widest, self.adjustments = worked",
         "torch.cuda.synchronize(); self.widest, self.adjustments = worked",
         {"scenario": "memory"},
@@ -300,9 +303,9 @@ FAULTS = {
         {"scenario": "cards"},
     ),
     "memory given back at every batch": Fault(
-        f"{FAST}:FastEngine.decode_and_check",
-        "latents = latents.to(self.device)",
-        "torch.cuda.empty_cache(); latents = latents.to(self.device)",
+        f"{GPU}:GpuEngine._images",
+        "size = min(",
+        "torch.cuda.empty_cache(); size = min(",
         {"scenario": "cards"},
     ),
     "the reference's tokens on the host": Fault(
@@ -366,7 +369,7 @@ FAULTS = {
         {"scenario": "evaluation"},
     ),
     "texts of a graph that are freed": Fault(
-        f"{FAST}:FastEngine._graph",
+        f"{GPU}:GpuEngine._graph",
         "StepGraph(step, inputs, self._pool)",
         "StepGraph(lambda *given: step(*given[:2], *inputs[2:]), inputs, self._pool)",
     ),
@@ -456,12 +459,12 @@ FAULTS = {
         f"{FAST}:resolve_precision", 'return "fp16" if', 'return "fp32" if'
     ),
     "decoders in fp32": Fault(
-        f"{FAST}:FastEngine._read_weights", "torch.float32 if is_wide else torch.float16", "torch.float32"
+        f"{GPU}:GpuEngine._ready", "torch.float32 if is_wide else torch.float16", "torch.float32"
     ),
     "an encoder of pictures in fp32": Fault(
         f"{FAST}:FastEngine.encode_image",
-        "self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()",
-        "self.image_encoder.float()(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.float32))",
+        "self.image_encoder(channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()",
+        "self.image_encoder.float()(channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.float32))",
         {"scenario": "label"},
     ),
     "projections of a capture in fp32": Fault(
@@ -484,7 +487,7 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "a graph that reads another tensor than its input": Fault(
-        f"{FAST}:FastEngine._graph",
+        f"{GPU}:GpuEngine._graph",
         "StepGraph(step, inputs, self._pool)",
         "StepGraph(lambda given, _, *others: step(given, inputs[1], *others), inputs, self._pool)",
     ),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import Batch, Request
-from datasetdm_fast.engines import fast
+from datasetdm_fast.engines.fast import on_cpu
 from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.generation.driver import generate
 from datasetdm_fast.generation.recipe import make_recipe
@@ -77,7 +77,7 @@ def test_threads_change_no_number_of_a_sample(batch):
 
 def test_calls_about_one_image_wait_for_each_other_where_networks_are_large(monkeypatch):
     assert open_engine("demo", "demo", TASKS, engine="fast")[0].side_by_side([lambda: 1, lambda: 2]) == [1, 2]
-    monkeypatch.setattr(fast, "LARGEST_IDLE", 0)
+    monkeypatch.setattr(on_cpu, "LARGEST_IDLE", 0)
     assert open_engine("demo", "demo", TASKS, engine="fast")[0].side_by_side is None
 
 

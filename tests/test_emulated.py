@@ -17,7 +17,8 @@ from datasetdm_fast.agreement import observe, verify
 from datasetdm_fast.agreement.gates import EXACT
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines import build_engine, fast
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.fast import FastEngine, base, on_cpu
 from datasetdm_fast.generation import job, prompts
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.generation.recipe import make_recipe
@@ -90,13 +91,13 @@ def judged(reference, dtype: str, number: int, steps: int) -> verify.Verdict:
     in_turn = SimpleNamespace(map=lambda call, given: [call(*one) for one in given])  # a mode is of one thread
     rounded = functools.partial(emulated, has_tf32=False)
     with (
-        mock.patch.object(fast, "resolve_precision", lambda name, device: name),
-        mock.patch.object(fast, "operations", lambda device, dtype: plain),
-        mock.patch.object(fast, "packed", lambda module: module),
-        mock.patch.object(fast, "Lanes", lambda: in_turn),
+        mock.patch.object(base, "resolve_precision", lambda name, device: name),
+        mock.patch.object(base, "operations", lambda device, dtype: plain),
+        mock.patch.object(on_cpu, "packed", lambda module: module),
+        mock.patch.object(on_cpu, "Lanes", lambda: in_turn),
         mock.patch.object(verify, "Rounded", lambda *given: rounded(observe.Rounded(*given))),
     ):
-        own = fast.FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu", ops=plain)
+        own = FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu", ops=plain)
         engine = emulated(own, has_tf32=True)
         recipe = make_recipe(reference, TASKS, steps=steps, profile="0.14.0")
         words, source = job.class_words(reference, TASKS, ()), prompts.read_source(RunConfig(model="demo"))

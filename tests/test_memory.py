@@ -17,7 +17,8 @@ from datasetdm_fast.decoders.checkpoint import for_inference
 from datasetdm_fast.decoders.seeded import untrained_decoders
 from datasetdm_fast.engines import build_engine, fast, memory, start
 from datasetdm_fast.engines.device import choose_by_shape
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.fast import FastEngine, on_cpu
+from datasetdm_fast.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
 from datasetdm_fast.loading import load_model
@@ -90,56 +91,50 @@ def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
     assert memory.suggested(64, torch.device("cuda", 0), bytes_of) == 1
 
 
+def as_on_a_gpu(engine, monkeypatch):
+    """Lets an engine of the CPU share a batch out as one of a GPU does."""
+    engine.widest = engine.widest_chunk = 0
+    for name in ("_parts", "_images", "_forget", "_forget_labels"):
+        monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
+
+
 def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
-    """The path of a GPU, walked on the CPU: slices instead of graphs, and the failure instead of the driver's."""
+    """The path of a GPU, walked on the CPU: plain calls instead of graphs, and the failure instead of the driver's."""
     engine = FastEngine(load_model("tiny"), device="cpu")
     latents, context = torch.randn(5, 4, 16, 16), engine.encode_text([f"thing {k}" for k in range(10)])
-    expected = engine.denoise(latents, 5, context)
-    inner, asked = engine._in_slices, []
+    expected, asked = engine.denoise(latents, 5, context), []
 
-    def tight(step, latents, row, context, own, size):
-        asked.append(size)
-        if size > 3:
+    def graph(inputs, step):
+        asked.append(len(inputs[0]))
+        if len(inputs[0]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        engine.device = torch.device("cpu")
-        try:
-            return inner(step, latents, row, context, own, size)
-        finally:
-            engine.device = torch.device("meta")
+        return step
 
-    monkeypatch.setattr(engine, "_in_slices", tight)
-    monkeypatch.setattr(engine, "_latents", lambda value: value)
-    row = engine._row(5)
-    monkeypatch.setattr(engine, "_row", lambda time: row)
-    engine.device = torch.device("meta")
+    as_on_a_gpu(engine, monkeypatch)
+    engine._graphs, engine._graph = {}, graph
     for _ in range(2):
         assert torch.allclose(engine.denoise(latents, 5, context), expected, atol=1e-5)
-    assert asked == [5, 3, 3] and engine.adjustments == {"unet_batch": 3}
+    assert asked == [5, 3, 2, 3, 2] and engine.adjustments == {"unet_batch": 3}
 
 
 def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
     """The same of the autoencoder, beside whose chunks the graphs of the UNet keep their memory."""
-    engine, cuda, cpu = FastEngine(load_model("tiny"), device="cpu"), torch.device("cuda"), torch.device("cpu")
-    latents, inner, to, asked = torch.randn(5, 4, 16, 16), engine._decoded, torch.Tensor.to, []
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    latents, inner, asked = torch.randn(5, 4, 16, 16), engine._decoded, []
     expected = engine.decode_and_check(latents)[0].int()
 
     def tight(chunk):
         asked.append(len(chunk))
         if len(chunk) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        engine.device = cpu
-        try:
-            return inner(chunk)
-        finally:
-            engine.device = cuda
+        return inner(chunk)
 
-    monkeypatch.setattr(engine, "_decoded", tight)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *given, **named: x if cuda in given else to(x, *given, **named))
-    engine.device, engine.adjustments = cuda, {"unet_batch": 3}
-    with torch.inference_mode():
-        for _ in range(2):
-            images, is_finite = FastEngine.decode_and_check.__wrapped__(engine, latents)
-            assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
+    as_on_a_gpu(engine, monkeypatch)
+    monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 5 * engine.model.size**2)
+    engine._decoded, engine._label_graphs, engine.adjustments = tight, {}, {"unet_batch": 3}
+    for _ in range(2):
+        images, is_finite = engine.decode_and_check(latents)
+        assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
     assert asked == [5, 3, 2, 2, 1, 2, 2, 1] and engine.adjustments == {"unet_batch": 3, "image_batch": 2}
 
 
@@ -162,7 +157,7 @@ def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     context, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
     engine.denoise(latents, 5, context)
     assert "text_encoder" in vars(engine)
-    monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
+    monkeypatch.setattr("datasetdm_fast.engines.fast.on_cpu.LARGEST_IDLE", 0)
     engine.denoise(latents, 5, context)
     assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]), context)
 
@@ -174,7 +169,7 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
     monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 4 * engine.model.size**2)
     image, images = engine.decode_image(one), engine.decode_image(several)
     moments = engine.encode_image(image)
-    monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
+    monkeypatch.setattr("datasetdm_fast.engines.fast.on_cpu.LARGEST_IDLE", 0)
     for call, kept in (
         (lambda: engine.encode_text([""]), ["text_encoder"]),
         (lambda: engine.decode_image(several), ["image_decoder"]),
@@ -196,7 +191,7 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)
     for held in (1 << 30, 0):
         monkeypatch.setattr(packed, "LARGEST_HELD", held)
-        monkeypatch.setattr(fast, "LARGEST_STACKED", held)
+        monkeypatch.setattr(on_cpu, "LARGEST_STACKED", held)
         engine = FastEngine(model, decoders, device="cpu")
         assert bool(list(engine.projection.parameters())) == bool(held) and engine.weight_distance() == 0
         noise, capture = engine.denoise_and_capture(latents, 5, engine.encode_text(["", "", "a ball", "a red box"]))
@@ -244,7 +239,7 @@ def test_a_kernel_that_gave_way_is_written_down(monkeypatch):
     ops = choice.operations(torch.device("meta"), torch.float16)
     assert choice.gave_way(ops, torch.device("meta")) == ["layer_norm"]
     engine = FastEngine(load_model("tiny"), device="cpu")
-    engine.ops, engine.device = ops, torch.device("cuda")
+    engine.__class__, engine.ops, engine.device = GpuEngine, ops, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     monkeypatch.setattr(choice, "names_of", lambda _: ("untuned",))
     assert engine.fingerprint()["plain"] == "layer_norm" and {"cudnn", "cuda", "triton"} <= set(engine.fingerprint())

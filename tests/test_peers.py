@@ -70,7 +70,7 @@ def test_a_technique_of_the_ladder_changes_one_thing_on_a_gpu_too():
 
 
 def test_ours_before_its_last_technique_is_in_fp32(setting, monkeypatch):
-    monkeypatch.setattr("datasetdm_fast.engines.fast.resolve_precision", lambda name, device: name)
+    monkeypatch.setattr("datasetdm_fast.engines.fast.base.resolve_precision", lambda name, device: name)
     for name in ("lean", "ours-fp32"):
         assert ladder.ON_GPU[name].build(setting, 1).dtype == "fp32"
 

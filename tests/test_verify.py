@@ -22,6 +22,7 @@ from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, sav
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine, opening
 from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
@@ -201,8 +202,7 @@ def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine
     """A product of weights rounds otherwise on a GPU, to which the reference engine moves the modules."""
     asked, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: asked.append(x.data_ptr()) or cpu(x))
-    engine.device = torch.device("cuda")
-    state = engine._sources("unet")["unet"].state
+    state = GpuEngine._sources(engine, "unet")["unet"].state
     assert {value.data_ptr() for value in engine.model.unet.state_dict().values()} <= set(asked)
     assert all(value.device.type == "cpu" for value in state.values())
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
-from datasetdm_fast.engines import fast
+from datasetdm_fast.engines.fast import base
 from datasetdm_fast.kernels import fused, reference
 from datasetdm_fast.kernels.case import HEADS, LEVELS, TOKENS
 from datasetdm_fast.models.layers import Upsample, Weights
@@ -105,7 +105,7 @@ def timed_choice(is_timed: bool) -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
-    usual = mock.patch.object(fast, "choose_by_shape") if is_timed else nullcontext()
+    usual = mock.patch.object(base, "choose_by_shape") if is_timed else nullcontext()
     try:
         with usual:
             cudnn.benchmark, cudnn.deterministic = is_timed, not is_timed

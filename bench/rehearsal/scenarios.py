@@ -37,7 +37,8 @@ from datasetdm_fast.config import (
     RunConfig,
 )
 from datasetdm_fast.data import Annotation, Batch, Sample, SemanticMap, SetAside
-from datasetdm_fast.engines import fast, opening
+from datasetdm_fast.engines import opening
+from datasetdm_fast.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.generation import driver, inverted, job
 from datasetdm_fast.generation import recipe as recipes
 from datasetdm_fast.generation.pictures import in_memory
@@ -208,9 +209,9 @@ def retry(machine: Machine) -> int:
                 timeline.thread.work = ""
                 return made
 
-    def fallback() -> fast.FastEngine | None:
+    def fallback() -> FastEngine | None:
         with machine.within(LOAD):
-            return fast.FastEngine.fp32_fallback(engine)
+            return FastEngine.fp32_fallback(engine)
 
     with mock.patch.object(engine, "fp32_fallback", fallback):
         return machine.made(engine, machine.recipe(engine, ("depth",)), Second)
@@ -231,14 +232,14 @@ def between(machine: Machine) -> int:
 
 def memory(machine: Machine) -> int:
     """A GPU that takes fewer images at once than a batch has."""
-    engine, record = machine.engine("depth"), fast.StepGraph
+    engine, record = machine.engine("depth"), on_gpu.StepGraph
 
     def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
         if len(inputs[0]) > MOST_AT_ONCE and run in (engine._step, engine._captured, engine._pixels):
             raise torch.OutOfMemoryError("simulated")
         return record(run, inputs, *others, **named)
 
-    with mock.patch.object(fast, "StepGraph", recorded):
+    with mock.patch.object(on_gpu, "StepGraph", recorded):
         machine.batch = 2 * MOST_AT_ONCE
         return machine.made(engine, machine.recipe(engine, ("depth",)))
 
@@ -290,7 +291,7 @@ def blank(height: int, width: int = 0) -> np.ndarray:  # [H, W, 3] uint8
 
 
 @contextmanager
-def run_folders(engine: fast.FastEngine) -> Iterator[Path]:
+def run_folders(engine: FastEngine) -> Iterator[Path]:
     """A folder for run folders; commands that open an engine get this one."""
     told = {label: {"digest": f"seeded: {label}", "licence": "none"} for label in engine.decoders}
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.run_folder.remaking import check_given, remakable
 from datasetdm_fast.run_folder.seal import is_sealed
 from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
@@ -268,9 +268,11 @@ def _write(merging: Merging, block: Sequence[int], folder: Path, is_copied: bool
     return publish_samples([(row, files) for row, files, _ in made], publish)
 
 
-def to_remake(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample of a run folder that merge made."""
-    return remakable("merge", folder, id)
+def to_remake(folder: Path, id: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample of a run folder that merge made, with the settings in `given`."""
+    stored, row = remakable("merge", folder, id)
+    check_given(folder, {"kept": any(stored["config"].get("kept", ()))}, given)
+    return stored, row
 
 
 def remake(folder: Path, stored: Mapping[str, Any], row: Row, runs: Sequence[str] = ()) -> list[str]:

@@ -27,7 +27,7 @@ from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.run_folder.remaking import check_given, remakable
 from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
 
@@ -222,9 +222,14 @@ def write(splicing: Splicing, folder: Path, block: Sequence[int]) -> list[Row]:
     return publish_samples([splicing.made(index) for index in block], into(folder))
 
 
-def to_remake(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample of a run folder that splice made."""
-    return remakable("splice", folder, id)
+def to_remake(folder: Path, id: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample of a run folder that splice made, with the settings in `given`."""
+    stored, row = remakable("splice", folder, id)
+    asked = dict(given)
+    if "grids" in given:
+        asked["grids"] = [str(grid) for grid in parse_grids(given["grids"])]
+    check_given(folder, stored["config"] | {"kept": bool(stored["config"].get("kept"))}, asked)
+    return stored, row
 
 
 def remake(folder: Path, stored: Mapping[str, Any], row: Row, source: str = "") -> list[str]:

@@ -1,12 +1,10 @@
-"""The fast engine: our own networks without repeated work, in half precision with CUDA graphs on a GPU, in fp32 or bf16
-on a CPU.
-"""
+"""What the fast engine of a CPU and that of a GPU have in common: networks, texts, timesteps and captures."""
 
 from __future__ import annotations
 
 import functools
 import math
-import platform
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
-from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
-from datasetdm_fast.decoders.trunk import packed as packed_decoder
-from datasetdm_fast.engines.cuda_graph import GraphPool, StepGraph
+from datasetdm_fast.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, slow_in_fp16
-from datasetdm_fast.engines.lanes import Lanes
-from datasetdm_fast.engines.memory import halving, suggested, trim
+from datasetdm_fast.engines.memory import suggested
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import plain, winograd
-from datasetdm_fast.kernels.choice import gave_way, operations
-from datasetdm_fast.kernels.launch import triton
+from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.loading.model import Model
-from datasetdm_fast.loading.network import Weighted, as_widest
-from datasetdm_fast.models import fused
+from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models.capture import (
     CaptureHook,
     NoCapture,
@@ -38,22 +31,22 @@ from datasetdm_fast.models.capture import (
     Slot,
     SummedAttention,
 )
-from datasetdm_fast.models.packed import packed, spending, weight_as, weights_of
+from datasetdm_fast.models.packed import weight_as, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
-from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.models.unet_block import is_narrow, with_blocks
-from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
+from datasetdm_fast.models.unet import TextTable, TimeTable
+from datasetdm_fast.models.vae import ImageEncoder
+from datasetdm_fast.plugins import named
 
+KINDS = {  # of device -> its engine
+    "cpu": "datasetdm_fast.engines.fast.on_cpu:CpuEngine",
+    "cuda": "datasetdm_fast.engines.fast.on_gpu:GpuEngine",
+}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHUNK_PIXELS = {
     "cpu": 256 * 256,
     "cuda": 8 * 512 * 512,
 }  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
 TIMES = 2048  # timesteps whose biases are kept
-# weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
-COMPUTED = ("time_emb", "upsamplers")
-LARGEST_IDLE = 2**27  # bytes; on a CPU larger networks of AT_NEED are let go while others work, and read again
-LARGEST_STACKED = 2**23  # weights of all decoders' first layers; on a CPU more are stacked anew for a captured call
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
@@ -83,25 +76,14 @@ def computed(method: Callable) -> Callable:
     return call
 
 
-def is_large(module: nn.Module) -> bool:
-    """Whether it is too large to be held while others work."""
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE
-
-
-def make_room() -> None:
-    """Gives back what calls left behind on a CPU."""
-    winograd.let_go()
-    trim()
-
-
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """`module` on the device, its convolutions channels-last."""
     return module.eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-class FastEngine:
-    """See engines.Engine; the weights of `model` are read at construction and left as they are; where no module holds
-    them, they are not held twice.
+class FastEngine(ABC):
+    """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
+    at construction and left as they are; where no module holds them, they are not held twice.
 
     Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
     on them. The UNet and the autoencoder are stored as `dtype`, but a small UNet on a CPU as fp32, where its products
@@ -111,6 +93,12 @@ class FastEngine:
     """
 
     name = "fast"
+    largest_stacked = math.inf  # weights of all decoders' first layers; more are stacked anew for a captured call
+
+    def __new__(
+        cls, model: Model, decoders: Mapping[str, Decoder] | None = None, *, device: str = "auto", **choices: Any
+    ) -> FastEngine:
+        return object.__new__(named(KINDS[resolve_device(device).type]))
 
     def __init__(
         self,
@@ -123,103 +111,72 @@ class FastEngine:
         compile: bool = False,
     ):
         self.model, self.device = model, resolve_device(device)
-        self.lanes, self._calls = Lanes(), Lanes()  # of the slices of a batch, and of calls about one image
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
         self._has_usual_ops = ops is None  # others are called one by one
-        # Images that the UNet and the autoencoder of a GPU take at once, 0 = as many as they are given.
-        self.is_compiled, self.widest, self.widest_chunk = compile, 0, 0
-        self.adjustments: dict[
-            str, int
-        ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
-        self.ops = ops or (
-            plain if compile else operations(self.device, self.dtype)
-        )  # a compiler fuses the plain forms itself
-        config = model.networks["unet"].config
-        is_block = self.device.type == "cpu" and self._has_usual_ops and not compile
-        # What a small UNet on a CPU stores between its products, which alone are in bf16 then.
-        self.unet_dtype = torch.float32 if is_block and is_narrow(config.block_out_channels) else self.dtype
-        is_fused = self.device.type == "cuda" and not compile
-        self.kinds = (fused.FusedUNet, fused.FusedImageDecoder) if is_fused else (UNet, ImageDecoder)
+        self.is_compiled = compile
+        # What had to be done differently from what was asked, for the rows of the samples made since.
+        self.adjustments: dict[str, int] = {}
+        # A compiler fuses the plain forms itself.
+        self.ops = ops or (plain if compile else operations(self.device, self.dtype))
+        self.unet_dtype, self.kinds = self._forms()
         decoder_ops = operations(self.device, torch.float32)
         self.decoders = {
             task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
         }
         self._read_weights()
 
+    @abstractmethod
+    def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
+        """What the UNet stores between its products, and the classes of the UNet and the image decoder."""
+
+    @abstractmethod
+    def _sources(self, *names: str) -> dict[str, Weighted]:
+        """The weights of these networks of the model, or of all."""
+
+    @abstractmethod
+    def _ready(self) -> None:
+        """Brings networks and decoders, whose weights have just been read, into the forms that are called:
+        `_stored_decoders`, which compute in `label_dtype`, too.
+        """
+
+    @abstractmethod
+    def _keep_alone(self, *wanted: str) -> None:
+        """Lets large networks go that are not wanted now, where memory is short."""
+
+    @abstractmethod
+    def _parts(
+        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
+    ) -> list[tuple[Tensor, ...]]:
+        """What `step` gives for the slices of a batch; `slices(size)` are its inputs for so many images at once."""
+
+    @abstractmethod
+    def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Images of latents on the device, and whether each is finite, part by part."""
+
+    @abstractmethod
+    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+        """A decoder's raw answers."""
+
     def _read_weights(self) -> None:
         self._seen = self._weight_versions()
         sources = self._sources("unet")
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
-        self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
+        del sources
         for name in (*AT_NEED, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
-        is_wide = self.device.type == "cpu" or self.is_compiled or self.dtype == torch.float32
-        # In bf16, too: labels need its three further bits, and what leaves its range is made again in fp32.
-        self.label_dtype = torch.float32 if is_wide else torch.float16
-        self._stored_decoders = self.decoders
-        if not is_wide:
-            ops = operations(self.device, self.label_dtype)
-            self._stored_decoders = {
-                task: narrowed(one, self.label_dtype, ops) if is_folded(one) else one
-                for task, one in self.decoders.items()
-            }
-        if self.device.type == "cpu" and not self.is_compiled:
-            in_pairs = self.dtype == torch.bfloat16
-            self.unet = packed(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
-            if self._has_usual_ops:
-                self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
-        del sources
-        if self.device.type == "cpu":
-            trim()
-        else:  # built before a run begins, as copies to a GPU make the host wait
-            self.text_encoder, self.image_decoder  # noqa: B018
+        self._ready()
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
-        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = (
-            None  # the text of the unconditional rows, its keys and values
-        )
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._classes: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, their keys by layer
-        self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
-        # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
-        self._label_graphs: dict[tuple, StepGraph] = {}
-        self._pool: GraphPool | None = None
-        self._label_pool: GraphPool | None = None
-        self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
 
     @property
     def _step(self) -> Callable[..., tuple[Tensor, ...]]:
         """A plain call; not kept, as an engine that refers to itself would not be let go at once."""
         return self._compiled or self._plain
-
-    def _sources(self, *names: str) -> dict[str, Weighted]:
-        """The weights of these networks of the model, or of all; what no module holds is stored as it is multiplied
-        with.
-        """
-
-        networks = {name: self.model.networks[name] for name in names or self.model.networks}
-        if self.device.type != "cpu":  # whose forms of a layer may read a weight twice
-            found = {name: network.read() for name, network in networks.items()}
-            # Wherever the reference engine has put the modules: what is computed from weights would round otherwise.
-            return {
-                name: Weighted(one.config, {part: value.cpu() for part, value in one.state.items()})
-                for name, one in found.items()
-            }
-
-        def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
-            is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
-            return dtype if is_half else as_widest(name, value)
-
-        dtypes = {name: self.unet_dtype if name == "unet" else self.dtype for name in networks}
-        return {
-            name: network.read()
-            if name == "text_encoder"
-            else network.read(functools.partial(stored, dtypes[name]), dtypes[name])
-            for name, network in networks.items()
-        }
 
     def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
         """One of NETWORKS or the image encoder, from the weights of the model."""
@@ -240,20 +197,7 @@ class FastEngine:
         return self._read_at_need("image_encoder", "vae")
 
     def _read_at_need(self, name: str, source: str) -> nn.Module:
-        is_packed = self.device.type == "cpu" and name != "text_encoder" and not self.is_compiled
-        if self.device.type == "cpu":  # what calls left behind makes room for it
-            make_room()
-        module = self._network(name, self._sources(source))
-        module = packed(module) if is_packed else module
-        if self.device.type == "cpu":  # what reading left behind
-            trim()
-        return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
-
-    def _keep_alone(self, *wanted: str) -> None:
-        """On a CPU lets the large networks go that are not wanted now."""
-        for name in AT_NEED if self.device.type == "cpu" else ():
-            if name not in wanted and (module := self.__dict__.get(name)) is not None and is_large(module):
-                self.__dict__.pop(name, None)
+        return self._network(name, self._sources(source))
 
     def weight_distance(self) -> float:
         """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
@@ -347,46 +291,15 @@ class FastEngine:
         """
         self._refresh_for(context)
         row, latents = self._row(timestep), self._latents(latents)
-        if self.device.type == "cpu":
-            self._keep_alone()
-            parts = self._in_slices(step, latents, row, context, own, slice_of(len(latents)))
-        else:
-            size = min(self.widest or len(latents), len(latents))
-            parts, worked = halving(
-                lambda size: self._in_slices(step, latents, row, context, own, size), size, self._forget
-            )
-            if worked < size:
-                self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
-        noise, *others = zip(*parts)
+
+        def slices(size: int) -> list[tuple[Tensor, ...]]:
+            tables, parts = self._text_layers(context, size), zip(*(value.split(size) for value in (latents, *own)))
+            return [(part, row, *others, *table) for (part, *others), table in zip(parts, tables)]
+
+        self._keep_alone()
+        noise, *others = zip(*self._parts(step, slices, len(latents)))
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
-
-    def _in_slices(
-        self,
-        step: Callable[..., tuple[Tensor, ...]],
-        latents: Tensor,
-        row: Tensor,
-        context: Tensor,
-        own: tuple[Tensor, ...],
-        size: int,
-    ) -> list[tuple[Tensor, ...]]:
-        tables, parts = self._text_layers(context, size), zip(*(value.split(size) for value in (latents, *own)))
-        slices = [(part, row, *others, *table) for (part, *others), table in zip(parts, tables)]
-        if self.device.type == "cpu":
-            return self.lanes.map(step, slices)
-        return [self._graph(one, step)(*one) for one in slices]
-
-    def _forget(self) -> None:
-        """Drops every recorded call and the tables of the texts."""
-        self._graphs.clear()
-        self._pool = self._text = None
-        torch.cuda.empty_cache()
-
-    def _forget_labels(self) -> None:
-        """The same of the autoencoder and the decoders."""
-        self._label_graphs.clear()
-        self._label_pool = None
-        torch.cuda.empty_cache()
 
     def _latents(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, self.unet_dtype).contiguous(memory_format=torch.channels_last)
@@ -420,22 +333,8 @@ class FastEngine:
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one
-        batch of prompts to the next, and where they are not, each is computed alone: rounded alike in any company.
-        """
-        batch, text = len(context) // 2, context.to(self.unet_dtype)
-        # On a GPU the comparison would make the host wait, for a product that is small there.
-        if self.device.type != "cpu":
-            return self.texts(text)
-        if not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
-            rows = [self.texts(row) for row in text[:batch].split(1)]
-            return tuple(torch.cat(parts, 1) for parts in zip(*rows, self.texts(text[batch:])))
-        if self._empty is None or not torch.equal(self._empty[0], text[:1]):
-            self._empty = (text[:1].clone(), self.texts(text[:1]))
-        return tuple(
-            torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1)
-            for kept, own in zip(self._empty[1], self.texts(text[batch:]))
-        )
+        """Keys and values of every layer."""
+        return self.texts(context.to(self.unet_dtype))
 
     def _run(self, hook: CaptureHook, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
         return self.unet(latents, row, keys_values, hook).float().contiguous()
@@ -457,55 +356,25 @@ class FastEngine:
         noise = self._run(hook, latents, row, *keys_values)
         return noise, hook.cells, hook.tokens
 
-    def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
-        key = (step.__name__, *(tuple(value.shape) for value in inputs))
-        if key not in self._graphs:
-            self._pool = self._pool or GraphPool(inputs[0].device)
-            self._graphs[key] = StepGraph(step, inputs, self._pool)
-        return self._graphs[key]
-
     def _labelled(
         self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """run(*inputs) as one replay of a graph on a GPU that compiles nothing itself."""
-        if self.device.type != "cuda" or self.is_compiled:
-            return run(*inputs)
-        key = (name, *(tuple(value.shape) for value in inputs))
-        if key not in self._label_graphs:
-            self._label_pool = self._label_pool or GraphPool(inputs[0].device)
-            self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
-        return self._label_graphs[key](*inputs)
+        """run(*inputs), of the autoencoder or a decoder."""
+        return run(*inputs)
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
     @computed
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        size = self._chunk(latents.shape[-1] * 8)
-        size = min(size, (self.widest_chunk or len(latents)) if self.device.type == "cuda" else slice_of(len(latents)))
-        latents = latents.to(self.device)
-        if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
-            parts, worked = halving(
-                lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
-            )
-            if worked < size:
-                self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
-        else:
-            self._refresh()  # as in annotate
-            self._keep_alone("image_decoder")
-            decoder, chunks = self.image_decoder, latents.split(size)  # read once, before threads ask for it
-            if len(chunks) == 1 and is_large(decoder):
-                del self.image_decoder  # the next call of another network would let it go
-                return as_images(decoder.spent(_channels_last(chunks[0], self.dtype), make_room))
-            parts = self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
-        return tuple(torch.cat(part) for part in zip(*parts))
+        return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        found = self._labelled("image", self._pixels, (_channels_last(latents, self.dtype),))
+        found = self._labelled("image", self._pixels, (channels_last(latents, self.dtype),))
         # Some autoencoders leave the range of fp16.
         if self.dtype != torch.float16 or bool(found[1].all()):
             return found
-        return as_images(self._wide_image_decoder(_channels_last(latents, torch.float32)))
+        return as_images(self._wide_image_decoder(channels_last(latents, torch.float32)))
 
     def _pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         return as_images(self.image_decoder(latents))
@@ -524,7 +393,7 @@ class FastEngine:
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat(
             [
-                self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()
+                self.image_encoder(channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()
                 for part in parts
             ]
         )
@@ -541,44 +410,12 @@ class FastEngine:
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
                 "Name a folder with that decoder: --decoder DIR",
             )
-        if self.device.type == "cpu":  # elsewhere a thread of its own labels, beside the UNet
-            self._refresh()
-        decoder = self._stored_decoders[task]
-        own = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
-        own = own.to(next(decoder.parameters()).dtype)
-        if not isinstance(own, ProjectedCapture) or (self.device.type == "cuda" and not is_folded(decoder)):
-            return {name: value.float() for name, value in decoder(own, text).items()}
-        if self.device.type == "cuda":
-            return self._replayed(task, decoder, own, text)
-        winograd.let_go()  # what the UNet alone works with
-        size = slice_of(own.batch)
-        texts = [None] * own.batch if text is None else text.split(size)
-        sums = zip(*(total.split(size) for total in own.sums))
-        parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _replayed(self, task: str, decoder: Decoder, own: ProjectedCapture, text: Tensor | None) -> dict[str, Tensor]:
-        """The decoder's answers, by one replay of its graph."""
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            sums, words = inputs[: len(own.sums)], inputs[len(own.sums) :]
-            found = decoder(ProjectedCapture(sums, {}), *words)
-            names[:] = found
-            return tuple(value.float() for value in found.values())
-
-        names: list[str] = self._answers.setdefault(task, [])
-        inputs = (*own.sums, *([] if text is None else [text]))
-        answers = self._labelled(task, run, inputs)
-        return dict(zip(names, answers, strict=True))
+        return self._annotated(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
     @property
     def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
-        """Makes calls about a single small image at once on a CPU, each on a core of its own, as its operations are too
-        short for several; None where that does not pay.
-        """
-        if self.device.type != "cpu" or self.is_compiled or self._has_large_unet:
-            return None
-        return lambda works: self._calls.map(lambda work: work(), [(work,) for work in works])
+        """Makes calls about a single small image at once, each on a core of its own; None where that does not pay."""
+        return None
 
     def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide
@@ -590,35 +427,20 @@ class FastEngine:
     @computed
     def suggested_batch(self) -> int:
         """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
-        return suggested(self.model.size // 8, self.device, self._bytes_of)
+        return suggested(self.model.size // 8, self.device)
 
-    def _bytes_of(self, batch: int) -> int:
-        """Peak memory of one captured call."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        side = self.model.size // 8
-        latents, context = (
-            torch.zeros(batch, 4, side, side, device=self.device),
-            self.encode_text([""]).expand(2 * batch, -1, -1),
-        )
-        self._captured(self._latents(latents), self._row(1), *self._tabled(context))
-        return torch.cuda.max_memory_allocated(self.device) - before
+    @property
+    @abstractmethod
+    def _device_name(self) -> str: ...
 
     def fingerprint(self) -> dict[str, str]:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        extras = {"compiled": "yes"} if self.is_compiled else {}
-        if self.device.type == "cuda":  # which algorithms they choose for a shape is theirs
-            extras |= {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
-            extras |= {"triton": triton.__version__} if triton else {}
-            if self._has_usual_ops and not self.is_compiled and (lost := gave_way(self.ops, self.device)):
-                extras["plain"] = ", ".join(lost)
         return {
             "engine": self.name,
             "device": str(self.device),
-            "device_name": device,
+            "device_name": self._device_name,
             "dtype": self.precision,
             "torch": torch.__version__,
-            **extras,
+            **({"compiled": "yes"} if self.is_compiled else {}),
         }
 
 
@@ -628,7 +450,7 @@ NETWORKS: dict[str, Building] = {
     "texts": lambda engine, sources: TextTable(sources["unet"]),
     "unet": lambda engine, sources: engine.kinds[0](sources["unet"], engine.ops),
     "projection": lambda engine, sources: Projection(
-        engine.model.levels, engine.decoders, largest_held=LARGEST_STACKED if engine.device.type == "cpu" else math.inf
+        engine.model.levels, engine.decoders, largest_held=engine.largest_stacked
     ),
 }
 AT_NEED: dict[str, Building] = {
@@ -690,5 +512,5 @@ def as_images(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return images, pixels.isfinite().flatten(1).all(1)
 
 
-def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
