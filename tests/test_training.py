@@ -501,6 +501,22 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
         cache.plan(tmp_path, levels, 10, "disk", 1e-6)
 
 
+def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path, monkeypatch):
+    """Beside half of the free disk; those of other data that lie there do not make room."""
+    own, other = (Views(source, numbers, "semantic", Looks(draws=2)) for numbers in ([0, 1], [2, 3]))
+    cache.stored(engine, own, Inversion(1), tmp_path)
+    assert cache.kept_bytes(engine, own, Inversion(1), tmp_path) == sum(
+        path.stat().st_size for path in tmp_path.glob("*.f16")
+    )
+    assert cache.kept_bytes(engine, other, Inversion(1), tmp_path) == 0
+    monkeypatch.setattr(cache.storage, "free_bytes", lambda folder: 2)
+    made = session.TrainingSession(
+        TrainConfig(draws=2, timestep=1, cache_dir=str(tmp_path), quiet=True), engine, source, SOLO, (0, 1, 2, 3), print
+    )
+    assert made._cache_plan(own).is_stored and not made._cache_plan(other).is_stored
+    assert not made._cache_plan(own, other).is_stored
+
+
 def test_ddim_runs_back_to_the_same_image(engine, source):
     from datasetdm_fast.sampling.inversion import ddim_latents
 

@@ -8,7 +8,7 @@ bytes are the SHA-256 of the rest.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -149,13 +149,23 @@ class CachePlan:
         return f"features and maps made anew at every step: {why}"
 
 
-def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> CachePlan:
-    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = what is used and half of what is free."""
+def plan(
+    folder: Path,
+    levels: Sequence[Level],
+    count: int,
+    mode: str,
+    gigabytes: float = 0.0,
+    kept: Callable[[], int] = lambda: 0,
+) -> CachePlan:
+    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = what is kept of them and half of what is
+    free. `kept` counts these bytes, which takes time, and is called only where it decides.
+    """
     size = count * Layout.of(levels).numbers * 2
-    there = sum(path.stat().st_size for path in folder.glob("*.f16"))
-    budget = int(gigabytes * 1e9) if gigabytes else there + int(storage.free_bytes(folder.absolute()) * SHARE)
     if mode == "off":
         return CachePlan(folder, size, 0, False)
+    budget = int(gigabytes * 1e9) if gigabytes else int(storage.free_bytes(folder.absolute()) * SHARE)
+    if size > budget and not gigabytes:
+        budget += kept()
     if mode == "disk" and size > budget:
         raise Refused(
             f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
@@ -163,6 +173,13 @@ def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes
             "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
         )
     return CachePlan(folder, size, budget, size <= budget)
+
+
+def kept_bytes(engine, views: Views, inversion: Inversion, folder: Path) -> int:
+    """Bytes that the captures of these views take already."""
+    size = views.looks.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
+    paths = (path for path, _, _ in _shards(engine, views, inversion, folder))
+    return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
 
 
 def stored(
@@ -175,17 +192,9 @@ def stored(
     progress: Callable[[int], None] = lambda views: None,
 ) -> StoredCaptures:
     """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
-    layout, draws = Layout.of(engine.model.levels), views.looks.draws
-    kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
-    common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)}
-    common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
-    identity = json.dumps(common, sort_keys=True, default=str)
-    paths = []
+    layout, draws, paths = Layout.of(engine.model.levels), views.looks.draws, []
     _sweep(folder)
-    for image in range(len(views.numbers)):
-        items = views.items(image)
-        seeds = [views.seed(image * draws + draw) for draw in range(draws)]
-        path = folder / f"{_key(identity, views, items, seeds)}.f16"
+    for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
         paths.append(path)
         if image % share[1] == share[0]:
             if not _is_whole(path, draws * layout.numbers * 2):
@@ -193,6 +202,20 @@ def stored(
                 storage.publish({path: [content, hashlib.sha256(content).digest()]})
             progress(draws)
     return StoredCaptures(paths, layout, draws, engine.device)
+
+
+def _shards(engine, views: Views, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
+    """The file of every image's captures, what is looked at, and the seeds of its noise."""
+    draws = views.looks.draws
+    kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
+    layout = asdict(Layout.of(engine.model.levels))
+    common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": layout}
+    common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
+    identity = json.dumps(common, sort_keys=True, default=str)
+    for image in range(len(views.numbers)):
+        items = views.items(image)
+        seeds = [views.seed(image * draws + draw) for draw in range(draws)]
+        yield folder / f"{_key(identity, views, items, seeds)}.f16", items, seeds
 
 
 def _made(

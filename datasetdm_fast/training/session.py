@@ -66,16 +66,33 @@ class TrainingSession:
         """What each item shows, and its caption."""
         return [(_names(self.source, item), item.caption) for item in map(self.source.__getitem__, self.numbers)]
 
-    @property
-    def cache_plan(self) -> cache.CachePlan:
-        """Whether the captures of all views are kept on the disk."""
-        config, (learnt, held) = self.config, self.parts
-        return self._cache_plan(len(learnt) * config.draws + len(held))
+    def cache_plan(self, task: str) -> cache.CachePlan:
+        """Whether the captures of all views of a task are kept on the disk."""
+        learnt, held = self.parts
+        return self._cache_plan(self._looked_at(task, learnt), self._looked_at(task, held, 1))
 
-    def _cache_plan(self, count: int) -> cache.CachePlan:
-        config = self.config
+    def _cache_plan(self, *parts: Views) -> cache.CachePlan:
+        config, engine = self.config, self.engine
         folder = Path(config.cache_dir) if config.cache_dir else cache_folder() / "captures"
-        return self.ranks.said(cache.plan(folder, self.engine.model.levels, count, config.cache, config.cache_gb))
+
+        def kept() -> int:
+            return sum(cache.kept_bytes(engine, views, self._inversion, folder) for views in parts)
+
+        room = config.cache, config.cache_gb
+        return self.ranks.said(cache.plan(folder, engine.model.levels, sum(map(len, parts)), *room, kept))
+
+    @property
+    def _inversion(self) -> Inversion:
+        config = self.config
+        latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
+        return Inversion(self.timestep, latent, config.ddim_steps if config.inversion == "ddim" else 0)
+
+    def _looked_at(self, task: str, numbers: Sequence[int], draws: int = 0) -> Views:
+        """Views of some items: as they are learnt from, or so many draws of each as it is."""
+        config = self.config
+        augment = AUGMENTATIONS["none"] if draws else _augmentation(config, task)
+        looks = Looks(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
+        return Views(self.source, numbers, task, looks)
 
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
@@ -150,13 +167,8 @@ class TrainingSession:
         progress: Callable[[int], None] = lambda count: None,
     ) -> TrainingViews:
         """Views of some items with their captures, made now where they are kept."""
-        config, ranks = self.config, self.ranks
-        augment = AUGMENTATIONS["none"] if draws else _augmentation(config, task)
-        looks = Looks(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
-        views = Views(self.source, numbers, task, looks)
-        latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
-        inversion = Inversion(self.timestep, latent, config.ddim_steps if config.inversion == "ddim" else 0)
-        plan = plan or self._cache_plan(len(views))
+        ranks, views, inversion = self.ranks, self._looked_at(task, numbers, draws), self._inversion
+        plan = plan or self._cache_plan(views)
         if not plan.is_stored:
             return TrainingViews(cache.RecomputedCaptures(self.engine, views, inversion), views)
         share = (ranks.rank, ranks.world)
@@ -176,7 +188,7 @@ class TrainingSession:
             f"images     {len(learnt)} to learn from in {counted(config.draws, 'view')} each, {len(held)} held out, "
             f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
         )
-        self.say(f"captures   {self.cache_plan}")
+        self.say(f"captures   {self.cache_plan(next(iter(plans)))}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
@@ -231,7 +243,7 @@ class TrainingSession:
         if is_finished:
             learnt, held = [], held[:SHOWN]
         count = len(learnt) * self.config.draws + len(held)
-        choice, began, told = self._as_begun(folder), time.monotonic(), time.monotonic()
+        choice, began, told = self._as_begun(folder, task), time.monotonic(), time.monotonic()
         done = 0
 
         def progress(views: int) -> None:
@@ -254,9 +266,9 @@ class TrainingSession:
         given = (folder, plan, lessons, judged, self.config, self.framing, device, model.tokenizer)
         return TaskTraining(*given, command, folds)
 
-    def _as_begun(self, folder: Path) -> cache.CachePlan:
+    def _as_begun(self, folder: Path, task: str) -> cache.CachePlan:
         """The plan with captures kept or not as when the training began, as half precision decides bits."""
-        plan, path = self.cache_plan, folder / "training" / "captures.json"
+        plan, path = self.cache_plan(task), folder / "training" / "captures.json"
         if self.ranks.is_first and not path.exists():
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
         self.ranks.wait()
