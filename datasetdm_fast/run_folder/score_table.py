@@ -96,6 +96,12 @@ def absent(folder: Path, name: str) -> Refused:
 def passing(folder: Path, where: str) -> Kept:
     """Which samples of a run folder the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        if not ledger.score_names():
+            raise Refused(
+                f"--where: the samples of {folder} have no scores yet",
+                f"Score them first: python -m datasetdm_fast.filter {folder}",
+            )
     table = read_scores(folder, names)
     for name in names:
         if np.isnan(table.values[name]).all():
