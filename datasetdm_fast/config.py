@@ -394,9 +394,11 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     parity: str = setting(
         "",
-        "with --labeller attention: word positions, noise and settings of another project, for comparison",
+        "with --labeller attention: word positions, noise and settings of another project, for comparison: "
+        "dataset-diffusion",
         identity="if given",
         choices=("", *PARITIES),
+        metavar="PROJECT",
     )
     classes: tuple[str, ...] = setting(
         (),

@@ -28,20 +28,20 @@ LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
     "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx xformers ray openai pyarrow"
 ).split()
-EXTRAS = {  # of pip install 'datasetdm-fast[NAME]' -> the library it is about, and when it is worth it
+EXTRAS = {  # of pip install 'datasetdm-fast[NAME]' -> the library it is about, and when to install it
     "trt-full": (
         "tensorrt",
-        "worth it on data-centre GPUs from Hopper on, which TensorRT-RTX does not serve, and for plans built once for "
-        "one kind of card",
+        "for data-centre GPUs from Hopper on, which TensorRT-RTX does not support, and for plans built once for one "
+        "kind of GPU",
     ),
     "ort-gpu": (
         "onnxruntime-gpu",
-        "worth it where --engine ort shall run on an NVIDIA GPU, in an environment without onnxruntime, whose place it "
-        "takes; --engine fast needs neither",
+        "for --engine ort on an NVIDIA GPU, in an environment without onnxruntime, which it replaces; --engine fast "
+        "needs neither",
     ),
     "xformers": (
         "xformers",
-        "worth it for pipelines of diffusers that are run beside this package to compare; no engine here calls it",
+        "for diffusers pipelines that are run for comparison; no engine here calls it",
     ),
 }
 PATIENCE = 180.0  # seconds for one process

@@ -117,7 +117,7 @@ class GenDataConfig:
 @dataclass(frozen=True)
 class TrainMmsegConfig:
     work_dir: str = setting("", "folder that gen_data wrote", metavar="OUT")
-    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="ADDRESS")
+    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="DATA")
     student: str = setting("deeplabv3plus", "network to train", choices=("segformer", "deeplabv3plus", "mask2former"))
     weights: str = setting("", "local folder of transformers from whose weights the network starts", metavar="DIR")
     steps: int = setting(0, "training steps; default: 20000 for VOC, 40000 for COCO", metavar="N")

@@ -23,7 +23,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "demo:500@900000",
         "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several, "
         "comma-separated, are evaluated one after the other",
-        metavar="ADDRESS",
+        metavar="DATA",
     )
     class_names: tuple[str, ...] = setting(
         (),
@@ -60,7 +60,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     learn_from: str = setting(
         "",
         "labelled images for --curve and --student; default: the train split of --data, or demo scenes",
-        metavar="ADDRESS",
+        metavar="DATA",
     )
     repeats: int = setting(
         1,
