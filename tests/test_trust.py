@@ -130,7 +130,7 @@ def test_one_doubtful_sample_is_told_in_the_singular_and_none_as_none(tmp_path, 
     told = "1 of 3 samples is doubtful: --keep trusted --refill replaces it"
     assert told in capsys.readouterr().err
     assert (
-        "1 of the samples is doubtful, as its labels do not fit its prompt"
+        "1 of the samples is doubtful, as its labels contradict its prompt"
         in (tmp_path / "run" / "README.md").read_text()
     )
 
