@@ -292,7 +292,8 @@ class SamplingSettings:
 
     prompts: str = setting(
         "",
-        "a prompt, or a UTF-8 file with one prompt per line; default: captions of the demo world",
+        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
+        "captions of the demo world",
         metavar="FILE|TEXT",
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")

@@ -43,7 +43,7 @@ MOST_FOLDS = 100
 @dataclass(frozen=True)
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
+        "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions class_table by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb "
         "storage engine dtype device seed save_every threads dry_run json quiet"
