@@ -67,7 +67,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "repeats with other seeds: decoders per number of --curve, or students of each kind (then 3, at least 2)",
         metavar="N",
     )
-    steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
+    steps: int = setting(0, "steps of each training of --curve or --student, 0 = the usual number", metavar="N")
     more: int = setting(50, "additional labels whose gain is forecast, beyond the last number of --curve", metavar="N")
     student: str = setting(
         "",
