@@ -11,19 +11,25 @@ from datasetdm_fast.errors import Refused
 
 # name -> (module with main(arguments) -> exit code, what it measures)
 BENCHES = {
-    "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
+    "gpu": ("bench.gpu", "the suite at full size on a GPU; every part is stored, and the same command resumes"),
     "probe": ("bench.probe.command", "on a GPU: which form of each heavy operation is fastest, and whole calls"),
-    "sd14": ("bench.sd14", "the peers at the size of Stable Diffusion 1.4 on this CPU, in parts that can be continued"),
-    "rehearse": ("bench.rehearsal.command", "the CUDA path without a GPU: launches, order, lifetimes, and a budget"),
+    "sd14": ("bench.sd14", "images at the size of Stable Diffusion 1.4 on this CPU, also in stored parts"),
+    "rehearse": (
+        "bench.rehearsal.command",
+        "a run on simulated GPUs: launches, order, memory, and estimated costs",
+    ),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
-    "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),
-    "labels": ("bench.claims.labels", "how many labelled scenes of a world are few: students by number of scenes"),
+    "claims": ("bench.claims.run", "whether generated images help a student network, as in the papers' tables"),
+    "labels": ("bench.claims.labels", "scores of a student network by number of labelled scenes"),
     "attention": (
         "bench.rows.attention",
-        "images with labels from attention on this CPU, against Dataset Diffusion over diffusers",
+        "images with labels from attention on this CPU, compared with Dataset Diffusion based on diffusers",
     ),
-    "epochs": ("bench.rows.epochs", "an epoch of training with stored captures against captures computed anew"),
-    "kernels": ("bench.kernels.audit", "registers, spills, shared memory of kernels (--audit), or tuning (--tune)"),
+    "epochs": ("bench.rows.epochs", "an epoch of training with stored captures, compared with recomputed ones"),
+    "kernels": (
+        "bench.kernels.audit",
+        "registers, spills, shared memory of Triton kernels (--audit); their tuning (--tune)",
+    ),
 }
 
 

@@ -1,6 +1,4 @@
-"""python -m bench gpu: the suite at full size on a GPU, in parts: each is stored when it is done, and the same line
-again measures what is left.
-"""
+"""python -m bench gpu: the suite at full size on a GPU, part by part; each is stored, and the same command resumes."""
 
 import json
 import time
@@ -23,16 +21,16 @@ JUDGED = 2  # images every peer is judged by: another image of the reference cos
 class GpuConfig(SuiteConfig):
     out: str = setting(
         "",
-        "result file to begin or to continue (default: bench/results/DATE-DEVICE-COMMIT.json)",
+        "result file to create or to continue (default: bench/results/DATE-DEVICE-COMMIT.json)",
         metavar="FILE",
         output="file",
     )
-    minutes: float = setting(9.0, "begin no part that would end later", metavar="M")
+    minutes: float = setting(9.0, "start no part that would end later", metavar="M")
     left: bool = setting(False, "print the names of the parts that are left, and measure nothing")
     model: str = setting("random-sd14", "random-sd14, a diffusers folder or a file", metavar="MODEL")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
-    seconds: float = setting(20.0, "seconds for the rounds of one race", metavar="S")
-    device: str = setting("cuda", "cuda or cuda:N; cpu tries the parts out on a small model", metavar="DEVICE")
+    seconds: float = setting(20.0, "seconds for the rounds of one comparison", metavar="S")
+    device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts on a small model", metavar="DEVICE")
 
 
 def main(arguments: Sequence[str]) -> int:

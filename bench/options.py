@@ -21,7 +21,7 @@ class SuiteConfig:
     out: str = setting(
         "", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE", output="file"
     )
-    quick: bool = setting(False, "fewer sizes and images, to try the parts out")
+    quick: bool = setting(False, "fewer sizes and images, to test the parts")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")
 

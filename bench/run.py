@@ -1,5 +1,5 @@
-"""python -m bench: who makes labelled samples how fast on this CPU, and by what share of its limits, after proving that
-all give the same results.
+"""python -m bench: labelled samples per second of datasetdm_fast and other systems on this CPU, as a share of its peak,
+timed after their outputs have matched the reference engine's.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class BenchConfig(SuiteConfig):
     compile: bool = setting(False, "also diffusers under torch.compile, which takes a CPU minutes to compile")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     steps: int = setting(0, f"sampling steps, {usual(STEPS)}", metavar="N")
-    seconds: float = setting(0.0, f"seconds for the rounds of one race, {usual(SECONDS)}", metavar="S")
+    seconds: float = setting(0.0, f"seconds for the rounds of one comparison, {usual(SECONDS)}", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
 
 

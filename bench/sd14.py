@@ -1,5 +1,5 @@
 """python -m bench sd14: labelled samples at the size of Stable Diffusion 1.4 on this CPU, one image at a time, every
-engine in a process of its own; each part is stored when it is done, and the same line again measures what is left.
+engine in a process of its own; each part is stored, and the same command resumes.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ STEPS = 3  # a call takes two cores five to thirteen seconds
 
 @dataclass(frozen=True)
 class FullSizeConfig(SuiteConfig):
-    model: str = setting(FULL_SIZE_MODEL, "random-sd14, or a smaller one to try the parts out", metavar="MODEL")
+    model: str = setting(FULL_SIZE_MODEL, "random-sd14, or a smaller one to test the parts", metavar="MODEL")
     steps: int = setting(STEPS, "sampling steps", metavar="N")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
 

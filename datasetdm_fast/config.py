@@ -243,7 +243,7 @@ class ModelSettings:
     decoder: str = setting(
         "demo",
         "folder of trained decoders, one sub-folder each, a checkpoint FILE.pth of DatasetDM, or several with commas "
-        "between them; a model of seeded weights has seeded ones",
+        "between them; random-sd14 and tiny have decoders of random weights",
         metavar="DIR",
     )
     size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
@@ -292,7 +292,8 @@ class SamplingSettings:
 
     prompts: str = setting(
         "",
-        "a prompt, or a UTF-8 file with one prompt per line; default: captions of the demo world",
+        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
+        "captions of the demo world",
         metavar="FILE|TEXT",
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
@@ -358,7 +359,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     ask: str = setting(
         "named",
-        "class words looked for in a picture: those its prompt names, or all of --classes",
+        "class words for which a picture gets labels: those its prompt names, or all of --classes",
         identity="if given",
         choices=("named", "all"),
     )
@@ -394,9 +395,11 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     parity: str = setting(
         "",
-        "with --labeller attention: word positions, noise and settings of another project, for comparison",
+        "with --labeller attention: word positions, noise and settings of another project, for comparison: "
+        "dataset-diffusion",
         identity="if given",
         choices=("", *PARITIES),
+        metavar="PROJECT",
     )
     classes: tuple[str, ...] = setting(
         (),
@@ -508,7 +511,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         metavar="N",
     )
     verify_anyway: bool = setting(
-        False, "with --verify: go on even if they do not agree, and record that", identity=False
+        False, "with --verify: run even if they do not agree, and record that", identity=False
     )
     mixed: str = setting(
         "verified",
@@ -579,8 +582,8 @@ class LabelConfig(RunConfig):
     images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)
     captions: str = setting(
         "",
-        'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every word of --classes is looked '
-        "for",
+        'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every picture is searched for '
+        "all words of --classes",
         identity=False,
         metavar="FILE",
     )

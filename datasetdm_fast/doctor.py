@@ -28,20 +28,20 @@ LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
     "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx xformers ray openai pyarrow"
 ).split()
-EXTRAS = {  # of pip install 'datasetdm-fast[NAME]' -> the library it is about, and when it is worth it
+EXTRAS = {  # of pip install 'datasetdm-fast[NAME]' -> the library it is about, and when to install it
     "trt-full": (
         "tensorrt",
-        "worth it on data-centre GPUs from Hopper on, which TensorRT-RTX does not serve, and for plans built once for "
-        "one kind of card",
+        "for data-centre GPUs from Hopper on, which TensorRT-RTX does not support, and for plans built once for one "
+        "kind of GPU",
     ),
     "ort-gpu": (
         "onnxruntime-gpu",
-        "worth it where --engine ort shall run on an NVIDIA GPU, in an environment without onnxruntime, whose place it "
-        "takes; --engine fast needs neither",
+        "for --engine ort on an NVIDIA GPU, in an environment without onnxruntime, which it replaces; --engine fast "
+        "needs neither",
     ),
     "xformers": (
         "xformers",
-        "worth it for pipelines of diffusers that are run beside this package to compare; no engine here calls it",
+        "for diffusers pipelines that are run for comparison; no engine here calls it",
     ),
 }
 PATIENCE = 180.0  # seconds for one process
@@ -239,7 +239,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("extension", extension["problem"] or f"built {'with CUDA' if extension['cuda'] else 'for the CPU'}"),
         ("system", f"Python {system['python']}, {system['platform']}, {size}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in found["libraries"].items() if version)),
-        ("not there", ", ".join(name for name, version in found["libraries"].items() if not version)),
+        ("missing", ", ".join(name for name, version in found["libraries"].items() if not version)),
         ("driver", gpu["problem"] or gpu["driver"]),
         ("torch", torch["problem"] or f"{torch['version']}, {cards}"),
     ]
@@ -248,8 +248,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, engine in found["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
         told.append((f"--engine {name}", "runs here" if engine["runs"] else cause))
-    guard = f"without {lacking}" if lacking else "by a process without network, programs and files"
-    told.append(("pickles", f"read {guard}"))
+    guard = f"without {lacking}" if lacking else "by a process without access to network, programs and files"
+    told.append(("pickles", f"checkpoints are read {guard}"))
     for name, cache in found["caches"].items():
         held = f"{'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} files"
         told.append(("cache", f"{name}: {held}, {cache['path']}"))
@@ -282,7 +282,7 @@ def _command(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__, EXAMPLES)
     if not config.json:
-        print("trying every engine, then a first image: some ten seconds", file=sys.stderr, flush=True)
+        print("testing every engine, then generating a first image: about ten seconds", file=sys.stderr, flush=True)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if problem := found["self_test"]["problem"]:

@@ -40,7 +40,7 @@ class PromptsConfig:
     class_table: str = setting(
         "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
     )
-    per_class: int = setting(0, "prompts for each class", metavar="N")
+    per_class: int = setting(0, "prompts for each class; 0 = 100, or as --target-counts or --balance say", metavar="N")
     target_counts: str = setting(
         "", 'JSON file with the number of prompts for each class: {"cat": 40, ...}', metavar="FILE"
     )

@@ -379,7 +379,7 @@ def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photo
     (captions := tmp_path / "captions.json").write_text('{"a.png": "a ball", "b": "some things", "more/c": "a scene"}')
     line = [str(photos), "--task", "semantic", "--classes", "ball,cube", "--out", str(tmp_path / "run"), "--dry-run"]
     assert label.main([*line, "--captions", str(captions)]) == 0
-    said = "captions: 2 of 3 name nothing that the labels know, which is: ball, cube"
+    said = "captions: 2 of 3 name none of the classes of the labels: ball, cube"
     assert said in capsys.readouterr().err.splitlines()
     assert label.main(line) == 0 and "captions:" not in capsys.readouterr().err
 

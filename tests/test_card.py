@@ -78,8 +78,8 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
 
 def test_the_card_of_pictures_that_were_given_does_not_call_them_the_models(run):
     drawn, given_ = text(run), text(run, command="label")
-    assert "The images have the biases" in drawn and "its labels have the biases" not in drawn
-    assert "The images have the biases" not in given_ and "its labels have the biases" in given_
+    assert "The images have the biases" in drawn and "the labels have the biases" not in drawn
+    assert "The images have the biases" not in given_ and "the labels have the biases" in given_
 
 
 def test_what_a_sample_offers_is_what_its_run_made():

@@ -64,7 +64,7 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
         assert [image["id"] for image in content["images"]] == [0, 2, 3, 5]
         assert not {1, 4} & {item["image_id"] for item in content["annotations"]}
     assert "00000001" not in (run / "gallery" / "index.html").read_text()
-    assert "looked at and dropped: 2" in (run / "README.md").read_text()
+    assert "Dropped samples: 2" in (run / "README.md").read_text()
     outside = [file for file in run.rglob("*00000001*") if "dropped" not in file.parts]
     kept = {file.relative_to(run / "state" / "dropped") for file in run.rglob("*00000001*")}
     assert outside == [] and {file.parts[0] for file in kept} > {"images", "semantic", "depth"}

@@ -84,6 +84,7 @@ WRONG = [
         ["--engine", "torhc"],
         "--engine: 'torhc' is not one of auto, torch, fast, ort, openvino, trt (did you mean torch?)",
     ),
+    (["--parity", "other"], "--parity: 'other' is not one of dataset-diffusion"),  # no empty name in the list
     (["--seed", "three"], "--seed: 'three' is not a whole number"),
     (["--steps", "2.5"], "--steps: '2.5' is not a whole number"),
     (["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),

@@ -368,7 +368,7 @@ def test_another_engine_goes_on_once_its_samples_are_those_that_are_there(mixing
     with Ledger(path / LEDGER, read_only=True) as ledger:
         made = [(row.recipe["engine"]["engine"], row.recipe["batch_size"]) for row in ledger.rows()]
     assert made == [("stub", 2)] * 2 + [("torch", 3)] * 3
-    assert "`torch fp32 on stub` went on with the run: 2 of the samples" in (path / "README.md").read_text()
+    assert "`torch fp32 on stub` continued the run: 2 samples" in (path / "README.md").read_text()
     for id, kind in (("00000004", Other), ("00000000", StubEngine)):
         (path / f"depth/{id}.png").unlink()
         assert run("--only", id, out=path) == 0 and type(mixing[-1]) is kind

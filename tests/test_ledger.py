@@ -556,8 +556,9 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
     assert len(run.where(trusted=True)) + len(run.where(trusted=False)) == len(run)
     assert [sample.id for sample in run.where(test=lambda sample: sample.seed % 2)][:2] == ["00000001", "00000003"]
-    with pytest.raises(Refused, match="no sample .* has the score sharpness"):
+    with pytest.raises(Refused, match="have no scores yet") as refused:
         run.where("sharpness > 3")
+    assert refused.value.remedy == f"Score them first: python -m datasetdm_fast.filter {run_path}"
     with pytest.raises(Refused, match="did you mean score"):
         run.where("scroe > 3")
     with pytest.raises(Refused, match=r"searched for .bal. \(did you mean ball\?\)"):

@@ -454,7 +454,7 @@ def test_what_to_know_of_a_figure():
     assert len(notes) == 3 and "--folds auto" in notes[0] and "raise --held-out" not in notes[0]
     assert (
         notes[1].startswith("no held-out image shows mug: means leave it out, and intervals allow")
-        and "--captions none" in notes[2]
+        and "--captions unread" in notes[2]
     )
     assert "raise --held-out to 30" in held_out.cautions({"images": 56, "held_out_images": 4})[0]
     assert "--folds" not in held_out.cautions({"images": 1, "held_out_images": 0})[0]

@@ -261,7 +261,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
     assert both["config"]["task"] == ["semantic", "bright"] and seen["config"]["task"] == ["bright"]
     assert both["sampling"]["labellers"] == {"bright": "foreign-things 1.0"} and seen["sampling"]["calls"] == 1
     assert both["labels"]["bright"]["classes"] == ["dark", "bright"] and words["decoders"] == {}
-    assert "read by the package `foreign-things 1.0`" in (tmp_path / "both" / "README.md").read_text()
+    assert "made by the package `foreign-things 1.0`" in (tmp_path / "both" / "README.md").read_text()
     # of the same pixels; the maps of classes have the numbers of each run
     first, second = (tmp_path / name / "bright_confidence" / "00000000.png" for name in ("both", "seen"))
     assert first.read_bytes() == second.read_bytes()

@@ -80,17 +80,17 @@ def test_every_data_set_of_a_line_is_there_in_its_published_layout(data):
     assert len(opened) == 15 and set(opened.values()) == {layouts.COUNT}
 
 
-def test_students_learn_from_the_images_that_the_decoder_was_taught():
+def test_students_learn_from_the_images_that_the_decoder_was_trained_on():
     for name in NAMES:
         lines = {step.name: step.words for step in steps(name)}
-        if "--learn-from" in (judge := lines.get("judge", ())):
-            taught, _ = recipe.parse(lines["teach"][1:], TrainConfig)
-            students, _ = recipe.parse(judge[1:], EvaluateConfig)
-            assert taught.data == students.learn_from and students.real == 0, name
+        if "--learn-from" in (evaluation := lines.get("evaluate", ())):
+            decoder, _ = recipe.parse(lines["train"][1:], TrainConfig)
+            students, _ = recipe.parse(evaluation[1:], EvaluateConfig)
+            assert decoder.data == students.learn_from and students.real == 0, name
             both = [
                 # things that are too small for the decoder are there for a student
                 replace(each.selection(), min_instance=0, most=each.selection().most or recipe.read(name)["real"])
-                for each in (taught, students)
+                for each in (decoder, students)
             ]
             assert both[0] == both[1] and both[0].most == recipe.read(name)["real"], name
 
@@ -130,7 +130,7 @@ def test_what_is_missing_is_named_and_nothing_written(tmp_path, monkeypatch, cap
     assert recipe.main(["voc-semantic", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "missing: data/VOC2012/ImageSets/Segmentation/val.txt (PASCAL VOC 2012)" in said and "65.2" in said
-    assert recipe.main(["voc-semantic"]) == 3 and "step teach needs it" in capsys.readouterr().err
+    assert recipe.main(["voc-semantic"]) == 3 and "step train needs it" in capsys.readouterr().err
     layouts.voc(tmp_path / "data" / "VOC2012")
     assert recipe.main(["voc-semantic"]) == 3 and "stable-diffusion-v1-4" in capsys.readouterr().err
     assert recipe.main(["voc-semantik"]) == 2 and "did you mean voc-semantic?" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_a_finished_step_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert recipe.main(line) == 0 and len(lines) == 7
     assert (
         recipe.main([*line, "--real", "50"]) == 2
-        and "its step teach was run with other flags" in capsys.readouterr().err
+        and "its step train was run with other flags" in capsys.readouterr().err
     )
 
 

@@ -244,7 +244,8 @@ def checkout(tmp_path, document):
     return tmp_path
 
 
-def test_marked_sections_are_written_and_the_rest_is_left(checkout):
+def test_marked_sections_are_written_and_the_rest_is_left(checkout, monkeypatch):
+    monkeypatch.setattr(report.reckoned, "images_per_second", lambda: 4.5)
     files = report.wanted(checkout)
     front = files[checkout / "README.md"]
     assert front.startswith(
@@ -255,7 +256,7 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     whole = files[checkout / "bench" / "README.md"]
     assert "No GPU has been measured yet." in whole and "not here: a CPU has no such arithmetic" in whole
     assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder
-    assert "assumed" in whole  # 4.5 images a second of one GPU, where none was measured
+    assert "One GPU makes 4.5 images per second (estimated" in whole  # as none was measured
     # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
     assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 12.0 min |" in whole  # and closed in 0.5 ms each
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files

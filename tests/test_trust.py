@@ -130,13 +130,13 @@ def test_one_doubtful_sample_is_told_in_the_singular_and_none_as_none(tmp_path, 
     told = "1 of 3 samples is doubtful: --keep trusted --refill replaces it"
     assert told in capsys.readouterr().err
     assert (
-        "1 of the samples is doubtful, as its labels do not fit its prompt"
+        "1 of the samples is doubtful, as its labels contradict its prompt"
         in (tmp_path / "run" / "README.md").read_text()
     )
 
 
 def test_prompts_that_name_nothing_are_told_before_the_run(tmp_path, capsys):
-    prompts, told = tmp_path / "prompts.txt", "prompts    {} nothing that the labels know, which is: wall, table, ball"
+    prompts, told = tmp_path / "prompts.txt", "prompts    {} none of the classes of the labels: wall, table, ball"
     for lines, words in (("a ball\na cat\n", "1 of 2 names"), ("a dog\na cat\na star\n", "2 of 3 name")):
         prompts.write_text(lines)
         assert generate.main(["--prompts", str(prompts), "--number", "4", "--dry-run"]) == 0

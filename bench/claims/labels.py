@@ -1,7 +1,7 @@
-"""python -m bench labels: how many labels of a world are few? A student's figures by number of real scenes.
+"""python -m bench labels: scores of a student network by number of labelled scenes, on the same unseen scenes.
 
-Every student is taught for three times the usual steps and judged on the same unseen scenes. With --run, half of what
-it sees is a run's: generated images, or real ones that `label` has labelled. The same line again resumes.
+With --run, half of its training images are those of a run: generated images, or scenes labelled by `label`. The same
+command resumes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class LabelsConfig:
         ("100", "1000", "10000"), "numbers of real scenes to learn from, comma-separated", metavar="LIST"
     )
     tasks: tuple[str, ...] = setting((), "what a student learns, comma-separated (default: all)", metavar="LIST")
-    augmentation: str = setting("strong", "of the scenes that are learnt from", choices=("none", "mild", "strong"))
-    size: str = setting("small", "of the student", choices=("small", "large"))
+    augmentation: str = setting("strong", "augmentation of the training scenes", choices=("none", "mild", "strong"))
+    size: str = setting("small", "size of the student", choices=("small", "large"))
     steps: int = setting(4_800, "optimiser steps of a student", metavar="N")
     run: str = setting("", "run folder whose trusted images are half of every batch", metavar="DIR")
     seeds: int = setting(1, "students of each number", metavar="N")
-    test: int = setting(500, "unseen scenes that judge", metavar="N")
-    processes: int = setting(1, "students trained side by side", metavar="N")
+    test: int = setting(500, "unseen scenes for evaluation", metavar="N")
+    processes: int = setting(1, "students trained at once", metavar="N")
     out: str = setting("runs/labels", "folder of scenes and students", metavar="DIR", output="folder")
     json: bool = setting(False, "the figures as one JSON object on stdout")
 

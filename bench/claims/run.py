@@ -1,4 +1,4 @@
-"""python -m bench claims: do generated images help a small student, in the shape of the papers' tables?
+"""python -m bench claims: do generated images help a student network, as in the papers' tables?
 
 A student is trained on real demo scenes, on generated ones, and on both, for equally many steps, and scored on unseen
 rendered scenes.
@@ -30,33 +30,35 @@ class ClaimsConfig:
     seeds: int = setting(0, "students of each kind, 0 = 3, with --quick 2; at least 2", metavar="N")
     rows: tuple[str, ...] = setting(
         (),
-        "only these claims, comma-separated (default: all of the papers); training-free asks what labels from "
-        "attention teach beside those of the decoder",
+        "only these claims, comma-separated (default: all of the papers); training-free "
+        "compares labels from attention with those of the decoder",
         metavar="LIST",
     )
     repetition: int = setting(
         0,
         "the same with other generated images, unlabelled, validation and unseen scenes, and students: 1 to 19; the "
-        "labelled scenes stay, and so do the decoders that learn from them",
+        "labelled scenes stay, and so do the decoders trained on them",
         metavar="N",
     )
     out: str = setting(
         "",
-        "folder of generated images, students and the page; the same one again resumes (default: runs/claims)",
+        "folder of generated images, students and the page; the same command resumes (default: runs/claims)",
         metavar="DIR",
     )
     tuned: bool = setting(
         False,
-        "instead of the claims: every arm by the best of its courses, chosen in an equal search on validation scenes, "
-        "beside arms with unlabelled real images and with ten times as many real ones",
+        "instead of the claims: every training set with its best training recipe, found by an equal search on "
+        "validation scenes; also with unlabelled real images, and with ten times as many real ones",
     )
-    arms: tuple[str, ...] = setting((), "only these arms of --tuned, comma-separated (default: all)", metavar="LIST")
+    arms: tuple[str, ...] = setting(
+        (), "only these training sets of --tuned, comma-separated (default: all)", metavar="LIST"
+    )
     real: int = setting(
-        0, "with --tuned: so many real scenes, beside the rows of 100 that are there already; 0 = 100", metavar="N"
+        0, "with --tuned: number of real scenes, in rows added to those stored for 100; 0 = 100", metavar="N"
     )
-    processes: int = setting(0, "students of --tuned trained side by side, 0 = one a core", metavar="N")
+    processes: int = setting(0, "students of --tuned trained at once, 0 = one per core", metavar="N")
     finished: bool = setting(
-        False, "with --tuned: nobody is trained; the rows of those students that are there become the result file"
+        False, "with --tuned: train nothing, and write the result file from the students that are stored"
     )
     json: bool = setting(False, "the rows as one JSON object on stdout")
 

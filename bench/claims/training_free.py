@@ -211,12 +211,14 @@ def cells(row: Row) -> list[Row]:
         sides = (row["arms"][name] for name in (one.before, one.after))
         before, after = (f"{side['mean']:.1f} ± {side['spread']:.1f}" for side in sides)
         holds = "yes" if told["holds"] else f"no: {told['reason']}"
-        found.append({"comparison": one.title, "without": before, "with": after, "required": told["asked"]})
+        found.append({"comparison": one.title, "baseline": before, "compared": after, "required": told["asked"]})
         found[-1] |= {"result (95 %)": f"{value} ({low} to {high})", "holds": holds}
     return found
 
 
-TABLE = Table({name: text(name) for name in ("comparison", "without", "with", "result (95 %)", "required", "holds")})
+TABLE = Table(
+    {name: text(name) for name in ("comparison", "baseline", "compared", "result (95 %)", "required", "holds")}
+)
 
 
 def section(document: Mapping[str, Any]) -> str:
@@ -224,8 +226,8 @@ def section(document: Mapping[str, Any]) -> str:
     scale, machine, row = document["setting"], document["machine"], document["rows"][NAME]
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
     facts = (
-        f"{row['images']:,} generated images, the same in every arm and none left out; {row['uncertain']:.1%} of the "
-        f"cells uncertain; {scale['seeds']} students of each kind at {SIDE} pixels, {row['steps']:,} steps each, "
+        f"{row['images']:,} generated images, the same for all students and none left out; {row['uncertain']:.1%} of "
+        f"the cells uncertain; {scale['seeds']} students of each kind at {SIDE} pixels, {row['steps']:,} steps each, "
         f"{scale['test']:,} unseen scenes; {row['figure']}, mean ± deviation over students"
     )
     return f"{made}: {facts}.\n\n{markdown(TABLE.cells(cells(row)))}"

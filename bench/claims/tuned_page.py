@@ -97,8 +97,8 @@ def setting_line(document: Mapping[str, Any]) -> str:
         f"{count} real scenes, {scale['synthetic']:,} generated images{unlabelled}; "
         f"{students} students of each kind, {scale['test']:,} unseen scenes, mean ± deviation. "
         f"Each figure is for the best training recipe tried, at most {LONGEST * scale['steps']:,} steps. The diffusion "
-        f"model was trained on {scenes:,} captioned scenes of this world ({drawn:,} draws), as Stable Diffusion was "
-        f"on the web, and its decoders on the {count} real scenes{_missing(document)}"
+        f"model was trained on {scenes:,} captioned scenes of this world ({drawn:,} examples), as Stable Diffusion "
+        f"was on images of the web, and its decoders on the {count} real scenes{_missing(document)}"
     )
 
 

@@ -26,6 +26,10 @@ SHARED_LIMIT = {
     "100": 227 * 1024,
     "120": 99 * 1024,
 }  # bytes a block may have, by compute capability
+DESCRIPTION = (
+    "python -m bench kernels: registers, spills and shared memory of every Triton kernel (--audit), or its fastest "
+    "block sizes on this GPU (--tune)."
+)
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "int32": "i32"}
 
@@ -36,7 +40,7 @@ class KernelConfig:
     tune: bool = setting(
         False, "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"
     )
-    minutes: float = setting(8.0, "with --tune: begin nothing that would end later; the same command resumes")
+    minutes: float = setting(8.0, "with --tune: start nothing that would end later; the same command resumes")
     out: str = setting("", "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)")
     json: bool = setting(False, "one JSON object on standard output instead of a table")
     ops: tuple[str, ...] = setting((), "only these ops (default: all; with --tune those that a run launches)")
@@ -170,7 +174,7 @@ def is_sound(row: KernelRow) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, KernelConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
+    config, _ = parse(arguments, KernelConfig, "python -m bench kernels", DESCRIPTION)
     if config.audit == config.tune:
         raise Refused("python -m bench kernels: expected one of --audit and --tune", "add one of them")
     from datasetdm_fast.kernels import launch

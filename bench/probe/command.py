@@ -1,5 +1,5 @@
 """python -m bench probe: which form of each heavy operation is fastest on this GPU at the sizes of Stable Diffusion
-1.4, and where the time of whole calls goes; every part is stored, and the same command measures what is left.
+1.4, and where the time of whole calls goes; every part is stored, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ USUAL = ("batches", "attention", "convolutions", "overlap", "longest", "products
 @dataclass(frozen=True)
 class ProbeConfig:
     model: str = setting("random-sd14", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
-    device: str = setting("cuda", "cuda or cuda:N; cpu tries the parts out at small sizes", metavar="DEVICE")
+    device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts at small sizes", metavar="DEVICE")
     parts: tuple[str, ...] = setting(
         (), f"only these of {', '.join(OPERATIONS + CALLS)}, comma-separated (default: all but once)", metavar="LIST"
     )
-    minutes: float = setting(8.0, "begin no part later than this", metavar="M")
+    minutes: float = setting(8.0, "start no part later than this", metavar="M")
     out: str = setting("", "result file (default: none is written)", metavar="FILE", output="file")
     json: bool = setting(False, "the result file's text on stdout instead of lines")
 

@@ -49,7 +49,9 @@ class RehearsalConfig:
         choices=(*SCENARIOS, ALL),
         metavar="LIST",
     )
-    compile: bool = setting(False, "compile every kernel that was launched, and judge what it takes of a GPU")
+    compile: bool = setting(
+        False, "compile every launched kernel, and check its registers, shared memory and instructions"
+    )
     targets: tuple[str, ...] = setting(
         TARGETS, "with --compile: compute capabilities, times ten, comma-separated", choices=TARGETS, metavar="LIST"
     )
@@ -57,8 +59,8 @@ class RehearsalConfig:
         "", "with --compile: folder for the compiled kernels, for another machine", metavar="DIR", output="folder"
     )
     adopt: str = setting("", "make the kernels of a folder that came from another machine usable here", metavar="DIR")
-    budget: bool = setting(False, "reckon the calls of SD 1.4 and compare them with bench/gpu_budget.json instead")
-    update: bool = setting(False, "with --budget: write what was reckoned into the file")
+    budget: bool = setting(False, "instead: compare the estimated cost of SD 1.4 with bench/gpu_budget.json")
+    update: bool = setting(False, "with --budget: write the estimate into that file")
     json: bool = setting(False, "one JSON object on standard output")
 
 

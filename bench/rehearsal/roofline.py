@@ -22,9 +22,10 @@ TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 1.2e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
 STATED = (
-    f"memory {MEMORY / 1e12:g} TB/s, convolutions {CONVOLUTIONS / 1e12:g}, products {PRODUCTS / 1e12:g} (our own "
-    f"{OWN / 1e12:g}), attention {ATTENTIONS / 1e12:g} TFLOP/s on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} "
-    f"(convolutions, TF32) and {FP32_PRODUCTS / 1e12:g} (products), {LAUNCH * 1e6:g} µs a launch"
+    f"{MEMORY / 1e12:g} TB/s of bandwidth, {LAUNCH * 1e6:g} µs per launch and, in TFLOP/s, {CONVOLUTIONS / 1e12:g} for "
+    f"convolutions, {PRODUCTS / 1e12:g} for matrix products (our own {OWN / 1e12:g}), {ATTENTIONS / 1e12:g} for "
+    f"attention on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} (convolutions, TF32) and "
+    f"{FP32_PRODUCTS / 1e12:g} (products)"
 )
 
 

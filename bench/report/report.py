@@ -53,7 +53,6 @@ DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a 
 VERSIONS = ("torch", "diffusers", "onnxruntime")
 NOT_TUNED = "Not measured yet: `python -m bench claims --tuned`."
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
-ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
 FULL_SIZE = cpu_suite(FULL_SIZE_MODEL)
 FULL_SIZE_COLUMNS = ("method", "precision", "s/image", "s/UNet call", "share of peak", "memory", "load")
 FULL_SIZE_COLUMNS += ("our speed-up", "in a UNet call")
@@ -255,7 +254,9 @@ def paper(found: Documents, charts: str) -> str:
     own, disk = scale["ms"][-1]["ms"]["own"], scale["commit_ms"][0]
     scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
     written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
-    each, source = rate or ASSUMED, "measured" if rate else "assumed, as none was measured yet"
+    each, source = (
+        (rate, "measured") if rate else (reckoned.images_per_second(), "estimated for an H100, see the README")
+    )
     rows = []
     for count in PAPER_GPUS:
         total = each * count

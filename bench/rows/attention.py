@@ -1,5 +1,5 @@
-"""python -m bench attention: images with labels from attention on this CPU, ours against Dataset Diffusion written
-plainly over diffusers, in turn in one process and at the numbers of that work.
+"""python -m bench attention: images with labels from attention on this CPU, compared with a plain version of Dataset
+Diffusion based on diffusers; both take turns in one process, with that project's settings.
 """
 
 import json
@@ -28,10 +28,10 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class AttentionBench:
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
-    engine: str = setting("fast", "engine that is compared", choices=tuple(ENGINES))
+    engine: str = setting("fast", "engine to compare", choices=tuple(ENGINES))
     images: int = setting(8, "images of a batch", metavar="N")
     steps: int = setting(25, "sampling steps", metavar="N")
-    rounds: int = setting(5, "times both are timed", metavar="N")
+    rounds: int = setting(5, "how often each is timed", metavar="N")
 
 
 def measure(config: AttentionBench) -> dict[str, Any]:

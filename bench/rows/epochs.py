@@ -1,5 +1,5 @@
-"""python -m bench epochs: an epoch of training with captures read from the disk, and with captures computed anew, in
-turn in one process.
+"""python -m bench epochs: an epoch of training with captures read from the disk, and with recomputed captures, in turn
+in one process.
 """
 
 import json

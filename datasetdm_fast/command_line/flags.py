@@ -181,7 +181,8 @@ def _converter(hint: Any, choices: tuple[str, ...], has_names: bool = False) -> 
     def one(text: str) -> str:
         choice = text.partition(":")[0] if has_names else text
         if choices and choice not in choices:
-            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(choices)}{nearest(choice, choices)}")
+            named = [each for each in choices if each]  # "" stands for a flag that was not given
+            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(named)}{nearest(choice, named)}")
         return text
 
     def listed(text: str) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class GenDataConfig:
 @dataclass(frozen=True)
 class TrainMmsegConfig:
     work_dir: str = setting("", "folder that gen_data wrote", metavar="OUT")
-    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="ADDRESS")
+    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="DATA")
     student: str = setting("deeplabv3plus", "network to train", choices=("segformer", "deeplabv3plus", "mask2former"))
     weights: str = setting("", "local folder of transformers from whose weights the network starts", metavar="DIR")
     steps: int = setting(0, "training steps; default: 20000 for VOC, 40000 for COCO", metavar="N")
@@ -236,20 +236,20 @@ def _check_folder(out: Path, run_folder: Path) -> None:
 
 
 def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
-    """What is mapped, kept, mended and left out, a line each."""
-    noise = "seed + place in the list" if config.corrected else "one generator for the images of this line"
+    """The settings, and which of the original's behaviour is kept, corrected and omitted, a line each."""
+    noise = "--seed + k for image k of the list" if config.corrected else "one generator for all images of this command"
     places = "all tokens of a word" if config.corrected else "word positions"
     first, last = prompts.first, prompts.first + len(prompts.prompts) - 1
     entries = f"entry {first}" if first == last else f"entries {first} to {last}"
     shard = "" if prompts.is_whole else f", {entries}"
     lines = {
         "list": f"{len(prompts.prompts)} of {prompts.length} prompts{shard}, classes of {prompts.kind}",
-        "mapped": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "
+        "settings": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "
         f"{settings.guidance:g}, its negative prompt, attention to the power {settings.exponent}",
         "corrected" if config.corrected else "kept": f"noise: {noise}; class words: {places}",
-        "mended": f"captions beyond 77 tokens are cut{' between words' if config.corrected else ''}; images stay with "
+        "fixed": f"captions beyond 77 tokens are cut{' between words' if config.corrected else ''}; images stay with "
         "their labels where a prompt lists no class",
-        "left out": "the safety checker",
+        "omitted": "the safety checker",
     }
     return [f"{name:<11}{value}" for name, value in lines.items()]
 
@@ -311,7 +311,7 @@ def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> i
         arguments,
         TrainMmsegConfig,
         f"{PROG} train_mmseg_{kind}",
-        "A student is taught by what gen_data wrote, and by its own labels of these images, and scored on real ones.",
+        "Train a student on the output of gen_data and a second on its labels of them, and score both on real images.",
     )
     if config.repeats < 2:
         raise Refused(

@@ -59,7 +59,7 @@ class VarySettings(RedrawSettings):
         (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST"
     )
     strength: float = setting(
-        0.4, "share of the sampling steps that is repeated, 0 to 1: more changes more", metavar="S"
+        0.4, "share of the sampling steps that is repeated, 0 to 1: a larger share changes more", metavar="S"
     )
     labels: str = setting(
         "source",
@@ -86,7 +86,7 @@ class EditSettings(RedrawSettings):
         metavar="N",
     )
     strength: float = setting(
-        1.0, "share of the sampling steps that is repeated, 0 to 1: 1 begins from noise alone", metavar="S"
+        1.0, "share of the sampling steps that is repeated, 0 to 1: 1 starts from pure noise", metavar="S"
     )
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
     out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

@@ -14,8 +14,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.run_folder.score_table import SCORES, add_distances
-from datasetdm_fast.run_folder.where import parse_where
+from datasetdm_fast.run_folder.score_table import add_distances
 
 BLOCK = 64  # samples moved together
 LARGEST_LIST = 64 * 2**20  # bytes
@@ -47,13 +46,6 @@ def read_ids(given: Sequence[str], file: str) -> list[int]:
 
 def matching(run: Run, where: str) -> list[int]:
     """The indices of the samples for which a condition on their scores holds."""
-    parse_where(where, tuple(SCORES))
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        if not ledger.score_names():
-            raise Refused(
-                f"--where: the samples of {run.path} have no scores yet",
-                f"Score them first: python -m datasetdm_fast.filter {run.path}",
-            )
     return [row.request.index for row in run.where(where).rows(())]
 
 

@@ -1,8 +1,8 @@
-"""python -m datasetdm_fast.demo.attention --out DIR: how true are the demo model's labels from attention?
+"""python -m datasetdm_fast.demo.attention --out DIR: how accurate are the demo model's labels from attention?
 
-A small segmentation net that has only ever seen renders is the judge of pictures of one or two things: IoU of the named
-things, beside that without self-attention, that of class prompts that belong to other pictures, and that of the labels
-of other pictures, which lie where things usually do. Writes attention.json and masks.png.
+They are compared with the predictions of a small segmentation network trained only on renders, on pictures of one or
+two things: IoU of the named things by default, without self-attention, with the class prompts of other pictures, and of
+the labels of other pictures, which lie where things usually do. Writes attention.json and masks.png.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def renamed(labels: np.ndarray, own: Request, other: Request) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.attention", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--number", type=int, default=200, help="pictures")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps of a picture")
     options = parser.parse_args(arguments)

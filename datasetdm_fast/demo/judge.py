@@ -1,9 +1,9 @@
 """python -m datasetdm_fast.demo.judge --out DIR: do the pictures of a world's model show what their captions say?
 
-Two small segmentation nets that have only ever seen renders, one of kinds and one of colours, look for the things of
-captions that name one to four of them: in generated pictures, under the right captions and under those of others, and
-in renders of the same scenes, which tells what the nets themselves get wrong. Beside it, how far the pictures are from
-renders in the first net's features. Writes judge.json and contact.png, and prints the tables.
+Two small segmentation networks trained only on renders, one for kinds and one for colours, look for the named things in
+generated pictures, with their own captions and with those of others, and in renders of the same scenes, which shows the
+errors of the networks. Also measures the distance of the pictures from renders in the first network's features. Writes
+judge.json and contact.png, and prints the tables.
 """
 
 import argparse
@@ -121,14 +121,14 @@ def tables(result: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--model", default="demo", help="demo, or a diffusers folder")
-    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose model it is")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="world that the model was trained on")
     parser.add_argument("--number", type=int, default=250, help=f"pictures of each number of things, 1 to {MOST}")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps of a picture")
-    parser.add_argument("--guidance", type=float, default=3.0, help="factor of guidance")
-    parser.add_argument("--sampler", default="pndm", help="as of generate")
-    parser.add_argument("--judge-steps", type=int, default=STEPS, help="steps that train a net")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale")
+    parser.add_argument("--sampler", default="pndm", help="as for generate")
+    parser.add_argument("--judge-steps", type=int, default=STEPS, help="training steps of a network")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     options = parser.parse_args(arguments)
     if options.number < 2:

@@ -1,8 +1,8 @@
-"""python -m datasetdm_fast.demo.judge_labels RUN --judged DIR: how true are the labels of generated pictures?
+"""python -m datasetdm_fast.demo.judge_labels RUN --judged DIR: how accurate are the labels of generated pictures?
 
-The segmentation net of demo.judge, which has only ever seen renders, is compared with the labels of a run, for all of
-its samples and for the trusted ones; the same figures on renders are against their truth. Of a run of vary it tells,
-for each domain, how far what is to be seen has kept the label maps. Prints a table and JSON.
+The labels of a run are compared with the predictions of the segmentation network of demo.judge, which was trained only
+on renders, for all samples and for the trusted ones; those of renders with ground truth. For a run of vary it reports
+for each domain how well the pictures still fit the label maps. Prints a table and JSON.
 """
 
 import argparse
@@ -154,9 +154,11 @@ def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge_labels", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--judged", type=Path, required=True, help="folder of demo.judge, or one for its net")
+    parser.add_argument(
+        "--judged", type=Path, required=True, help="folder of demo.judge; if it has no network, one is trained"
+    )
     parser.add_argument("--renders", type=int, default=500, help="renders to compare with")
-    parser.add_argument("--judge-steps", type=int, default=STEPS, help="steps that train the net")
+    parser.add_argument("--judge-steps", type=int, default=STEPS, help="training steps of the network")
     options = parser.parse_args(arguments)
     run = open_run(options.run)  # before a net may be trained for minutes
     judge = kept_judge(options.judged, 128, steps=options.judge_steps)

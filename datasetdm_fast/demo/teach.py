@@ -1,8 +1,8 @@
-"""python -m datasetdm_fast.demo.teach --out DIR: the five demo decoders from 100 rendered, labelled scenes.
+"""python -m datasetdm_fast.demo.teach --out DIR: the five demo decoders, trained on 100 rendered, labelled scenes.
 
-It is `python -m datasetdm_fast.train` with the settings of the decoders that ship with the package; any of its flags
-may follow, and `--world hard` takes scenes of the harder world. `--words DIR` teaches none, and only learns from the
-same scenes which heads of the cross-attention tell the words of a caption apart, for the decoders in DIR.
+It is `python -m datasetdm_fast.train` with the settings of the decoders that ship with the package, and takes all of
+its flags; `--world hard` uses scenes of the harder world. `--words DIR` trains no decoder: it only learns from the same
+scenes which cross-attention heads distinguish the words of a caption, for the decoders in DIR.
 """
 
 import argparse
@@ -55,12 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m datasetdm_fast.demo.teach",
         description=__doc__,
-        epilog="`python -m datasetdm_fast.train --help` tells the other flags.",
+        epilog="`python -m datasetdm_fast.train --help` lists the other flags.",
         allow_abbrev=False,
     )
-    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose scenes teach them")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="world of the training scenes")
     parser.add_argument(
-        "--words", metavar="DIR", help="decoders that learn which heads tell words apart; no other flag"
+        "--words",
+        metavar="DIR",
+        help="folder of the decoders whose weights of attention heads are learned again; no other flag",
     )
     for flag in SETTINGS:  # one that is given takes the place of ours, so that the command told has it once
         parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

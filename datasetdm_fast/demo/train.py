@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.demo.train --out DIR: the diffusion model of a world, from nothing or from the weights of
-another; the same line again goes on where it stopped.
+"""python -m datasetdm_fast.demo.train --out DIR: the diffusion model of a world, from random weights or from those of
+another model; the same command resumes.
 
 Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
 """
@@ -285,24 +285,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work"
     )
-    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose scenes teach it")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="world of the training scenes")
     parser.add_argument(
         "--start",
         default="",
-        help="begin with the weights of a model of this form: demo, or a folder (default: from nothing)",
+        help="initial weights, of a model with this architecture: demo, or a folder (default: random)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
-    parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
-    parser.add_argument("--autoencoder-steps", type=int, default=1850, help="steps of the autoencoder")
-    parser.add_argument("--autoencoder-batch", type=int, default=16, help="pictures in one of them")
-    parser.add_argument("--latents", type=int, default=24576, help="scenes the diffusion model sees")
-    parser.add_argument("--diffusion-steps", type=int, default=2900, help="steps of the diffusion")
-    parser.add_argument("--diffusion-batch", type=int, default=48, help="latents in one of them")
+    parser.add_argument("--renders", type=int, default=8000, help="training scenes of the autoencoder")
+    parser.add_argument("--autoencoder-steps", type=int, default=1850, help="training steps of the autoencoder")
+    parser.add_argument("--autoencoder-batch", type=int, default=16, help="pictures per step")
+    parser.add_argument("--latents", type=int, default=24576, help="training scenes of the diffusion model")
+    parser.add_argument("--diffusion-steps", type=int, default=2900, help="training steps of the diffusion model")
+    parser.add_argument("--diffusion-batch", type=int, default=48, help="latents per step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the diffusion model")
-    parser.add_argument("--polish-steps", type=int, default=600, help="steps of the autoencoder's decoder at the end")
+    parser.add_argument(
+        "--polish-steps", type=int, default=600, help="training steps of the autoencoder's decoder at the end"
+    )
     stages = ("autoencoder", "latents", "diffusion", "polish", "export")
-    parser.add_argument("--until", choices=stages, default="export", help="last stage that is run")
+    parser.add_argument("--until", choices=stages, default="export", help="last stage to run")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -123,7 +123,7 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     if not learn_from or _place(learn_from) == _place(data) or _share_scenes(learn_from, data):
         raise Refused(
             f"--data {data} names the images for scoring, so none are left to train on",
-            "Name other images to learn from with --learn-from ADDRESS.",
+            "Name other images to learn from with --learn-from DATA.",
         )
     return learn_from
 

@@ -13,8 +13,8 @@ MOST_DRAWS = 10_000  # bootstrap resamples of an interval
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
-        "select images limit_per_class min_area limit_images only_classes framing skip_bad model allow_download "
-        "decoder data class_names task unseen captions bootstrap level curve learn_from repeats steps more student "
+        "decoder data task model select images limit_per_class min_area limit_images only_classes framing skip_bad "
+        "allow_download class_names unseen captions bootstrap level curve learn_from repeats steps more student "
         "student_size weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed "
         "threads dry_run json quiet"
     ).split()
@@ -23,7 +23,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "demo:500@900000",
         "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several, "
         "comma-separated, are evaluated one after the other",
-        metavar="ADDRESS",
+        metavar="DATA",
     )
     class_names: tuple[str, ...] = setting(
         (),
@@ -60,14 +60,14 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     learn_from: str = setting(
         "",
         "labelled images for --curve and --student; default: the train split of --data, or demo scenes",
-        metavar="ADDRESS",
+        metavar="DATA",
     )
     repeats: int = setting(
         1,
         "repeats with other seeds: decoders per number of --curve, or students of each kind (then 3, at least 2)",
         metavar="N",
     )
-    steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
+    steps: int = setting(0, "steps of each training of --curve or --student, 0 = the usual number", metavar="N")
     more: int = setting(50, "additional labels whose gain is forecast, beyond the last number of --curve", metavar="N")
     student: str = setting(
         "",

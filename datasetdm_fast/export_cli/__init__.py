@@ -1,1 +1,1 @@
-"""The command export: flags, calibration, and plan commands for other machines."""
+"""The command export: its flags, calibration for fp8, and building, listing and deleting TensorRT plans."""

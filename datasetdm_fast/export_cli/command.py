@@ -1,4 +1,4 @@
-"""The command export: ONNX graphs, then plans."""
+"""python -m datasetdm_fast.export: write a model and its decoders as ONNX graphs or TensorRT plans."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec

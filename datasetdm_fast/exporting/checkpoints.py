@@ -34,7 +34,7 @@ class CheckpointConfig:
     )
     kind: str = setting(
         "",
-        "with --to decoder: what the checkpoint was trained on; default: what its tensors tell",
+        "with --to decoder: what the checkpoint was trained on; default: inferred from its tensors",
         choices=UPSTREAM_KINDS,
     )
     model: str = setting(
@@ -45,7 +45,7 @@ class CheckpointConfig:
     out: str = setting("", "folder to write, or the file of --to pth", metavar="OUT")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "say nothing on stderr")
+    quiet: bool = setting(False, "show no message")
 
     def check(self) -> None:
         """Refuses what is missing, and flags of another --to."""

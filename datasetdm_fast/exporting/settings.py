@@ -44,7 +44,7 @@ class ExportSettings(CommandSettings):
         "", "take the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"
     )
     kept: bool = setting(False, "take only the samples that filter keeps")
-    least_score: float = setting(0.0, "leave out instances and persons with a lower score, 0 to 1", metavar="X")
+    least_score: float = setting(0.0, "leave out instances and people with a lower score, 0 to 1", metavar="X")
     image_format: str = setting(
         "same", "image files; same: as the run has them, where the format allows it", choices=("same", "png", "jpg")
     )

@@ -45,12 +45,12 @@ def calls_left(job: Job) -> int:
 
 
 def unnamed(job: Job) -> str:
-    """How many prompts or captions name nothing that a label can show, in words; empty where none."""
+    """How many prompts or captions name no class of the labels, in words; empty where none."""
     count, total = job.unnamed
     if not count:
         return ""
     words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
-    return f"{count} of {total} {'names' if count == 1 else 'name'} nothing that the labels know, which is: {words}"
+    return f"{count} of {total} {'names' if count == 1 else 'name'} none of the classes of the labels: {words}"
 
 
 def _warning(engine: Mapping[str, object]) -> str:

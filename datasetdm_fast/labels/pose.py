@@ -138,7 +138,7 @@ def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
 class PoseKind(LabelKind):
     attribute, title = "keypoints", "People with joints"
     contents = (
-        "`keypoints.json`: COCO keypoints with visibility and scores; `box_from` tells whether box and area are "
+        "`keypoints.json`: COCO keypoints with visibility and scores; `box_from` says whether box and area are "
         "those of the person's instance mask or of its joints, widened"
     )
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)

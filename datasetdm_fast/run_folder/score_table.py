@@ -13,25 +13,25 @@ from datasetdm_fast.run_folder.kept import Kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.where import parse_where
 
-HASH = "hash"  # a score that nobody can compare with a number
+HASH = "hash"  # a score that no condition can use
 NEAR = 2  # bits by which the hashes of duplicates differ at most
 BITS = 64  # of a hash
 SCORES = {  # name -> what it says
     "score": "mean confidence of the decoders in their labels, 0 to 1",
-    "trust": "1 where the labels fit the prompt and one another, 0 where the sample is doubtful",
-    "agreement": "share of the pixels of things that two kinds of labels call by one name, 0 to 1",
-    "presence": "share of the classes named by the prompt that the labels show, 0 to 1",
+    "trust": "1 if the labels agree with the prompt and with one another, 0 if the sample is doubtful",
+    "agreement": "share of the pixels of things to which two kinds of labels give the same class, 0 to 1",
+    "presence": "share of the classes named in the prompt that the labels show, 0 to 1",
     "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
-    "distance": f"bits, of {BITS}, by which the image's hash differs from the nearest of a sample before it",
-    "duplicate": f"1 where that distance is at most {NEAR}, else 0",
-    "stability": "share of the pixels of things that the decoders call the same under two other noises, 0 to 1",
-    "clip": "cosine of image and prompt by the CLIP of --clip",
+    "distance": f"bits of the image's {BITS}-bit hash that differ from the nearest earlier sample",
+    "duplicate": f"1 if that distance is at most {NEAR}, else 0",
+    "stability": "share of the pixels of things whose class stays the same with two other noises, 0 to 1",
+    "clip": "cosine similarity of image and prompt by the CLIP model of --clip",
 }
 OF_NETWORKS = ("clip", "stability")  # scores that are only made where a flag of their name asks for them
 ABSENT = {  # a score that no sample has -> what to do about it
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
-    "stability": "Add --stability, and the scores are made with the model of the run.",
-    "clip": "Add --clip DIR, the folder of a CLIP, and the scores are made.",
+    "stability": "Add --stability: the model of the run then computes it.",
+    "clip": "Add --clip DIR, the folder of a CLIP model, to compute it.",
 }
 
 
@@ -96,6 +96,12 @@ def absent(folder: Path, name: str) -> Refused:
 def passing(folder: Path, where: str) -> Kept:
     """Which samples of a run folder the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        if not ledger.score_names():
+            raise Refused(
+                f"--where: the samples of {folder} have no scores yet",
+                f"Score them first: python -m datasetdm_fast.filter {folder}",
+            )
     table = read_scores(folder, names)
     for name in names:
         if np.isnan(table.values[name]).all():

@@ -132,8 +132,8 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
         found.append(f"no held-out image shows {names}: means leave {them} out, and intervals allow for any score")
     if result.get("named_by_captions"):
         found.append(
-            "where an image's caption names classes, only these were looked for; evaluate --captions none tells the "
-            "figures without"
+            "where an image's caption names classes, only these were looked for; evaluate --captions unread measures "
+            "without this"
         )
     return found
 

@@ -43,7 +43,7 @@ MOST_FOLDS = 100
 @dataclass(frozen=True)
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
+        "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions class_table by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb "
         "storage engine dtype device seed save_every threads dry_run json quiet"
@@ -68,8 +68,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     folds: str = setting(
         "no",
-        "k-fold cross-validation: as many more decoders, so that every image is judged by one that has not seen it; "
-        "auto: 5 where fewer than 30 images are held out",
+        "k-fold cross-validation: train N more decoders, so that every image is evaluated by one not trained on it; "
+        "auto: 5 if fewer than 30 images are held out",
         identity=False,
         metavar="N|auto|no",
     )
@@ -127,8 +127,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     by_word: str = setting(
         "auto",
-        "tell things apart by the attention to the words that name them, in addition to the decoder's prediction; "
-        "auto: with --by-name, where at least 20 masks of training images show that the attention can",
+        "name things by the attention to the words of the caption, in addition to the decoder's prediction; auto: "
+        "with --by-name, if at least 20 masks of training images show that the attention can",
         choices=("auto", "no"),
     )
     timestep: int = setting(

@@ -143,7 +143,7 @@ def teach(trainer: TrainingScript, line: Line, again: str) -> int:
 
     words = line_of_train(trainer, line)
     kept = f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe"
-    _say(line, *telling.ignored(line), f"mapped    {shown(words)}", kept)
+    _say(line, *telling.ignored(line), f"command   {shown(words)}", kept)
     if (code := import_module(TRAIN).main(words)) or line["dry_run"]:
         return code
     if (path := checkpoint_of(trainer, line)) is None:

@@ -26,7 +26,7 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     seeds = sorted(item.seed for item in items)
     processes = min(len({item.process for item in items}), line["thread_num"])  # of the demo, one makes all
     yield _row(
-        "mapped", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of --thread_num {processes} processes"
+        "settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of --thread_num {processes} processes"
     )
     count = next(name for name in COUNTS if name in line.values)
     if not line["all"] and (left := line[count] % line["thread_num"]):
@@ -36,7 +36,7 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     networks = "batches" if line["together"] else "one image at a time in the networks, batches"
     yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
     yield from ignored(line)
-    yield _row("mended", MENDED)
+    yield _row("fixed", MENDED)
     if line["fixed"]:
         yield _row("", FIXED)
     if line["all"]:

@@ -65,7 +65,7 @@ class TrainingScript:
 
     @property
     def told(self) -> str:
-        return f"Teaches a decoder for {self.task} from labelled images of {' or '.join(self.data)}."
+        return f"Trains a decoder for {self.task} from labelled images of {' or '.join(self.data)}."
 
 
 TRAINERS = {

@@ -19,9 +19,9 @@ from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
 TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
 ORIGINS = (
-    "all synthetic: a diffusion model drew the images, and the labels were read from what it computed on the way. "
-    "Nothing here was photographed, and the labels are a model's opinion, not ground truth.",
-    "which were read from what a diffusion model computed of each picture: a model's opinion, not ground truth. The "
+    "all synthetic: a diffusion model generated the images, and the labels were predicted from its features and "
+    "attention maps. None of the images is a photograph, and the labels are not ground truth.",
+    "which were predicted from the features and attention maps of a diffusion model and are not ground truth. The "
     "rights to the pictures are those of their authors.",
 )
 CATEGORIES = {  # task -> how model hubs call it
@@ -35,24 +35,24 @@ CATEGORIES = {  # task -> how model hubs call it
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (2**63, "n>1M"))
 REFERENCE = "torch"  # the engine that others are compared with
 UNVERIFIED = (
-    "Nobody compared the outputs of this engine with those of the reference engine on this machine; "
-    "`generate --verify 8` does"
+    "The outputs of this engine have not been compared with those of the reference engine on this machine; "
+    "`generate --verify 8` compares them"
 )
 NO_PROMPTS = f"sha256:{hashlib.sha256(DEMO_PROMPTS.encode()).hexdigest()}"  # of --prompts, where none were given
 LONGEST_LICENCE = 80  # letters of one that is not known
 UNKNOWN_LICENCE = "Where a licence is unknown, ask its owner before you pass the data set on."
 USE = (
-    "- Meant to teach and test networks for the labels above, beside real images or before them. Measure on real "
-    "images: a figure on this data set says how well a network agrees with its decoders.",
-    "- Labels are wrong where the decoders are: small, thin, hidden and rare things most. `trust`, scores and "
-    "confidences tell where to look first.",
+    "- Meant for training and testing networks that predict the labels above, together with real images or before "
+    "them. Evaluate on real images: a score on this data set only measures the agreement with its decoders.",
+    "- Labels are wrong where the decoders are, most often for small, thin, hidden and rare things. `trust`, scores "
+    "and confidences show where to look first.",
 )
 BIASES = (
-    "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that belong to "
-    "nobody or to somebody among them.",
-    "- The pictures are not the model's, but its labels have the biases of what it was trained on.",
+    "- The images have the biases of the diffusion model and of its training data. Faces and texts in them may be "
+    "invented or real.",
+    "- The pictures are not the model's, but the labels have the biases of its training data.",
 )
-NOT_FOR = " Not meant to identify people, nor for decisions about them."
+NOT_FOR = " Not meant for identifying people, nor for decisions about them."
 CITATIONS = (
     """@inproceedings{wu2023datasetdm,
   title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
@@ -108,8 +108,8 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
         *(f"- {kind_of(task).contents}" for task in config["task"]),
-        "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
-        "`state/ledger.sqlite`: one row a sample; `state/events.jsonl`: when it was made\n",
+        "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
+        "`state/ledger.sqlite`: one row per sample; `state/events.jsonl`: log of the run\n",
         *_trust(document, ledger),
         f"## Statistics\n\n![Classes, areas, scores and depths of this data set]({STATISTICS})\n",
         *_sections(document, counts),
@@ -121,8 +121,8 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         BIASES[is_label] + NOT_FOR,
         "\n## Licences\n",
         *_licences(document),
-        "\n## Fingerprints\n",
-        *_fingerprints(document),
+        "\n## Digests\n",
+        *_digests(document),
         "\n## How to load\n",
         LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
         "\n## Citation\n",
@@ -153,9 +153,9 @@ def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
 def _left_out(ledger: Ledger) -> Iterator[str]:
     """Samples that are in no file of labels."""
     if aside := ledger.indices(SET_ASIDE):
-        yield f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"
+        yield f"Quarantined because a value was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"
     if dropped := ledger.count_dropped():
-        yield f"Samples that were looked at and dropped: {dropped}.\n"
+        yield f"Dropped samples: {dropped}.\n"
 
 
 def _making(document: Mapping[str, Any]) -> Iterator[str]:
@@ -168,14 +168,14 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield from _mixed(document)
     yield f"- Sampler {sampler_in_words(document)}"
     foreign = sampling.get("labellers", {}).items()
-    yield from (f"- Labels {_code(name)}: read by the package {_code(package)}" for name, package in foreign)
+    yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
     yield from _verified(document)
     yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
-        # of samples that were set aside, `samples.jsonl` tells no prompt
+        # `samples.jsonl` has no prompts of samples that were set aside
         given = "is the list that it was given" if sets_aside(config) else "are those of `samples.jsonl`"
         told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
         told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
@@ -212,7 +212,7 @@ def _licence_names(document: Mapping[str, Any]) -> dict[str, str]:
 def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     """What the weights' licences allow, and which contradict one another."""
     names = _licence_names(document)
-    yield "| weights | licence | use for money | changed copies | asks for |\n|---|---|---|---|---|"
+    yield "| weights | licence | commercial use | modified copies | requires |\n|---|---|---|---|---|"
     for of, text in names.items():
         found = licence_of(text)
         row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
@@ -224,7 +224,7 @@ def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     yield DERIVED
 
 
-def _fingerprints(document: Mapping[str, Any]) -> Iterator[str]:
+def _digests(document: Mapping[str, Any]) -> Iterator[str]:
     yield "| weights | SHA-256 |\n|---|---|"
     for name, digest in document["model"]["digests"].items():
         yield f"| {_part(f'model {name}')} | {_code(digest.removeprefix('sha256:'))} |"
@@ -256,23 +256,23 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif sets_aside(document["config"]):
-        yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`:"
+        yield f"Samples whose labels contradict their prompt or one another, set aside in `{ASIDE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         if not (count := ledger.count_doubtful()):
-            yield "None of the samples is doubtful: their labels fit their prompts and one another.\n"
+            yield "None of the samples is doubtful: their labels agree with their prompts and with one another.\n"
             return
         is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
-        yield f"{count} of the samples {is_or_are} doubtful, as {their} labels do not fit {their} prompt or one"
-        yield "another; `trust` in `samples.jsonl` says why.\n"
+        yield f"{count} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
+        yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
 
 
 def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
-    """The engines that went on with a run of another."""
+    """The engines that continued a run of another."""
     for entry in document.get("mixed", ()):
         engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
         name = _code("{engine} {dtype} on {device_name}".format(**engine))
-        yield f"- {name} went on with the run: {entry['number']} of the samples made again agreed in images and labels"
+        yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
 
 
 def _verified(document: Mapping[str, Any]) -> Iterator[str]:
@@ -293,7 +293,7 @@ def _verified(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _seeds(document: Mapping[str, Any]) -> str:
     if "seeds" in document["plan"]:
-        return "`samples.jsonl` tells the seed of each sample"
+        return "`samples.jsonl` has the seed of each sample"
     return f"Sample k has seed {document['config']['seed']} + k"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 UNKNOWN = "unknown"  # as model hubs call it
-DERIVED = "Whether a licence of weights reaches what they draw is disputed; this table takes it that it does."
+DERIVED = "Whether the licence of weights also covers their outputs is disputed; this table assumes that it does."
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Licence:
 
     hub: str  # its identifier on model hubs
     name: str
-    is_commercial: bool = True  # whether use for money is allowed
+    is_commercial: bool = True  # whether commercial use is allowed
     allows_changes: bool = True  # whether changed copies may be passed on
     keeps_licence: bool = False  # whether they have to carry the same licence
     restricts_use: bool = False  # whether some uses are forbidden to all that receive it
