@@ -299,6 +299,32 @@ def test_cityscapes_read_back_is_the_run(run, tmp_path, capsys):
     assert "none of the classes is one of its own" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+def test_polygons_of_cityscapes_painted_in_their_order_are_its_label_ids(run, tmp_path):
+    from datasetdm_fast.exporting.cityscapes import WORDS
+
+    out = converted(run, tmp_path / "out", "--to", "cityscapes", "--classes", CITY_NAMES) / "cityscapes"
+    groups = 0
+    for path in sorted(out.rglob("*_polygons.json")):
+        label_ids = np.asarray(Image.open(str(path).replace("_polygons.json", "_labelIds.png")))
+        told, painted = json.loads(path.read_text()), np.zeros(label_ids.shape, np.uint8)
+        assert [told["imgHeight"], told["imgWidth"]] == list(label_ids.shape)
+        for shape in told["objects"]:
+            name = shape["label"].removesuffix("group")
+            groups += name != shape["label"]
+            painted[inside(shape["polygon"], label_ids.shape)] = WORDS[name][1]
+        assert (painted == label_ids).all()
+    assert groups
+
+
+def inside(polygon: list[list[int]], sides: tuple[int, int]) -> np.ndarray:
+    """The pixels [H, W] bool whose middle lies in a polygon along pixel edges, by the even-odd rule."""
+    flips = np.zeros((sides[0], sides[1] + 1), int)
+    for (x, y), (end, other) in zip(polygon, polygon[1:] + polygon[:1]):
+        if x == end:  # slanted lines join rings, there and back
+            flips[min(y, other) : max(y, other), x] += 1
+    return (flips.cumsum(1)[:, :-1] % 2).astype(bool)
+
+
 def as_run(told, image, semantic, depth, sample) -> None:
     """Checks what formats tell of a sample against the run."""
     assert (np.asarray(image) == sample.image).all() and told["prompt"] == sample.prompt
