@@ -77,9 +77,29 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
 
 
 def test_the_card_of_pictures_that_were_given_does_not_call_them_the_models(run):
-    drawn, given_ = text(run), text(run, command="label")
+    read = document(12)["config"] | {"sampler": "inversion"}
+    drawn, given_ = text(run), text(run, command="label", config=read)
     assert "The images have the biases" in drawn and "its labels have the biases" not in drawn
     assert "The images have the biases" not in given_ and "its labels have the biases" in given_
+    assert "\n- synthetic\n" in drawn and "\n- synthetic\n" not in given_
+
+
+def test_the_card_of_a_composition_tells_where_the_images_of_its_runs_come_from(run):
+    drawn = {"config": document(12)["config"]}
+    read = {"config": drawn["config"] | {"sampler": "inversion"}}
+    both = {**drawn, "composition": {"source": {"runs": [drawn, read]}}}
+
+    def told(command: str, source: dict) -> str:
+        source = {"path": "", "digests": {}, **source}
+        composition = {"told": "Made", "sides": "64 × 64 pixels", "source": source}
+        return text(run, command=command, composition=composition)
+
+    assert "all synthetic" in told("splice", drawn) and "all synthetic" in told("merge", {"runs": [drawn, drawn]})
+    for pictures in (told("splice", read), told("merge", {"runs": [read, read]})):
+        assert "synthetic" not in pictures and "rights to the pictures are those of their authors" in pictures
+    for mixed in (told("merge", {"runs": [drawn, read]}), told("splice", both), told("merge", {"runs": [both]})):
+        assert "all synthetic" not in mixed and "drew some of the images; the others are pictures" in mixed
+        assert "\n- synthetic\n" in mixed
 
 
 def test_what_a_sample_offers_is_what_its_run_made():

@@ -149,6 +149,11 @@ def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
         folder.add([rendered(k, 64) for k in range(2)], {})
         folder.rebuild()
     assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
+    assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
+    wide = ["--grids", "1x2", "--number", "1", "--quiet"]
+    assert splice.main([str(runs / "first"), *wide, "--out", str(tmp_path / "wide")]) == 0
+    assert main([str(runs / "first"), str(tmp_path / "wide"), "--out", str(tmp_path / "both"), "--quiet"]) == 0
+    assert "7 of 7 images of 32 × 32 or 64 × 32 pixels" in (tmp_path / "both" / "README.md").read_text()
     assert splice.main([str(tmp_path / "all"), "--number", "1", "--out", str(tmp_path / "spliced"), "--quiet"]) == 2
     assert "sample 00000000 has 32 x 32 pixels, expected 64 x 64" in capsys.readouterr().err
     assert not (tmp_path / "spliced").exists()

@@ -30,6 +30,7 @@ COMMANDS = (
     "merge",
     "compat.showlab",
 )  # that make run folders, and single samples of them again
+INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
@@ -211,7 +212,7 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
     """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not."""
     name, sampling = document["config"]["sampler"], document["sampling"]
     steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
-    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != "inversion"))
+    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:

@@ -11,18 +11,23 @@ from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of, task_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
-from datasetdm_fast.run_folder.document import ASIDE, maker, sampler_in_words, sets_aside, size_in_words
+from datasetdm_fast.run_folder.document import ASIDE, INVERSION, maker, sampler_in_words, sets_aside, size_in_words
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
-TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
-ORIGINS = (
-    "all synthetic: a diffusion model drew the images, and the labels were read from what it computed on the way. "
-    "Nothing here was photographed, and the labels are a model's opinion, not ground truth.",
-    "which were read from what a diffusion model computed of each picture: a model's opinion, not ground truth. The "
-    "rights to the pictures are those of their authors.",
+DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
+TITLES = {DRAWN: "# A labelled data set, made from prompts\n", GIVEN: "# Pictures and their labels\n"}
+ORIGINS = {
+    DRAWN: "all synthetic: a diffusion model drew the images, and the labels were read from what it computed on the "
+    "way. Nothing here was photographed, and the labels are a model's opinion, not ground truth.",
+    GIVEN: "which were read from what a diffusion model computed of each picture: a model's opinion, not ground truth. "
+    "The rights to the pictures are those of their authors.",
+}
+DRAWN_AND_GIVEN = (
+    "which were read from what a diffusion model computed of each: a model's opinion, not ground truth. That model "
+    "drew some of the images; the others are pictures, and the rights to them are those of their authors."
 )
 CATEGORIES = {  # task -> how model hubs call it
     "semantic": "image-segmentation",
@@ -47,10 +52,14 @@ USE = (
     "- Labels are wrong where the decoders are: small, thin, hidden and rare things most. `trust`, scores and "
     "confidences tell where to look first.",
 )
-BIASES = (
-    "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that belong to "
-    "nobody or to somebody among them.",
-    "- The pictures are not the model's, but its labels have the biases of what it was trained on.",
+BIASES = {
+    DRAWN: "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that "
+    "belong to nobody or to somebody among them.",
+    GIVEN: "- The pictures are not the model's, but its labels have the biases of what it was trained on.",
+}
+BIASES_OF_BOTH = (
+    "- The images that the diffusion model drew and all labels have the biases of that model and of what it was "
+    "trained on; faces and texts in its images may belong to somebody."
 )
 NOT_FOR = " Not meant to identify people, nor for decisions about them."
 CITATIONS = (
@@ -98,12 +107,13 @@ class Card(IndexFile):
 
 def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
     """The card, from what the labels hold in all."""
-    config, done, is_label = document["config"], ledger.count(), document.get("command") == "label"
+    config, done, origins = document["config"], ledger.count(), origins_of(document)
+    origin = origins[0] if len(origins) == 1 else ""
     parts = [
         *_header(document, done),
-        TITLES[is_label],
+        TITLES[origin or GIVEN],
         f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
-        f"labels ({', '.join(config['task'])}), {ORIGINS[is_label]}\n",
+        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, DRAWN_AND_GIVEN)}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
@@ -118,7 +128,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         *_making(document),
         "\n## Intended use and limits\n",
         *USE,
-        BIASES[is_label] + NOT_FOR,
+        BIASES.get(origin, BIASES_OF_BOTH) + NOT_FOR,
         "\n## Licences\n",
         *_licences(document),
         "\n## Fingerprints\n",
@@ -131,6 +141,16 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     return "\n".join(parts) + "\n"
 
 
+def origins_of(document: Mapping[str, Any]) -> list[str]:
+    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds, as those of the
+    runs are that it was made from.
+    """
+    source = document.get("composition", {}).get("source", {})
+    if runs := source.get("runs", [source] if "config" in source else []):
+        return sorted({origin for run in runs for origin in origins_of(run)})
+    return [GIVEN if document["config"]["sampler"] == INVERSION else DRAWN]
+
+
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     """What model hubs read of a card, as YAML."""
     tasks = tasks_of(document["config"]["task"])
@@ -140,8 +160,7 @@ def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     yield from _listed("task_categories", list(categories))
     yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
     yield from _listed("annotations_creators", ["machine-generated"])
-    is_label = document.get("command") == "label"
-    yield from _listed("tags", ["datasetdm", *([] if is_label else ["synthetic"])])
+    yield from _listed("tags", ["datasetdm", *(["synthetic"] if DRAWN in origins_of(document) else [])])
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
 
 
