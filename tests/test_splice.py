@@ -241,6 +241,12 @@ def test_scaling_takes_the_nearest_pixel():
     assert Placement(6, 6, 0, 0, 6, 6, (6, 6)).scaled(pixels) is pixels
 
 
+def test_a_joint_in_the_outer_half_of_a_border_pixel_keeps_its_place():
+    person = {"keypoints": [-0.4, 63.3, 2, 63.45, -0.5, 1, 0, 0, 0], "bbox": [0, 0, 2, 2], "area": 4}
+    moved = LABEL_KINDS["pose"].moved(person, Placement(64, 64, 64, 128, 64, 64, (128, 192)))
+    assert moved["keypoints"] == [127.6, 127.3, 2, 191.45, 63.5, 1, 0, 0, 0]
+
+
 def test_every_label_kind_can_be_spliced():
     for kind in LABEL_KINDS.values():
         assert kind.roles or type(kind).moved is not LabelKind.moved
