@@ -153,6 +153,7 @@ class Merging:
             else {"engine": "several"},
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
+            **self._class_table(),
             "composition": {
                 "told": f"Merged from the runs {', '.join(names)}",
                 "sides": self._sides_in_words(),
@@ -170,6 +171,11 @@ class Merging:
         if len(self.sides) > MOST_SIDES:
             return f"{len(self.sides)} sizes"
         return " or ".join(f"{width} × {height}" for height, width in sorted(self.sides)) + " pixels"
+
+    def _class_table(self) -> dict[str, Any]:
+        """The user's own class words, where all runs were made with the same."""
+        tables = [part.run.document.get("class_table") for part in self.parts]
+        return {"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}
 
     def _models(self) -> dict[str, Any]:
         models = [part.run.document["model"] for part in self.parts]
