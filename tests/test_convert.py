@@ -538,6 +538,22 @@ def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run,
     assert contents(linked) == contents(copied)
 
 
+def test_a_command_that_enters_the_run_leaves_alone_what_an_export_is_being_written_to(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write_run(run, 4, SIZE)
+    renames, call = [], storage.syscall
+
+    def entered(name, *arguments):
+        if name == "rename" and "exports/coco" in str(arguments[-1]) and not renames:
+            renames.append(arguments)
+            assert filter.main([str(run), "--quiet"]) == 0
+        return call(name, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", entered)
+    assert main([str(run), "--to", "coco", "--copy", "--quiet"]) == 0 and renames
+    assert audit.main([str(run)]) == 0
+
+
 def test_the_sums_are_those_of_every_file(run, tmp_path):
     out = converted(run, tmp_path / "out", "--to", "coco")
     lines = dict(line.split("  ")[::-1] for line in (out / "SHA256SUMS").read_text().splitlines())

@@ -20,6 +20,7 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
+EXPORTS = "exports"  # where convert writes the exports of a run, unless it is told otherwise
 ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
 COMMANDS = (
     "generate",
