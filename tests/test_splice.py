@@ -16,6 +16,7 @@ from rendered import TASKS, write_run
 from test_ledger import tree
 
 from datasetdm_fast import drop, generate, splice
+from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.compositions import grids
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.labels.kind import LabelKind, Placement
@@ -125,6 +126,16 @@ def test_kill_9_loses_nothing(source, tmp_path):
     process.wait()
     assert [splice.main(line) for line in lines] == [0, 0]
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and audit(tmp_path / "a").findings == []
+
+
+def test_a_run_that_is_stopped_before_its_first_picture_is_not_called_complete(source, tmp_path, capsys, monkeypatch):
+    class Stopped(Interruption):
+        is_stopping = staticmethod(lambda: True)
+
+    monkeypatch.setattr(splice, "Interruption", Stopped)
+    assert splice.main([str(source), "--number", "3", "--out", str(tmp_path / "spliced")]) == 0
+    told = capsys.readouterr().err
+    assert "0 of 3 samples are there; go on with" in told and "nothing to do" not in told
 
 
 def test_one_sample_is_made_again(spliced, tmp_path, capsys):
