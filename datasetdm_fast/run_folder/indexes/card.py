@@ -141,14 +141,23 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     return "\n".join(parts) + "\n"
 
 
-def origins_of(document: Mapping[str, Any]) -> list[str]:
-    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds, as those of the
-    runs are that it was made from.
+def _runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The runs that a merged run, or a composition of one, was made from, each with its config, model and decoders; of
+    any other run itself.
     """
     source = document.get("composition", {}).get("source", {})
-    if runs := source.get("runs", [source] if "config" in source else []):
-        return sorted({origin for run in runs for origin in origins_of(run)})
-    return [GIVEN if document["config"]["sampler"] == INVERSION else DRAWN]
+    if "runs" in source:
+        for run in source["runs"]:
+            yield from _runs_of(run)
+    elif "composition" in source:
+        yield from _runs_of({**document, "composition": source["composition"]})
+    else:
+        yield document
+
+
+def origins_of(document: Mapping[str, Any]) -> list[str]:
+    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
+    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in _runs_of(document)})
 
 
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
@@ -156,7 +165,7 @@ def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     tasks = tasks_of(document["config"]["task"])
     categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
     yield "---"
-    yield from _listed("license", hub_names(_licence_names(document).values()))
+    yield from _listed("license", hub_names(text for _, text in _licence_names(document)))
     yield from _listed("task_categories", list(categories))
     yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
     yield from _listed("annotations_creators", ["machine-generated"])
@@ -222,23 +231,26 @@ def command_line(document: Mapping[str, Any]) -> str | None:
     return f"{maker(document)} {shlex.join([*words, '--out', 'THIS_FOLDER'])}"
 
 
-def _licence_names(document: Mapping[str, Any]) -> dict[str, str]:
-    """The licence of every set of weights, as its files name it."""
-    decoders = {f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()}
-    return {"model": document["model"]["licence"], **decoders}
+def _licence_names(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every set of weights with its licence, as its files name it; of the weights of several runs each licence once."""
+    found: dict[tuple[str, str], None] = {}
+    for run in _runs_of(document):
+        decoders = ((f"decoder {task}", entry["licence"]) for task, entry in run["decoders"].items())
+        found |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
+    return sorted(found, key=lambda pair: pair[0] != "model")
 
 
 def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     """What the weights' licences allow, and which contradict one another."""
     names = _licence_names(document)
     yield "| weights | licence | use for money | changed copies | asks for |\n|---|---|---|---|---|"
-    for of, text in names.items():
+    for of, text in names:
         found = licence_of(text)
         row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
         yield f"| {_part(of)} | {row} |"
     yield ""
-    yield from (f"**{sentence}**\n" for sentence in conflicts(names.values()))
-    if any(licence_of(text) is None for text in names.values()):
+    yield from (f"**{sentence}**\n" for sentence in conflicts(text for _, text in names))
+    if any(licence_of(text) is None for _, text in names):
         yield f"{UNKNOWN_LICENCE}\n"
     yield DERIVED
 
