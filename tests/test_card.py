@@ -116,6 +116,15 @@ def test_the_card_of_a_composition_tells_where_the_images_of_its_runs_come_from(
         assert "\n- synthetic\n" in mixed
 
 
+def test_the_card_of_merged_runs_tells_the_samplers_of_all(run):
+    quick = part(sampler="ddim") | {"sampling": {"size": 64, "steps": 10, "calls": 10, "guidance": 5.0}}
+    usual = part() | {"sampling": document(12)["sampling"]}
+    told = composed(run, "merge", {"runs": [usual, quick, usual]})
+    assert "- Sampler pndm, 50 steps in 51 calls, guidance 3; ddim, 10 steps in 10 calls, guidance 5\n" in told
+    before = composed(run, "merge", {"runs": [part(), part()]})  # as earlier versions wrote it
+    assert "- Sampler pndm, 50 steps in 51 calls, guidance 3\n" in before
+
+
 def test_the_card_of_merged_runs_names_the_licences_of_all_weights(run):
     runs = {"runs": [part("MIT License"), part("CC BY-NC-SA 4.0"), part("CC BY-SA 4.0"), part("CC BY-SA 4.0")]}
     joined = document(12)["model"] | {"licence": "MIT License and CC BY-NC-SA 4.0 and CC BY-SA 4.0"}

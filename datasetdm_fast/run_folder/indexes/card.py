@@ -11,7 +11,15 @@ from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of, task_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
-from datasetdm_fast.run_folder.document import ASIDE, INVERSION, maker, sampler_in_words, sets_aside, size_in_words
+from datasetdm_fast.run_folder.document import (
+    ASIDE,
+    INVERSION,
+    maker,
+    runs_of,
+    sampler_in_words,
+    sets_aside,
+    size_in_words,
+)
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
@@ -141,23 +149,9 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     return "\n".join(parts) + "\n"
 
 
-def _runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The runs that a merged run, or a composition of one, was made from, each with its config, model and decoders; of
-    any other run itself.
-    """
-    source = document.get("composition", {}).get("source", {})
-    if "runs" in source:
-        for run in source["runs"]:
-            yield from _runs_of(run)
-    elif "composition" in source:
-        yield from _runs_of({**document, "composition": source["composition"]})
-    else:
-        yield document
-
-
 def origins_of(document: Mapping[str, Any]) -> list[str]:
     """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
-    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in _runs_of(document)})
+    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in runs_of(document)})
 
 
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
@@ -234,7 +228,7 @@ def command_line(document: Mapping[str, Any]) -> str | None:
 def _licence_names(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every set of weights with its licence, as its files name it; of the weights of several runs each licence once."""
     found: dict[tuple[str, str], None] = {}
-    for run in _runs_of(document):
+    for run in runs_of(document):
         decoders = ((f"decoder {task}", entry["licence"]) for task, entry in run["decoders"].items())
         found |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
     return sorted(found, key=lambda pair: pair[0] != "model")
