@@ -54,6 +54,8 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
             assert stored == written and (out / name).samefile(runs / told["run"] / path)
         assert (source.instances.masks == sample.instances.masks).all()
         assert (source.semantic.labels == sample.semantic.labels).all()
+    lines = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    assert [line["merged"] for line in lines] == [sample.meta["merged"] for sample in found]
     together = groups([origins(found.document, sample.row) for sample in found])
     assert together[:3] == together[-3:] and len(set(together)) == len(found) - 3
 
