@@ -501,6 +501,26 @@ def test_only_samples_of_a_condition_or_a_filter_are_converted(tmp_path, capsys)
         assert {path.stem for path in found.iterdir()} == kept
 
 
+def test_instances_called_background_are_left_out_as_that_class_of_a_map_is(tmp_path):
+    """A decoder has such instances where a data set in COCO's form has a category of that name."""
+    run, described = tmp_path / "run", document(1, SIZE)
+    names = described["labels"]["instance"]["classes"]
+    names.append("background")
+    described |= numbered(described["labels"])
+    sample = hard_case(0)
+    things = replace(sample.annotations["instance"], class_ids=np.array([0, 7, 2, 7]), classes=tuple(names))
+    with RunFolder(run, described) as folder:
+        folder.add([replace(sample, annotations={**sample.annotations, "instance": things})], {})
+        folder.rebuild()
+    assert names[7] == "background"
+    out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg,voc")
+    (item,) = open_data(f"coco:{out}/coco", SIZE)
+    assert len(item.masks) == 2 and sorted(mask.sum() for mask in item.masks) == sorted(
+        mask.sum() for mask in things.masks[[0, 2]]
+    )
+    assert len((out / "yolo-seg" / "labels" / "train" / "00000000.txt").read_text().splitlines()) == 2
+
+
 def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, capsys):
     run, described = tmp_path / "run", document(1, SIZE)
     names = [f"class {k}" for k in range(300)]
