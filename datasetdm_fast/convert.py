@@ -24,6 +24,7 @@ from datasetdm_fast.exporting.settings import ExportSettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.exporting.conversion import Conversion
+from datasetdm_fast.run_folder.document import EXPORTS
 from datasetdm_fast.run_folder.object_store import is_url
 
 PROG = "python -m datasetdm_fast.convert"
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
     if not settings.out and is_url(settings.runs[0]):
         raise Refused(f"{PROG}: --out is missing", "Name a folder here for the export of a run in an object store.")
-    folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / "exports"
+    folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / EXPORTS
     conversion = _opened(settings, folder)
     for source in conversion.sources:
         if not source.run.is_complete:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     verb = "would be" if config.dry_run else "is" if len(ids) == 1 else "are"
     told = f"{config.run}: {len(ids)} of {before} samples {verb} dropped"
     told += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
-    told += f"; {len(aside)} {'is' if len(aside) == 1 else 'are'} set aside and not in the data set" if aside else ""
+    told += dropping.told_aside(len(aside))
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
     if config.dry_run:
         return planned(config, facts, "\n".join(ids), told)

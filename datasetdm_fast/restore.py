@@ -40,8 +40,10 @@ def main(arguments: Sequence[str]) -> int:
 
     run = dropping.open_folder(Path(config.run))
     wanted = None if config.all else dropping.read_ids(config.ids, config.file)
+    aside = len(dropping.set_aside(run) & set(wanted or ()))
     ids = [f"{index:08d}" for index in dropping.restore(run, wanted, is_dry=config.dry_run)]
     told = f"{config.run}: {counted(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
+    told += dropping.told_aside(aside)
     facts = {"path": config.run, "restored": ids}
     if config.dry_run:
         return planned(config, facts, "\n".join(ids), told)

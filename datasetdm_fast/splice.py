@@ -88,11 +88,13 @@ def main(arguments: Sequence[str]) -> int:
     rate = round(made / seconds, 4) if made else 0.0
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
     put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
-    speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
-    speed = f"{speed}; look at {folder}/gallery/index.html"
-    say(config, speed if made else f"{folder}: complete with {counted(done, 'sample')}, nothing to do")
+    if made:
+        speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
+        say(config, f"{speed}; look at {folder}/gallery/index.html")
     if done < config.number:
         unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
+    elif not made:
+        say(config, f"{folder}: complete with {counted(done, 'sample')}, nothing to do")
     return interruption.exit_code(0)
 
 

@@ -77,9 +77,70 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
 
 
 def test_the_card_of_pictures_that_were_given_does_not_call_them_the_models(run):
-    drawn, given_ = text(run), text(run, command="label")
+    read = document(12)["config"] | {"sampler": "inversion"}
+    drawn, given_ = text(run), text(run, command="label", config=read)
     assert "The images have the biases" in drawn and "the labels have the biases" not in drawn
     assert "The images have the biases" not in given_ and "the labels have the biases" in given_
+    assert "\n- synthetic\n" in drawn and "\n- synthetic\n" not in given_
+
+
+def composed(run, command: str, source: dict, **changes) -> str:
+    """The card of a run that was made from others."""
+    composition = {"told": "Made", "sides": "64 × 64 pixels", "source": {"path": "", "digests": {}, **source}}
+    return text(run, command=command, composition=composition, **changes)
+
+
+def part(licence: str = "Apache-2.0", **config) -> dict:
+    """What a merged run tells of one of its runs."""
+    told = document(12)
+    model = told["model"] | {"licence": licence}
+    return {"config": told["config"] | config, "model": model, "decoders": told["decoders"], "engine": told["engine"]}
+
+
+def test_the_card_of_a_composition_tells_where_the_images_of_its_runs_come_from(run):
+    drawn, read = part(), part(sampler="inversion")
+    assert "all synthetic" in composed(run, "splice", {"config": drawn["config"]})
+    assert "all synthetic" in composed(run, "merge", {"runs": [drawn, drawn]})
+    for pictures in (
+        composed(run, "splice", {"config": read["config"]}, config=read["config"]),
+        composed(run, "merge", {"runs": [read, read]}),
+    ):
+        assert "synthetic" not in pictures and "rights to the pictures are those of their authors" in pictures
+    both = {"composition": {"source": {"runs": [drawn, read]}}}
+    for mixed in (
+        composed(run, "merge", {"runs": [drawn, read]}),
+        composed(run, "splice", {"config": drawn["config"], **both}),
+        composed(run, "merge", {"runs": [{**drawn, **both}]}),
+    ):
+        assert "all synthetic" not in mixed and "generated some of the images; the others are pictures" in mixed
+        assert "\n- synthetic\n" in mixed
+
+
+def test_the_card_of_merged_runs_tells_the_samplers_of_all(run):
+    quick = part(sampler="ddim") | {"sampling": {"size": 64, "steps": 10, "calls": 10, "guidance": 5.0}}
+    usual = part() | {"sampling": document(12)["sampling"]}
+    told = composed(run, "merge", {"runs": [usual, quick, usual]})
+    assert "- Sampler pndm, 50 steps in 51 calls, guidance 3; ddim, 10 steps in 10 calls, guidance 5\n" in told
+    before = composed(run, "merge", {"runs": [part(), part()]})  # as earlier versions wrote it
+    assert "- Sampler pndm, 50 steps in 51 calls, guidance 3\n" in before
+
+
+def test_the_card_of_merged_runs_names_the_licences_of_all_weights(run):
+    runs = {"runs": [part("MIT License"), part("CC BY-NC-SA 4.0"), part("CC BY-SA 4.0"), part("CC BY-SA 4.0")]}
+    joined = document(12)["model"] | {"licence": "MIT License and CC BY-NC-SA 4.0 and CC BY-SA 4.0"}
+    for said in (
+        composed(run, "merge", runs, model=joined),
+        composed(run, "splice", {"composition": {"source": runs}}, model=joined),
+    ):
+        header = yaml.safe_load(said.split("---\n", 2)[1])
+        assert header["license"] == ["apache-2.0", "cc-by-nc-sa-4.0", "cc-by-sa-4.0", "mit"]
+        rows = [line for line in said.splitlines() if line.startswith("| model | ")]
+        assert [row.split(" | ")[1:3] for row in rows] == [
+            ["MIT", "yes"],
+            ["CC BY-NC-SA 4.0", "no"],
+            ["CC BY-SA 4.0", "yes"],
+        ]
+        assert "**CC BY-NC-SA 4.0 and CC BY-SA 4.0 conflict" in said and "licence is unknown" not in said
 
 
 def test_what_a_sample_offers_is_what_its_run_made():

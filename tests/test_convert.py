@@ -299,6 +299,32 @@ def test_cityscapes_read_back_is_the_run(run, tmp_path, capsys):
     assert "none of the classes is one of its own" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+def test_polygons_of_cityscapes_painted_in_their_order_are_its_label_ids(run, tmp_path):
+    from datasetdm_fast.exporting.cityscapes import WORDS
+
+    out = converted(run, tmp_path / "out", "--to", "cityscapes", "--classes", CITY_NAMES) / "cityscapes"
+    groups = 0
+    for path in sorted(out.rglob("*_polygons.json")):
+        label_ids = np.asarray(Image.open(str(path).replace("_polygons.json", "_labelIds.png")))
+        told, painted = json.loads(path.read_text()), np.zeros(label_ids.shape, np.uint8)
+        assert [told["imgHeight"], told["imgWidth"]] == list(label_ids.shape)
+        for shape in told["objects"]:
+            name = shape["label"].removesuffix("group")
+            groups += name != shape["label"]
+            painted[inside(shape["polygon"], label_ids.shape)] = WORDS[name][1]
+        assert (painted == label_ids).all()
+    assert groups
+
+
+def inside(polygon: list[list[int]], sides: tuple[int, int]) -> np.ndarray:
+    """The pixels [H, W] bool whose middle lies in a polygon along pixel edges, by the even-odd rule."""
+    flips = np.zeros((sides[0], sides[1] + 1), int)
+    for (x, y), (end, other) in zip(polygon, polygon[1:] + polygon[:1]):
+        if x == end:  # slanted lines join rings, there and back
+            flips[min(y, other) : max(y, other), x] += 1
+    return (flips.cumsum(1)[:, :-1] % 2).astype(bool)
+
+
 def as_run(told, image, semantic, depth, sample) -> None:
     """Checks what formats tell of a sample against the run."""
     assert (np.asarray(image) == sample.image).all() and told["prompt"] == sample.prompt
@@ -475,6 +501,26 @@ def test_only_samples_of_a_condition_or_a_filter_are_converted(tmp_path, capsys)
         assert {path.stem for path in found.iterdir()} == kept
 
 
+def test_instances_called_background_are_left_out_as_that_class_of_a_map_is(tmp_path):
+    """A decoder has such instances where a data set in COCO's form has a category of that name."""
+    run, described = tmp_path / "run", document(1, SIZE)
+    names = described["labels"]["instance"]["classes"]
+    names.append("background")
+    described |= numbered(described["labels"])
+    sample = hard_case(0)
+    things = replace(sample.annotations["instance"], class_ids=np.array([0, 7, 2, 7]), classes=tuple(names))
+    with RunFolder(run, described) as folder:
+        folder.add([replace(sample, annotations={**sample.annotations, "instance": things})], {})
+        folder.rebuild()
+    assert names[7] == "background"
+    out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg,voc")
+    (item,) = open_data(f"coco:{out}/coco", SIZE)
+    assert len(item.masks) == 2 and sorted(mask.sum() for mask in item.masks) == sorted(
+        mask.sum() for mask in things.masks[[0, 2]]
+    )
+    assert len((out / "yolo-seg" / "labels" / "train" / "00000000.txt").read_text().splitlines()) == 2
+
+
 def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, capsys):
     run, described = tmp_path / "run", document(1, SIZE)
     names = [f"class {k}" for k in range(300)]
@@ -510,6 +556,22 @@ def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run,
     assert (linked / image).samefile(run / "images" / "00000003.png")
     assert not (copied / image).samefile(run / "images" / "00000003.png")
     assert contents(linked) == contents(copied)
+
+
+def test_a_command_that_enters_the_run_leaves_alone_what_an_export_is_being_written_to(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write_run(run, 4, SIZE)
+    renames, call = [], storage.syscall
+
+    def entered(name, *arguments):
+        if name == "rename" and "exports/coco" in str(arguments[-1]) and not renames:
+            renames.append(arguments)
+            assert filter.main([str(run), "--quiet"]) == 0
+        return call(name, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", entered)
+    assert main([str(run), "--to", "coco", "--copy", "--quiet"]) == 0 and renames
+    assert audit.main([str(run)]) == 0
 
 
 def test_the_sums_are_those_of_every_file(run, tmp_path):

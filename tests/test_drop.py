@@ -117,6 +117,9 @@ def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
     assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
     assert "1 of 2 samples is dropped; 1 is set aside and not in the data set" in capsys.readouterr().err
     assert ids(run) == ["00000000"] and [sample.id for sample in open_run(run, doubtful=True)] == ["00000001"]
+    assert restore.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
+    assert "1 sample brought back; 1 is set aside and not in the data set" in capsys.readouterr().err
+    assert ids(run) == ["00000000", "00000002"] and audit(run).findings == []
 
 
 def filter_score(path, id):

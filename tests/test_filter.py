@@ -427,6 +427,19 @@ def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
     assert seen == {"tasks": ("semantic",), "lora": ("style.safetensors:0.8",)}
 
 
+@pytest.mark.parametrize(
+    ("command", "remedy"), [("label", "Drop the flag."), ("splice", "Score the run that it was made from.")]
+)
+def test_stability_of_images_that_no_model_drew_is_refused_with_what_can_be_done(run, command, remedy):
+    from datasetdm_fast.curation.stability import Stability
+
+    found = open_run(run)
+    found.document["command"] = command
+    with pytest.raises(Refused) as stop:
+        Stability(found, 1)
+    assert stop.value.remedy == remedy
+
+
 def test_filtering_needs_no_torch(made):
     code = "import sys\nfrom datasetdm_fast import filter\nfilter.main(sys.argv[1:])\nprint('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)

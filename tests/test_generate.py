@@ -145,6 +145,8 @@ def test_a_finished_run_grows_into_the_one_that_was_larger_from_the_start(engine
     assert run(*more, *usual, out=tmp_path / "large") == 0
     grown, large = files_of(tmp_path / "run"), files_of(tmp_path / "large")
     assert grown == large and audit(tmp_path / "run").is_complete and audit(tmp_path / "run").findings == []
+    ledgers = [(tmp_path / name / "state" / "ledger.sqlite").read_bytes() for name in ("run", "large")]
+    assert ledgers[0] == ledgers[1]
     assert run(*first, *usual, out=tmp_path / "run") == 2  # it does not shrink
     assert "number:" in capsys.readouterr().err and files_of(tmp_path / "run") == grown
 

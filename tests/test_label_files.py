@@ -85,6 +85,16 @@ def test_maps_of_words_keep_their_confidence_and_those_of_earlier_versions_have_
         assert (read.confidence == 1).all() and (read.labels == label.labels).all()
 
 
+def test_no_class_of_a_map_has_the_number_of_ignored_pixels():
+    names = [f"thing {k}" for k in range(255)]
+    assert max(numbered({"semantic": {"classes": names}})["labels"]["semantic"]["numbers"]) == 254
+    things = {"classes": names[:1], "size": [4, 4]}  # a map whose first class is a thing begins with the background
+    with pytest.raises(Refused, match="show 256 classes in all, an 8-bit map holds 255"):
+        numbered({"semantic": {"classes": names}, "instance": things})
+    few = numbered({"semantic": {"classes": names[:254]}, "instance": things})
+    assert few["labels"]["semantic"]["numbers"] == [*range(1, 255)] and few["classes"][0] == "background"
+
+
 def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes():
     tables = {"semantic": {"classes": ["background", "cat", "diningtable"]}, "depth": {"max_depth": 4.0}}
     found = coloured(tables, "voc")["semantic"]

@@ -9,6 +9,7 @@ import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import drop, open_run, splice
+from datasetdm_fast.labels import class_tables
 from datasetdm_fast.merge import main
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -53,6 +54,8 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
             assert stored == written and (out / name).samefile(runs / told["run"] / path)
         assert (source.instances.masks == sample.instances.masks).all()
         assert (source.semantic.labels == sample.semantic.labels).all()
+    lines = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    assert [line["merged"] for line in lines] == [sample.meta["merged"] for sample in found]
     together = groups([origins(found.document, sample.row) for sample in found])
     assert together[:3] == together[-3:] and len(set(together)) == len(found) - 3
 
@@ -67,6 +70,26 @@ def test_a_splice_belongs_to_the_variants_of_its_pictures(runs, tmp_path):
     for variant, number in zip(rows[8:], numbers[8:], strict=True):
         shown = [k for k, row in enumerate(rows[:8]) if variant.recipe["source"] in row.recipe["tiles"]]
         assert shown and {numbers[k] for k in shown} == {number}
+
+
+def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path):
+    own = class_tables.parse("name,words\ntree,\n,toy tree\n", "own.csv")
+    table = {"class_table": class_tables.rows_of(own, ("tree",), has_colours=False)}
+    trees = [k for k in range(200) if {"tree", "ball"} <= {*rendered(k, 32).request.classes}]
+    for name, like in (("one", trees[:2]), ("other", trees[2:4])):
+        with RunFolder(tmp_path / name, document(2, 32) | table) as folder:
+            samples = [moved(k, number) for k, number in enumerate(like)]
+            said = [replace(each.request, prompt="a ball and a toy tree", classes=("ball",)) for each in samples]
+            folder.add([replace(each, request=request) for each, request in zip(samples, said, strict=True)], {})
+            folder.rebuild()
+    wide, out = tmp_path / "wide", tmp_path / "all"
+    line = [str(tmp_path / "one"), "--grids", "1x2", "--number", "1", "--out", str(wide), "--quiet"]
+    assert splice.main(line) == 0
+    assert main([*(str(tmp_path / name) for name in ("one", "other", "wide")), "--out", str(out), "--quiet"]) == 0
+    for run in (tmp_path / "one", wide, out):
+        assert all("tree" in sample.trust.unnamed for sample in open_run(run)), run
+    assert main([str(tmp_path / "one"), str(runs / "first"), "--out", str(tmp_path / "mixed"), "--quiet"]) == 0
+    assert "class_table" not in open_run(tmp_path / "mixed").document
 
 
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
@@ -149,6 +172,11 @@ def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
         folder.add([rendered(k, 64) for k in range(2)], {})
         folder.rebuild()
     assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
+    assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
+    wide = ["--grids", "1x2", "--number", "1", "--quiet"]
+    assert splice.main([str(runs / "first"), *wide, "--out", str(tmp_path / "wide")]) == 0
+    assert main([str(runs / "first"), str(tmp_path / "wide"), "--out", str(tmp_path / "both"), "--quiet"]) == 0
+    assert "7 of 7 images of 32 × 32 or 64 × 32 pixels" in (tmp_path / "both" / "README.md").read_text()
     assert splice.main([str(tmp_path / "all"), "--number", "1", "--out", str(tmp_path / "spliced"), "--quiet"]) == 2
     assert "sample 00000000 has 32 x 32 pixels, expected 64 x 64" in capsys.readouterr().err
     assert not (tmp_path / "spliced").exists()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from rendered import document, rendered
 from test_ledger import tree
 
 from datasetdm_fast import edit, generate, label, merge, splice, vary
@@ -23,8 +25,11 @@ from datasetdm_fast.compositions.redraw import drawn_source
 from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engines import opening
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
+from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import make_schedule, times, walk
 
@@ -345,6 +350,27 @@ def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added
             state = walk.step(schedule, k, state, noise)
         end = image if sampler != "pndm" else times.add_noise(scheduler, image, noise, schedule.shift)
         assert (state.latents - end).abs().max() < 1e-6, strength
+
+
+def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
+    described = document(2, 64)
+    described["labels"]["instance"]["classes"].append("kite")
+    described |= numbered(described["labels"])
+    kite = len(described["labels"]["instance"]["classes"]) - 1
+    with RunFolder(tmp_path / "run", described) as folder:
+        for k, score in enumerate((0.39, 0.4)):
+            sample, mask = rendered(k, 64), np.zeros((1, 64, 64), bool)
+            mask[:, 8:24, 8:24] = True
+            names = tuple(described["labels"]["instance"]["classes"])
+            found = Instances(mask, np.array([kite]), np.array([score], np.float32), names)
+            folder.add([replace(sample, annotations={**sample.annotations, "instance": found})], {})
+        folder.rebuild()
+    settings = EditSettings(run=str(tmp_path / "run"), class_="kite", prompt="a red star")
+    edits = Edits(drawn_source(tmp_path / "run", only_kept=False), settings)
+    assert [edits.prompt(index).seed for index in range(edits.number)] == [1]
+    assert edits.region_of(edits.tile(0)).sum() == 16 * 16
+    with pytest.raises(Refused, match="--class kite: sample 00000000 does not show it"):
+        Edits(drawn_source(tmp_path / "run", only_kept=False), replace(settings, only=("00000000",)))
 
 
 def test_prompts_say_what_is_drawn():

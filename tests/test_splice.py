@@ -16,6 +16,7 @@ from rendered import TASKS, write_run
 from test_ledger import tree
 
 from datasetdm_fast import drop, generate, splice
+from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.compositions import grids
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.labels.kind import LabelKind, Placement
@@ -125,6 +126,16 @@ def test_kill_9_loses_nothing(source, tmp_path):
     process.wait()
     assert [splice.main(line) for line in lines] == [0, 0]
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and audit(tmp_path / "a").findings == []
+
+
+def test_a_run_that_is_stopped_before_its_first_picture_is_not_called_complete(source, tmp_path, capsys, monkeypatch):
+    class Stopped(Interruption):
+        is_stopping = staticmethod(lambda: True)
+
+    monkeypatch.setattr(splice, "Interruption", Stopped)
+    assert splice.main([str(source), "--number", "3", "--out", str(tmp_path / "spliced")]) == 0
+    told = capsys.readouterr().err
+    assert "0 of 3 samples are there; go on with" in told and "nothing to do" not in told
 
 
 def test_one_sample_is_made_again(spliced, tmp_path, capsys):
@@ -239,6 +250,12 @@ def test_scaling_takes_the_nearest_pixel():
     pixels = np.arange(36).reshape(6, 6)
     assert (Placement(6, 6, 0, 0, 2, 3, (2, 3)).scaled(pixels) == [[7, 9, 11], [25, 27, 29]]).all()
     assert Placement(6, 6, 0, 0, 6, 6, (6, 6)).scaled(pixels) is pixels
+
+
+def test_a_joint_in_the_outer_half_of_a_border_pixel_keeps_its_place():
+    person = {"keypoints": [-0.4, 63.3, 2, 63.45, -0.5, 1, 0, 0, 0], "bbox": [0, 0, 2, 2], "area": 4}
+    moved = LABEL_KINDS["pose"].moved(person, Placement(64, 64, 64, 128, 64, 64, (128, 192)))
+    assert moved["keypoints"] == [127.6, 127.3, 2, 191.45, 63.5, 1, 0, 0, 0]
 
 
 def test_every_label_kind_can_be_spliced():

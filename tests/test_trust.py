@@ -1,6 +1,7 @@
 """Doubtful samples are recorded, set aside and replaced, and the same samples come out whatever happens on the way."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import troubled
 from test_ledger import tree
 from torchless import DOUBT
 
-from datasetdm_fast import filter, generate
+from datasetdm_fast import drop, filter, generate, restore
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
@@ -268,6 +269,14 @@ def test_the_scores_are_those_of_the_filter(accepted, tmp_path):
     path = shutil.copytree(accepted, tmp_path / "run")
     assert filter.main([str(path), "--where", BY_CLASS["accept"], "--quiet"]) == 0
     assert ids(path, kept=True) == ids(path)
+
+
+def test_dropped_samples_of_a_class_are_restored_by_the_command_that_refill_names(accepted, tmp_path, capsys):
+    path = shutil.copytree(accepted, tmp_path / "run")
+    assert drop.main([str(path), open_run(path)[0].id, "--quiet"]) == 0
+    assert run(path, *LINE, "--refill") == 2
+    told = re.search(r"python -m datasetdm_fast.restore (.*), or choose", capsys.readouterr().err)
+    assert restore.main([*told[1].split(), "--quiet"]) == 0 and ids(path) == ids(accepted)
 
 
 def test_stopped_anywhere_it_accepts_the_same(accepted, tmp_path):

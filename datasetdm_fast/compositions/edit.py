@@ -21,6 +21,7 @@ from datasetdm_fast.generation.prompts import GivenPrompt, check_line
 from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.instance import SHOWN_SCORE
 from datasetdm_fast.labels.words import AFTER_A_NOUN
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Edits(Redrawing):
             return places
         kind, table, word = kind_of(self.task), self.source.document["labels"][self.task], self.settings.class_
         rows = self.source.run.rows(parts=("labels",))
-        shown = {place: list(kind.words(row.labels[self.task], table, 1)) for place, row in enumerate(rows)}
+        shown = {place: list(kind.words(_sure(row.labels[self.task]), table, 1)) for place, row in enumerate(rows)}
         found = [place for place in places if word in shown[place]]
         if self.settings.only and len(found) < len(places):
             other = min(set(places) - set(found))
@@ -206,6 +207,11 @@ class Edits(Redrawing):
 
         left = {word for word in tile.row.request.classes if is_left(word)} | set(request.classes)
         return tuple(word for word in self.source.document["plan"].get("words", ()) if word in left)
+
+
+def _sure(record: Any) -> Any:
+    """The record of a label without the things whose score is too low for a region, as it is for pictures."""
+    return [item for item in record if item["score"] >= SHOWN_SCORE] if isinstance(record, list) else record
 
 
 def numbered(label: Instances, first: int) -> Instances:

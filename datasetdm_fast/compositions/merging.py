@@ -31,6 +31,16 @@ BLOCK = 32  # samples written and committed together
 LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of another run may continue
 OWN = ("size",)  # of a label's table: the sides of its pictures, which every row tells
 
+TOLD = (
+    "config",
+    "sampling",
+    "model",
+    "decoders",
+    "engine",
+    "composition",
+)  # of the run.json of a part, what that of all repeats
+MOST_SIDES = 6  # sizes of images that a reader is told one by one
+
 
 @dataclass(frozen=True)
 class Part:
@@ -110,7 +120,7 @@ class Merging:
 
     def _places(self) -> tuple[list[tuple[int, int]], int]:
         """Run and index of every sample, in order, and how many were left out as their image was there before."""
-        found, seen, left_out = [], set(), 0
+        found, seen, left_out, self.sides = [], set(), 0, set()
         for k, part in enumerate(self.parts):
             for row in part.run.rows(("files",)):
                 digest = bytes.fromhex(row.files["image"][1].sha256)
@@ -118,6 +128,7 @@ class Merging:
                     left_out += 1
                 else:
                     seen.add(digest)
+                    self.sides.add(sides(part.run.document, row.recipe))
                     found.append((k, row.request.index))
         if not found:
             raise Refused(f"{self.parts[0].path}: holds no sample", "Name run folders with samples.")
@@ -149,17 +160,29 @@ class Merging:
             else {"engine": "several"},
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
+            **self._class_table(),
             "composition": {
                 "told": f"Merged from the runs {', '.join(names)}",
-                "sides": " or ".join(f"{size} × {size}" for size in sorted(sizes)) + " pixels",
+                "sides": self._sides_in_words(),
                 "source": {
                     "path": str(self.parts[0].path),
                     "paths": [str(part.path) for part in self.parts],
                     "digests": digests,
-                    "runs": [{name: run[name] for name in ("config", "model", "decoders", "engine")} for run in runs],
+                    "runs": [{name: run[name] for name in TOLD if name in run} for run in runs],
                 },
             },
         }
+
+    def _sides_in_words(self) -> str:
+        """Width and height of the images of all runs, for a reader."""
+        if len(self.sides) > MOST_SIDES:
+            return f"{len(self.sides)} sizes"
+        return " or ".join(f"{width} × {height}" for height, width in sorted(self.sides)) + " pixels"
+
+    def _class_table(self) -> dict[str, Any]:
+        """The user's own class words, where all runs were made with the same."""
+        tables = [part.run.document.get("class_table") for part in self.parts]
+        return {"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}
 
     def _models(self) -> dict[str, Any]:
         models = [part.run.document["model"] for part in self.parts]

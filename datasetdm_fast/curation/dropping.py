@@ -55,6 +55,11 @@ def set_aside(run: Run) -> set[int]:
         return set(ledger.indices(DOUBTFUL))
 
 
+def told_aside(count: int) -> str:
+    """What a message adds of wanted samples that are set aside, nothing where there are none."""
+    return f"; {count} {'is' if count == 1 else 'are'} set aside and not in the data set" if count else ""
+
+
 def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     """Takes the wanted samples out of the data set, as far as they are in it; their indices."""
     there = {int(row.request.id) for row in run.rows(())}
@@ -75,7 +80,7 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
 
 def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> list[int]:
     """Brings the wanted samples back into the data set, or all that were dropped; their indices."""
-    there = {row.request.index for row in run.rows(())}
+    there = {row.request.index for row in run.rows(())} | set_aside(run)
     run.close()
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         dropped = {row.request.index: row for row in ledger.dropped()}

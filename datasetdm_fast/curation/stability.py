@@ -24,6 +24,8 @@ class Stability:
         from datasetdm_fast.engines.opening import open_engine
 
         config: Mapping[str, Any] = run.document["config"]
+        if run.document.get("command") == "label":
+            raise Refused(f"--stability: {run.path} holds pictures that were given to label", "Drop the flag.")
         if run.document.get("command") or not config.get("model"):
             raise Refused(f"--stability: {run.path} was not made by generate", "Score the run that it was made from.")
         self.engine, decoders = open_engine(

@@ -312,10 +312,13 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def remove_temporaries(folder: Path) -> int:
-    """How many half-written files of earlier, killed processes were deleted; call it while holding the lock."""
+def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
+    """How many half-written files of earlier, killed processes were deleted, those in the folder `apart` left alone, as
+    it has a lock of its own; call it while holding the lock.
+    """
     try:
-        leftovers = [path for path in folder.rglob(".*.part*") if is_temporary(path)]
+        found = (path for path in folder.rglob(".*.part*") if is_temporary(path))
+        leftovers = [path for path in found if apart not in path.parents]
         for path in leftovers:
             syscall("unlink", os.unlink, path)
     except OSError as error:

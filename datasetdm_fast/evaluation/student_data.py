@@ -170,9 +170,10 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray,
     keypoints = sample.keypoints
     if keypoints is not None and len(keypoints.points) and (not named or PERSON in named):
         order = [keypoints.joints.index(name) if name in keypoints.joints else -1 for name in vocabulary.joints]
-        points = keypoints.points[int(keypoints.scores.argmax())][order]
+        person = int(keypoints.scores.argmax())
+        points, seen = keypoints.points[person][order], keypoints.visibility[person][order] > 0
         joints[:, :2] = points[:, :2] * (CELLS / sample.image.shape[0])
-        joints[:, 2] = (points[:, 2] >= LEAST_JOINT_SCORE) & (np.array(order) >= 0)
+        joints[:, 2] = seen & (points[:, 2] >= LEAST_JOINT_SCORE) & (np.array(order) >= 0)
     image = np.rint(_blocks(sample.image.astype(np.float32), SIDE).mean((1, 3))).astype(np.uint8)
     return image, semantic, instance, depth, joints
 

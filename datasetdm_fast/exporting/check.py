@@ -7,13 +7,14 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.exporting.target import DOCUMENT, SUMS, WORK, read_export, stated
 from datasetdm_fast.run_folder.audit import Finding, Report
+from datasetdm_fast.run_folder.document import EXPORTS
 
 REMEDY = "Delete the export and run the line of convert once more: it gives the same bytes."
 
 
 def exports_of(run: Path) -> Iterator[Path]:
     """The exports that lie in a run folder."""
-    root = run / "exports"
+    root = run / EXPORTS
     yield from (path.parent for path in sorted([*root.glob(DOCUMENT), *root.glob(f"*/{DOCUMENT}")]))
 
 

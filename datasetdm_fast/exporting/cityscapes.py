@@ -72,20 +72,27 @@ def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, 
 
 
 def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> dict[str, Any]:
-    """The polygons of things and of the areas of other classes, each one closed line."""
-    names = {word[1]: name for name, word in WORDS.items()}
+    """One closed line for what is seen of each thing, and for the area of each other class; painted one after another
+    they are the map of label ids. Pixels of a class of things that belong to no instance are a group, as in Cityscapes.
+    """
+    has_things = "instance" in plan.tasks
+    places = numbered_things(sample) if has_things else np.zeros(label_ids.shape, np.int32)
     objects = []
-    for label_id in np.unique(label_ids):
-        if label_id != UNLABELLED and not (label_id >= FIRST_THING and "instance" in plan.tasks):
-            objects.append((names[int(label_id)], label_ids == label_id))
-    for thing in sample.things if "instance" in plan.tasks else ():
-        if thing.name in WORDS and thing.area:
-            objects.append((thing.name, thing.mask))
+    for name, (_, label_id, _) in WORDS.items():
+        area = label_ids == label_id
+        if has_things and label_id >= FIRST_THING:
+            area, name = area & (places == 0), f"{name}group"
+        objects.append((name, area))
+    for k, thing in enumerate(sample.things if has_things else (), 1):
+        if thing.name in WORDS and WORDS[thing.name][1] >= FIRST_THING:
+            objects.append((thing.name, places == k))
     return {
         "imgHeight": sample.height,
         "imgWidth": sample.width,
         "objects": [
-            {"label": name, "polygon": [[int(x), int(y)] for x, y in joined(rings(mask))]} for name, mask in objects
+            {"label": name, "polygon": [[int(x), int(y)] for x, y in joined(rings(mask))]}
+            for name, mask in objects
+            if mask.any()
         ],
     }
 

@@ -25,7 +25,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import LABEL_KINDS, OWN_KINDS
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.plugins import named
-from datasetdm_fast.run_folder.document import table_of
+from datasetdm_fast.run_folder.document import EXPORTS, table_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -94,9 +94,9 @@ def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
 
 def check_not_exported(path: Path) -> None:
     """Refuses a run that lacks samples and holds an export of those it has, which is never overwritten."""
-    if storage.is_there(path / "exports" / target.DOCUMENT):
+    if storage.is_there(path / EXPORTS / target.DOCUMENT):
         raise Refused(
-            f"--format: {path / 'exports'} holds an export of the samples that the run has had so far",
+            f"--format: {path / EXPORTS} holds an export of the samples that the run has had so far",
             "Delete that folder, or drop --format and convert the finished run with another --out.",
         )
 
@@ -104,7 +104,7 @@ def check_not_exported(path: Path) -> None:
 def export_run(path: Path, names: Sequence[str], threads: int) -> ExportResult:
     """Converts a finished run to formats, into the exports in it."""
     settings = ExportSettings(runs=(str(path),), to=tuple(names))
-    conversion = Conversion([open_source(path, settings)], settings, path / "exports")
+    conversion = Conversion([open_source(path, settings)], settings, path / EXPORTS)
     try:
         return conversion.run(threads)
     finally:

@@ -14,7 +14,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting.view import Linked
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import check_same, pretty, run_around
+from datasetdm_fast.run_folder.document import EXPORTS, check_same, pretty, run_around
 
 DOCUMENT = "export.json"  # what the export is of; "complete" once nothing is left to be done
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them
@@ -48,9 +48,9 @@ def read_export(folder: Path) -> dict[str, Any]:
 def check_target(folder: Path, described: Mapping[str, Any]) -> bool:
     """Whether the export is there already, complete; a folder that may not become this export is refused."""
     run = run_around(folder / "format")  # the folder itself may be one
-    if run is not None and folder.resolve().relative_to(run).parts[:1] != ("exports",):
+    if run is not None and folder.resolve().relative_to(run).parts[:1] != (EXPORTS,):
         raise Refused(
-            f"--out {folder}: it lies inside the run folder {run}", f"Choose {run / 'exports'}, or another folder."
+            f"--out {folder}: it lies inside the run folder {run}", f"Choose {run / EXPORTS}, or another folder."
         )
     try:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []

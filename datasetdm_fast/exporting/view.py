@@ -50,7 +50,7 @@ class RunView:
         maps = class_names(document, labels["semantic"]) if "semantic" in labels else {}
         return cls(
             labels,
-            {number: new for number, name in things.items() if (new := renamed(name))},
+            {number: new for number, name in things.items() if (new := renamed(name)) in classes.things},
             lookup(maps, classes, renamed),
             renamed(PERSON),
         )

@@ -37,7 +37,7 @@ from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.document import check_same, made_by, read_document, table_of
+from datasetdm_fast.run_folder.document import INVERSION, check_same, made_by, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.remaking import check_given, remakable
 from datasetdm_fast.truth import reading
@@ -121,7 +121,7 @@ def prepare(config: LabelConfig) -> Job:
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)
     composition = _composition(config, pictures, together if tiles else 0, recipe.size)
-    document = describe({**identity, "sampler": "inversion"}, plan, engine, recipe, decoders)
+    document = describe({**identity, "sampler": INVERSION}, plan, engine, recipe, decoders)
     document |= {"command": "label", "composition": composition}
     generator = generator_of(recipe, pictures, together if tiles else 0)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
@@ -176,7 +176,7 @@ def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recip
     read = {task: config for task, config in configs.items() if task in recipe.captures}
     facts = {
         **recipe.facts,
-        "sampler": "inversion",
+        "sampler": INVERSION,
         "steps": len(timesteps),
         "calls": len(timesteps) + bool(read),
         "capture_timestep": capture_timestep(read) if read else 0,

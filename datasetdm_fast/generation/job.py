@@ -247,7 +247,7 @@ def refill(config: RunConfig) -> None:
         if dropped and counts_by_class(wanted):
             raise Refused(
                 f"--refill: {config.out} counts the samples of each class, so dropped ones cannot be replaced",
-                f"Restore them with python -m datasetdm_fast.restore {config.out}, or choose another --out.",
+                f"Restore them with python -m datasetdm_fast.restore {config.out} --all, or choose another --out.",
             )
         if dropped and "seeds" in stored["plan"]:
             raise Refused(

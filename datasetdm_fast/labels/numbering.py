@@ -24,14 +24,13 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
         (maps if kind_of(label).is_map else others).extend(tables[label].get("classes", ()))
     if any(task_of_label(label) == "pose" for label in tables):
         others.append(PERSON)
-    names = dict.fromkeys(maps)
+    is_thing_first = not maps or maps[0] in others
+    names = dict.fromkeys((BACKGROUND, *maps) if is_thing_first else maps)
     if len(names) > IGNORE:
         raise Refused(
             f"--task: the label maps of this run show {len(names)} classes in all, an 8-bit map holds {IGNORE}",
             "Make several runs, or ask for fewer --classes.",
         )
-    if not maps or maps[0] in others:
-        names = dict.fromkeys((BACKGROUND, *maps))
     classes = list(names | dict.fromkeys(others))
     order = {name: number for number, name in enumerate(classes)}
     return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}

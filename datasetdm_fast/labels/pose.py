@@ -255,8 +255,8 @@ class PoseKind(LabelKind):
         points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
         seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
         low = np.array([place.left, place.top])
-        most = low + [place.columns - 1, place.rows - 1]
-        points[seen, :2] = np.clip((points[seen, :2] + 0.5) * scale - 0.5 + low, low, most)
+        most = low + [place.columns, place.rows]
+        points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale + low, low, most) - TO_EDGE
         flat = [value for x, y, v in points.tolist() for value in (rounded(x, 6), rounded(y, 6), int(v))]
         return item | {"keypoints": flat, **self._moved_extent(item, points, seen, place, scale)}
 

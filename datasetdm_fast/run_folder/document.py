@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
+EXPORTS = "exports"  # where convert writes the exports of a run, unless it is told otherwise
 ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
 COMMANDS = (
     "generate",
@@ -30,6 +31,7 @@ COMMANDS = (
     "merge",
     "compat.showlab",
 )  # that make run folders, and single samples of them again
+INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
@@ -207,11 +209,32 @@ def size_in_words(document: Mapping[str, Any]) -> str:
     return document["composition"]["sides"] if "composition" in document else f"{size} × {size} pixels"
 
 
+def runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The runs that a merged run, or a composition of one, was made from, each with its config, model and decoders; of
+    any other run itself.
+    """
+    source = document.get("composition", {}).get("source", {})
+    if "runs" in source:
+        for run in source["runs"]:
+            yield from runs_of(run)
+    elif "composition" in source:
+        yield from runs_of({**document, "composition": source["composition"]})
+    else:
+        yield document
+
+
 def sampler_in_words(document: Mapping[str, Any]) -> str:
-    """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not."""
+    """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not; of
+    a merged run those of all its runs.
+    """
+    runs = (run if "sampling" in run else document for run in runs_of(document))
+    return "; ".join(dict.fromkeys(map(_sampler_in_words, runs)))
+
+
+def _sampler_in_words(document: Mapping[str, Any]) -> str:
     name, sampling = document["config"]["sampler"], document["sampling"]
     steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
-    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != "inversion"))
+    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:

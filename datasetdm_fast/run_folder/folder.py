@@ -22,6 +22,7 @@ from datasetdm_fast.run_folder.document import (
     ASIDE,
     DOCUMENT,
     DROPPED,
+    EXPORTS,
     LEDGER,
     LOCK,
     described,
@@ -273,7 +274,7 @@ def into(folder: Path) -> Publish:
 
 def clean(folder: Path) -> None:
     """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
-    storage.remove_temporaries(folder)
+    storage.remove_temporaries(folder, apart=folder / EXPORTS)
     seal.remove_queue(folder)
 
 

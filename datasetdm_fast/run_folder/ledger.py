@@ -54,6 +54,8 @@ CREATE TABLE IF NOT EXISTS dropped (
     trust TEXT
 )
 """
+# in its place, where it is there already, as the bytes of the file tell the order of the notes
+_NOTE = "INSERT INTO notes VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "trust": dict}
 _FORM |= {"tracings": dict}
 _TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
@@ -189,7 +191,7 @@ class Ledger(AbstractContextManager):
         with self._writing():
             self._connection.execute(_SCORES)
             self._connection.execute("DELETE FROM scores WHERE name = ?", (name,))
-            self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", why)
+            self._connection.execute(_NOTE, why)
 
     def scores(self, name: str) -> list[tuple[int, float | int | None]]:
         """Index and value of every sample that was given this score, by index."""
@@ -245,7 +247,7 @@ class Ledger(AbstractContextManager):
 
     def note(self, name: str, value: str) -> None:
         with self._writing():
-            self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
+            self._connection.execute(_NOTE, (name, value))
 
     def noted(self, name: str) -> str | None:
         found = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()

@@ -11,18 +11,31 @@ from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of, task_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
-from datasetdm_fast.run_folder.document import ASIDE, maker, sampler_in_words, sets_aside, size_in_words
+from datasetdm_fast.run_folder.document import (
+    ASIDE,
+    INVERSION,
+    maker,
+    runs_of,
+    sampler_in_words,
+    sets_aside,
+    size_in_words,
+)
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
-TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
-ORIGINS = (
-    "all synthetic: a diffusion model generated the images, and the labels were predicted from its features and "
+DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
+TITLES = {DRAWN: "# A labelled data set, made from prompts\n", GIVEN: "# Pictures and their labels\n"}
+ORIGINS = {
+    DRAWN: "all synthetic: a diffusion model generated the images, and the labels were predicted from its features and "
     "attention maps. None of the images is a photograph, and the labels are not ground truth.",
-    "which were predicted from the features and attention maps of a diffusion model and are not ground truth. The "
-    "rights to the pictures are those of their authors.",
+    GIVEN: "which were predicted from the features and attention maps of a diffusion model and are not ground truth. "
+    "The rights to the pictures are those of their authors.",
+}
+DRAWN_AND_GIVEN = (
+    "which were predicted from the features and attention maps of a diffusion model and are not ground truth. That "
+    "model generated some of the images; the others are pictures, and the rights to them are those of their authors."
 )
 CATEGORIES = {  # task -> how model hubs call it
     "semantic": "image-segmentation",
@@ -47,10 +60,14 @@ USE = (
     "- Labels are wrong where the decoders are, most often for small, thin, hidden and rare things. `trust`, scores "
     "and confidences show where to look first.",
 )
-BIASES = (
-    "- The images have the biases of the diffusion model and of its training data. Faces and texts in them may be "
-    "invented or real.",
-    "- The pictures are not the model's, but the labels have the biases of its training data.",
+BIASES = {
+    DRAWN: "- The images have the biases of the diffusion model and of its training data. Faces and texts in them may "
+    "be invented or real.",
+    GIVEN: "- The pictures are not the model's, but the labels have the biases of its training data.",
+}
+BIASES_OF_BOTH = (
+    "- The generated images and all labels have the biases of the diffusion model and of its training data. Faces and "
+    "texts in generated images may be invented or real."
 )
 NOT_FOR = " Not meant for identifying people, nor for decisions about them."
 CITATIONS = (
@@ -98,12 +115,13 @@ class Card(IndexFile):
 
 def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
     """The card, from what the labels hold in all."""
-    config, done, is_label = document["config"], ledger.count(), document.get("command") == "label"
+    config, done, origins = document["config"], ledger.count(), origins_of(document)
+    origin = origins[0] if len(origins) == 1 else ""
     parts = [
         *_header(document, done),
-        TITLES[is_label],
+        TITLES[origin or GIVEN],
         f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
-        f"labels ({', '.join(config['task'])}), {ORIGINS[is_label]}\n",
+        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, DRAWN_AND_GIVEN)}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
@@ -118,7 +136,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         *_making(document),
         "\n## Intended use and limits\n",
         *USE,
-        BIASES[is_label] + NOT_FOR,
+        BIASES.get(origin, BIASES_OF_BOTH) + NOT_FOR,
         "\n## Licences\n",
         *_licences(document),
         "\n## Digests\n",
@@ -131,17 +149,21 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     return "\n".join(parts) + "\n"
 
 
+def origins_of(document: Mapping[str, Any]) -> list[str]:
+    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
+    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in runs_of(document)})
+
+
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     """What model hubs read of a card, as YAML."""
     tasks = tasks_of(document["config"]["task"])
     categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
     yield "---"
-    yield from _listed("license", hub_names(_licence_names(document).values()))
+    yield from _listed("license", hub_names(text for _, text in _licence_names(document)))
     yield from _listed("task_categories", list(categories))
     yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
     yield from _listed("annotations_creators", ["machine-generated"])
-    is_label = document.get("command") == "label"
-    yield from _listed("tags", ["datasetdm", *([] if is_label else ["synthetic"])])
+    yield from _listed("tags", ["datasetdm", *(["synthetic"] if DRAWN in origins_of(document) else [])])
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
 
 
@@ -203,23 +225,26 @@ def command_line(document: Mapping[str, Any]) -> str | None:
     return f"{maker(document)} {shlex.join([*words, '--out', 'THIS_FOLDER'])}"
 
 
-def _licence_names(document: Mapping[str, Any]) -> dict[str, str]:
-    """The licence of every set of weights, as its files name it."""
-    decoders = {f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()}
-    return {"model": document["model"]["licence"], **decoders}
+def _licence_names(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every set of weights with its licence, as its files name it; of the weights of several runs each licence once."""
+    found: dict[tuple[str, str], None] = {}
+    for run in runs_of(document):
+        decoders = ((f"decoder {task}", entry["licence"]) for task, entry in run["decoders"].items())
+        found |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
+    return sorted(found, key=lambda pair: pair[0] != "model")
 
 
 def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     """What the weights' licences allow, and which contradict one another."""
     names = _licence_names(document)
     yield "| weights | licence | commercial use | modified copies | requires |\n|---|---|---|---|---|"
-    for of, text in names.items():
+    for of, text in names:
         found = licence_of(text)
         row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
         yield f"| {_part(of)} | {row} |"
     yield ""
-    yield from (f"**{sentence}**\n" for sentence in conflicts(names.values()))
-    if any(licence_of(text) is None for text in names.values()):
+    yield from (f"**{sentence}**\n" for sentence in conflicts(text for _, text in names))
+    if any(licence_of(text) is None for _, text in names):
         yield f"{UNKNOWN_LICENCE}\n"
     yield DERIVED
 

@@ -7,8 +7,9 @@ from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.ledger import Row, canonical
 
 # of a row of a run made from another: the id of its source there, what all images of one source have in common (no
-# split of a data set may separate them), the domain it was moved to, and how much of the geometry is left
-OF_SOURCE = ("source", "group", "domain", "consistency")
+# split of a data set may separate them), the domain it was moved to, how much of the geometry is left, and the run and
+# the id of a merged sample
+OF_SOURCE = ("source", "group", "domain", "consistency", "merged")
 
 
 class Lines(IndexFile):
