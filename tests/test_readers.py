@@ -35,7 +35,7 @@ from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.run_folder.split import Split, write_split
 from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out
-from datasetdm_fast.truth import framing, tables
+from datasetdm_fast.truth import framing, reading, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
 SIZE = 64
@@ -252,6 +252,25 @@ def test_binary_masks_are_read_whatever_their_file_holds(copied):
     save(path, np.random.default_rng(0).integers(0, 255, (80, SIDE, 3), np.uint8))
     with pytest.raises(Refused, match="its pixels have colours"):
         open_data(address, SIZE)[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "colours"),
+    [
+        ((1, 0), (255, 255, 255, 0, 0, 0)),  # as programs write that make files small: white may come first
+        ((0, 1), (0, 0, 0, 255, 255, 255)),
+        ((0, 1), ()),  # no colours: a ramp of greys
+        ((0, 1), (0, 0, 0, 64, 0, 0)),  # a colour of VOC's
+    ],
+)
+def test_a_binary_mask_with_a_palette_is_what_it_shows(tmp_path, numbers, colours):
+    mask = np.zeros((32, 32), bool)
+    mask[:20] = True
+    for there in (mask, np.zeros_like(mask)):
+        image = Image.fromarray(np.where(there, numbers[1], numbers[0]).astype(np.uint8), "P")
+        image.putpalette(colours) if colours else None
+        image.save(tmp_path / "mask.png")
+        assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == there).all()
 
 
 @pytest.mark.parametrize("name", ["labelme", "cvat"])

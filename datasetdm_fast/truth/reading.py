@@ -121,12 +121,23 @@ def binary_mask(path: Path, shape: Sequence[int], may_be_smaller: bool = False) 
     if image.mode in ("RGB", "RGBA") and (pixels[..., :3] != pixels[..., :1]).any():
         raise bad(path, "its pixels have colours, expected 0 and 255")
     grey = pixels if pixels.ndim == 2 else pixels[..., 0]
+    if image.mode == "P":
+        grey = _shades(image)
     mask = grey > (127 if grey.max() > 15 else grey.max() // 2)  # a file of 2 or 4 bits has 3 or 15 for white
     times = shape[0] // len(mask) if may_be_smaller else 1
     mask = mask.repeat(times, 0).repeat(times, 1) if times > 1 else mask
     if mask.shape != tuple(shape[:2]):
         raise bad(path, f"{grey.shape[1]} x {grey.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
     return mask
+
+
+def _shades(image: Image.Image) -> np.ndarray:
+    """[H, W] the shades of a picture with a palette, in which white may come before black; its numbers where the
+    palette has colours.
+    """
+    shown = np.asarray(image.convert("RGB"))
+    is_grey = (shown == shown[..., :1]).all() and any(image.getpalette() or ())
+    return shown[..., 0] if is_grey else np.asarray(image)
 
 
 def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.ndarray:
