@@ -27,6 +27,7 @@ from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.labels.image_files import with_text
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
@@ -34,6 +35,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.run_folder.split import Split, write_split
 from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, reading, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
@@ -271,6 +273,28 @@ def test_a_binary_mask_with_a_palette_is_what_it_shows(tmp_path, numbers, colour
         image.putpalette(colours) if colours else None
         image.save(tmp_path / "mask.png")
         assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == there).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [("coco", "annotations/instances_train2017.json", "cone"), ("yolo-seg", "data.yaml", "cone")],
+)
+def test_a_category_called_background_is_no_thing(copied, kind, file, name):
+    root, address = copied(kind)
+    before = list(open_data(address, SIZE, tasks=("semantic", "instance")))
+    (root / file).write_text((root / file).read_text().replace(name, "Background"))
+    source = open_data(address, SIZE, tasks=("semantic", "instance"))
+    assert source.classes == ("background", *source.thing_classes)
+    assert not {name, "Background"} & set(source.thing_classes)
+    meter = METRICS["semantic"](source)
+    for item, was in zip(source, before, strict=True):
+        kept = was.mask_classes != world.THINGS.index(name)
+        assert (item.masks == was.masks[kept]).all()
+        assert [source.thing_classes[k] for k in item.mask_classes] == [world.THINGS[k] for k in was.mask_classes[kept]]
+        assert "background" not in item.caption.lower()
+        meter.add(item, TASKS["semantic"].truth(source, item))
+    assert meter.result()["miou"] == 1
+    assert set(source.areas(0)) <= set(source.thing_classes)
 
 
 @pytest.mark.parametrize("name", ["labelme", "cvat"])

@@ -150,7 +150,7 @@ class Coco(PictureSource):
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.is_pose_alone = things, persons, is_pose_alone
         if things:
-            ids = sorted(things.categories)
+            ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
             self.numbers = {category: k for k, category in enumerate(ids)}
             self.thing_classes = tuple(things.categories[category] for category in ids)
             self.captions_name_all = True
@@ -214,7 +214,9 @@ class Coco(PictureSource):
     def _things(self, image: int, shape: tuple[int, int]) -> dict[str, Any]:
         found = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
         for row in self.things.of(image):
-            value, kind = self.things.read(row), self.numbers[int(self.things.rows["category"][row])]
+            if (kind := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
+                continue
+            value = self.things.read(row)
             try:
                 make = _mask_maker(value.get("segmentation"), shape)
             except ValueError as error:
@@ -267,8 +269,9 @@ class Coco(PictureSource):
         if not self.things.areas.any():  # the file tells none
             return super().areas(record)
         rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
-        kinds = {row: self.things.categories.get(int(self.things.rows["category"][row])) for row in rows}
-        return largest((kind, int(self.things.areas[row])) for row, kind in kinds.items() if kind)
+        kinds = {row: self.numbers.get(int(self.things.rows["category"][row])) for row in rows}
+        named = ((row, self.thing_classes[kind]) for row, kind in kinds.items() if kind is not None)
+        return largest((name, int(self.things.areas[row])) for row, name in named)
 
     def is_centred(self, record: int) -> bool:
         """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""

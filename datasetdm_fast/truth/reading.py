@@ -258,8 +258,12 @@ def class_file(path: Path) -> tuple[str, ...]:
 def with_background(classes: Sequence[str]) -> tuple[str, ...]:
     """Class names whose first is called background where a data set writes it as Background or _background_."""
     first, *others = classes
-    is_other = first.strip("_ ").lower() == "background" and "background" not in others
-    return ("background" if is_other else first, *others)
+    return ("background" if is_background(first) and "background" not in others else first, *others)
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is what lies behind the things, however a data set writes it."""
+    return name.strip("_ ").lower() == "background"
 
 
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
