@@ -280,9 +280,15 @@ def test_classes_with_a_side_change_places_in_a_mirror():
     source.classes = ("background", "left eye", "right_ear", "right eye", "bright", "left_ear")
     source.thing_classes = source.classes[1:]
     labels = np.array([[0, 1, 2, 255], [3, 4, 5, 0]], np.uint8)
-    item = Labelled("", np.zeros((2, 4, 3), np.uint8), "", labels, labels[None] == 1, np.array([0]))
+    said = "a photo of a left eye, a Left Ear on the left, a bright thing, two right eyes"
+    item = Labelled("", np.zeros((2, 4, 3), np.uint8), said, labels, labels[None] == 1, np.array([0]))
     found = mirrored(item, source)
     assert found.semantic.tolist() == [[255, 5, 3, 0], [0, 2, 4, 1]] and found.mask_classes.tolist() == [2]
+    assert found.caption == "a photo of a right eye, a Right Ear on the left, a bright thing, two left eyes"
+    assert mirrored(found, source).caption == said
+    source.classes = ("background", "lefthand", "righthand")
+    source.thing_classes = source.classes[1:]
+    assert mirrored(replace(item, caption="a lefthand"), source).caption == "a righthand"
 
 
 @pytest.mark.parametrize(
