@@ -922,6 +922,7 @@ BAD = {
         *instances(lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]))[:3],
         False,
     ),
+    "a crowd that is told in words": (*instances(lambda d: first_polygon(d).update(iscrowd="0"))[:3], False),
     "no annotations": (*instances(lambda d: d.update(annotations=[]))[:3], False),
     "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
     "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),

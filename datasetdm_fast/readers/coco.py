@@ -64,7 +64,7 @@ class Annotations:
                     ):
                         rows[name].append(number)
                     areas.append(value.get("area", 0))
-                    crowds.append(bool(value.get("iscrowd")))
+                    crowds.append(_is_crowd(value))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
         annotations = len(areas) or may_be_none
@@ -298,9 +298,18 @@ def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
     return pairs if all(0 <= end < joints for pair in pairs for end in pair) else ()
 
 
+def _is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is of many things; where it is neither said nor denied, it is of one."""
+    said = annotation.get("iscrowd") or 0
+    if said not in (0, 1):
+        raise ValueError(f"iscrowd is {documents.quoted(said)}, expected 0 or 1")
+    return bool(said)
+
+
 def _joints_in_sight(annotation: dict[str, Any]) -> int:
     """As the file counts them, else as it lists them: many programs leave the count out."""
     said, listed = annotation.get("num_keypoints"), annotation.get("keypoints")
+    documents.check_form(said or 0, int, "num_keypoints")
     if said is None and isinstance(listed, list):
         return sum(isinstance(value, (int, float)) and value > 0 for value in listed[2::3])
     return said or 0
