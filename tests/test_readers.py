@@ -261,7 +261,7 @@ def test_binary_masks_are_read_whatever_their_file_holds(copied):
     [
         ((1, 0), (255, 255, 255, 0, 0, 0)),  # as programs write that make files small: white may come first
         ((0, 1), (0, 0, 0, 255, 255, 255)),
-        ((0, 1), ()),  # no colours: a ramp of greys
+        ((0, 1), ()),  # it tells no colours
         ((0, 1), (0, 0, 0, 64, 0, 0)),  # a colour of VOC's
     ],
 )
@@ -745,6 +745,17 @@ def test_exactly_the_images_of_a_list_are_taken(made, tmp_path, what):
     source = open_data(f"voc:{made('voc')}", SIZE, selection=selection)
     assert [item.id for item in source] == ["2007_000002", "2007_000000"]
     assert len(open_data(f"voc:{made('voc')}", SIZE, selection=replace(selection, most=1))) == 1
+
+
+def test_an_ending_may_be_left_out_of_names_with_dots(copied):
+    root, address = copied("folder")
+    (root / "captions.json").unlink()
+    for number, name in enumerate(("frame", "frame.9", "frame.10")):
+        for kind in ("images", "masks", "depth"):
+            (root / kind / f"scene {number}.png").rename(root / kind / f"{name}.png")
+    for said in ("frame", "frame.9", "frame.10", "images/frame.10", "frame.9.png", "frame.10.jpg"):
+        (item,) = open_data(address, SIZE, selection=Selection(images=(said,)))
+        assert item.id == said.removeprefix("images/").removesuffix(".png").removesuffix(".jpg")
 
 
 def test_images_of_one_name_are_told_by_their_folders(copied):
