@@ -25,6 +25,7 @@ from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
 from datasetdm_fast.evaluation.student_views import mild, strong
 from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.worlds import WORLDS
+from datasetdm_fast.tasks import OWN_TASKS
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -215,6 +216,22 @@ def test_weights_draw_the_rarer_more_often(lessons):
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
     view = mild(first, 8, torch.Generator().manual_seed(0))
     assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
+
+
+def test_a_small_thing_lies_on_a_large_one_whichever_is_listed_first():
+    """As in the label map that a data set of masks has; as COCO lists them, masks may overlap in any order."""
+    item = next(item for item in SOURCE if len(item.masks))
+    small, large = np.zeros((2, SIDE, SIDE), bool)
+    small[20:30, 20:30], large[10:50, 10:50] = True, True
+    ball, cone = (VOCABULARY.things.index(name) for name in ("ball", "cone"))
+    for order in ((0, 1), (1, 0)):
+        masks, kinds = np.stack([small, large])[list(order)], np.array([ball, cone])[list(order)]
+        nested = replace(item, masks=masks, mask_classes=kinds, semantic=None)
+        found = student_data.real([nested], SOURCE, VOCABULARY)
+        assert (found.instance[0, 10:15, 10:15] == 1 + order.index(0)).all()
+        assert (found.semantic[0, 10:15, 10:15] == VOCABULARY.classes.index("ball")).all()
+        shown = OWN_TASKS["open-vocabulary"].truth(SOURCE, nested).labels
+        assert (shown[20:30, 20:30] == ball + 1).all() and shown[40, 40] == cone + 1
 
 
 def test_what_is_not_trusted_is_ignored():
