@@ -1422,6 +1422,17 @@ def made_of(root: Path) -> Path:
     return root / "val"
 
 
+@pytest.mark.parametrize("cell", [3, "cat"])
+def test_hugging_face_labels_of_whole_pictures_are_no_maps(copied, cell):
+    root, address = copied("hf-imagefolder")
+    path = root / "train" / "metadata.jsonl"
+    before = [item.semantic for item in open_data(address, SIZE)]
+    rows = [{**json.loads(line), "label": cell} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    after = [item.semantic for item in open_data(address, SIZE, tasks=("semantic", "depth"))]
+    assert all((labels == was).all() for labels, was in zip(after, before, strict=True))
+
+
 def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):
     root, address = copied("hf-imagefolder")
     path = root / "train" / "metadata.jsonl"
