@@ -423,6 +423,19 @@ def test_worth_of_a_run(capsys):
         worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
 
 
+def test_what_no_judged_image_shows_is_left_out_of_the_worth_of_a_run():
+    points = np.concatenate([np.full((1, 7, 2), 64.0), np.full((1, 7, 1), 0.9)], 2).astype(np.float32)
+    person = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
+    run, nobody = Generated([trusted(("ball", "person"), keypoints=person)]), sets.scenes(sets.TEST, 3, SIDE)
+    assert not any(len(item.keypoints) for item in nobody)
+    said: list[str] = []
+    given = {"seeds": 2, "steps": 2, "told": said.append}
+    assert set(worth.worth(SOURCE, nobody, run, ("depth", "pose"), 6, **given)) == {"depth"}
+    assert "pose is left out: no image of --data shows anything to compare with" in said
+    with pytest.raises(Refused, match="no image has the ground truth to compare with"):
+        worth.worth(SOURCE, nobody, run, ("pose",), 6, **given)
+
+
 def test_what_helps_is_outside_its_interval(capsys):
     assert (worth.t95(11), worth.t95(12), worth.t95(31)) == pytest.approx((2.228, 2.201, 2.042), abs=5e-4)
     row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])

@@ -148,7 +148,12 @@ def check_count(meter: Meter) -> None:
     person.
     """
     if not meter.result():
-        raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
+        raise nothing_shown()
+
+
+def nothing_shown() -> Refused:
+    """The refusal of images of which there is nothing to tell."""
+    return Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
 
 
 def mean(values: np.ndarray) -> np.ndarray:
