@@ -711,6 +711,21 @@ def test_upstreams_values_are_presets_and_flags_change_them():
     assert (chosen.per_class, chosen.min_area, chosen.min_instance) == (10, 10000, 500)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "flag"),
+    [
+        (Selection(per_class=2), "--limit-per-class"),
+        (Selection(min_area=9), "--min-area"),
+        (Selection(classes=("ball",)), "--only-classes"),
+    ],
+)
+def test_data_without_classes_are_not_chosen_by_class(made, chosen, flag):
+    with pytest.raises(Refused, match=f"names no classes, by which {flag} or --select would choose") as stop:
+        open_data(f"nyu:{made('nyu')}", SIZE, selection=chosen)
+    assert stop.value.remedy == "Choose by --limit-images or --images."
+    assert len(open_data(f"nyu:{made('nyu')}", SIZE, selection=Selection(most=1))) == 1
+
+
 def test_small_instances_are_dropped_where_asked(made):
     address = f"coco:{made('coco')}"
     least = 250  # pixels at the model's size
