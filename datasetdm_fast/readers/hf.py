@@ -28,6 +28,7 @@ COLUMNS = {
 }
 TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths, joints
 TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": float, "depth_steps_of_a_metre": float}
+TABLE_FORM |= {"things": [str]}
 OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
 PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
 NOTE = "depth unit"  # of a depth map that says in which unit it is
@@ -57,7 +58,8 @@ class HuggingFace(PictureSource):
             )
         if self.columns["label"] or self.columns["objects"]:
             self.classes = self._classes()
-            self.thing_classes = reading.without_background(self.classes)
+            things = self.table.get("things", self.classes)  # which earlier versions did not tell
+            self.thing_classes = tuple(n for n in reading.without_background(self.classes) if n in things)
         if self.columns["depth"]:
             self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
         if self.columns["people"]:
@@ -165,12 +167,14 @@ class HuggingFace(PictureSource):
         try:
             documents.check_form(people, PEOPLE_FORM)
             boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
+            said = people.get("area")  # which earlier versions did not tell
+            documents.check_form([] if said is None else said, [float], "area")
+            areas = (boxes[:, 2:].prod(1) if said is None else np.array(said, np.float32)).reshape(len(boxes))
             points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
         except (ValueError, TypeError) as error:
             raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
         points[..., :2] += TO_EDGE  # files count from the middle of the first pixel
-        areas = np.maximum(boxes[:, 2] * boxes[:, 3], 1)
-        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": areas}
+        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": np.maximum(areas, 1)}
 
     def _image(self, row: dict[str, Any], what: str, record: int, holds_numbers: bool = False) -> Image.Image:
         value = row[self.columns[what]]
