@@ -297,6 +297,19 @@ def test_a_category_called_background_is_no_thing(copied, kind, file, name):
     assert set(source.areas(0)) <= set(source.thing_classes)
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("shade", [0, 255, None])
+def test_a_binary_mask_may_be_what_is_opaque(tmp_path, mode, shade):
+    mask = np.zeros((32, 32), bool)
+    mask[:20] = True
+    drawn = np.where(mask, 255, 0).astype(np.uint8)
+    grey = drawn if shade is None else np.full_like(drawn, shade)
+    for alpha in (drawn, *([np.full_like(drawn, 255), np.zeros_like(drawn)] if shade is None else [])):
+        planes = [grey] * (len(mode) - 1) + [alpha]
+        Image.merge(mode, [Image.fromarray(plane) for plane in planes]).save(tmp_path / "mask.png")
+        assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == mask).all()
+
+
 @pytest.mark.parametrize("name", ["labelme", "cvat"])
 def test_outlines_of_programs_become_masks(copied, name):
     root, address = copied(name)
