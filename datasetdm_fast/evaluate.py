@@ -22,6 +22,7 @@ from datasetdm_fast.labels.names import by_task, tasks_of
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.evaluation.meter import Meter
 
 STUDENTS_FOLDER = "runs/students"  # where no --out names another
 OF_TRAINING = ("learn_from", "real", "repeats", "steps", "more")  # settings of networks that are trained here
@@ -90,6 +91,7 @@ def _judged(
             "Choose other data or decoders.",
         )
     from datasetdm_fast.evaluation.measure import figures, measure, passes
+    from datasetdm_fast.evaluation.meter import check_count
     from datasetdm_fast.training import data_record
 
     result, skipped = {}, {}
@@ -103,7 +105,8 @@ def _judged(
         with _bar(len(source), config.quiet) as bar:
             given = (config.captions, config.batch_size, config.seed, _moving(bar))
             meters = measure(engine, source, some, *given, unseen=config.unseen)
-        for label, meter in meters.items():
+        shown = meters if config.task else _telling(meters, config)
+        for label, meter in shown.items():
             result[label] = figures(meter, config.bootstrap, config.level) | {
                 "captions": config.captions,
                 "captions_name_all": config.captions == "true" and source.captions_name_all,
@@ -111,9 +114,20 @@ def _judged(
                 **({"seen_in_training": seen[label]} if seen.get(label) else {}),
             }
         if config.class_names:
-            result |= {task: naming.in_common(result[task], tuple(known)) for task in meters}
+            result |= {task: naming.in_common(result[task], tuple(known)) for task in shown}
         skipped |= source.skipped
-    return {task: result[task] for task in tasks}, skipped
+    if not result:
+        check_count(next(iter(meters.values())))
+    return {task: result[task] for task in tasks if task in result}, skipped
+
+
+def _telling(meters: Mapping[str, Meter], config: EvaluateConfig) -> dict[str, Meter]:
+    """The meters of the labels of which the images show something; the others are named."""
+    found = {label: meter for label, meter in meters.items() if meter.result()}
+    for label in meters if not config.quiet else ():
+        if label not in found:
+            print(f"{label} is left out: no image of {config.data} shows anything to compare with", file=sys.stderr)
+    return found
 
 
 def _curve(config: EvaluateConfig) -> int:

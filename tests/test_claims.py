@@ -25,6 +25,7 @@ from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
 from datasetdm_fast.evaluation.student_views import mild, strong
 from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.worlds import WORLDS
+from datasetdm_fast.tasks import OWN_TASKS
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -217,6 +218,22 @@ def test_weights_draw_the_rarer_more_often(lessons):
     assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
 
 
+def test_a_small_thing_lies_on_a_large_one_whichever_is_listed_first():
+    """As in the label map that a data set of masks has; as COCO lists them, masks may overlap in any order."""
+    item = next(item for item in SOURCE if len(item.masks))
+    small, large = np.zeros((2, SIDE, SIDE), bool)
+    small[20:30, 20:30], large[10:50, 10:50] = True, True
+    ball, cone = (VOCABULARY.things.index(name) for name in ("ball", "cone"))
+    for order in ((0, 1), (1, 0)):
+        masks, kinds = np.stack([small, large])[list(order)], np.array([ball, cone])[list(order)]
+        nested = replace(item, masks=masks, mask_classes=kinds, semantic=None)
+        found = student_data.real([nested], SOURCE, VOCABULARY)
+        assert (found.instance[0, 10:15, 10:15] == 1 + order.index(0)).all()
+        assert (found.semantic[0, 10:15, 10:15] == VOCABULARY.classes.index("ball")).all()
+        shown = OWN_TASKS["open-vocabulary"].truth(SOURCE, nested).labels
+        assert (shown[20:30, 20:30] == ball + 1).all() and shown[40, 40] == cone + 1
+
+
 def test_what_is_not_trusted_is_ignored():
     ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
     _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY)
@@ -407,6 +424,19 @@ def test_worth_of_a_run(capsys):
         worth.worth(SOURCE, unseen, Generated([]), tasks, 6)
     with pytest.raises(Refused, match="all of 1 generated images are doubtful"):
         worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
+
+
+def test_what_no_judged_image_shows_is_left_out_of_the_worth_of_a_run():
+    points = np.concatenate([np.full((1, 7, 2), 64.0), np.full((1, 7, 1), 0.9)], 2).astype(np.float32)
+    person = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
+    run, nobody = Generated([trusted(("ball", "person"), keypoints=person)]), sets.scenes(sets.TEST, 3, SIDE)
+    assert not any(len(item.keypoints) for item in nobody)
+    said: list[str] = []
+    given = {"seeds": 2, "steps": 2, "told": said.append}
+    assert set(worth.worth(SOURCE, nobody, run, ("depth", "pose"), 6, **given)) == {"depth"}
+    assert "pose is left out: no image of --data shows anything to compare with" in said
+    with pytest.raises(Refused, match="no image has the ground truth to compare with"):
+        worth.worth(SOURCE, nobody, run, ("pose",), 6, **given)
 
 
 def test_what_helps_is_outside_its_interval(capsys):

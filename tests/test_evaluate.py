@@ -1,6 +1,7 @@
 """python -m datasetdm_fast.evaluate on real layouts: figures, intervals, tables, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,20 @@ def test_images_of_the_decoders_own_training_are_counted_and_named(decoders, tmp
     assert result["depth"]["seen_in_training"] == len(source) - 1 and "seen_in_training" not in result["semantic"]
     told = run(capsys, "--decoder", folder, *flags[:2])[1].splitlines()[-1]
     assert told.startswith(f"depth: the decoder's training data held {len(source) - 1} of these images; expect lower")
+
+
+def test_a_label_that_no_image_shows_is_left_out_by_name(decoders, tmp_path, capsys):
+    LAYOUTS["cvat"][1](tmp_path)
+    file = tmp_path / "annotations.xml"
+    file.write_text(re.sub(r"<(box|mask) .*?</\1>", "", file.read_text()))
+    data = f"cvat:{tmp_path}"
+    where = decoders(open_data(data, 32), ("semantic", "instance"))
+    code, out, err = run(capsys, "--decoder", where, "--data", data, "--task", "instance")
+    assert code == 2 and "no image has the ground truth to compare with" in err
+    code = main(["--model", "tiny", "--bootstrap", "20", "--decoder", where, "--data", data, "--json"])
+    said = capsys.readouterr()
+    assert code == 0 and set(json.loads(said.out)) == {"semantic"}
+    assert f"instance is left out: no image of {data} shows anything to compare with" in said.err
 
 
 def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, capsys):

@@ -10,7 +10,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import student_data
 from datasetdm_fast.evaluation.examples import Examples
 from datasetdm_fast.evaluation.intervals import expanded, intervals
-from datasetdm_fast.evaluation.meter import Meter
+from datasetdm_fast.evaluation.meter import Meter, check_count
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import held_out
@@ -102,6 +102,31 @@ def test_missing_everything_scores_nothing(source):
         result["instance"]["per_class"].values()
     )
     assert result["pose"]["pck"] == 0 and result["pose"]["oks_ap"] == 0
+
+
+def test_what_no_image_shows_has_no_figure(source):
+    item = source[0]
+    nobody = replace(
+        item,
+        masks=item.masks[:0],
+        mask_classes=item.mask_classes[:0],
+        keypoints=item.keypoints[:0],
+        keypoint_boxes=item.keypoint_boxes[:0],
+        keypoint_areas=item.keypoint_areas[:0],
+    )
+    for task in ("instance", "pose"):
+        meter = METRICS[task](source)
+        for _ in range(3):
+            meter.add(nobody, perfect(source, item)[task])
+        assert meter.result() == {} and intervals(meter, 50) == {}
+        with pytest.raises(Refused, match="no image has the ground truth"):
+            check_count(meter)
+    absent = [name for k, name in enumerate(source.classes) if k not in item.semantic]
+    meter = METRICS["semantic"](source, unseen=absent)
+    for _ in range(3):
+        meter.add(item, perfect(source, item)["semantic"])
+    assert {"miou", "seen"} <= set(meter.result()) and not {"unseen", "harmonic"} & set(meter.result())
+    assert not {"unseen", "harmonic"} & set(intervals(meter, 50))
 
 
 def test_joints_half_a_box_away_are_wrong(source):

@@ -27,6 +27,7 @@ from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.labels.image_files import with_text
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
@@ -34,8 +35,9 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.run_folder.split import Split, write_split
 from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, folds, held_out
-from datasetdm_fast.truth import framing, tables
+from datasetdm_fast.truth import framing, reading, tables
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
 
 SIZE = 64
@@ -252,6 +254,60 @@ def test_binary_masks_are_read_whatever_their_file_holds(copied):
     save(path, np.random.default_rng(0).integers(0, 255, (80, SIDE, 3), np.uint8))
     with pytest.raises(Refused, match="its pixels have colours"):
         open_data(address, SIZE)[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "colours"),
+    [
+        ((1, 0), (255, 255, 255, 0, 0, 0)),  # as programs write that make files small: white may come first
+        ((0, 1), (0, 0, 0, 255, 255, 255)),
+        ((0, 1), ()),  # it tells no colours
+        ((0, 1), (0, 0, 0, 64, 0, 0)),  # a colour of VOC's
+    ],
+)
+def test_a_binary_mask_with_a_palette_is_what_it_shows(tmp_path, numbers, colours):
+    mask = np.zeros((32, 32), bool)
+    mask[:20] = True
+    for there in (mask, np.zeros_like(mask)):
+        image = Image.fromarray(np.where(there, numbers[1], numbers[0]).astype(np.uint8), "P")
+        image.putpalette(colours) if colours else None
+        image.save(tmp_path / "mask.png")
+        assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == there).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [("coco", "annotations/instances_train2017.json", "cone"), ("yolo-seg", "data.yaml", "cone")],
+)
+def test_a_category_called_background_is_no_thing(copied, kind, file, name):
+    root, address = copied(kind)
+    before = list(open_data(address, SIZE, tasks=("semantic", "instance")))
+    (root / file).write_text((root / file).read_text().replace(name, "Background"))
+    source = open_data(address, SIZE, tasks=("semantic", "instance"))
+    assert source.classes == ("background", *source.thing_classes)
+    assert not {name, "Background"} & set(source.thing_classes)
+    meter = METRICS["semantic"](source)
+    for item, was in zip(source, before, strict=True):
+        kept = was.mask_classes != world.THINGS.index(name)
+        assert (item.masks == was.masks[kept]).all()
+        assert [source.thing_classes[k] for k in item.mask_classes] == [world.THINGS[k] for k in was.mask_classes[kept]]
+        assert "background" not in item.caption.lower()
+        meter.add(item, TASKS["semantic"].truth(source, item))
+    assert meter.result()["miou"] == 1
+    assert set(source.areas(0)) <= set(source.thing_classes)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("shade", [0, 255, None])
+def test_a_binary_mask_may_be_what_is_opaque(tmp_path, mode, shade):
+    mask = np.zeros((32, 32), bool)
+    mask[:20] = True
+    drawn = np.where(mask, 255, 0).astype(np.uint8)
+    grey = drawn if shade is None else np.full_like(drawn, shade)
+    for alpha in (drawn, *([np.full_like(drawn, 255), np.zeros_like(drawn)] if shade is None else [])):
+        planes = [grey] * (len(mode) - 1) + [alpha]
+        Image.merge(mode, [Image.fromarray(plane) for plane in planes]).save(tmp_path / "mask.png")
+        assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == mask).all()
 
 
 @pytest.mark.parametrize("name", ["labelme", "cvat"])
@@ -668,6 +724,21 @@ def test_upstreams_values_are_presets_and_flags_change_them():
     assert (chosen.per_class, chosen.min_area, chosen.min_instance) == (10, 10000, 500)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "flag"),
+    [
+        (Selection(per_class=2), "--limit-per-class"),
+        (Selection(min_area=9), "--min-area"),
+        (Selection(classes=("ball",)), "--only-classes"),
+    ],
+)
+def test_data_without_classes_are_not_chosen_by_class(made, chosen, flag):
+    with pytest.raises(Refused, match=f"names no classes, by which {flag} or --select would choose") as stop:
+        open_data(f"nyu:{made('nyu')}", SIZE, selection=chosen)
+    assert stop.value.remedy == "Choose by --limit-images or --images."
+    assert len(open_data(f"nyu:{made('nyu')}", SIZE, selection=Selection(most=1))) == 1
+
+
 def test_small_instances_are_dropped_where_asked(made):
     address = f"coco:{made('coco')}"
     least = 250  # pixels at the model's size
@@ -702,6 +773,17 @@ def test_exactly_the_images_of_a_list_are_taken(made, tmp_path, what):
     source = open_data(f"voc:{made('voc')}", SIZE, selection=selection)
     assert [item.id for item in source] == ["2007_000002", "2007_000000"]
     assert len(open_data(f"voc:{made('voc')}", SIZE, selection=replace(selection, most=1))) == 1
+
+
+def test_an_ending_may_be_left_out_of_names_with_dots(copied):
+    root, address = copied("folder")
+    (root / "captions.json").unlink()
+    for number, name in enumerate(("frame", "frame.9", "frame.10")):
+        for kind in ("images", "masks", "depth"):
+            (root / kind / f"scene {number}.png").rename(root / kind / f"{name}.png")
+    for said in ("frame", "frame.9", "frame.10", "images/frame.10", "frame.9.png", "frame.10.jpg"):
+        (item,) = open_data(address, SIZE, selection=Selection(images=(said,)))
+        assert item.id == said.removeprefix("images/").removesuffix(".png").removesuffix(".jpg")
 
 
 def test_images_of_one_name_are_told_by_their_folders(copied):
@@ -879,6 +961,7 @@ BAD = {
         *instances(lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]))[:3],
         False,
     ),
+    "a crowd that is told in words": (*instances(lambda d: first_polygon(d).update(iscrowd="0"))[:3], False),
     "no annotations": (*instances(lambda d: d.update(annotations=[]))[:3], False),
     "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
     "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),
@@ -1365,6 +1448,17 @@ def made_of(root: Path) -> Path:
     """The plain folder inside of an image folder."""
     shutil.copy(root / "classes.txt", root / "val" / "classes.txt")
     return root / "val"
+
+
+@pytest.mark.parametrize("cell", [3, "cat"])
+def test_hugging_face_labels_of_whole_pictures_are_no_maps(copied, cell):
+    root, address = copied("hf-imagefolder")
+    path = root / "train" / "metadata.jsonl"
+    before = [item.semantic for item in open_data(address, SIZE)]
+    rows = [{**json.loads(line), "label": cell} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    after = [item.semantic for item in open_data(address, SIZE, tasks=("semantic", "depth"))]
+    assert all((labels == was).all() for labels, was in zip(after, before, strict=True))
 
 
 def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):

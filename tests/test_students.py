@@ -215,6 +215,11 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     shutil.rmtree(tmp_path / "out" / "real-0")
     assert evaluate.main(line) == 0
     assert all(path.read_bytes() == content for path, content in weights.items()), "the same line, the same bytes"
+    assert evaluate.main([*line, "--tta"]) == 0  # labels of other answers teach another student
+    assert all(path.read_bytes() == content for path, content in weights.items())
+    for seed in (0, 1):
+        other, plain = (tmp_path / "out" / f"both-self{end}-{seed}" / "model.safetensors" for end in ("-tta", ""))
+        assert other.read_bytes() != plain.read_bytes()
 
 
 def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, capsys):

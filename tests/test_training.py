@@ -280,9 +280,15 @@ def test_classes_with_a_side_change_places_in_a_mirror():
     source.classes = ("background", "left eye", "right_ear", "right eye", "bright", "left_ear")
     source.thing_classes = source.classes[1:]
     labels = np.array([[0, 1, 2, 255], [3, 4, 5, 0]], np.uint8)
-    item = Labelled("", np.zeros((2, 4, 3), np.uint8), "", labels, labels[None] == 1, np.array([0]))
+    said = "a photo of a left eye, a Left Ear on the left, a bright thing, two right eyes"
+    item = Labelled("", np.zeros((2, 4, 3), np.uint8), said, labels, labels[None] == 1, np.array([0]))
     found = mirrored(item, source)
     assert found.semantic.tolist() == [[255, 5, 3, 0], [0, 2, 4, 1]] and found.mask_classes.tolist() == [2]
+    assert found.caption == "a photo of a right eye, a Right Ear on the left, a bright thing, two left eyes"
+    assert mirrored(found, source).caption == said
+    source.classes = ("background", "lefthand", "righthand")
+    source.thing_classes = source.classes[1:]
+    assert mirrored(replace(item, caption="a lefthand"), source).caption == "a righthand"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +420,7 @@ def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
 def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
     class Drawn:
         joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
+        class_table = None
 
         def drawn(self, number, seed):
             self.asked.append((number, seed))
@@ -883,7 +890,7 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
     for task in TASKS:
         torch.manual_seed(0)
         save_decoder(build_decoder(config_of(engine, source, task)), tmp_path / task)
-    assert main(["--model", "tiny", "--decoder", str(tmp_path), "--data", "demo:3@900000", "--json", "--quiet"]) == 0
+    assert main(["--model", "tiny", "--decoder", str(tmp_path), "--data", "demo:3@900004", "--json", "--quiet"]) == 0
     result = json.loads(capsys.readouterr().out)
     wanted = {"semantic": "miou", "instance": "ap50", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
     assert set(result) == set(wanted)

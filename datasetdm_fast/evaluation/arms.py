@@ -40,6 +40,7 @@ from datasetdm_fast.truth.labelled import Labelled
 TAUGHT_BY = "taught by"  # heads the arms of a table
 ARMS = {"real": ("real",), "synthetic": ("run",), "both": ("real", "run")}  # name -> the sets it is taught by
 SELF = "-self"  # what the names of students end with that are taught again by labels of their own
+AVERAGED = "-tta"  # what their folders end with where these labels are means over scales and mirror images
 LARGEST_STATE = 2**24  # bytes of a JSON file in the folder
 LARGEST_WEIGHTS = 2**34  # bytes
 OTHER = "Choose another --out, or the settings that it was started with."
@@ -143,7 +144,8 @@ def compare(
                 scores.setdefault(arm, []).append(first.figures(on_message))
                 if experiment.trains_itself and "run" in ARMS[arm]:
                     again = [first.relabelled(some) if name == "run" else some for name, some in zip(ARMS[arm], sets)]
-                    second = _Student(experiment, arm + SELF, seed, again, on_step)
+                    name = arm + SELF + (AVERAGED if experiment.is_averaged else "")
+                    second = _Student(experiment, name, seed, again, on_step)
                     scores.setdefault(arm + SELF, []).append(second.figures(on_message))
         found = _found(experiment, scores)
         storage.publish({out / "result.json": (json.dumps(found, indent=2) + "\n").encode()})

@@ -90,7 +90,8 @@ def learning_curve(
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
-        check_count(meters[0])
+        for meter in meters:
+            check_count(meter)
         each = [meter.result()[figure] for meter in meters]
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
         drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])

@@ -32,6 +32,8 @@ def intervals(
     if classes := max(classes, int((shown > 0).sum())):
         drawn |= _over_classes(drawn, meter.each, classes)
     for name, values in drawn.items():
+        if name not in figures:  # as no image shows what it is a mean of
+            continue
         images = shown if name == meter.each else meter.telling
         values = _with_further(values, images) if meter.counts_hits else values
         if name == meter.each:

@@ -84,11 +84,15 @@ class Meter:
         raise NotImplementedError
 
     def result(self) -> dict:
-        """Every figure over all images, and those of each class there is."""
+        """Every figure over all images for which they show something to find, and those of each class there is; empty
+        where they show nothing to find.
+        """
         if not self.count:
             return {}
         found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
-        single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
+        single = {name: float(value) for name, value in found.items() if name != self.each and np.isfinite(value)}
+        if not single:
+            return {}
         return single | ({self.each: self.named(found[self.each])} if self.each in found else {})
 
     def not_shown(self, result: Mapping[str, Any]) -> list[str]:
@@ -140,9 +144,16 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_count(meter: Meter) -> None:
-    """Refuses to tell figures of no image, as where all that there is of truth is ignored."""
-    if not meter.count:
-        raise Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
+    """Refuses to tell figures of no image, as where all that there is of truth is ignored, or no image shows a
+    person.
+    """
+    if not meter.result():
+        raise nothing_shown()
+
+
+def nothing_shown() -> Refused:
+    """The refusal of images of which there is nothing to tell."""
+    return Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
 
 
 def mean(values: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class _Overlap(Meter):
             found = {"miou": mean(iou), "per_class": iou}
             if self.unseen.any():
                 seen, unseen = mean(iou[:, ~self.unseen & ~self.is_background]), mean(iou[:, self.unseen])
-                harmonic = np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0)
+                harmonic = np.where(seen + unseen == 0, 0, 2 * seen * unseen / (seen + unseen))
                 found |= {"seen": seen, "unseen": unseen, "harmonic": harmonic}
         return found
 

@@ -16,6 +16,7 @@ from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.labels.words import mirrored_names
 from datasetdm_fast.run_folder.reader import StoredSample
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.pictures import largest_first
 
 SIDE = 64  # pixels of a side of an image
 CELL = 2  # pixels of a side of what one answer is given for
@@ -99,11 +100,11 @@ def _of_truth(item: Labelled, source: LabelledSource, vocabulary: Vocabulary) ->
         semantic = item.semantic
     else:
         semantic = np.full(shape, 0 if item.masks is not None else IGNORED, np.uint8)
-        for mask, number in zip(masks, () if item.mask_classes is None else item.mask_classes):
-            semantic[mask] = vocabulary.classes.index(source.thing_classes[number])
+        for k in largest_first(masks):
+            semantic[masks[k]] = vocabulary.classes.index(source.thing_classes[item.mask_classes[k]])
     instance = np.full((CELLS, CELLS), IGNORED if item.masks is None else 0, np.uint8)
-    for k, mask in enumerate(masks):
-        instance[covered(mask)] = min(k + 1, IGNORED - 1)
+    for k in largest_first(masks):
+        instance[covered(masks[k])] = min(k + 1, IGNORED - 1)
     for crowd in () if item.crowds is None else item.crowds:
         instance[covered(crowd)] = IGNORED
         semantic = np.where(crowd & (semantic == 0), IGNORED, semantic)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.meter import check_count
+from datasetdm_fast.evaluation.meter import check_count, nothing_shown
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -67,16 +67,20 @@ def worth(
             f"{' and '.join(dict.fromkeys(lacking.values()))}",
             "Choose a run whose prompts, classes and joints have the names that the data gives them.",
         )
-    told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)
-    exam = student_data.real(items, judged, vocabulary).images
+    exam = student_data.real(items, judged, vocabulary)
+    for task in (task for task in taught if not exam.teaches(task)):
+        told(f"{task} is left out: no image of --data shows anything to compare with")
+    if not (taught := [task for task in taught if exam.teaches(task)]):
+        raise nothing_shown()
+    told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     course = StudentSchedule(**({"steps": steps} if steps else {}))
     scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in taught}
     for seed in range(seeds):
         for arm, sets in (("real", (real,)), ("both", (real, generated))):
             student = teach(sets, course, seed, taught)
             shown = []
-            for task, figures in graded(judged, items, answers(student, exam), taught).items():
+            for task, figures in graded(judged, items, answers(student, exam.images), taught).items():
                 name = METRICS[task].student_figure
                 scores[task][arm].append(figures[name])
                 shown.append(f"{task} {name} {figures[name]:.3f}")

@@ -33,6 +33,7 @@ def described(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
     if "pose" in plan.tasks:
         found["people"] = {
             "bbox": [list(map(float, person.box)) for person in sample.people],
+            "area": [round(float(person.area), 3) for person in sample.people],
             "score": [person.score for person in sample.people],
             "keypoints": [person.joints.ravel().tolist() for person in sample.people],
         }
@@ -52,6 +53,8 @@ def tables(plan: ExportPlan) -> dict[str, list[bytes]]:
     names = {str(number): name for name, number in plan.classes.numbers.items()}
     id2label = {"0": "background", **names}
     found: dict[str, Any] = {"id2label": id2label}
+    if "instance" in plan.tasks:
+        found["things"] = list(plan.classes.things)
     if "semantic" in plan.tasks:
         found["ignore"] = IGNORED
     if "depth" in plan.tasks:

@@ -144,7 +144,7 @@ def _schema(plan: ExportPlan) -> Any:
     things = {"category": category, "bbox": box, "area": value("int64"), "score": number, "rle": value("string")}
     groups = {
         "instance": ("objects", things),
-        "pose": ("people", {"bbox": box, "score": number, "keypoints": listed(number)}),
+        "pose": ("people", {"bbox": box, "area": number, "score": number, "keypoints": listed(number)}),
     }
     for task, (name, parts) in groups.items():
         if task in plan.tasks:

@@ -119,15 +119,28 @@ def mirrored_names(names: Sequence[str]) -> list[int]:
 
 def _other_sides(name: str) -> Iterator[str]:
     """What a name may be called on the other side, the likeliest first."""
-
-    def other(found: re.Match[str]) -> str:
-        return OTHER_SIDE[found[0]]
-
     if SIDE_WORD.search(name):
-        yield SIDE_WORD.sub(other, name)
+        yield SIDE_WORD.sub(_other_side, name)
     for found in SIDE.finditer(name):
-        yield name[: found.start()] + other(found) + name[found.end() :]
-    yield SIDE.sub(other, name)
+        yield name[: found.start()] + _other_side(found) + name[found.end() :]
+    yield SIDE.sub(_other_side, name)
+
+
+def _other_side(found: re.Match[str]) -> str:
+    return OTHER_SIDE[found[0]]
+
+
+def mirrored_text(text: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+    """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
+    order = mirrored_names(classes)
+    sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
+    if not sided or len(text.lower()) != len(text):
+        return text
+    named = matcher(tuple(classes), own).spans(text)
+    for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
+        side = SIDE_WORD if SIDE_WORD.search(text, begin, end) else SIDE
+        text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
+    return text
 
 
 def token_places(

@@ -64,7 +64,7 @@ class Annotations:
                     ):
                         rows[name].append(number)
                     areas.append(value.get("area", 0))
-                    crowds.append(bool(value.get("iscrowd")))
+                    crowds.append(_is_crowd(value))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
         annotations = len(areas) or may_be_none
@@ -150,7 +150,7 @@ class Coco(PictureSource):
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.is_pose_alone = things, persons, is_pose_alone
         if things:
-            ids = sorted(things.categories)
+            ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
             self.numbers = {category: k for k, category in enumerate(ids)}
             self.thing_classes = tuple(things.categories[category] for category in ids)
             self.captions_name_all = True
@@ -214,7 +214,9 @@ class Coco(PictureSource):
     def _things(self, image: int, shape: tuple[int, int]) -> dict[str, Any]:
         found = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
         for row in self.things.of(image):
-            value, kind = self.things.read(row), self.numbers[int(self.things.rows["category"][row])]
+            if (kind := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
+                continue
+            value = self.things.read(row)
             try:
                 make = _mask_maker(value.get("segmentation"), shape)
             except ValueError as error:
@@ -267,8 +269,9 @@ class Coco(PictureSource):
         if not self.things.areas.any():  # the file tells none
             return super().areas(record)
         rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
-        kinds = {row: self.things.categories.get(int(self.things.rows["category"][row])) for row in rows}
-        return largest((kind, int(self.things.areas[row])) for row, kind in kinds.items() if kind)
+        kinds = {row: self.numbers.get(int(self.things.rows["category"][row])) for row in rows}
+        named = ((row, self.thing_classes[kind]) for row, kind in kinds.items() if kind is not None)
+        return largest((name, int(self.things.areas[row])) for row, name in named)
 
     def is_centred(self, record: int) -> bool:
         """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""
@@ -295,9 +298,18 @@ def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
     return pairs if all(0 <= end < joints for pair in pairs for end in pair) else ()
 
 
+def _is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is of many things; where it is neither said nor denied, it is of one."""
+    said = annotation.get("iscrowd") or 0
+    if said not in (0, 1):
+        raise ValueError(f"iscrowd is {documents.quoted(said)}, expected 0 or 1")
+    return bool(said)
+
+
 def _joints_in_sight(annotation: dict[str, Any]) -> int:
     """As the file counts them, else as it lists them: many programs leave the count out."""
     said, listed = annotation.get("num_keypoints"), annotation.get("keypoints")
+    documents.check_form(said or 0, int, "num_keypoints")
     if said is None and isinstance(listed, list):
         return sum(isinstance(value, (int, float)) and value > 0 for value in listed[2::3])
     return said or 0

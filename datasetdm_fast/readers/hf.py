@@ -1,6 +1,6 @@
 """hf:PATH[SPLIT]: a folder in one of Hugging Face's layouts, with an image and a label or depth map in each row."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.depth import LARGEST_STEP, UNITS, unit_of
@@ -27,6 +28,7 @@ COLUMNS = {
 }
 TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths, joints
 TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": float, "depth_steps_of_a_metre": float}
+TABLE_FORM |= {"things": [str]}
 OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
 PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
 NOTE = "depth unit"  # of a depth map that says in which unit it is
@@ -45,16 +47,19 @@ class HuggingFace(PictureSource):
         self.path, self.rows = path, tables.opened(path, split)
         names = self.rows.columns
         self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
+        self.columns |= {what: self._map_column(COLUMNS[what]) for what in ("label", "depth")}
         self.table = self._table()
         if not self.table:  # lists of any other form
             self.columns |= {"objects": "", "people": ""}
         if not self.columns["image"] or not any(self.columns[what] for what in ("label", "depth", "objects", "people")):
             raise reading.bad(
-                path, f"its columns are {documents.one_line(', '.join(names))}, expected image and label or depth"
+                path,
+                f"its columns are {documents.one_line(', '.join(names))}, expected image and a map in label or depth",
             )
         if self.columns["label"] or self.columns["objects"]:
             self.classes = self._classes()
-            self.thing_classes = reading.without_background(self.classes)
+            things = self.table.get("things", self.classes)  # which earlier versions did not tell
+            self.thing_classes = tuple(n for n in reading.without_background(self.classes) if n in things)
         if self.columns["depth"]:
             self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
         if self.columns["people"]:
@@ -68,6 +73,16 @@ class HuggingFace(PictureSource):
         )
         self.captions_name_all = not self.columns["caption"]
         super().__init__(size, len(self.rows))
+
+    def _map_column(self, known: Sequence[str]) -> str:
+        """The first column of these names that holds maps: a label may be the class of the whole picture."""
+        there = [name for name in known if name in self.rows.columns]
+        try:
+            row = self.rows.row(0) if there and len(self.rows) else {}
+        except Refused:  # told when it is read, as it may be skipped
+            row = {}
+        maps = [name for name in there if _may_be_map(row.get(name))]
+        return next(iter(maps or [name for name in there if not isinstance(row.get(name), (int, float))]), "")
 
     def _table(self) -> dict[str, Any]:
         """What classes.json says, empty where there is none."""
@@ -152,12 +167,14 @@ class HuggingFace(PictureSource):
         try:
             documents.check_form(people, PEOPLE_FORM)
             boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
+            said = people.get("area")  # which earlier versions did not tell
+            documents.check_form([] if said is None else said, [float], "area")
+            areas = (boxes[:, 2:].prod(1) if said is None else np.array(said, np.float32)).reshape(len(boxes))
             points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
         except (ValueError, TypeError) as error:
             raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
         points[..., :2] += TO_EDGE  # files count from the middle of the first pixel
-        areas = np.maximum(boxes[:, 2] * boxes[:, 3], 1)
-        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": areas}
+        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": np.maximum(areas, 1)}
 
     def _image(self, row: dict[str, Any], what: str, record: int, holds_numbers: bool = False) -> Image.Image:
         value = row[self.columns[what]]
@@ -205,9 +222,17 @@ class HuggingFace(PictureSource):
         else:
             try:
                 found = np.asarray(value, np.float32 if what == "depth" else np.int32)
+                if found.ndim != 2:
+                    raise ValueError("no rows of numbers")
             except (TypeError, ValueError, OverflowError):
                 raise reading.bad(self.name(record), f"{column} is no table of numbers") from None
         return found, steps
+
+
+def _may_be_map(value: Any) -> bool:
+    """Whether a cell is a picture, the path of one, or rows of numbers; of an empty one nothing is known."""
+    is_path = isinstance(value, str) and value.lower().endswith(reading.PICTURES)
+    return value is None or is_path or isinstance(value, (bytes, dict, list))
 
 
 def _names(feature: Any) -> Iterator[tuple[str, ...]]:

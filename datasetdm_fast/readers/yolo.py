@@ -19,7 +19,8 @@ class Yolo(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        self.thing_classes = _names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))
+        self.listed = _names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))
+        self.thing_classes = tuple(name for name in self.listed if not reading.is_background(name))
         self.classes = ("background", *self.thing_classes) if len(self.thing_classes) < MOST_SEMANTIC else ()
         self.tasks = ("semantic", "instance", "open-vocabulary") if self.classes else ("instance", "open-vocabulary")
         folder = reading.first_there(path / "images" / split, path / split / "images")
@@ -58,9 +59,9 @@ class Yolo(PictureSource):
                     raise ValueError(first)
             except (ValueError, OverflowError):
                 raise reading.bad(path, f"line {number} is not a class and the numbers of a polygon") from None
-            if not 0 <= kind < len(self.thing_classes):
+            if not 0 <= kind < len(self.listed):
                 raise reading.bad(
-                    path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.thing_classes) - 1}"
+                    path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.listed) - 1}"
                 )
             if len(places) < 6 or len(places) % 2:
                 raise reading.bad(
@@ -68,7 +69,10 @@ class Yolo(PictureSource):
                 )
             if not all(math.isfinite(place) and -0.01 <= place <= 1.01 for place in places):
                 raise reading.bad(path, f"line {number}: a corner outside the image, expected shares of 0 to 1")
-            rows.append((kind, [place * shape[1 - k % 2] for k, place in enumerate(places)]))
+            if (name := self.listed[kind]) in self.thing_classes:
+                rows.append(
+                    (self.thing_classes.index(name), [place * shape[1 - k % 2] for k, place in enumerate(places)])
+                )
         return rows
 
 

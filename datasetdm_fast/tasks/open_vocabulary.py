@@ -15,6 +15,7 @@ from datasetdm_fast.tasks.semantic import SMALL, masks_of, scaled_area
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.pictures import largest_first
 
 WORDS = 256  # with so many and more a label map, of a data set that is judged, is one of 32 bits
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
@@ -65,8 +66,8 @@ class OpenVocabularyTask(Task):
     def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:
         is_many = len(source.thing_classes) >= WORDS
         words, target = np.zeros(item.image.shape[:2], np.int32 if is_many else np.uint8), self.target(source, item)
-        for mask, k in zip(target["masks"], target["classes"]):
-            words[mask] = k + 1
+        for k in largest_first(target["masks"]):
+            words[target["masks"][k]] = target["classes"][k] + 1
         return SemanticMap(words, np.ones(words.shape, np.float32), ("none", *source.thing_classes))
 
     def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.pose import PERSON
-from datasetdm_fast.labels.words import find_classes, mirrored_names, with_article
+from datasetdm_fast.labels.words import find_classes, mirrored_names, mirrored_text, with_article
 from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 IGNORE = 255
@@ -88,7 +88,7 @@ def look(
 
 
 def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
-    """Left and right exchanged, in the names of joints and classes too."""
+    """Left and right exchanged, in the names of joints and classes too, and of the classes that the caption names."""
     width = item.image.shape[1]
     planes = ("semantic", "masks", "crowds", "depth")
     changes = {name: getattr(item, name)[..., ::-1] for name in planes if getattr(item, name, None) is not None}
@@ -104,7 +104,9 @@ def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
     if item.keypoint_boxes is not None:
         x, y, w, h = np.moveaxis(item.keypoint_boxes, -1, 0)
         changes["keypoint_boxes"] = np.stack([width - x - w, y, w, h], -1)
-    return replace(item, image=item.image[:, ::-1], **changes)
+    known = tuple(dict.fromkeys((*source.classes, *source.thing_classes)))
+    caption = mirrored_text(item.caption, known, source.class_table)
+    return replace(item, image=item.image[:, ::-1], caption=caption, **changes)
 
 
 def turned(item: Labelled, angle: float) -> Labelled:

@@ -8,10 +8,12 @@ from pathlib import Path
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.labelled import LabelledSource
 
 LARGEST_IMAGE_LIST = 16 * 2**20  # bytes
 BETWEEN = "', '"  # paths of a Python list that was cut up by hand, as DatasetDM's COCO lists were
+PICTURE_ENDINGS = (*reading.PICTURES, *reading.OTHER_PICTURES)
 EXPECTED = "Write one path per line, or a Python list of paths."
 
 
@@ -52,6 +54,8 @@ def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
     chosen, missing = [], []
     for name in names:
         parts = _parts(name)
+        if not name.lower().endswith(PICTURE_ENDINGS) and (whole := _folders_and_name(name))[-1] in places:
+            parts = whole  # the ending was left out, and what follows the last dot is of the name: frame.10
         alike = {image: _common(image, parts) for image in places.get(parts[-1], ())}
         best = [image for image, count in alike.items() if count == max(alike.values())]
         if len(best) > 1:
@@ -72,9 +76,14 @@ def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
 
 def _parts(path: str) -> tuple[str, ...]:
     """The parts of a path, whichever way its slashes lean, without the ending of its file."""
-    *folders, name = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")] or [""]
+    *folders, name = _folders_and_name(path)
     stem, dot, ending = name.rpartition(".")
     return (*folders, stem if dot and stem and len(ending) <= 4 else name)
+
+
+def _folders_and_name(path: str) -> tuple[str, ...]:
+    """The same with the ending."""
+    return tuple(part for part in path.replace("\\", "/").split("/") if part not in ("", ".")) or ("",)
 
 
 def _common(first: Sequence[str], second: Sequence[str]) -> int:

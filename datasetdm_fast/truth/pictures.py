@@ -63,7 +63,7 @@ class PictureSource(LabelledSource):
             labels = np.zeros(item.image.shape[:2], np.uint8)
             for crowd in item.crowds:
                 labels[crowd] = IGNORED
-            for k in np.argsort([-mask.sum() for mask in item.masks], kind="stable"):  # small things lie on large ones
+            for k in largest_first(item.masks):
                 labels[item.masks[k]] = item.mask_classes[k] + 1
             return replace(item, semantic=labels)
         return item
@@ -98,6 +98,11 @@ def _counted(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
         return {}
     counts = np.bincount(picture.semantic.ravel(), minlength=256)
     return {name: int(counts[k]) for k, name in enumerate(classes) if counts[k]}
+
+
+def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
+    """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
+    return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
 
 
 def _stacked(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:

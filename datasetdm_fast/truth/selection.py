@@ -110,6 +110,13 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
     if selection.images:
         source = source.narrowed(listed(source, selection.images))
     known = source.thing_classes or source.classes
+    by_class = {"--limit-per-class": selection.per_class, "--min-area": selection.min_area}
+    by_class |= {"--only-classes": selection.classes}
+    if not known and (asked := [flag for flag, value in by_class.items() if value]):
+        raise Refused(
+            f"selection: the data set names no classes, by which {asked[0]} or --select would choose images",
+            "Choose by --limit-images or --images.",
+        )
     if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
         raise Refused(
             f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",

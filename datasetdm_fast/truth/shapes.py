@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.labelled import EVERY_CLASS
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 CORNERS_OF_A_CIRCLE = 64
 IGNORED_NAMES = ("__ignore__", "ignore")  # of regions that are neither right nor wrong to find
-BACKGROUND_NAMES = ("_background_", "background")  # of regions that are no thing
 Mask = Callable[[], np.ndarray]  # [H, W] bool
 
 
@@ -77,7 +77,7 @@ def placed(pixels: np.ndarray, top: int, left: int, sides: Sequence[int]) -> np.
 
 
 def is_thing(name: str) -> bool:
-    return name not in (*IGNORED_NAMES, *BACKGROUND_NAMES)
+    return name not in IGNORED_NAMES and not reading.is_background(name)
 
 
 def things(shapes: Iterable[Shape], classes: Sequence[str]) -> dict[str, Any]:
