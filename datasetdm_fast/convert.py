@@ -21,11 +21,11 @@ from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting import checkpoints
 from datasetdm_fast.exporting.settings import ExportSettings
+from datasetdm_fast.run_folder.document import EXPORTS
+from datasetdm_fast.run_folder.object_store import is_url
 
 if TYPE_CHECKING:
     from datasetdm_fast.exporting.conversion import Conversion
-from datasetdm_fast.run_folder.document import EXPORTS
-from datasetdm_fast.run_folder.object_store import is_url
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (

@@ -595,6 +595,7 @@ def checkpoint_of_another(tmp_path):
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--data", "voc:/nowhere"], 2, "/nowhere"),
         (["--task", "sematic"], 2, "did you mean semantic"),
+        (["--data", "coco:photos", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
         (["--quirks", "Q9"], 2, "'Q9' is not one of Q11, Q12, Q13, Q14"),
         (["--held-out", "0.9"], 2, "--held-out: 0.9 is not between 0 and 0.5"),
         (["--draws", "0"], 2, "--draws: 0 is less than 1"),

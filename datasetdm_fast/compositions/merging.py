@@ -31,14 +31,8 @@ BLOCK = 32  # samples written and committed together
 LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of another run may continue
 OWN = ("size",)  # of a label's table: the sides of its pictures, which every row tells
 
-TOLD = (
-    "config",
-    "sampling",
-    "model",
-    "decoders",
-    "engine",
-    "composition",
-)  # of the run.json of a part, what that of all repeats
+# of the run.json of a part, what that of all repeats
+TOLD = ("config", "sampling", "model", "decoders", "engine", "composition")
 MOST_SIDES = 6  # sizes of images that a reader is told one by one
 
 

@@ -26,6 +26,7 @@ from datasetdm_fast.lessons.targets import check_shown, check_truth
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import is_read, open_data
+from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, log, recipes, word_heads
 from datasetdm_fast.training.held_out import are_enough, split
 from datasetdm_fast.training.loop import TrainingViews, fit
@@ -298,6 +299,16 @@ def _check_apart(config: TrainConfig) -> None:
             )
 
 
+def _check_together(config: TrainConfig) -> None:
+    """Refuses to train labels together that are not read from the same pictures."""
+    alone = [task for task in config.task if TASKS[task].is_of_one_person]
+    if config.data.startswith("coco:") and alone and len(config.task) > 1:
+        raise Refused(
+            f"--task: {alone[0]} learns from one person of coco: at a time, the others from whole images",
+            f"Train it by itself, with the same --out: --task {alone[0]}.",
+        )
+
+
 def _table(path: str, source: LabelledSource) -> ClassTable:
     """The words of the user's own for the classes of the data."""
     table = own_table(path)
@@ -352,6 +363,7 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
 def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     """Model, data and engine of the command, checked."""
     _check_apart(config)
+    _check_together(config)
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     options = {"selection": config.selection(), "skip_bad": config.skip_bad, "framing": config.framing}
     source = open_data(config.data, model.size, tasks=config.task, **options)
