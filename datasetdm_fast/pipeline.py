@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count, islice, repeat
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,10 +169,7 @@ class Pipeline:
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(seeds, int):
-            raise Refused(
-                f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}."
-            )
+        _check_several(seeds)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
         size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
@@ -205,6 +203,7 @@ class Pipeline:
         must not change them, and must copy them to keep them. The task "attention" also takes exponent,
         threshold, uncertainty, self_cells and cross_cells of the generate command.
         """
+        _check_several(seeds)
         chosen = self._chosen(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
         recipe, words = self._recipe(
@@ -351,21 +350,25 @@ class Pipeline:
         negative: str | Iterable[str],
         table: ClassTable | None,
     ) -> Iterator[Request]:
-        where, tokenizer = "negative_prompt", self.engine.model.tokenizer
+        tokenizer = self.engine.model.tokenizer
 
         @lru_cache(1024)
-        def fitted(text: str) -> str:
+        def fitted(text: str, where: str) -> str:
             return prompts.fit_negative(prompts.check_line(text, where), tokenizer, where, truncate=truncate)
 
-        negatives = map(fitted, repeat(negative) if isinstance(negative, str) else negative)
-        for index, (prompt, seed) in enumerate(zip(given, seeds)):
-            if (unwanted := next(negatives, None)) is None:
-                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one per prompt.")
+        is_one, remaining = isinstance(negative, str), iter(seeds)
+        negatives = repeat(negative) if is_one else iter(negative)
+        for index, prompt in enumerate(given):
             where = f"prompt {index}"
+            if (seed := next(remaining, None)) is None:
+                raise Refused(f"seeds: there is none for {where}", "Give one per prompt.")
+            if (unwanted := next(negatives, None)) is None:
+                raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
             if not isinstance(prompt, str):
                 raise Refused(f"{where}: {prompt!r} is not a text", "Give a text for every image.")
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate, own=table)
+            text = prompts.fit(line.text, tokenizer, where, words, truncate=truncate, own=table)
+            unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
             yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)
 
     def _samples(
@@ -412,7 +415,8 @@ class Pipeline:
                 f"timestep: {timestep} is not within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
-        words, seed = prompts.fit(prompt, self.engine.model.tokenizer, "prompt"), settings.check_seed(seed)
+        text, seed = check_line(prompt, "prompt"), settings.check_seed(seed)
+        words = prompts.fit(text, self.engine.model.tokenizer, "prompt")
         if image is None:
             settings.check_numbers(steps=steps, guidance=guidance)
             capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
@@ -466,6 +470,12 @@ class Pipeline:
                 for place, level in places
             }
         return {level.name: capture.of(label).sums[place] for place, level in places}
+
+
+def _check_several(seeds: object) -> None:
+    """Refuses one number in the place of a seed for each prompt."""
+    if isinstance(seeds, Integral):
+        raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
 
 
 def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:

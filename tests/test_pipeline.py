@@ -181,6 +181,8 @@ def test_each_sample_may_have_a_negative_prompt_of_its_own(pipe):
     assert [entry["negative_prompt"] for entry in other.meta] == ["fog", ""]
     with pytest.raises(Refused, match="none for prompt 1"):
         pipe(prompts, negative_prompt=["fog"], **choices)
+    with pytest.raises(Refused, match="^negative_prompt of prompt 1: .* tokens"):
+        pipe(prompts, negative_prompt=["fog", "fog " * 90], **choices)
 
 
 def test_what_is_printed_of_an_output_is_a_line_a_sample(pipe):
@@ -209,6 +211,22 @@ def test_maps_follow_the_features_by_layer_head_and_token(pipe):
     heads, tokens = pipe.engine.model.levels[0].heads[0], pipe.engine.model.levels[0].tokens
     maps = level[-heads * tokens :].unflatten(0, (heads, tokens))
     assert torch.allclose(maps.sum(1), torch.ones_like(maps[:, 0]), atol=1e-5)
+
+
+def test_features_refuse_what_is_no_prompt(pipe):
+    assert pipe.features(prompt="a red\nball", steps=2)["low"].equal(pipe.features(prompt="a red ball", steps=2)["low"])
+    with pytest.raises(Refused, match="prompt: .* invalid UTF-8"):
+        pipe.features(prompt="a \ud800 ball")
+
+
+def test_a_stream_has_a_seed_for_each_prompt_or_says_which_has_none():
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    found = stub.stream(["a", "b", "c"], seeds=iter(np.array([5, 3])), batch_size=1)
+    assert [type(sample.request.seed) for sample in islice(found, 2)] == [int, int]
+    with pytest.raises(Refused, match="seeds: there is none for prompt 2"):
+        next(found)
+    with pytest.raises(Refused, match="5 is one number"):
+        stub.stream(["a"], seeds=5)
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,13 @@ def check_numbers(**values: float) -> None:
 
 
 def check_seed(seed: int, number: int = 1) -> int:
-    """The seed itself, where a generator and the ledger can hold it and those of the images after it."""
+    """The seed as a plain number, where a generator and the ledger can hold it and those of the images after it."""
     if not isinstance(seed, Integral) or not 0 <= seed <= SEEDS - number:
         raise Refused(
             f"--seed {seed}: expected a whole number from 0 to {SEEDS - number}",
             "Choose another seed.",
         )
-    return seed
+    return int(seed)
 
 
 def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
