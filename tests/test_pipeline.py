@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from stub_engine import StubEngine
@@ -350,6 +351,34 @@ def test_the_arguments_of_diffusers_give_its_images(pipe):
         assert np.abs(np.asarray(mine, int) - np.asarray(other, int)).max() <= 1
     assert len(found.depth) == 3 and [entry["seed"] for entry in found.meta] == [7, 2, 7]
     assert pipe.diffuse("a ball", num_inference_steps=2, output_type="np", tasks=()).images.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, refused",
+    [
+        (PNDMScheduler, {}, ""),
+        (PNDMScheduler, {"skip_prk_steps": False}, "skip_prk_steps=False"),
+        (DDIMScheduler, {"clip_sample": False}, ""),
+        (DDIMScheduler, {"clip_sample": True}, "clip_sample=True"),
+        (DPMSolverMultistepScheduler, {}, ""),
+        (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
+        (DPMSolverMultistepScheduler, {"solver_order": 3}, "solver_order=3"),
+    ],
+)
+def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings, refused):
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = kind.from_config(theirs.scheduler.config, **settings)
+    mine = Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)
+    given = {"prompt": "a ball", "num_inference_steps": 4, "output_type": "latent"}
+    if refused:
+        with pytest.raises(Refused, match=refused):
+            mine.diffuse(**given)
+        return
+    images = [each(**given, generator=torch.Generator().manual_seed(1)).images for each in (theirs, mine.diffuse)]
+    torch.testing.assert_close(*images, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,29 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PROFILE = "0.14.0"  # whose timesteps later versions of diffusers have, too
+# Settings of a scheduler that change its images: what the samplers here follow, then what diffusers takes where a
+# config does not say. Its pipeline of Stable Diffusion turns clip_sample off where it is not given.
+FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
+    "PNDMScheduler": {"skip_prk_steps": (True, False)},
+    "DDIMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
+        "solver_order": (2, 2),
+        "solver_type": ("midpoint", "midpoint"),
+        "final_sigmas_type": ("zero", "zero"),
+        **dict.fromkeys(
+            (
+                "thresholding",
+                "use_karras_sigmas",
+                "use_exponential_sigmas",
+                "use_beta_sigmas",
+                "use_lu_lambdas",
+                "use_flow_sigmas",
+            ),
+            (False, False),
+        ),
+    },
+}
 OnStepEnd = Callable[[int, "Tensor", dict[str, "Tensor"]], "dict[str, Tensor] | None"]
 
 
@@ -63,13 +86,21 @@ def drawn(
 
 
 def sampler_of(model: Model) -> str:
-    """The sampler that a model's scheduler is of."""
+    """The sampler that a model's scheduler is of; refused where a setting would give it other images than here."""
     named = model.scheduler.get("_class_name", "PNDMScheduler")
     if named not in SCHEDULERS:
         raise Refused(
             f"scheduler: the model's own, {named}, is none of {', '.join(SCHEDULERS)}",
             "Name another: sampler='ddim'.",
         )
+    for name, (followed, default) in FOLLOWED[named].items():
+        given = model.scheduler.get(name, default)
+        if (default if given is None else given) != followed:
+            raise Refused(
+                f"scheduler: the model's {named} has {name}={given!r}, which the sampler here does not follow, so its "
+                f"images would differ; expected {followed!r}",
+                f"Change it, or take the images of sampler={SCHEDULERS[named]!r}.",
+            )
     return SCHEDULERS[named]
 
 
