@@ -1,13 +1,15 @@
 """The class tables, and which classes a text names."""
 
 import time
+import unicodedata
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import class_tables
-from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.labels.words import find_classes, plural, token_places
 from datasetdm_fast.scenes.worlds import WORLDS
 from datasetdm_fast.truth.class_file import own_table
 
@@ -76,6 +78,12 @@ def found(name, text):
         ("two wineglasses", ("wine glass",), ("wine glass",)),
         ("glasses of wine", ("wine glass",), ("wine glass",)),
         ("three policemen", ("person", "car"), ("person",)),
+        (
+            "two wolves beside bookshelves and loaves",
+            ("wolf", "shelf", "bookshelf", "loaf"),
+            ("wolf", "bookshelf", "loaf"),
+        ),
+        ("teeth and toothbrushes", ("tooth", "toothbrush"), ("tooth", "toothbrush")),
         ("a dog's breakfast", ("dog",), ("dog",)),
         ("catalogue", ("cat",), ()),
         ("an orange car, an orange", ("orange", "car"), ("orange", "car")),
@@ -86,6 +94,19 @@ def found(name, text):
 )
 def test_what_a_text_names(text, classes, named):
     assert find_classes(text, classes) == named
+
+
+def test_an_accent_may_be_a_character_of_its_own():
+    """As in text that comes from file names of macOS."""
+    for text, name in product(("eine Möwe", unicodedata.normalize("NFD", "eine Möwe")), ("NFC", "NFD")):
+        own = unicodedata.normalize(name, "Möwe")
+        assert find_classes(text, (own,)) == (own,)
+        assert token_places(text, (own,), lambda part: len(part.split()), 77) == {own: (2,)}
+
+
+def test_a_plural_is_spelled_as_people_do():
+    nouns = ("wolf", "potato", "housewife", "roof", "piano", "bookshelf")
+    assert [plural(noun) for noun in nouns] == ["wolves", "potatoes", "housewives", "roofs", "pianos", "bookshelves"]
 
 
 @pytest.mark.parametrize("name", class_tables.TABLES)

@@ -1,6 +1,7 @@
 """Which classes a text names: one pass over its words."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -9,14 +10,25 @@ from datasetdm_fast.labels.class_tables import ClassTable, known
 IRREGULAR = {
     "calf": "calves",
     "child": "children",
+    "elf": "elves",  # shelf, too
     "foot": "feet",
     "goose": "geese",
+    "half": "halves",
     "knife": "knives",
+    "leaf": "leaves",
+    "loaf": "loaves",
     "man": "men",
     "mouse": "mice",
     "ox": "oxen",
     "person": "people",
+    "potato": "potatoes",
     "scarf": "scarves",
+    "thief": "thieves",
+    "tomato": "tomatoes",
+    "tooth": "teeth",
+    "wharf": "wharves",
+    "wife": "wives",
+    "wolf": "wolves",
     "woman": "women",
 }
 # After these an adjective has its noun still to come; before any other word "orange" is a colour, before these a fruit.
@@ -134,7 +146,7 @@ def mirrored_text(text: str, classes: Sequence[str], own: ClassTable | None = No
     """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
     order = mirrored_names(classes)
     sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
-    if not sided or len(text.lower()) != len(text):
+    if not sided or len(_lowered(text)) != len(text):
         return text
     named = matcher(tuple(classes), own).spans(text)
     for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
@@ -149,7 +161,7 @@ def token_places(
     """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
     tokens of a text without marks, and places from `limit` on are left out.
     """
-    text, found = prompt.lower(), {}
+    text, found = _lowered(prompt), {}
     for name, spans in matcher(tuple(classes), own).spans(prompt).items():
         ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
         # the start mark is the first token
@@ -164,7 +176,12 @@ def _tokens(text: str) -> tuple[str, ...]:
 
 def _marks(text: str) -> list[re.Match[str]]:
     """The same where they stand in the text in lower case."""
-    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", text.lower())))
+    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lowered(text))))
+
+
+def _lowered(text: str) -> str:
+    """The text in lower case, with each accent in its letter: some systems write it as a character of its own."""
+    return unicodedata.normalize("NFC", text.lower())
 
 
 def _goes_on(tokens: tuple[str, ...], at: int) -> bool:
