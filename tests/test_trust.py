@@ -217,6 +217,18 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
     assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)
 
 
+def test_a_refused_refill_leaves_the_run_as_it_is(tmp_path, capsys):
+    """Prompts with seeds give no further images, so a run of them can never keep trusted samples alone."""
+    path, lines = tmp_path / "run", ('{"prompt": "a ball", "seed": 3}', '{"prompt": "a star", "seed": 4}')
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    given = ("--prompts", str(tmp_path / "prompts.jsonl"), "--number", "2")
+    assert run(path, *given) == 0
+    before = tree(path)
+    assert run(path, *given, "--keep", "trusted", "--refill") == 2
+    assert "filter leaves out doubtful samples" in capsys.readouterr().err
+    assert tree(path) == before and run(path, *given) == 0
+
+
 def test_refill_compares_no_image_with_one_that_was_set_aside(tmp_path, monkeypatch):
     path = tmp_path / "run"
     monkeypatch.setattr(scores, "difference_hash", lambda image: 0)

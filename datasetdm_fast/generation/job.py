@@ -249,11 +249,13 @@ def refill(config: RunConfig) -> None:
                 f"--refill: {config.out} counts the samples of each class, so dropped ones cannot be replaced",
                 f"Restore them with python -m datasetdm_fast.restore {config.out} --all, or choose another --out.",
             )
-        if dropped and "seeds" in stored["plan"]:
+        if "seeds" in stored["plan"]:  # and nothing is written yet that would ask for others
             raise Refused(
                 f"--refill: the prompts of {config.out} have seeds of their own, so that further images would repeat "
                 "the first ones",
-                "Add prompts at the end of the list, with a larger --number.",
+                "Add prompts at the end of the list, with a larger --number."
+                if config.keep != "trusted"
+                else "Drop --refill and --keep trusted: filter leaves out doubtful samples.",
             )
         if config.keep == "trusted" and any(row.trust is None for row in ledger.rows(parts=("trust",))):
             raise Refused(
