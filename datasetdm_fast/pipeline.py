@@ -293,8 +293,8 @@ class Pipeline:
         batch_size: int = 0,
         **choices: Any,
     ) -> Output:
-        """Labels of existing pictures, as `label` makes them; an image of any size is cropped to the square in its
-        centre, and its noise has the seed `seed` + its index.
+        """Labels of existing pictures, as `label` makes them; an image of any size, turned as its EXIF data says, is
+        cropped to the square in its centre, and its noise has the seed `seed` + its index.
 
         `prompts` describe the images, one text each; without them every word of `classes` is looked for. Other
         choices are those of `stream` that concern labels.
@@ -310,7 +310,7 @@ class Pipeline:
         recipe = inverting(recipe, self.engine, timesteps)
         requests = []
         for place, text in enumerate(texts):
-            line = said(check_line(text, "prompts"), recipe, words, self.engine, f"prompt {place}")
+            line = said(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
             request = Request(place, line.text, settings.check_seed(seed + place), line.classes or ())
             requests.append(_checked(request, recipe, self.engine.model.tokenizer))
         batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
@@ -354,18 +354,17 @@ class Pipeline:
 
         @lru_cache(1024)
         def fitted(text: str, where: str) -> str:
-            return prompts.fit_negative(prompts.check_line(text, where), tokenizer, where, truncate=truncate)
+            return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
 
         is_one, remaining = isinstance(negative, str), iter(seeds)
-        negatives = repeat(negative) if is_one else iter(negative)
+        negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
         for index, prompt in enumerate(given):
             where = f"prompt {index}"
             if (seed := next(remaining, None)) is None:
                 raise Refused(f"seeds: there is none for {where}", "Give one per prompt.")
             if (unwanted := next(negatives, None)) is None:
                 raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
-            if not isinstance(prompt, str):
-                raise Refused(f"{where}: {prompt!r} is not a text", "Give a text for every image.")
+            _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, tokenizer, where, words, truncate=truncate, own=table)
             unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
@@ -415,7 +414,7 @@ class Pipeline:
                 f"timestep: {timestep} is not within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
-        text, seed = check_line(prompt, "prompt"), settings.check_seed(seed)
+        text, seed = _line(prompt, "prompt"), settings.check_seed(seed)
         words = prompts.fit(text, self.engine.model.tokenizer, "prompt")
         if image is None:
             settings.check_numbers(steps=steps, guidance=guidance)
@@ -476,6 +475,17 @@ def _check_several(seeds: object) -> None:
     """Refuses one number in the place of a seed for each prompt."""
     if isinstance(seeds, Integral):
         raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
+
+
+def _check_text(given: object, where: str) -> None:
+    if not isinstance(given, str):
+        raise Refused(f"{where}: {given!r} is not a text", "Give a text for every image.")
+
+
+def _line(text: str, where: str) -> str:
+    """A text of a caller on one line, checked."""
+    _check_text(text, where)
+    return check_line(text, where)
 
 
 def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:

@@ -2,6 +2,7 @@
 weights.
 """
 
+import io
 import json
 import re
 from dataclasses import fields
@@ -161,9 +162,28 @@ def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_p
         ((np.zeros((64, 64), np.uint8),), "image: uint8|image 0"),
         ((pictures, ["one"]), "1 were given for 2 images"),
         ((np.zeros((8, 64, 3), np.uint8),), "image 0: uint8 of shape"),
+        ((Image.fromarray(np.full((64, 64), 300, np.uint16)),), "image 0: its pixels are I;16, expected an 8-bit"),
+        ((pictures, [None, "a ball"]), "prompt 0: None is not a text"),
     ):
         with pytest.raises(Refused, match=message):
             pipe.label(*wrong, tasks=("depth",))
+
+
+def test_a_picture_of_pillow_is_labelled_as_viewers_show_it(pipe):
+    """A camera held upright stores a picture that lies on its side, and says so."""
+    upright, file, orientation = Image.fromarray(world.view(0, 128).image), io.BytesIO(), Image.Exif()
+    orientation[0x0112] = 6
+    upright.rotate(90).save(file, "PNG", exif=orientation)
+    found = pipe.label(Image.open(file), tasks=("depth",))
+    assert np.array_equal(found.images[0], np.asarray(upright))
+    with pytest.raises(Refused, match="image 0: it cannot be decoded"):
+        pipe.label(Image.open(io.BytesIO(file.getvalue()[:2000])), tasks=("depth",))
+
+
+@pytest.mark.parametrize("timesteps", [(), (1000,), (-1,), (0.5,)])
+def test_timesteps_that_the_model_does_not_have_are_refused(pipe, timesteps):
+    with pytest.raises(Refused, match="^timesteps: .* from 0 to 999"):
+        pipe.label(world.view(0, 128).image, tasks=("attention",), classes=("ball",), timesteps=timesteps)
 
 
 def test_a_callback_sees_the_latents_of_every_step(pipe):

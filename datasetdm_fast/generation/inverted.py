@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,14 @@ def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recip
     from datasetdm_fast.sampling.inversion import capture_timestep
 
     timesteps = list(timesteps) if recipe.attention else []
+    training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
+    is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
+    if recipe.attention and not (timesteps and is_whole):
+        raise Refused(
+            f"timesteps: {documents.quoted(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
+            "Choose some of the model's training timesteps, such as 100, 300 and 500.",
+        )
+    timesteps = list(map(int, timesteps))
     configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
     read = {task: config for task, config in configs.items() if task in recipe.captures}
     facts = {

@@ -120,7 +120,7 @@ def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
     """The pixels of an image of a caller, checked."""
     import numpy as np
 
-    pixels = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
+    pixels = _of_pillow(image, place) if hasattr(image, "getbands") else np.array(image)
     is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
     if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
         raise Refused(
@@ -129,6 +129,26 @@ def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
             "Give an array of RGB in uint8, or an image of Pillow.",
         )
     return pixels
+
+
+def _of_pillow(image: Image, place: int) -> np.ndarray:
+    """An image of Pillow as viewers show it and as the pictures of a folder are read."""
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off what is above 255
+        raise Refused(
+            f"image {place}: its pixels are {image.mode}, expected an 8-bit picture",
+            "Scale its values to 0 to 255 first.",
+        )
+    try:
+        image.load()
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise Refused(
+            f"image {place}: it cannot be decoded ({documents.reason_of(error)})", "Get its file again."
+        ) from error
+    eight = image if image.mode in reading.COLOURS else image.convert("RGB")
+    try:
+        return reading.colours(f"image {place}", eight, reading.as_shown)
+    except Refused as stop:
+        raise Refused(stop.cause, "Give another image.") from stop
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8

@@ -29,6 +29,7 @@ OTHER_PICTURES = (
     ".heic",
     ".avif",
 )  # listed to be refused by name, not passed over
+COLOURS = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # modes of Pillow that are an 8-bit picture
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
@@ -54,7 +55,7 @@ def colour_image(path: Path, turned: Turning | None = None) -> np.ndarray:
 def colours(path: Path | str, image: Image.Image, turned: Turning | None = None) -> np.ndarray:
     """The same of a decoded picture, which messages call by its path."""
     check_sides(path, image.size)
-    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
+    if image.mode not in COLOURS:
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
     if turned:
         try:
