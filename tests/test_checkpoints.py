@@ -110,6 +110,17 @@ def test_a_checkpoint_becomes_a_folder_and_comes_back(kind, prefix, tmp_path, ca
     assert before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
 
 
+@pytest.mark.parametrize("kind", ["nyu", "voc", "pose"])
+def test_a_checkpoint_in_half_precision_comes_back_in_it(kind, tmp_path):
+    state = {name: value.half() for name, value in state_of(config_of(kind)).items()}
+    torch.save(state, tmp_path / "half.pth")
+    place = tmp_path / "d" / kind
+    assert convert(tmp_path / "half.pth", "--to", "decoder", "--kind", kind, "--out", place) == 0
+    assert convert(place, "--to", "pth", "--out", tmp_path / "back.pth") == 0
+    assert same(torch.load(tmp_path / "back.pth"), state)
+    assert load_decoder(place).config.task == config_of(kind).task
+
+
 def test_a_decoder_of_our_own_becomes_a_checkpoint_where_the_architecture_is_upstreams(tmp_path, capsys):
     decoder = build_decoder(config_of("cityscapes"))
     save_decoder(decoder, tmp_path / "semantic")
