@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import REFUSALS, Missing
 
 GROUP = "datasetdm_fast."
 
@@ -57,12 +57,17 @@ class Registry(dict):
         """The result of `load` for the entry of another package; if it fails, a Missing that names the package."""
         try:
             return load()
-        except Exception as error:  # code of others fails in any way
-            told = (str(error).splitlines() or [""])[0]
-            raise Missing(
-                f"{self._where(name)} {failure} ({type(error).__name__}: {told})",
-                "Update that package, or remove it.",
-            ) from error
+        except tuple(REFUSALS.values()):  # it says what to do, or uses code of ours that does
+            raise
+        except (Exception, SystemExit) as error:  # code of others fails in any way
+            raise self.failed(name, error, failure) from error
+
+    def failed(self, name: str, error: BaseException, failure: str) -> Missing:
+        """What is said where code of another package has raised an error."""
+        told = (str(error).splitlines() or [""])[0]
+        return Missing(
+            f"{self._where(name)} {failure} ({type(error).__name__}: {told})", "Update that package, or remove it."
+        )
 
     def checked(self, name: str, loaded: Any, wanted: type | None) -> Any:
         """The entry of another package, which must be of type `wanted`; our entries are not checked."""

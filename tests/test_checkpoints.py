@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
 from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.decoders.folders import read_config
+from datasetdm_fast.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.loading import load_model
@@ -108,6 +109,33 @@ def test_a_checkpoint_becomes_a_folder_and_comes_back(kind, prefix, tmp_path, ca
     save_file({name: value + 1 for name, value in state.items()}, tmp_path / "other.safetensors")
     assert convert(tmp_path / "other.safetensors", *line[1:]) == 2 and "another content" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["nyu", "voc", "pose"])
+def test_a_checkpoint_in_half_precision_comes_back_in_it(kind, tmp_path):
+    state = {name: value.half() for name, value in state_of(config_of(kind)).items()}
+    torch.save(state, tmp_path / "half.pth")
+    place = tmp_path / "d" / kind
+    assert convert(tmp_path / "half.pth", "--to", "decoder", "--kind", kind, "--out", place) == 0
+    assert convert(place, "--to", "pth", "--out", tmp_path / "back.pth") == 0
+    assert same(torch.load(tmp_path / "back.pth"), state)
+    assert load_decoder(place).config.task == config_of(kind).task
+
+
+def test_a_comma_in_a_path_is_a_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "a,b"
+    place.mkdir()
+    torch.save(state_of(config_of("voc")), place / "w.pth")
+    assert read_config(checkpoints.unpacked("voc:a,b/w.pth")[0] / "voc").task == "open-vocabulary"
+    assert parts_of(f"voc:{place}/w.pth, demo,a,b") == [
+        Path(f"voc:{place}/w.pth"),
+        DEMO,
+        Path("a,b"),
+    ]
+    assert parts_of("demo, none ,a") == [DEMO, Path("none"), Path("a")] and parts_of("demo") == [DEMO]
+    many = [f"decoders{k}" for k in range(60)]  # together too long for the name of a file
+    assert parts_of(",".join(many)) == list(map(Path, many))
 
 
 def test_a_decoder_of_our_own_becomes_a_checkpoint_where_the_architecture_is_upstreams(tmp_path, capsys):

@@ -72,6 +72,7 @@ def test_files_are_given_out_whole_in_part_and_not_twice(run, ask):
     for asked, (first, stop) in {"bytes=2-5": (2, 6), "bytes=7-": (7, None), "bytes=-4": (-4, None)}.items():
         status, headers, body = ask(path, Range=asked)
         assert (status, body) == (206, content[first:stop]) and headers["Content-Range"].endswith(f"/{len(content)}")
+    assert ask(path, Range="bytes=-")[::2] == (200, content)
     assert ask(path, Range=f"bytes={len(content)}-")[0] == 416 and ask(path, Range="lines=1-2")[2] == content
 
 
@@ -159,6 +160,20 @@ def test_a_run_folder_whose_name_is_no_utf_8_is_served(tmp_path):
     folder.mkdir()
     with server.opened(server.ServedRun.of_folder(folder), 18800, print) as serving:
         assert serving.address.endswith("/b%EF%BF%BDd/gallery/index.html")
+
+
+def test_a_run_whose_folder_is_called_against_is_compared_with_another(tmp_path):
+    shown, other = (tmp_path / name for name in ("against", "gallery"))
+    for folder in (shown, other):
+        (folder / "gallery").mkdir(parents=True)
+        (folder / "gallery" / "run.js").write_text(folder.name)
+    with server.opened(server.ServedRun.of_folder(shown), 18800, print, server.ServedRun.of_folder(other)) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        for prefix, name in ((serving.prefix, "against"), (serving.against, "gallery")):
+            connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=20)
+            connection.request("GET", f"{prefix}gallery/run.js")
+            assert connection.getresponse().read().decode() == name
+        serving.shutdown()
 
 
 def test_marks_of_a_run_that_was_moved_away_are_not_written(run, ask):

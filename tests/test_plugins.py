@@ -28,9 +28,18 @@ class Slow(TorchEngine):
     name = "slow"
 
 SLOW = EngineKind("foreign_things:Slow")
+LOST = EngineKind("foreign_nothing:Slow")
+PICKY = EngineKind("foreign_things:Slow", {"provider": None}, requirement=("foreign_things:refuse", "provider"))
+
+def refuse(provider):
+    from datasetdm_fast.errors import Missing
+    raise Missing("picky: no licence here", "Buy one.")
 
 def scenes(path, split, size, tasks):
     return demo.read("demo", path.name, size)
+
+def pages(path, split, size, tasks):
+    return {}["page"]
 
 EDGES = TaskKind("edges_label:EdgesKind", "edges_task:EdgesTask", "edges_meter:Edges")
 TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
@@ -110,10 +119,14 @@ POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
 torn = foreign_things:NOTHING
 wrong = foreign_things:scenes
+lost = foreign_things:LOST
+picky = foreign_things:PICKY
+ends = foreign_end:ENGINE
 torch = foreign_things:NOTHING
 
 [datasetdm_fast.readers]
 scenes = foreign_things:scenes
+pages = foreign_things:pages
 
 [datasetdm_fast.tasks]
 edges = foreign_things:EDGES
@@ -144,7 +157,13 @@ lost = foreign_student:LOST
 def installed(tmp_path_factory) -> Path:
     """A folder as pip leaves it."""
     folder = tmp_path_factory.mktemp("site")
-    modules = {"things": CODE, "writer": WRITER, "student": STUDENT, "labeller": LABELLER}
+    modules = {
+        "end": "raise SystemExit('too old')",
+        "things": CODE,
+        "writer": WRITER,
+        "student": STUDENT,
+        "labeller": LABELLER,
+    }
     for name, code in ((f"foreign_{name}", code) for name, code in modules.items()):
         (folder / f"{name}.py").write_text(code)
     for room, name in (("labels", "label"), ("tasks", "task"), ("evaluation", "meter")):
@@ -161,10 +180,12 @@ def installed(tmp_path_factory) -> Path:
 def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     monkeypatch.syspath_prepend(str(installed))
     registry = Registry("engines", {"torch": 1}, EngineKind)
-    assert registry.names == ("torch", "slow", "torn", "wrong") and list(registry) == ["torch"]
+    assert registry.names == ("torch", "ends", "lost", "picky", "slow", "torn", "wrong") and list(registry) == ["torch"]
     assert "slow" in registry and "none" not in registry and "foreign_things" not in sys.modules
     assert registry["torch"] == 1 and registry["slow"].engine == "foreign_things:Slow"
-    for name, message in (("torn", "'torn' of the package foreign-things does not load"), ("wrong", "is a function")):
+    ends = r"'ends' of the package foreign-things does not load \(SystemExit: too old\)"
+    torn = "'torn' of the package foreign-things does not load"
+    for name, message in (("torn", torn), ("wrong", "is a function"), ("ends", ends)):
         with pytest.raises(Missing, match=message):
             registry[name]
     with pytest.raises(KeyError):
@@ -212,6 +233,13 @@ def test_commands_run_them_by_name(installed, tmp_path):
     teach = "train --data demo:2 --steps 1 --batch-size 1 --draws 1 --out".split()
     lines = [
         ([*run, "--task", "semantic", "--out", "torn", "--engine", "torn"], 3, "'torn' of the package foreign-things"),
+        (
+            [*run, "--task", "semantic", "--out", "none", "--engine", "lost"],
+            3,
+            "'lost' of the package foreign-things does",
+        ),
+        ([*run, "--task", "semantic", "--out", "none", "--engine", "picky"], 3, "picky: no licence here"),
+        ("evaluate --decoder demo --task semantic --data pages:x".split(), 3, "'pages' of the package foreign-things"),
         ([*run, "--task", "semantic", "--out", "run", "--engine", "slow"], 0, ""),
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
         ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),

@@ -603,6 +603,25 @@ def test_a_misspelt_bucket_is_not_created(monkeypatch):
     there.rmdir("/buket")
 
 
+@pytest.mark.parametrize("url", ["file://{}/store/run", "memory://bucket/run"])
+def test_a_new_run_does_not_replace_another_one_in_its_store(url, monkeypatch, tmp_path):
+    import fsspec
+
+    url, there = url.format(tmp_path), fsspec.filesystem("memory")
+    if url.startswith("memory"):
+        monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
+        there.mkdir("/bucket")
+    new = config(tmp_path / "new", cluster="ray", store=url)
+    RayDriver(new, Callbacks(list)).close()  # whose folder is not there yet
+    object_store.ObjectStore(url).publish({"images/.00000000.png.1.part": b"half"})
+    object_store.ObjectStore(url).publish({"images/00000000.png": b"of another"})
+    with pytest.raises(Refused, match="it holds files of another run") as stop:
+        RayDriver(new, Callbacks(list))
+    assert "--out that this one was started with" in stop.value.remedy
+    if url.startswith("memory"):
+        there.rm("/bucket", recursive=True)
+
+
 @pytest.mark.parametrize("place", ["url", "folder"])
 def test_a_run_in_a_store_is_read_audited_and_converted_from_there(monkeypatch, made, tmp_path, capsys, place):
     import fsspec

@@ -28,7 +28,18 @@ from test_schemas import check_run
 from datasetdm_fast import audit
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
-from datasetdm_fast.compat.showlab import contours, demo, drawing, files, generating, order, splicing, telling, training
+from datasetdm_fast.compat.showlab import (
+    contours,
+    demo,
+    drawing,
+    files,
+    generating,
+    order,
+    showing,
+    splicing,
+    telling,
+    training,
+)
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
@@ -623,6 +634,46 @@ def test_contours_move_with_their_images(tmp_path, capsys):
     assert command.main([*line, "--out_root", "whole", "--seed", "3"]) == 2
     assert "pictures of another command" in capsys.readouterr().err
     assert command.main([*line, "--out_root", "new", "--input_root", "none"]) == 3
+
+
+def test_contours_move_by_the_size_of_their_images(tmp_path):
+    """The demo model's have 128 pixels."""
+    write(tmp_path / "Mask/dog.txt", "1,2,9,2,1,9,4,0.5\n")
+    (tmp_path / "Image").mkdir()
+    Image.fromarray(np.zeros((128, 128, 3), np.uint8)).save(tmp_path / "Image/dog.jpg")
+    coco, pair = splicing.SPLICERS["splicing_augmentation_coco"], ("dog", "dog")
+    image, label = splicing.spliced(coco, tmp_path, splicing.Tiles(0, (pair, pair)), is_single=False)
+    assert decoded(image).shape[:2] == (256, 256)
+    assert label.decode().splitlines()[1:3] == ["129,2,137,2,129,9,4,0.5", "1,130,9,130,1,137,4,0.5"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"\n", b"dog\n", b"1,2,3,1,0.9\n", b"99999999999999999999,1,1,0.9\n", b"\xff,1,1,0.9\n"]
+)
+def test_what_is_no_contour_is_named_with_its_file(text, tmp_path, capsys):
+    contour_output(tmp_path / "DataDiffusion/in")
+    for k in range(4):
+        (tmp_path / f"DataDiffusion/in/Mask/dog_{k}.txt").write_bytes(text)
+    line = ["--root", str(tmp_path), "--input_root", "in", "--out_root", "out", "--quiet"]
+    for script in ("splicing_augmentation_coco", "vis_COCO"):
+        assert command.main([script, *line]) == 2
+        assert "is not a contour" in capsys.readouterr().err
+
+
+def test_depth_of_16_bits_is_spliced_and_shown_as_it_is(tmp_path):
+    """The generators write it with --fixed: millimetres in rooms, steps of 1/256 m in streets."""
+    for folder, shape, kind in (("Image", (8, 8, 3), "jpg"), ("Annotation", (8, 8), "png")):
+        (tmp_path / folder).mkdir()
+        dtype = np.uint8 if kind == "jpg" else np.uint16
+        Image.fromarray(np.full(shape, 0 if kind == "jpg" else 5000, dtype)).save(tmp_path / folder / f"a.{kind}")
+    rooms = splicing.SPLICERS["splicing_augmentation_NYU"]
+    _, label = splicing.spliced(rooms, tmp_path, splicing.Tiles(0, (("a", "a"),)), is_single=False)
+    assert decoded(label).shape == (8, 16) and (decoded(label) == 5000).all()
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "half.png")
+    for name, number in (("vis_NYU", 5000), ("vis_KITTI", 40 * 256)):
+        Image.fromarray(np.full((8, 8), number, np.uint16)).save(tmp_path / "fine.png")
+        drawn = [np.array(showing.SHOWERS[name].draw(None, tmp_path / f"{each}.png")) for each in ("half", "fine")]
+        assert (drawn[0] == drawn[1]).all(), name
 
 
 def test_ids_of_splices():

@@ -84,11 +84,25 @@ def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
 
 
 def parts_of(given: str | Path) -> list[Path]:
-    """The paths of one text, with commas between them; `demo` names the decoders shipped with the package."""
-    given = str(given)
-    if given == "demo" or Path(given).exists():
-        return [DEMO if given == "demo" else Path(given)]
-    return [DEMO if part == "demo" else Path(part) for part in map(str.strip, given.split(",")) if part]
+    """The paths of one text, with commas between them; `demo` names the decoders shipped with the package. A comma
+    belongs to a path where that is there, with KIND: before it or not.
+    """
+    words, found = str(given).split(","), []
+    while words:
+        joined = (",".join(words[:count]) for count in range(len(words), 0, -1))
+        part = next((text for text in joined if text != "demo" and _is_there(text)), words[0].strip())
+        words = words[part.count(",") + 1 :]
+        found += [DEMO if part == "demo" else Path(part)] if part else []
+    return found or [Path(given)]
+
+
+def _is_there(text: str) -> bool:
+    """Whether a text is a path of something that is there, or KIND: and such a path."""
+    paths = [path for path in (text, text.partition(":")[2]) if path]
+    try:
+        return any(Path(path).exists() for path in paths)
+    except OSError:  # several paths make a name that is too long
+        return False
 
 
 def _own(task: str, here: Mapping[LabelName, Path]) -> Path | None:

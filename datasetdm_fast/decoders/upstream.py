@@ -95,7 +95,8 @@ class Checkpoint:
             raise Refused(f"{self.path}: weights are floating-point numbers, found {kinds}", ALONE)
         check_finite(read, str(self.path))
         files = {"model.safetensors": save(read)}
-        if left or self.prefix:
+        # Also without any, it tells that the tensors' own precision is that of the checkpoint.
+        if left or self.prefix or any(value.dtype != torch.float32 for value in read.values()):
             files[SIDE_FILE] = save(left, {"prefix": self.prefix})
         return files | {"config.json": self.config.to_json().encode()}
 

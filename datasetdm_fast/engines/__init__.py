@@ -4,7 +4,7 @@ exist once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind, EngineSettings
@@ -25,7 +25,7 @@ def check_engine(name: str, **options: Any) -> None:
     kind, own = _chosen(name, options)
     if kind.requirement:
         place, option = kind.requirement
-        named(place)(own[option])
+        _of(name, lambda: named(place)(own[option]))
 
 
 def build_engine(
@@ -41,8 +41,13 @@ def build_engine(
     of another engine are refused, or passed over where that engine's record says so.
     """
     kind, own = _chosen(name, options)
-    built: Engine = named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
+    built: Engine = _of(name, lambda: named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
     return built
+
+
+def _of(name: str, call: Callable[[], Any]) -> Any:
+    """What `call` gives; where code of another package fails, that package is named."""
+    return ENGINES.loaded(name, call) if name in ENGINES.others else call()
 
 
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:

@@ -103,6 +103,10 @@ def open_data(
             if stop.remedy == reading.MEND:  # nothing was skipped yet that --skip-bad could skip
                 raise Refused(stop.cause, reading.MEND_FIRST) from stop
             raise
+        except Exception as error:
+            if kind not in READERS.others:
+                raise
+            raise READERS.failed(kind, error, "fails") from error
     else:
         known = (*WORLDS, *READERS.names)
         if not rest and Path(spec).expanduser().is_dir():

@@ -140,6 +140,20 @@ class ObjectStore:
                 "Check its name, or add --make-bucket.",
             )
 
+    def require_empty(self) -> None:
+        """Refuses a folder with files of another run, which a new one would replace."""
+        with self._refusing():
+            try:
+                found = [each.strip("/") for each in self.files.ls(self.root, detail=False)]
+            except FileNotFoundError:
+                return
+        names = sorted(each.rpartition("/")[2] for each in found if each != self.root.strip("/"))
+        if others := [name for name in names if not storage.is_temporary(Path(name))]:
+            raise Refused(
+                f"--store {documents.quoted(self.url)}: it holds files of another run ({documents.quoted(others[0])})",
+                "Choose another --store, or give the --out that this one was started with.",
+            )
+
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """Digests and sizes of the files, once all are there."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed

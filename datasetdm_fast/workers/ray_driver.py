@@ -94,6 +94,8 @@ class RayDriver(Supervisor):
         self.store = object_store.ObjectStore(config.store) if config.store else None
         if self.store:
             self.store.require_bucket(is_made=config.make_bucket)
+            if read_document(Path(config.out)) is None:
+                self.store.require_empty()
         self.folder: RunFolder | None = None
         self.job: Job | None = None  # of the run folder, once that is open
         self.wanted: set[int] = set()

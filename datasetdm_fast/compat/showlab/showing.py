@@ -9,17 +9,18 @@ from PIL import Image
 
 from datasetdm_fast.compat.showlab import drawing
 from datasetdm_fast.compat.showlab.checkout import present
-from datasetdm_fast.compat.showlab.files import encoded
+from datasetdm_fast.compat.showlab.files import KITTI_STEPS, MILLIMETRES, encoded
 from datasetdm_fast.compat.showlab.lines import Flag, Line
-from datasetdm_fast.compat.showlab.splicing import HOLDER, LARGEST_TEXT
+from datasetdm_fast.compat.showlab.splicing import HOLDER, contours_in
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.foreign import images
 from datasetdm_fast.labels.pictures import masked
 
 LEAST_SCORE = 0.6  # of an instance that is drawn
 ROOM_STEPS = 256  # of a file of rooms, at the end of the colours
 STREET_STEPS = 128  # and of streets
+FARTHEST_IN_ROOMS, FARTHEST_IN_STREETS = 10, 40  # metres there
 
 
 @dataclass(frozen=True)
@@ -57,28 +58,26 @@ def _map_over(palette: str, alpha: float) -> Callable[[np.ndarray, Path], Image.
 
 
 def _room(pixels: np.ndarray, label: Path) -> Image.Image:
-    return Image.fromarray(drawing.jet(_depth(label) / ROOM_STEPS))
+    return Image.fromarray(drawing.jet(_depth(label, ROOM_STEPS, MILLIMETRES * FARTHEST_IN_ROOMS)))
 
 
 def _street(pixels: np.ndarray, label: Path) -> Image.Image:
-    return Image.fromarray(drawing.near_to_far(_depth(label) / STREET_STEPS))
+    return Image.fromarray(drawing.near_to_far(_depth(label, STREET_STEPS, KITTI_STEPS * FARTHEST_IN_STREETS)))
 
 
-def _depth(label: Path) -> np.ndarray:
-    plane = np.array(images.read_image(label)).astype(np.float32)
+def _depth(label: Path, steps: int, fine_steps: int) -> np.ndarray:
+    """Depth as a share of that at the end of the colours: so many steps of a file of 8 bits, or of 16 bits, which the
+    generators write with --fixed.
+    """
+    picture = images.read_image(label)
+    plane = np.array(picture).astype(np.float32) / (fine_steps if picture.mode.startswith("I") else steps)
     return plane[..., 0] if plane.ndim == 3 else plane
 
 
 def _contours(pixels: np.ndarray, label: Path) -> Image.Image:
-    masks, classes = [], []
-    for text in storage.read(label, LARGEST_TEXT).decode(errors="replace").splitlines():
-        *numbers, name, score = text.split(",")
-        try:
-            if float(score) >= LEAST_SCORE:
-                masks.append(drawing.filled(pixels.shape[:2], list(map(int, numbers))))
-                classes.append(int(name))
-        except ValueError as error:
-            raise Refused(f"{label}: {documents.quoted(text)} is not a contour", "Generate the file again.") from error
+    shown = [contour for contour in contours_in(label) if contour.score >= LEAST_SCORE]
+    masks = [drawing.filled(pixels.shape[:2], contour.places.reshape(-1).tolist()) for contour in shown]
+    classes = [contour.number for contour in shown]
     return masked(pixels, np.array(masks, bool).reshape(-1, *pixels.shape[:2]), np.array(classes, int))
 
 

@@ -22,7 +22,6 @@ PLAN = ".splicing.json"  # of an output: what it is made of
 GRIDS = (0, 2, 3, 5, 6, 7, 8)  # images of a side of each job's pictures; 0: two, beside or above one another
 STARTS = (0, 15001, 35001, 55001, 65001, 75001, 85001)  # first id of each job
 JPEG_QUALITY = 95  # OpenCV's
-SIDE = 512  # pixels of a source
 LARGEST_TEXT = 2**24  # bytes of contours of one image
 FLAGS = (
     Flag("input_root", "./config/", help="folder in DataDiffusion with the images", is_optional=True),
@@ -60,6 +59,16 @@ SPLICERS = {
         Splicer("splicing_augmentation_coco", (15000, 20000, 20000, 20000, 10000, 5000, 3000), "Mask", ".txt"),
     )
 }
+
+
+@dataclass(frozen=True)
+class Contour:
+    """An instance of a label file."""
+
+    places: np.ndarray  # [n, 2] of x, y
+    number: int  # of its class
+    score: float
+    ending: str  # of its line: class and score as they are written there
 
 
 @dataclass(frozen=True)
@@ -143,33 +152,49 @@ def spliced(splicer: Splicer, source: Path, each: Tiles, *, is_single: bool) -> 
     picture = _joined(each, lambda stem: np.array(_read(source / "Image" / f"{stem}.jpg").convert("RGB")))
     image = encoded(Image.fromarray(picture), "JPEG", quality=JPEG_QUALITY)
     if splicer.suffix == ".txt":
+        height, width = picture.shape[0] // len(each.stems), picture.shape[1] // len(each.stems[0])
         lines = [
-            _moved(text, column, row, _label(splicer, source, stem))
+            _moved(contour, width * column, height * row)
             for row, stems in enumerate(each.stems)
             for column, stem in enumerate(stems)
-            for text in storage.read(_label(splicer, source, stem), LARGEST_TEXT).decode().splitlines()
+            for contour in contours_in(_label(splicer, source, stem))
         ]
         return image, "".join(lines).encode()
-    plane = _joined(each, lambda stem: np.array(_read(_label(splicer, source, stem)).convert("L")))
+    plane = _joined(each, lambda stem: _plane(_label(splicer, source, stem)))
+    is_single = is_single or plane.dtype == np.uint16  # of three channels PNG files are written with 8 bits alone
     return image, encoded(Image.fromarray(plane if is_single else np.stack([plane] * 3, -1)), "PNG")
 
 
 def _joined(each: Tiles, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    try:
-        return np.concatenate([np.concatenate([read(stem) for stem in stems], 1) for stems in each.stems])
-    except ValueError as error:
-        raise Refused(f"splicing_{each.id}: its sources have different sizes", "Splice images of one size.") from error
+    planes = [[read(stem) for stem in stems] for stems in each.stems]
+    if len({(plane.shape, plane.dtype) for row in planes for plane in row}) > 1:
+        raise Refused(
+            f"splicing_{each.id}: its sources have different sizes or depths", "Splice the output of one command."
+        )
+    return np.concatenate([np.concatenate(row, 1) for row in planes])
 
 
 def _read(path: Path) -> Image.Image:
     return images.read_image(path)
 
 
-def _moved(text: str, column: int, row: int, path: Path) -> str:
+def _plane(path: Path) -> np.ndarray:
+    """A label map [H, W] of 8 bits, or of the 16 that depth has with the generators' --fixed."""
+    label = _read(path)
+    return np.array(label, np.uint16) if label.mode.startswith("I") else np.array(label.convert("L"))
+
+
+def contours_in(path: Path) -> Iterator[Contour]:
+    """The instances in a label file, a line each."""
+    for text in storage.read(path, LARGEST_TEXT).decode(errors="replace").splitlines():
+        try:
+            *numbers, name, score = text.split(",")
+            yield Contour(np.array(numbers, int).reshape(-1, 2), int(name), float(score), f"{name},{score}")
+        except (ValueError, OverflowError) as error:
+            raise Refused(f"{path}: {documents.quoted(text)} is not a contour", "Generate the file again.") from error
+
+
+def _moved(contour: Contour, right: int, down: int) -> str:
     """A contour's line in the picture that it becomes a part of."""
-    *numbers, name, score = text.split(",")
-    try:
-        places = np.array(numbers, int).reshape(-1, 2) + (SIDE * column, SIDE * row)
-    except ValueError as error:
-        raise Refused(f"{path}: {documents.quoted(text)} is not a contour", "Generate the file again.") from error
-    return f"{','.join(map(str, places.reshape(-1).tolist()))},{name},{score}\n"
+    places = contour.places + (right, down)
+    return f"{','.join(map(str, places.reshape(-1).tolist()))},{contour.ending}\n"

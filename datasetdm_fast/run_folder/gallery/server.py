@@ -43,7 +43,7 @@ HEADERS = {
 PIECE = 1 << 18  # bytes of a file that are sent at once
 LARGEST_REQUEST = 1 << 20  # bytes of marks
 IDLE_SECONDS = 60.0  # after which a connection that asks for nothing is closed
-RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+RANGE = re.compile(r"bytes=(?=.*\d)(\d{0,18})-(\d{0,18})")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class RunServer(ThreadingHTTPServer):
         self.runs = {self.prefix: run}  # by the prefix of their addresses
         self.against = ""
         if against is not None:
-            self.against = f"/against/{_quoted(against.folder)}/"
+            beside = "against" if self.prefix != "/against/" else "beside"  # no address is of both
+            self.against = f"/{beside}/{_quoted(against.folder)}/"
             self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
@@ -214,9 +215,9 @@ class Handler(BaseHTTPRequestHandler):
                 begin, end = asked.groups()
                 if begin:
                     first, stop = int(begin), min(int(end) + 1 if end else size, size)
-                elif end:
+                else:
                     first = max(size - int(end), 0)
-                if (begin or end) and first >= stop:
+                if first >= stop:
                     return self._send(416, b"", "", {"Content-Range": f"bytes */{size}"})
                 headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
             self._begin(206 if "Content-Range" in headers else 200, stop - first, kind, headers)
