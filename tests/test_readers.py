@@ -1309,6 +1309,18 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
     assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
 
 
+def test_a_limit_counts_the_images_that_can_be_read(copied):
+    root, address = copied("voc")
+    path = root / "JPEGImages" / "2007_000000.jpg"
+    path.write_bytes(path.read_bytes()[:-900])
+    for selection in (Selection(most=1), Selection(per_class=1, most=1)):
+        source = open_data(address, SIZE, selection=selection, skip_bad=True)
+        assert [item.id for item in source] == ["2007_000001"] and len(source.skipped) == 1, selection
+    source = open_data(address, SIZE, selection=Selection(most=1))
+    with pytest.raises(Refused, match="2007_000000"):
+        source[0]
+
+
 ROUNDS = 500 if IS_LONG else 20
 
 
