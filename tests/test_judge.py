@@ -145,3 +145,11 @@ def test_shares_of_nothing_are_left_open():
     assert judge_labels.figures([picture], "semantic") == {"found": None, "precision": 0.0, "swapped": 0.0}
     assert list(judge_labels.table({"generated": [picture]}))[-1] == "| generated, 1 | instance | – | 0.0 % | 0.0 % |"
     assert judge_labels.share_of([True, False]) == 0.5
+
+
+def test_renders_are_asked_for_all_that_their_captions_name(monkeypatch):
+    first = next(seed for seed in range(900_000, 901_000) if len(world.sample_scene(seed).things) == 3)
+    monkeypatch.setattr(judge_labels, "RENDERS", first)
+    (picture,) = judge_labels.of_renders(1)
+    assert set(picture.named) == {thing.kind for thing in world.sample_scene(first).things}
+    assert not picture.trust.unnamed

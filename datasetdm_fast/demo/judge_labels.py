@@ -23,6 +23,7 @@ from datasetdm_fast.demo.things_seen import ENOUGH
 from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import named_map, trust_of
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
@@ -139,7 +140,7 @@ def of_renders(count: int) -> list[JudgedPicture]:
             raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
             labels[task] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, item in enumerate(some):
-            named = tuple(name for name in world.THINGS if name in item.caption.split())
+            named = find_classes(item.caption, world.THINGS)
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
             is_sure = np.ones(item.semantic.shape, bool)
             pictures.append(JudgedPicture(named, found, item.semantic, is_sure, trust_of(named, found)))
