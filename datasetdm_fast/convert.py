@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     for source in conversion.sources:
         if not source.run.is_complete:
             say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
+    for path in conversion.unsplit:
+        say(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
     for name, format in conversion.formats.items():
         if unknown := format.unknown(conversion.plan):
             say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")

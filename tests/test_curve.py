@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from datasetdm_fast.data import DepthMap
+from datasetdm_fast.data import DepthMap, Keypoints
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import main
 from datasetdm_fast.evaluation.curve import learning_curve, parse_counts, power_law, to_learn_from, told
@@ -69,6 +69,21 @@ def test_images_without_truth_have_no_curve():
     empty = METRICS["depth"](open_data("demo:1@7", 32))
     with pytest.raises(Refused, match="no image has the ground truth to compare with"):
         learning_curve("depth", COUNTS, 1, lambda count, repeat: empty, bootstrap=2, level=0.95)
+
+
+def test_draws_of_images_that_show_nothing_are_no_figures_of_0():
+    source, meter = open_data("demo:1@7", 64), METRICS["pose"](open_data("demo:1@7", 64))
+    items = list(open_data("demo:16@900", 64))
+    shown = next(item for item in items if len(item.keypoints))
+    nobody = [item for item in items if not len(item.keypoints)][:4]
+    none = np.zeros((0, len(source.joints)), np.float32)
+    for item in (shown, *nobody):
+        seen = np.full(item.keypoints.shape[:2], 2)
+        points = item.keypoints if len(item.keypoints) else none.reshape(0, len(source.joints), 3)
+        meter.add(item, Keypoints(points, seen, np.ones(len(seen), np.float32), source.joints))
+    found = learning_curve("pose", COUNTS, 1, lambda count, repeat: meter, bootstrap=200, level=0.95)
+    assert [point["value"] for point in found["points"]] == [1.0] * 4
+    assert [point["interval"] for point in found["points"]] == [[1.0, 1.0]] * 4
 
 
 def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():

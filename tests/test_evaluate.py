@@ -223,3 +223,10 @@ def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
     )
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}", *flags]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_curve_of_images_that_show_nothing_is_refused_before_a_decoder_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr("datasetdm_fast.training.session.train_on", lambda *_, **__: pytest.fail("it was trained"))
+    line = ["--data", "demo:6@900", "--curve", "2,3", "--task", "pose", "--quiet"]
+    assert main(line) == 2
+    assert "--data demo:6@900: none of 6 images shows a person" in capsys.readouterr().err

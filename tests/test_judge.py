@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.demo import judge, judge_labels, judge_net
 from datasetdm_fast.demo.distance import frechet
 from datasetdm_fast.demo.things_seen import follows, shares, things_seen
@@ -132,3 +133,23 @@ def test_a_run_that_is_not_there_is_refused_before_a_net_is_trained(tmp_path):
     with pytest.raises(Refused, match="not a run folder"):
         judge_labels.main([str(tmp_path / "none"), "--judged", str(tmp_path / "judged")])
     assert not (tmp_path / "judged").exists()
+
+
+def test_shares_of_nothing_are_left_open():
+    """As of pictures that show none of the things they name, or of a run none of whose pictures is wrong."""
+    shape = (16, 16)
+    label = SemanticMap(np.zeros(shape, np.uint8), np.ones(shape, np.float32), world.CLASSES)
+    picture = judge_labels.JudgedPicture(
+        ("ball",), {"semantic": label, "instance": label}, np.zeros(shape, int), np.ones(shape, bool), Trust()
+    )
+    assert judge_labels.figures([picture], "semantic") == {"found": None, "precision": 0.0, "swapped": 0.0}
+    assert list(judge_labels.table({"generated": [picture]}))[-1] == "| generated, 1 | instance | – | 0.0 % | 0.0 % |"
+    assert judge_labels.share_of([True, False]) == 0.5
+
+
+def test_renders_are_asked_for_all_that_their_captions_name(monkeypatch):
+    first = next(seed for seed in range(900_000, 901_000) if len(world.sample_scene(seed).things) == 3)
+    monkeypatch.setattr(judge_labels, "RENDERS", first)
+    (picture,) = judge_labels.of_renders(1)
+    assert set(picture.named) == {thing.kind for thing in world.sample_scene(first).things}
+    assert not picture.trust.unnamed

@@ -414,6 +414,25 @@ def test_lvis_tells_which_classes_an_image_was_searched_for(copied):
     assert item.not_exhausted == (len(categories) - 1,)
 
 
+def test_an_lvis_image_that_was_searched_for_nothing_is_left_out(copied):
+    root, address = copied("lvis")
+    path = root / "lvis_v1_train.json"
+    first, *others = [item.id for item in open_data(address, SIZE)]
+
+    def searched_for(classes: list[int]) -> None:
+        def without_things(document: dict) -> None:
+            image = document["images"][0]
+            image["neg_category_ids"] = classes
+            document["annotations"] = [row for row in document["annotations"] if row["image_id"] != image["id"]]
+
+        rewrite(path, without_things)
+
+    searched_for([json.loads(path.read_text())["categories"][0]["id"]])
+    assert [item.id for item in open_data(address, SIZE)] == [first, *others]  # it teaches what is not there
+    searched_for([])
+    assert [item.id for item in open_data(address, SIZE)] == others
+
+
 def test_coco_asked_for_pose_gives_one_person_each(made):
     source = open_data(f"coco:{made('coco')}", SIZE, tasks=["pose"])
     people = json.loads((made("coco") / "annotations" / "person_keypoints_train2017.json").read_text())["annotations"]
@@ -1307,6 +1326,18 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
         open_data(address, SIZE, selection=Selection(per_class=1))
     source = open_data(address, SIZE, selection=Selection(per_class=1), skip_bad=True)
     assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
+
+
+def test_a_limit_counts_the_images_that_can_be_read(copied):
+    root, address = copied("voc")
+    path = root / "JPEGImages" / "2007_000000.jpg"
+    path.write_bytes(path.read_bytes()[:-900])
+    for selection in (Selection(most=1), Selection(per_class=1, most=1)):
+        source = open_data(address, SIZE, selection=selection, skip_bad=True)
+        assert [item.id for item in source] == ["2007_000001"] and len(source.skipped) == 1, selection
+    source = open_data(address, SIZE, selection=Selection(most=1))
+    with pytest.raises(Refused, match="2007_000000"):
+        source[0]
 
 
 ROUNDS = 500 if IS_LONG else 20

@@ -410,6 +410,14 @@ def test_labels_are_merged_and_agree():
     metres = DepthMap(np.full((8, 8), 2.0, np.float32), 4.0), DepthMap(np.full((8, 8), 3.0, np.float32), 4.0)
     assert LABEL_KINDS["depth"].merged(*metres, region).metres.mean() == 2.5
     assert (LABEL_KINDS["depth"].agreeing(*metres).metres == 0).all()
+    half = DepthMap(np.where(region, 2.0, 3.0).astype(np.float32), 4.0)
+    depth, table = LABEL_KINDS["depth"], {"max_depth": 4.0, "unit": "millimetre"}
+    agreed = depth.agreeing(metres[0], half)  # unknown where it is 3 m in one of them
+    assert depth.encode(agreed, {}, table)[1] == {"min": 2.0, "mean": 2.0, "max": 2.0}
+    assert depth.encode(depth.agreeing(*metres), {}, table)[1] == {"min": 0.0, "mean": 0.0, "max": 0.0}
+    pixels = {"depth": (agreed.metres * 1000).astype(np.uint16)}
+    for record, said in (({"min": 2.0, "mean": 2.0, "max": 2.0}, 0), ({"min": 1.0, "mean": 2.0, "max": 2.0}, 1)):
+        assert len(list(depth.check(record, pixels, table, (8, 8)))) == said
     points = np.array([[[1, 1, 0.9], [1, 6, 0.9], [6, 6, 0.9]]], np.float32)
     person = Keypoints(points, np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))
     moved = Keypoints(points + np.float32([0.2, 0, 0]), np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))

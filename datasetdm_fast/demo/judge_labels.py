@@ -23,6 +23,7 @@ from datasetdm_fast.demo.things_seen import ENOUGH
 from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import named_map, trust_of
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
@@ -70,9 +71,14 @@ class JudgedPicture:
         return is_lacking or any(value < SAME for kind in KINDS for value in self.overlaps(kind, self.is_sure).values())
 
 
-def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float]:
-    """Of the things that captions name and pictures show, the share that is found; of the pixels that are labelled as
-    things, the share where that thing is seen, and where another one is.
+def share_of(hits: Sequence[bool] | np.ndarray) -> float | None:
+    """The share of hits, None of nothing."""
+    return float(np.mean(hits)) if len(hits) else None
+
+
+def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float | None]:
+    """Of the things that captions name and pictures show, the share that is found, None where they show none; of the
+    pixels that are labelled as things, the share where that thing is seen, and where another one is.
     """
     found, right, swapped, labelled = [], 0, 0, 0
     things = [world.CLASSES.index(name) for name in world.THINGS]
@@ -85,7 +91,7 @@ def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float]:
         right += int((is_thing & (numbers == one.seen)).sum())
         swapped += int((is_thing & (numbers != one.seen) & np.isin(one.seen, things)).sum())
     count = max(labelled, 1)
-    return {"found": float(np.mean(found)), "precision": right / count, "swapped": swapped / count}
+    return {"found": share_of(found), "precision": right / count, "swapped": swapped / count}
 
 
 def geometry(pictures: Sequence[JudgedPicture]) -> dict[str, dict[str, float]]:
@@ -134,7 +140,7 @@ def of_renders(count: int) -> list[JudgedPicture]:
             raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
             labels[task] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, item in enumerate(some):
-            named = tuple(name for name in world.THINGS if name in item.caption.split())
+            named = find_classes(item.caption, world.THINGS)
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
             is_sure = np.ones(item.semantic.shape, bool)
             pictures.append(JudgedPicture(named, found, item.semantic, is_sure, trust_of(named, found)))
@@ -147,7 +153,7 @@ def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
     for name, pictures in sets.items():
         for kind in KINDS:
             row = figures(pictures, kind)
-            shares = " | ".join(f"{100 * value:.1f} %" for value in row.values())
+            shares = " | ".join("–" if value is None else f"{100 * value:.1f} %" for value in row.values())
             yield f"| {name}, {len(pictures)} | {kind} | {shares} |"
 
 
@@ -173,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = np.array([one.is_wrong for one in made])
     doubtful = np.array([not one.trust.is_trusted for one in made])
     facts = {"pictures": len(made), "wrong": int(wrong.sum()), "doubtful": int(doubtful.sum())}
-    facts |= {"doubtful_of_wrong": float(doubtful[wrong].mean()), "doubtful_of_right": float(doubtful[~wrong].mean())}
+    facts |= {"doubtful_of_wrong": share_of(doubtful[wrong]), "doubtful_of_right": share_of(doubtful[~wrong])}
     rows = {name: {kind: figures(pictures, kind) for kind in KINDS} for name, pictures in sets.items()}
     print(json.dumps({**facts, "geometry": geometry(made), "sets": rows}))
     return 0

@@ -86,20 +86,23 @@ def learning_curve(
     `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the
     same images.
     """
-    figure, draws, points = METRICS[task].figure, [], []
+    figure, draws, each = METRICS[task].figure, [], []
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
         for meter in meters:
             check_count(meter)
-        each = [meter.result()[figure] for meter in meters]
+        each.append([meter.result()[figure] for meter in meters])
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
-        drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
-        row = {"labels": count, "value": float(np.mean(each))}
-        points.append(row | {"interval": bounds(drawn, level), "repeats": each})
-        draws.append(drawn)
-    values = np.array([point["value"] for point in points])
-    return {"figure": figure, "points": points} | forecast(task, counts, values, np.stack(draws, 1), more, level)
+        draws.append(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
+    values, drawn = np.array([float(np.mean(own)) for own in each]), np.stack(draws, 1)
+    is_known = np.isfinite(drawn).all(1)  # a draw none of whose images shows anything says nothing
+    drawn = drawn[is_known] if is_known.any() else values[None]
+    points = [
+        {"labels": count, "value": value, "interval": bounds(column, level), "repeats": own}
+        for count, value, column, own in zip(counts, values.tolist(), drawn.T, each, strict=True)
+    ]
+    return {"figure": figure, "points": points} | forecast(task, counts, values, drawn, more, level)
 
 
 def parse_counts(words: Sequence[str]) -> list[int]:

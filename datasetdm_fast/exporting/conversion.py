@@ -221,6 +221,12 @@ class Conversion:
         return sum(self.splits.values())
 
     @property
+    def unsplit(self) -> list[Path]:
+        """The runs that are not split, where others are."""
+        is_split = any(source.split is not None for source in self.sources)
+        return [source.run.path for source in self.sources if is_split and source.split is None]
+
+    @property
     def described(self) -> dict[str, Any]:
         """What export.json says."""
         documents = [source.run.document for source in self.sources]

@@ -22,9 +22,13 @@ TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 
 
 def depth_picture(millimetres: np.ndarray) -> Image.Image:
-    """A coloured picture of a depth map, from its own nearest to its own farthest point."""
-    near, far = int(millimetres.min()), int(millimetres.max())
-    steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
+    """A coloured picture of a depth map, from its own nearest to its own farthest point; what is not known is as dark
+    as the latter.
+    """
+    known = millimetres > 0
+    near, far = int(millimetres.min(where=known, initial=millimetres.max())), int(millimetres.max())
+    steps = (millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5
+    steps = np.where(known, steps, 255).astype(np.uint8)
     image = Image.fromarray(steps)
     longest = max(image.size)
     if longest > DEPTH_SIDE:

@@ -10,7 +10,7 @@ from datasetdm_fast.truth.labelled import Picture
 
 class Lvis(Coco):
     """lvis_v1_SPLIT.json; an image lies where its coco_url ends, below PATH or the folder beside it. It was searched
-    for the classes that it shows and those of neg_category_ids alone.
+    for the classes that it shows and those of neg_category_ids alone; one without either is left out.
     """
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
@@ -19,6 +19,14 @@ class Lvis(Coco):
             path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json"
         )
         self._open(Annotations(annotations), None, size, False)
+        shown = {*self.things.rows["image"].tolist()}
+        self.images = [image for image in self.images if image in shown or self._was_searched(image)]
+        self.order = range(len(self.images))
+
+    def _was_searched(self, image: int) -> bool:
+        """Whether an image without annotations says what it does not show; of another one nothing is known."""
+        said = self.things.images[image]
+        return image in self.things.bad or SEARCHED[0] not in said or not {*said[SEARCHED[0]]}.isdisjoint(self.numbers)
 
     def picture(self, record: int) -> Picture:
         picture, said = super().picture(record), self.things.images[self.images[record]]

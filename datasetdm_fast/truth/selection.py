@@ -138,6 +138,7 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
     limits = {name: selection.tail_per_class if name in selection.tail else selection.per_class for name in known}
     has_limits = any(limits.values())
     needs_areas = has_limits or selection.min_area or selection.classes or selection.is_single
+    must_read = source.skip_bad and (has_limits or selection.most)  # a bad image would take the place of another
     counts, total = Counter(), 0
     for index in map(int, order):
         if selection.most and total == selection.most:
@@ -167,6 +168,19 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
             )
             if (name := next(fitting, None)) is None:
                 continue
+        if must_read and not _is_readable(source, index):
+            continue
+        if needs_areas:
             counts[name] += 1
         total += 1
         yield index
+
+
+def _is_readable(source: LabelledSource, index: int) -> bool:
+    """Whether an item can be read; one that cannot is listed in `skipped`."""
+    try:
+        source[index]
+    except Refused as stop:
+        source.skipped[source.name(source.order[index])] = stop.cause
+        return False
+    return True
