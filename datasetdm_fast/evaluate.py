@@ -142,8 +142,7 @@ def _curve(config: EvaluateConfig) -> int:
         told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
         return planned(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
     from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.evaluation.measure import measure
-    from datasetdm_fast.lessons.targets import check_shown
+    from datasetdm_fast.evaluation.measure import check_shown, measure
     from datasetdm_fast.training.session import train_on
 
     engine, result, skipped = _engine(config), {}, {}
@@ -151,7 +150,7 @@ def _curve(config: EvaluateConfig) -> int:
     for task in config.task or there[:1]:
         labelled = _opened(config, address, size, (task,), config.selection())
         judged = _opened(config, config.data, size, (task,))
-        check_shown(judged, task, config.data)  # which else would be noticed once a decoder is trained
+        check_shown(judged, task)  # which else would be noticed once a decoder is trained
         if config.skip_bad:
             labelled = labelled.readable()
         if counts[-1] > len(labelled):
@@ -221,9 +220,9 @@ def _network(config: EvaluateConfig) -> int:
     from datasetdm_fast.evaluation import arms, curve
     from datasetdm_fast.evaluation.course import Course
     from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
+    from datasetdm_fast.evaluation.measure import check_shown
     from datasetdm_fast.evaluation.networks.weights import check_folder, size_of
     from datasetdm_fast.evaluation.worth import SEEDS, check_classes
-    from datasetdm_fast.lessons.targets import check_shown
     from datasetdm_fast.run_folder.document import read_document
 
     network = open_network(config.student)
@@ -251,7 +250,7 @@ def _network(config: EvaluateConfig) -> int:
     learnt = _opened(config, address, side, tasks, config.selection()) if has_real else None
     if config.skip_bad:
         run, judged, learnt = (source and source.readable() for source in (run, judged, learnt))
-    check_shown(judged, task, config.data)  # which else would be noticed once a student is trained
+    check_shown(judged, task)  # which else would be noticed once a student is trained
     if learnt is not None:
         if config.real > len(learnt):
             raise Refused(f"--real {config.real}: the data set has {len(learnt)} images", "Ask for fewer.")

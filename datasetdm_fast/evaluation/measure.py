@@ -9,7 +9,7 @@ import torch
 
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.evaluation.intervals import intervals
-from datasetdm_fast.evaluation.meter import Meter, check_count
+from datasetdm_fast.evaluation.meter import Meter, check_count, nothing_shown
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
@@ -70,6 +70,13 @@ def measure(
         start += len(items)
         progress(start)
     return meters
+
+
+def check_shown(source, task: str) -> None:
+    """Refuses images none of which shows anything of a task; reads up to the first that does."""
+    targets = (TASKS[task].target(source, item) for item in source)
+    if not any(found and TASKS[task].is_shown(source, found) for found in targets):
+        raise nothing_shown()
 
 
 def passes(data: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
