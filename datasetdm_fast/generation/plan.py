@@ -15,7 +15,7 @@ from datasetdm_fast.generation.prompts import (
     shown,
     token_limit,
 )
-from datasetdm_fast.labels.class_tables import ClassTable, spoken
+from datasetdm_fast.labels.class_tables import ClassTable, name_key, spoken
 from datasetdm_fast.labels.words import find_classes, with_article
 from datasetdm_fast.run_folder.goal import place
 from datasetdm_fast.scenes.world import sample_scene
@@ -49,7 +49,7 @@ class Plan:
         prompt = self.prompt(index)
         named = find_classes(prompt.text, self.words, self.table)
         if prompt.classes is not None:
-            named = tuple(word for word in self.words if word in prompt.classes)
+            named = _listed(prompt.classes, self.words)
         seed = self.seed + index if prompt.seed is None else prompt.seed
         negative = self.negative if prompt.negative is None else prompt.negative
         return Request(index, prompt.text, seed, named, negative, prompt.class_prompt)
@@ -132,6 +132,13 @@ def _fitting(
     return given._replace(
         text=text, negative=fit_negative(given.negative, tokenizer, f"{where}: negative", truncate=truncate)
     )
+
+
+def _listed(classes: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+    """The class words that a prompt lists, also in another spelling: Ball for ball, fire_hydrant for fire hydrant."""
+    exact = set(classes).intersection(words)
+    others = {name_key(name) for name in classes if name not in exact}
+    return tuple(word for word in words if word in exact or name_key(word) in others)
 
 
 def template(word: str, turn: int) -> str:

@@ -164,7 +164,9 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
                 raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
         except ValueError as error:
             raise Refused(f"{where}: {error}", LINES) from error
-        (only,) = split_prompts(value["prompt"].replace("\n", " "), where, truncate=truncate)
+        if not value["prompt"].strip():
+            raise Refused(f"{where}: holds no prompt", LINES)
+        (only,) = split_prompts(re.sub("\r?\n", " ", value["prompt"]), name, truncate=truncate, first=number)
         classes = check_classes(value["classes"]) if "classes" in value else None
         negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None
         words = check_line(value.get("class_prompt", ""), f"{where}: class_prompt")
@@ -206,10 +208,10 @@ def _as_path(given: str) -> Path | None:
     return path if looks_like_file else None
 
 
-def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[GivenPrompt, ...]:
-    """One prompt a line; empty lines are skipped."""
+def split_prompts(text: str, name: str, *, truncate: bool = False, first: int = 1) -> tuple[GivenPrompt, ...]:
+    """One prompt a line, the first of which has the number `first`; empty lines are skipped."""
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), first):
         if bad := _CONTROL.search(line.rstrip("\r")):
             what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
             raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")

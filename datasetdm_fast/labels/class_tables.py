@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +40,7 @@ class ClassTable:
 
     def colour(self, name: str) -> tuple[int, int, int] | None:
         """The official colour of a class, None where the table has no such class."""
-        return _colours(self).get(_key(name))
+        return _colours(self).get(name_key(name))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,8 +76,8 @@ def parse(text: str, name: str) -> ClassTable:
 
 
 def _chosen(table: ClassTable, names: Sequence[str]) -> list[ClassWord]:
-    keys = set(map(_key, names))
-    return [word for word in table.classes if _key(word.name) in keys]
+    keys = set(map(name_key, names))
+    return [word for word in table.classes if name_key(word.name) in keys]
 
 
 def words_of(table: ClassTable, names: Sequence[str]) -> tuple[ClassWord, ...]:
@@ -152,11 +153,11 @@ def _readable(name: str) -> str:
 def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
-    keys = [_key(name) for name in names]
-    tables = [({_key(word.name): word for word in one.classes}, one) for one in map(table, TABLES)]
+    keys = [name_key(name) for name in names]
+    tables = [({name_key(word.name): word for word in one.classes}, one) for one in map(table, TABLES)]
     tables.sort(key=lambda pair: -sum(key in pair[0] for key in keys))
     if own is not None:
-        tables.insert(0, ({_key(word.name): word for word in own.classes}, own))
+        tables.insert(0, ({name_key(word.name): word for word in own.classes}, own))
     found, used = [], []
     for name, key in zip(names, keys):
         word, of = next(((words[key], one) for words, one in tables if key in words), (None, None))
@@ -170,7 +171,7 @@ def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[
 
 @cache
 def _colours(table: ClassTable) -> dict[str, tuple[int, int, int]]:
-    return {_key(word.name): word.colour for word in table.classes if word.colour}
+    return {name_key(word.name): word.colour for word in table.classes if word.colour}
 
 
 def spoken(names: Sequence[str], own: ClassTable | None = None) -> list[str]:
@@ -178,5 +179,6 @@ def spoken(names: Sequence[str], own: ClassTable | None = None) -> list[str]:
     return [word.say for word in known(tuple(names), own)[0]]
 
 
-def _key(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").split())
+def name_key(name: str) -> str:
+    """The same for all spellings of a class name, which differ in capitals, underscores or how accents are stored."""
+    return " ".join(unicodedata.normalize("NFC", name.lower()).replace("_", " ").split())
