@@ -98,7 +98,8 @@ class FastEngine(ABC):
     def __new__(
         cls, model: Model, decoders: Mapping[str, Decoder] | None = None, *, device: str = "auto", **choices: Any
     ) -> FastEngine:
-        return object.__new__(named(KINDS[resolve_device(device).type]))
+        kind = named(KINDS[resolve_device(device).type]) if cls is FastEngine else cls
+        return object.__new__(kind)
 
     def __init__(
         self,
