@@ -218,6 +218,11 @@ def flags_of(cls: type) -> list[Field]:
     return [known[name] for name in getattr(cls, "FLAGS", known)]
 
 
+def listed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
 class CommandSettings:
     """Settings mixed from the groups below; one that FLAGS does not name is no flag of the command and keeps its
     default.

@@ -91,7 +91,7 @@ def _judged(
             "Choose other data or decoders.",
         )
     from datasetdm_fast.evaluation.measure import figures, measure, passes
-    from datasetdm_fast.evaluation.meter import check_count
+    from datasetdm_fast.evaluation.meter import nothing_shown
     from datasetdm_fast.training import data_record
 
     result, skipped = {}, {}
@@ -117,7 +117,7 @@ def _judged(
             result |= {task: naming.in_common(result[task], tuple(known)) for task in shown}
         skipped |= source.skipped
     if not result:
-        check_count(next(iter(meters.values())))
+        raise nothing_shown()
     return {task: result[task] for task in tasks if task in result}, skipped
 
 

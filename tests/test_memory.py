@@ -191,7 +191,7 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)
     for held in (1 << 30, 0):
         monkeypatch.setattr(packed, "LARGEST_HELD", held)
-        monkeypatch.setattr(on_cpu, "LARGEST_STACKED", held)
+        monkeypatch.setattr(on_cpu.CpuEngine, "largest_stacked", held)
         engine = FastEngine(model, decoders, device="cpu")
         assert bool(list(engine.projection.parameters())) == bool(held) and engine.weight_distance() == 0
         noise, capture = engine.denoise_and_capture(latents, 5, engine.encode_text(["", "", "a ball", "a red box"]))

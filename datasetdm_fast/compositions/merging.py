@@ -89,7 +89,7 @@ class Merging:
                 f"{parts[0].path} and the others: their labels number the classes differently ({error})",
                 "Give the runs to convert instead: it matches classes by name.",
             ) from error
-        self.places, self.duplicates = self._places()
+        self.places, self.sides, self.duplicates = self._places()
 
     def _table(self, task: str) -> dict[str, Any]:
         """What run.json says of a label in all runs; lists of classes may continue one another."""
@@ -112,9 +112,11 @@ class Merging:
                     )
         return table
 
-    def _places(self) -> tuple[list[tuple[int, int]], int]:
-        """Run and index of every sample, in order, and how many were left out as their image was there before."""
-        found, seen, left_out, self.sides = [], set(), 0, set()
+    def _places(self) -> tuple[list[tuple[int, int]], set[tuple[int, int]], int]:
+        """Run and index of every sample, in order, the sides of their images, and how many were left out as their image
+        was there before.
+        """
+        found, shapes, seen, left_out = [], set(), set(), 0
         for k, part in enumerate(self.parts):
             for row in part.run.rows(("files",)):
                 digest = bytes.fromhex(row.files["image"][1].sha256)
@@ -122,11 +124,11 @@ class Merging:
                     left_out += 1
                 else:
                     seen.add(digest)
-                    self.sides.add(sides(part.run.document, row.recipe))
+                    shapes.add(sides(part.run.document, row.recipe))
                     found.append((k, row.request.index))
         if not found:
             raise Refused(f"{self.parts[0].path}: holds no sample", "Name run folders with samples.")
-        return found, left_out
+        return found, shapes, left_out
 
     @cached_property
     def document(self) -> dict[str, Any]:

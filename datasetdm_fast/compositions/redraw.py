@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from datasetdm_fast.compositions.settings import RedrawSettings
 from datasetdm_fast.compositions.source import Source, Tile, decisive, source_path
-from datasetdm_fast.config import EngineSettings, RunConfig, flags_of
+from datasetdm_fast.config import EngineSettings, RunConfig, flags_of, listed
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
@@ -109,9 +109,7 @@ class Redrawing(ABC):
 
     def own_settings(self) -> dict[str, Any]:
         """The settings of the command that decide the bytes, as run.json has them."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.identity().items()
-        }
+        return listed(self.settings.identity())
 
     @property
     def config(self) -> dict[str, Any]:

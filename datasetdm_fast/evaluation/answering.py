@@ -73,8 +73,7 @@ def scored(
     for items in _batches(exam, batch_size, is_map(network)):
         for item, answer in zip(items, answered(network, model, items, vocabulary, is_averaged, side)):
             meter.add(item, answer)
-    check_count(meter)
-    found = meter.result()
+    found = check_count(meter)
     if network.task == "semantic" and (
         things := [value for name, value in found["per_class"].items() if name in vocabulary.things]
     ):

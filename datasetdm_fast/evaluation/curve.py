@@ -90,9 +90,7 @@ def learning_curve(
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
-        for meter in meters:
-            check_count(meter)
-        each.append([meter.result()[figure] for meter in meters])
+        each.append([check_count(meter)[figure] for meter in meters])
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
         draws.append(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
     values, drawn = np.array([float(np.mean(own)) for own in each]), np.stack(draws, 1)

@@ -21,10 +21,10 @@ def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     """A meter's result {metric: value}, some of it `by_things` {number of things: {metric: value}}, and, with
     `bootstrap` draws, `intervals` of [low, high] under the same keys, where there is one.
     """
-    check_count(meter)
+    found = check_count(meter)
     drawn = {"images": meter.count, "intervals": intervals(meter, bootstrap, level)} if bootstrap else {}
     things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
-    return meter.result() | things | drawn
+    return found | things | drawn
 
 
 def measure(
@@ -85,7 +85,6 @@ def passes(data: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, .
     """
     found: dict[tuple[bool, int], tuple[str, ...]] = {}
     for label, config in configs.items():
-        is_alone = data.startswith("coco:") and TASKS[config.task].is_of_one_person
-        place = is_alone, config.capture_timestep or 0
+        place = TASKS[config.task].sees_one_person(data), config.capture_timestep or 0
         found[place] = (*found.get(place, ()), label)
     return [found[place] for place in sorted(found)]

@@ -143,12 +143,13 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def check_count(meter: Meter) -> None:
-    """Refuses to tell figures of no image, as where all that there is of truth is ignored, or no image shows a
+def check_count(meter: Meter) -> dict:
+    """The result; figures of no image are refused, as where all that there is of truth is ignored, or no image shows a
     person.
     """
-    if not meter.result():
+    if not (found := meter.result()):
         raise nothing_shown()
+    return found
 
 
 def nothing_shown() -> Refused:

@@ -111,9 +111,7 @@ def graded(
     for truth, answer in zip(items, answers):
         for task, meter in meters.items():
             meter.add(truth, getattr(answer, task))
-    for meter in meters.values():
-        check_count(meter)
-    return {task: meter.result() for task, meter in meters.items()}
+    return {task: check_count(meter) for task, meter in meters.items()}
 
 
 def gain_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, dry_run_setting, setting
+from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, dry_run_setting, listed, setting
 from datasetdm_fast.errors import Refused
 
 PARTS = ("joined", "split")
@@ -83,4 +83,4 @@ class ExportSettings(CommandSettings):
 
     def described(self) -> dict[str, Any]:
         """The settings that decide the bytes, as an export keeps them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.identity().items()}
+        return listed(self.identity())

@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of
+from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of, listed
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
@@ -60,7 +60,7 @@ def as_stored(config: LabelConfig, given: Collection[str]) -> LabelConfig:
     source = stored["composition"]["source"]
     decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
     asked = {name: getattr(config, name) for name in decisive if name in given and name not in MOVABLE}
-    check_given(Path(config.out), *map(_listed, (decisive | stored["config"], asked)))
+    check_given(Path(config.out), *map(listed, (decisive | stored["config"], asked)))
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
@@ -69,11 +69,6 @@ def as_stored(config: LabelConfig, given: Collection[str]) -> LabelConfig:
             kept.pop(name, None)
     places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **places)
-
-
-def _listed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as run.json holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
@@ -118,7 +113,7 @@ def prepare(config: LabelConfig) -> Job:
     if recipe.attention is not None:
         for request in plan:
             check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
-    identity = _listed(config.identity())
+    identity = listed(config.identity())
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)
     composition = _composition(config, pictures, together if tiles else 0, recipe.size)

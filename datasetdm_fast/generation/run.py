@@ -163,8 +163,8 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
-        name: identity(config, _NO_PROMPTS).get(name)
-        for name in config.identity()
+        name: value
+        for name, value in identity(config, _NO_PROMPTS).items()
         if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)
     }
     check_given(folder, stored["config"], changed)

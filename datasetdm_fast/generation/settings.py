@@ -18,6 +18,7 @@ from datasetdm_fast.config import (
     TASKS,
     UNDECODED,
     RunConfig,
+    listed,
 )
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
@@ -196,7 +197,7 @@ def count_images(config: RunConfig) -> int:
 
 def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
+    values = listed(config.identity())
     if source.table is not None:
         values["class_table"] = class_tables.digest_of(source.table, config.classes)
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}

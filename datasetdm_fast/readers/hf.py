@@ -47,7 +47,8 @@ class HuggingFace(PictureSource):
         self.path, self.rows = path, tables.opened(path, split)
         names = self.rows.columns
         self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
-        self.columns |= {what: self._map_column(COLUMNS[what]) for what in ("label", "depth")}
+        first = self._first_row()
+        self.columns |= {what: _map_column(COLUMNS[what], names, first) for what in ("label", "depth")}
         self.table = self._table()
         if not self.table:  # lists of any other form
             self.columns |= {"objects": "", "people": ""}
@@ -74,15 +75,11 @@ class HuggingFace(PictureSource):
         self.captions_name_all = not self.columns["caption"]
         super().__init__(size, len(self.rows))
 
-    def _map_column(self, known: Sequence[str]) -> str:
-        """The first column of these names that holds maps: a label may be the class of the whole picture."""
-        there = [name for name in known if name in self.rows.columns]
+    def _first_row(self) -> dict[str, Any]:
         try:
-            row = self.rows.row(0) if there and len(self.rows) else {}
+            return self.rows.row(0) if len(self.rows) else {}
         except Refused:  # told when it is read, as it may be skipped
-            row = {}
-        maps = [name for name in there if _may_be_map(row.get(name))]
-        return next(iter(maps or [name for name in there if not isinstance(row.get(name), (int, float))]), "")
+            return {}
 
     def _table(self) -> dict[str, Any]:
         """What classes.json says, empty where there is none."""
@@ -227,6 +224,13 @@ class HuggingFace(PictureSource):
             except (TypeError, ValueError, OverflowError):
                 raise reading.bad(self.name(record), f"{column} is no table of numbers") from None
         return found, steps
+
+
+def _map_column(known: Sequence[str], names: Sequence[str], row: Mapping[str, Any]) -> str:
+    """The first of the known columns that holds maps: a label may be the class of the whole picture."""
+    there = [name for name in known if name in names]
+    maps = [name for name in there if _may_be_map(row.get(name))]
+    return next(iter(maps or [name for name in there if not isinstance(row.get(name), (int, float))]), "")
 
 
 def _may_be_map(value: Any) -> bool:

@@ -25,6 +25,10 @@ class Task(ABC):
     quirks: tuple[str, ...] = ()  # upstream's mistakes that can be repeated
     is_of_one_person: bool = False  # whether data sets with several people show it one of them at a time
 
+    def sees_one_person(self, data: str) -> bool:
+        """Whether each picture that it reads of such data is of one person, where others read whole images."""
+        return self.is_of_one_person and data.startswith("coco:")
+
     @abstractmethod
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Any]:
         """The label of each image, `size` pixels a side."""

@@ -301,8 +301,8 @@ def _check_apart(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     """Refuses to train labels together that are not read from the same pictures."""
-    alone = [task for task in config.task if TASKS[task].is_of_one_person]
-    if config.data.startswith("coco:") and alone and len(config.task) > 1:
+    alone = [task for task in config.task if TASKS[task].sees_one_person(config.data)]
+    if alone and len(config.task) > 1:
         raise Refused(
             f"--task: {alone[0]} learns from one person of coco: at a time, the others from whole images",
             f"Train it by itself, with the same --out: --task {alone[0]}.",

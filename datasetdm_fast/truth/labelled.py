@@ -176,16 +176,18 @@ class LabelledSource:
         """The same data set with only the items that can be read, refused where none can; the others are listed in
         `skipped`.
         """
-        found = []
-        for index, record in enumerate(self.order):
-            try:
-                self[index]
-            except Refused as stop:
-                self.skipped[self.name(record)] = stop.cause
-            else:
-                found.append(index)
+        found = [index for index in range(len(self.order)) if self.is_readable(index)]
         self._check_readable(not found)
         return self.narrowed(found)
+
+    def is_readable(self, index: int) -> bool:
+        """Whether an item can be read; one that cannot is listed in `skipped`."""
+        try:
+            self[index]
+        except Refused as stop:
+            self.skipped[self.name(self.order[index])] = stop.cause
+            return False
+        return True
 
     def _check_readable(self, are_all_bad: bool) -> None:
         if len(self) and are_all_bad:

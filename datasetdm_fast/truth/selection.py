@@ -168,19 +168,9 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
             )
             if (name := next(fitting, None)) is None:
                 continue
-        if must_read and not _is_readable(source, index):
+        if must_read and not source.is_readable(index):
             continue
         if needs_areas:
             counts[name] += 1
         total += 1
         yield index
-
-
-def _is_readable(source: LabelledSource, index: int) -> bool:
-    """Whether an item can be read; one that cannot is listed in `skipped`."""
-    try:
-        source[index]
-    except Refused as stop:
-        source.skipped[source.name(source.order[index])] = stop.cause
-        return False
-    return True

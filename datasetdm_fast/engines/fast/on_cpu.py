@@ -25,7 +25,6 @@ from datasetdm_fast.models.vae import ImageDecoder
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "upsamplers")
 LARGEST_IDLE = 2**27  # bytes; larger networks of AT_NEED are let go while others work, and read again
-LARGEST_STACKED = 2**23
 
 
 def is_large(module: nn.Module) -> bool:
@@ -42,13 +41,11 @@ def make_room() -> None:
 class CpuEngine(FastEngine):
     """See FastEngine."""
 
+    largest_stacked = 2**23
+
     def __init__(self, *arguments: Any, **choices: Any):
         self.lanes, self._calls = Lanes(), Lanes()  # of the slices of a batch, and of calls about one image
         super().__init__(*arguments, **choices)
-
-    @property
-    def largest_stacked(self) -> float:
-        return LARGEST_STACKED
 
     @property
     def _device_name(self) -> str:
