@@ -92,6 +92,27 @@ def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path
     assert "class_table" not in open_run(tmp_path / "mixed").document
 
 
+def test_the_engines_of_all_runs_are_named(runs, tmp_path):
+    """Also the one that continued a run of another, and in a merged run of merged runs."""
+    fast, torch = ({"engine": name, "dtype": dtype} for name, dtype in (("fast", "fp16"), ("torch", "fp32")))
+    continued = {"engine": fast, "mixed": [{"engine": torch, "number": 2}]}
+    for name, told, like in (("one", {"engine": fast}, 60), ("two", {"engine": torch}, 61), ("mixed", continued, 62)):
+        with RunFolder(tmp_path / name, document(1, 32) | told) as folder:
+            folder.add([moved(0, like)], {})
+            folder.rebuild()
+    names = [["one", "two"], ["one", "mixed"], ["one two", str(runs / "first")]]
+    for parts, engines in zip(names, (["fast", "torch"], ["fast", "torch"], ["fast", "torch", "renderer"])):
+        out = tmp_path / " ".join(parts).replace(str(runs / "first"), "first")
+        assert main([*(str(tmp_path / part) for part in parts), "--out", str(out), "--quiet"]) == 0
+        card, page = (out / "README.md").read_text(), (out / "gallery" / "run.js").read_text()
+        assert "; engine: " + ", ".join(f"`{name}`" for name in engines) + "\n" in card
+        assert "- Engine `torch`: dtype `fp32`" in card and ", ".join(engines) in page
+        assert open_run(out).document["engine"] == {"engine": " and ".join(engines)}
+    wide = ["--grids", "1x2", "--number", "1", "--resize", "--out", str(tmp_path / "wide"), "--quiet"]
+    assert splice.main([str(tmp_path / "mixed"), *wide]) == 0
+    assert "engine: `fast`, `torch`\n" in (tmp_path / "wide" / "README.md").read_text()
+
+
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     out = tmp_path / "all"
     lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]

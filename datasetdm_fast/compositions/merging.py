@@ -16,7 +16,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.labels.numbering import check_numbers
-from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document, sides
+from datasetdm_fast.run_folder.document import FORMAT, check_same, engines_of, read_document, sides
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
@@ -32,7 +32,7 @@ LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of a
 OWN = ("size",)  # of a label's table: the sides of its pictures, which every row tells
 
 # of the run.json of a part, what that of all repeats
-TOLD = ("config", "sampling", "model", "decoders", "engine", "composition")
+TOLD = ("config", "sampling", "model", "decoders", "engine", "mixed", "composition")
 MOST_SIDES = 6  # sizes of images that a reader is told one by one
 
 
@@ -151,9 +151,7 @@ class Merging:
             "sampling": {**first["sampling"], "size": max(sizes)},
             "model": self._models(),
             "decoders": {task: self._decoders(task) for task in first["decoders"]},
-            "engine": first["engine"]
-            if all(run["engine"] == first["engine"] for run in runs)
-            else {"engine": "several"},
+            "engine": self._engine(),
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
             **self._class_table(),
@@ -189,6 +187,12 @@ class Merging:
             **joined,
             "digests": {f"{k}/{n}": d for k, model in enumerate(models) for n, d in model["digests"].items()},
         }
+
+    def _engine(self) -> dict[str, Any]:
+        engines = [engine for part in self.parts for engine in engines_of(part.run.document)]
+        if all(engine == engines[0] for engine in engines):
+            return dict(engines[0])
+        return {"engine": _joined(engine.get("engine", "") for engine in engines)}
 
     def _decoders(self, task: str) -> dict[str, Any]:
         entries = [part.run.document["decoders"].get(task, {"digest": "", "licence": "none"}) for part in self.parts]

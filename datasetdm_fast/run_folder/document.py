@@ -223,6 +223,21 @@ def runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield document
 
 
+def engines_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The engines that computed the samples of a run, each once: also those that continued it, and of a merged run
+    those of all its runs.
+    """
+    found = []
+    for run in runs_of(document):
+        found += [run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))]
+    return [engine for k, engine in enumerate(found) if engine not in found[:k]]
+
+
+def engine_names(document: Mapping[str, Any]) -> list[str]:
+    """The names of these engines, each once."""
+    return list(dict.fromkeys(engine.get("engine", "") for engine in engines_of(document)))
+
+
 def sampler_in_words(document: Mapping[str, Any]) -> str:
     """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not; of
     a merged run those of all its runs.

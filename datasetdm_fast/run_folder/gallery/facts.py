@@ -12,7 +12,7 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.names import LabelName, by_task
-from datasetdm_fast.run_folder.document import maker, sampler_in_words, sides, size_in_words
+from datasetdm_fast.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import traced
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
@@ -173,7 +173,7 @@ class RunFacts:
             "facts": [
                 ["Model", document["model"]["name"]],
                 ["Sampler", sampler_in_words(document)],
-                ["Engine", document["engine"].get("engine", "")],
+                ["Engine", ", ".join(engine_names(document))],
                 *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
             ],
             "command": maker(document),

@@ -14,6 +14,8 @@ from datasetdm_fast.labels.names import tasks_of
 from datasetdm_fast.run_folder.document import (
     ASIDE,
     INVERSION,
+    engine_names,
+    engines_of,
     maker,
     runs_of,
     sampler_in_words,
@@ -184,10 +186,9 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     config, sampling, engine = document["config"], document["sampling"], document["engine"]
     if "composition" in document:
         yield f"- {_code(document['composition']['told'])}"
-    yield f"- Model: {_code(document['model']['name'])}; engine: {_code(engine.get('engine', ''))}"
-    versions = {**document["versions"], **{name: value for name, value in engine.items() if name != "engine"}}
-    yield f"- Versions and device: {', '.join(f'{_word(name)} {_code(value)}' for name, value in versions.items())}"
-    yield from _mixed(document)
+    yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
+    yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
+    yield from _mixed(document) if "mixed" in document else _merged(document)
     yield f"- Sampler {sampler_in_words(document)}"
     foreign = sampling.get("labellers", {}).items()
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
@@ -298,6 +299,21 @@ def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
         engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
         name = _code("{engine} {dtype} on {device_name}".format(**engine))
         yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
+
+
+def _merged(document: Mapping[str, Any]) -> Iterator[str]:
+    """Versions and device of each engine, where the merged runs had several."""
+    if len(engines := engines_of(document)) > 1:
+        told = [(engine.get("engine", ""), _values(_without_name(engine))) for engine in engines]
+        yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in told)
+
+
+def _without_name(engine: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in engine.items() if name != "engine"}
+
+
+def _values(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items())
 
 
 def _verified(document: Mapping[str, Any]) -> Iterator[str]:
