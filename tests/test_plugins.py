@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rendered import document, rendered
 from skips import IS_LONG
 
-from datasetdm_fast import open_run
-from datasetdm_fast.config import EngineKind
+from datasetdm_fast import merge, open_run, splice
+from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.errors import Missing
+from datasetdm_fast.generation.job import packages_of
 from datasetdm_fast.plugins import Registry
 from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
 
 EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
 CODE = """
@@ -191,6 +195,31 @@ def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     with pytest.raises(KeyError):
         registry["none"]
     sys.modules.pop("foreign_things")
+
+
+def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(installed))
+    with monkeypatch.context() as here:
+        here.setattr(TASK_KINDS, "others", Registry("tasks", {}).others)
+        told = packages_of(["semantic", "edges:fine", "edges"])
+    assert told == {"edges:fine": "foreign-things 1.0", "edges": "foreign-things 1.0"}
+    for name in ("one", "two"):
+        sample = rendered(len(name) + ord(name[0]), 32)
+        with RunFolder(tmp_path / name, document(1, 32) | {"packages": told}) as folder:
+            folder.add([replace(sample, request=replace(sample.request, index=0))], {})
+            folder.rebuild()
+    joined, wide = tmp_path / "joined", tmp_path / "wide"
+    assert merge.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(joined), "--quiet"]) == 0
+    line = ["--grids", "1x2", "--number", "1", "--resize", "--out", str(wide), "--quiet"]
+    assert splice.main([str(tmp_path / "one"), *line]) == 0
+    for run in (tmp_path / "one", joined, wide):
+        described = json.loads((run / "run.json").read_text())
+        for part in ("decoders", "labels"):
+            described[part]["edges"] = described[part]["semantic"]
+        described["config"]["task"].append("edges")
+        (run / "run.json").write_text(json.dumps(described))
+        with pytest.raises(Missing, match="'edges' is made by the package 'foreign-things 1.0', which is not"):
+            open_run(run)
 
 
 # One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.

@@ -155,6 +155,7 @@ class Merging:
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
             **self._class_table(),
+            **self._packages(),
             "composition": {
                 "told": f"Merged from the runs {', '.join(names)}",
                 "sides": self._sides_in_words(),
@@ -177,6 +178,11 @@ class Merging:
         """The user's own class words, where all runs were made with the same."""
         tables = [part.run.document.get("class_table") for part in self.parts]
         return {"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}
+
+    def _packages(self) -> dict[str, Any]:
+        """Packages of labels, as the first run that tells of them does."""
+        told = [part.run.document["packages"] for part in self.parts if "packages" in part.run.document]
+        return {"packages": told[0]} if told else {}
 
     def _models(self) -> dict[str, Any]:
         models = [part.run.document["model"] for part in self.parts]

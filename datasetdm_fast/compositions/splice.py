@@ -73,7 +73,7 @@ class Splicing:
         return {
             **{part: source[part] for part in PARTS},
             "labels": self.tables,
-            **{part: source[part] for part in ("classes", "class_table", "mixed") if part in source},
+            **{part: source[part] for part in ("classes", "class_table", "packages", "mixed") if part in source},
             "format": FORMAT,
             "command": "splice",
             "versions": {"datasetdm_fast": __version__},

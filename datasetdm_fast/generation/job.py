@@ -7,7 +7,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, HALF, UNDECODED, LabelConfig, RunConfig
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, TASK_KINDS, UNDECODED, LabelConfig, RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.disk import storage
@@ -22,6 +22,7 @@ from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.colours import OURS, OWN
+from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.numbering import coloured, laid_out, numbered
 from datasetdm_fast.run_folder.acceptance import check_scored
 from datasetdm_fast.run_folder.document import (
@@ -543,6 +544,7 @@ def describe(
             "digests": dict(model.digests),
         },
         "decoders": dict(decoders),
+        **({"packages": found} if (found := packages_of(recipe.tasks)) else {}),
         **(
             {}
             if recipe.table is None
@@ -551,6 +553,12 @@ def describe(
         "engine": dict(engine.fingerprint()),
         **numbered(coloured(label_tables(engine, recipe), palette, recipe.table)),
     }
+
+
+def packages_of(labels: Sequence[str]) -> dict[str, str]:
+    """Label -> name and version of the package that registers its task, where that is another than this one."""
+    tasks = {label: task_of_label(label) for label in labels}
+    return {label: TASK_KINDS.package(task) for label, task in tasks.items() if task in TASK_KINDS.others}
 
 
 def row_facts(document: Mapping[str, Any]) -> dict[str, Any]:

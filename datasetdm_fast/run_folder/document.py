@@ -153,8 +153,10 @@ def check_document(document: Mapping[str, Any]) -> None:
 
 def _check_installed(document: Mapping[str, Any]) -> None:
     """Refuses a run with a label that another package makes, where that package is not installed."""
-    packages = document["sampling"].get("labellers", {})
-    documents.check_form(packages, dict, "sampling.labellers")
+    labellers, packages = document["sampling"].get("labellers", {}), document.get("packages", {})
+    documents.check_form(labellers, dict, "sampling.labellers")
+    documents.check_form(packages, dict, "packages")
+    packages = {**packages, **labellers}
     for label in document["config"]["task"]:
         if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
             continue
