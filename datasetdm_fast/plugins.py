@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from traceback import walk_tb
 from typing import Any
 
 from datasetdm_fast.errors import REFUSALS, Missing
@@ -14,6 +15,25 @@ def named(place: str) -> Any:
     """The object that module:name refers to."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
+
+
+def place_in_package(error: BaseException) -> str:
+    """The function of an extension's package in which an error was raised or passed on, empty where there is none."""
+    packages: dict[str, EntryPoint] = {}
+    for group in (group for group in entry_points().groups if group.startswith(GROUP)):
+        packages |= {found.value.partition(":")[0].partition(".")[0]: found for found in entry_points(group=group)}
+    packages.pop("datasetdm_fast", None)
+    place = ""
+    for frame, _ in walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+        if (found := packages.get(module.partition(".")[0])) is not None:
+            place = f"{module}.{frame.f_code.co_qualname} of the package {package_of(found)}"
+    return place
+
+
+def package_of(found: EntryPoint) -> str:
+    """Name and version of the package that registers an entry."""
+    return f"{found.dist.name} {found.dist.version}" if found.dist else found.value
 
 
 class Registry(dict):
@@ -50,8 +70,7 @@ class Registry(dict):
 
     def package(self, name: str) -> str:
         """Name and version of the package that registers an entry."""
-        found = self.others[name]
-        return f"{found.dist.name} {found.dist.version}" if found.dist else found.value
+        return package_of(self.others[name])
 
     def loaded(self, name: str, load: Callable[[], Any], failure: str = "does not load") -> Any:
         """The result of `load` for the entry of another package; if it fails, a Missing that names the package."""

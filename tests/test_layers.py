@@ -80,8 +80,9 @@ DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on t
 # is a room of its own and needs flags, refusals, run folder, labels and files; before the command lines of others
 # (compat), recipes and tasks of other packages 55 and 353; before a second world, which evaluate names too, 386; before
 # the rehearsal of a GPU ran edits, variants and the library, 387; before the demo's programs ended as commands do, and
-# every room that brings numbers to a GPU queued the copies by kernels/to_device.py, 389.
-MOST = {"rooms": 57, "rows": 10, "arrows": 394}
+# every room that brings numbers to a GPU queued the copies by kernels/to_device.py, 389; before the end of a command
+# named the package of an extension that failed, 394.
+MOST = {"rooms": 57, "rows": 10, "arrows": 395}
 
 
 @dataclass(frozen=True)

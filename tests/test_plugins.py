@@ -31,7 +31,12 @@ from datasetdm_fast.readers import demo
 class Slow(TorchEngine):
     name = "slow"
 
+class Torn(TorchEngine):
+    def denoise(self, latents, timestep, context):
+        return super().denoise(latents, timestep, {}["context"])
+
 SLOW = EngineKind("foreign_things:Slow")
+TEARS = EngineKind("foreign_things:Torn")
 LOST = EngineKind("foreign_nothing:Slow")
 PICKY = EngineKind("foreign_things:Slow", {"provider": None}, requirement=("foreign_things:refuse", "provider"))
 
@@ -121,6 +126,7 @@ HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
 POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
+tears = foreign_things:TEARS
 torn = foreign_things:NOTHING
 wrong = foreign_things:scenes
 lost = foreign_things:LOST
@@ -184,7 +190,8 @@ def installed(tmp_path_factory) -> Path:
 def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     monkeypatch.syspath_prepend(str(installed))
     registry = Registry("engines", {"torch": 1}, EngineKind)
-    assert registry.names == ("torch", "ends", "lost", "picky", "slow", "torn", "wrong") and list(registry) == ["torch"]
+    assert registry.names == ("torch", "ends", "lost", "picky", "slow", "tears", "torn", "wrong")
+    assert list(registry) == ["torch"]
     assert "slow" in registry and "none" not in registry and "foreign_things" not in sys.modules
     assert registry["torch"] == 1 and registry["slow"].engine == "foreign_things:Slow"
     ends = r"'ends' of the package foreign-things does not load \(SystemExit: too old\)"
@@ -270,6 +277,11 @@ def test_commands_run_them_by_name(installed, tmp_path):
         ([*run, "--task", "semantic", "--out", "none", "--engine", "picky"], 3, "picky: no licence here"),
         ("evaluate --decoder demo --task semantic --data pages:x".split(), 3, "'pages' of the package foreign-things"),
         ([*run, "--task", "semantic", "--out", "run", "--engine", "slow"], 0, ""),
+        (
+            [*run, "--task", "semantic", "--out", "fails", "--engine", "tears"],
+            3,
+            "foreign_things.Torn.denoise of the package foreign-things 1.0 fails (KeyError: 'context')\nUpdate that",
+        ),
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
         ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),
         ([*run, "--labeller", "words", "--classes", "cube,ball", "--out", "words"], 0, ""),

@@ -14,6 +14,7 @@ from functools import wraps
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.plugins import place_in_package
 from datasetdm_fast.version import __version__
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
@@ -117,8 +118,12 @@ def _reader_is_gone() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Exit code 1, once what led to the error is in a file that the user can send us."""
-    summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """Exit code 1, once what led to the error is in a file that the user can send us; 3 and the name of the package
+    where the error went through an extension.
+    """
+    place, told = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    summary = f"{place} fails ({told})" if place else f"datasetdm-fast: unexpected {told}"
+    code = Missing.exit_code if place else 1
     versions = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     facts = f"{versions}\ncommand: {sys.argv}\n\n"
     try:
@@ -128,6 +133,9 @@ def report(error: Exception) -> int:
             report.write(facts + "".join(traceback.format_exception(error)))
     except OSError:
         traceback.print_exception(error)
-        return 1
-    print(f"{summary}; this is a bug of ours, the report is {report.name}", file=sys.stderr)
-    return 1
+        return code
+    if place:
+        _say(summary, f"Update that package, or remove it; the report for its authors is {report.name}.")
+    else:
+        print(f"{summary}; this is a bug of ours, the report is {report.name}", file=sys.stderr)
+    return code
