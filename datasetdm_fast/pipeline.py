@@ -168,7 +168,7 @@ class Pipeline:
         **choices: Any,
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = _CheckedFirst([prompts] if isinstance(prompts, str) else prompts)
         _check_several(seeds)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
@@ -196,6 +196,7 @@ class Pipeline:
         **attention: Any,
     ) -> Iterator[Sample]:
         """Samples one by one, in order, with at most one batch in memory; prompts may come from an endless generator.
+        Where a prompt is refused, the samples of those before it come first.
 
         With `tasks` None, every label with a decoder is made; 0 means what the model was made for. `combine` holds
         masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one per
@@ -222,6 +223,8 @@ class Pipeline:
             given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
         requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
+        if isinstance(prompts, _CheckedFirst):
+            requests = iter(list(requests))
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
 
@@ -471,6 +474,10 @@ class Pipeline:
         return {level.name: capture.of(label).sums[place] for place, level in places}
 
 
+class _CheckedFirst(list[str]):
+    """Prompts that are all checked before the first image is made."""
+
+
 def _check_several(seeds: object) -> None:
     """Refuses one number in the place of a seed for each prompt."""
     if isinstance(seeds, Integral):
@@ -506,7 +513,18 @@ def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
 
 
 def _batches(requests: Iterator[Request], size: int) -> Iterator[Batch]:
+    """Batches of `size`; where a request is refused, a batch of those before it comes first."""
     for index in count():
-        if not (members := tuple(islice(requests, size))):
+        members: list[Request] = []
+        refusal = None
+        try:
+            for request in islice(requests, size):
+                members.append(request)
+        except Exception as error:
+            refusal = error
+        if members:
+            yield Batch(index, tuple(members), size - len(members))
+        if refusal is not None:
+            raise refusal
+        if not members:
             return
-        yield Batch(index, members, size - len(members))

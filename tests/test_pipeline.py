@@ -8,6 +8,7 @@ import re
 from dataclasses import fields
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.generation.driver import side_by_side
+from datasetdm_fast.generation.overlap import LabelStream
 from datasetdm_fast.loading import load_model, lora
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import LEVELS
@@ -268,6 +271,40 @@ def test_streams_are_lazy_and_hold_one_batch():
     endless = (asked.append(k) or f"a ball {k}" for k in count())
     found = list(islice(stub.stream(endless, batch_size=4, tasks=("depth",)), 5))
     assert [sample.request.index for sample in found] == [0, 1, 2, 3, 4] and len(asked) == 8
+
+
+def test_samples_before_a_refused_prompt_come_first():
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    for given, message in (
+        (["a ball", "a cube", "a cone", "x " * 90, "a star"], "prompt 3: 92 tokens"),
+        (["a ball", "a cube", "a cone", " "], "prompt 3: holds no prompt"),
+    ):
+        found = stub.stream(given, seed=4, batch_size=2)
+        assert [(one.request.prompt, one.request.seed) for one in islice(found, 3)] == list(zip(given[:3], (4, 5, 6)))
+        with pytest.raises(Refused, match=message):
+            next(found)
+    made = []
+    engine = StubEngine(tasks=("depth",))
+    engine.denoise_and_capture = lambda *given: made.append(given)
+    with pytest.raises(Refused, match="prompt 1: 92 tokens"):  # a call gives all samples or none
+        Pipeline(engine)(["a ball", "x " * 90], batch_size=1)
+    assert not made
+
+
+def test_samples_whose_labels_are_under_way_come_before_a_refusal():
+    class Waiting(LabelStream):
+        def ready(self):
+            return iter(())
+
+    def batches():
+        yield from "ab"
+        raise Refused("prompt 2: too long", "Shorten it.")
+
+    generator = SimpleNamespace(sample=str, label=lambda batch, drawn: [drawn])
+    found = side_by_side(generator, batches(), Waiting(torch.device("cpu")))
+    assert list(islice(found, 2)) == [("a", ["a"]), ("b", ["b"])]
+    with pytest.raises(Refused, match="prompt 2: too long"):
+        next(found)
 
 
 def test_stream_refuses_before_it_is_read():

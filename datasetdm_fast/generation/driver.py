@@ -90,8 +90,18 @@ def retried(
 def side_by_side(
     generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch, sampled while `label_stream` makes the labels and images of the one before."""
-    for batch in batches:
+    """Every batch, sampled while `label_stream` makes the labels and images of the one before; where the next batch is
+    refused, those before it come first.
+    """
+    remaining = iter(batches)
+    while True:
+        try:
+            batch = next(remaining, None)
+        except Exception:
+            yield from label_stream.rest()
+            raise
+        if batch is None:
+            break
         label_stream.put(batch, generator.label, batch, generator.sample(batch))
         yield from label_stream.ready()
     yield from label_stream.rest()
