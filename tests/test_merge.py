@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import drop, open_run, splice
+from datasetdm_fast import drop, filter, open_run, splice
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.merge import main
 from datasetdm_fast.run_folder.audit import audit
@@ -127,6 +127,28 @@ def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     (out / "depth" / "00000003.png").unlink()
     assert main([*again, *moved]) == 0 and audit(out).findings == []
     assert main(lines) == 0
+
+
+def test_the_filter_that_chose_the_samples_is_asked_for_where_it_is_gone(runs, tmp_path, capsys):
+    paths = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("first", "second")]
+    assert all(filter.main([path, "--where", "score >= 0.1", "--quiet"]) == 0 for path in paths)
+    joined, wide = str(tmp_path / "joined"), str(tmp_path / "wide")
+    assert main([*paths, "--kept", "--out", joined, "--quiet"]) == 0
+    few = ["--kept", "--grids", "1x2", "--number", "1", "--resize", "--quiet"]
+    assert splice.main([paths[0], *few, "--out", wide]) == 0
+    again = ((main, joined), (splice.main, wide))
+    for change, told in (
+        (["--undo"], "is not filtered any more"),
+        (["--where", "score >= 0.2"], "has another one now"),
+    ):
+        assert filter.main([paths[0], *change, "--quiet"]) == 0
+        for command, out in again:
+            assert command(["--only", "00000000", "--out", out, "--quiet"]) == 2
+            cause, remedy = capsys.readouterr().err.splitlines()
+            assert cause.startswith(f"{out}: was made of the samples that a filter of {paths[0]}") and told in cause
+            assert remedy.startswith("Filter it as it was then: ")
+    assert filter.main([paths[0], "--where", "score >= 0.1", "--quiet"]) == 0
+    assert all(command(["--only", "00000000", "--out", out, "--quiet"]) == 0 for command, out in again)
 
 
 def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(runs, tmp_path, capsys):

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.compositions.source import begun, decisive, digests_of
+from datasetdm_fast.compositions.source import begun, check_filter, decisive, digests_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
@@ -314,7 +314,10 @@ def remake(folder: Path, stored: Mapping[str, Any], row: Row, runs: Sequence[str
             f"{folder}: was merged from {len(stored['config']['kept'])} runs, not from {len(paths)}",
             "Name them all, in their order, or none where they were not moved.",
         )
-    merging = Merging([open_part(path, only_kept=bool(kept)) for path, kept in zip(paths, stored["config"]["kept"])])
+    chosen = list(zip(paths, stored["config"]["kept"]))
+    for path, kept in chosen:
+        check_filter(folder, path, kept)
+    merging = Merging([open_part(path, only_kept=bool(kept)) for path, kept in chosen])
     check_same(folder, *map(decisive, (stored, merging.document)))
     with RunFolder(folder, stored) as opened:
         again, files, _ = merging.made(row.request.index)

@@ -50,7 +50,20 @@ def source_path(folder: Path, stored: Mapping[str, Any], given: str) -> Path:
             f"{folder}: was made of {path}, where there is no run folder any more",
             f"Tell where it is now: {maker(stored)} RUN --only ID --out {folder}",
         )
+    check_filter(folder, path, stored["config"].get("kept", ""))
     return path
+
+
+def check_filter(folder: Path, path: Path, kept: str) -> None:
+    """Refuses to make samples of a composition again where its source is filtered otherwise now; `kept` is the digest
+    of the filter that chose its samples, empty where none did.
+    """
+    if kept and (path / DOCUMENT).exists() and (found := storage.sha256_of(path / KEPT)) != kept:
+        since = "has another one now" if found else "is not filtered any more"
+        raise Refused(
+            f"{folder}: was made of the samples that a filter of {path} kept, and that run {since}",
+            f"Filter it as it was then: python -m datasetdm_fast.filter {path} --where CONDITION",
+        )
 
 
 @dataclass(frozen=True)
