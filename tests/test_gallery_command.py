@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -450,6 +451,10 @@ def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, 
 
 def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
     assert command.main([f"file://{run}", "--quiet"]) == 0 and capsys.readouterr().out == f"{run / PAGE}\n"
+    for name in ("a::run", "zip::run"):  # which join file systems in other URLs
+        named = shutil.copytree(run, tmp_path / name)
+        assert command.main([f"file://{named}", "--quiet"]) == 0 and capsys.readouterr().out == f"{named / PAGE}\n"
+        assert len(open_run(f"file://{named}")) == len(open_run(run))
 
 
 @pytest.mark.parametrize(

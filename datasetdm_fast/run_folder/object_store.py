@@ -92,7 +92,11 @@ class ObjectStore:
 
         self.url = url
         try:
-            self.files, self.root = fsspec.core.url_to_fs(url)
+            if url.startswith("file://"):  # a folder may have in its name the "::" that elsewhere joins file systems
+                self.files = fsspec.filesystem("file")
+                self.root = self.files._strip_protocol(url)
+            else:
+                self.files, self.root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
