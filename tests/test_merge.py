@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import drop, filter, open_run, splice
+from datasetdm_fast import drop, filter, open_run, restore, splice
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.merge import main
 from datasetdm_fast.run_folder.audit import audit
@@ -231,6 +231,19 @@ def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
     assert main([*reversed(places), "--out", out, "--quiet"]) == 2
     told = capsys.readouterr().err.splitlines()[0]
     assert "source.0/samples.jsonl: other content there than asked for" in told and not re.search("[0-9a-f]{16}", told)
+
+
+def test_a_source_that_has_lost_samples_is_told_apart_from_other_settings(runs, tmp_path, capsys):
+    source, wide = str(shutil.copytree(runs / "first", tmp_path / "first")), str(tmp_path / "wide")
+    line = ["--grids", "1x2", "--number", "2", "--resize", "--out", wide, "--quiet"]
+    assert splice.main([source, *line]) == 0 and drop.main([source, "0", "--quiet"]) == 0
+    for again in ([source, *line], ["--only", "00000000", "--out", wide, "--quiet"]):
+        assert splice.main(again) == 2
+        cause, remedy = capsys.readouterr().err.splitlines()
+        assert "it holds a run made of other samples (source." in cause and "other settings" not in cause
+        assert "restore brings dropped samples back" in remedy
+    assert restore.main([source, "0", "--quiet"]) == 0
+    assert splice.main(["--only", "00000000", "--out", wide, "--quiet"]) == 0
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):

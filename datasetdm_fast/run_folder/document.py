@@ -289,6 +289,12 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
         for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)
     ]
     if found:
+        if all(line.startswith("source.") for line in found):
+            raise Refused(
+                f"{folder}: it holds {what} made of other samples ({'; '.join(found)})",
+                "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
+                "choose another --out.",
+            )
         raise Refused(
             f"{folder}: it holds {what} with other settings ({'; '.join(found)})",
             "Choose another --out, or give the flags that it was started with.",
