@@ -324,6 +324,8 @@ class Pipeline:
         if isinstance(classes, str):
             raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
         words = check_classes(classes)
+        settings.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
+        settings.check_numbers(**{name: choices[name] for name in settings.LEAST_SETTINGS if name in choices})
         recipe = make_recipe(self.engine, tasks, classes=words, **choices)
         words = recipe.words or job.class_words(self.engine, tasks, words)
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}

@@ -319,6 +319,10 @@ def test_stream_refuses_before_it_is_read():
         ({"classes": "ball"}, "one string"),
         ({"classes": ("",)}, "empty"),
         ({"tasks": "depth"}, "'depth' is one string"),
+        ({"ask": "every"}, "--ask every: not one of named, all"),
+        ({"tasks": ("attention",), "classes": ("ball",), "exponent": -2}, "--exponent -2"),
+        ({"tasks": ("attention",), "classes": ("ball",), "threshold": -0.5}, "--threshold -0.5"),
+        ({"tasks": ("attention",), "classes": ("ball",), "parity": "other"}, "--parity other"),
     ):
         with pytest.raises(Refused, match=message):
             stub.stream(["a ball"], **choices)

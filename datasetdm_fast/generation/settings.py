@@ -54,24 +54,23 @@ LARGEST_BATCH = 4096
 MOST_MINUTES = 1_000_000  # of a setting; two years
 
 
+CHOICES: dict[str, Sequence[str]] = {
+    "engine": ENGINE_NAMES,
+    "sampler": SAMPLERS,
+    "profile": PROFILES,
+    "image_format": ("png", "jpg"),
+    "resume": ("auto", "never"),
+    "mixed": ("verified", "no"),
+    "keep": ("all", "trusted"),
+    "ignore": ("nothing", "disagreeing"),
+    "ask": ("named", "all"),
+    "parity": ("", *PARITIES),
+}
+
+
 def check_settings(config: RunConfig) -> None:
     """Refuses what can be seen to be wrong before anything is loaded."""
-    for name, known in (
-        ("engine", ENGINE_NAMES),
-        ("sampler", SAMPLERS),
-        ("profile", PROFILES),
-        ("image_format", ("png", "jpg")),
-        ("resume", ("auto", "never")),
-        ("mixed", ("verified", "no")),
-        ("keep", ("all", "trusted")),
-        ("ignore", ("nothing", "disagreeing")),
-        ("ask", ("named", "all")),
-        ("parity", ("", *PARITIES)),
-    ):
-        if getattr(config, name) not in known:
-            raise Refused(
-                f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these."
-            )
+    check_choices(**{name: getattr(config, name) for name in CHOICES})
     check_tasks(config.task, LABELS)
     check_files(config.task)
     check_attention(config)
@@ -106,6 +105,13 @@ def check_size(size: int) -> None:
             f"--size {size}: expected a multiple of 64 up to {LARGEST_SIDE}",
             f"Try --size {near}; 0 takes what the model was made for.",
         )
+
+
+def check_choices(**values: str) -> None:
+    """Refuses a setting that is none of its CHOICES."""
+    for name, value in values.items():
+        if value not in CHOICES[name]:
+            raise Refused(f"{_flag(name)} {value}: not one of {', '.join(CHOICES[name])}", "Choose one of these.")
 
 
 def check_numbers(**values: float) -> None:
