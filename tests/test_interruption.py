@@ -116,6 +116,17 @@ def test_an_import_that_makes_another_error_of_it_is_no_bug():
     assert process.returncode == 130 and "bug" not in errors
 
 
+def test_a_signal_while_an_extension_loads_is_no_fault_of_it():
+    before = "from datasetdm_fast.config import ENGINES; from importlib.metadata import EntryPoint"
+    body = """ENGINES.others['slow'] = EntryPoint('slow', 'slow:SLOW', 'datasetdm_fast.engines')
+    print('ready', flush=True)
+    ENGINES.loaded('slow', lambda: time.sleep(60))"""
+    process = started(body, before)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and errors == "interrupted; run the same command again\n"
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     process = started("print('ready', flush=True); time.sleep(2)", before="signal.signal(2, signal.SIG_IGN)")
     process.send_signal(signal.SIGINT)

@@ -47,6 +47,9 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
         return code
     except (Refused, Missing, GateFailed) as stop:
+        if watch.signal:  # the code of an extension may end in any way, so this one was made of the signal
+            _say(ENDED)
+            return 128 + watch.signal
         return _told(stop)
     except KeyboardInterrupt:
         _say(ENDED)
