@@ -104,10 +104,7 @@ def _passing(path: Path, where: str) -> frozenset[int]:
     from datasetdm_fast.run_folder.score_table import passing
 
     run = filtering.check(path)
-    if filtering.count_missing(run, ()):
-        raise Refused(
-            f"--where: samples of {path} are not scored", f"Score them with: python -m datasetdm_fast.filter {path}"
-        )
+    filtering.check_all_scored(run)
     return frozenset(passing(path, where).kept)
 
 

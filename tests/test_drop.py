@@ -106,6 +106,12 @@ def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
     assert drop.main([str(run), "--where", f"sharpness<={min(scores)}", "--quiet"]) == 0
     assert len(ids(run)) == 3 and is_whole(run)
     assert restore.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0 and len(ids(run)) == 5
+    capsys.readouterr()
+    for condition in ("score<2", "not score>=0"):  # these two were never scored, so neither says anything about them
+        assert drop.main([str(run), "--where", condition]) == 2 and len(ids(run)) == 5
+        assert f"--where: samples of {run} are not scored" in capsys.readouterr().err
+    assert filter.main([str(run), "--quiet"]) == drop.main([str(run), "--where", "not score>=0", "--quiet"]) == 0
+    assert len(ids(run)) == 5
 
 
 def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):

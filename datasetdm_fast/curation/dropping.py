@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.curation.filtering import check_all_scored
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
@@ -46,7 +47,9 @@ def read_ids(given: Sequence[str], file: str) -> list[int]:
 
 def matching(run: Run, where: str) -> list[int]:
     """The indices of the samples for which a condition on their scores holds."""
-    return [row.request.index for row in run.where(where).rows(())]
+    found = [row.request.index for row in run.where(where).rows(())]
+    check_all_scored(run)
+    return found
 
 
 def set_aside(run: Run) -> set[int]:

@@ -68,6 +68,15 @@ def count_missing(run: Run, extra: Sequence[str], clip: str = "") -> int:
         return sum(len(set(ledger.indices()) - there(name)) for name in ("distance", *extra))
 
 
+def check_all_scored(run: Run) -> None:
+    """Refuses a condition on scores where samples have none yet, as those made after the run was scored."""
+    if count_missing(run, ()):
+        raise Refused(
+            f"--where: samples of {run.path} are not scored",
+            f"Score them with: python -m datasetdm_fast.filter {run.path}",
+        )
+
+
 def complete(
     run: Run,
     networks: Mapping[str, Clip | Stability],
