@@ -3,6 +3,7 @@ damaged file and how to repair it.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -71,8 +72,10 @@ def _told(config: AuditConfig) -> Report:
         if not folder.is_dir():  # no file came
             raise Refused(f"{config.run}: it is empty, so it is not a run", "Check the address.")
         report, here = _told(replace(config, run=str(folder))), _mended_at(config.run, copies)
-        findings = [replace(each, remedy=each.remedy.replace(str(folder), here)) for each in report.findings]
-        return replace(report, path=config.run, findings=findings)
+        places = (shlex.quote(str(folder)), shlex.quote(here)), (str(folder), here)
+        for there, mended in places:
+            report.findings[:] = [replace(each, remedy=each.remedy.replace(there, mended)) for each in report.findings]
+        return replace(report, path=config.run)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -191,7 +192,7 @@ def _restore(folder: Path) -> str:
 
 
 def _again(folder: Path, document: Mapping[str, Any], id: str) -> str:
-    return f"Make it again: {maker(document)} --out {folder} --only {id}"
+    return f"Make it again: {maker(document)} --out {shlex.quote(str(folder))} --only {id}"
 
 
 def _beyond(folder: Path, index: int, number: int) -> Finding:
