@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     is_copied = config.dry_run and config.out != ""
     run = show(place, is_served=config.serve or is_copied, is_dry=config.dry_run)
     told = f"{place}: {run.samples} of {counted(run.planned, 'sample')}"
+    told += f", and {run.aside} set aside" if run.aside else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
     if config.dry_run:

@@ -449,6 +449,16 @@ def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, 
     assert bucket.files.cat_file(f"{bucket.root}/{name}") == (run / name).read_bytes()
 
 
+def test_samples_that_are_set_aside_are_counted_apart(tmp_path, capsys):
+    run = tmp_path / "run"
+    with RunFolder(run, document(2, 32)) as folder:
+        folder.add([rendered(0, 32), *(replace(rendered(k, 32), aside="it is blurred") for k in (1, 2, 3))], {})
+        folder.rebuild()
+    assert command.main([str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"{run}: 1 of 2 samples, and 3 set aside\n" and json.loads(out)["samples"] == 1
+
+
 def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
     assert command.main([f"file://{run}", "--quiet"]) == 0 and capsys.readouterr().out == f"{run / PAGE}\n"
     for name in ("a::run", "zip::run"):  # which join file systems in other URLs
