@@ -34,6 +34,8 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         )
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders; {SUPPORTED}", "Give another one.")
+    _check_freeu(pipe.unet)
+    _check_vectors(pipe.tokenizer)
     origin = f"a {type(pipe).__name__} in memory"
     unet = {key: list(value) if isinstance(value, tuple) else value for key, value in pipe.unet.config.items()}
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}
@@ -58,6 +60,28 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         UNKNOWN_LICENCE,
     )
     return checked(model)
+
+
+def _check_freeu(unet: nn.Module) -> None:
+    """Refuses a UNet that scales its features as it runs, which no weight tells."""
+    scales = ("s1", "s2", "b1", "b2")
+    if any(all(getattr(block, name, None) for name in scales) for block in unet.up_blocks):
+        raise Refused(
+            "from_diffusers: FreeU is enabled in the unet, which the engines here do not follow, so images would "
+            "differ",
+            "Call pipe.disable_freeu() first.",
+        )
+
+
+def _check_vectors(tokenizer: Any) -> None:
+    """Refuses a word of several vectors: diffusers' pipeline writes them all in place of it, a tokenizer does not."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    if several := sorted(token for token in added if f"{token}_1" in added):
+        raise Refused(
+            f"from_diffusers: textual inversion gave {several[0]!r} several vectors, which diffusers writes in place "
+            "of that one word; they are not read here",
+            "Load each vector under a token of its own, token=['<a>', '<b>'], and name them all in the prompts.",
+        )
 
 
 def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
