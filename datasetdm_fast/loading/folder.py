@@ -40,6 +40,10 @@ from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
+# diffusers' pipeline of Stable Diffusion puts these right in the scheduler of old folders: the offset is 1, and samples
+# are not clipped.
+CORRECTED = {"steps_offset": 1}
+UNREAD = ("_diffusers_version", "clip_sample")
 MATCHING = "Take config.json and weights from the same model."
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 
@@ -71,7 +75,7 @@ def load_folder(
             ANOTHER,
         )
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
+    scheduler = {key: value for key, value in configs["scheduler"].items() if key not in UNREAD} | CORRECTED
     origin = name or str(folder), str(folder.resolve())
     proof = folder_digests(folder, weights), folder_licence(folder)
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
