@@ -294,6 +294,20 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     refused("segformer", "config.json")
 
 
+@pytest.mark.parametrize("name", ["segformer", "deeplabv3plus", "mask2former", "vitpose"])
+def test_the_head_of_as_many_other_classes_starts_anew(name, tmp_path):
+    network = open_network(name)
+    words = ("background", "a", "b"), ("background", "cat", "dog")
+    first, second = (student_data.Vocabulary(some, some[1:], some[1:], 0.0) for some in words)
+    made = build(network, first, "tiny", SIDE, 5)
+    made.save_pretrained(tmp_path)
+    begun = {which: build(network, which, "", SIDE, 0, str(tmp_path)).state_dict() for which in (first, second)}
+    stored = made.state_dict()
+    changed = {key for key, value in stored.items() if not torch.equal(begun[second][key], value)}
+    assert all(torch.equal(begun[first][key], value) for key, value in stored.items())
+    assert changed and not any(key.startswith(network.body) for key in changed), changed
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
