@@ -424,6 +424,20 @@ def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, 
         assert data != "ignored" or not (tmp_path / "out").exists()  # before a student is trained for nothing
 
 
+@pytest.mark.parametrize("student, real", [("small", "0"), ("segformer", "2")])
+def test_real_images_that_also_judge_are_counted(run, tmp_path, capsys, student, real):
+    for name in ("one", "two"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": real, "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"folder:{tmp_path / 'one'}", "--learn-from": f"folder:{tmp_path / 'two'}"}
+    parts |= {"--steps": "1", "--task": "semantic", "--student": student}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    line = [word for pair in parts.items() for word in pair]
+    assert evaluate.main([*line, "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seen_in_training"] == (3 if real == "0" else 2)
+
+
 def test_no_library_is_imported_before_a_student_is_chosen():
     import subprocess
     import sys
