@@ -359,6 +359,28 @@ def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
         Pipeline.from_diffusers(theirs)
 
 
+def test_a_compiled_pipeline_in_memory_gives_the_same_images():
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny)
+    plain, compiled = (
+        Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)("a ball", steps=2, tasks=())
+        for theirs.unet in (theirs.unet, torch.compile(theirs.unet))
+    )
+    assert np.array_equal(plain.images[0], compiled.images[0])
+
+
+def test_a_pipeline_whose_weights_are_offloaded_or_of_no_square_is_refused():
+    theirs = in_diffusers(load_model("tiny"))
+    with pytest.raises(Refused, match="sample_size is .*16, 32.*, expected a number"):
+        theirs.unet = copy.deepcopy(theirs.unet)
+        theirs.unet.register_to_config(sample_size=(16, 32))
+        Pipeline.from_diffusers(theirs)
+    theirs.unet.register_to_config(sample_size=16)
+    theirs.unet.to("meta")
+    with pytest.raises(Refused, match="weights of the unet are offloaded"):
+        Pipeline.from_diffusers(theirs)
+
+
 def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
     tiny = load_model("tiny")
     theirs = in_diffusers(tiny, text_encoder=copy.deepcopy(tiny.text_encoder))
