@@ -222,6 +222,14 @@ def test_the_scheduler_of_an_old_folder_is_put_right_as_diffusers_does(folder, k
     assert list(schedule.timesteps) == theirs.timesteps.tolist()
 
 
+@pytest.mark.parametrize("version, side", [("0.6.0", 64), ("0.9.0", 16)])
+def test_old_folders_are_made_for_512_pixels_as_in_diffusers(folder, version, side):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": version, "sample_size": 16}))
+    assert StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == side
+    assert load_model(str(folder)).size == 8 * side
+
+
 def test_second_generation_folder_with_heads_per_level_and_linear_projections(tiny, tmp_path):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
