@@ -172,11 +172,15 @@ def _curve(config: EvaluateConfig) -> int:
 
         bounds = {"bootstrap": config.bootstrap, "level": config.level, "more": config.more}
         result[task] = curve.learning_curve(task, counts, config.repeats, judge, **bounds)
-        result[task] |= {"captions": config.captions}
+        result[task] |= {"captions": config.captions} | _shared(judged, labelled, counts[-1])
         skipped |= labelled.skipped | judged.skipped
         if not config.json:
             print(
-                curve.told(task, result[task], config.level), _of_captions({task: result[task]}), sep="\n", flush=True
+                curve.told(task, result[task], config.level),
+                _of_captions({task: result[task]}),
+                *_of_training({task: result[task]}),
+                sep="\n",
+                flush=True,
             )
     return _end(config, {"curve": result}, skipped)
 
@@ -212,7 +216,9 @@ def _student(config: EvaluateConfig) -> int:
             steps=config.steps,
             told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
         )
-    return _end(config, {"student": found}, learnt.skipped | judged.skipped, worth.table(found))
+        seen = _shared(judged, learnt, config.real)
+    text = "\n".join([worth.table(found), *_of_training({"student": seen})])
+    return _end(config, {"student": found, **seen}, learnt.skipped | judged.skipped, text)
 
 
 def _network(config: EvaluateConfig) -> int:
@@ -292,7 +298,9 @@ def _network(config: EvaluateConfig) -> int:
             experiment, names, lambda line: None if config.quiet else bar.write(line, file=sys.stderr), moved
         )
     skipped = {**run.skipped, **judged.skipped, **({} if learnt is None else learnt.skipped)}
-    return _end(config, {"student": found}, skipped, arms.table(found))
+    seen = {} if learnt is None else _shared(judged, learnt, config.real)
+    text = "\n".join([arms.table(found), *_of_training({"student": seen})])
+    return _end(config, {"student": found, **seen}, skipped, text)
 
 
 def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str], seeds: int, folder: str = "") -> int:
@@ -308,6 +316,14 @@ def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] =
 
     options = {"skip_bad": config.skip_bad, "framing": config.framing, "selection": selection or EVERYTHING}
     return open_data(data, size, tasks=tasks, **options)
+
+
+def _shared(judged, learnt, count: int) -> dict[str, int]:
+    """How many images for scoring are among the first `count` to learn from, 0 = all, where there are any."""
+    from datasetdm_fast.training import data_record
+
+    seen = data_record.shared(judged, learnt, count or len(learnt))
+    return {"seen_in_training": seen} if seen else {}
 
 
 def _engine(config: EvaluateConfig, decoder: str | None = None):
@@ -372,7 +388,7 @@ def _of_training(result: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How many images the decoders saw in training, a line each, as figures of others are lower."""
     seen = {task: found["seen_in_training"] for task, found in result.items() if "seen_in_training" in found}
     return [
-        f"{task}: the decoder's training data held {count} of these images; expect lower figures on others"
+        f"{task}: the training data held {count} of these images; expect lower figures on others"
         for task, count in seen.items()
     ]
 

@@ -584,6 +584,19 @@ def test_a_student_ends_where_looks_no_longer_improve(lessons, unseen, tmp_path,
     assert list(torch.load(path.with_suffix(".pt"), weights_only=True)) == [4]
 
 
+def test_the_pictures_of_a_repetition_are_of_its_own_students(lessons, unseen, monkeypatch):
+    asked = []
+    store = SimpleNamespace(student=lambda arm, seed, test: asked.append(seed))
+    experiments = SimpleNamespace(scale=replace(sets.QUICK, repetition=3), store=store, test_set=lambda: unseen)
+    experiments.arm = lambda name, data: Arm(name, data, SHORT, TASKS)
+    experiments.arms = lambda: {"real": lambda: (lessons,), "both": lambda: (lessons, lessons)}
+    drawn = [SimpleNamespace(semantic=SimpleNamespace(labels=np.zeros((64, 64), np.uint8)))] * page.SHOWN
+    monkeypatch.setattr(page.student, "answers", lambda student, images: drawn[: len(images)])
+    (first, *_) = experiments.scale.students
+    assert first > 0 and f"(seed {first})" in page.drawn_sheets(experiments)["answers"][1]
+    assert asked == [first, first]
+
+
 class ToldStudents:
     """In place of students that learn: `strong` is the best augmentation, but for ten times real and for depth, and
     0.001 the better rate; the second student of `both` is not there yet.

@@ -1,9 +1,11 @@
 """The learning curve: laws found again from their own points, forecasts, and the command on a small model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from layouts import LAYOUTS
 
 from datasetdm_fast.data import DepthMap, Keypoints
 from datasetdm_fast.errors import Refused
@@ -121,6 +123,18 @@ def test_those_that_judge_do_not_teach_under_another_address(tmp_path):
         with pytest.raises(Refused, match="none are left"):
             to_learn_from(addresses[0], learn_from, 9)
     assert to_learn_from(addresses[0], f"folder:{tmp_path}/val/..", 9)
+
+
+def test_images_that_teach_and_judge_are_counted_under_any_address(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
+    LAYOUTS["folder"][1](tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    line = ["--model", "tiny", "--data", f"folder:{tmp_path / 'one'}", "--learn-from", f"folder:{tmp_path / 'two'}"]
+    line += ["--task", "depth", "--bootstrap", "20", "--quiet", "--threads", "1", "--curve", "1,2", "--steps", "1"]
+    assert main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["curve"]["depth"]["seen_in_training"] == 2
+    assert main(line) == 0
+    assert "depth: the training data held 2 of these images" in capsys.readouterr().out
 
 
 def test_the_command_teaches_and_judges_each_number(capsys, tmp_path, monkeypatch):

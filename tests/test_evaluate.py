@@ -98,7 +98,7 @@ def test_images_of_the_decoders_own_training_are_counted_and_named(decoders, tmp
     result = json.loads(run(capsys, "--decoder", folder, *flags)[1])
     assert result["depth"]["seen_in_training"] == len(source) - 1 and "seen_in_training" not in result["semantic"]
     told = run(capsys, "--decoder", folder, *flags[:2])[1].splitlines()[-1]
-    assert told.startswith(f"depth: the decoder's training data held {len(source) - 1} of these images; expect lower")
+    assert told.startswith(f"depth: the training data held {len(source) - 1} of these images; expect lower")
 
 
 def test_a_label_that_no_image_shows_is_left_out_by_name(decoders, tmp_path, capsys):

@@ -17,11 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.generation.diffusing import sampler_of
 from datasetdm_fast.loading import load_model, presets, provenance, tokenizer
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.model import SD_SCHEDULER
 from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.loading.single_file import predicts_noise
+from datasetdm_fast.sampling import make_schedule
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
@@ -203,6 +205,29 @@ def test_licence_is_read_from_file_or_card(folder):
     assert load_model(str(folder)).licence == "creativeml-openrail-m"
     (folder / "LICENSE").write_text("Do as you like.\n")
     assert load_model(str(folder)).licence == "Do as you like."
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("old", [{"steps_offset": 0, "clip_sample": True}, {}])
+def test_the_scheduler_of_an_old_folder_is_put_right_as_diffusers_does(folder, kind, old):
+    path = folder / "scheduler" / "scheduler_config.json"
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name != "steps_offset"}
+    path.write_text(json.dumps(kept | {"_class_name": kind} | old))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", kind]}))
+    theirs, model = StableDiffusionPipeline.from_pretrained(folder).scheduler, load_model(str(folder))
+    theirs.set_timesteps(10)
+    assert model.scheduler["steps_offset"] == theirs.config.steps_offset == 1
+    schedule = make_schedule(model.scheduler, sampler_of(model), 10, "0.14.0")
+    assert list(schedule.timesteps) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("version, side", [("0.6.0", 64), ("0.9.0", 16)])
+def test_old_folders_are_made_for_512_pixels_as_in_diffusers(folder, version, side):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": version, "sample_size": 16}))
+    assert StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size == side
+    assert load_model(str(folder)).size == 8 * side
 
 
 def test_second_generation_folder_with_heads_per_level_and_linear_projections(tiny, tmp_path):

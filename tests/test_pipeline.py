@@ -2,6 +2,7 @@
 weights.
 """
 
+import copy
 import io
 import json
 import re
@@ -383,6 +384,57 @@ def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
     changed = again.engine.model.digests
     assert {name for name in digests if digests[name] != changed[name]} == {"unet"}
     assert not np.array_equal(again("a ball", seed=3, steps=2, tasks=()).images[0], images[0])
+
+
+def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
+    """What it would do beside its weights could only be left out, and its images would be others."""
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny)
+    theirs.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(Refused, match="FreeU is enabled"):
+        Pipeline.from_diffusers(theirs)
+    theirs.disable_freeu()
+    assert len(Pipeline.from_diffusers(theirs, device="cpu", size=tiny.size)("a ball", steps=2, tasks=()).images) == 1
+    theirs.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(Refused, match="encoder_hid_dim_type is 'ip_image_proj'"):
+        Pipeline.from_diffusers(theirs)
+
+
+def test_a_compiled_pipeline_in_memory_gives_the_same_images():
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny)
+    plain, compiled = (
+        Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)("a ball", steps=2, tasks=())
+        for theirs.unet in (theirs.unet, torch.compile(theirs.unet))
+    )
+    assert np.array_equal(plain.images[0], compiled.images[0])
+
+
+def test_a_pipeline_whose_weights_are_offloaded_or_of_no_square_is_refused():
+    theirs = in_diffusers(load_model("tiny"))
+    with pytest.raises(Refused, match="sample_size is .*16, 32.*, expected a number"):
+        theirs.unet = copy.deepcopy(theirs.unet)
+        theirs.unet.register_to_config(sample_size=(16, 32))
+        Pipeline.from_diffusers(theirs)
+    theirs.unet.register_to_config(sample_size=16)
+    theirs.unet.to("meta")
+    with pytest.raises(Refused, match="weights of the unet are offloaded"):
+        Pipeline.from_diffusers(theirs)
+
+
+def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny, text_encoder=copy.deepcopy(tiny.text_encoder))
+    theirs.set_progress_bar_config(disable=True)
+    width = theirs.text_encoder.config.hidden_size
+    theirs.load_textual_inversion(torch.full((1, width), 2.0), token="<one>")
+    mine = Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)
+    given = {"prompt": "a <one> ball", "num_inference_steps": 2, "output_type": "latent"}
+    images = [each(**given, generator=torch.Generator().manual_seed(1)).images for each in (theirs, mine.diffuse)]
+    torch.testing.assert_close(*images, atol=1e-3, rtol=1e-3)
+    theirs.load_textual_inversion(torch.ones(2, width), token="<two>")
+    with pytest.raises(Refused, match="'<two>' several vectors"):
+        Pipeline.from_diffusers(theirs)
 
 
 def test_the_arguments_of_diffusers_give_its_images(pipe):

@@ -38,7 +38,8 @@ from datasetdm_fast.scenes import world
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, reading, tables
-from datasetdm_fast.truth.labelled import EVERY_CLASS, Picture
+from datasetdm_fast.truth.labelled import EVERY_CLASS, IGNORED, Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 SIZE = 64
 
@@ -636,6 +637,41 @@ def test_any_shape_is_fitted_by_its_shorter_side(height, width):
     spread = 255 * side / width
     assert item.image[SIZE // 2, -1, 0] - int(item.image[SIZE // 2, 0, 0]) == pytest.approx(spread, abs=spread / 16 + 4)
     assert (item.semantic == (item.image[..., 0] > 127)).mean() > 0.95 and (item.semantic != 255).all()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
+    """The whole of a picture is named, and of the square in its middle what is there."""
+    source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
+    if not isinstance(source, PictureSource):
+        return
+    picture = source.picture(0)
+    height, width = picture.image.shape[:2]
+    assert not framing.fitted(64, 64, 64).cuts(64, 64, 64) and not framing.fitted(97, 97, 64).cuts(97, 97, 64)
+    assert framing.fitted(height, width, 64).cuts(height, width, 64) == (height != width)
+    item = source[0]
+    if not picture.named or height == width:
+        assert item.caption == picture.caption
+        return
+    shown = {name for name, _ in source.things_of(item)}
+    shown |= {*picture.named}.difference(source.classes, source.thing_classes)  # as files of masks name their object
+    if item.semantic is not None:
+        shown |= {source.classes[k] for k in np.unique(item.semantic) if k != IGNORED}
+    assert item.caption == source.photo_of([name for name in picture.named if name in shown])
+
+
+@pytest.mark.parametrize("captions", [None, {"0": "a dog beside a cat"}])
+def test_what_a_square_cuts_away_is_named_by_given_captions_alone(tmp_path, captions):
+    labels = np.zeros((32, 96), np.uint8)
+    labels[:, :8], labels[8:24, 40:56] = 1, 2
+    save(tmp_path / "images" / "0.png", np.zeros((32, 96, 3), np.uint8))
+    save(tmp_path / "masks" / "0.png", labels)
+    (tmp_path / "classes.txt").write_text("background\ndog\ncat\n")
+    if captions:
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+    source = open_data(f"folder:{tmp_path}", 64)
+    assert source.whole(0).caption == ("a dog beside a cat" if captions else "a photo of a dog, a cat")
+    assert source[0].caption == ("a dog beside a cat" if captions else "a photo of a cat")
 
 
 def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():

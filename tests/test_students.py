@@ -294,6 +294,20 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     refused("segformer", "config.json")
 
 
+@pytest.mark.parametrize("name", ["segformer", "deeplabv3plus", "mask2former", "vitpose"])
+def test_the_head_of_as_many_other_classes_starts_anew(name, tmp_path):
+    network = open_network(name)
+    words = ("background", "a", "b"), ("background", "cat", "dog")
+    first, second = (student_data.Vocabulary(some, some[1:], some[1:], 0.0) for some in words)
+    made = build(network, first, "tiny", SIDE, 5)
+    made.save_pretrained(tmp_path)
+    begun = {which: build(network, which, "", SIDE, 0, str(tmp_path)).state_dict() for which in (first, second)}
+    stored = made.state_dict()
+    changed = {key for key, value in stored.items() if not torch.equal(begun[second][key], value)}
+    assert all(torch.equal(begun[first][key], value) for key, value in stored.items())
+    assert changed and not any(key.startswith(network.body) for key in changed), changed
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
@@ -408,6 +422,20 @@ def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, 
         assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet", "--skip-bad"]) == 2
         assert said in capsys.readouterr().err
         assert data != "ignored" or not (tmp_path / "out").exists()  # before a student is trained for nothing
+
+
+@pytest.mark.parametrize("student, real", [("small", "0"), ("segformer", "2")])
+def test_real_images_that_also_judge_are_counted(run, tmp_path, capsys, student, real):
+    for name in ("one", "two"):
+        LAYOUTS["folder"][1](tmp_path / name)
+    parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": real, "--run": str(run), "--out": str(tmp_path / "out")}
+    parts |= {"--data": f"folder:{tmp_path / 'one'}", "--learn-from": f"folder:{tmp_path / 'two'}"}
+    parts |= {"--steps": "1", "--task": "semantic", "--student": student}
+    for flag in ("--student-size", "--out") if student == "small" else ():
+        del parts[flag]
+    line = [word for pair in parts.items() for word in pair]
+    assert evaluate.main([*line, "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seen_in_training"] == (3 if real == "0" else 2)
 
 
 def test_no_library_is_imported_before_a_student_is_chosen():

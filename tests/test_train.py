@@ -17,6 +17,7 @@ import pytest
 import torch
 from layouts import LAYOUTS, save
 from PIL import Image
+from safetensors.torch import load_file
 from skips import IS_LONG, long_test
 
 from datasetdm_fast import train
@@ -401,6 +402,30 @@ def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp
         assert "stopped early, weights of step" in err and "the step of the weights was chosen on the same" in err
     else:  # 29 are too few to choose a step by: the last weights are kept
         assert result["steps"] == result["weights_of_step"] == 20 and "stopped early" not in err
+
+
+@pytest.mark.parametrize("steps, seen", [(19, 10), (13, 10), (3, 3)])
+def test_held_out_images_are_evaluated_no_more_often_than_asked_for(run, tmp_path, steps, seen):
+    line = ["--task", "depth", "--steps", str(steps), "--checks", "10", "--draws", "1"]
+    assert run("--data", "demo:12@1000", "--held-out", "0.2", *line) == 0
+    log = (tmp_path / "decoder" / "depth" / "training" / "log.jsonl").read_text().splitlines()
+    figures = [line for line in map(json.loads, log) if "loss" not in line]
+    assert len(figures) == seen and figures[-1]["step"] == steps
+
+
+def test_figures_are_those_of_the_weights_that_are_written(run, tmp_path, monkeypatch):
+    """In half precision a weight of 1.0004 is 1, and the answers are those of 1."""
+    judged, score = [], task_run._judged
+
+    def recorded(training, decoder):
+        judged.append({name: value.clone() for name, value in decoder.state_dict().items()})
+        return score(training, decoder)
+
+    monkeypatch.setattr(task_run, "_judged", recorded)
+    line = ["--task", "depth", "--steps", "1", "--draws", "1", "--storage", "fp16"]
+    assert run("--data", "demo:12@1000", "--held-out", "0.2", *line) == 0
+    written = load_file(tmp_path / "decoder" / "depth" / "model.safetensors")
+    assert all(torch.equal(judged[-1][name], value.float()) for name, value in written.items())
 
 
 def environment(**more):

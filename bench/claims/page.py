@@ -230,18 +230,19 @@ def _images(row: Row) -> str:
 def drawn_sheets(experiments: Experiments) -> dict[str, tuple[Image.Image, str]]:
     """Real scenes, generated images and what students answer, side by side with labels."""
     arms = {name: experiments.arm(name, sets()) for name, sets in experiments.arms().items()}
+    seed = experiments.scale.students[0]
     test, (real, synthetic) = experiments.test_set(), arms["both"].sets
     images = test.images[:SHOWN]
     rows = [images.numpy(), coloured([item.semantic for item in test.items[:SHOWN]])]
     for arm in arms.values():
-        found = student.answers(experiments.store.student(arm, 0, test), images)
+        found = student.answers(experiments.store.student(arm, seed, test), images)
         rows.append(coloured([answer.semantic.labels for answer in found]))
     names = ", ".join(f"the student taught by {NAMES[name].replace(' alone', ' scenes alone')}" for name in arms)
     generated = "Generated images and the labels that are learnt from; pale pixels are not trusted."
     return {
         "real": (labelled_sheet(real), "Real scenes and their labels."),
         "synthetic": (labelled_sheet(synthetic), generated),
-        "answers": (sheet(rows), f"Unseen scenes; from the top: image, truth, {names} (seed 0)."),
+        "answers": (sheet(rows), f"Unseen scenes; from the top: image, truth, {names} (seed {seed})."),
     }
 
 

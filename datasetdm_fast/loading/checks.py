@@ -104,6 +104,7 @@ def check_unet(config: Mapping, source: Path) -> None:
         "addition_embed_type": None,
         "class_embed_type": None,
         "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
         "num_class_embeds": None,
         "dual_cross_attention": False,
         "only_cross_attention": False,

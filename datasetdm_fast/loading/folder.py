@@ -40,6 +40,12 @@ from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
+# diffusers' pipeline of Stable Diffusion puts these right in the scheduler of old folders: the offset is 1, and samples
+# are not clipped.
+CORRECTED = {"steps_offset": 1}
+UNREAD = ("_diffusers_version", "clip_sample")
+# So it does with a sample_size that such versions wrote too small.
+OLD, LEAST_SIDE = re.compile(r"0\.[0-8]\b"), 64
 MATCHING = "Take config.json and weights from the same model."
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 
@@ -70,8 +76,10 @@ def load_folder(
             f"{LARGEST_SIDE}; {SUPPORTED}",
             ANOTHER,
         )
+    if OLD.match(str(configs["unet"].get("_diffusers_version"))):
+        side = max(side, LEAST_SIDE)
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
+    scheduler = {key: value for key, value in configs["scheduler"].items() if key not in UNREAD} | CORRECTED
     origin = name or str(folder), str(folder.resolve())
     proof = folder_digests(folder, weights), folder_licence(folder)
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))

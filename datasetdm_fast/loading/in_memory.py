@@ -27,6 +27,7 @@ ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector"
 def model_of(pipe: Any, size: int = 0) -> Model:
     """The model of a StableDiffusionPipeline, in fp32 and of its own memory: the pipeline may change afterwards."""
     parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # what torch.compile has wrapped
     if absent := [name for name, part in parts.items() if part is None]:
         raise Refused(
             f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}; {SUPPORTED}",
@@ -34,12 +35,19 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         )
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders; {SUPPORTED}", "Give another one.")
+    _check_freeu(parts["unet"])
+    _check_vectors(pipe.tokenizer)
     origin = f"a {type(pipe).__name__} in memory"
-    unet = {key: list(value) if isinstance(value, tuple) else value for key, value in pipe.unet.config.items()}
+    unet = {key: list(value) if isinstance(value, tuple) else value for key, value in parts["unet"].config.items()}
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}
     check_unet(unet, origin)
-    check_vae(dict(pipe.vae.config), origin)
+    check_vae(dict(parts["vae"].config), origin)
     check_scheduler(scheduler, origin)
+    if not isinstance(unet["sample_size"], int):
+        raise Refused(
+            f"from_diffusers: the unet's sample_size is {unet['sample_size']}, expected a number; {SUPPORTED}",
+            "Give a pipeline that was made for squares.",
+        )
     states = {name: state_of(parts[name], name) for name in NETWORKS}
     networks = {name: Network.of(_copied(parts[name], states[name])) for name in NETWORKS}
     digests = {name: digest_of(state) for name, state in states.items()}
@@ -60,6 +68,28 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     return checked(model)
 
 
+def _check_freeu(unet: nn.Module) -> None:
+    """Refuses a UNet that scales its features as it runs, which no weight tells."""
+    scales = ("s1", "s2", "b1", "b2")
+    if any(all(getattr(block, name, None) for name in scales) for block in unet.up_blocks):
+        raise Refused(
+            "from_diffusers: FreeU is enabled in the unet, which the engines here do not follow, so images would "
+            "differ",
+            "Call pipe.disable_freeu() first.",
+        )
+
+
+def _check_vectors(tokenizer: Any) -> None:
+    """Refuses a word of several vectors: diffusers' pipeline writes them all in place of it, a tokenizer does not."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    if several := sorted(token for token in added if f"{token}_1" in added):
+        raise Refused(
+            f"from_diffusers: textual inversion gave {several[0]!r} several vectors, which diffusers writes in place "
+            "of that one word; they are not read here",
+            "Load each vector under a token of its own, token=['<a>', '<b>'], and name them all in the prompts.",
+        )
+
+
 def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of a network under their plain names; refused where an adapter is not fused into them."""
     waiting = [
@@ -72,6 +102,11 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
             f"from_diffusers: {len(waiting)} layers of the {name} have an adapter that is not fused, the first is "
             f"{waiting[0]}",
             "Call pipe.fuse_lora() first, or pipe.unload_lora_weights() to go without.",
+        )
+    if any(value.is_meta for value in module.state_dict().values()):
+        raise Refused(
+            f"from_diffusers: the weights of the {name} are offloaded, so they are not in memory",
+            "Load the pipeline without enable_sequential_cpu_offload().",
         )
     return {
         key.replace(WRAPPED, "."): value.detach().to("cpu", torch.float32, copy=True)

@@ -1,5 +1,6 @@
 """cityscapes:PATH[SPLIT]: leftImg8bit and gtFine, 19 classes by train id."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +44,12 @@ class Cityscapes(PictureSource):
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
         things = self._things(path, image.shape) if "instance" in self.tasks else {}
-        shown = [self.classes[k] for k in np.unique(labels) if k != IGNORED]
-        names = ",".join(self.called.get(name, name) for name in shown)
-        return Picture(path.stem, image, f"a photo of a {names}, the urban street", labels, **things)
+        named = [self.classes[k] for k in np.unique(labels) if k != IGNORED]
+        return Picture(path.stem, image, self.photo_of(named), labels, named=named, **things)
+
+    def photo_of(self, names: Sequence[str]) -> str:
+        said = ",".join(self.called.get(name, name) for name in names)
+        return f"a photo of a {said}, the urban street"
 
     def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
         train_ids = self._beside(path, "labelTrainIds")

@@ -227,7 +227,7 @@ class Coco(PictureSource):
             found[which[0]].append(make)
             found[which[1]].append(kind)
         names = [self.thing_classes[k] for k in sorted(set(found["mask_classes"]))]
-        return found | {"caption": self.photo_of(names)}
+        return found | {"caption": self.photo_of(names), "named": names}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
         points, boxes, areas = [], [], []

@@ -69,9 +69,10 @@ class Folder(PictureSource):
         image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
         labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
         depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
-        caption = self._said(record)
+        caption, named = self._said(record), ()
         if caption is None:
-            caption = self.caption(labels)
+            named = self.things_in(labels)
+            caption = self.photo_of(named)
         if not isinstance(caption, str):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is not a text")
-        return Picture(name, image, caption, labels, depth=depth)
+        return Picture(name, image, caption, labels, depth=depth, named=named)

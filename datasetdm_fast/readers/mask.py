@@ -49,4 +49,5 @@ class Masks(PictureSource):
         labels = reading.binary_mask(mask, image.shape).astype(np.uint8)
         parts = path.stem.split(MARK)
         shown = parts[3] if len(parts) > 4 else self.thing_classes[0]
-        return Picture(path.stem, image, self.photo_of([shown] if labels.any() else []), labels)
+        named = [shown] if labels.any() else []
+        return Picture(path.stem, image, self.photo_of(named), labels, named=named)

@@ -55,8 +55,8 @@ class Voc(PictureSource):
         labels = reading.label_map(maps, image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
-        caption = self.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
-        return Picture(name, image, caption, labels, masks, kinds)
+        named = [self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)]
+        return Picture(name, image, self.photo_of(named), labels, masks, kinds, named=named)
 
     def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
         path = self.objects / f"{name}.png"

@@ -40,11 +40,12 @@ class Yolo(PictureSource):
         path = self.images[record]
         image, labels = reading.colour_image(path, reading.as_shown), self._label(record)
         rows = self._rows(labels, image.shape) if labels.exists() else []
-        caption = self.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
+        named = sorted({self.thing_classes[kind] for kind, _ in rows})
         return Picture(
             path.stem,
             image,
-            caption,
+            self.photo_of(named),
+            named=named,
             masks=[partial(rasterised, [points], image.shape) for _, points in rows],
             mask_classes=[k for k, _ in rows],
         )

@@ -83,11 +83,25 @@ def seen_in_training(decoder: str, source: LabelledSource, labels: Iterable[str]
         return {}
     files = {label: folders[label] / "training" / NAME for label in labels if label in folders}
     known = {label: _pictures(file) for label, file in files.items() if file.exists()}
-    there = []
-    for index in range(len(source)) if any(known.values()) else ():
-        with suppress(Refused):  # one that cannot be read is skipped or refused where it is judged
-            there.append(_digest((_whole(source, index).image,)))
+    there = _seen(source, len(source)) if any(known.values()) else []
     return {label: sum(picture in pictures for picture in there) for label, pictures in known.items()}
+
+
+def shared(judged: LabelledSource, learnt: LabelledSource, count: int) -> int:
+    """How many pictures of a data set are among the first `count` of another, whatever their addresses."""
+    if judged.is_rendered or learnt.is_rendered:
+        return 0
+    known = {*_seen(learnt, count)}
+    return sum(picture in known for picture in _seen(judged, len(judged)))
+
+
+def _seen(source: LabelledSource, count: int) -> list[str]:
+    """The digests of the first pictures of a data set, of those that can be read: others are refused where needed."""
+    found = []
+    for index in range(count):
+        with suppress(Refused):
+            found.append(_digest((_whole(source, index).image,)))
+    return found
 
 
 def _pictures(file: Path) -> set[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, save_decoder
+from datasetdm_fast.decoders.checkpoint import read_state as read_weights
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engines.device import multiplies_bf16
@@ -202,7 +203,7 @@ class _StartedTraining:
     def train(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
         """Takes the steps that are left; whether the last was taken."""
         training, trainer, steps = self.training, self.trainer, self.training.plan.schedule.steps
-        every = max(steps // training.config.checks, 1)
+        checks = training.config.checks
         while trainer.done < steps and not self.numbers["has_ended"]:
             if self.ranks.any(is_stopping()):
                 self.save()
@@ -211,7 +212,7 @@ class _StartedTraining:
             step, figure = trainer.done, None
             self.numbers["last"] = loss
             log.step(step, steps, loss, rate)
-            if training.held and (step % every == 0 or step == steps):
+            if training.held and step * checks // steps > (step - 1) * checks // steps:
                 figure = self.look()
                 if figure is not None:
                     log.figure(step, METRICS[training.task].held_out_figure, figure)
@@ -267,6 +268,7 @@ class _StartedTraining:
         if is_chosen:
             decoder.load_state_dict(self.best)
         save_decoder(decoder, training.folder, storage=training.config.storage)
+        decoder.load_state_dict(read_weights(training.folder / "model.safetensors"))  # of its precision
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
         classes = held_out.classes_shown(training.lessons) if meter and meter.columns else 0

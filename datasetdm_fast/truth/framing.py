@@ -20,6 +20,11 @@ class Window:
     top: float
     scale: float
 
+    def cuts(self, height: int, width: int, size: int) -> bool:
+        """Whether a pixel of a picture lies outside, with half a pixel for rounding."""
+        side, edges = size / self.scale, (self.left, self.top)
+        return any(edge > 0.5 or edge + side < length - 0.5 for edge, length in zip(edges, (width, height)))
+
 
 @dataclass(frozen=True)
 class Rule:

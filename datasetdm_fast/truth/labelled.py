@@ -54,6 +54,7 @@ class Picture:
     keypoints: np.ndarray | None = None  # [P, J, 3]
     keypoint_boxes: np.ndarray | None = None  # [P, 4]
     keypoint_areas: np.ndarray | None = None  # [P]
+    named: Sequence[str] = ()  # the classes that the caption names, where it was made of the labels
     person: tuple[float, float, float, float] | None = (
         None  # the box x, y, width, height to look at instead of the whole
     )

@@ -32,7 +32,17 @@ class PictureSource(LabelledSource):
             window = framing.around(picture.person, self.size)
         else:
             window = framing.fitted(height, width, self.size)
-        return self.completed(framing.framed(picture, window, self.size, self.least_mask))
+        item = framing.framed(picture, window, self.size, self.least_mask)
+        if picture.named and window.cuts(height, width, self.size):
+            item = replace(item, caption=self.photo_of(self._left(picture.named, item)))
+        return self.completed(item)
+
+    def _left(self, named: Sequence[str], item: Labelled) -> list[str]:
+        """The named classes that an item still shows, and words that are no classes."""
+        labels = set() if item.semantic is None else {self.classes[k] for k in np.unique(item.semantic) if k != IGNORED}
+        things = set() if item.mask_classes is None else {self.thing_classes[k] for k in item.mask_classes}
+        gone = {*self.classes, *self.thing_classes} - labels - things
+        return [name for name in named if name not in gone]
 
     def whole(self, index: int) -> Labelled:
         picture = self.guarded(self.picture, self.order[index])
@@ -68,10 +78,10 @@ class PictureSource(LabelledSource):
             return replace(item, semantic=labels)
         return item
 
-    def caption(self, labels: np.ndarray | None) -> str:
-        """A caption of the things in a label map, where the data set stores none."""
+    def things_in(self, labels: np.ndarray | None) -> list[str]:
+        """The things in a label map, for a caption where the data set stores none."""
         named = enumerate(self.classes)
-        return self.photo_of([name for k, name in named if name in self.thing_classes and np.any(labels == k)])
+        return [name for k, name in named if name in self.thing_classes and np.any(labels == k)]
 
     def photo_of(self, names: Sequence[str]) -> str:
         """A caption of these classes, as a person says them."""

@@ -109,7 +109,28 @@ def _of_folder(network: StudentNetwork, folder: Path, settings: Mapping[str, Any
             f"such as {min(absent)}",
             REMEDY,
         )
-    return model.float()
+    return (_with_new_head(model, network, config, names) if _has_other_names(found, names) else model).float()
+
+
+def _has_other_names(found: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether the outputs of stored weights stand for something else; names that transformers made up say nothing."""
+    stored = found.get("id2label")
+    if not names or not isinstance(stored, Mapping) or len(stored) != len(names):
+        return False  # of another number they start anew as it is
+    words = [str(stored.get(str(number))) for number in range(len(names))]
+    is_made_up = all(word == f"LABEL_{number}" for number, word in enumerate(words))
+    return not is_made_up and [word.casefold() for word in words] != [name.casefold() for name in names]
+
+
+def _with_new_head(model: nn.Module, network: StudentNetwork, config: Any, names: Sequence[str]) -> nn.Module:
+    """The network with the tensors started anew whose size the number of outputs decides."""
+    more = _config(network, config.to_dict(), [*names, "another"])
+    fresh, wider = (dict(type(model)(one).named_parameters()) for one in (config, more))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if fresh[name].shape != wider[name].shape:
+                value.copy_(fresh[name])
+    return model
 
 
 @contextmanager
