@@ -91,6 +91,9 @@ def main(arguments: Sequence[str]) -> int:
 def _opened(settings: ExportSettings, folder: Path) -> Conversion:
     from datasetdm_fast.exporting.conversion import Conversion, open_source
 
+    places = [place if is_url(place) else str(Path(place).resolve()) for place in settings.runs]
+    if twice := [place for k, place in enumerate(settings.runs) if places[k] in places[:k]]:
+        raise Refused(f"{twice[0]}: was named twice, so its samples would be, too", "Name each run once.")
     sources = []
     for place in settings.runs:
         chosen = _passing(Path(place), settings.where) if settings.where else None

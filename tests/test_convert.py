@@ -710,6 +710,12 @@ def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path
     assert main([str(copy), "--to", "coco", "--quiet"]) == 0 and (copy / "exports" / "coco").is_dir()
 
 
+def test_a_run_that_is_named_twice_is_refused(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert main([str(run), run.name, "--to", "coco", "--out", str(tmp_path / "out")]) == 2
+    assert f"{run.name}: was named twice" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

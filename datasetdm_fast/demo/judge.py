@@ -160,10 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
     }
     result["frechet"] = distances(judges.kinds, sets, reference)
     (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
-    starts = range(0, min(len(images) // 12 * 12, 72), 12)
-    rows = [np.concatenate(list(images[start : start + 12]), 1) for start in starts]
-    if rows:
-        Image.fromarray(np.concatenate(rows, 0)).save(options.out / "contact.png")
+    across = min(len(images), 12)
+    starts = range(0, min(len(images) // across, 6) * across, across)
+    rows = [np.concatenate(list(images[start : start + across]), 1) for start in starts]
+    Image.fromarray(np.concatenate(rows, 0)).save(options.out / "contact.png")
     print(tables(result), file=sys.stderr)
     print(json.dumps(result))
     return 0

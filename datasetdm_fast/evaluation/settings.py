@@ -149,7 +149,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
             raise Refused(
                 f"--{given[0].replace('_', '-')}: for students of transformers, "
                 f"{'no --student is named' if not self.student else f'--student {self.student} is built in'}",
-                f"Name one of {', '.join(NETWORKS.names)}.",
+                f"Leave it out, or give --student one of {', '.join(NETWORKS.names)}.",
             )
         if self.student_size and self.weights:
             raise Refused("--student-size: the folder of --weights determines it", "Leave one of the two out.")
