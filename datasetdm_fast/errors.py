@@ -1,6 +1,7 @@
 """The three exceptions with which a command ends; each carries the cause, the remedy and the exit code."""
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ class GateFailed(_Stop, RuntimeError):
     """The work was done, but a check on it failed or samples were set aside."""
 
     exit_code = 4
+
+
+def quote(path: object) -> str:
+    """A path as a shell reads it, for a remedy that is a command."""
+    return shlex.quote(str(path))
 
 
 REFUSALS = {

@@ -16,7 +16,7 @@ from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.prompting import balance, language_model, vocabulary
@@ -214,7 +214,7 @@ def _tell(config: PromptsConfig, sentences: Sequence[Sentence], total: int, reas
         print(f"together   {first} and {second}: {count:,}")
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         print(f"left out   {count:,}: {reason}")
-    print(f"{config.out}; python -m datasetdm_fast.generate --prompts {config.out}")
+    print(f"{config.out}; python -m datasetdm_fast.generate --prompts {quote(config.out)}")
 
 
 if __name__ == "__main__":

@@ -717,11 +717,11 @@ def test_a_run_that_is_named_twice_is_refused(run, tmp_path, capsys, monkeypatch
 
 
 def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys):
-    copy = tmp_path / "run"
+    copy = tmp_path / "my run"
     shutil.copytree(run, copy)
     (copy / "images" / "00000002.png").write_bytes(b"no picture")
     converted(copy, tmp_path / "out", "--to", "coco", code=4)
-    assert "datasetdm_fast.audit" in capsys.readouterr().err
+    assert f"datasetdm_fast.audit '{copy}'" in capsys.readouterr().err
 
 
 def test_classes_are_renamed_joined_and_left_out(run, tmp_path):

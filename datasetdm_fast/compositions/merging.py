@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast.compositions.source import begun, check_filter, decisive, digests_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
@@ -60,7 +60,7 @@ def open_part(path: Path, *, only_kept: bool) -> Part:
     if only_kept and not kept:
         raise Refused(
             f"--kept: {path} has not been filtered",
-            f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
+            f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
         )
     return Part(path, run, kept)
 
@@ -218,7 +218,7 @@ class Merging:
             if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
                 raise GateFailed(
                     f"{part.path}: {name} is missing or has changed since it was written",
-                    f"See what is damaged with: python -m datasetdm_fast.audit {part.path}",
+                    f"See what is damaged with: python -m datasetdm_fast.audit {quote(part.path)}",
                 )
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
             files[role], sources[new] = (new, content), path

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, check_same, made_by, maker, read_document, sides
@@ -48,7 +48,7 @@ def source_path(folder: Path, stored: Mapping[str, Any], given: str) -> Path:
     if not given and not (path / DOCUMENT).exists():
         raise Refused(
             f"{folder}: was made of {path}, where there is no run folder any more",
-            f"Tell where it is now: {maker(stored)} RUN --only ID --out {folder}",
+            f"Tell where it is now: {maker(stored)} RUN --only ID --out {quote(folder)}",
         )
     check_filter(folder, path, stored["config"].get("kept", ""))
     return path
@@ -62,7 +62,7 @@ def check_filter(folder: Path, path: Path, kept: str) -> None:
         since = "has another one now" if found else "is not filtered any more"
         raise Refused(
             f"{folder}: was made of the samples that a filter of {path} kept, and that run {since}",
-            f"Filter it as it was then: python -m datasetdm_fast.filter {path} --where CONDITION",
+            f"Filter it as it was then: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
         )
 
 
@@ -94,7 +94,7 @@ class Source:
         if only_kept and not self.kept_digest:
             raise Refused(
                 f"--kept: {path} has not been filtered",
-                f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
+                f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
             )
         self.document: dict[str, Any] = self.run.document
         if self.document.get("command") == "splice":
@@ -158,7 +158,7 @@ class Source:
     def _damaged(self, name: str) -> Refused:
         return Refused(
             f"{self.path}: {name} is missing or has changed since it was written",
-            f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
+            f"See what is damaged with: python -m datasetdm_fast.audit {quote(self.path)}",
         )
 
     def close(self) -> None:

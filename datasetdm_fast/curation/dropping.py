@@ -8,7 +8,7 @@ from typing import Any
 
 from datasetdm_fast.curation.filtering import check_all_scored
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DROPPED, LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -88,7 +88,7 @@ def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> 
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         dropped = {row.request.index: row for row in ledger.dropped()}
     chosen = sorted(dropped) if wanted is None else [index for index in wanted if index in dropped]
-    remedy = f"See what was dropped with: python -m datasetdm_fast.restore {run.path} --all --dry-run"
+    remedy = f"See what was dropped with: python -m datasetdm_fast.restore {quote(run.path)} --all --dry-run"
     _check_known(run.path, wanted or (), there | dropped.keys(), remedy)
     for index in chosen:
         _check_files(run.path, dropped[index])

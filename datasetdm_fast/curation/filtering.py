@@ -12,7 +12,7 @@ import numpy as np
 from datasetdm_fast.curation.clip import Clip
 from datasetdm_fast.curation.scores import scored
 from datasetdm_fast.curation.stability import Stability
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.run_folder.document import LEDGER, table_of
 from datasetdm_fast.run_folder.folder import RunFolder, keep
 from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
@@ -73,7 +73,7 @@ def check_all_scored(run: Run) -> None:
     if count_missing(run, ()):
         raise Refused(
             f"--where: samples of {run.path} are not scored",
-            f"Score them with: python -m datasetdm_fast.filter {run.path}",
+            f"Score them with: python -m datasetdm_fast.filter {quote(run.path)}",
         )
 
 

@@ -15,7 +15,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.exporting import target
 from datasetdm_fast.exporting.classes import PERSON, Renaming, united
 from datasetdm_fast.exporting.format import Content, Entry, ExportPlan, Format
@@ -79,7 +79,7 @@ def open_source(place: str | Path, settings: ExportSettings, chosen: frozenset[i
     if settings.kept and read_kept(path) is None:
         raise Refused(
             f"--kept: {path} has not been filtered",
-            f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
+            f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
         )
     split = read_split(path)
     return ExportSource(run, chosen_labels(run, settings.task), chosen, split and split.names())
@@ -350,5 +350,5 @@ def _split_order(name: str) -> tuple[int, str]:
 def _damaged(run: str | Path, cause: str) -> GateFailed:
     return GateFailed(
         cause if str(run) in cause else f"{run}: {cause}",
-        f"See what is damaged with: python -m datasetdm_fast.audit {run}",
+        f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}",
     )

@@ -13,7 +13,7 @@ from datasetdm_fast.decoders.folders import DecoderFolders, find_decoders, parts
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.generation import prompts, racing
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.plan import Plan, make_plan
@@ -248,7 +248,8 @@ def refill(config: RunConfig) -> None:
         if dropped and counts_by_class(wanted):
             raise Refused(
                 f"--refill: {config.out} counts the samples of each class, so dropped ones cannot be replaced",
-                f"Restore them with python -m datasetdm_fast.restore {config.out} --all, or choose another --out.",
+                f"Restore them with python -m datasetdm_fast.restore {quote(config.out)} --all, or choose another "
+                "--out.",
             )
         if "seeds" in stored["plan"]:  # and nothing is written yet that would ask for others
             raise Refused(

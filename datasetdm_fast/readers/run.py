@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.instance import SHOWN_SCORE
 from datasetdm_fast.labels.names import LabelName, task_of_label
@@ -67,7 +67,7 @@ class RunSamples(PictureSource):
         if not found and split not in (ALL, TRAIN):
             raise Refused(
                 f"{path}: no split {split!r}",
-                f"Leave the brackets out, or split it first with: python -m datasetdm_fast.split {path}",
+                f"Leave the brackets out, or split it first with: python -m datasetdm_fast.split {quote(path)}",
             )
         parts = found.names() if found else {}
         self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth

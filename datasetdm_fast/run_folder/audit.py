@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.run_folder import gallery, seal
@@ -192,7 +191,7 @@ def _restore(folder: Path) -> str:
 
 
 def _again(folder: Path, document: Mapping[str, Any], id: str) -> str:
-    return f"Make it again: {maker(document)} --out {shlex.quote(str(folder))} --only {id}"
+    return f"Make it again: {maker(document)} --out {quote(folder)} --only {id}"
 
 
 def _beyond(folder: Path, index: int, number: int) -> Finding:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.errors import refusing_form
+from datasetdm_fast.errors import quote, refusing_form
 from datasetdm_fast.foreign import documents
 
 KEPT = "state/kept.json"
@@ -36,7 +36,7 @@ def read_kept(folder: Path) -> Kept | None:
     path = folder / KEPT
     if not path.exists():
         return None
-    remedy = f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again."
+    remedy = f"Run python -m datasetdm_fast.filter {quote(folder)} --undo, then filter again."
     with refusing_form(path, "filter", remedy):
         value = documents.read_object(path, most=LARGEST_KEPT)
         documents.check_form(value, KEPT_FORM)

@@ -19,7 +19,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
@@ -385,7 +385,7 @@ def refuse_stored(path: Path) -> None:
     if (path / ELSEWHERE).exists():
         raise Refused(
             f"{path}: its samples are in an object store",
-            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
+            f"Copy the run with: python -m datasetdm_fast.gallery {quote(path)} --out COPY",
         )
 
 

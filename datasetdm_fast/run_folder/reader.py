@@ -16,7 +16,7 @@ import numpy as np
 
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, nearest, quote
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.class_tables import ClassTable
@@ -152,7 +152,7 @@ class StoredSample:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             raise Refused(
                 f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})",
-                f"See what is damaged with: python -m datasetdm_fast.audit {self.run}",
+                f"See what is damaged with: python -m datasetdm_fast.audit {quote(self.run)}",
             ) from error
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.run_folder.document import LEDGER, differences, maker, read_document
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
@@ -21,7 +21,7 @@ def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]
     if stored.get("command", "") != command:
         raise Refused(
             f"--only {id}: {folder} was not made by {command or 'generate'}",
-            f"Make it again with: {maker(stored)} --out {folder} --only {id}",
+            f"Make it again with: {maker(stored)} --out {quote(folder)} --only {id}",
         )
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         row = ledger.row(int(id)) if id.isdecimal() and len(id) <= LONGEST_ID else None

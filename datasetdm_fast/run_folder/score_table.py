@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.kept import Kept
 from datasetdm_fast.run_folder.ledger import Ledger
@@ -100,7 +100,7 @@ def passing(folder: Path, where: str) -> Kept:
         if not ledger.score_names():
             raise Refused(
                 f"--where: the samples of {folder} have no scores yet",
-                f"Score them first: python -m datasetdm_fast.filter {folder}",
+                f"Score them first: python -m datasetdm_fast.filter {quote(folder)}",
             )
     table = read_scores(folder, names)
     for name in names:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused, refusing_form
+from datasetdm_fast.errors import Refused, quote, refusing_form
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.seal import SPLIT, resealed
@@ -43,7 +43,7 @@ def read_split(folder: Path) -> Split | None:
     path = folder / SPLIT
     if not path.exists():
         return None
-    remedy = f"Run python -m datasetdm_fast.split {folder} --undo, then split again."
+    remedy = f"Run python -m datasetdm_fast.split {quote(folder)} --undo, then split again."
     with refusing_form(path, "split", remedy):
         value = documents.read_object(path, most=LARGEST_SPLIT)
         documents.check_form(value, SPLIT_FORM)
@@ -57,7 +57,7 @@ def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:
     if (part := parts.get(row.request.index)) is None:
         raise Refused(
             f"{folder}: sample {row.request.id} is in no part of its split",
-            f"Split the run again: python -m datasetdm_fast.split {folder}",
+            f"Split the run again: python -m datasetdm_fast.split {quote(folder)}",
         )
     return part
 
