@@ -551,6 +551,9 @@ def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):
 def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     run = open_run(run_path)
     assert [sample.id for sample in run[2:5]] == ["00000002", "00000003", "00000004"] and len(run[8:][:2]) == 2
+    with pytest.raises(Refused, match="one order"):
+        run[::-1]
+    assert [sample.id for sample in reversed(run[2:4])] == ["00000003", "00000002"]
     assert run[-1].id == run["00000011"].id == "00000011" and repr(run[:2]).endswith(f"{', '.join(run.tasks)}>")
     balls = run.where(classes=("ball",))
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)

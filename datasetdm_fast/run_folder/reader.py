@@ -228,6 +228,8 @@ class Run(AbstractContextManager["Run"]):
     def __getitem__(self, key: int | str | slice) -> StoredSample | Run:
         """The sample at a position, the one with an id such as "00000003", or a run of those in a slice."""
         if isinstance(key, slice):
+            if key.step is not None and key.step < 0:
+                raise Refused(f"{self.path}: the samples of a run have one order", "Use reversed(run) for the other.")
             return self._narrowed(self._indices[key])
         index = self._index(key)
         row = self._rows().row(index)
