@@ -423,7 +423,7 @@ def test_a_damaged_row_of_a_store_is_told_with_the_place_of_the_store(run, bucke
     bucket.files.pipe_file(f"{bucket.root}/state/ledger.sqlite", ledger.read_bytes())
     assert convert.main([bucket.url, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]) == 4
     told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith(f"{bucket.url}/state/ledger.sqlite: ") and told[1].endswith(f"audit {bucket.url}")
+    assert told[0].startswith(f"{bucket.url}/state/ledger.sqlite: ") and told[1].endswith(f"audit '{bucket.url}'")
 
 
 def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, capsys):
@@ -441,7 +441,7 @@ def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, 
         assert convert.main(line) == 4
         told = capsys.readouterr().err.splitlines()
         assert told[0] == f"{bucket.url}/{name}: it is missing or has changed since it was written"
-        assert told[1].endswith(f"audit {bucket.url}")
+        assert told[1].endswith(f"audit '{bucket.url}'")
     row = open_run(run)[1].row
     with object_store.open_folder(folder, document(3, 32)) as opened:
         assert opened.renew(row, rendered(1, 32)) == [name] and not (folder / "depth").exists()

@@ -81,6 +81,13 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
     return folder
 
 
+@torch.no_grad()
+def round_parameters(decoder: Decoder, storage: str) -> None:
+    """Rounds them to what `storage` holds, so that figures are those of the weights that are written."""
+    for parameter in decoder.parameters():
+        parameter.copy_(parameter.to(STORAGE[storage]))
+
+
 class Undrawn(TorchFunctionMode):
     """Leaves parameters without memory as they are: drawing them would import PyTorch's compiler, in seconds."""
 

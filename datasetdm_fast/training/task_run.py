@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, save_decoder
-from datasetdm_fast.decoders.checkpoint import read_state as read_weights
+from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, round_parameters, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engines.device import multiplies_bf16
@@ -267,8 +266,8 @@ class _StartedTraining:
         decoder, is_chosen = self._decoder(), self._is_choosing and bool(self.best)
         if is_chosen:
             decoder.load_state_dict(self.best)
+        round_parameters(decoder, training.config.storage)
         save_decoder(decoder, training.folder, storage=training.config.storage)
-        decoder.load_state_dict(read_weights(training.folder / "model.safetensors"))  # of its precision
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
         classes = held_out.classes_shown(training.lessons) if meter and meter.columns else 0
