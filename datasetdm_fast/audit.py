@@ -3,7 +3,6 @@ damaged file and how to repair it.
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import setting
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.exporting.check import audit_export, exports_of
 from datasetdm_fast.exporting.target import DOCUMENT as EXPORT
 from datasetdm_fast.run_folder.audit import Report, audit
@@ -72,10 +71,10 @@ def _told(config: AuditConfig) -> Report:
         if not folder.is_dir():  # no file came
             raise Refused(f"{config.run}: it is empty, so it is not a run", "Check the address.")
         report, here = _told(replace(config, run=str(folder))), _mended_at(config.run, copies)
-        places = (shlex.quote(str(folder)), shlex.quote(here)), (str(folder), here)
-        for there, mended in places:
-            report.findings[:] = [replace(each, remedy=each.remedy.replace(there, mended)) for each in report.findings]
-        return replace(report, path=config.run)
+        findings = report.findings
+        for there, mended in ((quote(folder), quote(here)), (str(folder), here)):
+            findings = [replace(each, remedy=each.remedy.replace(there, mended)) for each in findings]
+        return replace(report, path=config.run, findings=findings)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)

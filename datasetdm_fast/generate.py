@@ -17,7 +17,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say, unfinished
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.generation.defaults import with_folder, with_labels
 from datasetdm_fast.generation.job import Job, count_rows, finished, further, may_differ, measures, prepare, refill
 from datasetdm_fast.generation.racing import probe
@@ -300,7 +300,7 @@ def _page(config: RunConfig, result: Result) -> str:
     if not config.store:
         return f"{result.path}/gallery/index.html"
     place = config.store if result.is_complete else str(result.path)
-    return f"them with: python -m datasetdm_fast.gallery {shlex.quote(place)} --serve"
+    return f"them with: python -m datasetdm_fast.gallery {quote(place)} --serve"
 
 
 def _convert(config: RunConfig, result: Result) -> None:
