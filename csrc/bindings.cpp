@@ -7,6 +7,7 @@
 #include "guided_step.h"
 #include "mask_rle.h"
 #include "network_ops.h"
+#include "outlines.h"
 #include "png.h"
 #include "query_transformer.h"
 #include "released_gil.h"
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);
     m.def("rle_from_runs", &datasetdm::rle_from_runs, "runs"_a.noconvert(), "height"_a, "width"_a);
+    m.def("outlines_of_labels", &datasetdm::outlines_of_labels, "labels"_a.noconvert(), "image"_a.noconvert());
+    m.def("outlines_of_depth", &datasetdm::outlines_of_depth, "metres"_a.noconvert(), "image"_a.noconvert());
     m.def("png_encode", &datasetdm::png_encode, "pixels"_a.noconvert(), "palette"_a = std::string());
     m.def("png_encode_words", &datasetdm::png_encode_words, "pixels"_a.noconvert());
     m.def("count_bytes", &datasetdm::count_bytes, "pixels"_a.noconvert());

@@ -22,6 +22,7 @@ TASK_KINDS = Registry("tasks", dict.fromkeys(OWN_TASKS), TaskKind)
 TASKS = TASK_KINDS.names
 ATTENTION = "attention"  # labels read from the attention of the calls that draw an image
 DECODER = "decoder"
+FROM_DECODER, FROM_IMAGE = OUTLINES = ("decoder", "image")  # where labels have their outlines from
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,13 @@ class ModelSettings:
         "between them; random-sd14 and tiny have decoders of random weights",
         metavar="DIR",
     )
+    outlines: str = setting(
+        "auto",
+        "outlines of labels: those of the decoder's masks, or outlines that follow the colours of the image near them; "
+        "auto: as each decoder's configuration says",
+        identity="if given",
+        choices=("auto", *OUTLINES),
+    )
     size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(
         False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
@@ -324,8 +332,8 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model lora decoder task combine labeller classes class_table ask exponent threshold uncertainty self_cells "
-        "cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
+        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
         "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
         "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
@@ -579,7 +587,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
 @dataclass(frozen=True)
 class LabelConfig(RunConfig):
     FLAGS = (
-        "images captions tiles model decoder task labeller classes class_table exponent threshold uncertainty "
+        "images captions tiles model decoder outlines task labeller classes class_table exponent threshold uncertainty "
         "self_cells cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
         "allow_download json quiet threads dtype compile device"
     ).split()

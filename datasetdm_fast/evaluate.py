@@ -329,7 +329,7 @@ def _shared(judged, learnt, count: int) -> dict[str, int]:
 def _engine(config: EvaluateConfig, decoder: str | None = None):
     from datasetdm_fast.engines.opening import open_engine
 
-    options = {"allow_download": config.allow_download, **config.engine_choices()}
+    options = {"allow_download": config.allow_download, "outlines": config.outlines, **config.engine_choices()}
     return open_engine(config.model, decoder, **options)[0]
 
 

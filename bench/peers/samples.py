@@ -15,6 +15,7 @@ from datasetdm_fast.generation.prompts import Tokenizer
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.tasks.outlines import outlined
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
@@ -34,9 +35,10 @@ def samples_of(
     """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
     by the rules of `generate`.
     """
-    labels = {
-        task: postprocess(requests, raw, decoders[task].config, recipe, tokenizer) for task, raw in answers.items()
-    }
+    labels = {}
+    for task, raw in answers.items():
+        config = decoders[task].config
+        labels[task] = outlined(postprocess(requests, raw, config, recipe, tokenizer), images, config)
     return [
         Sample(request, images[b], {task: made[b] for task, made in labels.items()})
         for b, request in enumerate(requests)

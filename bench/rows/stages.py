@@ -2,10 +2,11 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from datasetdm_fast.engines.memory import release
 from datasetdm_fast.generation.driver import postprocess
 from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels.label_files import encode
+from datasetdm_fast.tasks.outlines import outlined
 
 NAIVE_DTYPE = "fp32"  # as DatasetDM is written
 
@@ -63,6 +65,7 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
     _, capture = engine.denoise_and_capture(*captured)
     naive.denoise_and_capture(*one_captured)
     samples, tables = ours.make(requests), label_tables(setting.reference, recipe)
+    images = [sample.image for sample in samples]
     raw = {task: engine.annotate(task, capture) for task in recipe.tasks}
     on_host = {task: {name: value[:1].cpu() for name, value in answer.items()} for task, answer in raw.items()}
 
@@ -94,7 +97,7 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
             "image",
             work["image"],
         ),
-        Stage("post-process", lambda: labels(raw, setting, batch), lambda: labels(on_host, setting, 1)),
+        Stage("post-process", lambda: labels(raw, images, setting), lambda: labels(on_host, images[:1], setting)),
         Stage("encode", lambda: [encode(sample, "png", tables) for sample in samples]),
         Stage("encode and write", lambda: write(samples, tables, folder)),
     ]
@@ -115,10 +118,13 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
     return Stage(f"decoder {task}", lambda: last(ours.engine.annotate(task, capture)), slow, "outputs")
 
 
-def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> list[list[Annotation]]:
-    decoders, requests = setting.reference.decoders, setting.batch(batch)
-    given = setting.recipe, setting.model.tokenizer
-    return [postprocess(requests, answer, decoders[task].config, *given) for task, answer in raw.items()]
+def labels(raw: dict[str, dict[str, Tensor]], images: Sequence[np.ndarray], setting: Setting) -> list[list[Annotation]]:
+    configs = {task: decoder.config for task, decoder in setting.reference.decoders.items()}
+    requests, given = setting.batch(len(images)), (setting.recipe, setting.model.tokenizer)
+    return [
+        outlined(postprocess(requests, answer, configs[task], *given), images, configs[task])
+        for task, answer in raw.items()
+    ]
 
 
 def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:

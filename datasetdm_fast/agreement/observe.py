@@ -18,6 +18,7 @@ from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.stages import FACTOR, LEVELS
+from datasetdm_fast.tasks.outlines import outlined
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ def observe(
         task: engine.annotate(task, captures[recipe.captures[task]], words.asked(task, requests))
         for task in recipe.tasks
     }
-    labels = {
-        task: postprocess(requests, answer, engine.decoders[task].config, recipe, engine.model.tokenizer)
-        for task, answer in raw.items()
-    }
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
+    labels = {}
+    for task, answer in raw.items():
+        config = engine.decoders[task].config
+        labels[task] = outlined(postprocess(requests, answer, config, recipe, engine.model.tokenizer), images, config)
     return Observation(
         context.cpu(),
         tuple(seen),

@@ -37,6 +37,7 @@ class Stability:
             size=config["size"],
             threads=threads,
             lora=tuple(config.get("lora", ())),
+            outlines=config.get("outlines", "auto"),
         )
         weights = {"model": {"digests": dict(self.engine.model.digests)}, "decoders": decoders}
         stored = {"model": {"digests": run.document["model"]["digests"]}, "decoders": run.document["decoders"]}
@@ -64,6 +65,7 @@ class Stability:
         from datasetdm_fast.sampling.inversion import invert
         from datasetdm_fast.tasks import TASKS
         from datasetdm_fast.tasks.captions import held_to
+        from datasetdm_fast.tasks.outlines import outlined
 
         prompts, named = [sample.prompt for sample in samples], [sample.classes for sample in samples]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
@@ -74,5 +76,6 @@ class Stability:
                 if (config.capture_timestep or 0) == timestep:
                     raw, tokenizer = self.engine.annotate(label, capture, None), self.engine.model.tokenizer
                     raw = held_to(raw, config, prompts, named=named, tokenizer=tokenizer)
-                    labels[label] = TASKS[config.task].postprocess(raw, config, self.engine.model.size)
+                    found = TASKS[config.task].postprocess(raw, config, self.engine.model.size)
+                    labels[label] = outlined(found, (sample.image for sample in samples), config)
         return labels

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import FROM_DECODER, OUTLINES, TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, of_words
@@ -77,6 +77,8 @@ class DecoderConfig:
     min_area: int = 0
     # what gives an instance its class: the decoder, or, where it was taught but one, the prompt of the image
     instance_class_from: str = "decoder"
+    # whether labels have the outlines of the decoder's masks, or such as follow the colours of the image near them
+    outlines: str = FROM_DECODER
 
     def __post_init__(self):
         for value, name, known in (
@@ -84,6 +86,7 @@ class DecoderConfig:
             (self.task, "task", TASKS),
             (self.normalisation, "normalisation", NORMALISATIONS),
             (self.instance_class_from, "instance_class_from", CLASS_SOURCES),
+            (self.outlines, "outlines", OUTLINES),
         ):
             if value not in known:
                 raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", MEND)
@@ -161,10 +164,13 @@ class DecoderConfig:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The fields as JSON holds them; without words of the user's own there is none for them."""
+        """The fields as JSON holds them, without those that decoders of earlier versions did not have and that say
+        nothing here.
+        """
         found = asdict(self)
         found["class_words"] = [{name: word[name] for name in WORD_FORM} for word in found["class_words"]]
-        return {name: value for name, value in found.items() if name != "class_words" or value}
+        idle = {"class_words": [], "outlines": FROM_DECODER}
+        return {name: value for name, value in found.items() if name not in idle or value != idle[name]}
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **self.values}, indent=2) + "\n"
@@ -213,7 +219,7 @@ LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "toke
 COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
 FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
 FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float)
-FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from"), str) | {
+FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from", "outlines"), str) | {
     "text_centre": bool,
     "limbs": [[int]],
     "word_heads": [float],

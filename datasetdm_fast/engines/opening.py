@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINES, HALF
@@ -31,13 +32,15 @@ def open_engine(
     lora: Sequence[str] = (),
     loaded: Model | None = None,
     strict: bool = False,
+    outlines: str = "auto",
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings. The
     dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
 
     A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
-    model, which may be `loaded` already; `strict` is for decoders as in load_decoder.
+    model, which may be `loaded` already; `strict` is for decoders as in load_decoder, and `outlines` are those of their
+    labels.
     """
     check_engine(engine, **options)
     before_torch()
@@ -76,6 +79,7 @@ def open_engine(
         chosen, told = {}, {}
     for label, one in chosen.items():
         check_levels(one, loaded.levels, label)
+        one.config = replace(one.config, outlines=one.config.outlines if outlines == "auto" else outlines)
     return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
 
 

@@ -15,6 +15,7 @@ from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
+from datasetdm_fast.tasks.outlines import outlined
 
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def measure(
                 raw = held_to(raw, config, said, asked, tokenizer=engine.model.tokenizer)
             asked = {"words": source.thing_classes} if config.has_text else {}
             found = TASKS[config.task].postprocess(raw, config, engine.model.size, **asked)
+            found = outlined(found, (item.image for item in items), config)
             for item, label in zip(items, found):
                 before = meter.count
                 meter.add(item, label)

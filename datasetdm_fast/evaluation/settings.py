@@ -13,10 +13,10 @@ MOST_DRAWS = 10_000  # bootstrap resamples of an interval
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
-        "decoder data task model select images limit_per_class min_area limit_images only_classes framing skip_bad "
-        "allow_download class_names unseen captions bootstrap level curve learn_from repeats steps more student "
-        "student_size weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed "
-        "threads dry_run json quiet"
+        "decoder outlines data task model select images limit_per_class min_area limit_images only_classes framing "
+        "skip_bad allow_download class_names unseen captions bootstrap level curve learn_from repeats steps more "
+        "student student_size weights only_synthetic both self_train tta real run size out engine dtype device "
+        "batch_size seed threads dry_run json quiet"
     ).split()
 
     data: str = setting(

@@ -28,6 +28,7 @@ from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsu
 from datasetdm_fast.labels.words import mentioned
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from datasetdm_fast.decoders.config import DecoderConfig
@@ -289,6 +290,7 @@ def collect(
     labels: dict[str, list[Annotation]] = {
         task: [label for _ in parts for label in next(answers)] for task in recipe.decoded
     }
+    labels = with_outlines(labels, pixels, engine, most)
     if drawn.averages is not None:
         labels[ATTENTION] = attention_labels(batch.requests, drawn.averages, engine, recipe)
     if recipe.foreign:
@@ -303,6 +305,19 @@ def collect(
             made = Sample(request, pixels[b], found, {**recipe.facts, **engine.adjustments})
             results.append(judged(recipe.origin.finish(made), recipe))
     return results
+
+
+def with_outlines(
+    labels: dict[str, list[Annotation]], pixels: np.ndarray, engine: Engine, most: int
+) -> dict[str, list[Annotation]]:
+    """The labels of decoders with the outlines that their configurations ask for, of so many images at once."""
+    from datasetdm_fast.tasks.outlines import outlined
+
+    def follow(task: str, place: int) -> Annotation:
+        return outlined([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
+
+    found = iter(readers().map(follow, [(task, b) for task in labels for b in range(len(pixels))], most))
+    return {task: [next(found) for _ in pixels] for task in labels}
 
 
 def judged(sample: Sample, recipe: Recipe) -> Sample:

@@ -386,7 +386,7 @@ def check_room(job: Job) -> None:
 
 def engine_of(config: RunConfig, stored: Mapping[str, Any] | None, dtype: str = "") -> tuple[Engine, dict[str, Any]]:
     """The engine and its decoders; a run folder keeps what `--engine auto` and `--dtype auto` chose for it."""
-    chosen = {"size": config.size, "allow_download": config.allow_download, "lora": config.lora}
+    chosen = {name: getattr(config, name) for name in ("outlines", "size", "allow_download", "lora")}
     chosen |= config.engine_choices()
     kept = stored["engine"].get("engine") if stored and config.engine == "auto" else None
     if kept in ENGINES and ENGINES[kept].races:

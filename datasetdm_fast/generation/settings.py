@@ -11,6 +11,7 @@ from datasetdm_fast.config import (
     DECODER,
     ENGINE_NAMES,
     LABELS,
+    OUTLINES,
     PARITIES,
     PROFILES,
     SAMPLERS,
@@ -65,6 +66,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "ignore": ("nothing", "disagreeing"),
     "ask": ("named", "all"),
     "parity": ("", *PARITIES),
+    "outlines": ("auto", *OUTLINES),
 }
 
 

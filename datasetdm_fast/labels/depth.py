@@ -94,6 +94,9 @@ class DepthKind(LabelKind):
         """Mean relative error."""
         return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
 
+    def following(self, label: DepthMap, image: np.ndarray) -> DepthMap:
+        return replace(label, metres=_C.outlines_of_depth(label.metres, image))
+
     def merged(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
         return replace(kept, metres=np.where(region, found.metres, kept.metres))
 

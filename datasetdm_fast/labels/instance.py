@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast import _C
 from datasetdm_fast.data import Instances
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.kind import (
@@ -116,6 +118,11 @@ class InstanceKind(LabelKind):
         boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
         categories = np.array(self.numbers(table), np.int64)[label.class_ids]
         return {"masks": label.masks, "boxes": boxes, "labels": categories, "scores": label.scores}
+
+    def following(self, label: Instances, image: np.ndarray) -> Instances:
+        """Each mask for itself, as masks may overlap."""
+        masks = [_C.outlines_of_labels(mask.astype(np.uint8), image).astype(bool) for mask in label.masks]
+        return replace(label, masks=np.stack(masks)) if masks else label
 
     def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
         sure = label.scores >= SHOWN_SCORE

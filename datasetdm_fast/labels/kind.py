@@ -143,6 +143,12 @@ class LabelKind(ABC):
     def distance(self, found: Any, truth: Any) -> float:
         """Of two labels, 0 where both say the same."""
 
+    def following(self, label: Any, image: np.ndarray) -> Any:
+        """The label with outlines that follow the colours of its image [H, W, 3] uint8; of a kind without outlines the
+        label itself.
+        """
+        return label
+
     def overlap(self, found: Any, truth: Any) -> float | None:
         """Mean IoU of what `truth` shows with the same in `found`; None for labels without areas."""
         return None

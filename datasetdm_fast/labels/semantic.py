@@ -16,6 +16,7 @@ from datasetdm_fast.labels.pictures import painted
 
 IGNORE = 255
 BACKGROUND = "background"
+PLACES = 256  # labels of one map that 8 bits tell apart
 
 
 def count_pixels(labels: np.ndarray) -> dict[str, int]:
@@ -108,6 +109,15 @@ class ClassMap(LabelKind):
     def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
         return float((found.labels != truth.labels).mean())
+
+    def following(self, label: SemanticMap, image: np.ndarray) -> SemanticMap:
+        if label.labels.dtype == np.uint8:
+            return replace(label, labels=_C.outlines_of_labels(label.labels, image))
+        shown, places = np.unique(label.labels, return_inverse=True)
+        if len(shown) > PLACES:
+            return label
+        found = _C.outlines_of_labels(places.reshape(label.labels.shape).astype(np.uint8), image)
+        return replace(label, labels=shown[found])
 
     def mask_of(self, label: SemanticMap, word: str) -> tuple[np.ndarray, np.ndarray]:
         return label.labels == label.classes.index(word), label.confidence

@@ -18,6 +18,7 @@ from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
+from datasetdm_fast.tasks.outlines import outlined
 from datasetdm_fast.training.loop import TrainingViews, projected
 from datasetdm_fast.truth.labelled import LabelledSource
 
@@ -64,28 +65,31 @@ def answers(
     device: torch.device,
     tokenizer: Callable[..., object],
     batch_size: int = 8,
+    views: Sequence[int] | None = None,
 ) -> list[Annotation]:
-    """What a decoder in training says about each view, as it would once loaded."""
+    """What a decoder in training says about each view, or some of them, as it would once loaded."""
     ready = fold(copy.deepcopy(decoder)).to(device)
     config, found = METRICS[ready.config.task].reading(ready.config), []
     asked = lessons.views.source.thing_classes if words is not None else ()
     with torch.inference_mode():
-        for start in range(0, lessons.count, batch_size):
-            views = range(start, min(start + batch_size, lessons.count))
-            text = None if words is None else words.to(device)[None].expand(len(views), -1, -1)
-            levels = [level.to(device) for level in lessons.captures.batch(views)]
+        chosen = range(lessons.count) if views is None else views
+        for start in range(0, len(chosen), batch_size):
+            some = chosen[start : start + batch_size]
+            text = None if words is None else words.to(device)[None].expand(len(some), -1, -1)
+            levels = [level.to(device) for level in lessons.captures.batch(some)]
             allow_tf32(device, False)  # what an engine that made them in another precision has just set
             raw = ready(projected(ready, levels), text)
-            prompts = lessons.views.captions([lessons.views.item(view) for view in views])
-            raw = held_to(raw, config, prompts, asked, tokenizer=tokenizer)
-            found += TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
+            items = [lessons.views.item(view) for view in some]
+            raw = held_to(raw, config, lessons.views.captions(items), asked, tokenizer=tokenizer)
+            labels = TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
+            found += outlined(labels, (item.image for item in items), config)
     return found
 
 
-def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Meter:
-    """The meter of a task after all views."""
+def score(task: str, lessons: TrainingViews, found: Sequence[Annotation], views: Sequence[int] | None = None) -> Meter:
+    """The meter of a task after all views, or some of them."""
     meter = METRICS[task](lessons.views.source)
-    for view, label in enumerate(found):
+    for view, label in zip(range(lessons.count) if views is None else views, found, strict=True):
         meter.add(lessons.views.item(view), label)
     return meter
 

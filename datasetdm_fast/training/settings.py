@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.config import (
     ENGINE_NAMES,
+    OUTLINES,
     SEEDS,
     TASKS,
     CommandSettings,
@@ -45,8 +46,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     FLAGS = (
         "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
-        "augment captions class_table by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb "
-        "storage engine dtype device seed save_every threads dry_run json quiet"
+        "augment captions class_table by_name by_word outlines timestep latent inversion ddim_steps cache cache_dir "
+        "cache_gb storage engine dtype device seed save_every threads dry_run json quiet"
     ).split()
 
     data: str = setting(
@@ -130,6 +131,14 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "name things by the attention to the words of the caption, in addition to the decoder's prediction; auto: "
         "with --by-name, if at least 20 masks of training images show that the attention can",
         choices=("auto", "no"),
+    )
+    outlines: str = setting(
+        "auto",
+        "outlines of the decoder's labels: those of its masks, or outlines that follow the colours of the image near "
+        "them; auto: the latter where the labels of training images are better with them, the former with --preset "
+        "upstream",
+        identity="if given",
+        choices=("auto", *OUTLINES),
     )
     timestep: int = setting(
         -1, "U-Net timestep at which captures are taken, -1 = the model's default; DatasetDM uses 0", metavar="T"

@@ -31,7 +31,7 @@ from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.loading import checkpoint
-from datasetdm_fast.training import data_record, held_out, page, word_heads
+from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
 from datasetdm_fast.training.log import Log, log_lines
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks
@@ -267,6 +267,9 @@ class _StartedTraining:
         if is_chosen:
             decoder.load_state_dict(self.best)
         round_parameters(decoder, training.config.storage)
+        size = training.framing["pixels_a_side"]
+        given = (training.plan.words, size, training.device, training.tokenizer)
+        decoder.config = outlines.chosen(training.config, decoder, training.lessons, *given)
         save_decoder(decoder, training.folder, storage=training.config.storage)
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
@@ -280,6 +283,7 @@ class _StartedTraining:
             "stopped_early": done < training.plan.schedule.steps,
             "weights_of_step": self.numbers["step"] if is_chosen else done,
             "loss": self.numbers["last"],
+            "outlines": decoder.config.outlines,
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
             "held_out_intervals": intervals(meter, classes=classes) if meter else {},
