@@ -283,20 +283,18 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
         raise Refused(
             f"{folder}: it holds a run of {stored['command']}, not of {wanted['command']}", "Choose another --out."
         )
-    found = [
-        line
-        for part in wanted
-        for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)
-    ]
-    if found:
-        if all(line.startswith("source.") for line in found):
-            raise Refused(
-                f"{folder}: it holds {what} made of other samples ({'; '.join(found)})",
-                "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
-                "choose another --out.",
-            )
+    lines = {part: differences(stored.get(part), wanted[part], "" if part == "config" else part) for part in wanted}
+    changed = {part for part, told in lines.items() if told}
+    found = "; ".join(line for told in lines.values() for line in told)
+    if changed == {"source"}:
         raise Refused(
-            f"{folder}: it holds {what} with other settings ({'; '.join(found)})",
+            f"{folder}: it holds {what} made of other samples ({found})",
+            "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
+            "choose another --out.",
+        )
+    if changed:
+        raise Refused(
+            f"{folder}: it holds {what} with other settings ({found})",
             "Choose another --out, or give the flags that it was started with.",
         )
 
