@@ -8,7 +8,7 @@ from typing import Any
 
 from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.names import task_of_label
@@ -190,6 +190,11 @@ def made_by(document: Mapping[str, Any]) -> str:
 def maker(document: Mapping[str, Any]) -> str:
     """The command line, without its flags, that made a run folder."""
     return f"python -m datasetdm_fast.{made_by(document)}"
+
+
+def to_see_damage(run: str | Path) -> str:
+    """What to do about a run with damaged files, for a refusal."""
+    return f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}"
 
 
 def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:

@@ -21,7 +21,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.run_folder.gallery import review
 from datasetdm_fast.run_folder.kept import KEPT
@@ -298,10 +298,7 @@ class StoreCopy:
 
     def _require(self, name: str) -> None:
         if self.bring(name) is None:
-            raise Missing(
-                f"{self.store.url}: {documents.quoted(name)} is not there",
-                f"See what else is damaged with: python -m datasetdm_fast.audit {self.store.url}",
-            )
+            raise Missing(f"{self.store.url}: {documents.quoted(name)} is not there", to_see_damage(self.store.url))
 
     def bring(self, name: str) -> Path | None:
         """The copy of a file, None where the store has none of that name."""
@@ -376,7 +373,7 @@ def refuse_made_of_url(path: Path) -> None:
         url = f"{found[1]}:{'///' if found[1] == 'file' else '//'}{str(path)[found.end() :]}"
         raise Refused(
             f"{url}: a run in an object store, expected a run folder on this machine",
-            f"Copy it here first with: python -m datasetdm_fast.gallery {url} --out DIR",
+            f"Copy it here first with: python -m datasetdm_fast.gallery {quote(url)} --out DIR",
         )
 
 
