@@ -404,6 +404,24 @@ def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys)
     assert command.main(line) == 2 and "copy: it holds something other than memory://" in capsys.readouterr().err
 
 
+def test_a_copy_is_continued_as_the_run_in_the_store_is_by_then(run, bucket, tmp_path, capsys):
+    copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
+    write_run(tmp_path / "grown", 4, 32)
+    fill(bucket, run)
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")
+    there = [path.rpartition("my run/")[2] for path in bucket.files.find(bucket.root)]
+    bucket.files.get_file, kept = broken_after(len(there) - 2, bucket.files.get_file), bucket.files.get_file
+    assert command.main(line) == 3 and all(
+        (copy / name).exists() for name in {*there} - {"run.json", "state/seal.json"}
+    )
+    assert (copy / "state/ledger.sqlite").exists() and (copy / "review/bad.txt").exists()
+    bucket.files.get_file = kept
+    fill(bucket, tmp_path / "grown")
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000001\n")
+    assert command.main(line) == 0 and audit(copy).findings == [] and len(open_run(copy)) == 4
+    assert (copy / "review/bad.txt").read_bytes() == b"00000001\n" and not (copy / object_store.COPYING).exists()
+
+
 def broken_after(number, get_file):
     """The same call, which fails after so many files."""
     left = iter(range(number))

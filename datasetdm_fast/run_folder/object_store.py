@@ -347,6 +347,8 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
     if is_other:
         raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
     sizes, free = store.sizes(), storage.free_bytes(folder.absolute())
+    if begun.exists():
+        _forget_older(folder, store, sizes)
     left = sum(size for name, size in sizes.items() if not (folder / name).exists())
     if left > free:
         raise Missing(
@@ -357,6 +359,20 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
     on_begin(len(sizes))
     copies.whole(on_file)
     storage.remove(begun)
+
+
+def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) -> None:
+    """Removes the files of a copying that was killed which the store has in another form now, as of a run that grew."""
+    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}", "Choose another --out.")
+    digests = found if isinstance(found, dict) else {}
+    for name, size in sizes.items():
+        path = folder / name
+        if path.exists() and (
+            name in REVIEW  # which is not sealed
+            or path.stat().st_size != size
+            or (name in digests and storage.sha256_of(path) != digests[name])
+        ):
+            storage.remove(path)
 
 
 def unfinished(url: str) -> Refused:
