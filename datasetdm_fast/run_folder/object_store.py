@@ -363,7 +363,7 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
 
 def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) -> None:
     """Removes the files of a copying that was killed which the store has in another form now, as of a run that grew."""
-    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}", "Choose another --out.")
+    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}")
     digests = found if isinstance(found, dict) else {}
     for name, size in sizes.items():
         path = folder / name
