@@ -418,7 +418,7 @@ def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
 
 @pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.is_drawn])
 def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
-    class Drawn:
+    class Drawn(LabelledSource):
         joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
         class_table = None
 
@@ -426,7 +426,7 @@ def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
             self.asked.append((number, seed))
             return source[number]
 
-    data = Drawn()
+    data = Drawn(64, 3)
     data.asked = []
     for draw in (0, 1, 0):
         look(data, 2, AUGMENTATIONS[name], draw, 7, source.__getitem__)

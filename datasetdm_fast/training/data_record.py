@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def _item(source: LabelledSource, index: int) -> dict[str, Any]:
 
 
 def _whole(source: LabelledSource, index: int) -> Picture | Labelled:
-    """An item at its own size, where it has one."""
-    return source.guarded(source.picture, source.order[index]) if hasattr(source, "picture") else source[index]
+    """An item at its own size, where it has one, with the caption of all of it."""
+    if not hasattr(source, "picture"):
+        return source[index]
+    picture = source.guarded(source.picture, source.order[index])
+    return replace(picture, caption=source.caption_of(picture.caption))
 
 
 def _digest(parts: tuple[Any, ...]) -> str:
