@@ -647,15 +647,15 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
     if not isinstance(source, PictureSource):
         return
     picture, item = source.picture(0), source[0]
-    if isinstance(picture.caption, str):
+    if picture.named is None:
         assert item.caption == picture.caption
         return
-    assert source.whole(0).caption == source.photo_of(picture.caption)
+    assert source.whole(0).caption == source.photo_of(picture.named)
     shown = {name for name, _ in source.things_of(item)}
-    shown |= {*picture.caption}.difference(source.classes, source.thing_classes)  # as files of masks name their object
+    shown |= {*picture.named}.difference(source.classes, source.thing_classes)  # as files of masks name their object
     if item.semantic is not None:
         shown |= {source.classes[k] for k in np.unique(item.semantic) if k != IGNORED}
-    assert item.caption == source.photo_of([name for name in picture.caption if name in shown])
+    assert item.caption == source.photo_of([name for name in picture.named if name in shown])
 
 
 @pytest.mark.parametrize("captions", [None, {"0": "a dog beside a cat"}])

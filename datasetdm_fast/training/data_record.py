@@ -1,6 +1,7 @@
 """Digests of the pictures and labels a decoder is taught from, by which a training that is resumed notices a change.
 
-FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds
+FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds, and
+                            of which part of a picture captions that are made of the labels name the classes
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
+OF_LOOKS = "of what a look shows"  # captions made of the labels; in earlier versions of the whole picture
 FORM = {"items": [{"name": str, "sides": [int]}]}
 KINDS = {  # what a change is called -> the fields of an item that tell it
     "other labels": ("semantic", "things", "depth", "joints"),
@@ -41,7 +43,7 @@ def record(source: LabelledSource, progress: Callable[[int], None] = lambda done
     for index in () if source.is_rendered else range(len(source)):
         found.append(_item(source, index))
         progress(index + 1)
-    return {"items": found}
+    return {"captions": OF_LOOKS, "items": found}
 
 
 def _item(source: LabelledSource, index: int) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _whole(source: LabelledSource, index: int) -> Picture | Labelled:
     if not hasattr(source, "picture"):
         return source[index]
     picture = source.guarded(source.picture, source.order[index])
-    return replace(picture, caption=source.caption_of(picture.caption))
+    return picture if picture.named is None else replace(picture, caption=source.photo_of(picture.named))
 
 
 def _digest(parts: tuple[Any, ...]) -> str:
@@ -132,6 +134,18 @@ def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         )
 
 
+def check_captions(folder: Path, before: Mapping[str, Any], recaptioned: Callable[[], str]) -> None:
+    """Refuses to resume the training of a version whose captions are other ones than now; `recaptioned` is the first
+    picture that has another.
+    """
+    if before.get("captions") != OF_LOOKS and (name := recaptioned()):
+        raise Refused(
+            f"--out: {folder} was begun by an earlier version, whose captions name what a look at a picture leaves "
+            f"out, as of {name}",
+            "Choose another --out.",
+        )
+
+
 def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     """What of the data changed, in words, empty where nothing did; what only one of them read is not compared."""
     names, later = ([item["name"] for item in items] for items in (before, now))
@@ -161,7 +175,7 @@ def _listed(names: set[str]) -> str:
 def as_json(found: Mapping[str, Any]) -> bytes:
     """The record as a file, one item a line."""
     lines = ",\n".join(json.dumps(item) for item in found["items"])
-    return f'{{"items": [\n{lines}\n]}}\n'.encode()
+    return f'{{"captions": {json.dumps(OF_LOOKS)}, "items": [\n{lines}\n]}}\n'.encode()
 
 
 def framing(found: Mapping[str, Any], pictures: int, size: int, rule: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,16 @@ class TrainingSession:
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
         settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
-        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data)
+        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data, partial(self._recaptioned, task))
+
+    def _recaptioned(self, task: str) -> str:
+        """A picture whose caption is made of its labels and of which looks leave something out, empty if none."""
+        is_changed = _augmentation(self.config, task).changes_what_is_shown
+        for index in self.numbers if self.config.captions != "none" else ():
+            item = self.source[index]
+            if item.named is not None and (is_changed or item.named != self.source.whole(index).named):
+                return self.source.name(self.source.order[index])
+        return ""
 
     def views(
         self,

@@ -37,6 +37,11 @@ class Augmentation:
         """Whether hardly two looks are alike."""
         return self.is_recoloured
 
+    @property
+    def changes_what_is_shown(self) -> bool:
+        """Whether a look may show other things than the image."""
+        return bool(self.is_drawn or self.turned or self.zoom > 1 or self.pasted)
+
 
 STRONG = Augmentation(flip=True, zoom=1.7, pasted=0.5, is_recoloured=True)
 CROP, CROP_AND_FLIP = Augmentation(is_drawn=True), Augmentation(is_drawn=True, flip=True)

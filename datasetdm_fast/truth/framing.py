@@ -106,8 +106,8 @@ def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0)
     return Labelled(
         id=picture.id,
         image=_filtered(picture.image, window, rows, columns, size),
-        caption=picture.caption if isinstance(picture.caption, str) else "",
-        named=None if isinstance(picture.caption, str) else picture.caption,
+        caption=picture.text,
+        named=picture.named,
         semantic=None if picture.semantic is None else taken(picture.semantic, IGNORED).astype(np.uint8),
         masks=masks,
         mask_classes=None if masks is None else np.array([picture.mask_classes[k] for k in kept], np.int64),

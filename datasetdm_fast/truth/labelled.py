@@ -59,6 +59,16 @@ class Picture:
         None  # the box x, y, width, height to look at instead of the whole
     )
 
+    @property
+    def text(self) -> str:
+        """The caption, empty where it is to be made."""
+        return self.caption if isinstance(self.caption, str) else ""
+
+    @property
+    def named(self) -> tuple[str, ...] | None:
+        """The classes that the caption is to be made of, None where it is stored."""
+        return None if isinstance(self.caption, str) else self.caption
+
 
 class LabelledSource:
     """A data set: its vocabulary, its length and its items in a fixed order.

@@ -45,11 +45,7 @@ class PictureSource(LabelledSource):
         shown |= {self.thing_classes[k] for k in (() if item.mask_classes is None else item.mask_classes)}
         known, has_things = {*self.classes, *self.thing_classes}, not shown.isdisjoint(self.thing_classes)
         left = tuple(name for name in item.named if (name in shown if name in known else has_things))
-        return replace(item, caption=whole_characters(self.caption_of(left)), named=left)
-
-    def caption_of(self, said: str | tuple[str, ...]) -> str:
-        """The caption of a picture: as it is stored, or made of the classes."""
-        return said if isinstance(said, str) else self.photo_of(said)
+        return replace(item, caption=whole_characters(self.photo_of(left)), named=left)
 
     def whole(self, index: int) -> Labelled:
         picture = self.guarded(self.picture, self.order[index])
@@ -61,8 +57,8 @@ class PictureSource(LabelledSource):
             "crowds": _stacked(picture.crowds, picture.image.shape[:2]),
             "crowd_classes": np.array(picture.crowd_classes, np.int64),
         }
-        item = Labelled(picture.id, picture.image, self.caption_of(picture.caption), picture.semantic)
-        item = replace(item, depth=picture.depth)
+        labels = {"semantic": picture.semantic, "depth": picture.depth}
+        item = Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels)
         return self.completed(item if picture.masks is None else replace(item, **masks))
 
     def completed(self, item: Labelled) -> Labelled:
