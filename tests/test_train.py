@@ -203,7 +203,7 @@ def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_doe
     name = data / "images" / ("2.png" if augment == "flip" else "0.png")
     for _ in range(2):
         assert run(*line) == 2
-        assert f"name what a look at a picture leaves out, as of {name}" in capsys.readouterr().err
+        assert f"taught another caption or other words of {name}" in capsys.readouterr().err
         record.unlink(missing_ok=True)  # the first versions wrote none
     record.write_text(json.dumps(found))
     assert run(*line) == 0
@@ -214,6 +214,17 @@ def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_doe
         (state / "data.json").unlink()
         (state / "result.json").unlink()
         assert run(*line, *flags, out=out) == (2 if augment == "voc" and not flags else 0)
+
+
+def test_a_training_in_which_an_earlier_version_asked_for_the_words_of_crowds_does_not_go_on(run, tmp_path, capsys):
+    LAYOUTS["coco"][1](data := tmp_path / "data")
+    for task, code in (("instance", 0), ("open-vocabulary", 2)):
+        line = ["--data", f"coco:{data}", "--task", task, "--steps", "1", "--captions", "none", "--quiet"]
+        assert run(*line) == 0
+        for name in ("data.json", "result.json"):
+            (tmp_path / "decoder" / task / "training" / name).unlink()
+        assert run(*line) == code
+    assert f"other words of {data}" in capsys.readouterr().err
 
 
 def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):

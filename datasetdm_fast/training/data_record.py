@@ -1,7 +1,7 @@
 """Digests of the pictures and labels a decoder is taught from, by which a training that is resumed notices a change.
 
 FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds, and
-                            of which part of a picture captions that are made of the labels name the classes
+                            the version of what is taught of them
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
-OF_LOOKS = "of what a look shows"  # captions made of the labels; in earlier versions of the whole picture
+VERSION = 2  # before, captions made of the labels were of the whole picture, and words of crowds were taught as absent
 FORM = {"items": [{"name": str, "sides": [int]}]}
 KINDS = {  # what a change is called -> the fields of an item that tell it
     "other labels": ("semantic", "things", "depth", "joints"),
@@ -43,7 +43,7 @@ def record(source: LabelledSource, progress: Callable[[int], None] = lambda done
     for index in () if source.is_rendered else range(len(source)):
         found.append(_item(source, index))
         progress(index + 1)
-    return {"captions": OF_LOOKS, "items": found}
+    return {"version": VERSION, "items": found}
 
 
 def _item(source: LabelledSource, index: int) -> dict[str, Any]:
@@ -134,14 +134,11 @@ def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         )
 
 
-def check_captions(folder: Path, before: Mapping[str, Any], recaptioned: Callable[[], str]) -> None:
-    """Refuses to resume the training of a version whose captions are other ones than now; `recaptioned` is the first
-    picture that has another.
-    """
-    if before.get("captions") != OF_LOOKS and (name := recaptioned()):
+def check_version(folder: Path, before: Mapping[str, Any], taught_anew: Callable[[], str]) -> None:
+    """Refuses to resume the training of a version that taught something else of a picture; `taught_anew` finds one."""
+    if before.get("version") != VERSION and (name := taught_anew()):
         raise Refused(
-            f"--out: {folder} was begun by an earlier version, whose captions name what a look at a picture leaves "
-            f"out, as of {name}",
+            f"--out: {folder} was begun by an earlier version, which taught another caption or other words of {name}",
             "Choose another --out.",
         )
 
@@ -175,7 +172,7 @@ def _listed(names: set[str]) -> str:
 def as_json(found: Mapping[str, Any]) -> bytes:
     """The record as a file, one item a line."""
     lines = ",\n".join(json.dumps(item) for item in found["items"])
-    return f'{{"captions": {json.dumps(OF_LOOKS)}, "items": [\n{lines}\n]}}\n'.encode()
+    return f'{{"version": {VERSION}, "items": [\n{lines}\n]}}\n'.encode()
 
 
 def framing(found: Mapping[str, Any], pictures: int, size: int, rule: str) -> dict[str, Any]:

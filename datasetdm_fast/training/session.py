@@ -157,14 +157,19 @@ class TrainingSession:
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
         settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
-        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data, partial(self._recaptioned, task))
+        taught_anew = partial(self._taught_anew, task, words is not None)
+        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data, taught_anew)
 
-    def _recaptioned(self, task: str) -> str:
-        """A picture whose caption is made of its labels and of which looks leave something out, empty if none."""
+    def _taught_anew(self, task: str, asks_words: bool) -> str:
+        """A picture whose caption is made of its labels and of which looks leave something out, or that shows a crowd
+        where words are asked for; empty if there is none.
+        """
         is_changed = _augmentation(self.config, task).changes_what_is_shown
-        for index in self.numbers if self.config.captions != "none" else ():
-            item = self.source[index]
-            if item.named is not None and (is_changed or item.named != self.source.whole(index).named):
+        for index in self.numbers:
+            item, is_captioned = self.source[index], self.config.captions != "none"
+            is_named = is_captioned and item.named is not None
+            is_other = is_named and (is_changed or item.named != self.source.whole(index).named)
+            if is_other or (asks_words and item.crowds is not None and len(item.crowds)):
                 return self.source.name(self.source.order[index])
         return ""
 

@@ -50,7 +50,7 @@ class TaskPlan:
     words: Tensor | None  # class embeddings
     settings: Mapping[str, Any]  # everything that decides the weights, as JSON, apart from:
     data: Mapping[str, Any]  # the digests of the data's items
-    recaptioned: Callable[[], str]  # a picture that an earlier version would teach with another caption, empty if none
+    taught_anew: Callable[[], str]  # a picture of which earlier versions taught something else, empty if none
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TaskTraining:
 
 def finished(folder: Path, plan: TaskPlan) -> dict | None:
     """The result of a training that ended here, None where there is work left, as where its weights are gone; other
-    settings, data or captions are refused.
+    settings or data are refused, and versions that taught something else.
     """
     path, settings = folder / "training" / "settings.json", _flat(plan.settings)
     if not storage.is_there(path):
@@ -115,7 +115,7 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     files = folder / "training" / "result.json", folder / "config.json", folder / "model.safetensors"
     if all(file.exists() for file in files):
         return read_state(files[0])
-    data_record.check_captions(folder, recorded, plan.recaptioned)
+    data_record.check_version(folder, recorded, plan.taught_anew)
     return None
 
 
