@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.compositions.command import make, make_again
+from datasetdm_fast.compositions.command import make, make_again, without_run
 from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.errors import Refused
 
@@ -18,8 +18,11 @@ EXAMPLES = ('runs/demo --only 00000003 --class ball --prompt "a red star"',)
 @command
 def main(arguments: Sequence[str]) -> int:
     settings, given = parse(arguments, EditSettings, PROG, __doc__, EXAMPLES)
-    is_remake = settings.only and not given & {"prompt", "class_", "instance", "mask", "box"}
+    asked = given & {"prompt", "class_", "instance", "mask", "box"}
+    is_remake = settings.only and not asked
     if not settings.run and not is_remake:
+        if settings.only:
+            raise without_run(settings, asked)
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are edited, such as runs/demo.")
     from datasetdm_fast.compositions.edit import Edits
 

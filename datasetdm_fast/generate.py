@@ -19,7 +19,7 @@ from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, sa
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.generation.defaults import with_folder, with_labels
-from datasetdm_fast.generation.job import Job, count_rows, finished, further, may_differ, measures, prepare, refill
+from datasetdm_fast.generation.job import Job, count_rows, finished, in_all, may_differ, measures, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
@@ -260,7 +260,8 @@ def _run_together(
     # where several machines share the ledger, who reads it keeps the others from committing
     minutes = 0.0 if peer and (peer.rank or peer.is_on_several_machines) else config.page_every
     stored = read_document(Path(config.out))
-    left = count_images(config) + (further(stored) if stored else 0) - count_rows(config)
+    number = count_images(config)
+    left = (in_all(number, stored, Path(config.out)) if stored else number) - count_rows(config)
     images = -(-min(left, config.limit or left) // processes)
     with (
         interruption,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.compositions.command import make, make_again
+from datasetdm_fast.compositions.command import make, make_again, without_run
 from datasetdm_fast.compositions.settings import VarySettings
 from datasetdm_fast.errors import Refused
 
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     settings, given = parse(arguments, VarySettings, PROG, __doc__, EXAMPLES)
     is_remake = settings.only and "domain" not in given
     if not settings.run and not is_remake:
+        if settings.only:
+            raise without_run(settings, {"domain"})
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are varied, such as runs/demo.")
     from datasetdm_fast.compositions.vary import Variants
 

@@ -309,8 +309,21 @@ def meanings(node: ast.expr, path: Path) -> Iterator[tuple[ast.expr, Path]]:
         yield from parts(node.func.value, node.args[0], path)
         for usual in node.args[1:]:
             yield from meanings(usual, path)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in STOPS:
+        module, name = imported(path).get(node.func.id, (path, node.func.id))
+        told = [one.value for one in returns_of(module, name) if one.value is not None]
+        for one in told:
+            yield from meanings(one, module)
+        if not told:
+            yield node, path
     else:
         yield node, path
+
+
+def returns_of(path: Path, name: str) -> list[ast.Return]:
+    """What a function at the top of a file returns."""
+    functions = [one for one in parsed(path).body if isinstance(one, ast.FunctionDef) and one.name == name]
+    return [one for function in functions for one in ast.walk(function) if isinstance(one, ast.Return)]
 
 
 def parts(table: ast.expr, key: ast.expr, path: Path) -> Iterator[tuple[ast.expr, Path]]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
-from datasetdm_fast import generate, label, split
+from datasetdm_fast import drop, generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.decoders.folders import DEMO
@@ -363,6 +363,23 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path, caps
     assert (run / "attention/00000002.png").read_bytes() == kept
     assert label.main([*line, "--seed", "5"]) == label.main([*line, *again, "--seed", "5"]) == 2
     assert "Drop these flags" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_added_does_not_keep_others_from_being_labelled_again(photos, tmp_path, capsys):
+    folder, run = Path(shutil.copytree(photos, tmp_path / "photos")), tmp_path / "run"
+    line = [str(folder), "--task", "semantic", "--batch-size", "2", "--out", str(run), "--quiet"]
+    again = ["--out", str(run), "--only", "00000001", "--quiet"]
+    assert label.main([*line, "--limit", "2"]) == 0 and label.main(again) == 0
+    assert label.main(line) == 0
+    shutil.copy(folder / "a.png", folder / "aa.png")
+    kept = (run / "semantic/00000001.png").read_bytes()
+    (run / "semantic/00000001.png").unlink()
+    assert label.main(again) == 0 and (run / "semantic/00000001.png").read_bytes() == kept
+    assert drop.main([str(run), "0", "--quiet"]) == 0 and label.main(again) == 0
+    capsys.readouterr()
+    assert label.main(line) == 2 and "pictures that were added need one of their own" in capsys.readouterr().err
+    shutil.copy(folder / "a.png", folder / "b.jpg")
+    assert label.main(again) == 2 and "it holds labels of other pictures" in capsys.readouterr().err
 
 
 def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, open_run
 from datasetdm_fast import gallery as command
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import object_store, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -402,6 +404,24 @@ def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys)
     assert command.main(line) == 2 and "copy: it holds something other than memory://" in capsys.readouterr().err
 
 
+def test_a_copy_is_continued_as_the_run_in_the_store_is_by_then(run, bucket, tmp_path, capsys):
+    copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
+    write_run(tmp_path / "grown", 4, 32)
+    fill(bucket, run)
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")
+    there = [path.rpartition("my run/")[2] for path in bucket.files.find(bucket.root)]
+    bucket.files.get_file, kept = broken_after(len(there) - 2, bucket.files.get_file), bucket.files.get_file
+    assert command.main(line) == 3 and all(
+        (copy / name).exists() for name in {*there} - {"run.json", "state/seal.json"}
+    )
+    assert (copy / "state/ledger.sqlite").exists() and (copy / "review/bad.txt").exists()
+    bucket.files.get_file = kept
+    fill(bucket, tmp_path / "grown")
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000001\n")
+    assert command.main(line) == 0 and audit(copy).findings == [] and len(open_run(copy)) == 4
+    assert (copy / "review/bad.txt").read_bytes() == b"00000001\n" and not (copy / object_store.COPYING).exists()
+
+
 def broken_after(number, get_file):
     """The same call, which fails after so many files."""
     left = iter(range(number))
@@ -424,6 +444,17 @@ def test_a_damaged_row_of_a_store_is_told_with_the_place_of_the_store(run, bucke
     assert convert.main([bucket.url, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]) == 4
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith(f"{bucket.url}/state/ledger.sqlite: ") and told[1].endswith(f"audit '{bucket.url}'")
+
+
+def test_remedies_with_the_url_of_a_run_can_be_pasted(run, bucket, tmp_path):
+    fill(bucket, run)
+    bucket.files.rm(f"{bucket.root}/images/00000001.png")
+    with pytest.raises(Missing, match="is not there") as stop, open_run(bucket.url) as opened:
+        object_store.StoreCopy(bucket.url, tmp_path / "copy").samples([opened[1].row])
+    assert stop.value.remedy.endswith(f"audit '{bucket.url}'")
+    with pytest.raises(Refused, match="a run in an object store") as stop:
+        open_run(Path(bucket.url))
+    assert f"gallery '{bucket.url}' --out DIR" in stop.value.remedy
 
 
 def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, capsys):

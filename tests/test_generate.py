@@ -204,8 +204,16 @@ def test_others_take_the_place_of_dropped_samples_where_that_is_asked_for(engine
     grown, large = (dict(files_of(tmp_path / name)) for name in ("run", "large"))
     told = {"run.json", "README.md", "gallery/run.js"}  # of how many images were asked for
     assert [name for name in sorted((grown.keys() | large.keys()) - told) if grown.get(name) != large.get(name)] == []
-    assert run("--number", "7", "--batch-size", "2", "--quiet", out=tmp_path / "run") == 0  # with the two beyond four
-    assert len(open_run(tmp_path / "run")) == 9 and audit(tmp_path / "run").findings == []
+    longer = ["--batch-size", "2", "--quiet", "--number"]
+    assert run(*longer, "5", out=tmp_path / "run") == 0 and len(open_run(tmp_path / "run")) == 6  # which are there
+    assert drop.main([str(tmp_path / "run"), "0", "--quiet"]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+    assert run(*longer, "7", out=tmp_path / "one") == 0  # with one that takes the place of the dropped one
+    assert len(open_run(tmp_path / "one")) == 7 and audit(tmp_path / "one").findings == []
+    assert restore.main([str(tmp_path / "run"), "--all", "--quiet"]) == 0
+    assert run(*longer, "7", out=tmp_path / "run") == 0 == run(*longer, "7", out=tmp_path / "large")
+    assert len(open_run(tmp_path / "run")) == 7 and audit(tmp_path / "run").findings == []
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "large")
     assert run("--number", "2", "--refill", out=tmp_path / "none") == 2 and not (tmp_path / "none").exists()
 
 

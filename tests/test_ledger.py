@@ -446,6 +446,10 @@ def test_unreadable_descriptions_are_refused(tmp_path, content):
 def test_other_configurations_are_refused_with_the_fields(tmp_path):
     with pytest.raises(Refused, match="number: 4 there, 5 asked for; seed: 0 there, 1 asked for"):
         check_same(tmp_path, document(4), {"config": document(5, seed=1)["config"]})
+    with pytest.raises(Refused, match="with other settings"):  # of the run, whatever it is called
+        check_same(tmp_path, {"config": {"source.run": "a"}}, {"config": {"source.run": "b"}})
+    with pytest.raises(Refused, match="made of other samples"):
+        check_same(tmp_path, {"source": None, "config": {}}, {"source": {"samples.jsonl": "0"}, "config": {}})
     with pytest.raises(Refused, match="it holds a run of merge, not of generate"):
         check_config(tmp_path, document(4) | {"command": "merge"}, document(4)["config"])
 

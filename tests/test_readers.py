@@ -38,6 +38,7 @@ from datasetdm_fast.scenes import world
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, folds, held_out
 from datasetdm_fast.truth import framing, reading, tables
+from datasetdm_fast.truth.augment import Augmentation, look
 from datasetdm_fast.truth.labelled import EVERY_CLASS, IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
@@ -645,14 +646,11 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
     source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
     if not isinstance(source, PictureSource):
         return
-    picture = source.picture(0)
-    height, width = picture.image.shape[:2]
-    assert not framing.fitted(64, 64, 64).cuts(64, 64, 64) and not framing.fitted(97, 97, 64).cuts(97, 97, 64)
-    assert framing.fitted(height, width, 64).cuts(height, width, 64) == (height != width)
-    item = source[0]
-    if not picture.named or height == width:
+    picture, item = source.picture(0), source[0]
+    if picture.named is None:
         assert item.caption == picture.caption
         return
+    assert source.whole(0).caption == source.photo_of(picture.named)
     shown = {name for name, _ in source.things_of(item)}
     shown |= {*picture.named}.difference(source.classes, source.thing_classes)  # as files of masks name their object
     if item.semantic is not None:
@@ -672,6 +670,41 @@ def test_what_a_square_cuts_away_is_named_by_given_captions_alone(tmp_path, capt
     source = open_data(f"folder:{tmp_path}", 64)
     assert source.whole(0).caption == ("a dog beside a cat" if captions else "a photo of a dog, a cat")
     assert source[0].caption == ("a dog beside a cat" if captions else "a photo of a cat")
+    zoomed = [look(source, 0, Augmentation(zoom=16), draw, 0, source.__getitem__).caption for draw in range(12)]
+    assert {*zoomed} == ({"a dog beside a cat"} if captions else {"a photo of a cat", "a photo"})
+
+
+def test_captions_made_of_labels_follow_what_a_look_pastes_and_mirrors(tmp_path):
+    maps = [np.zeros((64, 64), np.uint8) for _ in range(2)]
+    maps[0][8:24, 40:56], maps[1][:, 8:] = 1, 2
+    for number, labels in enumerate(maps):
+        save(tmp_path / "images" / f"{number}.png", np.zeros((64, 64, 3), np.uint8))
+        save(tmp_path / "masks" / f"{number}.png", labels)
+    (tmp_path / "classes.txt").write_text("background\nleft hand\ncat\nright hand\n")
+    source = open_data(f"folder:{tmp_path}", 64)
+
+    def said(how, draw, others=()):
+        return look(source, 0, how, draw, 0, source.__getitem__, others).caption
+
+    assert said(Augmentation(flip=True), 0) == "a photo of a left hand"
+    assert said(Augmentation(flip=True), 1) == "a photo of a right hand"
+    assert said(Augmentation(pasted=1.0), 0, (1,)) == "a photo of a cat"  # which covers the hand
+    assert said(Augmentation(flip=True, pasted=1.0), 1, (1,)) in ("a photo of a cat", "a photo of a right hand, a cat")
+
+
+def test_the_object_of_a_binary_mask_is_named_only_where_the_square_shows_it(tmp_path):
+    for name, columns in (("1#A#2#Lamp#3", slice(0, 8)), ("1#A#2#Sofa#4", slice(44, 52))):
+        mask = np.zeros((32, 96), np.uint8)
+        mask[:, columns] = 255
+        save(tmp_path / "im" / f"{name}.png", np.zeros((32, 96, 3), np.uint8))
+        save(tmp_path / "gt" / f"{name}.png", mask)
+    save(tmp_path / "im" / "3#A#2#pin#5.png", np.zeros((128, 128, 3), np.uint8))
+    save(tmp_path / "gt" / "3#A#2#pin#5.png", np.pad(np.full((1, 1), 255, np.uint8), (0, 127)))  # falls between pixels
+    source = open_data(f"mask:{tmp_path}", 64)
+    assert [source.whole(index).caption for index in range(3)] == [
+        f"a photo of a {it}" for it in ("lamp", "sofa", "pin")
+    ]
+    assert [item.caption for item in source] == ["a photo", "a photo of a sofa", "a photo"]
 
 
 def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
@@ -796,9 +829,11 @@ def test_data_without_classes_are_not_chosen_by_class(made, chosen, flag):
 
 def test_small_instances_are_dropped_where_asked(made):
     address = f"coco:{made('coco')}"
-    least = 250  # pixels at the model's size
+    least = 250  # pixels at the model's size; the cone of the first has fewer
     items = list(open_data(address, SIZE, selection=Selection(min_instance=least * (512 // SIZE) ** 2)))
     everything = list(open_data(address, SIZE))
+    said = [found[0].caption for found in (everything, items)]
+    assert said == ["a photo of a cube, a cone, a person", "a photo of a cube, a person"]
     assert (
         min(mask.sum() for item in items for mask in item.masks)
         >= least

@@ -332,6 +332,11 @@ def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
     assert edit.main([str(out), "--instance", "1", "--prompt", "a cube", "--out", str(tmp_path / "out")]) == 2
     assert "has no instances, it has depth" in capsys.readouterr().err
     assert edit.main([*EDIT]) == 2 and "RUN is missing" in capsys.readouterr().err
+    for command, flags in ((edit, "--prompt"), (vary, "--domain")):
+        assert command.main(["--only", "00000000", flags, "fog", "--out", "some"]) == 2
+        cause, remedy = capsys.readouterr().err.splitlines()
+        assert cause == f"--only 00000000: with {flags} it takes a sample of RUN, which is missing"
+        assert remedy == f"Name RUN first, or drop {flags} to make the sample of some again."
     assert vary.main([str(source), "--domain", "fog", "--out", str(source)]) == 2
     assert "it holds a run of generate, not of vary" in capsys.readouterr().err
 

@@ -182,6 +182,51 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     assert run(*line, out="other") == 0
 
 
+@pytest.mark.parametrize("augment", ["flip", "voc"])
+def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_does_not_go_on_with_others(
+    run, tmp_path, capsys, augment
+):
+    data, state = tmp_path / "data", tmp_path / "decoder/semantic/training"
+    for number, width in enumerate((64, 64, 128)):
+        labels = np.zeros((64, width), np.uint8)
+        labels[:, :16], labels[20:44, width // 2 - 8 : width // 2 + 8] = 1, 2
+        save(data / "images" / f"{number}.png", np.zeros((64, width, 3), np.uint8))
+        save(data / "masks" / f"{number}.png", labels)
+    (data / "classes.txt").write_text("background\nball\ncube\n")
+    line = ["--data", f"folder:{data}", "--task", "semantic", "--steps", "1", "--augment", augment, "--quiet"]
+    assert run(*line) == 0
+    record = state / "data.json"
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps({"items": found["items"]}))  # as earlier versions wrote it
+    assert run(*line) == 0  # which has nothing left to do
+    (state / "result.json").unlink()
+    name = data / "images" / ("2.png" if augment == "flip" else "0.png")
+    for _ in range(2):
+        assert run(*line) == 2
+        assert f"taught another caption or other words of {name}" in capsys.readouterr().err
+        record.unlink(missing_ok=True)  # the first versions wrote none
+    record.write_text(json.dumps(found))
+    assert run(*line) == 0
+    (data / "images" / "2.png").unlink()
+    for out, flags in (("square", ()), ("silent", ("--captions", "none"))):
+        state = tmp_path / out / "semantic/training"
+        assert run(*line, *flags, out=out) == 0
+        (state / "data.json").unlink()
+        (state / "result.json").unlink()
+        assert run(*line, *flags, out=out) == (2 if augment == "voc" and not flags else 0)
+
+
+def test_a_training_in_which_an_earlier_version_asked_for_the_words_of_crowds_does_not_go_on(run, tmp_path, capsys):
+    LAYOUTS["coco"][1](data := tmp_path / "data")
+    for task, code in (("instance", 0), ("open-vocabulary", 2)):
+        line = ["--data", f"coco:{data}", "--task", task, "--steps", "1", "--captions", "none", "--quiet"]
+        assert run(*line) == 0
+        for name in ("data.json", "result.json"):
+            (tmp_path / "decoder" / task / "training" / name).unlink()
+        assert run(*line) == code
+    assert f"other words of {data}" in capsys.readouterr().err
+
+
 def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):
     LAYOUTS["folder"][1](data := tmp_path / "semantic")
     line = ["--data", f"folder:{data}[train]", "--task", "semantic", "--steps", "1"]

@@ -45,7 +45,7 @@ from datasetdm_fast.truth.augment import (
     pasted,
     turned,
 )
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -409,6 +409,21 @@ def test_strong_looks_paste_only_what_is_learnt_from(source):
     assert np.array_equal(deep.depth, source[1].depth) and not np.array_equal(deep.image, source[1].image)
 
 
+def test_a_word_that_only_a_crowd_shows_is_not_asked_for_as_absent(source):
+    item = source[0]
+    shown, other = (
+        int(item.mask_classes[0]),
+        next(k for k in range(len(source.thing_classes)) if k not in item.mask_classes),
+    )
+    crowd = replace(item, crowds=item.masks[[0, 0, 0]], crowd_classes=np.array([shown, other, EVERY_CLASS]))
+    everything = set(range(len(source.thing_classes)))
+    for searched, left in ((None, everything - {other}), ((shown, other), {shown})):
+        found = target(source, replace(crowd, searched=searched), "open-vocabulary")
+        asked = {asked_word(found, len(everything), torch.Generator().manual_seed(seed)) for seed in range(400)}
+        assert {*found.searched.tolist()} == left and asked == left | {int(kind) for kind in item.mask_classes}
+    assert not len(target(source, item, "open-vocabulary").searched)
+
+
 def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
     views = Views(source, [0, 1], "semantic", Looks(draws=8, captions="mixed"))
     said = [bool(views.item(view).caption) for view in range(len(views))]
@@ -418,7 +433,7 @@ def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
 
 @pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.is_drawn])
 def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
-    class Drawn:
+    class Drawn(LabelledSource):
         joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
         class_table = None
 
@@ -426,7 +441,7 @@ def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
             self.asked.append((number, seed))
             return source[number]
 
-    data = Drawn()
+    data = Drawn(64, 3)
     data.asked = []
     for draw in (0, 1, 0):
         look(data, 2, AUGMENTATIONS[name], draw, 7, source.__getitem__)

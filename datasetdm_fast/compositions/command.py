@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,13 +61,26 @@ def make_again(cls: type[Redrawing], settings: RedrawSettings, given: Collection
 
     told = [flag.name for flag in flags_of(type(settings)) if flag.metadata["identity"] and flag.name in given]
     if told != ["only"]:
-        flags = ", ".join("--" + name.strip("_").replace("_", "-") for name in told if name != "only")
+        flags = _flags(name for name in told if name != "only")
         raise Refused(
             f"--only {settings.only[0]}: makes a sample of {settings.out} again, with the settings of its run.json",
             f"Drop {flags}.",
         )
     task = prepare_remake(cls, settings)
     return remade(settings, settings.out, task.row.request.id, partial(remake, task))
+
+
+def without_run(settings: RedrawSettings, given: Collection[str]) -> Refused:
+    """The refusal of --only with settings that change samples of RUN, but without RUN."""
+    flags = _flags(sorted(given))
+    return Refused(
+        f"--only {settings.only[0]}: with {flags} it takes a sample of RUN, which is missing",
+        f"Name RUN first, or drop {flags} to make the sample of {settings.out} again.",
+    )
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.strip("_").replace("_", "-") for name in names)
 
 
 def _end(settings: RedrawSettings, result: Result) -> int:

@@ -16,7 +16,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.labels.numbering import check_numbers
-from datasetdm_fast.run_folder.document import FORMAT, check_same, engines_of, read_document, sides
+from datasetdm_fast.run_folder.document import FORMAT, check_same, engines_of, read_document, sides, to_see_damage
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
@@ -218,7 +218,7 @@ class Merging:
             if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
                 raise GateFailed(
                     f"{part.path}: {name} is missing or has changed since it was written",
-                    f"See what is damaged with: python -m datasetdm_fast.audit {quote(part.path)}",
+                    to_see_damage(part.path),
                 )
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
             files[role], sources[new] = (new, content), path

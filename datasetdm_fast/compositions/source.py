@@ -12,7 +12,16 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, check_same, made_by, maker, read_document, sides
+from datasetdm_fast.run_folder.document import (
+    DOCUMENT,
+    LEDGER,
+    check_same,
+    made_by,
+    maker,
+    read_document,
+    sides,
+    to_see_damage,
+)
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
@@ -156,10 +165,7 @@ class Source:
         return pixels
 
     def _damaged(self, name: str) -> Refused:
-        return Refused(
-            f"{self.path}: {name} is missing or has changed since it was written",
-            f"See what is damaged with: python -m datasetdm_fast.audit {quote(self.path)}",
-        )
+        return Refused(f"{self.path}: {name} is missing or has changed since it was written", to_see_damage(self.path))
 
     def close(self) -> None:
         self.run.close()

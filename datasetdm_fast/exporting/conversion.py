@@ -25,7 +25,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import LABEL_KINDS, OWN_KINDS
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.plugins import named
-from datasetdm_fast.run_folder.document import EXPORTS, table_of
+from datasetdm_fast.run_folder.document import EXPORTS, table_of, to_see_damage
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -348,7 +348,4 @@ def _split_order(name: str) -> tuple[int, str]:
 
 
 def _damaged(run: str | Path, cause: str) -> GateFailed:
-    return GateFailed(
-        cause if str(run) in cause else f"{run}: {cause}",
-        f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}",
-    )
+    return GateFailed(cause if str(run) in cause else f"{run}: {cause}", to_see_damage(run))

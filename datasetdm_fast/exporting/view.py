@@ -12,7 +12,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.exporting.classes import PERSON, Classes, Renaming, class_names, lookup
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.foreign import images
@@ -21,7 +21,7 @@ from datasetdm_fast.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.pose import MIDDLE, TO_EDGE
-from datasetdm_fast.run_folder.document import sides
+from datasetdm_fast.run_folder.document import sides, to_see_damage
 from datasetdm_fast.run_folder.reader import StoredSample
 
 
@@ -118,7 +118,7 @@ class SampleView:
         return data
 
     def _damaged(self, cause: str) -> GateFailed:
-        return GateFailed(cause, f"See what is damaged with: python -m datasetdm_fast.audit {quote(self.stored.run)}")
+        return GateFailed(cause, to_see_damage(self.stored.run))
 
     def _pixels(self, role: str) -> np.ndarray:
         return np.asarray(images.decode_image(self.read(role), self.stored.row.files[role][0]))

@@ -38,8 +38,9 @@ from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.document import INVERSION, check_same, made_by, read_document, table_of
+from datasetdm_fast.run_folder.document import INVERSION, LEDGER, check_same, made_by, read_document, table_of
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.remaking import check_given, remakable
 from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.class_file import own_table
@@ -94,6 +95,10 @@ def prepare(config: LabelConfig) -> Job:
             "Choose another --out.",
         )
     stored = read_document(Path(config.out))
+    if stored is not None and config.only:
+        names = _labelled(Path(config.out))
+        if len(names) == stored["plan"]["number"]:  # else one that has no row yet may be among the others
+            pictures = pictures.among(names)
     sides = pictures.sides() if config.tiles else []
     if stored is None:
         pictures.check()
@@ -134,6 +139,13 @@ def prepare(config: LabelConfig) -> Job:
     return job
 
 
+def _labelled(folder: Path) -> set[str]:
+    """The names of the pictures that a run folder has rows of."""
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        rows = [*ledger.rows(DONE, SET_ASIDE, DOUBTFUL, parts=()), *ledger.dropped()]
+    return {row.recipe["picture"] for row in rows if "picture" in row.recipe}
+
+
 def _composition(config: LabelConfig, pictures: Pictures, together: int, size: int) -> dict[str, Any]:
     """What run.json says of the pictures; `together` are the tiles read at once, 0 where whole pictures are."""
     return {
@@ -157,7 +169,7 @@ def _check_stored(job: Job, stored: Mapping[str, Any]) -> None:
     if stored["composition"]["source"]["digests"] != source["digests"]:
         raise Refused(
             f"{job.folder}: it holds labels of other pictures or captions than {folder} has now",
-            "Restore them, or choose another --out.",
+            "Restore them, or choose another --out: pictures that were added need one of their own.",
         )
 
 

@@ -134,7 +134,7 @@ def finished(config: RunConfig, *, is_alone: bool = True, source: prompts.Prompt
             f"{folder}: the run folder exists, and --resume never asks for a new one",
             "Choose another --out, or drop --resume never.",
         )
-    number = count_images(config) + further(stored)
+    number = in_all(count_images(config), stored, folder)
     return settled(folder, stored, number, is_alone=is_alone, is_dry=config.dry_run)
 
 
@@ -430,9 +430,10 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
     Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
     byte.
     """
-    if more := further(stored):
-        config = job.document["config"]
-        number = config["number"] + more  # and not the plan's: the job may have been adopted before
+    config = job.document["config"]
+    if further(stored):
+        # of what is asked for and not of the plan, as the job may have been adopted before
+        number = in_all(config["number"], stored, job.folder)
         job = replace(
             job,
             plan=replace(job.plan, number=number, most=most_samples(config, number)),
@@ -494,6 +495,16 @@ def further(stored: Mapping[str, Any]) -> int:
     """Samples that a run makes beyond those asked for, in the place of dropped ones."""
     number = stored["plan"]["number"]
     return number - stored["config"].get("number", number)
+
+
+def in_all(number: int, stored: Mapping[str, Any], folder: Path) -> int:
+    """Samples that a run makes where `number` are asked for: where it grows, those that were restored count again."""
+    more = further(stored)
+    if not more or number <= stored["config"]["number"]:
+        return number + more
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        more = min(more, ledger.count_dropped())
+    return max(number + more, stored["plan"]["number"])
 
 
 def check_rows(job: Job) -> None:

@@ -1,6 +1,7 @@
 """What a decoder should have said about a labelled image, as tensors."""
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -93,6 +94,15 @@ def target(source: LabelledSource, item: Labelled, task: str, one_class: int | N
     )
 
 
+def _searched(source: LabelledSource, item: Labelled) -> Sequence[int]:
+    """The classes of which nothing is there where no mask is of them, none: all. A crowd may be of its class."""
+    crowds, things = (() if kinds is None else kinds for kinds in (item.crowd_classes, item.mask_classes))
+    unclear = {int(kind) for kind in crowds}.difference(int(kind) for kind in things)
+    if not unclear:
+        return item.searched or ()
+    return [kind for kind in item.searched or range(len(source.thing_classes)) if kind not in unclear]
+
+
 def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.ndarray]:
     """Every field of a target, those the task does not fill without content."""
     joints = len(source.joints)
@@ -102,6 +112,6 @@ def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.n
         "depth": np.zeros((1, 1), np.float32),
         "points": np.zeros((joints, 2), np.float32),
         "weights": np.zeros(joints, np.float32),
-        "searched": np.array(item.searched or (), np.int64),
+        "searched": np.array(_searched(source, item), np.int64),
         **TASKS[task].target(source, item),
     }

@@ -44,8 +44,8 @@ class Cityscapes(PictureSource):
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
         things = self._things(path, image.shape) if "instance" in self.tasks else {}
-        named = [self.classes[k] for k in np.unique(labels) if k != IGNORED]
-        return Picture(path.stem, image, self.photo_of(named), labels, named=named, **things)
+        named = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORED)
+        return Picture(path.stem, image, named, labels, **things)
 
     def photo_of(self, names: Sequence[str]) -> str:
         said = ",".join(self.called.get(name, name) for name in names)

@@ -226,8 +226,7 @@ class Coco(PictureSource):
             which = ("crowds", "crowd_classes") if self.things.crowds[row] else ("masks", "mask_classes")
             found[which[0]].append(make)
             found[which[1]].append(kind)
-        names = [self.thing_classes[k] for k in sorted(set(found["mask_classes"]))]
-        return found | {"caption": self.photo_of(names), "named": names}
+        return found | {"caption": tuple(self.thing_classes[k] for k in sorted(set(found["mask_classes"])))}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
         points, boxes, areas = [], [], []

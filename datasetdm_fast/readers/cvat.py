@@ -72,10 +72,8 @@ class Cvat(PictureSource):
             except (ValueError, OverflowError) as error:
                 raise reading.bad(self.file, f"{path.name}, shape {number}: {documents.reason_of(error)}") from error
         truth = shapes.things(found, self.thing_classes)
-        named = [self.thing_classes[k] for k in sorted(set(truth["mask_classes"]))]
-        return Picture(
-            Path(entry.get("name", "")).with_suffix("").as_posix(), image, self.photo_of(named), named=named, **truth
-        )
+        named = tuple(self.thing_classes[k] for k in sorted(set(truth["mask_classes"])))
+        return Picture(Path(entry.get("name", "")).with_suffix("").as_posix(), image, named, **truth)
 
     def _path(self, entry: Element) -> Path:
         name = entry.get("name", "")

@@ -35,11 +35,10 @@ class DeepFashion(PictureSource):
         path, stem = self.images[record], self.images[record].stem
         image = reading.colour_image(path)
         labels = reading.label_map(self.maps[record], image.shape, self.classes)
-        named = [self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)]
-        caption = self.photo_of(named)
-        if self.captions is not None:
-            named = []
-            caption = self.captions.get(path.name, self.captions.get(stem))
-            if not isinstance(caption, str):
-                raise reading.bad(self.path / "captions.json", f"no caption for {path.name}")
-        return Picture(stem, image, caption, labels, named=named)
+        if self.captions is None:
+            named = tuple(self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes))
+            return Picture(stem, image, named, labels)
+        caption = self.captions.get(path.name, self.captions.get(stem))
+        if not isinstance(caption, str):
+            raise reading.bad(self.path / "captions.json", f"no caption for {path.name}")
+        return Picture(stem, image, caption, labels)

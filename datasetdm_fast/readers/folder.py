@@ -1,6 +1,7 @@
 """folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit) or both, and classes.txt."""
 
 from pathlib import Path
+from types import NoneType
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
@@ -69,10 +70,7 @@ class Folder(PictureSource):
         image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
         labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
         depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
-        caption, named = self._said(record), ()
-        if caption is None:
-            named = self.things_in(labels)
-            caption = self.photo_of(named)
-        if not isinstance(caption, str):
+        caption = self._said(record)
+        if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is not a text")
-        return Picture(name, image, caption, labels, depth=depth, named=named)
+        return Picture(name, image, self.things_in(labels) if caption is None else caption, labels, depth=depth)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -129,14 +130,12 @@ class HuggingFace(PictureSource):
             raw, steps = maps["depth"]
             metres = raw.astype(np.float32) / steps
             depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
-        caption, named = row[self.columns["caption"]] if self.columns["caption"] else None, ()
-        if caption is None:
-            named = self.things_in(labels)
-            caption = self.photo_of(named)
-        if not isinstance(caption, str):
+        caption = row[self.columns["caption"]] if self.columns["caption"] else None
+        if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.name(record), "its caption is not a text")
         lists = self._things(row, record, image.shape) | self._people(row, record)
-        return Picture(f"{record:08d}", image, caption, labels, depth=depth, named=named, **lists)
+        said = self.things_in(labels) if caption is None else caption
+        return Picture(f"{record:08d}", image, said, labels, depth=depth, **lists)
 
     def _things(self, row: dict[str, Any], record: int, shape: tuple[int, ...]) -> dict[str, Any]:
         """The things of a row: the sure ones are masks, the others crowds."""

@@ -67,8 +67,8 @@ class LabelMe(PictureSource):
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"shape {number}: {documents.reason_of(error)}") from error
         truth = shapes.things(found, self.thing_classes)
-        named = [self.thing_classes[k] for k in sorted(set(truth["mask_classes"]))]
-        return Picture(path.stem, image, self.photo_of(named), named=named, **truth)
+        named = tuple(self.thing_classes[k] for k in sorted(set(truth["mask_classes"])))
+        return Picture(path.stem, image, named, **truth)
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
         said = reading.as_drawn(sides[::-1])

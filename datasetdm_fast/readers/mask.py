@@ -49,5 +49,4 @@ class Masks(PictureSource):
         labels = reading.binary_mask(mask, image.shape).astype(np.uint8)
         parts = path.stem.split(MARK)
         shown = parts[3] if len(parts) > 4 else self.thing_classes[0]
-        named = [shown] if labels.any() else []
-        return Picture(path.stem, image, self.photo_of(named), labels, named=named)
+        return Picture(path.stem, image, (shown,) if labels.any() else (), labels)

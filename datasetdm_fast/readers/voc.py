@@ -55,8 +55,8 @@ class Voc(PictureSource):
         labels = reading.label_map(maps, image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
-        named = [self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)]
-        return Picture(name, image, self.photo_of(named), labels, masks, kinds, named=named)
+        named = tuple(self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED))
+        return Picture(name, image, named, labels, masks, kinds)
 
     def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
         path = self.objects / f"{name}.png"

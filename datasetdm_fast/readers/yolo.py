@@ -40,12 +40,11 @@ class Yolo(PictureSource):
         path = self.images[record]
         image, labels = reading.colour_image(path, reading.as_shown), self._label(record)
         rows = self._rows(labels, image.shape) if labels.exists() else []
-        named = sorted({self.thing_classes[kind] for kind, _ in rows})
+        named = tuple(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(
             path.stem,
             image,
-            self.photo_of(named),
-            named=named,
+            named,
             masks=[partial(rasterised, [points], image.shape) for _, points in rows],
             mask_classes=[k for k, _ in rows],
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.names import task_of_label
@@ -192,6 +192,11 @@ def maker(document: Mapping[str, Any]) -> str:
     return f"python -m datasetdm_fast.{made_by(document)}"
 
 
+def to_see_damage(run: str | Path) -> str:
+    """What to do about a run with damaged files, for a refusal."""
+    return f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}"
+
+
 def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
     """The refusal of a run folder whose ledger is not there."""
     return Refused(f"{folder}: holds no {LEDGER}", f"Run {maker(document)} with its flags again: it resumes.")
@@ -283,20 +288,18 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
         raise Refused(
             f"{folder}: it holds a run of {stored['command']}, not of {wanted['command']}", "Choose another --out."
         )
-    found = [
-        line
-        for part in wanted
-        for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)
-    ]
-    if found:
-        if all(line.startswith("source.") for line in found):
-            raise Refused(
-                f"{folder}: it holds {what} made of other samples ({'; '.join(found)})",
-                "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
-                "choose another --out.",
-            )
+    lines = {part: differences(stored.get(part), wanted[part], "" if part == "config" else part) for part in wanted}
+    changed = {part for part, told in lines.items() if told}
+    found = "; ".join(line for told in lines.values() for line in told)
+    if changed == {"source"}:
         raise Refused(
-            f"{folder}: it holds {what} with other settings ({'; '.join(found)})",
+            f"{folder}: it holds {what} made of other samples ({found})",
+            "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
+            "choose another --out.",
+        )
+    if changed:
+        raise Refused(
+            f"{folder}: it holds {what} with other settings ({found})",
             "Choose another --out, or give the flags that it was started with.",
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Refused, quote
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels import label_files
@@ -28,6 +28,7 @@ from datasetdm_fast.run_folder.document import (
     described,
     pretty,
     read_document,
+    to_see_damage,
 )
 from datasetdm_fast.run_folder.events import EventLog
 from datasetdm_fast.run_folder.kept import KEPT, Kept, read_kept
@@ -286,7 +287,7 @@ def refusing_rows(folder: Path) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Refused(
             f"{folder / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
-            f"See what is damaged with: python -m datasetdm_fast.audit {quote(folder)}",
+            to_see_damage(folder),
         ) from error
 
 

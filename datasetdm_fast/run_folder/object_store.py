@@ -21,7 +21,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.run_folder.gallery import review
 from datasetdm_fast.run_folder.kept import KEPT
@@ -298,10 +298,7 @@ class StoreCopy:
 
     def _require(self, name: str) -> None:
         if self.bring(name) is None:
-            raise Missing(
-                f"{self.store.url}: {documents.quoted(name)} is not there",
-                f"See what else is damaged with: python -m datasetdm_fast.audit {self.store.url}",
-            )
+            raise Missing(f"{self.store.url}: {documents.quoted(name)} is not there", to_see_damage(self.store.url))
 
     def bring(self, name: str) -> Path | None:
         """The copy of a file, None where the store has none of that name."""
@@ -350,6 +347,8 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
     if is_other:
         raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
     sizes, free = store.sizes(), storage.free_bytes(folder.absolute())
+    if begun.exists():
+        _forget_older(folder, store, sizes)
     left = sum(size for name, size in sizes.items() if not (folder / name).exists())
     if left > free:
         raise Missing(
@@ -360,6 +359,20 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
     on_begin(len(sizes))
     copies.whole(on_file)
     storage.remove(begun)
+
+
+def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) -> None:
+    """Removes the files of a copying that was killed which the store has in another form now, as of a run that grew."""
+    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}")
+    digests = found if isinstance(found, dict) else {}
+    for name, size in sizes.items():
+        path = folder / name
+        if path.exists() and (
+            name in REVIEW  # which is not sealed
+            or path.stat().st_size != size
+            or (name in digests and storage.sha256_of(path) != digests[name])
+        ):
+            storage.remove(path)
 
 
 def unfinished(url: str) -> Refused:
@@ -376,7 +389,7 @@ def refuse_made_of_url(path: Path) -> None:
         url = f"{found[1]}:{'///' if found[1] == 'file' else '//'}{str(path)[found.end() :]}"
         raise Refused(
             f"{url}: a run in an object store, expected a run folder on this machine",
-            f"Copy it here first with: python -m datasetdm_fast.gallery {url} --out DIR",
+            f"Copy it here first with: python -m datasetdm_fast.gallery {quote(url)} --out DIR",
         )
 
 

@@ -16,14 +16,22 @@ import numpy as np
 
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, nearest, quote
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.class_tables import ClassTable
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder import other_libraries
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides, table_of, without_ledger
+from datasetdm_fast.run_folder.document import (
+    DOCUMENT,
+    LEDGER,
+    read_document,
+    sides,
+    table_of,
+    to_see_damage,
+    without_ledger,
+)
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
@@ -152,7 +160,7 @@ class StoredSample:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             raise Refused(
                 f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})",
-                f"See what is damaged with: python -m datasetdm_fast.audit {quote(self.run)}",
+                to_see_damage(self.run),
             ) from error
 
 

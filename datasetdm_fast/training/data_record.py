@@ -1,12 +1,14 @@
 """Digests of the pictures and labels a decoder is taught from, by which a training that is resumed notices a change.
 
-FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds
+FOLDER/training/data.json   a list of items, each with its name, its sides and the digest of everything it holds, and
+                            the version of what is taught of them
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
+VERSION = 2  # before, captions made of the labels were of the whole picture, and words of crowds were taught as absent
 FORM = {"items": [{"name": str, "sides": [int]}]}
 KINDS = {  # what a change is called -> the fields of an item that tell it
     "other labels": ("semantic", "things", "depth", "joints"),
@@ -40,7 +43,7 @@ def record(source: LabelledSource, progress: Callable[[int], None] = lambda done
     for index in () if source.is_rendered else range(len(source)):
         found.append(_item(source, index))
         progress(index + 1)
-    return {"items": found}
+    return {"version": VERSION, "items": found}
 
 
 def _item(source: LabelledSource, index: int) -> dict[str, Any]:
@@ -52,8 +55,11 @@ def _item(source: LabelledSource, index: int) -> dict[str, Any]:
 
 
 def _whole(source: LabelledSource, index: int) -> Picture | Labelled:
-    """An item at its own size, where it has one."""
-    return source.guarded(source.picture, source.order[index]) if hasattr(source, "picture") else source[index]
+    """An item at its own size, where it has one, with the caption of all of it."""
+    if not hasattr(source, "picture"):
+        return source[index]
+    picture = source.guarded(source.picture, source.order[index])
+    return picture if picture.named is None else replace(picture, caption=source.photo_of(picture.named))
 
 
 def _digest(parts: tuple[Any, ...]) -> str:
@@ -128,6 +134,15 @@ def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         )
 
 
+def check_version(folder: Path, before: Mapping[str, Any], taught_anew: Callable[[], str]) -> None:
+    """Refuses to resume the training of a version that taught something else of a picture; `taught_anew` finds one."""
+    if before.get("version") != VERSION and (name := taught_anew()):
+        raise Refused(
+            f"--out: {folder} was begun by an earlier version, which taught another caption or other words of {name}",
+            "Choose another --out.",
+        )
+
+
 def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     """What of the data changed, in words, empty where nothing did; what only one of them read is not compared."""
     names, later = ([item["name"] for item in items] for items in (before, now))
@@ -157,7 +172,7 @@ def _listed(names: set[str]) -> str:
 def as_json(found: Mapping[str, Any]) -> bytes:
     """The record as a file, one item a line."""
     lines = ",\n".join(json.dumps(item) for item in found["items"])
-    return f'{{"items": [\n{lines}\n]}}\n'.encode()
+    return f'{{"version": {VERSION}, "items": [\n{lines}\n]}}\n'.encode()
 
 
 def framing(found: Mapping[str, Any], pictures: int, size: int, rule: str) -> dict[str, Any]:

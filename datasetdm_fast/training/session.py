@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,21 @@ class TrainingSession:
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
         settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
-        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data)
+        taught_anew = partial(self._taught_anew, task, words is not None)
+        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data, taught_anew)
+
+    def _taught_anew(self, task: str, asks_words: bool) -> str:
+        """A picture whose caption is made of its labels and of which looks leave something out, or that shows a crowd
+        where words are asked for; empty if there is none.
+        """
+        is_changed = _augmentation(self.config, task).changes_what_is_shown
+        for index in self.numbers:
+            item, is_captioned = self.source[index], self.config.captions != "none"
+            is_named = is_captioned and item.named is not None
+            is_other = is_named and (is_changed or item.named != self.source.whole(index).named)
+            if is_other or (asks_words and item.crowds is not None and len(item.crowds)):
+                return self.source.name(self.source.order[index])
+        return ""
 
     def views(
         self,

@@ -50,6 +50,7 @@ class TaskPlan:
     words: Tensor | None  # class embeddings
     settings: Mapping[str, Any]  # everything that decides the weights, as JSON, apart from:
     data: Mapping[str, Any]  # the digests of the data's items
+    taught_anew: Callable[[], str]  # a picture of which earlier versions taught something else, empty if none
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class TaskTraining:
 
 def finished(folder: Path, plan: TaskPlan) -> dict | None:
     """The result of a training that ended here, None where there is work left, as where its weights are gone; other
-    settings or data are refused.
+    settings or data are refused, and versions that taught something else.
     """
     path, settings = folder / "training" / "settings.json", _flat(plan.settings)
     if not storage.is_there(path):
@@ -107,10 +108,15 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
             f"--out: {folder} was trained with other settings ({said})",
             "Choose another --out, or the settings that it was started with.",
         )
+    recorded: dict[str, Any] = {}
     if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
-        data_record.check(folder, read_state(data, data_record.LARGEST_RECORD), plan.data)
+        recorded = read_state(data, data_record.LARGEST_RECORD)
+        data_record.check(folder, recorded, plan.data)
     files = folder / "training" / "result.json", folder / "config.json", folder / "model.safetensors"
-    return read_state(files[0]) if all(file.exists() for file in files) else None
+    if all(file.exists() for file in files):
+        return read_state(files[0])
+    data_record.check_version(folder, recorded, plan.taught_anew)
+    return None
 
 
 def clear(folder: Path) -> None:

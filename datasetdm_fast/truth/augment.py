@@ -37,6 +37,11 @@ class Augmentation:
         """Whether hardly two looks are alike."""
         return self.is_recoloured
 
+    @property
+    def changes_what_is_shown(self) -> bool:
+        """Whether a look may show other things than the image."""
+        return bool(self.is_drawn or self.turned or self.zoom > 1 or self.pasted)
+
 
 STRONG = Augmentation(flip=True, zoom=1.7, pasted=0.5, is_recoloured=True)
 CROP, CROP_AND_FLIP = Augmentation(is_drawn=True), Augmentation(is_drawn=True, flip=True)
@@ -68,6 +73,19 @@ def look(
     others: Sequence[int] = (),
 ) -> Labelled:
     """Look number `draw` at an item of a data set, whose items `read` gives; things are pasted from `others`."""
+    return source.captioned(_changed(source, number, how, draw, seed, read, others))
+
+
+def _changed(
+    source: LabelledSource,
+    number: int,
+    how: Augmentation,
+    draw: int,
+    seed: int,
+    read: Callable[[int], Labelled],
+    others: Sequence[int],
+) -> Labelled:
+    """The same with the caption of what was there before it was cropped."""
     generator = np.random.default_rng([seed, number, draw])
     item = source.drawn(number, int(generator.integers(2**31))) if how.is_drawn else read(number)
     if generator.random() < how.turned:
@@ -105,6 +123,9 @@ def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
         x, y, w, h = np.moveaxis(item.keypoint_boxes, -1, 0)
         changes["keypoint_boxes"] = np.stack([width - x - w, y, w, h], -1)
     known = tuple(dict.fromkeys((*source.classes, *source.thing_classes)))
+    if item.named is not None:
+        other = {name: known[k] for name, k in zip(known, mirrored_names(known), strict=True)}
+        changes["named"] = tuple(other.get(name, name) for name in item.named)
     caption = mirrored_text(item.caption, known, source.class_table)
     return replace(item, image=item.image[:, ::-1], caption=caption, **changes)
 
@@ -203,7 +224,9 @@ def pasted(
         column, row = np.moveaxis(item.keypoints[..., :2].astype(int).clip(0, last), -1, 0)
         changes["keypoints"] = item.keypoints.copy()
         changes["keypoints"][..., 2] = np.minimum(item.keypoints[..., 2], np.where(over[row, column], 1, 2))
-    if item.caption:
+    if item.named is not None:
+        changes["named"] = tuple(dict.fromkeys((*item.named, *(name for name, _ in things))))
+    elif item.caption:
         named = dict.fromkeys(name for name, _ in things)
         said = find_classes(item.caption, tuple(named), source.class_table)
         words = spoken([name for name in named if name not in said], source.class_table)

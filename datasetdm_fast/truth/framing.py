@@ -20,11 +20,6 @@ class Window:
     top: float
     scale: float
 
-    def cuts(self, height: int, width: int, size: int) -> bool:
-        """Whether a pixel of a picture lies outside, with half a pixel for rounding."""
-        side, edges = size / self.scale, (self.left, self.top)
-        return any(edge > 0.5 or edge + side < length - 0.5 for edge, length in zip(edges, (width, height)))
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -111,7 +106,8 @@ def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0)
     return Labelled(
         id=picture.id,
         image=_filtered(picture.image, window, rows, columns, size),
-        caption=picture.caption,
+        caption=picture.text,
+        named=picture.named,
         semantic=None if picture.semantic is None else taken(picture.semantic, IGNORED).astype(np.uint8),
         masks=masks,
         mask_classes=None if masks is None else np.array([picture.mask_classes[k] for k in kept], np.int64),

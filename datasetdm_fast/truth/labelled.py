@@ -34,6 +34,7 @@ class Labelled:
     crowd_classes: np.ndarray | None = None  # [C] index as above, or EVERY_CLASS
     searched: tuple[int, ...] | None = None  # the classes of things that were looked for, None = all
     not_exhausted: tuple[int, ...] = ()  # classes of which the image shows more things than there are masks
+    named: tuple[str, ...] | None = None  # the classes that the caption is made of, None where it is stored
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Picture:
 
     id: str
     image: np.ndarray  # [H, W, 3] uint8
-    caption: str
+    caption: str | tuple[str, ...]  # as it is stored, or the classes that it is to be made of
     semantic: np.ndarray | None = None  # [H, W] uint8, 255 = ignore
     masks: Sequence[Callable[[], np.ndarray]] | None = None  # each [H, W] bool
     mask_classes: Sequence[int] = ()
@@ -54,10 +55,19 @@ class Picture:
     keypoints: np.ndarray | None = None  # [P, J, 3]
     keypoint_boxes: np.ndarray | None = None  # [P, 4]
     keypoint_areas: np.ndarray | None = None  # [P]
-    named: Sequence[str] = ()  # the classes that the caption names, where it was made of the labels
     person: tuple[float, float, float, float] | None = (
         None  # the box x, y, width, height to look at instead of the whole
     )
+
+    @property
+    def text(self) -> str:
+        """The caption, empty where it is to be made."""
+        return self.caption if isinstance(self.caption, str) else ""
+
+    @property
+    def named(self) -> tuple[str, ...] | None:
+        """The classes that the caption is to be made of, None where it is stored."""
+        return None if isinstance(self.caption, str) else self.caption
 
 
 class LabelledSource:
@@ -127,6 +137,10 @@ class LabelledSource:
         """The same with the sequence of item `index`, whose frames are much alike."""
         sequence = self.sequence(self.order[index])
         return (*self.made_of(index), *([f"sequence {sequence}"] if sequence else ()))
+
+    def captioned(self, item: Labelled) -> Labelled:
+        """The item with a caption of what it shows, where captions are made of the labels."""
+        return item
 
     def things_of(self, item: Labelled) -> list[tuple[str, np.ndarray]]:
         """The things of an item with their masks: without masks, all pixels of a class that is one of things."""

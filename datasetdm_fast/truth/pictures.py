@@ -32,17 +32,20 @@ class PictureSource(LabelledSource):
             window = framing.around(picture.person, self.size)
         else:
             window = framing.fitted(height, width, self.size)
-        item = framing.framed(picture, window, self.size, self.least_mask)
-        if picture.named and window.cuts(height, width, self.size):
-            item = replace(item, caption=self.photo_of(self._left(picture.named, item)))
-        return self.completed(item)
+        return self.completed(framing.framed(picture, window, self.size, self.least_mask))
 
-    def _left(self, named: Sequence[str], item: Labelled) -> list[str]:
-        """The named classes that an item still shows, and words that are no classes."""
-        labels = set() if item.semantic is None else {self.classes[k] for k in np.unique(item.semantic) if k != IGNORED}
-        things = set() if item.mask_classes is None else {self.thing_classes[k] for k in item.mask_classes}
-        gone = {*self.classes, *self.thing_classes} - labels - things
-        return [name for name in named if name not in gone]
+    def captioned(self, item: Labelled) -> Labelled:
+        """The item with a caption of what it shows, where captions are made of the labels: a crop shows less. A word
+        that is no class is said of any thing.
+        """
+        if item.named is None:
+            return item
+        numbers = () if item.semantic is None else np.flatnonzero(np.bincount(item.semantic.ravel()))
+        shown = {self.classes[k] for k in numbers if k != IGNORED}
+        shown |= {self.thing_classes[k] for k in (() if item.mask_classes is None else item.mask_classes)}
+        known, has_things = {*self.classes, *self.thing_classes}, not shown.isdisjoint(self.thing_classes)
+        left = tuple(name for name in item.named if (name in shown if name in known else has_things))
+        return replace(item, caption=whole_characters(self.photo_of(left)), named=left)
 
     def whole(self, index: int) -> Labelled:
         picture = self.guarded(self.picture, self.order[index])
@@ -54,14 +57,15 @@ class PictureSource(LabelledSource):
             "crowds": _stacked(picture.crowds, picture.image.shape[:2]),
             "crowd_classes": np.array(picture.crowd_classes, np.int64),
         }
-        item = Labelled(picture.id, picture.image, picture.caption, picture.semantic, depth=picture.depth)
+        labels = {"semantic": picture.semantic, "depth": picture.depth}
+        item = Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels)
         return self.completed(item if picture.masks is None else replace(item, **masks))
 
     def completed(self, item: Labelled) -> Labelled:
-        """Class masks from a label map, or a label map from masks, where the data set stores one of the two; a caption
-        of whole characters, as a text that was cut may end in half of one.
+        """Class masks from a label map, or a label map from masks, where the data set stores one of the two; the
+        caption of what is shown.
         """
-        item = replace(item, caption=item.caption.encode(errors="replace").decode())
+        item = self.captioned(replace(item, caption=whole_characters(item.caption)))
         if item.masks is None and item.semantic is not None and self.thing_classes:
             present = [
                 k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
@@ -78,10 +82,10 @@ class PictureSource(LabelledSource):
             return replace(item, semantic=labels)
         return item
 
-    def things_in(self, labels: np.ndarray | None) -> list[str]:
+    def things_in(self, labels: np.ndarray | None) -> tuple[str, ...]:
         """The things in a label map, for a caption where the data set stores none."""
         named = enumerate(self.classes)
-        return [name for k, name in named if name in self.thing_classes and np.any(labels == k)]
+        return tuple(name for k, name in named if name in self.thing_classes and np.any(labels == k))
 
     def photo_of(self, names: Sequence[str]) -> str:
         """A caption of these classes, as a person says them."""
@@ -100,6 +104,11 @@ class PictureSource(LabelledSource):
 
     def map_areas(self, record: int) -> dict[str, int]:
         return _counted(self.picture(record), self.classes)
+
+
+def whole_characters(text: str) -> str:
+    """The text without halves of characters, in which one that was cut may end."""
+    return text.encode(errors="replace").decode()
 
 
 def _counted(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
