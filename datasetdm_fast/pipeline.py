@@ -133,7 +133,7 @@ class Pipeline:
         model, and no labels for others.
 
         `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
-        engines: engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour.
+        engines (engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour), and outlines.
         """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder

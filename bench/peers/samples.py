@@ -10,12 +10,11 @@ from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.decoders.checkpoint import Decoder
-from datasetdm_fast.generation.driver import postprocess
+from datasetdm_fast.generation.driver import outlined_labels
 from datasetdm_fast.generation.prompts import Tokenizer
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.tasks.outlines import outlined
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
@@ -35,10 +34,10 @@ def samples_of(
     """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
     by the rules of `generate`.
     """
-    labels = {}
-    for task, raw in answers.items():
-        config = decoders[task].config
-        labels[task] = outlined(postprocess(requests, raw, config, recipe, tokenizer), images, config)
+    labels = {
+        task: outlined_labels(requests, raw, images, decoders[task].config, recipe, tokenizer)
+        for task, raw in answers.items()
+    }
     return [
         Sample(request, images[b], {task: made[b] for task, made in labels.items()})
         for b, request in enumerate(requests)

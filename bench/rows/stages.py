@@ -24,10 +24,9 @@ from datasetdm_fast.agreement.distances import by_image, relative
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engines.memory import release
-from datasetdm_fast.generation.driver import postprocess
+from datasetdm_fast.generation.driver import outlined_labels
 from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels.label_files import encode
-from datasetdm_fast.tasks.outlines import outlined
 
 NAIVE_DTYPE = "fp32"  # as DatasetDM is written
 
@@ -119,12 +118,9 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
 
 
 def labels(raw: dict[str, dict[str, Tensor]], images: Sequence[np.ndarray], setting: Setting) -> list[list[Annotation]]:
-    configs = {task: decoder.config for task, decoder in setting.reference.decoders.items()}
-    requests, given = setting.batch(len(images)), (setting.recipe, setting.model.tokenizer)
-    return [
-        outlined(postprocess(requests, answer, configs[task], *given), images, configs[task])
-        for task, answer in raw.items()
-    ]
+    decoders, requests = setting.reference.decoders, setting.batch(len(images))
+    given = setting.recipe, setting.model.tokenizer
+    return [outlined_labels(requests, answer, images, decoders[task].config, *given) for task, answer in raw.items()]
 
 
 def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:

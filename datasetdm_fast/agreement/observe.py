@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Annotation, Capture, ProjectedCapture, Request
 from datasetdm_fast.engines.torch import TorchEngine
-from datasetdm_fast.generation.driver import WordTable, postprocess
+from datasetdm_fast.generation.driver import WordTable, outlined_labels
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.stages import FACTOR, LEVELS
-from datasetdm_fast.tasks.outlines import outlined
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def observe(
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
-    labels = {}
-    for task, answer in raw.items():
-        config = engine.decoders[task].config
-        labels[task] = outlined(postprocess(requests, answer, config, recipe, engine.model.tokenizer), images, config)
+    labels = {
+        task: outlined_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        for task, answer in raw.items()
+    }
     return Observation(
         context.cpu(),
         tuple(seen),

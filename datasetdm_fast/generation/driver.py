@@ -383,6 +383,20 @@ def postprocess(
     ]
 
 
+def outlined_labels(
+    requests: Sequence[Request],
+    raw: dict[str, Tensor],
+    images: Sequence[np.ndarray],
+    config: DecoderConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+) -> list[Annotation]:
+    """The same with the outlines that the decoder's configuration asks for, one a request and its image."""
+    from datasetdm_fast.tasks.outlines import outlined
+
+    return outlined(postprocess(requests, raw, config, recipe, tokenizer), images, config)
+
+
 def attention_labels(
     requests: Sequence[Request], averages: AttentionSums, engine: Engine, recipe: Recipe
 ) -> list[Annotation]:
