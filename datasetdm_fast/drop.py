@@ -55,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     if config.dry_run:
         return planned(config, facts, "\n".join(ids), told)
     say(config, told)
+    if ids and (exports := dropping.exports_of(run)):
+        say(config, f"{exports}: was made before and is as it was; delete it and convert again")
     put(config, facts, config.run)
     return 0
 

@@ -620,6 +620,13 @@ def test_a_run_folder_that_was_moved_keeps_its_export(run, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_an_export_that_has_lost_a_file_is_not_called_complete(run, tmp_path, capsys):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    (out / "coco" / "annotations" / "instances_train2017.json").unlink()
+    assert main([str(run), "--to", "coco", "--out", str(out)]) == 4
+    assert "instances_train2017.json is not there" in capsys.readouterr().err
+
+
 def test_an_export_stopped_before_its_shared_files_says_that_it_is_not_complete(run, tmp_path, capsys, monkeypatch):
     out, is_stopping = tmp_path / "out", Interruption.is_stopping
     asked = iter([False, False])

@@ -9,7 +9,7 @@ from rendered import document, rendered, write_run
 from skips import IS_LONG
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import drop, edit, filter, merge, restore, splice, vary
+from datasetdm_fast import convert, drop, edit, filter, merge, restore, splice, vary
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -74,6 +74,14 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
     assert restore.main([str(run), "00000004", "--quiet"]) == 0 and is_whole(run) and len(ids(run)) == 5
     assert restore.main([str(run), "--all", "--quiet"]) == 0 and is_whole(run)
     assert tree(run) == tree(whole) and restore.main([str(run), "--all", "--quiet"]) == 0
+
+
+def test_exports_made_before_a_drop_are_named(run, capsys):
+    assert convert.main([str(run), "--to", "coco", "--quiet"]) == 0
+    assert drop.main([str(run), "00000001"]) == 0
+    assert f"{run / 'exports'}: was made before" in capsys.readouterr().err
+    assert drop.main([str(run), "00000001"]) == 0
+    assert "was made before" not in capsys.readouterr().err
 
 
 def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):

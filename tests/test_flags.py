@@ -230,6 +230,16 @@ def test_a_name_too_long_for_any_file_is_refused_wherever_it_is_met(capsys):
         assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "file:///run"])
+def test_a_url_to_write_to_is_no_folder_of_that_name(url, tmp_path, monkeypatch, capsys):
+    from datasetdm_fast import generate, prompts
+
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--dry-run", "--out", url]) == 2 and "--store" in capsys.readouterr().err
+    assert prompts.main(["--set", "voc", "--out", url]) == 2 and "not a URL" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
 def test_a_folder_that_may_not_be_entered_is_no_bug_of_ours(code, tmp_path, capsys):
     assert ends_with(OSError(code, os.strerror(code), str(tmp_path / "run"))) == 3

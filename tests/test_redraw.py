@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from test_ledger import tree
 
 from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.compositions import domains, regions
-from datasetdm_fast.compositions.edit import MOST_NEW, Edits, replaced
+from datasetdm_fast.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.compositions.redraw import drawn_source
 from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
@@ -28,6 +29,7 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.labels.numbering import numbered
+from datasetdm_fast.labels.words import replaced_text
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
@@ -378,11 +380,38 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         Edits(drawn_source(tmp_path / "run", only_kept=False), replace(settings, only=("00000000",)))
 
 
-def test_prompts_say_what_is_drawn():
-    assert replaced("a red person and an orange ball in fog", "ball", "a star") == "a red person and a star in fog"
-    assert replaced("a cat and ball", "ball", "a star") == "a cat and a star"
-    assert replaced("a dining table near a dog", "diningtable", "a star") == "a star near a dog"
-    assert replaced("two trees", "ball", "a star") == ""
+@pytest.mark.parametrize(
+    "prompt, name, replaced",
+    [
+        ("a red person and an orange ball in fog", "ball", "a red person and a star in fog"),
+        ("a cat and ball", "ball", "a cat and a star"),
+        ("a ball beside a Big ball", "ball", "a star beside a star"),
+        ("a dining table near a dog", "diningtable", "a star near a dog"),
+        ("two trees", "ball", ""),
+        ("some wolves in snow", "wolf", "some a star in snow"),
+        ("people in a café", "person", "a star in a café"),
+        ("a young woman's hat", "person", "a star's hat"),
+        ("an orange ball", "orange", ""),  # a colour
+    ],
+)
+def test_an_edit_replaces_what_the_prompt_says_of_a_class(prompt, name, replaced):
+    assert replaced_text(prompt, name, "a star", ("ball", name)) == replaced
+    assert replaced_text(unicodedata.normalize("NFD", prompt), name, "a star", ("ball", name)) == replaced
+
+
+def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
+    sample = rendered(0, SIDE)
+    sample = replace(sample, request=replace(sample.request, prompt="people and a ball on a table"))
+    with RunFolder(tmp_path / "run", document(1, SIDE)) as folder:
+        folder.add([sample], {})
+        folder.rebuild()
+    for way in ({"class_": "person"}, {"box": "0,0,64,64"}):
+        settings = EditSettings(run=str(tmp_path / "run"), prompt="a red star", **way)
+        told = Edits(drawn_source(tmp_path / "run", only_kept=False), settings).prompt(0).text
+        assert told == ("a red star and a ball on a table" if way.get("class_") else "a red star")
+
+
+def test_prompts_say_the_domain():
     assert domains.moved("a dog at night.", "fog") == "a dog in fog" and domains.moved("a dog", "day") == "a dog"
 
 

@@ -18,6 +18,11 @@ def check_output(flag: str, text: str, kind: str) -> None:
     """Refuses a name that no file or folder could be written under."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         raise Refused(f"{flag} {quoted(text)}: control characters in the name of a {kind}", "Choose another name.")
+    if "://" in text:
+        raise Refused(
+            f"{flag} {quoted(text)}: expected a {kind} on this machine, not a URL",
+            "Name a path. Only the flag --store of generate takes the URL of an object store to write to.",
+        )
     path = Path(text)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_PART or len(os.fsencode(path.absolute())) > LONGEST_PATH:

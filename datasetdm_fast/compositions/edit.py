@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ from datasetdm_fast.generation.origin import Beginning
 from datasetdm_fast.generation.prompts import GivenPrompt, check_line
 from datasetdm_fast.generation.settings import check_seed
 from datasetdm_fast.labels import kind_of, mask_rle
-from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.instance import SHOWN_SCORE
-from datasetdm_fast.labels.words import AFTER_A_NOUN
+from datasetdm_fast.labels.words import replaced_text
+from datasetdm_fast.run_folder.document import table_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +131,8 @@ class Edits(Redrawing):
         request, settings = self.requests[self.place(index)], self.settings
         text, word = settings.prompt, self._word(request.index)
         if word and not settings.alone:
-            text = replaced(request.prompt, word, text) or text
+            words = dict.fromkeys((*self.source.document["plan"].get("words", ()), word))
+            text = replaced_text(request.prompt, word, text, tuple(words), table_of(self.source.document)) or text
         seed = request.seed if settings.seed < 0 else settings.seed + index
         return GivenPrompt(0, text, None, seed, negative=request.negative)
 
@@ -217,11 +217,3 @@ def _sure(record: Any) -> Any:
 def numbered(label: Instances, first: int) -> Instances:
     """The instances with an id each: those that have none take the numbers from `first` on."""
     return replace(label, ids=np.where(label.ids > 0, label.ids, first + np.cumsum(label.ids == 0) - 1))
-
-
-def replaced(prompt: str, word: str, text: str) -> str:
-    """The prompt with `text` in place of what it says of a class ("an orange ball"), empty where it names none."""
-    names = "|".join(re.escape(name) for name in dict.fromkeys([*spoken([word]), word]))
-    article = rf"\b(?:an?|the)\s+(?:(?!(?:{'|'.join(AFTER_A_NOUN)})\b)[\w-]+\s+){{0,3}}?"
-    found, count = re.subn(rf"(?:{article})?\b(?:{names})(?:e?s)?\b", lambda _: text, prompt, flags=re.IGNORECASE)
-    return found if count else ""

@@ -10,7 +10,7 @@ from datasetdm_fast.curation.filtering import check_all_scored
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import DROPPED, LEDGER
+from datasetdm_fast.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.run_folder.object_store import refuse_stored
@@ -56,6 +56,12 @@ def set_aside(run: Run) -> set[int]:
     """The indices of the samples that lie beside the data set, which a list of a review may name as well."""
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         return set(ledger.indices(DOUBTFUL))
+
+
+def exports_of(run: Run) -> Path | None:
+    """The folder of exports in a run folder, if it holds any."""
+    folder = run.path / EXPORTS
+    return folder if folder.is_dir() and any(folder.iterdir()) else None
 
 
 def told_aside(count: int) -> str:

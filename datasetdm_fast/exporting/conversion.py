@@ -252,7 +252,7 @@ class Conversion:
         """Converts what is not there yet."""
         if self.is_complete:
             target.forget_work(self.folder)
-            return ExportResult(self.samples, sum(1 for _ in target.stated(self.folder)), 0, True)
+            return ExportResult(self.samples, target.counted(self.folder), 0, True)
         made = 0
         with target.ExportFolder(self.folder, self.described, is_copied=self.settings.copy) as opened:
             there = opened.numbers()

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.exporting.view import Linked
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import EXPORTS, check_same, pretty, run_around
@@ -196,3 +196,16 @@ def stated(folder: Path) -> Iterator[tuple[str, str]]:
         for line in lines:
             digest, _, name = line.rstrip("\n").partition("  ")
             yield documents.check_inside(name), digest
+
+
+def counted(folder: Path) -> int:
+    """How many files a complete export has, none of which may be gone; only audit compares their bytes."""
+    count = 0
+    for name, _ in stated(folder):
+        count += 1
+        if not storage.is_there(folder / name):
+            raise GateFailed(
+                f"{folder}: {name} is not there, although the export was completed",
+                "Delete the folder and run the same command again: it gives the same bytes.",
+            )
+    return count

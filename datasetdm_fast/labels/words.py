@@ -37,6 +37,10 @@ AFTER_A_NOUN = frozenset(
     " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
     " standing hanging that which who while as against around across along among through".split()
 )
+# an article, and up to three words that describe the noun after it
+DESCRIBED = re.compile(
+    rf"\b(?:an?|the)\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$", re.IGNORECASE
+)
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -153,6 +157,21 @@ def mirrored_text(text: str, classes: Sequence[str], own: ClassTable | None = No
         side = SIDE_WORD if SIDE_WORD.search(text, begin, end) else SIDE
         text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
     return text
+
+
+def replaced_text(text: str, name: str, other: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+    """The text with `other` in place of what it says of one of the classes ("an orange ball"), empty where it does not
+    name it.
+    """
+    lowered = _lowered(text)
+    text = unicodedata.normalize("NFC", text)
+    text = text if len(text) == len(lowered) else lowered
+    parts, end = [], 0
+    for begin, stop in matcher(tuple(classes), own).spans(text).get(name, ()):
+        described = DESCRIBED.search(text, end, begin)
+        parts += [text[end : described.start() if described else begin], other]
+        end = stop
+    return "".join(parts) + text[end:] if parts else ""
 
 
 def token_places(
