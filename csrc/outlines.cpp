@@ -202,6 +202,8 @@ Plane<uint8_t> outlines_of_labels(const Plane<uint8_t>& labels, const Plane<uint
     return found;
 }
 
-Plane<float> outlines_of_depth(const Plane<float>& metres, const Plane<uint8_t>& image) { return follow("outlines_of_depth", metres, image, average); }
+Plane<float> outlines_of_depth(const Plane<float>& metres, const Plane<uint8_t>& image) {
+    return follow("outlines_of_depth", metres, image, average);
+}
 
 }  // namespace datasetdm

@@ -84,6 +84,15 @@ def test_exports_made_before_a_drop_are_named(run, capsys):
     assert "was made before" not in capsys.readouterr().err
 
 
+def test_a_run_that_is_open_notices_that_samples_were_dropped(run):
+    with open_run(run) as found:
+        assert found["00000001"].image.size
+        assert drop.main([str(run), "00000001", "--quiet"]) == 0
+        with pytest.raises(IndexError, match="sample 00000001 is no longer in the ledger"):
+            found["00000001"]
+        assert len(list(found.rows())) == 5 and found["00000002"].image.size
+
+
 def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
     run = tmp_path / "run"
     with RunFolder(run, document(5)) as folder:

@@ -108,6 +108,22 @@ def test_a_ledger_is_not_settled_while_it_is_read(tmp_path):
         assert ledger.settle() and ledger.count() == 51
 
 
+def test_a_finished_ledger_that_changes_while_it_is_read_is_told(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.commit([row(k) for k in range(200)])
+        ledger.settle()
+    with Ledger(path, read_only=True) as reader:
+        reading = reader.rows()
+        next(reading)
+        assert not reader.is_outdated()
+        with Ledger(path) as ledger:
+            ledger.drop(range(0, 200, 2))
+            ledger.settle()
+        with pytest.raises(Missing, match="another process changed it while it was read"):
+            list(reading)
+
+
 def test_one_value_has_one_spelling():
     assert canonical({"b": 1, "a": [1, "é"]}) == canonical({"a": (1, "é"), "b": 1}) == '{"a":[1,"é"],"b":1}'
     with pytest.raises(ValueError):

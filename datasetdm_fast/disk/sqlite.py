@@ -6,7 +6,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,21 @@ def connect_to_read(path: Path) -> Connection:
         # back, and readers cannot do so.
         with closing(_opened(path, path)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")
+    version = _version(path)
     # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
     quiet = "" if any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal")) else "&immutable=1"
-    return _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)
+    connection = _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)
+    if quiet:  # SQLite then takes no lock and keeps what it has read, also where somebody begins to write
+        connection.version = version
+    return connection
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What a change of the file changes; None where there is no such file."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_mtime_ns, found.st_size
+    return None
 
 
 def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> Connection:
@@ -92,6 +104,11 @@ class Connection(sqlite3.Connection):
     """A connection whose errors are Refused for a bad file, Missing for a bad disk, else sqlite3's own."""
 
     path = Path()
+    version: tuple[int, int] | None = None  # of a file that was opened as one that nobody changes
+
+    def is_outdated(self) -> bool:
+        """Whether such a file has changed since: what is read through this connection may then be old, or a mixture."""
+        return self.version is not None and _version(self.path) != self.version
 
     def prepare(self, path: Path) -> None:
         self.path = path

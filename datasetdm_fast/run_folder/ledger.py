@@ -363,8 +363,16 @@ class Ledger(AbstractContextManager):
         where = f"status IN ({', '.join('?' * len(wanted))})"
         found = self._connection.execute(f'SELECT {columns} FROM {source} WHERE {where} ORDER BY "index"', wanted)
         while block := found.fetchmany(BLOCK):
+            if self.is_outdated():
+                raise Missing(
+                    f"{self.path}: another process changed it while it was read", "Run the same command again."
+                )
             for values in block:
                 yield self._row(*values)
+
+    def is_outdated(self) -> bool:
+        """Whether a finished ledger that is open for reading has changed since: it is to be opened again."""
+        return self._connection.is_outdated()
 
     def _only(self, parts: Sequence[str]) -> str:
         """The columns, of PARTS only these and NULL for the others."""

@@ -187,8 +187,9 @@ class Run(AbstractContextManager["Run"]):
             self._indices = sorted(set(self._indices) & set(decided.kept))
 
     def _rows(self) -> Ledger:
-        # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own.
-        if self._ledger is None or self._owner != os.getpid():
+        # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own; and
+        # another process may have dropped samples or made more, which a connection to a finished run does not notice.
+        if self._ledger is None or self._owner != os.getpid() or self._ledger.is_outdated():
             self._ledger, self._owner = Ledger(self.path / LEDGER, read_only=True), os.getpid()
         return self._ledger
 
