@@ -77,11 +77,16 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
         assert line in err
     assert "chosen on the same images" not in err and not result["depth"]["step_chosen_on_held_out"]
     assert result["depth"]["weights_of_step"] == 6 and not result["depth"]["held_out_intervals"]
-    assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
+    decoders = load_decoders(tmp_path / "decoder")
+    assert {task: one.config.outlines for task, one in decoders.items()} == {
+        task: one["outlines"] for task, one in result.items()
+    }
+    assert set(decoders) == {"depth", "pose"} and result["pose"]["outlines"] == "decoder"  # as it has none
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "AbsRel" in page and "absrel" not in page
     assert 'src="http' not in page
+    assert f"outlines of labels</th><td>of the {result['depth']['outlines']}<" in page
     assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
     assert "<b>datasetdm_fast.train</b> <b>--model</b> <b>tiny</b>" in page
     assert ">step 1<" in page and ">step 6<" in page and ">step 2<" in page  # ends of the loss and of the figure

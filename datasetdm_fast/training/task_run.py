@@ -348,6 +348,7 @@ def _page(
     facts |= {"images held out": result["held_out_images"], "steps": steps}
     facts |= {"weights of step": result.get("weights_of_step", result["steps"])}
     facts |= {"pixels a side": f"{training.framing['pixels_a_side']}{f': {how}' if how else ''}"}
+    facts |= {"outlines of labels": f"of the {whose}"} if (whose := result.get("outlines")) else {}
     facts |= {"command": training.command} if training.command else {}
     cautions = held_out.cautions(result, bool(training.folds))
     given = (training.lessons.views.source, facts, result, log_lines(training.state), cautions, training.folds)
