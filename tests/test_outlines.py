@@ -228,6 +228,12 @@ def test_a_run_and_pictures_that_exist_get_the_outlines_that_are_asked_for(tmp_p
         assert LABEL_KINDS["depth"].distance(other, wanted) < 1e-3 < LABEL_KINDS["depth"].distance(other, depth)
 
 
+def test_labels_without_a_decoder_have_no_outlines_to_choose(tmp_path, capsys):
+    line = ["--labeller", "attention", "--classes", "ball", "--prompts", "a ball", "--number", "1"]
+    assert generate.main([*line, "--outlines", "image", "--out", str(tmp_path / "run")]) == 2
+    assert "--outlines image: no label of this run is made by a decoder" in capsys.readouterr().err
+
+
 def test_evaluate_measures_either(capsys):
     line = ["--data", "demo:6@910000", "--task", "semantic,depth", "--bootstrap", "0", "--json", "--quiet"]
     found = []

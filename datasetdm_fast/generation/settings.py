@@ -158,7 +158,9 @@ def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 def check_attention(config: RunConfig) -> None:
-    """Refuses labels from attention without words to look for, and their settings where there are none."""
+    """Refuses labels from attention without words to look for, and settings of labels that the run does not make."""
+    if config.outlines != RunConfig.outlines and set(config.task) <= set(UNDECODED):
+        raise Refused(f"--outlines {config.outlines}: no label of this run is made by a decoder", "Drop it.")
     if ATTENTION not in config.task:
         for name in ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"):
             if getattr(config, name) != getattr(RunConfig, name):
