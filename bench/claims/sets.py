@@ -29,9 +29,8 @@ from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.tasks.outlines import read_labels
 from datasetdm_fast.training.session import taught
 
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
@@ -220,8 +219,7 @@ def relabelled(
         labels = {}
         for task, config in configs.items():
             raw = held_to(engine.annotate(task, capture, None), config, prompts, tokenizer=engine.model.tokenizer)
-            found = TASKS[task].postprocess(raw, config, engine.model.size)
-            labels[LABEL_KINDS[task].attribute] = outlined(found, images.numpy(), config)
+            labels[LABEL_KINDS[task].attribute] = read_labels(raw, images.numpy(), config, engine.model.size)
         for k, sample in enumerate(samples):
             found = {name: label[k] for name, label in labels.items()}
             found["semantic"] = rename(sample, found["semantic"])

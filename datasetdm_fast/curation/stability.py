@@ -63,9 +63,8 @@ class Stability:
         import torch
 
         from datasetdm_fast.sampling.inversion import invert
-        from datasetdm_fast.tasks import TASKS
         from datasetdm_fast.tasks.captions import held_to
-        from datasetdm_fast.tasks.outlines import outlined
+        from datasetdm_fast.tasks.outlines import read_labels
 
         prompts, named = [sample.prompt for sample in samples], [sample.classes for sample in samples]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
@@ -76,6 +75,6 @@ class Stability:
                 if (config.capture_timestep or 0) == timestep:
                     raw, tokenizer = self.engine.annotate(label, capture, None), self.engine.model.tokenizer
                     raw = held_to(raw, config, prompts, named=named, tokenizer=tokenizer)
-                    found = TASKS[config.task].postprocess(raw, config, self.engine.model.size)
-                    labels[label] = outlined(found, (sample.image for sample in samples), config)
+                    pixels = (sample.image for sample in samples)
+                    labels[label] = read_labels(raw, pixels, config, self.engine.model.size)
         return labels

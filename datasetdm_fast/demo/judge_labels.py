@@ -28,9 +28,8 @@ from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.tasks.outlines import read_labels
 
 KINDS = ("semantic", "instance")
 FOUND = 0.5  # IoU of a thing that counts as found
@@ -139,7 +138,7 @@ def of_renders(count: int) -> list[JudgedPicture]:
         for task, config in configs.items():
             raw = engine.annotate(task, capture, None)
             raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
-            labels[task] = outlined(TASKS[task].postprocess(raw, config, engine.model.size), images.numpy(), config)
+            labels[task] = read_labels(raw, images.numpy(), config, engine.model.size)
         for k, item in enumerate(some):
             named = find_classes(item.caption, world.THINGS)
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}

@@ -15,7 +15,7 @@ from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.tasks.outlines import read_labels
 
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
@@ -63,8 +63,7 @@ def measure(
                 asked = source.thing_classes if config.has_text else ()
                 raw = held_to(raw, config, said, asked, tokenizer=engine.model.tokenizer)
             asked = {"words": source.thing_classes} if config.has_text else {}
-            found = TASKS[config.task].postprocess(raw, config, engine.model.size, **asked)
-            found = outlined(found, (item.image for item in items), config)
+            found = read_labels(raw, (item.image for item in items), config, engine.model.size, **asked)
             for item, label in zip(items, found):
                 before = meter.count
                 meter.add(item, label)

@@ -4,10 +4,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.tasks import TASKS
+
+
+def read_labels(
+    raw: dict[str, Tensor], images: Iterable[np.ndarray], config: DecoderConfig, size: int, **asked: Any
+) -> list[Any]:
+    """The labels in a decoder's raw tensors, with their outlines; `asked` as the task's postprocess has it."""
+    return outlined(TASKS[config.task].postprocess(raw, config, size, **asked), images, config)
 
 
 def outlined(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:

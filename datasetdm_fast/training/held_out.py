@@ -16,9 +16,8 @@ from datasetdm_fast.engines.device import allow_tf32
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.split import groups
-from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.tasks.outlines import read_labels
 from datasetdm_fast.training.loop import TrainingViews, projected
 from datasetdm_fast.truth.labelled import LabelledSource
 
@@ -81,8 +80,8 @@ def answers(
             raw = ready(projected(ready, levels), text)
             items = [lessons.views.item(view) for view in some]
             raw = held_to(raw, config, lessons.views.captions(items), asked, tokenizer=tokenizer)
-            labels = TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
-            found += outlined(labels, (item.image for item in items), config)
+            words_asked = {"words": asked} if asked else {}
+            found += read_labels(raw, (item.image for item in items), config, size, **words_asked)
     return found
 
 

@@ -1,13 +1,10 @@
 """Whether a taught decoder's labels get outlines that follow the image, by what that does to images it learnt from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from datasetdm_fast.config import FROM_IMAGE
-from datasetdm_fast.decoders.checkpoint import Decoder
+from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.tasks.outlines import outlined
@@ -20,22 +17,19 @@ MOST_IMAGES = 100  # that are looked at
 
 def chosen(
     config: TrainConfig,
-    decoder: Decoder,
+    own: DecoderConfig,
     lessons: TrainingViews,
-    words: Tensor | None,
-    size: int,
-    device: torch.device,
-    tokenizer: Callable[..., object],
+    answers: Callable[[Sequence[int]], Sequence[Annotation]],
 ) -> DecoderConfig:
-    """The decoder's configuration with the outlines of the settings; with `auto` those of the image where they are
-    nearer the truth in the first view of every image, which they never are with `--preset upstream`.
+    """The decoder's own configuration with the outlines of the settings; with `auto` those of the image where they are
+    nearer the truth in the first view of every image, which they never are with `--preset upstream`. `answers` gives
+    the decoder's labels of some views.
     """
-    own = decoder.config
     if config.outlines != "auto" or config.preset == "upstream":
         return own if config.outlines == "auto" else replace(own, outlines=config.outlines)
     draws = lessons.views.looks.draws
     views = range(0, min(lessons.count, MOST_IMAGES * draws), draws)
-    plain = held_out.answers(decoder, lessons, words, size, device, tokenizer, views=views)
+    plain = answers(views)
     following = replace(own, outlines=FROM_IMAGE)
     redrawn = outlined(plain, (lessons.views.item(view).image for view in views), following)
     name = METRICS[own.task].figure

@@ -28,7 +28,7 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import is_read, open_data
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
-from datasetdm_fast.training.held_out import are_enough, split
+from datasetdm_fast.training.held_out import answers, are_enough, split
 from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import SOLO, Ranks
@@ -371,8 +371,8 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
     decoder = fit(recipe.config, views, recipe.schedule, words, device=engine.device)
     if config.by_word == "auto":
         decoder.config = word_heads.learnt(views, recipe.config, engine.model.tokenizer).given_to(recipe.config)
-    model = engine.model
-    decoder.config = outlines.chosen(config, decoder, views, words, model.size, engine.device, model.tokenizer)
+    given = (decoder, views, words, engine.model.size, engine.device, engine.model.tokenizer)
+    decoder.config = outlines.chosen(config, decoder.config, views, lambda some: answers(*given, views=some))
     return decoder
 
 

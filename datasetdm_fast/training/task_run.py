@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +274,8 @@ class _StartedTraining:
         if is_chosen:
             decoder.load_state_dict(self.best)
         round_parameters(decoder, training.config.storage)
-        size = training.framing["pixels_a_side"]
-        given = (training.plan.words, size, training.device, training.tokenizer)
-        decoder.config = outlines.chosen(training.config, decoder, training.lessons, *given)
+        of_some = partial(_answers, training, training.lessons, decoder)
+        decoder.config = outlines.chosen(training.config, decoder.config, training.lessons, of_some)
         save_decoder(decoder, training.folder, storage=training.config.storage)
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
@@ -324,9 +324,12 @@ def _judged(training: TaskTraining, decoder: Decoder) -> tuple[list[Annotation],
     return found, held_out.score(training.task, training.held, found)
 
 
-def _answers(training: TaskTraining, views: TrainingViews, decoder: Decoder) -> list[Annotation]:
-    size = training.framing["pixels_a_side"]
-    return held_out.answers(decoder, views, training.plan.words, size, training.device, training.tokenizer)
+def _answers(
+    training: TaskTraining, lessons: TrainingViews, decoder: Decoder, views: Sequence[int] | None = None
+) -> list[Annotation]:
+    """What a decoder says about each view, or some of them."""
+    given = (training.plan.words, training.framing["pixels_a_side"], training.device, training.tokenizer)
+    return held_out.answers(decoder, lessons, *given, views=views)
 
 
 def _of_fold(training: TaskTraining) -> tuple[TrainingViews | None, list[Annotation]]:

@@ -73,27 +73,26 @@ def look(
     others: Sequence[int] = (),
 ) -> Labelled:
     """Look number `draw` at an item of a data set, whose items `read` gives; things are pasted from `others`."""
-    return source.captioned(_changed(source, number, how, draw, seed, read, others))
-
-
-def _changed(
-    source: LabelledSource,
-    number: int,
-    how: Augmentation,
-    draw: int,
-    seed: int,
-    read: Callable[[int], Labelled],
-    others: Sequence[int],
-) -> Labelled:
-    """The same with the caption of what was there before it was cropped."""
     generator = np.random.default_rng([seed, number, draw])
     item = source.drawn(number, int(generator.integers(2**31))) if how.is_drawn else read(number)
     if generator.random() < how.turned:
         item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
     if how.flip and draw % 2:
         item = mirrored(item, source)
-    if how.is_varying and not draw:
-        return item  # as it is, for what is learnt of the first looks
+    if draw or not how.is_varying:  # else as it is, for what is learnt of the first looks
+        item = _varied(item, source, how, generator, read, others)
+    return source.captioned(item)
+
+
+def _varied(
+    item: Labelled,
+    source: LabelledSource,
+    how: Augmentation,
+    generator: np.random.Generator,
+    read: Callable[[int], Labelled],
+    others: Sequence[int],
+) -> Labelled:
+    """With a thing of another item, cropped, in other colours and in other light, as drawn by the generator."""
     if how.pasted and generator.random() < how.pasted:
         other = read(others[int(generator.integers(len(others)))])
         other = mirrored(other, source) if how.flip and generator.random() < 0.5 else other
