@@ -70,13 +70,17 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:
-    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X.
+    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X. Spaces and
+    capitals make no difference.
 
     >>> nearest("sede", ("seed", "size"), before="--")
     ' (did you mean --seed?)'
+    >>> nearest("Ball ", ("wall", "ball"))
+    ' (did you mean ball?)'
     """
     import difflib
 
-    longer = [candidate for candidate in known if word and candidate.startswith(word)]
-    close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {before}{close[0]}?)" if close else ""
+    plain, words = word.strip().casefold(), {candidate.casefold(): candidate for candidate in known}
+    longer = [candidate for candidate in words if plain and candidate.startswith(plain)]
+    close = longer or difflib.get_close_matches(plain, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {before}{words[close[0]]}?)" if close else ""
