@@ -16,6 +16,7 @@ from datasetdm_fast.foreign.onnx_graph import check_onnx
 NAME = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes of a manifest
 FORMAT = 1
+BEGINNING = b'{\n  "stages": {'  # of every manifest, also of one that was cut off
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
@@ -133,7 +134,8 @@ class Manifest:
 def check_replaceable(folder: Path) -> None:
     """Refuses a folder whose manifest is not a damaged one of ours but somebody else's."""
     path = folder / NAME
-    if path.is_file() and path.stat().st_size and b'"exporter"' not in storage.read(path, LARGEST_MANIFEST):
+    content = storage.read(path, LARGEST_MANIFEST) if path.is_file() else b""
+    if content and b'"exporter"' not in content and not BEGINNING.startswith(content[: len(BEGINNING)]):
         raise Refused(
             f"{path}: it exists and does not describe an export, so it is not replaced",
             "Choose another --out, or delete the file.",

@@ -457,8 +457,11 @@ def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
     with pytest.raises(Refused, match="does not describe an export, so it is not replaced"):
         export(demo[0], {}, tmp_path, only=["encode_text"])
     assert (tmp_path / NAME).read_text() == '{"name": "a web page"}' and set(os.listdir(tmp_path)) == {NAME, ".lock"}
-    (tmp_path / NAME).write_text('{"exporter": "of ours, but cut')
-    export(demo[0], {}, tmp_path, only=["encode_text"]).check_files(tmp_path)
+    (tmp_path / NAME).write_text('{"exporter": "of ours, but edited')
+    whole = export(demo[0], {}, tmp_path, only=["encode_text"]).to_json()
+    for length in (len(whole) // 2, 3):  # the name of the exporter is at the end
+        (tmp_path / NAME).write_text(whole[:length])
+        export(demo[0], {}, tmp_path, only=["encode_text"]).check_files(tmp_path)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -330,6 +330,24 @@ SPOILT = {
         configure("unet/config.json", transformer_layers_per_block=[1, 2, 10, 10]),
         "transformer_layers_per_block",
     ),
+    # Weights of these fit, and only diffusers' modules would do what they say.
+    **{
+        f"a UNet with another {name}": (configure("unet/config.json", **{name: value}), f"the UNet's {name} is")
+        for name, value in {
+            "act_fn": "gelu",
+            "center_input_sample": True,
+            "downsample_padding": 0,
+            "mid_block_scale_factor": 2,
+            "time_embedding_act_fn": "silu",
+            "timestep_post_act": "silu",
+            "time_cond_proj_dim": 256,
+        }.items()
+    },
+    "an autoencoder with another activation": (configure("vae/config.json", act_fn="gelu"), "the vae's act_fn is"),
+    **{
+        f"a scale of {value!r}": (configure("vae/config.json", scaling_factor=value), "the vae's scaling_factor is")
+        for value in (0, "0.18", None, True)
+    },
     "an autoencoder of factor four": (configure("vae/config.json", block_out_channels=[8, 16, 16]), "4 x 4"),
     "flow matching": (
         write("scheduler/scheduler_config.json", b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'),

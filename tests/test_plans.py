@@ -288,7 +288,7 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     assert (
         folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
     )  # where a sealed file lies does not matter
-    assert [path for path, _ in folder.prune(lambda facts: "")] == [beside] and not beside.is_symlink()
+    assert [path for path, _ in plans.prune([(folder, lambda facts: "")], 1 << 30)] == [beside] and not beside.is_symlink()
 
 
 def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_the_cap(folder):
@@ -296,12 +296,12 @@ def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_th
     for age, path in enumerate(made):
         os.utime(path, (1000 - age, 1000 - age))
     made[0].write_bytes(b"")
-    orphan = folder.folder / "denoise-0123.golden.safetensors"
-    left = folder.folder / "denoise-0123.compiled"
+    orphan = folder.folder / "denoise-0123456789abcdef.golden.safetensors"
+    left = folder.folder / "denoise-0123456789abcdef.compiled"
     for path in (orphan, left, *map(plans.compiled_path, made[1:3])):
         path.write_bytes(b"")
     size = made[1].stat().st_size
-    removed = dict(folder.prune(lambda facts: "stale" if facts["graph"][0] == "b" else "", cap=size))
+    removed = dict(plans.prune([(folder, lambda facts: "stale" if facts["graph"][0] == "b" else "")], size))
     assert (
         "foreign" in removed[made[0]]
         and removed[made[1]] == "stale"
@@ -311,3 +311,29 @@ def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_th
     assert [path.name for path in sorted(folder.folder.iterdir())] == sorted(
         [made[2].name, *(f(made[2]).name for f in (plans.golden_path, plans.compiled_path)), made[2].stem + ".lock"]
     )
+
+
+def test_the_cap_holds_for_all_folders_together(folder, tmp_path):
+    """Every model has a folder of its own in the cache, so a cap for each would limit nothing."""
+    other = plans.PlanFolder(tmp_path / "other", folder.told.append)
+    old, new = (one.open_or_build(ORDER, Builder()).path for one in (folder, other))
+    os.utime(old, (1000, 1000))
+    size = new.stat().st_size
+    removed = plans.prune([(one, lambda facts: "") for one in (folder, other)], size, is_dry=True)
+    assert removed == [(old, f"beyond the {size} bytes that are kept")] and old.exists()
+    plans.prune([(one, lambda facts: "") for one in (folder, other)], size)
+    assert not old.exists() and new.exists()
+
+
+def test_files_of_other_programs_are_neither_shown_nor_deleted(folder):
+    """`terraform plan -out x.plan` writes such files, too."""
+    mine = folder.open_or_build(ORDER, Builder()).path
+    copy = mine.with_name("mine.plan")
+    copy.write_bytes(mine.read_bytes())
+    theirs = [folder.folder / name for name in ("x.plan", "denoise-1.plan", "y.compiled", "z.golden.safetensors")]
+    for path in theirs:
+        path.write_bytes(b"of another program")
+    (folder.folder / "folder.plan").mkdir()
+    assert [entry.path for entry in folder.entries()] == [mine, copy]
+    assert [path for path, _ in plans.prune([(folder, lambda facts: "")], 1 << 30)] == [copy]
+    assert all(path.exists() for path in theirs)

@@ -8,7 +8,7 @@ from typing import Any
 from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.tensorrt import flavours
+from datasetdm_fast.export.tensorrt import flavours, plans
 from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, cached_plans, say
 from datasetdm_fast.export_cli.settings import ExportConfig
 
@@ -38,8 +38,8 @@ def build(config: ExportConfig) -> None:
 
     model, decoders = config.load()
     if config.dry_run:
-        plans = ", ".join(capabilities) or "every GPU"
-        config.show_plan(decoders, f"TensorRT plans for {plans}, batches {', '.join(map(str, batches))}")
+        served = ", ".join(capabilities) or "every GPU"
+        config.show_plan(decoders, f"TensorRT plans for {served}, batches {', '.join(map(str, batches))}")
         return
     folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, {}
     if precision == "fp8":
@@ -123,15 +123,15 @@ def list_plans(config: ExportConfig) -> None:
 
 def prune(config: ExportConfig) -> None:
     """Deletes plans of --out or of the cache that would not be used, and the least used beyond --cap-gb."""
-    removed, cap = [], int(config.cap_gb * 1e9)
-    for opened in _folders(config.out):
-        removed += opened.prune(_staleness(opened.folder), cap, is_dry=config.dry_run)
+    folders = [(opened, _staleness(opened.folder)) for opened in _folders(config.out)]
+    removed = plans.prune(folders, int(config.cap_gb * 1e9), is_dry=config.dry_run)
     if config.json:
         print(json.dumps([{"path": str(path), "reason": reason} for path, reason in removed]))
         return
     for path, reason in removed:
         print(f"{path}: {reason.removeprefix(f'{path} ')}")
-    say(f"{counted(len(removed), 'file')} {'would be' if config.dry_run else 'are'} deleted")
+    done = "would be" if config.dry_run else "is" if len(removed) == 1 else "are"
+    say(f"{counted(len(removed), 'file')} {done} deleted")
 
 
 def _folders(out: str) -> list[PlanFolder]:

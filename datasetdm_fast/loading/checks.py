@@ -1,6 +1,7 @@
 """What a model's configuration and weights must satisfy before anything is built from them."""
 
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,13 @@ def check_unet(config: Mapping, source: Path) -> None:
         "attention_type": "default",
         "cross_attention_norm": None,
         "resnet_time_scale_shift": "default",
+        # Weights of these shapes fit also where a setting below is another one, and the images would be wrong.
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
     }
     for key, value in wanted.items():
         found = config.get(key, value)
@@ -118,6 +126,7 @@ def check_unet(config: Mapping, source: Path) -> None:
             raise Refused(
                 f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected; {SUPPORTED}", ANOTHER
             )
+    _check_activation(config, source, "UNet")
     depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
     if depth not in (1, [1] * 4):
         raise Refused(
@@ -139,6 +148,13 @@ def check_vae(config: Mapping, source: Path) -> None:
             f"expected; {SUPPORTED}",
             ANOTHER,
         )
+    _check_activation(config, source, "vae")
+    scale = config.get("scaling_factor", 0.18215)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise Refused(
+            f"model: {source}: the vae's scaling_factor is {documents.quoted(scale)}, expected a number above 0",
+            DAMAGED,
+        )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if factor != FACTOR:
         raise Refused(
@@ -146,6 +162,12 @@ def check_vae(config: Mapping, source: Path) -> None:
             f"is expected; {SUPPORTED}",
             ANOTHER,
         )
+
+
+def _check_activation(config: Mapping, source: Path, part: str) -> None:
+    found = config.get("act_fn", "silu")
+    if found not in ("silu", "swish"):  # two names of one function
+        raise Refused(f"model: {source}: the {part}'s act_fn is {found!r} where 'silu' is expected; {SUPPORTED}", ANOTHER)
 
 
 def check_scheduler(config: Mapping, source: Path) -> None:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,8 @@ GOLDEN = ".golden.safetensors"
 COMPILED = ".compiled"  # the kernels TensorRT-RTX made of a plan for one GPU
 LARGEST_GOLDEN = 256 << 20
 SHOWN_KEY = 16  # characters of a key in a file name
+OWN_NAME = re.compile(rf".+-[0-9a-f]{{{SHOWN_KEY}}}({'|'.join(map(re.escape, (SUFFIX, GOLDEN, COMPILED)))})")
 FLEXIBLE = ("profiles", "capabilities", "flags")  # facts in which a plan may differ from an order and still do
-CAP = 64 << 30  # bytes of plans that prune leaves
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,11 @@ class PlanFolder:
             part.unlink(missing_ok=True)
 
     def entries(self) -> list[Entry]:
-        """Every plan file with what it was built for, seal and content checked."""
+        """Every plan file with what it was built for, seal and content checked; other programs' files of this suffix
+        are left out.
+        """
         found = []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+        for path in filter(is_own, sorted(self.folder.glob(f"*{SUFFIX}"))):
             facts, notes, fault = {}, {}, ""
             try:
                 header, _ = sealed.read(path, self.key)
@@ -189,30 +192,42 @@ class PlanFolder:
             found.append(Entry(path, path.lstat().st_size, facts, notes, fault))
         return found
 
-    def prune(
-        self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP, *, is_dry: bool = False
-    ) -> list[tuple[Path, str]]:
-        """What was deleted and why: unusable and stale plans, stray files, then the least used beyond `cap` bytes; a
-        dry run only tells.
-        """
-        reasons = [(entry, entry.fault or is_stale(entry.facts)) for entry in self.entries()]
-        removed = [(entry.path, reason) for entry, reason in reasons if reason]
-        good, total = [entry for entry, reason in reasons if not reason], 0
-        for entry in sorted(good, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
-            total += entry.size
-            if total > cap:
-                removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
-        for path, _ in () if is_dry else removed:
-            for one in (path, golden_path(path), compiled_path(path), path.with_suffix(".lock")):
-                with storage.refusing(one):
-                    one.unlink(missing_ok=True)
-        names = {of(path) for path in self.folder.glob(f"*{SUFFIX}") for of in (golden_path, compiled_path)}
-        beside = {path for suffix in (GOLDEN, COMPILED) for path in self.folder.glob(f"*{suffix}")}
-        for orphan in sorted(beside - names):
-            if not is_dry:
-                orphan.unlink(missing_ok=True)
-            removed.append((orphan, "belongs to no plan"))
-        return removed
+
+def prune(
+    folders: Iterable[tuple[PlanFolder, Callable[[Mapping[str, Any]], str]]], cap: int, *, is_dry: bool = False
+) -> list[tuple[Path, str]]:
+    """What was deleted and why: unusable plans, those that the function beside their folder calls stale, stray files,
+    then the least used of all folders together beyond `cap` bytes; a dry run only tells.
+    """
+    removed: list[tuple[Path, str]] = []
+    good: list[Entry] = []
+    orphans: list[Path] = []
+    for opened, is_stale in folders:
+        for entry in opened.entries():
+            if reason := entry.fault or is_stale(entry.facts):
+                removed.append((entry.path, reason))
+            else:
+                good.append(entry)
+        names = {of(path) for path in opened.folder.glob(f"*{SUFFIX}") for of in (golden_path, compiled_path)}
+        beside = {path for suffix in (GOLDEN, COMPILED) for path in opened.folder.glob(f"*{suffix}")}
+        orphans += filter(is_own, sorted(beside - names))
+    total = 0
+    for entry in sorted(good, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
+        total += entry.size
+        if total > cap:
+            removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
+    for path, _ in () if is_dry else removed:
+        for one in (path, golden_path(path), compiled_path(path), path.with_suffix(".lock")):
+            with storage.refusing(one):
+                one.unlink(missing_ok=True)
+    for orphan in () if is_dry else orphans:
+        orphan.unlink(missing_ok=True)
+    return removed + [(orphan, "belongs to no plan") for orphan in orphans]
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file has a name that this module gives, or is sealed: a user's own x.plan is neither."""
+    return bool(OWN_NAME.fullmatch(path.name)) or sealed.is_sealed(path)
 
 
 def cached_plans() -> Path:

@@ -166,6 +166,15 @@ def read_header(path: Path, key: bytes) -> Header:
         return _read_header(path, file, key)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file begins as a sealed one does; whether its seal holds is another question."""
+    try:
+        with _opened(path) as file:
+            return bool(file.read(len(MAGIC)) == MAGIC)
+    except (FileNotFoundError, Unusable):
+        return False
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
