@@ -87,7 +87,7 @@ def page(
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(task)} decoder</title><style>{STYLE}</style>{''.join(body)}</html>\n"
-    ).encode()
+    ).encode(errors="replace")  # names of files need not be valid UTF-8
 
 
 def title_of(folds: Mapping[str, Any]) -> str:
