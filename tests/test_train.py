@@ -15,6 +15,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from browser import Watched, browser
 from layouts import LAYOUTS, save
 from PIL import Image
 from safetensors.torch import load_file
@@ -308,6 +309,18 @@ def test_only_what_falls_has_a_logarithmic_scale_on_the_page():
     loss, miou = re.findall("<figcaption>(.*?)</figcaption>", page._curves(log, False)[1])
     assert "logarithmic" in loss and miou == "mIoU, held out: 0.05 at step 0, 0.45 at step 2"
     assert page._curves(log, True)[1].count("logarithmic scale</figcaption>") == 2
+
+
+def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
+    names = ["ball", "a name of many words " * 9, "a_name_without_any_blank_" * 7]
+    result = {"held_out": {"miou": 0.5, "per_class": dict.fromkeys(names, 0.25)}}
+    source = types.SimpleNamespace(classes=names, thing_classes=names)
+    (tmp_path / "page.html").write_bytes(page.page("semantic", source, {"data": "folder:photos"}, result, []))
+    with browser() as running:
+        shown = Watched(running, width=390).page
+        shown.goto((tmp_path / "page.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth <= 390")
+        assert shown.evaluate("Math.min(...[...document.querySelectorAll('td')].map(td => td.clientWidth)) > 90")
 
 
 def test_things_have_the_colours_of_a_gallery_on_the_page():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.engines.device import allow_tf32
@@ -141,6 +142,8 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
         names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
         them = "it" if len(lacking) == 1 else "them"
         found.append(f"no held-out image shows {names}: means leave {them} out, and intervals allow for any score")
+    if images and result.get("outlines") == FROM_IMAGE:
+        found.append("labels have outlines that follow the image; figures of single steps were measured without them")
     if result.get("named_by_captions") and (images or has_folds):
         found.append(
             "where an image's caption names classes, only these were looked for; evaluate --captions unread measures "
