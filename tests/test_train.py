@@ -182,6 +182,12 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
         assert f"trained on other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
+    for folder, ending in (("images", "png"), ("masks", "png"), ("depth", "png")):
+        (data / folder / f"added.{ending}").write_bytes((data / folder / f"scene 1.{ending}").read_bytes())
+    assert run(*line) == 2
+    assert f"trained on other data: now with {data}/images/added.png" in capsys.readouterr().err
+    for folder in ("images", "masks", "depth"):
+        (data / folder / "added.png").unlink()
     names = (data / "classes.txt").read_text().splitlines()
     (data / "classes.txt").write_text("\n".join([*names[:2], *names[:1:-1]]))
     assert run(*line) == 2 and "(decoder classes [" in capsys.readouterr().err

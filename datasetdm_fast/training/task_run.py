@@ -42,6 +42,7 @@ from datasetdm_fast.training.word_heads import WordHeads
 
 LOCK, PAGE = ".lock", "page.html"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
+COUNTED = {"images", "held_out_images", "left_out", "steps"}  # settings that may follow from how many images there are
 RESULT = {"steps": int, "images": int, "held_out_images": int, "held_out": dict}  # what results of all versions have
 
 
@@ -100,8 +101,12 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "Choose another --out.")
         return None
-    before = _flat(read_state(path, {}))
-    if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+    before, data = _flat(read_state(path, {})), folder / "training" / data_record.NAME  # earlier versions wrote none
+    recorded = read_state(data, data_record.FORM, data_record.LARGEST_RECORD) if data.exists() else {}
+    differing = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if recorded and COUNTED.issuperset(differing):
+        data_record.check(folder, recorded, plan.data)
+    if differing:
         said = ", ".join(
             f"{name} {one_line(json.dumps(before.get(name)))} there, {one_line(json.dumps(settings.get(name)))} now"
             for name in differing[:4]
@@ -110,10 +115,6 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
             f"--out: {folder} was trained with other settings ({said})",
             "Choose another --out, or the settings that it was started with.",
         )
-    recorded: dict[str, Any] = {}
-    if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
-        recorded = read_state(data, data_record.FORM, data_record.LARGEST_RECORD)
-        data_record.check(folder, recorded, plan.data)
     files = folder / "training" / "result.json", folder / "config.json", folder / "model.safetensors"
     if all(file.exists() for file in files):
         return read_state(files[0], RESULT)
