@@ -483,6 +483,13 @@ def test_what_to_know_of_a_figure():
     )
     assert "raise --held-out to 30" in held_out.cautions({"images": 56, "held_out_images": 4})[0]
     assert "--folds" not in held_out.cautions({"images": 1, "held_out_images": 0})[0]
+    assert "--folds" not in held_out.cautions({"images": 12, "held_out_images": 0, "unrelated_images": 1})[0]
+    three = {"images": 12, "held_out_images": 0, "unrelated_images": 3, "named_by_captions": True}
+    assert len(held_out.cautions(three)) == 1 and "--folds 3 measures" in held_out.cautions(three)[0]
+    assert "(3 more trainings)" in held_out.cautions(three | {"held_out_images": 4})[0]
+    assert "--captions unread" in held_out.cautions(three, has_folds=True)[1]
+    told = held_out.cautions({"images": 90, "held_out_images": 30, "outlines": "image"})
+    assert len(told) == 1 and "figures of single steps were measured without them" in told[0]
     many = held_out.cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})
     assert len(many) == 1 and many[0].startswith(
         "no held-out image shows a, b, c, d, e and 2 more: means leave them out"

@@ -1178,6 +1178,15 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
             source[1]
 
 
+def test_a_link_that_leads_nowhere_is_called_one(copied):
+    root, address = copied("folder")
+    image = next((root / "images").rglob("*.png"))
+    image.unlink()
+    image.symlink_to("gone.png")
+    with pytest.raises(Refused, match=r"No such file or directory \(it is a symbolic link that leads nowhere\)"):
+        list(open_data(address, SIZE))
+
+
 def test_skipping_is_no_remedy_for_what_the_whole_data_set_rests_on(copied):
     root, address = copied("folder")
     (root / "classes.txt").write_text("\n")

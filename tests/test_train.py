@@ -15,6 +15,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from browser import Watched, browser
 from layouts import LAYOUTS, save
 from PIL import Image
 from safetensors.torch import load_file
@@ -181,6 +182,12 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
         assert f"trained on other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
+    for folder, ending in (("images", "png"), ("masks", "png"), ("depth", "png")):
+        (data / folder / f"added.{ending}").write_bytes((data / folder / f"scene 1.{ending}").read_bytes())
+    assert run(*line) == 2
+    assert f"trained on other data: now with {data}/images/added.png" in capsys.readouterr().err
+    for folder in ("images", "masks", "depth"):
+        (data / folder / "added.png").unlink()
     names = (data / "classes.txt").read_text().splitlines()
     (data / "classes.txt").write_text("\n".join([*names[:2], *names[:1:-1]]))
     assert run(*line) == 2 and "(decoder classes [" in capsys.readouterr().err
@@ -310,6 +317,18 @@ def test_only_what_falls_has_a_logarithmic_scale_on_the_page():
     assert page._curves(log, True)[1].count("logarithmic scale</figcaption>") == 2
 
 
+def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
+    names = ["ball", "a name of many words " * 9, "a_name_without_any_blank_" * 7]
+    result = {"held_out": {"miou": 0.5, "per_class": dict.fromkeys(names, 0.25)}}
+    source = types.SimpleNamespace(classes=names, thing_classes=names)
+    (tmp_path / "page.html").write_bytes(page.page("semantic", source, {"data": "folder:photos"}, result, []))
+    with browser() as running:
+        shown = Watched(running, width=390).page
+        shown.goto((tmp_path / "page.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth <= 390")
+        assert shown.evaluate("Math.min(...[...document.querySelectorAll('td')].map(td => td.clientWidth)) > 90")
+
+
 def test_things_have_the_colours_of_a_gallery_on_the_page():
     source = open_data("demo:1", 64)
     legend, ball = page._legend("instance", source)[0], source.classes.index("ball")
@@ -394,6 +413,57 @@ def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys
         and settings["decoder"]["capture_timestep"] == 20
         and settings["weight_decay"] == 0
     )
+
+
+def test_damaged_files_of_a_training_are_refused_by_name(run, tmp_path, capsys):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "1", "--quiet"]
+    assert run(*line) == 0
+    state = tmp_path / "decoder" / "depth" / "training"
+    (state / "folds.json").write_text("")
+    for name in ("folds.json", "result.json", "captures.json", "data.json", "settings.json"):
+        path, whole = state / name, (state / name).read_bytes()
+        for content in (b"", b"\xff\x00{", b"[]", b'{"are_kept": 1, "items": 1, "steps": "two"}'):
+            path.write_bytes(content)
+            capsys.readouterr()
+            assert run(*line) == 2, (name, content)
+            cause, remedy = capsys.readouterr().err.splitlines()
+            assert name in cause or "trained with other settings" in cause, (name, content)
+            assert "Choose another --out" in remedy
+        path.write_bytes(whole)
+        if name in ("folds.json", "result.json"):  # without a result it is resumed, which reads captures.json
+            path.unlink()
+
+
+def test_names_of_files_that_are_not_utf8_are_learnt_from_and_shown(run, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xfcbung")
+    for number in range(10):
+        view = world.view(number, 64)
+        save(type(tmp_path)(folder, "images", os.fsdecode(b"\xfc%d.png" % number)), view.image)
+        save(type(tmp_path)(folder, "masks", os.fsdecode(b"\xfc%d.png" % number)), view.semantic)
+    (type(tmp_path)(folder, "classes.txt")).write_text("\n".join(world.CLASSES))
+    assert run("--data", f"folder:{folder}", "--task", "semantic", "--steps", "1") == 0
+    page = (tmp_path / "decoder" / "semantic" / "training" / "page.html").read_text("utf-8")
+    assert re.search(r"<figcaption>\?\d", page) and "?bung" in page
+
+
+def test_copies_of_one_image_are_not_told_to_be_cross_validated(run, tmp_path, capsys):
+    view = world.view(0, 64)
+    for number in range(10):
+        save(tmp_path / f"data/images/{number}.png", view.image)
+        save(tmp_path / f"data/masks/{number}.png", view.semantic)
+    (tmp_path / "data/classes.txt").write_text("\n".join(world.CLASSES))
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "1"]
+    assert run(*line, "--folds", "auto") == 0
+    told = capsys.readouterr().err
+    assert "no image was held out to measure it: evaluate on other data" in told and "1 step of 4 views" in told
+    other = world.view(1, 64)
+    save(tmp_path / "data/images/x.png", other.image)
+    save(tmp_path / "data/masks/x.png", other.semantic)
+    line += ["--held-out", "0", "--dry-run"]
+    assert run(*line, "--folds", "auto", out="two") == 0
+    assert "folds      2 more decoders" in capsys.readouterr().err
+    assert run(*line, "--folds", "12", out="two") == 2
+    assert "12 folds of 11 images" in capsys.readouterr().err
 
 
 def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):

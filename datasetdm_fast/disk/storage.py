@@ -214,7 +214,11 @@ def refusal(error: OSError, path: str | Path) -> Missing:
 
 
 def named_alike(path: Path) -> str:
-    """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it."""
+    """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it; of a
+    symbolic link that leads nowhere, that it is one.
+    """
+    if path.is_symlink():
+        return " (it is a symbolic link that leads nowhere)"
     while path.parent != path and not path.parent.exists():
         path = path.parent
     try:

@@ -121,12 +121,6 @@ def _pictures(file: Path) -> set[str]:
 
 def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume the training of a folder that was begun on other pictures or labels."""
-    try:
-        documents.check_form(before, FORM)
-    except ValueError as error:
-        raise Refused(
-            f"{folder}/training/{NAME}: not a file of a training ({error})", "Choose another --out."
-        ) from None
     if said := changes(before["items"], now["items"]):
         raise Refused(
             f"--out: {folder} was trained on other data: {said}",

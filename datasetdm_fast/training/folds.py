@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.command_line.progress import StepProgress
+from datasetdm_fast.command_line.progress import StepProgress, counted
 from datasetdm_fast.decoders.checkpoint import load_decoder
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
@@ -29,19 +29,24 @@ from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.truth.labelled import LabelledSource
 
 NAME = "folds.json"
+FORM = {"folds": int, "images": int, "held_out": dict, "held_out_intervals": dict}
 
 
 def count_of(session: TrainingSession) -> int:
-    """How many folds are asked for; `auto` asks for five where the held-out images are too few for a figure."""
+    """How many folds are asked for; `auto` asks for five where the held-out images are too few for a figure, or for as
+    many as there are images that were not made of one picture.
+    """
     asked, images = session.config.folds, len(session.numbers)
     held = len(session.parts[1])
     if asked == "no":
         return 0
     if asked == "auto":
         is_wanted = not held_out.are_enough(held) and images >= held_out.LEAST_IMAGES
-        return held_out.FOLDS if is_wanted else 0
+        apart = held_out.unrelated(session.source, session.numbers) if is_wanted else 0
+        return min(held_out.FOLDS, apart) if apart > 1 else 0
     if int(asked) > images:
-        raise Refused(f"--folds: {asked} folds of {images} images", "Ask for no more folds than there are images.")
+        told = counted(images, "image")
+        raise Refused(f"--folds: {asked} folds of {told}", "Ask for no more folds than there are images.")
     return int(asked)
 
 
@@ -56,7 +61,8 @@ def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int)
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
         min(found, key=len).extend(members[group])
     if not all(found):
-        raise Refused(f"--folds: {folds} folds of {len(members)} pictures", "Ask for no more folds than pictures.")
+        told = counted(len(members), "picture")
+        raise Refused(f"--folds: {folds} folds of {told}", "Ask for no more folds than pictures.")
     return [sorted(fold) for fold in found]
 
 
@@ -152,4 +158,4 @@ def shown(session: TrainingSession, task: str, folder: Path) -> tuple[TrainingVi
 def read(folder: Path) -> dict[str, Any] | None:
     """The figures that a decoder's folder has."""
     path = folder / "training" / NAME
-    return task_run.read_state(path) if path.exists() else None
+    return task_run.read_state(path, FORM) if path.exists() else None

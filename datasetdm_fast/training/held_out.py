@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.engines.device import allow_tf32
@@ -99,6 +100,13 @@ def classes_shown(learnt: TrainingViews) -> int:
     return len({int(k) for image in range(learnt.images) for k in learnt.views.target(image * draws).classes})
 
 
+def unrelated(source: LabelledSource, numbers: Sequence[int]) -> int:
+    """How many groups some items are in, if those that were made of one picture are in the same: at most so many folds
+    can be made of them.
+    """
+    return len(set(groups([source.made_of(number) for number in numbers])))
+
+
 def are_enough(images: int) -> bool:
     """Whether a figure on so many images can be relied on, to choose by, too."""
     return images >= ENOUGH_IMAGES
@@ -110,12 +118,13 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
     if result.get("step_chosen_on_held_out"):
         found.append("the step of the weights was chosen on the same images, so that other images will score lower")
     few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
+    apart = result.get("unrelated_images", images + result["images"])  # results of earlier versions lack it
     if not images and has_folds:
         found.append("no image was held out to measure it: see the figures of cross-validation")
-    elif not images and result["images"] < 2:
+    elif not images and apart < 2:
         found.append("no image was held out to measure it: evaluate on other data")
     elif not images:
-        folds = FOLDS if result["images"] >= LEAST_IMAGES else 2
+        folds = min(FOLDS, apart) if result["images"] >= LEAST_IMAGES else 2
         found.append(
             f"no image was held out to measure it: --folds {folds} measures on all of them by cross-validation; or "
             "evaluate on other data"
@@ -126,14 +135,16 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
         is_possible = (images + result["images"]) // 2 >= ENOUGH_IMAGES
         more = f"raise --held-out to {ENOUGH_IMAGES} images or more, or " if is_possible else ""
         found.append(
-            f"{few}: --folds auto measures on all of them by cross-validation ({FOLDS} more trainings); or {more}"
-            "evaluate on other data"
+            f"{few}: --folds auto measures on all of them by cross-validation ({min(FOLDS, apart)} more trainings); or "
+            f"{more}evaluate on other data"
         )
     if lacking := result.get("not_shown"):
         names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
         them = "it" if len(lacking) == 1 else "them"
         found.append(f"no held-out image shows {names}: means leave {them} out, and intervals allow for any score")
-    if result.get("named_by_captions"):
+    if images and result.get("outlines") == FROM_IMAGE:
+        found.append("labels have outlines that follow the image; figures of single steps were measured without them")
+    if result.get("named_by_captions") and (images or has_folds):
         found.append(
             "where an image's caption names classes, only these were looked for; evaluate --captions unread measures "
             "without this"

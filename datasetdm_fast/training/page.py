@@ -38,7 +38,7 @@ h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:left;vertical-align:top}
 td{overflow-wrap:anywhere}p span{white-space:nowrap}
 code{color:var(--ink)}code b{display:inline-block;max-width:100%;overflow-wrap:anywhere;font-weight:normal}
-th{font-weight:normal;color:var(--dim);white-space:nowrap}
+th{font-weight:normal;color:var(--dim);overflow-wrap:anywhere;min-width:min(6rem,25vw)}td{min-width:min(9rem,40vw)}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
 .views{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.views img{width:100%;image-rendering:pixelated}
@@ -87,7 +87,7 @@ def page(
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(task)} decoder</title><style>{STYLE}</style>{''.join(body)}</html>\n"
-    ).encode()
+    ).encode(errors="replace")  # names of files need not be valid UTF-8
 
 
 def title_of(folds: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
-from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
+from datasetdm_fast.training.task_run import TaskPlan, TaskTraining, read_state
 from datasetdm_fast.truth.augment import AUGMENTATIONS, Augmentation
 from datasetdm_fast.truth.class_file import own_table
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -207,8 +207,8 @@ class TrainingSession:
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
-            views = counted(batch, "view")
-            self.say(f"{task:<10} {plan.decoder.kind} decoder, {steps} steps of {views}{self._patience()}{done}")
+            what = f"{plan.decoder.kind} decoder, {counted(steps, 'step')} of {counted(batch, 'view')}"
+            self.say(f"{task:<10} {what}{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
             for task, plan in plans.items():
@@ -287,7 +287,7 @@ class TrainingSession:
         if self.ranks.is_first and not path.exists():
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
         self.ranks.wait()
-        are_kept = bool(json.loads(storage.read(path, 2**16))["are_kept"])
+        are_kept = read_state(path, {"are_kept": bool})["are_kept"]
         if self.config.cache != "auto" and are_kept != plan.is_stored:
             raise Refused(
                 f"--cache {self.config.cache}: {folder} was started with captures "

@@ -30,7 +30,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.intervals import intervals
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.foreign.documents import one_line
+from datasetdm_fast.foreign.documents import check_form, one_line
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
 from datasetdm_fast.training.log import Log, log_lines
@@ -42,6 +42,8 @@ from datasetdm_fast.training.word_heads import WordHeads
 
 LOCK, PAGE = ".lock", "page.html"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
+COUNTED = {"images", "held_out_images", "left_out", "steps"}  # settings that may follow from how many images there are
+RESULT = {"steps": int, "images": int, "held_out_images": int, "held_out": dict}  # what results of all versions have
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "Choose another --out.")
         return None
-    before = _flat(read_state(path))
-    if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+    before, data = _flat(read_state(path, {})), folder / "training" / data_record.NAME  # earlier versions wrote none
+    recorded = read_state(data, data_record.FORM, data_record.LARGEST_RECORD) if data.exists() else {}
+    differing = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if recorded and COUNTED.issuperset(differing):
+        data_record.check(folder, recorded, plan.data)
+    if differing:
         said = ", ".join(
             f"{name} {one_line(json.dumps(before.get(name)))} there, {one_line(json.dumps(settings.get(name)))} now"
             for name in differing[:4]
@@ -109,13 +115,9 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
             f"--out: {folder} was trained with other settings ({said})",
             "Choose another --out, or the settings that it was started with.",
         )
-    recorded: dict[str, Any] = {}
-    if (data := folder / "training" / data_record.NAME).exists():  # earlier versions wrote none
-        recorded = read_state(data, data_record.LARGEST_RECORD)
-        data_record.check(folder, recorded, plan.data)
     files = folder / "training" / "result.json", folder / "config.json", folder / "model.safetensors"
     if all(file.exists() for file in files):
-        return read_state(files[0])
+        return read_state(files[0], RESULT)
     data_record.check_version(folder, recorded, plan.taught_anew)
     return None
 
@@ -141,14 +143,18 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_state(path: Path, most: int = LARGEST_STATE) -> dict:
-    """A JSON file of a training."""
+def read_state(path: Path, form: Mapping[str, Any], most: int = LARGEST_STATE) -> dict:
+    """A JSON file of a training, an object with the entries of a form."""
     try:
         found = json.loads(storage.read(path, most))
     except ValueError as error:
         raise Refused(f"{path}: not JSON ({error})", "Choose another --out, or restore it from a copy.") from None
-    if not isinstance(found, dict):
-        raise Refused(f"{path}: holds no settings", "Choose another --out, or restore it from a copy.")
+    try:
+        check_form(found, form)
+    except ValueError as error:
+        raise Refused(
+            f"{path}: not a file of a training ({error})", "Choose another --out, or restore it from a copy."
+        ) from None
     return found
 
 
@@ -279,12 +285,14 @@ class _StartedTraining:
         save_decoder(decoder, training.folder, storage=training.config.storage)
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
+        source, numbers = training.lessons.views.source, training.lessons.views.numbers
         classes = held_out.classes_shown(training.lessons) if meter and meter.columns else 0
         result = {
             "task": training.task,
             "images": training.lessons.images,
             "framing": dict(training.framing),
             "held_out_images": held.images if held else 0,
+            "unrelated_images": held_out.unrelated(source, [*numbers, *(held.views.numbers if held else ())]),
             "steps": done,
             "stopped_early": done < training.plan.schedule.steps,
             "weights_of_step": self.numbers["step"] if is_chosen else done,
