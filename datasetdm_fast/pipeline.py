@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count, islice, repeat
-from numbers import Integral
+from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
+from datasetdm_fast.engines.start import without_autocast
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import diffusing, driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
@@ -119,6 +121,7 @@ class Pipeline:
         self.engine = engine
 
     @classmethod
+    @without_autocast()
     def from_pretrained(
         cls,
         model: str = "demo",
@@ -135,21 +138,23 @@ class Pipeline:
         `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
         engines (engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour), and outlines.
         """
-        settings.check_size(size)
+        _check_options(size, options)
+        adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
         decoder = "demo" if decoder is None and model == "demo" else decoder
         found, _ = opening.open_engine(
-            str(model), decoder, size=size, allow_download=allow_download, lora=tuple(lora), **options
+            str(model), decoder, size=size, allow_download=allow_download, lora=adapters, **options
         )
         return cls(found)
 
     @classmethod
+    @without_autocast()
     def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
         """The model of a StableDiffusionPipeline in memory, with its fused adapters; `decoder` and
         options as in from_pretrained. The weights are copied.
         """
         from datasetdm_fast.loading.in_memory import model_of
 
-        settings.check_size(size)
+        _check_options(size, options)
         found, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
         return cls(found)
 
@@ -170,8 +175,14 @@ class Pipeline:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = _CheckedFirst([prompts] if isinstance(prompts, str) else prompts)
         _check_several(seeds)
+        settings.check_batch_size(batch_size)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
+        negative = choices.get("negative_prompt", "")
+        if isinstance(negative, Sized) and not isinstance(negative, str) and len(negative) > len(given):
+            raise Refused(
+                f"negative_prompt: {len(negative)} were given for {len(given)} prompts", "Give one, or one per prompt."
+            )
         size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
         return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
@@ -206,7 +217,8 @@ class Pipeline:
         """
         _check_several(seeds)
         chosen = self._chosen(tasks)
-        settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
+        settings.check_numbers(steps=steps, guidance=guidance, seed=seed)
+        settings.check_batch_size(batch_size)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -260,7 +272,8 @@ class Pipeline:
             )
         texts, negatives = diffusing.listed(prompt, negative_prompt)
         chosen = self._chosen(tasks)
-        settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale, batch_size=batch_size)
+        settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
+        settings.check_batch_size(batch_size)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -302,13 +315,17 @@ class Pipeline:
         `prompts` describe the images, one text each; without them every word of `classes` is looked for. Other
         choices are those of `stream` that concern labels.
         """
+        for name in ("sampler", "profile", "steps", "guidance"):
+            if name in choices:
+                raise TypeError(f"{name!r} is no choice here, as no image is sampled")
         given = [images] if isinstance(images, np.ndarray) or hasattr(images, "getbands") else list(images)
         pictures = in_memory(given)
         texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(given):
             raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
         chosen = self._chosen(tasks)
-        settings.check_numbers(batch_size=batch_size, seed=seed)
+        settings.check_numbers(seed=seed)
+        settings.check_batch_size(batch_size)
         recipe, words = self._recipe(chosen, classes, **choices)
         recipe = inverting(recipe, self.engine, timesteps)
         requests = []
@@ -321,9 +338,9 @@ class Pipeline:
 
     def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
         """The recipe of these labels, and the words they are asked for."""
-        if isinstance(classes, str):
-            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
-        words = check_classes(classes)
+        words = check_classes(_several("classes", classes, "words"))
+        if "combine" in choices:
+            choices["combine"] = _several("combine", choices["combine"], "combinations")
         settings.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
         settings.check_numbers(**{name: choices[name] for name in settings.LEAST_SETTINGS if name in choices})
         recipe = make_recipe(self.engine, tasks, classes=words, **choices)
@@ -333,9 +350,7 @@ class Pipeline:
 
     def _chosen(self, given: Sequence[str] | None) -> tuple[str, ...]:
         """The labels that were asked for, all that there is a decoder for where none were named."""
-        if isinstance(given, str):
-            raise Refused(f"tasks: {given!r} is one string, expected a sequence of labels", f"Write ({given!r},).")
-        tasks = self.tasks if given is None else tuple(given)
+        tasks = self.tasks if given is None else _several("tasks", given, "labels")
         if tasks:
             settings.check_tasks(tasks, LABELS)
         for task in tasks:
@@ -384,6 +399,7 @@ class Pipeline:
                     raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
                 yield result
 
+    @without_autocast()
     def features(
         self,
         image: np.ndarray | Image | None = None,
@@ -414,9 +430,9 @@ class Pipeline:
         if timestep is None:
             configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
             timestep = capture_timestep(configs) if configs else 0
-        if not 0 <= timestep < training:
+        if not (isinstance(timestep, Integral) and 0 <= timestep < training):
             raise Refused(
-                f"timestep: {timestep} is not within 0 .. {training - 1}",
+                f"timestep: {timestep} is no whole number within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
         text, seed = _line(prompt, "prompt"), settings.check_seed(seed)
@@ -480,9 +496,28 @@ class _CheckedFirst(list[str]):
     """Prompts that are all checked before the first image is made."""
 
 
+def _check_options(size: int, options: dict[str, Any]) -> None:
+    """Refuses a size and options of engines that are none, before anything is read."""
+    settings.check_size(size)
+    settings.check_choices(**{name: options[name] for name in ("outlines",) if name in options})
+    settings.check_numbers(**{name: options[name] for name in ("threads",) if name in options})
+
+
+def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
+    """Texts of a caller as a tuple; one text in the place of several is refused, and what is no text."""
+    if isinstance(given, kinds):
+        text = str(given)
+        raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
+    found = tuple(given)
+    for one in found:
+        if not isinstance(one, kinds):
+            raise Refused(f"{name}: {one!r} is not a text", f"Give a sequence of {expected}.")
+    return found
+
+
 def _check_several(seeds: object) -> None:
     """Refuses one number in the place of a seed for each prompt."""
-    if isinstance(seeds, Integral):
+    if isinstance(seeds, Number):
         raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
 
 

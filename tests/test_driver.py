@@ -443,7 +443,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ({"task": ("depth", "depth")}, "named twice"),
         ({"engine": "warp"}, "--engine warp: not one of"),
         ({"sampler": "euler"}, "--sampler euler"),
-        ({"number": 0}, "--number 0: expected a number of 1 or more"),
+        ({"number": 0}, "--number 0: expected a whole number of 1 or more"),
         ({"number": -3}, "--number -3"),
         ({"steps": -1}, "--steps -1"),
         ({"batch_size": -1}, "--batch-size -1"),

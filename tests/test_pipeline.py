@@ -184,6 +184,30 @@ def test_a_picture_of_pillow_is_labelled_as_viewers_show_it(pipe):
         pipe.label(Image.open(io.BytesIO(file.getvalue()[:2000])), tasks=("depth",))
 
 
+@pytest.mark.parametrize("engine", ["torch", "fast"])
+def test_a_program_with_autocast_gets_the_same_images_and_labels(decoders, engine):
+    def made():
+        pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders))
+        for sample in pipe.stream(["a red ball"], steps=2):
+            switched.append(torch.is_autocast_enabled("cpu"))  # where the program goes on
+            first = sample
+        return first, pipe.label(first.image, tasks=("depth",)).depth[0], pipe.features(first.image)["low"]
+
+    switched = []
+    alone = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        beside = made()
+    assert switched == [False, True]
+    assert np.array_equal(alone[0].image, beside[0].image)
+    assert np.array_equal(alone[0].annotations["depth"].metres, beside[0].annotations["depth"].metres)
+    assert np.array_equal(alone[1].metres, beside[1].metres) and torch.equal(alone[2], beside[2])
+
+
+def test_pictures_that_exist_are_not_sampled(pipe):
+    with pytest.raises(TypeError, match="'steps' is no choice here, as no image is sampled"):
+        pipe.label(world.view(0, 128).image, steps=20)
+
+
 @pytest.mark.parametrize("timesteps", [(), (1000,), (-1,), (0.5,)])
 def test_timesteps_that_the_model_does_not_have_are_refused(pipe, timesteps):
     with pytest.raises(Refused, match="^timesteps: .* from 0 to 999"):
@@ -236,6 +260,12 @@ def test_maps_follow_the_features_by_layer_head_and_token(pipe):
     heads, tokens = pipe.engine.model.levels[0].heads[0], pipe.engine.model.levels[0].tokens
     maps = level[-heads * tokens :].unflatten(0, (heads, tokens))
     assert torch.allclose(maps.sum(1), torch.ones_like(maps[:, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("timestep", ["3", 3.5, 1000])
+def test_features_refuse_what_is_no_timestep(pipe, timestep):
+    with pytest.raises(Refused, match=f"timestep: {timestep} is no whole number within 0 .. 999"):
+        pipe.features(world.view(1).image, timestep=timestep)
 
 
 def test_features_refuse_what_is_no_prompt(pipe):
@@ -316,10 +346,19 @@ def test_stream_refuses_before_it_is_read():
         ({"steps": -1}, "--steps -1"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"batch_size": -1}, "--batch-size -1"),
+        ({"batch_size": 1.5}, "--batch-size 1.5: expected a whole number"),
+        ({"batch_size": 5000}, "--batch-size 5000: expected at most 4096"),
+        ({"steps": "20"}, "--steps 20: expected a whole number"),
+        ({"steps": 2.5}, "--steps 2.5: expected a whole number"),
+        ({"guidance": None}, "--guidance None: expected a number"),
         ({"seed": -1}, "--seed -1"),
+        ({"seed": "3"}, "--seed 3: expected a whole number"),
         ({"classes": "ball"}, "one string"),
         ({"classes": ("",)}, "empty"),
+        ({"classes": (3,)}, "classes: 3 is not a text"),
         ({"tasks": "depth"}, "'depth' is one string"),
+        ({"tasks": (3,)}, "tasks: 3 is not a text"),
+        ({"combine": "a within b:c"}, "combine: 'a within b:c' is one string"),
         ({"ask": "every"}, "--ask every: not one of named, all"),
         ({"tasks": ("attention",), "classes": ("ball",), "exponent": -2}, "--exponent -2"),
         ({"tasks": ("attention",), "classes": ("ball",), "threshold": -0.5}, "--threshold -0.5"),
@@ -327,14 +366,17 @@ def test_stream_refuses_before_it_is_read():
     ):
         with pytest.raises(Refused, match=message):
             stub.stream(["a ball"], **choices)
-    with pytest.raises(TypeError, match="'stepz' is no choice here"):
+    with pytest.raises(TypeError, match="'stepz' is no choice here$"):
         stub.stream(["a ball"], stepz=3)
+    with pytest.raises(TypeError, match="'exponent' is no choice here; it needs the task attention"):
+        stub.stream(["a ball"], exponent=3)
     for prompt, message in (("x " * 90, "prompt 0: 92 tokens"), ("a\0", "NUL"), (" ", "holds no prompt")):
         with pytest.raises(Refused, match=message):
             stub([prompt])
     for seeds, message in (
         ([1], "1 were given for 2 prompts"),
         (5, "5 is one number"),
+        (5.5, "5.5 is one number"),
         ([1, "2"], "--seed 2: expected a whole number"),
         ([1, 2.5], "--seed 2.5: expected a whole number"),
     ):
@@ -342,6 +384,11 @@ def test_stream_refuses_before_it_is_read():
             stub(["a", "b"], seeds=seeds)
     with pytest.raises(Refused, match="prompt 1: None is not a text"):
         stub(["a", None])
+    with pytest.raises(Refused, match="--batch-size -1"):
+        stub(["a", "b"], batch_size=-1)
+    with pytest.raises(Refused, match="negative_prompt: 3 were given for 2 prompts"):
+        stub(["a", "b"], negative_prompt=["fog"] * 3)
+    assert [one.request.seed for one in stub(["a", "b"], seeds=torch.tensor([5, 3])).samples] == [5, 3]
     assert [sample.request.prompt for sample in stub.stream("a ball")] == ["a ball"]
     with pytest.raises(GateFailed, match="prompt 1: NaN"):
         stub(["a ball", "broken"])
@@ -350,6 +397,18 @@ def test_stream_refuses_before_it_is_read():
 def test_pictures_that_cannot_be_made_are_refused(decoders):
     with pytest.raises(Refused, match="--size 100"):
         Pipeline.from_pretrained("tiny", decoder=str(decoders), size=100)
+    for choices, message in (
+        ({"size": "128"}, "--size 128: expected a multiple of 64"),
+        ({"threads": -1}, "--threads -1: expected a whole number of 0 or more"),
+        ({"outlines": "sharp"}, "--outlines sharp: not one of auto, decoder, image"),
+        ({"lora": "style.safetensors"}, "lora: 'style.safetensors' is one string"),
+        ({"lora": Path("style.safetensors")}, "lora: 'style.safetensors' is one string"),
+        ({"lora": [3]}, "lora: 3 is not a text"),
+    ):
+        with pytest.raises(Refused, match=message):
+            Pipeline.from_pretrained("tiny", decoder=str(decoders), **choices)
+    with pytest.raises(Missing, match="--lora none.safetensors: no such file"):
+        Pipeline.from_pretrained("tiny", lora=[Path("none.safetensors")])
     with pytest.raises(Missing):
         Pipeline.from_pretrained("tiny", decoder=str(decoders / "none"))
     with pytest.raises(Refused):
@@ -500,6 +559,7 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings,
         ({"output_type": "jpg"}, "output_type: 'jpg' is none of pil, np, pt, latent"),
         ({"negative_prompt": ["fog"]}, "negative_prompt: 1 were given for 2 prompts"),
         ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 prompts"),
+        ({"generator": 7}, "generator: 7 is no generator of torch"),
         ({"callback_on_step_end": lambda *given: {"latents": torch.zeros(1)}}, r"latents of shape \[1\], expected"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.config import CommandSettings, EngineSettings, dry_run_setting, setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.settings import LARGEST_BATCH, check_numbers
+from datasetdm_fast.generation.settings import check_batch_size, check_numbers
 
 LABEL_CHOICES = ("source", "predicted", "agreeing")
 OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
@@ -44,11 +44,8 @@ class RedrawSettings(EngineSettings, CommandSettings):
         """Refuses numbers that cannot be."""
         if not 0 <= self.strength <= 1:
             raise Refused(f"--strength {self.strength:g}: expected a share from 0 to 1", "For example --strength 0.4.")
-        check_numbers(**{name: getattr(self, name) for name in ("steps", "guidance", "batch_size", "limit", "threads")})
-        if self.batch_size > LARGEST_BATCH:
-            raise Refused(
-                f"--batch-size {self.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
-            )
+        check_numbers(**{name: getattr(self, name) for name in ("steps", "guidance", "limit", "threads")})
+        check_batch_size(self.batch_size)
 
 
 @dataclass(frozen=True)

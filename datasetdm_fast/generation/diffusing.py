@@ -4,7 +4,7 @@ in a caller's form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,10 @@ def drawn(
         one = torch.default_generator if generator is None else generator
         noise = torch.randn((count, *shape), generator=one, device=one.device).cpu()
         return noise, [one.initial_seed() % 2**63] * count
-    several = list(generator)
+    several = list(generator) if isinstance(generator, Iterable) else [generator]
+    for one in several:
+        if not isinstance(one, torch.Generator):
+            raise Refused(f"generator: {one!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
     if len(several) != count:
         raise Refused(f"generator: {len(several)} were given for {count} prompts", "Give one, or one per prompt.")
     parts = [torch.randn((1, *shape), generator=one, device=one.device).cpu() for one in several]

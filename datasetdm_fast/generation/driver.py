@@ -20,6 +20,7 @@ from datasetdm_fast.data import (
     SemanticMap,
     SetAside,
 )
+from datasetdm_fast.engines.start import without_autocast
 from datasetdm_fast.generation.class_prompts import columns
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
@@ -63,6 +64,7 @@ def generate(
             yield batch, results
 
 
+@without_autocast()
 def retried(
     batch: Batch,
     results: list[Sample | SetAside],
@@ -94,6 +96,7 @@ def side_by_side(
     """Every batch, sampled while `label_stream` makes the labels and images of the one before; where the next batch is
     refused, those before it come first.
     """
+    sample, label = without_autocast()(generator.sample), without_autocast()(generator.label)
     remaining = iter(batches)
     while True:
         try:
@@ -103,7 +106,7 @@ def side_by_side(
             raise
         if batch is None:
             break
-        label_stream.put(batch, generator.label, batch, generator.sample(batch))
+        label_stream.put(batch, label, batch, sample(batch))
         yield from label_stream.ready()
     yield from label_stream.rest()
 

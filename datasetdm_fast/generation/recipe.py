@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, UNDECODED
@@ -111,7 +112,8 @@ def make_recipe(
     if ATTENTION in tasks:
         numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
     elif attention:
-        raise TypeError(f"{next(iter(attention))!r} is no choice here; those of attention need the task attention")
+        name, own = next(iter(attention)), signature(attention_recipe).parameters
+        raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in own))
     facts = {
         "sampler": sampler,
         "profile": profile,

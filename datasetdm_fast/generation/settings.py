@@ -3,7 +3,8 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 from datasetdm_fast.config import (
@@ -85,10 +86,7 @@ def check_settings(config: RunConfig) -> None:
         )
     check_size(config.size)
     check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
-    if config.batch_size > LARGEST_BATCH:
-        raise Refused(
-            f"--batch-size {config.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
-        )
+    check_batch_size(config.batch_size)
     check_seed(config.seed, most_samples(config.identity(), count_images(config)))
     if not 0 <= config.ignore_below <= 1:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
@@ -101,8 +99,9 @@ def check_settings(config: RunConfig) -> None:
 
 
 def check_size(size: int) -> None:
-    if size % 64 or not 0 <= size <= LARGEST_SIDE:
-        near = min(max(round(size / 64), 1) * 64, LARGEST_SIDE)
+    is_whole = isinstance(size, Integral)
+    if not is_whole or size % 64 or not 0 <= size <= LARGEST_SIDE:
+        near = min(max(round(size / 64), 1) * 64, LARGEST_SIDE) if is_whole else 512
         raise Refused(
             f"--size {size}: expected a multiple of 64 up to {LARGEST_SIDE}",
             f"Try --size {near}; 0 takes what the model was made for.",
@@ -117,22 +116,33 @@ def check_choices(**values: str) -> None:
 
 
 def check_numbers(**values: float) -> None:
-    """Refuses a setting below its least value in LEAST_SETTINGS."""
+    """Refuses a setting that is no number, or below its least value in LEAST_SETTINGS."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= LEAST_SETTINGS[name]):
+        kind, form = (Integral, "whole number") if isinstance(getattr(RunConfig, name), int) else (Real, "number")
+        if not (isinstance(value, kind) and math.isfinite(value) and value >= LEAST_SETTINGS[name]):
             raise Refused(
-                f"{_flag(name)} {value}: expected a number of {LEAST_SETTINGS[name]} or more", "Choose another number."
+                f"{_flag(name)} {value}: expected a {form} of {LEAST_SETTINGS[name]} or more", "Choose another number."
             )
+
+
+def check_batch_size(batch_size: int) -> None:
+    check_numbers(batch_size=batch_size)
+    if batch_size > LARGEST_BATCH:
+        raise Refused(f"--batch-size {batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory.")
 
 
 def check_seed(seed: int, number: int = 1) -> int:
     """The seed as a plain number, where a generator and the ledger can hold it and those of the images after it."""
-    if not isinstance(seed, Integral) or not 0 <= seed <= SEEDS - number:
+    try:
+        whole = index(seed)  # also of numpy and torch
+    except TypeError:
+        whole = -1
+    if not 0 <= whole <= SEEDS - number:
         raise Refused(
             f"--seed {seed}: expected a whole number from 0 to {SEEDS - number}",
             "Choose another seed.",
         )
-    return int(seed)
+    return whole
 
 
 def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
