@@ -4,7 +4,7 @@ model and these decoders.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.settings import LARGEST_BATCH
 from datasetdm_fast.labels.names import by_task
-from datasetdm_fast.run_folder.document import described
+from datasetdm_fast.run_folder.document import described, differences, engines_of
 from datasetdm_fast.run_folder.folder import note
 
 PROG = "python -m datasetdm_fast.verify"
@@ -136,11 +136,19 @@ def _prepared(config: VerifyConfig):
         threads=config.threads,
         **where,
     )
-    reference, _ = opening.open_engine(config.model, decoder, config.task or None, **options)
+    reference, decoders = opening.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
     engine = build_engine(
         config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device, **own
     )
+    if engine.fingerprint() == reference.fingerprint():
+        raise Refused(
+            f"--against {config.against}: it is the engine to check itself, in the same precision, so nothing can be "
+            "compared",
+            "Choose another engine for one of the two.",
+        )
+    if config.run:
+        check_made_by(Path(config.run), engine, decoders)
     tasks = tuple(by_task(reference.decoders))
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = make_recipe(reference, tasks, **chosen)
@@ -157,6 +165,32 @@ def _prepared(config: VerifyConfig):
     return engine, reference, recipe, [plan.request(k) for k in range(config.number)]
 
 
+def check_made_by(run: Path, engine, decoders: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuses a run of another engine or of other weights: its run.json and card would say of them what was found out
+    about these.
+    """
+    document, maker = described(run), engine.fingerprint()
+    known = document["decoders"]
+    told = [
+        *differences(document["model"]["digests"], dict(engine.model.digests), "model"),
+        *differences(
+            {label: one["digest"] for label, one in known.items() if label in decoders},
+            {label: one["digest"] for label, one in decoders.items() if label in known},
+            "decoders",
+        ),
+        *differences(document["sampling"]["size"], engine.model.size, "size"),
+    ]
+    engines = engines_of(document)
+    if not any(all(one.get(name) == maker[name] for name in ("engine", "dtype")) for one in engines):
+        made = ", ".join(" ".join(filter(None, (one.get("engine"), one.get("dtype")))) for one in engines)
+        told.append(f"engine: {made} there, {maker['engine']} {maker['dtype']} asked for")
+    if told:
+        raise Refused(
+            f"--run {run}: it was made otherwise than what is to be compared ({'; '.join(told)})",
+            "Give its own --model, --decoder, --size, --engine and --dtype, or drop --run.",
+        )
+
+
 def table(verdict) -> str:
     width = max(22, *(len(row.measure) + 2 for row in verdict.rows))
     lines = [f"{'measure':{width}}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
@@ -169,7 +203,7 @@ def table(verdict) -> str:
     said = "agree" if verdict.agrees else "DISAGREE"
     sides = [f"{side['engine']} ({side['dtype']}, {side['device_name']})" for side in (verdict.engine, verdict.against)]
     lines.append(
-        f"{' and '.join(sides)} {said} on {verdict.facts['number']} images of {verdict.facts['model']}, "
+        f"{' and '.join(sides)} {said} on {counted(verdict.facts['number'], 'image')} of {verdict.facts['model']}, "
         f"{verdict.facts['calls']} calls each"
     )
     return "\n".join(lines)

@@ -152,8 +152,9 @@ def test_the_verdict_stands_there_or_that_there_is_none(run):
     assert card.UNVERIFIED in text(run)
     engine = {"engine": "fast", "dtype": "fp16", "device_name": "a GPU"}
     verdict = {"agrees": True, "number": 8, "engine": engine, "against": {"engine": "torch"}, "measures": []}
-    told = text(run, verified=verdict)
-    assert "`fast fp16 on a GPU` agrees with `torch` on 8 of its samples" in told and card.UNVERIFIED not in told
+    for more, compared in (({"setting": {}}, "8 of its samples"), ({}, "8 other images of this model")):
+        told = text(run, verified=verdict | more)
+        assert f"`fast fp16 on a GPU` agrees with `torch` on {compared}" in told and card.UNVERIFIED not in told
     assert card.UNVERIFIED not in text(run, engine={"engine": "torch"})
 
 

@@ -326,7 +326,9 @@ def _verified(document: Mapping[str, Any]) -> Iterator[str]:
     engine, reference = verdict["engine"], _code(verdict["against"]["engine"])
     name = _code(f"{engine['engine']} {engine['dtype']} on {engine['device_name']}")
     if verdict["agrees"]:
-        yield f"- {name} agrees with {reference} on {verdict['number']} of its samples"
+        # The command verify compares images of its own prompts and seeds; what generate compares has a setting beside.
+        compared = "of its samples" if "setting" in verdict else "other images of this model"
+        yield f"- {name} agrees with {reference} on {verdict['number']} {compared}"
     else:
         failed = _code(", ".join(row["measure"] for row in verdict["measures"] if not row["passed"]))
         yield f"- {name} does NOT agree with {reference}: {failed} is beyond its limit"
