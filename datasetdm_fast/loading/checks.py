@@ -167,7 +167,9 @@ def check_vae(config: Mapping, source: Path) -> None:
 def _check_activation(config: Mapping, source: Path, part: str) -> None:
     found = config.get("act_fn", "silu")
     if found not in ("silu", "swish"):  # two names of one function
-        raise Refused(f"model: {source}: the {part}'s act_fn is {found!r} where 'silu' is expected; {SUPPORTED}", ANOTHER)
+        raise Refused(
+            f"model: {source}: the {part}'s act_fn is {found!r} where 'silu' is expected; {SUPPORTED}", ANOTHER
+        )
 
 
 def check_scheduler(config: Mapping, source: Path) -> None:
