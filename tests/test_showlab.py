@@ -442,7 +442,7 @@ def test_strict_norms_move_from_image_to_image(root, model):
         (("train",), 2, "no generator of DatasetDM reads"),
         ((*NYU, "--numbr_data", "3"), 2, "did you mean --number_data?"),
         ((*NYU, "--n_each_class", "3"), 2, "--n_each_class is a flag of"),
-        ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a whole number of 1 or more"),
+        ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a number of 1 or more"),
         ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 gives too few images"),
         ((*NYU, "--thread_num", "1", "--number_data", "2", "--grounding_ckpt", "pose.pth"), 2, "do not fit this depth"),
         (

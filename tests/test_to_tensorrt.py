@@ -179,7 +179,7 @@ def test_without_out_list_looks_into_the_cache(tmp_path, monkeypatch, capsys):
     assert command.main(["--list"]) == 0 and "no plans" in capsys.readouterr().err
     folder = tmp_path / "engines" / "0123"
     folder.mkdir(parents=True)
-    (folder / "denoise-0123.plan").write_bytes(b"x")
+    (folder / f"denoise-{'0123' * 4}.plan").write_bytes(b"x")
     assert command.main(["--list"]) == 4 and "is foreign" in capsys.readouterr().out
 
 

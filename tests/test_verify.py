@@ -378,7 +378,7 @@ def test_the_verdict_on_another_engine_or_other_weights_is_not_stored(folder, tm
         (("--dtype", "bf16"), "engine: fast fp32 there, fast bf16 asked for"),
         (("--decoder", str(other)), "decoders.depth: other content there than asked for"),
         (("--model", "demo", "--decoder", "none"), "model."),
-        (("--size", "64"), "size: 128 there, 64 asked for"),
+        (("--decoder", "none", "--size", "64"), "size: 128 there, 64 asked for"),
     ):
         capsys.readouterr()
         assert command.main(line(folder, "--run", str(run), *more)) == 2
