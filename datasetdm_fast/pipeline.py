@@ -499,8 +499,8 @@ class _CheckedFirst(list[str]):
 def _check_options(size: int, options: dict[str, Any]) -> None:
     """Refuses a size and options of engines that are none, before anything is read."""
     settings.check_size(size)
-    settings.check_choices(**{name: options[name] for name in ("outlines",) if name in options})
-    settings.check_numbers(**{name: options[name] for name in ("threads",) if name in options})
+    settings.check_choices(outlines=options.get("outlines", "auto"))
+    settings.check_numbers(threads=options.get("threads", 0))
 
 
 def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:

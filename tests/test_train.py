@@ -11,6 +11,7 @@ import sys
 import time
 import types
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -438,9 +439,9 @@ def test_names_of_files_that_are_not_utf8_are_learnt_from_and_shown(run, tmp_pat
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xfcbung")
     for number in range(10):
         view = world.view(number, 64)
-        save(type(tmp_path)(folder, "images", os.fsdecode(b"\xfc%d.png" % number)), view.image)
-        save(type(tmp_path)(folder, "masks", os.fsdecode(b"\xfc%d.png" % number)), view.semantic)
-    (type(tmp_path)(folder, "classes.txt")).write_text("\n".join(world.CLASSES))
+        save(Path(folder, "images", os.fsdecode(b"\xfc%d.png" % number)), view.image)
+        save(Path(folder, "masks", os.fsdecode(b"\xfc%d.png" % number)), view.semantic)
+    Path(folder, "classes.txt").write_text("\n".join(world.CLASSES))
     assert run("--data", f"folder:{folder}", "--task", "semantic", "--steps", "1") == 0
     page = (tmp_path / "decoder" / "semantic" / "training" / "page.html").read_text("utf-8")
     assert re.search(r"<figcaption>\?\d", page) and "?bung" in page

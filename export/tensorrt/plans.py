@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,10 @@ def prune(
         total += entry.size
         if total > cap:
             removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
-    for path, _ in () if is_dry else removed:
-        for one in (path, golden_path(path), compiled_path(path), path.with_suffix(".lock")):
-            with storage.refusing(one):
-                one.unlink(missing_ok=True)
-    for orphan in () if is_dry else orphans:
-        orphan.unlink(missing_ok=True)
+    of_plans = [(path, golden_path(path), compiled_path(path), path.with_suffix(".lock")) for path, _ in removed]
+    for one in () if is_dry else (*chain(*of_plans), *orphans):
+        with storage.refusing(one):
+            one.unlink(missing_ok=True)
     return removed + [(orphan, "belongs to no plan") for orphan in orphans]
 
 
