@@ -6,6 +6,7 @@ import ast
 import hashlib
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import cache
@@ -267,6 +268,17 @@ def functions_of(path: Path) -> dict[ast.AST, ast.FunctionDef]:
     return found
 
 
+@cache
+def calls() -> dict[str, list[tuple[ast.Call, Path]]]:
+    """Every call in the sources, by the name of what is called, with the file it is in."""
+    found = defaultdict(list)
+    for path in sources():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call):
+                found[getattr(node.func, "attr", getattr(node.func, "id", ""))].append((node, path))
+    return found
+
+
 def given(function: ast.FunctionDef, name: str, own: Path) -> list[tuple[ast.expr, Path]]:
     """What a parameter of a function is by default, and what callers give to it."""
     names = [one.arg for one in (*function.args.posonlyargs, *function.args.args)]
@@ -276,12 +288,9 @@ def given(function: ast.FunctionDef, name: str, own: Path) -> list[tuple[ast.exp
     place = names.index(name) - (names[0] in ("self", "cls")) if name in names else name
     usual = [None] * (len(names) - len(function.args.defaults)) + function.args.defaults + function.args.kw_defaults
     found = [(one, own) for one in (usual[[*names, *by_name].index(name)],) if one is not None]
-    for path in sources():
-        for node in ast.walk(parsed(path)):
-            called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
-            if called == function.name:
-                arguments = dict(enumerate(node.args)) | {one.arg: one.value for one in node.keywords}
-                found += [(arguments[key], path) for key in {place, name} if key in arguments]
+    for node, path in calls().get(function.name, ()):
+        arguments = dict(enumerate(node.args)) | {one.arg: one.value for one in node.keywords}
+        found += [(arguments[key], path) for key in {place, name} if key in arguments]
     return found
 
 

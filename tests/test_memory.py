@@ -297,7 +297,7 @@ def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path
 FAULTS = """
 import json, resource
 from datasetdm_fast.engines.opening import open_engine
-open_engine("tiny", None, engine="torch", device="cpu")
+open_engine("tiny", None, engine="fast", device="cpu")
 import torch
 torch.ones(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
