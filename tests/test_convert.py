@@ -202,6 +202,9 @@ def test_voc_read_back_is_the_run(run, tmp_path, border):
             wanted[things.masks[k]] = kinds[k]
         inner = (item.semantic != 255) | (wanted == 255)
         assert (item.semantic == wanted)[inner].all() and inner.mean() > (0.3 if border else 0.999)
+        told = ElementTree.parse(root / "Annotations" / f"{sample.id}.xml").findall("object/truncated")
+        edges = [mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in things.masks]
+        assert [one.text for one in told] == [str(int(edge)) for edge in edges]
         if not border:
             alone = things.masks.sum(0) == 1
             assert [k + 1 for k in item.mask_classes] == kinds
