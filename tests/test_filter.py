@@ -87,6 +87,14 @@ def test_undone_and_applied_again_it_is_the_same(run):
     assert filter.main(line) == 0 and (tree(run), state(run)) == kept
 
 
+def test_undo_counts_the_samples_that_were_made_after_the_filter(run, capsys):
+    assert filter.main([str(run), "--where", "score < 2", "--quiet"]) == 0
+    decided = json.loads((run / KEPT).read_text())
+    (run / KEPT).write_text(json.dumps({**decided, "kept": decided["kept"][:-2]}))  # as before two more were made
+    assert filter.main([str(run), "--undo"]) == 0
+    assert "all samples are kept again, 2 had been left out" in "".join(capsys.readouterr())
+
+
 def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, monkeypatch):
     page, line = run / "gallery" / "left-out.js", ["--where", "sharpness > 200"]
 

@@ -152,17 +152,17 @@ def histogram(table: ScoreTable, name: str) -> list[Bin]:
 
 
 def undo(run: Run, *, is_dry: bool = False) -> int:
-    """Keeps all samples again; how many had been left out. A dry run only tells."""
+    """Keeps all samples again; how many were left out, or made after the filter. A dry run only tells."""
     if not (run.path / KEPT).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
     try:
-        decided = read_kept(run.path)
+        count = len(run) - len(Run(run.path, kept=True))
     except Refused:  # damaged: what it left out is not known, and without it all samples are kept
-        decided = None
+        count = 0
     run.close()
     if not is_dry:
         keep(run.path, run.document, None)
-    return len(decided.left_out) if decided else 0
+    return count
 
 
 def decide(run: Run, where: str, *, is_dry: bool = False) -> Kept:

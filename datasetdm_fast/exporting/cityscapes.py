@@ -9,7 +9,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.exporting.classes import IGNORED
 from datasetdm_fast.exporting.format import Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.maps import class_map, numbered_things
-from datasetdm_fast.exporting.rings import joined, rings
+from datasetdm_fast.exporting.rings import joined, on_pixels, parts, rings
 from datasetdm_fast.exporting.view import SampleView
 from datasetdm_fast.labels.class_tables import table
 
@@ -72,8 +72,9 @@ def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, 
 
 
 def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> dict[str, Any]:
-    """One closed line for what is seen of each thing, and for the area of each other class; painted one after another
-    they are the map of label ids. Pixels of a class of things that belong to no instance are a group, as in Cityscapes.
+    """A closed line for each part of the area of a class, and one for what is seen of each thing; painted one after
+    another as cityscapesScripts does, border pixels included, they are the map of label ids. Pixels of a class of
+    things that belong to no instance are a group, as in Cityscapes.
     """
     has_things = "instance" in plan.tasks
     places = numbered_things(sample) if has_things else np.zeros(label_ids.shape, np.int32)
@@ -82,17 +83,17 @@ def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> di
         area = label_ids == label_id
         if has_things and label_id >= FIRST_THING:
             area, name = area & (places == 0), f"{name}group"
-        objects.append((name, area))
+        objects += [(name, part) for part in parts(rings(area))]
     for k, thing in enumerate(sample.things if has_things else (), 1):
         if thing.name in WORDS and WORDS[thing.name][1] >= FIRST_THING:
-            objects.append((thing.name, places == k))
+            objects.append((thing.name, rings(places == k)))
     return {
         "imgHeight": sample.height,
         "imgWidth": sample.width,
         "objects": [
-            {"label": name, "polygon": [[int(x), int(y)] for x, y in joined(rings(mask))]}
-            for name, mask in objects
-            if mask.any()
+            {"label": name, "polygon": [[int(x), int(y)] for x, y in joined([on_pixels(ring) for ring in found])]}
+            for name, found in objects
+            if found
         ],
     }
 

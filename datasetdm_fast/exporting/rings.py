@@ -35,15 +35,23 @@ def joined(found: list[np.ndarray]) -> np.ndarray:
     return line
 
 
-def parts(found: list[np.ndarray]) -> list[np.ndarray]:
-    """A closed line for each part of a mask, through its own holes."""
+def on_pixels(ring: np.ndarray) -> np.ndarray:
+    """A ring through the outermost pixels of its mask instead of along their edges."""
+    leaving = np.roll(ring, -1, axis=0) - ring  # the mask lies to the right of the way along a ring
+    arriving = np.roll(leaving, 1, axis=0)
+    way = leaving + arriving  # one of both is horizontal, the other vertical
+    return ring - np.stack([way[:, 1] > 0, way[:, 0] < 0], 1)
+
+
+def parts(found: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """The rings of each part of a mask: its border and its own holes."""
     outer = [ring for ring in found if not is_hole(ring)]
     held: list[list[np.ndarray]] = [[ring] for ring in outer]
     for hole in filter(is_hole, found):
         inside = [k for k, ring in enumerate(outer) if _holds(ring, hole)]
         # of parts within each other, the one that the hole is cut from is the smallest
         held[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
-    return [joined(each) for each in held]
+    return held
 
 
 def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:

@@ -106,8 +106,10 @@ def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
         x, y, width, height = thing.box  # places are counted from 1, and the last pixel is inside
         box = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
         told = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in box.items())
+        is_cut = x == 0 or y == 0 or x + width == sample.width or y + height == sample.height
         yield f"\t<object>\n\t\t<name>{escape(_named(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
-        yield f"\t\t<truncated>0</truncated>\n\t\t<difficult>0</difficult>\n\t\t<bndbox>{told}</bndbox>\n\t</object>\n"
+        yield f"\t\t<truncated>{is_cut:d}</truncated>\n\t\t<difficult>0</difficult>\n"
+        yield f"\t\t<bndbox>{told}</bndbox>\n\t</object>\n"
     yield "</annotation>\n"
 
 

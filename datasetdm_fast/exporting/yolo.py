@@ -70,8 +70,8 @@ class YoloSegment(YoloFormat):
         for thing in sample.things:
             kind, found = plan.classes.things.index(thing.name), rings(thing.mask)
             if found:
-                lines = [joined(found)] if plan.settings.parts == "joined" else parts(found)
-                yield from (f"{kind} {' '.join(map(_share, (line / sides).ravel()))}" for line in lines)
+                groups = [found] if plan.settings.parts == "joined" else parts(found)
+                yield from (f"{kind} {' '.join(map(_share, (joined(group) / sides).ravel()))}" for group in groups)
 
 
 class YoloPose(YoloFormat):
