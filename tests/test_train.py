@@ -580,6 +580,20 @@ def stopped(line, out, number, steps):
     return process
 
 
+def test_a_decoder_that_another_training_finished_in_the_meantime_is_left_alone(run, tmp_path, capsys, monkeypatch):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps"]
+    announce = session.TrainingSession.announce
+
+    def slowly(*given):
+        announce(*given)
+        monkeypatch.undo()
+        assert run(*line, "2") == 0
+
+    monkeypatch.setattr(session.TrainingSession, "announce", slowly)
+    assert run(*line, "3") == 2 and [step for step, _ in losses(tmp_path / "decoder")] == [1, 2]
+    assert "was trained with other settings (steps 2 there, 3 now)" in capsys.readouterr().err
+
+
 def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):
     arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "36", "--checks", "2", "--save-every", "0.05"]
     out = tmp_path / "troubled"
