@@ -376,6 +376,17 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
     assert run(*line) == 0
 
 
+def test_the_kind_of_captures_is_chosen_anew_where_they_could_not_be_made(run, monkeypatch, capsys):
+    def too_large(*given, **named):
+        raise Refused("image 1000: 1 captured values exceed half precision", "Use --cache off, which keeps fp32.")
+
+    line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache, "stored", too_large)
+        assert run(*line) == 2 and "Use --cache off" in capsys.readouterr().err
+    assert run(*line, "--cache", "off") == 0
+
+
 @long_test
 def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys):
     line = [
