@@ -229,6 +229,29 @@ def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_doe
         assert run(*line, *flags, out=out) == (2 if augment == "voc" and not flags else 0)
 
 
+def test_a_training_killed_while_it_records_its_data_is_not_taken_for_one_of_an_earlier_version(
+    run, tmp_path, monkeypatch
+):
+    data, rename, recorded = tmp_path / "data", os.replace, []
+    for number in range(2):
+        save(data / "images" / f"{number}.png", np.zeros((64, 64, 3), np.uint8))
+        save(data / "masks" / f"{number}.png", np.eye(64, dtype=np.uint8))
+    (data / "classes.txt").write_text("background\nball\n")
+    line = ["--data", f"folder:{data}", "--task", "semantic", "--steps", "1", "--augment", "voc", "--quiet"]
+
+    def killed(part, path):
+        recorded.extend([path] if Path(path).name in ("data.json", "settings.json") else [])
+        if len(recorded) == 2:
+            raise OSError(errno.EIO, "killed")
+        rename(part, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert run(*line) == 3
+    save(data / "masks" / "1.png", np.eye(64, dtype=np.uint8)[::-1])  # nothing was learnt from it yet
+    assert run(*line) == 0 and run(*line) == 0
+
+
 def test_a_training_in_which_an_earlier_version_asked_for_the_words_of_crowds_does_not_go_on(run, tmp_path, capsys):
     LAYOUTS["coco"][1](data := tmp_path / "data")
     for task, code in (("instance", 0), ("open-vocabulary", 2)):
