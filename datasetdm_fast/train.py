@@ -60,6 +60,10 @@ def main(arguments: Sequence[str]) -> int:
             for task in [task for task in config.task if results[task] is None or count]:
                 if ranks.is_first:
                     held.enter_context(task_run.alone(folders[task]))
+                # Until here another training may have written to this folder.
+                results[task] = ranks.said(task_run.finished(folders[task], plans[task]) if ranks.is_first else None)
+                if results[task] is not None and not count:
+                    continue
                 if count:
                     own = 0 if results[task] else plans[task].schedule.steps
                     given = (session, task, folders[task], ranks, _fold_progress(task, count, own, is_quiet))

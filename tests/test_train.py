@@ -229,6 +229,29 @@ def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_doe
         assert run(*line, *flags, out=out) == (2 if augment == "voc" and not flags else 0)
 
 
+def test_a_training_killed_while_it_records_its_data_is_not_taken_for_one_of_an_earlier_version(
+    run, tmp_path, monkeypatch
+):
+    data, rename, recorded = tmp_path / "data", os.replace, []
+    for number in range(2):
+        save(data / "images" / f"{number}.png", np.zeros((64, 64, 3), np.uint8))
+        save(data / "masks" / f"{number}.png", np.eye(64, dtype=np.uint8))
+    (data / "classes.txt").write_text("background\nball\n")
+    line = ["--data", f"folder:{data}", "--task", "semantic", "--steps", "1", "--augment", "voc", "--quiet"]
+
+    def killed(part, path):
+        recorded.extend([path] if Path(path).name in ("data.json", "settings.json") else [])
+        if len(recorded) == 2:
+            raise OSError(errno.EIO, "killed")
+        rename(part, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert run(*line) == 3
+    save(data / "masks" / "1.png", np.eye(64, dtype=np.uint8)[::-1])  # nothing was learnt from it yet
+    assert run(*line) == 0 and run(*line) == 0
+
+
 def test_a_training_in_which_an_earlier_version_asked_for_the_words_of_crowds_does_not_go_on(run, tmp_path, capsys):
     LAYOUTS["coco"][1](data := tmp_path / "data")
     for task, code in (("instance", 0), ("open-vocabulary", 2)):
@@ -374,6 +397,17 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
     assert run(*line, "--cache", "off") == 2
     assert "was started with captures kept on the disk" in capsys.readouterr().err
     assert run(*line) == 0
+
+
+def test_the_kind_of_captures_is_chosen_anew_where_they_could_not_be_made(run, monkeypatch, capsys):
+    def too_large(*given, **named):
+        raise Refused("image 1000: 1 captured values exceed half precision", "Use --cache off, which keeps fp32.")
+
+    line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache, "stored", too_large)
+        assert run(*line) == 2 and "Use --cache off" in capsys.readouterr().err
+    assert run(*line, "--cache", "off") == 0
 
 
 @long_test
@@ -578,6 +612,20 @@ def stopped(line, out, number, steps):
     process.send_signal(number)
     process.err = process.communicate()[1]
     return process
+
+
+def test_a_decoder_that_another_training_finished_in_the_meantime_is_left_alone(run, tmp_path, capsys, monkeypatch):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps"]
+    announce = session.TrainingSession.announce
+
+    def slowly(*given):
+        announce(*given)
+        monkeypatch.undo()
+        assert run(*line, "2") == 0
+
+    monkeypatch.setattr(session.TrainingSession, "announce", slowly)
+    assert run(*line, "3") == 2 and [step for step, _ in losses(tmp_path / "decoder")] == [1, 2]
+    assert "was trained with other settings (steps 2 there, 3 now)" in capsys.readouterr().err
 
 
 def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):

@@ -728,8 +728,9 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, tas
         is_ahead=False,
     )
     torch.nn.init.constant_(trainer.trained[-1], float("nan"))
-    with pytest.raises(GateFailed, match="the loss of step 1 is nan"):
+    with pytest.raises(GateFailed, match="the loss of step 1 is nan") as stop:
         trainer.step()
+    assert "another --out" in stop.value.remedy  # as this one goes on with its own settings only
 
 
 PRESETS = "default", "upstream"

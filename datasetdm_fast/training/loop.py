@@ -199,7 +199,7 @@ class Trainer:
         if not math.isfinite(value):
             raise GateFailed(
                 f"{self.decoder.config.task}: the loss of step {step} is {value}",
-                "Lower --rate, or use --dtype fp32.",
+                "Lower --rate, or use --dtype fp32, with another --out.",
             )
         return value
 

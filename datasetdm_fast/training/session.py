@@ -282,9 +282,12 @@ class TrainingSession:
         return TaskTraining(*given, command, folds)
 
     def _as_begun(self, folder: Path, task: str) -> cache.CachePlan:
-        """The plan with captures kept or not as when the training began, as half precision decides bits."""
+        """The plan with captures kept or not as when the training began, as half precision decides bits; until its
+        captures were made, it has not begun.
+        """
         plan, path = self.cache_plan(task), folder / "training" / "captures.json"
-        if self.ranks.is_first and not path.exists():
+        has_begun = storage.is_there(path.with_name("settings.json"))
+        if self.ranks.is_first and not (has_begun and path.exists()):
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
         self.ranks.wait()
         are_kept = read_state(path, {"are_kept": bool})["are_kept"]

@@ -168,10 +168,10 @@ def run(
     plan = training.plan
     keep_freed()
     if ranks.is_first:
-        files = {training.state / "settings.json": (json.dumps(plan.settings, indent=2) + "\n").encode()}
-        if not (data := training.state / data_record.NAME).exists():
-            files[data] = data_record.as_json(plan.data)
-        storage.publish(files)
+        data, settings = training.state / data_record.NAME, training.state / "settings.json"
+        files = {} if data.exists() and settings.exists() else {data: data_record.as_json(plan.data)}
+        # The settings last: where they are there without the data, an earlier version began the training.
+        storage.publish(files | {settings: (json.dumps(plan.settings, indent=2) + "\n").encode()})
     trainer = Trainer(
         *(plan.decoder, plan.schedule, training.lessons, plan.words, training.device, training.dtype, ranks),
         is_ahead=training.lessons.captures.is_stored,
