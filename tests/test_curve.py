@@ -96,6 +96,18 @@ def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():
 def test_a_flat_curve_promises_nothing():
     found = learning_curve("depth", COUNTS, 1, judge_of(lambda n: 0.2), bootstrap=100, level=0.9, more=100)
     assert abs(found["more"]["gain"]) < 1e-6 and found["more"]["labels"] == 400
+    assert told("depth", found, 0.9).splitlines()[-1].startswith("The figures do not improve")
+
+
+def test_few_images_leave_a_wider_interval(monkeypatch):
+    def width():
+        judge = judge_of(lambda n: 1.2 * n**-0.6)
+        found = learning_curve("depth", COUNTS, 1, judge, bootstrap=200, level=0.95)
+        return found["points"][0]["interval"][1] - found["points"][0]["interval"][0]
+
+    of_many = width()
+    monkeypatch.setattr(METRICS["depth"], "telling", 4)
+    assert width() > 1.2 * of_many
 
 
 @pytest.mark.parametrize("words", [["10"], ["0", "10"], ["ten", "20"], ["10", "-3"], ["10", "2.5"]])

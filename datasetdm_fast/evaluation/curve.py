@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.intervals import expanded
 from datasetdm_fast.evaluation.meter import check_count, figure_name
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.scenes.worlds import WORLDS
@@ -96,6 +97,7 @@ def learning_curve(
     values, drawn = np.array([float(np.mean(own)) for own in each]), np.stack(draws, 1)
     is_known = np.isfinite(drawn).all(1)  # a draw none of whose images shows anything says nothing
     drawn = drawn[is_known] if is_known.any() else values[None]
+    level = expanded(level, meters[0].telling)
     points = [
         {"labels": count, "value": value, "interval": bounds(column, level), "repeats": own}
         for count, value, column, own in zip(counts, values.tolist(), drawn.T, each, strict=True)
@@ -156,6 +158,8 @@ def told(task: str, found: dict[str, Any], level: float) -> str:
         lines.append(f"{point['labels']:8}  {point['value']:6.4f}   {low:.4f} to {high:.4f}")
     low, high = more["interval"]
     added = more["labels"] - last["labels"]
+    if not high:  # no draw falls
+        return "\n".join([*lines, "The figures do not improve with the number of labels, so nothing can be forecast."])
     better = f"{more['gain']:.4f} {'lower' if METRICS[task].less_is_better else 'higher'}"
     better = "no change" if float(f"{more['gain']:.4f}") == 0 else better
     lines.append(
