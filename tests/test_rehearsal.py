@@ -192,7 +192,7 @@ def test_so_are_labels_of_pictures_that_exist():
 
 
 @needs_cpu_build
-@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("fp32", marks=long_test)])
 def test_so_is_a_training(dtype):
     """Captures made anew, a step in fp16 or fp32 with its gradients, a look at a held-out image, what is stored."""
     flags = "--dtype", dtype, "--scenario", "recomputed"
