@@ -212,7 +212,7 @@ class Conversion:
         if not counts:
             raise Refused(
                 f"{self.sources[0].run.path}: no sample to convert",
-                "Name a run folder with samples, or let more pass --kept or --where.",
+                "Name a run folder with samples, let more pass --kept and --where, or restore dropped ones.",
             )
         self.splits = {name: counts[name] for name in sorted(counts, key=_split_order)}
 
