@@ -4,7 +4,7 @@
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset, learnt from by
 #                 models of transformers, and the gallery in Chromium: 8 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
-# make mutants  90 planted faults, one at a time: a quarter of an hour on two cores; 95 % have to be noticed
+# make mutants  97 planted faults, one at a time: 5 minutes on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
 # VENV=/path/of/environment TORCH= installs the locked versions into an environment that has its own torch, which stays.
 PYTHON ?= python3
