@@ -257,8 +257,8 @@ class Pipeline:
         truncate: bool = False,
         **choices: Any,
     ) -> DiffusionOutput:
-        """Images and labels, with the arguments of diffusers' StableDiffusionPipeline; with the same generators, the
-        images are the ones that it makes.
+        """Images and labels, with arguments of diffusers' StableDiffusionPipeline; with the same generators, the images
+        are the ones that it makes.
 
         One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
