@@ -201,7 +201,7 @@ class Pipeline:
         profile: str = "0.3.0",
         batch_size: int = 0,
         truncate: bool = False,
-        negative_prompt: str | Iterable[str] = "",
+        negative_prompt: str | Iterable[str] | None = "",
         ask: str = "named",
         callback: Callable[[int, Tensor], None] | None = None,
         **attention: Any,
@@ -257,8 +257,8 @@ class Pipeline:
         truncate: bool = False,
         **choices: Any,
     ) -> DiffusionOutput:
-        """Images and labels, with the arguments of diffusers' StableDiffusionPipeline; with the same generators, the
-        images are the ones that it makes.
+        """Images and labels, with arguments of diffusers' StableDiffusionPipeline; with the same generators, the images
+        are the ones that it makes.
 
         One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
@@ -367,7 +367,7 @@ class Pipeline:
         seeds: Iterable[int],
         words: tuple[str, ...],
         truncate: bool,
-        negative: str | Iterable[str],
+        negative: str | Iterable[str] | None,
         table: ClassTable | None,
     ) -> Iterator[Request]:
         tokenizer = self.engine.model.tokenizer
@@ -376,8 +376,8 @@ class Pipeline:
         def fitted(text: str, where: str) -> str:
             return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
 
-        is_one, remaining = isinstance(negative, str), iter(seeds)
-        negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
+        is_one, remaining = isinstance(negative, str | None), iter(seeds)
+        negatives = repeat(negative or "") if isinstance(negative, str | None) else iter(negative)
         for index, prompt in enumerate(given):
             where = f"prompt {index}"
             if (seed := next(remaining, None)) is None:

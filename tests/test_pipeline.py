@@ -228,6 +228,8 @@ def test_each_sample_may_have_a_negative_prompt_of_its_own(pipe):
     same, other = pipe(prompts, negative_prompt="fog", **choices), pipe(prompts, negative_prompt=["fog", ""], **choices)
     assert (same.images[0] == other.images[0]).all() and (same.images[1] != other.images[1]).any()
     assert [entry["negative_prompt"] for entry in other.meta] == ["fog", ""]
+    none = pipe(prompts[:1], negative_prompt=None, **choices | {"seeds": [1]})
+    assert (none.images[0] == other.images[1]).all() and none.meta[0]["negative_prompt"] == ""
     with pytest.raises(Refused, match="none for prompt 1"):
         pipe(prompts, negative_prompt=["fog"], **choices)
     with pytest.raises(Refused, match="^negative_prompt of prompt 1: .* tokens"):

@@ -77,7 +77,7 @@ OURS = replace(NETWORK)
 LABELLER = """
 import numpy as np
 from datasetdm_fast.config import LabellerKind
-from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.data import Instances, Keypoints, SemanticMap
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.semantic import SemanticKind
 from datasetdm_fast.tasks.labeller import Labeller
@@ -113,6 +113,13 @@ class Halves(Bright):
         masks[0, :, :9] = masks[1, :, 9:] = True
         return [Instances(masks, np.arange(2), np.ones(2, np.float32), self.classes) for _ in given.images]
 
+class Heads(Bright):
+    joints, limbs = ("nose", "left eye"), ((0, 1),)
+
+    def label(self, given):
+        points, seen = np.array([[[9, 9, 1], [12, 9, 1]]], np.float32), np.full((1, 2), 2)
+        return [Keypoints(points, seen, np.ones(1, np.float32), self.joints, self.limbs) for _ in given.images]
+
 class Mute(Bright):
     def label(self, given):
         return []
@@ -121,6 +128,7 @@ BRIGHT = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Bright")
 WORDS = LabellerKind("datasetdm_fast.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
 HALVES = LabellerKind("datasetdm_fast.labels.instance:InstanceKind", "foreign_labeller:Halves")
 JOINTS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Halves")
+HEADS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Heads")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
@@ -147,6 +155,7 @@ bright = foreign_labeller:BRIGHT
 words = foreign_labeller:WORDS
 halves = foreign_labeller:HALVES
 joints = foreign_labeller:JOINTS
+heads = foreign_labeller:HEADS
 mute = foreign_labeller:MUTE
 hollow = foreign_labeller:HOLLOW
 faint = foreign_labeller:FAINT
@@ -300,7 +309,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["convert", "run", "--to", "bright-listing", "--out", "none"], 2, "there are some for semantic"),
         (["convert", "seen", "--to", "mmseg", "--out", "maps", "--quiet"], 0, ""),
         (["convert", "seen", "--to", "yolo-seg", "--out", "none"], 2, "there are some for bright, semantic"),
-        ([*run, "--labeller", "halves", "--format", "yolo-seg", "--out", "halves"], 0, ""),
+        ([*run, "--labeller", "halves,heads", "--format", "yolo-seg,yolo-pose", "--out", "halves"], 0, ""),
         (
             ["convert", "run", "--to", "wrong-listing", "--out", "none"],
             3,
@@ -343,6 +352,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
         "0",
         "1",
     ]
+    (people,) = (yolo.parent / "yolo-pose" / "labels").rglob("*.txt")
+    assert len(people.read_text().splitlines()) == 1
     assert (tmp_path / "edges" / "edges" / "00000000.png").is_file() == IS_LONG and not (tmp_path / "none").exists()
     assert (is_late or IS_LONG) and task == "semantic"
     assert parts == ["Edges", "an edge between two classes", "f1", True]

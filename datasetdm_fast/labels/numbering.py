@@ -8,8 +8,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import by_kind, class_tables, kind_of
 from datasetdm_fast.labels.colours import BORDERS, OURS, OWN, own_colours, strangers
 from datasetdm_fast.labels.kind import Table
-from datasetdm_fast.labels.names import task_of_label
-from datasetdm_fast.labels.pose import PERSON
+from datasetdm_fast.labels.pose import PERSON, PoseKind
 from datasetdm_fast.labels.semantic import BACKGROUND, IGNORE
 
 
@@ -22,7 +21,7 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
     maps, others = [], []
     for label in by_kind(tables):
         (maps if kind_of(label).is_map else others).extend(tables[label].get("classes", ()))
-    if any(task_of_label(label) == "pose" for label in tables):
+    if any(isinstance(kind_of(label), PoseKind) for label in tables):
         others.append(PERSON)
     is_thing_first = not maps or maps[0] in others
     names = dict.fromkeys((BACKGROUND, *maps) if is_thing_first else maps)
