@@ -250,6 +250,29 @@ def test_zoom_and_what_lies_under_the_cursor(chromium, run):
     page.close()
 
 
+PLACES = """selector => {
+  const range = document.createRange(), text = document.querySelector(selector).firstChild;
+  return [0, text.length - 1].map(at => {
+    range.setStart(text, at);
+    range.setEnd(text, at + 1);
+    return range.getBoundingClientRect().left;
+  });
+}"""
+
+
+def test_prompts_run_in_the_direction_of_their_writing(chromium, tmp_path):
+    write_run(tmp_path, 2, 48, ["كرة حمراء بجانب cube", "a red ball beside כדור"])
+    page = Watched(chromium, 1280, 640).open(address(tmp_path))
+    for sample, is_leftwards in (("00000000", True), ("00000001", False)):
+        for selector in (f"[data-id='{sample}'] .prompt", "#prompt"):
+            if selector == "#prompt":
+                page.click(f"[data-id='{sample}']")
+            first, last = page.evaluate(PLACES, selector)
+            assert (first > last) == is_leftwards, selector
+        page.click("#close")
+    page.close()
+
+
 def test_hostile_prompts_leave_the_page_as_it_is(chromium, tmp_path):
     bad = [
         "</script><script>document.title='taken'</script>",
