@@ -376,8 +376,9 @@ class Pipeline:
         def fitted(text: str, where: str) -> str:
             return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
 
-        is_one, remaining = isinstance(negative, str | None), iter(seeds)
-        negatives = repeat(negative or "") if isinstance(negative, str | None) else iter(negative)
+        negative = "" if negative is None else negative
+        is_one, remaining = isinstance(negative, str), iter(seeds)
+        negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
         for index, prompt in enumerate(given):
             where = f"prompt {index}"
             if (seed := next(remaining, None)) is None:

@@ -156,7 +156,8 @@ def undo(run: Run, *, is_dry: bool = False) -> int:
     if not (run.path / KEPT).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
     try:
-        count = len(run) - len(Run(run.path, kept=True))
+        with Run(run.path, kept=True) as kept:
+            count = len(run) - len(kept)
     except Refused:  # damaged: what it left out is not known, and without it all samples are kept
         count = 0
     run.close()
