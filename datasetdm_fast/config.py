@@ -57,8 +57,8 @@ class EngineKind:
     """What the rest must know of an engine before any of its libraries is imported."""
 
     engine: str  # module:class, built from a model, its decoders, dtype, device and `options`
-    # settings of its own -> cause and remedy of the refusal where they are given to another engine, None = passed over
-    options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
+    # settings of its own -> cause and remedy of the refusal where they are given to another engine
+    options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
     halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
@@ -93,7 +93,10 @@ OWN_ENGINES = {
     ),
     "trt": EngineKind(
         "datasetdm_fast.engines.exported.trt:TrtEngine",
-        options={"engines": None, "trt_flavour": None},
+        options={
+            "engines": ("--engines: plans are TensorRT's, and the engine is {engine}", "Add --engine trt."),
+            "trt_flavour": ("--trt-flavour: TensorRT has variants, and the engine is {engine}", "Add --engine trt."),
+        },
         requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
     ),
 }

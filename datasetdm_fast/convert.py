@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     conversion = _opened(settings, folder)
     for source in conversion.sources:
         if not source.run.is_complete:
-            say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
+            there = counted(len(source.run), "sample")
+            say(settings, f"{source.run.path}: not finished; what is there is converted: {there}")
     for path in conversion.unsplit:
         say(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
     for name, format in conversion.formats.items():

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     ids = [f"{index:08d}" for index in chosen]
     earlier = len(wanted) - len(ids) - len(aside)
     verb = "would be" if config.dry_run else "is" if len(ids) == 1 else "are"
-    told = f"{config.run}: {len(ids)} of {before} samples {verb} dropped"
+    told = f"{config.run}: {len(ids) or 'none'} of {before} samples {verb} dropped"
     told += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
     told += dropping.told_aside(len(aside))
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}

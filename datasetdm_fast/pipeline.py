@@ -16,7 +16,7 @@ from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.start import without_autocast
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.generation import diffusing, driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.inverted import generator_of, inverting, said
@@ -84,7 +84,9 @@ class Output:
         return self.labels(task_of(name))
 
     def labels(self, label: str) -> list[Any]:
-        """The labels TASK or TASK:NAME of every sample."""
+        """The labels TASK or TASK:NAME of every sample; an empty list where they were not requested."""
+        if label.partition(":")[0] not in LABELS:
+            raise Refused(f"{label!r} is no label{nearest(label, LABELS)}", f"Choose from {', '.join(LABELS)}.")
         return [sample.annotations[label] for sample in self.samples if label in sample.annotations]
 
     @property
@@ -247,6 +249,9 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         output_type: str = "pil",
@@ -264,13 +269,14 @@ class Pipeline:
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
         batch with this pipeline, the step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with
         the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
-        the model's scheduler. Other choices are those of `stream`.
+        the model's scheduler. `height` and `width` can only be those of the model. Other choices are those of `stream`.
         """
         if output_type not in diffusing.OUTPUT_TYPES:
             raise Refused(
                 f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
             )
-        texts, negatives = diffusing.listed(prompt, negative_prompt)
+        diffusing.check_sides(height, width, self.engine.model.size)
+        texts, negatives = diffusing.listed(prompt, negative_prompt, num_images_per_prompt)
         chosen = self._chosen(tasks)
         settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
         settings.check_batch_size(batch_size)

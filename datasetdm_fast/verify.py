@@ -118,8 +118,12 @@ def _prepared(config: VerifyConfig):
     from datasetdm_fast.generation.plan import make_plan
     from datasetdm_fast.generation.recipe import make_recipe
 
-    where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
-    own = {"provider": config.provider, "streams": config.streams, "compile": config.compile, **where}
+    plans = {"engines": config.engines, "trt_flavour": config.trt_flavour}
+    own = {"provider": config.provider, "streams": config.streams, "compile": config.compile}
+    of_reference = plans if config.against == "trt" else {}
+    if config.engine == "trt" or not of_reference:
+        own |= plans
+    check_engine(config.against, **of_reference)
     check_engine(config.engine, **own)
     settings.check_numbers(threads=config.threads)
     settings.check_seed(config.seed, config.number)
@@ -134,7 +138,7 @@ def _prepared(config: VerifyConfig):
         size=config.size,
         allow_download=config.allow_download,
         threads=config.threads,
-        **where,
+        **of_reference,
     )
     reference, decoders = opening.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.

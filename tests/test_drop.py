@@ -68,7 +68,7 @@ def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole
     outside = [file for file in run.rglob("*00000001*") if "dropped" not in file.parts]
     kept = {file.relative_to(run / "state" / "dropped") for file in run.rglob("*00000001*")}
     assert outside == [] and {file.parts[0] for file in kept} > {"images", "semantic", "depth"}
-    assert drop.main([str(run), "1"]) == 0 and "0 of 4 samples are dropped; 1 was dropped before" in (
+    assert drop.main([str(run), "1"]) == 0 and "none of 4 samples are dropped; 1 was dropped before" in (
         capsys.readouterr().err
     )
     assert restore.main([str(run), "00000004", "--quiet"]) == 0 and is_whole(run) and len(ids(run)) == 5

@@ -89,6 +89,8 @@ def test_a_call_gives_images_and_the_labels_asked_for(pipe):
         and isinstance(out.depth[0], DepthMap)
         and out.instances == out.keypoints == []
     )
+    with pytest.raises(Refused, match=r"'semantc' is no label \(did you mean semantic\?\)"):
+        out.labels("semantc")
     assert (
         out.meta[0]["prompt"] == "a red ball beside a cube" and out.meta[0]["seed"] == 7 and out.meta[0]["steps"] == 2
     )
@@ -520,6 +522,14 @@ def test_the_arguments_of_diffusers_give_its_images(pipe):
     torch.testing.assert_close(images, expected, atol=1e-3, rtol=1e-3)
     _, images, expected = same(output_type="pt", is_one=True, guidance_scale=4.0, negative_prompt=["fog"] * 3)
     torch.testing.assert_close(images, expected, atol=1.1 / 255, rtol=0)
+    several = [torch.Generator().manual_seed(9)] * 6
+    sides = {"height": 128, "width": 128, "num_images_per_prompt": 2}
+    given = {"num_inference_steps": 2, "output_type": "latent", "negative_prompt": ["fog", "", "rain"], **sides}
+    expected, images = (
+        make(prompts, generator=torch.Generator().manual_seed(9), **given).images for make in (theirs, pipe.diffuse)
+    )
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=1e-3)
+    assert len(pipe.diffuse(prompts, generator=several, tasks=(), num_inference_steps=2, **sides).samples) == 6
     found, images, expected = same(labels=("depth",))
     for mine, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(mine, int) - np.asarray(other, int)).max() <= 1
@@ -560,7 +570,9 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings,
     [
         ({"output_type": "jpg"}, "output_type: 'jpg' is none of pil, np, pt, latent"),
         ({"negative_prompt": ["fog"]}, "negative_prompt: 1 were given for 2 prompts"),
-        ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 prompts"),
+        ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 images"),
+        ({"height": 128, "width": 64}, "width: 64 was given, and the model was loaded for images of 128 x 128 pixels"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 is no whole number from 1 on"),
         ({"generator": 7}, "generator: 7 is no generator of torch"),
         ({"callback_on_step_end": lambda *given: {"latents": torch.zeros(1)}}, r"latents of shape \[1\], expected"),
     ],

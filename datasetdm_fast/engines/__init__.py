@@ -38,7 +38,7 @@ def build_engine(
     **options: Any,
 ) -> Engine:
     """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
-    of another engine are refused, or passed over where that engine's record says so.
+    of another engine are refused.
     """
     kind, own = _chosen(name, options)
     built: Engine = _of(name, lambda: named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
@@ -59,7 +59,7 @@ def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str
     for kind in ENGINES.values():
         for option, refusal in kind.options.items():
             value = getattr(given, option)
-            if option not in chosen.options and refusal and value != getattr(usual, option):
+            if option not in chosen.options and value != getattr(usual, option):
                 cause, remedy = (text.format(engine=name, value=value) for text in refusal)
                 raise Refused(cause, remedy)
     return chosen, {option: getattr(given, option) for option in chosen.options}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import SCHEDULERS
@@ -52,8 +53,22 @@ FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
 OnStepEnd = Callable[[int, "Tensor", dict[str, "Tensor"]], "dict[str, Tensor] | None"]
 
 
-def listed(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts."""
+def check_sides(height: int | None, width: int | None, size: int) -> None:
+    """Refuses sides of images that are not the model's."""
+    for name, side in (("height", height), ("width", width)):
+        if side not in (None, size):
+            raise Refused(
+                f"{name}: {side!r} was given, and the model was loaded for images of {size} x {size} pixels",
+                f"Drop it, or load the model with size={side!r} for square images.",
+            )
+
+
+def listed(
+    prompt: str | Sequence[str], negative: str | Sequence[str] | None, each: int = 1
+) -> tuple[list[str], list[str]]:
+    """A prompt for every image, and as many negative prompts; each prompt is there so many times, one after another."""
+    if not isinstance(each, Integral) or each < 1:
+        raise Refused(f"num_images_per_prompt: {each!r} is no whole number from 1 on", "Give 1 or more.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise Refused("prompt: none was given", "Give at least one.")
@@ -62,7 +77,7 @@ def listed(prompt: str | Sequence[str], negative: str | Sequence[str] | None) ->
         raise Refused(
             f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."
         )
-    return prompts, negatives
+    return [text for text in prompts for _ in range(each)], [text for text in negatives for _ in range(each)]
 
 
 def drawn(
@@ -83,7 +98,7 @@ def drawn(
         if not isinstance(one, torch.Generator):
             raise Refused(f"generator: {one!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
     if len(several) != count:
-        raise Refused(f"generator: {len(several)} were given for {count} prompts", "Give one, or one per prompt.")
+        raise Refused(f"generator: {len(several)} were given for {count} images", "Give one, or one per image.")
     parts = [torch.randn((1, *shape), generator=one, device=one.device).cpu() for one in several]
     return torch.cat(parts), [one.initial_seed() % 2**63 for one in several]
 
