@@ -195,6 +195,24 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     assert run(*line, out="other") == 0
 
 
+def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path, capsys):
+    LAYOUTS["folder"][1](tmp_path / "data")
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "2"]
+    assert run(*line) == 0
+    before = weights(tmp_path / "decoder", "semantic")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    path = tmp_path / "decoder/semantic/training/settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "/where/it/was"}))
+    moved = ["--data", f"folder:{tmp_path / 'moved'}/", *line[2:]]
+    assert run(*moved) == 0 and "finished" in capsys.readouterr().err
+    (tmp_path / "decoder/semantic/model.safetensors").unlink()
+    for _ in range(2):  # taught anew, then found finished
+        assert run(*moved) == 0 and weights(tmp_path / "decoder", "semantic") == before
+    (tmp_path / "moved/images/scene 1.png").write_bytes((tmp_path / "moved/images/scene 2.png").read_bytes())
+    assert run(*moved) == 2 and "trained on other data: another picture of images/scene 1.png" in capsys.readouterr().err
+    assert run("--data", f"folder:{tmp_path / 'moved'}[val]", *line[2:]) == 2
+
+
 @pytest.mark.parametrize("augment", ["flip", "voc"])
 def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_does_not_go_on_with_others(
     run, tmp_path, capsys, augment

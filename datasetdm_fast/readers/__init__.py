@@ -70,6 +70,15 @@ def is_read(spec: str, path: Path) -> bool:
     return kind != "folder" or not first or first[0] in (*PARTS, match[2])
 
 
+def folders_of(first: str, second: str) -> tuple[Path, Path] | None:
+    """The folders of two addresses that are alike in all but these."""
+    (kind, _, rest), (other, _, others) = first.partition(":"), second.partition(":")
+    here, there = ADDRESSED.fullmatch(rest), ADDRESSED.fullmatch(others)
+    if kind in WORLDS or kind != other or not (here and there) or here[2] != there[2]:
+        return None
+    return Path(here[1]).expanduser(), Path(there[1]).expanduser()
+
+
 def open_data(
     spec: str,
     size: int,

@@ -119,6 +119,11 @@ def _pictures(file: Path) -> set[str]:
     return {item["image"] for item in before["items"] if "image" in item}
 
 
+def below(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A record with names that say nothing of the folder in which the data are."""
+    return {**found, "items": [{**item, "name": item["name"].removeprefix(f"{folder}/")} for item in found["items"]]}
+
+
 def check(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume the training of a folder that was begun on other pictures or labels."""
     if said := changes(before["items"], now["items"]):

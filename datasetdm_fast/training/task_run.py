@@ -32,6 +32,7 @@ from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.documents import check_form, one_line
 from datasetdm_fast.loading import checkpoint
+from datasetdm_fast.readers import folders_of
 from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
 from datasetdm_fast.training.log import Log, log_lines
 from datasetdm_fast.training.loop import Trainer, TrainingViews
@@ -104,8 +105,14 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     before, data = _flat(read_state(path, {})), folder / "training" / data_record.NAME  # earlier versions wrote none
     recorded = read_state(data, data_record.FORM, data_record.LARGEST_RECORD) if data.exists() else {}
     differing = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if "model_digests" not in differing:  # then the model is the same, wherever it lies
+        differing = [name for name in differing if name != "model"]
+    now = plan.data
+    if "data" in differing and recorded.get("items") and (moved := folders_of(str(before.get("data")), settings["data"])):
+        differing.remove("data")  # what the images and labels are decides, not where they lie
+        recorded, now = (data_record.below(one, place) for one, place in zip((recorded, now), moved, strict=True))
     if recorded and COUNTED.issuperset(differing):
-        data_record.check(folder, recorded, plan.data)
+        data_record.check(folder, recorded, now)
     if differing:
         said = ", ".join(
             f"{name} {one_line(json.dumps(before.get(name)))} there, {one_line(json.dumps(settings.get(name)))} now"
@@ -169,9 +176,9 @@ def run(
     keep_freed()
     if ranks.is_first:
         data, settings = training.state / data_record.NAME, training.state / "settings.json"
-        files = {} if data.exists() and settings.exists() else {data: data_record.as_json(plan.data)}
-        # The settings last: where they are there without the data, an earlier version began the training.
-        storage.publish(files | {settings: (json.dumps(plan.settings, indent=2) + "\n").encode()})
+        if not settings.exists():  # which come last: where they are there without the data, an earlier version began
+            said = json.dumps(plan.settings, indent=2) + "\n"
+            storage.publish({data: data_record.as_json(plan.data), settings: said.encode()})
     trainer = Trainer(
         *(plan.decoder, plan.schedule, training.lessons, plan.words, training.device, training.dtype, ranks),
         is_ahead=training.lessons.captures.is_stored,
