@@ -209,7 +209,8 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
     for _ in range(2):  # taught anew, then found finished
         assert run(*moved) == 0 and weights(tmp_path / "decoder", "semantic") == before
     (tmp_path / "moved/images/scene 1.png").write_bytes((tmp_path / "moved/images/scene 2.png").read_bytes())
-    assert run(*moved) == 2 and "trained on other data: another picture of images/scene 1.png" in capsys.readouterr().err
+    assert run(*moved) == 2
+    assert "trained on other data: another picture of images/scene 1.png" in capsys.readouterr().err
     assert run("--data", f"folder:{tmp_path / 'moved'}[val]", *line[2:]) == 2
 
 

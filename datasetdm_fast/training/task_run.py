@@ -107,10 +107,10 @@ def finished(folder: Path, plan: TaskPlan) -> dict | None:
     differing = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
     if "model_digests" not in differing:  # then the model is the same, wherever it lies
         differing = [name for name in differing if name != "model"]
-    now = plan.data
-    if "data" in differing and recorded.get("items") and (moved := folders_of(str(before.get("data")), settings["data"])):
+    now, places = plan.data, folders_of(str(before.get("data")), settings["data"])
+    if "data" in differing and recorded.get("items") and places:
         differing.remove("data")  # what the images and labels are decides, not where they lie
-        recorded, now = (data_record.below(one, place) for one, place in zip((recorded, now), moved, strict=True))
+        recorded, now = (data_record.below(one, place) for one, place in zip((recorded, now), places, strict=True))
     if recorded and COUNTED.issuperset(differing):
         data_record.check(folder, recorded, now)
     if differing:
