@@ -23,7 +23,7 @@ from datasetdm_fast.prompting import balance, language_model, vocabulary
 from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
 from datasetdm_fast.prompting.measures import measure
 from datasetdm_fast.scenes.worlds import WORLDS
-from datasetdm_fast.truth.class_file import own_table
+from datasetdm_fast.truth.class_file import own_table, refuse_files
 
 PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
@@ -105,6 +105,7 @@ def _check(config: PromptsConfig) -> None:
         raise Refused("--llm-url: the name of the model is missing", "Add --llm-model NAME.")
     if not config.llm_url and config.llm_model:
         raise Refused(f"--llm-model {config.llm_model}: no endpoint to ask", "Add --llm-url https://HOST/v1.")
+    refuse_files(config.classes)
     for word in config.classes:
         if not documents.is_unicode(word):
             raise Refused(f"--classes: {word!r} is not valid Unicode", "Write the class words in UTF-8.")

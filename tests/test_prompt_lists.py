@@ -161,6 +161,7 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         (["--set", "vco"], "did you mean voc?"),
         (["--classes", "blal", "--set", "demo"], "did you mean ball?"),
         (["--classes", "caf\udce9"], "'caf\\udce9' is not valid Unicode"),
+        (["--classes", "classes.txt"], "--classes: 'classes.txt' names a file, expected class words"),
         (["--per-class", "-1"], "--per-class -1: expected 0 to"),
         (["--pairs", "1.5"], "--pairs 1.5: expected a share"),
         (["--per-class", "2", "--balance", "demo:3"], "--per-class and --balance: each sets"),

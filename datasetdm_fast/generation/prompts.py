@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.truth.class_file import own_table
+from datasetdm_fast.truth.class_file import own_table, refuse_files
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
@@ -108,6 +108,7 @@ def _read_source(config: RunConfig) -> PromptSource:
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     seen = set()
+    refuse_files(classes)
     for word in classes:
         if not word.strip():
             raise Refused(
