@@ -521,6 +521,10 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
     )
     with pytest.raises(Refused, match="--cache disk: the captures take"):
         cache.plan(tmp_path, levels, 10, "disk", 1e-6)
+    assert "so far" not in str(cache.plan(tmp_path, levels, 10, "auto"))
+    with (tmp_path / "of another training.f16").open("wb") as file:
+        file.truncate(2 * 10**9)
+    assert "; 2 GB lie there so far" in str(cache.plan(tmp_path, levels, 10, "auto"))
 
 
 def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path, monkeypatch):

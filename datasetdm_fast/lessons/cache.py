@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,13 +139,16 @@ class CachePlan:
     bytes: int
     budget: int
     is_stored: bool
+    held: int = 0  # bytes of all captures that the folder holds so far, those of earlier trainings too
 
     def __str__(self) -> str:
         size, room = self.bytes / 1e9, self.budget / 1e9
         if not self.is_stored and not self.budget:
             return "features and maps made anew at every step"
         if self.is_stored:
-            return f"features and maps kept in {self.folder}: at most {size:.3g} GB of the {room:.3g} GB allowed"
+            so_far = f"; {self.held / 1e9:.3g} GB lie there so far" if self.held > self.bytes else ""
+            most = f"at most {size:.3g} GB of the {room:.3g} GB allowed"
+            return f"features and maps kept in {self.folder}: {most}{so_far}"
         why = f"{size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
         return f"features and maps made anew at every step: {why}"
 
@@ -172,7 +176,16 @@ def plan(
             f"{folder}",
             "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
         )
-    return CachePlan(folder, size, budget, size <= budget)
+    return CachePlan(folder, size, budget, size <= budget, _held(folder))
+
+
+def _held(folder: Path) -> int:
+    """Bytes of all captures in a folder."""
+    total = 0
+    for shard in folder.glob("*.f16"):
+        with suppress(OSError):  # which another process takes away
+            total += shard.stat().st_size
+    return total
 
 
 def kept_bytes(engine, views: Views, inversion: Inversion, folder: Path) -> int:
