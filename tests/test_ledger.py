@@ -8,6 +8,7 @@ import re
 import sqlite3
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_a_commit_makes_the_index_files_out_of_date_and_nothing_else(tmp_path):
         ledger.note("indexed", "a"), ledger.note("other", "b"), ledger.note("other", "c")
         ledger.commit([row(0)])
         assert ledger.noted("indexed") is None and ledger.noted("other") == "c" and ledger.damage() == []
+
+
+def test_threads_read_through_one_connection_at_once(tmp_path):
+    with sqlite.connect(path := tmp_path / "x.sqlite", "CREATE TABLE s (a)") as connection:
+        connection.executemany("INSERT INTO s VALUES (?)", [(number,) for number in range(100)])
+    connection.close()
+    shared = sqlite.connect_to_read(path)
+
+    def read(number: int) -> int:
+        return shared.execute("SELECT a FROM s WHERE a = ?", (number % 100,)).fetchone()[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4000))) == [number % 100 for number in range(4000)]
+    shared.close()
 
 
 def test_a_ledger_is_not_settled_while_it_is_read(tmp_path):

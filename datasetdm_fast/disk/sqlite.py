@@ -68,7 +68,9 @@ def connect_to_read(path: Path) -> Connection:
     version = _version(path)
     # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
     quiet = "" if any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal")) else "&immutable=1"
-    connection = _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)
+    # No statement is kept: from Python 3.12 on, threads that run the same one at once end in an InterfaceError.
+    options: dict[str, Any] = {"uri": True, "check_same_thread": False, "cached_statements": 0}
+    connection = _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", **options)
     if quiet:  # SQLite then takes no lock and keeps what it has read, also where somebody begins to write
         connection.version = version
     return connection

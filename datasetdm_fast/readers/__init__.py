@@ -59,24 +59,27 @@ ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRS
 
 def is_read(spec: str, path: Path) -> bool:
     """Whether the reader of an address may take files in the folder `path` for the data set's."""
-    kind, _, rest = spec.partition(":")
-    match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
-    if not match:
+    if not (address := _parts(spec)):
         return False
-    data, path = Path(match[1]).expanduser().resolve(), path.resolve()
+    kind, data, split = address
+    data, path = data.resolve(), path.resolve()
     if not path.is_relative_to(data):
         return False
     first = path.relative_to(data).parts[:1]
-    return kind != "folder" or not first or first[0] in (*PARTS, match[2])
+    return kind != "folder" or not first or first[0] in (*PARTS, split)
 
 
 def folders_of(first: str, second: str) -> tuple[Path, Path] | None:
     """The folders of two addresses that are alike in all but these."""
-    (kind, _, rest), (other, _, others) = first.partition(":"), second.partition(":")
-    here, there = ADDRESSED.fullmatch(rest), ADDRESSED.fullmatch(others)
-    if kind in WORLDS or kind != other or not (here and there) or here[2] != there[2]:
-        return None
-    return Path(here[1]).expanduser(), Path(there[1]).expanduser()
+    here, there = _parts(first), _parts(second)
+    return (here[1], there[1]) if here and there and here[::2] == there[::2] else None
+
+
+def _parts(spec: str) -> tuple[str, Path, str | None] | None:
+    """Kind, folder and split of an address; None of a world, and where no folder is named."""
+    kind, _, rest = spec.partition(":")
+    match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
+    return (kind, Path(match[1]).expanduser(), match[2]) if match else None
 
 
 def open_data(

@@ -104,7 +104,6 @@ class Ledger(AbstractContextManager):
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
         self.path, self._journal = path, journal
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
-        self._asking = threading.Lock()  # sqlite3 of Python 3.12 fails where threads run one statement at once
         self._recipes: dict[str, dict[str, Any]] = {}  # by digest, as they were read
         if read_only:
             self._connection = sqlite.connect_to_read(path)
@@ -351,10 +350,8 @@ class Ledger(AbstractContextManager):
         return self._connection.execute(f"SELECT count(*) FROM samples WHERE {_IS_DOUBTFUL}").fetchone()[0]
 
     def row(self, index: int) -> Row | None:
-        statement = f'SELECT {self._columns} FROM samples WHERE "index" = ?'
-        with self._asking:
-            found = self._connection.execute(statement, (index,)).fetchone()
-            return None if found is None else self._row(*found)
+        found = self._connection.execute(f'SELECT {self._columns} FROM samples WHERE "index" = ?', (index,)).fetchone()
+        return None if found is None else self._row(*found)
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """Rows of these statuses, or of the data set, by index, read as they are asked for; of PARTS and `tracings`
