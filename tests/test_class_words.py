@@ -124,6 +124,13 @@ def test_an_own_table_goes_before_ours():
     assert find_classes("a house cat", ("cat",), own) == ("cat",)
 
 
+def test_a_table_that_is_not_there_is_bad_input(tmp_path):
+    (tmp_path / "table.csv").write_text("name\ncat\n")
+    for path, why in ((tmp_path / "tabel.csv", r"no such file \(did you mean table.csv\?\)"), (tmp_path, "not a file")):
+        with pytest.raises(Refused, match=f"--class-table .*: {why}"):
+            own_table(str(path))
+
+
 def test_a_table_in_another_encoding_is_told_so(tmp_path):
     (tmp_path / "own.csv").write_bytes("name\nBär\n".encode("latin-1"))
     with pytest.raises(Refused, match="own.csv: not UTF-8 at byte 6"):

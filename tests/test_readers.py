@@ -910,6 +910,11 @@ def test_what_is_no_list_of_images_is_refused(tmp_path, content, said):
     assert stop.value.exit_code == 2 and "\n" not in stop.value.cause
 
 
+def test_a_list_of_images_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(Refused, match="--images .*list.txt: no such file"):
+        DataSettings(images=str(tmp_path / "list.txt")).selection()
+
+
 # Bad data -------------------------------------------------------------------------------------------------------------
 
 

@@ -308,8 +308,8 @@ WRONG = [
     (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
     (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
     (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "the mask is empty, no pixel has a value of 128 or more"),
-    (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: there is no file of this name"),
-    (edit, ["--mask", ".", "--prompt", "a cube"], "--mask .: there is no file of this name"),
+    (edit, ["--mask", "nothing.png", "--prompt", "a cube"], "--mask nothing.png: no such file"),
+    (edit, ["--mask", ".", "--prompt", "a cube"], "--mask .: not a file"),
     (edit, ["--mask", "SMALL", "--prompt", "a cube"], "64 x 64 pixels, the samples have 128 x 128"),
     (edit, ["--claas", "ball"], "did you mean --class?"),
 ]

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -493,6 +495,20 @@ def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engin
     assert {path: path.read_bytes() for path in tmp_path.glob("*.f16")} == before
 
 
+def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, source, tmp_path):
+    long_ago = time.time() - 86400 * 31
+    lessons(engine, source, "semantic", tmp_path)
+    shards = sorted(tmp_path.glob("*.f16"))
+    others = [tmp_path / "notes.txt", tmp_path / "of another program.f16"]
+    for path in others:
+        path.write_bytes(b"not ours")
+    for path in (*shards, *others):
+        os.utime(path, (long_ago, long_ago))
+    few = cache.stored(engine, Views(source, [1, 2], "pose", Looks(draws=2)), Inversion(1), tmp_path)
+    assert sorted(tmp_path.glob("*.f16")) == sorted([*few.paths, others[1]]) and len(shards) == 4
+    assert {path.stat().st_mtime for path in few.paths} == {long_ago} and others[0].exists()  # used, not made again
+
+
 @pytest.mark.parametrize("change", [{"timestep": 2}, {"latent": "sample"}, {"ddim_steps": 2}])
 def test_another_inversion_has_other_shards(engine, source, folder, change):
     views = Views(source, [0], "depth", Looks(draws=1))
@@ -551,9 +567,9 @@ def test_ddim_runs_back_to_the_same_image(engine, source):
     noisy = ddim_latents(engine, clean, context, 30, 30)
     alphas = alphas_cumprod(engine.model.scheduler).double().tolist()
     back = noisy
-    for time in range(30, 0, -1):  # DDIM forwards, from the formula
-        alpha, target_alpha = alphas[time], alphas[time - 1]
-        out = engine.denoise(back, time, context).chunk(2)[1]
+    for timestep in range(30, 0, -1):  # DDIM forwards, from the formula
+        alpha, target_alpha = alphas[timestep], alphas[timestep - 1]
+        out = engine.denoise(back, timestep, context).chunk(2)[1]
         if engine.model.scheduler.get("prediction_type") == "v_prediction":
             image, noise = alpha**0.5 * back - (1 - alpha) ** 0.5 * out, alpha**0.5 * out + (1 - alpha) ** 0.5 * back
         else:

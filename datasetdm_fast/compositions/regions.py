@@ -11,6 +11,7 @@ import numpy as np
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.compositions.source import Source
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import by_kind, kind_of, mask_rle
@@ -39,11 +40,7 @@ def way_of(settings: EditSettings) -> str:
 
 def read_mask(path: str, side: int) -> dict[str, Any]:
     """The run lengths of a mask file for pictures of side x side pixels."""
-    if not Path(path).is_file():
-        raise Refused(
-            f"--mask {path}: there is no file of this name",
-            "Name a picture whose white pixels mark the area to redraw.",
-        )
+    storage.check_given(Path(path), "--mask", "Name a picture whose white pixels mark the area to redraw.")
     grey = np.asarray(images.read_image(Path(path)).convert("L"))
     if grey.shape != (side, side):
         raise Refused(

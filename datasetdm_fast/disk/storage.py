@@ -341,3 +341,11 @@ def is_there(path: Path) -> bool:
     """Whether something of that name exists; a folder that may not be looked into is refused."""
     with refusing(path):
         return path.exists()
+
+
+def check_given(path: Path, flag: str, remedy: str) -> None:
+    """Refuses what a flag names where it is no file."""
+    if not is_there(path):
+        raise Refused(f"{flag} {path}: no such file{named_alike(path)}", remedy)
+    if not path.is_file():
+        raise Refused(f"{flag} {path}: not a file", remedy)

@@ -2,11 +2,13 @@
 
 One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any
 training that looks at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32
-bytes are the SHA-256 of the rest.
+bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
 """
 
 import hashlib
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -28,7 +30,9 @@ from datasetdm_fast.stages import Level
 
 DIGEST = 32  # bytes
 SHARE = 0.5  # of the free disk that more captures may take where nobody says
-OLD = 86400.0  # seconds after which a half-written shard has no writer any more
+DAY = 86400.0  # seconds, after which a half-written shard has no writer any more
+UNUSED = 30  # days without a training that needs it, after which the next one deletes a shard
+SHARD = re.compile(r"[0-9a-f]{64}\.f16")
 
 
 @dataclass(frozen=True)
@@ -206,14 +210,15 @@ def stored(
 ) -> StoredCaptures:
     """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
     layout, draws, paths = Layout.of(engine.model.levels), views.looks.draws, []
-    _sweep(folder)
     for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
         paths.append(path)
+        _mark_used(path)
         if image % share[1] == share[0]:
             if not _is_whole(path, draws * layout.numbers * 2):
                 content = _made(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
                 storage.publish({path: [content, hashlib.sha256(content).digest()]})
             progress(draws)
+    _sweep(folder)
     return StoredCaptures(paths, layout, draws, engine.device)
 
 
@@ -273,11 +278,18 @@ def _is_whole(path: Path, size: int) -> bool:
     return hashlib.sha256(content[:size]).digest() == content[size:].tobytes()
 
 
+def _mark_used(path: Path) -> None:
+    with suppress(OSError):  # not there yet, or of another user
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
 def _sweep(folder: Path) -> None:
-    """Removes what killed processes left half-written."""
-    for part in folder.glob(".*.part"):
-        try:
-            if storage.is_temporary(part) and time.time() - part.stat().st_mtime > OLD:
-                part.unlink()
-        except OSError:
-            continue  # another process was faster
+    """Removes what killed processes left half-written, and shards that no training has needed for a long time."""
+    now = time.time()
+    for path in folder.glob("*"):
+        with suppress(OSError):  # another process was faster
+            found = path.stat()
+            is_left = storage.is_temporary(path) and now - found.st_mtime > DAY
+            is_unused = SHARD.fullmatch(path.name) and now - max(found.st_atime, found.st_mtime) > UNUSED * DAY
+            if is_left or is_unused:
+                path.unlink()

@@ -11,6 +11,7 @@ from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.semantic import BACKGROUND
 
 LARGEST_TABLE = 2**22  # bytes
+NAME_A_TABLE = "Name the annotation file of LVIS or COCO, or a CSV file."
 ENDINGS = (".txt", ".csv", ".json", ".jsonl")  # of files, not of class words
 
 
@@ -39,6 +40,7 @@ def listed_words(path: str, chosen: Sequence[str]) -> tuple[str, ...]:
 @cache  # an annotation file may have gigabytes
 def own_table(path: str) -> class_tables.ClassTable:
     """The classes of a CSV file with the columns name, say and words, or of LVIS's or COCO's annotation file."""
+    storage.check_given(Path(path), "--class-table", NAME_A_TABLE)
     try:
         if path.endswith(".json"):
             categories = [value for key, value, _, _ in JsonStream(Path(path)) if key == "categories"]
@@ -50,5 +52,5 @@ def own_table(path: str) -> class_tables.ClassTable:
         raise Refused(f"--class-table {path}: not UTF-8 at byte {error.start}", "Save the file as UTF-8.") from error
     except ValueError as error:
         form = "The first line names the columns: number,name,say,colour,words."
-        remedy = "Name the annotation file of LVIS or COCO, or a CSV file." if path.endswith(".json") else form
+        remedy = NAME_A_TABLE if path.endswith(".json") else form
         raise Refused(f"--class-table {path}: {error}", remedy) from error

@@ -19,6 +19,7 @@ EXPECTED = "Write one path per line, or a Python list of paths."
 
 def read_image_list(path: Path) -> tuple[str, ...]:
     """The paths of a list, each once: one a line, or a Python list of texts."""
+    storage.check_given(path, "--images", "Name a file that lists paths of images.")
     try:
         text = storage.read(path, LARGEST_IMAGE_LIST).decode("utf-8-sig").strip()
         found = ast.literal_eval(text) if text.startswith("[") else _lines(text)
