@@ -58,6 +58,41 @@ def reference(
 
 
 @jit
+def merged_chunks(
+    mean_ptr,  # [B, chunks, C]
+    spread_ptr,  # [B, chunks, C]
+    image,
+    channel,  # [BLOCK_C]
+    channels,
+    cells,
+    chunks,
+    chunk_cells,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and spread of an image's channels from its chunks' own: means first, as spreads are taken around them."""
+    is_channel = channel < channels
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
+        total += tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) * count
+    centre = tl.sum(total, 0) / cells
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
+        distance = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
+        spread = tl.load(spread_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(inside, spread + count * distance * distance, 0.0)
+    return centre, tl.sum(total, 0)
+
+
+@jit
 def _group_norm_parts_merge_kernel(
     mean_ptr,  # [B, chunks, C]
     spread_ptr,  # [B, chunks, C]
@@ -70,30 +105,16 @@ def _group_norm_parts_merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Chunks by the thousand become one: means first, so that spreads are taken around the right one."""
+    """Chunks by the thousand become one."""
     image = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < channels
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)[:, None]
-        total += tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) * count
-    centre = tl.sum(total, 0) / cells
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)[:, None]
-        distance = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
-        spread = tl.load(spread_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(inside, spread + count * distance * distance, 0.0)
+    centre, spread = merged_chunks(
+        mean_ptr, spread_ptr, image, channel, channels, cells, chunks, CHUNK, BLOCK_N, BLOCK_C
+    )
     place = image * channels + channel
     tl.store(whole_mean_ptr + place, centre, mask=is_channel)
-    tl.store(whole_spread_ptr + place, tl.sum(total, 0), mask=is_channel)
+    tl.store(whole_spread_ptr + place, spread, mask=is_channel)
 
 
 @jit

@@ -15,7 +15,7 @@ from datasetdm_fast.kernels import add_statistics, group_norm_silu
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows
 from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
 from datasetdm_fast.kernels.cpu import is_native
-from datasetdm_fast.kernels.group_norm_parts import MOST_CHUNKS, merged
+from datasetdm_fast.kernels.group_norm_parts import MOST_CHUNKS, merged, merged_chunks
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 
 EPS = 1e-4
@@ -95,24 +95,10 @@ def _image_norm_kernel(
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < channels
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
-        total += tl.load(mean_ptr + place, mask=inside, other=0.0) * count
-    centre = tl.sum(total, 0) / cells
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
-        distance = tl.load(mean_ptr + place, mask=inside, other=0.0) - centre[None, :]
-        spread = tl.load(spread_ptr + place, mask=inside, other=0.0)
-        total += tl.where(inside, spread + count * distance * distance, 0.0)
-    scale = tl.rsqrt(tl.sum(total, 0) / cells + eps)
+    centre, spread = merged_chunks(
+        mean_ptr, spread_ptr, image, channel, channels, cells, chunks, chunk_cells, BLOCK_N, BLOCK_C
+    )
+    scale = tl.rsqrt(spread / cells + eps)
     for step in range(0, SPAN, BLOCK_S):
         cell = tl.program_id(0).to(tl.int64) * SPAN + step + tl.arange(0, BLOCK_S)
         inside = (cell < cells)[:, None] & is_channel[None, :]
