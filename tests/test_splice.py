@@ -210,11 +210,11 @@ def test_a_source_in_a_folder_whose_name_is_no_utf_8_serves(source, tmp_path, mo
 def test_a_damaged_source_is_refused(source, tmp_path, capsys):
     damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
     shutil.copy(damaged / "depth" / "00000001.png", damaged / "depth" / "00000002.png")
-    assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 4
     said = "depth/00000002.png is missing or has changed since it was written"
     assert said in capsys.readouterr().err
     (damaged / "depth" / "00000002.png").unlink()
-    assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert splice.main([str(damaged), "--grids", "3", "--out", str(tmp_path / "out"), "--quiet"]) == 4
     error = capsys.readouterr().err
     assert said in error and f"python -m datasetdm_fast.audit {damaged}" in error
 

@@ -11,12 +11,12 @@ from typing import Any
 from datasetdm_fast.compositions.source import begun, check_filter, decisive, digests_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Refused, quote
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.labels.numbering import check_numbers
-from datasetdm_fast.run_folder.document import FORMAT, check_same, engines_of, read_document, sides, to_see_damage
+from datasetdm_fast.run_folder.document import FORMAT, check_same, damaged, engines_of, read_document, sides
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
@@ -216,10 +216,7 @@ class Merging:
         for role, (name, stored) in row.files.items():
             path = part.path / name
             if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
-                raise GateFailed(
-                    f"{part.path}: {name} is missing or has changed since it was written",
-                    to_see_damage(part.path),
-                )
+                raise damaged(part.path, name)
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
             files[role], sources[new] = (new, content), path
         told = {

@@ -16,11 +16,11 @@ from datasetdm_fast.run_folder.document import (
     DOCUMENT,
     LEDGER,
     check_same,
+    damaged,
     made_by,
     maker,
     read_document,
     sides,
-    to_see_damage,
 )
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
@@ -148,24 +148,21 @@ class Source:
     def _tile(self, place: int) -> Tile:
         row = self.run[place].row
         if sides(self.document, row.recipe) != (self.side, self.side):
-            raise self._damaged(f"the row of sample {row.request.id}")
+            raise damaged(self.path, f"the row of sample {row.request.id}")
         tables = self.document["labels"]
         roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
         return Tile(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:
         if role not in row.files:
-            raise self._damaged(f"the row of sample {row.request.id}")
+            raise damaged(self.path, f"the row of sample {row.request.id}")
         name, stored = row.files[role]
         if (data := storage.read_written(self.path / name, stored, images.LARGEST_IMAGE_FILE)) is None:
-            raise self._damaged(name)
+            raise damaged(self.path, name)
         pixels = np.asarray(images.decode_image(data, name))
         if pixels.shape[:2] != (self.side, self.side):
-            raise self._damaged(name)
+            raise damaged(self.path, name)
         return pixels
-
-    def _damaged(self, name: str) -> Refused:
-        return Refused(f"{self.path}: {name} is missing or has changed since it was written", to_see_damage(self.path))
 
     def close(self) -> None:
         self.run.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.names import task_of_label
@@ -195,6 +195,11 @@ def maker(document: Mapping[str, Any]) -> str:
 def to_see_damage(run: str | Path) -> str:
     """What to do about a run with damaged files, for a refusal."""
     return f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}"
+
+
+def damaged(run: str | Path, name: str) -> GateFailed:
+    """What a command ends with that needs a file, or a row, which is not as it was written."""
+    return GateFailed(f"{run}: {name} is missing or has changed since it was written", to_see_damage(run))
 
 
 def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
