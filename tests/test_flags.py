@@ -277,6 +277,19 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("1/2 images, 50%, about")
 
 
+def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
+    """Nor where samples were set aside, so that further batches are made than were planned."""
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    with progress.ImageProgress(4, False, batch=4, calls=2) as images:
+        images.on_unet_call(2)
+        images.on_commit(3)
+        images.on_unet_call()
+    assert [line.split(", about")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "0/4 images, 100%",
+        "3/4 images, 75%",
+    ]
+
+
 def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, capsys):
     now = iter([0.0, 90.0, 90.0, 90.0, 100.0, 100.0, 400.0, 400.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))

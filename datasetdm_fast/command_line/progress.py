@@ -56,7 +56,10 @@ class ImageProgress(Progress):
 
     def on_unet_call(self, count: int = 1) -> None:
         self._calls_done += count
+        each = self._calls or 1
+        self.total = max(self.total, -(-self._calls_done // each) * each)  # batches in place of samples set aside
         if self._bar:
+            self._bar.total = self.total
             self._bar.update(count)
         elif self.is_line_due():
             left = duration(self.seconds_left(self._calls_done))
