@@ -32,6 +32,7 @@ from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.labels.words import replaced_text
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import make_schedule, times, walk
 
@@ -95,6 +96,15 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
     line = [str(source), *EDIT, "--out", str(tmp_path / "run"), "--limit", "1", "--dry-run"]
     assert edit.main(line) == 0 and "1 of 2 images would be made" in capsys.readouterr().err
     assert tree(source.parent) == before and not list(tmp_path.iterdir())
+
+
+def test_doubtful_samples_are_counted(source, edited, varied, monkeypatch, capsys):
+    monkeypatch.setattr(Ledger, "count_doubtful", lambda ledger: 1)
+    for command, flags, out in ((edit, EDIT, edited), (vary, [*VARY, "--labels", "agreeing"], varied)):
+        line, number = [str(source), *flags, "--out", str(out)], len(open_run(out))
+        assert command.main(line) == 0
+        assert capsys.readouterr().err.endswith(f"1 of {number} samples is doubtful\n")
+        assert command.main([*line, "--json"]) == 0 and json.loads(capsys.readouterr().out)["doubtful"] == 1
 
 
 def test_outside_of_the_mask_nothing_changes(source, edited):

@@ -86,10 +86,12 @@ def _flags(names: Iterable[str]) -> str:
 def _end(settings: RedrawSettings, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
+    facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
     put(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         speed = f"{counted(result.made, 'image')} in {duration(result.seconds)}, {rate:.3g} images per second"
         say(settings, f"{speed}; look at {result.path}/gallery/index.html")
+    if result.doubtful:
+        say(settings, result.doubts)
     result.check()
     return 0

@@ -39,8 +39,12 @@ class Result:
             return f"accepted: {counted(self.done, 'sample')}; not accepted, in {self.path}/{ASIDE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
             return f"trusted: {counted(self.done, 'sample')}; doubtful, in {self.path}/{ASIDE}: {self.doubtful}"
-        is_or_are, them = ("is", "it") if self.doubtful == 1 else ("are", "them")
-        return f"{self.doubtful} of {self.done} samples {is_or_are} doubtful: --keep trusted --refill replaces {them}"
+        return f"{self.doubts}: --keep trusted --refill replaces {'it' if self.doubtful == 1 else 'them'}"
+
+    @property
+    def doubts(self) -> str:
+        """How many samples are doubtful, of a run that keeps them all."""
+        return f"{self.doubtful} of {self.done} samples {'is' if self.doubtful == 1 else 'are'} doubtful"
 
     def check(self) -> None:
         """Raises GateFailed where samples were set aside, or too few can be trusted."""
