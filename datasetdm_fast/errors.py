@@ -77,10 +77,12 @@ def nearest(word: str, known: Collection[str], before: str = "") -> str:
     ' (did you mean --seed?)'
     >>> nearest("Ball ", ("wall", "ball"))
     ' (did you mean ball?)'
+    >>> nearest("dem", ("demo2", "demo"))
+    ' (did you mean demo?)'
     """
     import difflib
 
     plain, words = word.strip().casefold(), {candidate.casefold(): candidate for candidate in known}
     longer = [candidate for candidate in words if plain and candidate.startswith(plain)]
-    close = longer or difflib.get_close_matches(plain, list(words), n=1, cutoff=0.6)
+    close = sorted(longer, key=len) or difflib.get_close_matches(plain, list(words), n=1, cutoff=0.6)
     return f" (did you mean {before}{words[close[0]]}?)" if close else ""
