@@ -94,6 +94,10 @@ def test_focus_stays_where_it_was(chromium, run):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     assert page.evaluate("viewer.open && opened.id") == "00000002" and focused(page) == "frame"
+    ring = page.evaluate(
+        "(({borderTopWidth, zIndex}) => [borderTopWidth, zIndex])(getComputedStyle(by('frame'), '::after'))"
+    )
+    assert ring == ["2px", "2"]  # above the picture, which would cover an outline
     page.focus("#next")
     for _ in range(3):
         page.keyboard.press("Enter")
