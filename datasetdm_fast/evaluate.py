@@ -137,6 +137,8 @@ def _curve(config: EvaluateConfig) -> int:
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
     there = [_opened(config, data, ANY_SIZE, config.task).tasks for data in (address, config.data)][-1]
+    for task in config.task or there[:1]:  # before a model loads; a selection can leave fewer still
+        _check_enough(counts[-1], _opened(config, address, ANY_SIZE, (task,)), address)
     if config.dry_run:
         trained = config.repeats * len(counts)
         told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
@@ -153,11 +155,7 @@ def _curve(config: EvaluateConfig) -> int:
         check_shown(judged, task)  # which else would be noticed once a decoder is trained
         if config.skip_bad:
             labelled = labelled.readable()
-        if counts[-1] > len(labelled):
-            raise Refused(
-                f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images",
-                "Ask for fewer.",
-            )
+        _check_enough(counts[-1], labelled, address)
 
         def judge(count: int, repeat: int, task=task, labelled=labelled, judged=judged):
             settings = {"steps": config.steps, "seed": config.seed + repeat, "data": address}
@@ -183,6 +181,13 @@ def _curve(config: EvaluateConfig) -> int:
                 flush=True,
             )
     return _end(config, {"curve": result}, skipped)
+
+
+def _check_enough(most: int, labelled, address: str) -> None:
+    if most > len(labelled):
+        raise Refused(
+            f"--curve: {most} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer."
+        )
 
 
 def _student(config: EvaluateConfig) -> int:

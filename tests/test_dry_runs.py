@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 from rendered import write_run
 
-from datasetdm_fast import drop, filter, splice
+from datasetdm_fast import drop, evaluate, filter, splice
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line.completion import flags_of_command
 
@@ -71,6 +71,12 @@ def test_nothing_is_written(runs, command, line, told, capsys, tmp_path, monkeyp
     found = json.loads(out.replace(str(runs), "RUNS"))
     assert found | told == found and err.splitlines()[-1] == "--dry-run: nothing is written"
     assert contents(runs) == before and not list(tmp_path.iterdir())
+
+
+def test_more_labels_than_there_are_images_are_refused(capsys):
+    line = "--data demo:3@7 --learn-from demo:9@50 --task semantic --curve 2,10 --dry-run"
+    assert evaluate.main(line.split()) == 2
+    assert capsys.readouterr().err.startswith("--curve: 10 labels, but demo:9@50 has 9 of the selected images\n")
 
 
 def test_every_command_that_writes_has_dry_runs():
