@@ -937,6 +937,7 @@ def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):
     assert run(*line, "--skip-bad") == 0
     err = capsys.readouterr().err
     assert "images     2 to learn from" in err and "left out" in err and "31mname" in err and "\x1b" not in err
+    assert err.count("31mname") == 1
     broken.unlink()
     assert run(*line, out="whole") == run(*line, "--skip-bad", out="whole") == 0
     assert "finished" in capsys.readouterr().err

@@ -410,7 +410,8 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
             print(line, file=sys.stderr, flush=True)
 
     for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {documents.one_line(name)}: {documents.one_line(reason)}")
+        said = reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
+        say(f"left out   {documents.one_line(said)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
     told = time.monotonic()
