@@ -21,7 +21,7 @@ SCORES = {  # name -> what it says
     "trust": "1 if the labels agree with the prompt and with one another, 0 if the sample is doubtful",
     "agreement": "share of the pixels of things to which two kinds of labels give the same class, 0 to 1",
     "presence": "share of the classes named in the prompt that the labels show, 0 to 1",
-    "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
+    "sharpness": "variance of the Laplacian of the image's brightness (of 0 to 255)",
     "distance": f"bits of the image's {BITS}-bit hash that differ from the nearest earlier sample",
     "duplicate": f"1 if that distance is at most {NEAR}, else 0",
     "stability": "share of the pixels of things whose class stays the same with two other noises, 0 to 1",
