@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count, islice, repeat
 from numbers import Integral, Number
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,6 +122,7 @@ class Pipeline:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._turn = RLock()  # of the threads that call it: an engine makes one batch at a time
 
     @classmethod
     @without_autocast()
@@ -400,11 +402,28 @@ class Pipeline:
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
     ) -> Iterator[Sample]:
-        for _, results in driver.generate(batches, self.engine, recipe, make=make):
+        made = driver.generate(self._between_turns(batches), self.engine, recipe, make=make)
+        while True:
+            with self._turn:
+                _, results = next(made, (None, None))
+            if results is None:
+                return
             for result in results:
                 if isinstance(result, SetAside):
                     raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
                 yield result
+
+    def _between_turns(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, for whose prompts no other thread has to wait."""
+        while True:
+            self._turn.release()
+            try:
+                batch = next(batches, None)
+            finally:
+                self._turn.acquire()
+            if batch is None:
+                return
+            yield batch
 
     @without_autocast()
     def features(
@@ -446,7 +465,8 @@ class Pipeline:
         words = prompts.fit(text, self.engine.model.tokenizer, "prompt")
         if image is None:
             settings.check_numbers(steps=steps, guidance=guidance)
-            capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
+            with self._turn:
+                capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
         else:
             pixels = np.array(image)
             if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
@@ -455,7 +475,8 @@ class Pipeline:
                     "Convert it to RGB and resize it first.",
                 )
             shown = torch.from_numpy(pixels)[None]
-            capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
+            with self._turn:
+                capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
         if not projected:
             assert isinstance(capture, Capture)  # as it was asked for raw
             return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}

@@ -6,9 +6,11 @@ import copy
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import count, islice
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +308,36 @@ def test_streams_are_lazy_and_hold_one_batch():
     endless = (asked.append(k) or f"a ball {k}" for k in count())
     found = list(islice(stub.stream(endless, batch_size=4, tasks=("depth",)), 5))
     assert [sample.request.index for sample in found] == [0, 1, 2, 3, 4] and len(asked) == 8
+
+
+def test_threads_that_share_a_pipeline_get_what_each_would_get_alone(pipe):
+    def made(seed):
+        features = pipe.features(world.view(seed).image, "a red ball")
+        sample = next(iter(pipe.stream(["a red ball"], seed=seed, tasks=("semantic", "depth"), steps=3)))
+        labels = sample.annotations
+        return [sample.image, labels["semantic"].labels, labels["depth"].metres, *map(np.asarray, features.values())]
+
+    alone = [made(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            for found, truth in zip(threads.map(made, range(4)), alone, strict=True):
+                assert all(map(np.array_equal, found, truth))
+
+
+def test_a_prompt_that_is_long_in_coming_keeps_no_thread_waiting(pipe):
+    beginning, others = Event(), Event()
+
+    def late():
+        beginning.set()
+        assert others.wait(60)
+        yield "a red ball"
+
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(lambda: list(pipe.stream(late(), steps=2, tasks=())))
+        assert beginning.wait(60)
+        assert len(pipe(["a cube"], steps=2, tasks=()).images) == 1
+        others.set()
+        assert len(slow.result(60)) == 1
 
 
 def test_samples_before_a_refused_prompt_come_first():
