@@ -248,6 +248,17 @@ def test_a_folder_that_may_not_be_entered_is_no_bug_of_ours(code, tmp_path, caps
     assert ("the disk" if code == errno.EIO else "its permissions") in remedy
 
 
+def test_the_file_of_another_image_is_not_suggested_for_one_that_is_not_there(tmp_path):
+    from datasetdm_fast.disk import storage
+
+    (tmp_path / "masks").mkdir()
+    for name in ("000.png", "001.png", "011.png"):
+        (tmp_path / "masks" / name).touch()
+    assert storage.named_alike(tmp_path / "masks" / "010.png") == ""
+    assert storage.named_alike(tmp_path / "masks" / "001.jpg") == " (did you mean 001.png?)"
+    assert storage.named_alike(tmp_path / "mask2") == " (did you mean masks?)"
+
+
 def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, capsys):
     from datasetdm_fast import audit, train
 

@@ -23,6 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
+NUMBER = re.compile(r"\d+")
 MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
 
 
@@ -214,8 +215,8 @@ def refusal(error: OSError, path: str | Path) -> Missing:
 
 
 def named_alike(path: Path) -> str:
-    """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it; of a
-    symbolic link that leads nowhere, that it is one.
+    """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it and has no
+    other numbers in it, as these are of another image; of a symbolic link that leads nowhere, that it is one.
     """
     if path.is_symlink():
         return " (it is a symbolic link that leads nowhere)"
@@ -225,7 +226,10 @@ def named_alike(path: Path) -> str:
         names = os.listdir(path.parent)
     except (OSError, ValueError):
         return ""
-    return nearest(path.name, names) if len(names) <= MOST_COMPARED else ""
+    if len(names) > MOST_COMPARED:
+        return ""
+    numbers = NUMBER.findall(path.name)
+    return nearest(path.name, [name for name in names if NUMBER.findall(name) in (numbers, [])])
 
 
 @contextmanager
