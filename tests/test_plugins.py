@@ -50,6 +50,9 @@ def scenes(path, split, size, tasks):
 def pages(path, split, size, tasks):
     return {}["page"]
 
+def rows(path, split, size, tasks):
+    return [1, 2]
+
 EDGES = TaskKind("edges_label:EdgesKind", "edges_task:EdgesTask", "edges_meter:Edges")
 TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
 """
@@ -145,6 +148,7 @@ torch = foreign_things:NOTHING
 [datasetdm_fast.readers]
 scenes = foreign_things:scenes
 pages = foreign_things:pages
+rows = foreign_things:rows
 
 [datasetdm_fast.tasks]
 edges = foreign_things:EDGES
@@ -285,6 +289,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         ),
         ([*run, "--task", "semantic", "--out", "none", "--engine", "picky"], 3, "picky: no licence here"),
         ("evaluate --decoder demo --task semantic --data pages:x".split(), 3, "'pages' of the package foreign-things"),
+        ("train --data rows:x --dry-run".split(), 3, "foreign-things is a list, expected a LabelledSource"),
         ([*run, "--task", "semantic", "--out", "run", "--engine", "slow"], 0, ""),
         (
             [*run, "--task", "semantic", "--out", "fails", "--engine", "tears"],

@@ -103,7 +103,8 @@ def open_data(
         if not match:
             raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
         try:
-            source = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
+            found = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
+            source = READERS.checked(kind, found, LabelledSource)
         except Missing as stop:
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
