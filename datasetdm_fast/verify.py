@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         failed = [row.measure for row in verdict.rows if not row.is_passed]
         raise GateFailed(
             f"verify: outputs of {config.engine} do not match those of {config.against} in {', '.join(failed)}",
-            "Try --dtype fp32; --html FILE shows the worst samples.",
+            "Try --dtype fp32 or another --engine; --html FILE shows the worst samples.",
         )
     return 0
 

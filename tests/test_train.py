@@ -880,10 +880,10 @@ def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys
 @pytest.mark.parametrize(
     ("folder", "value", "task", "said"),
     [
-        ("masks", np.uint8(255), "semantic", "every pixel is background or 255"),
+        ("masks", np.uint8(255), "semantic", "every pixel is background, the only class or 255"),
         ("masks", np.uint8(255), "open-vocabulary", "shows a thing"),
-        ("depth", np.uint16(0), "depth", "shows a depth of 0 to 10 m"),
-        ("depth", np.uint16(60000), "depth", "shows a depth of 0 to 10 m"),
+        ("depth", np.uint16(0), "depth", "above 0 and up to 10 m\nCheck the labels: their class numbers, or the"),
+        ("depth", np.uint16(60000), "depth", "above 0 and up to 10 m\nCheck the labels: their class numbers, or the"),
     ],
 )
 def test_labels_that_say_nothing_are_refused(run, tmp_path, capsys, folder, value, task, said):
@@ -894,6 +894,17 @@ def test_labels_that_say_nothing_are_refused(run, tmp_path, capsys, folder, valu
     assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", task) == 2
     err = capsys.readouterr().err
     assert "none of 3 images shows" in err and said in err
+
+
+@pytest.mark.parametrize("name", ["background", "dog"])
+def test_a_map_of_one_class_teaches_nothing(run, tmp_path, capsys, name):
+    _, write, _ = LAYOUTS["folder"]
+    write(tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text(f"{name}\n")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        save(path, np.where(np.arange(96) < 48, 0, 255).astype(np.uint8)[None].repeat(80, 0))
+    assert run("--data", f"folder:{tmp_path / 'data'}", "--task", "semantic") == 2
+    assert "none of 3 images shows a class to tell from another" in capsys.readouterr().err
 
 
 def test_copies_of_an_image_are_held_out_together(run, tmp_path):

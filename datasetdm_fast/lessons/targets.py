@@ -80,7 +80,8 @@ def check_shown(source: LabelledSource, task: str, spec: str) -> None:
     if not any(taught.is_shown(source, _arrays(source, item, task)) for item in source):
         wanted = taught.wanted.format(farthest=source.max_depth)
         raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {wanted}", "Check the labels and their class numbers."
+            f"--data {spec}: none of {len(source)} images shows {wanted}",
+            "Check the labels: their class numbers, or the unit of depth.",
         )
 
 

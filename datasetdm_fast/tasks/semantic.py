@@ -48,7 +48,7 @@ def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
 
 class SemanticTask(Task):
     needs, names = ("semantic",), "classes"
-    wanted = f"a class: every pixel is background or {IGNORED}, which is ignored"
+    wanted = f"a class to tell from another: every pixel is background, the only class or {IGNORED}, which is ignored"
     small = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}
     large = {"dropout": 0.2}
 
@@ -68,8 +68,8 @@ class SemanticTask(Task):
         return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORED})
 
     def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
-        has_background = len(source.classes) > 1 and source.classes[0] in ("background", "none")
-        return bool((target["classes"] >= has_background).any())
+        has_background = source.classes[0] in ("background", "none")
+        return len(source.classes) > 1 and bool((target["classes"] >= has_background).any())
 
     def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
         return {"kind": "segmentation", "classes": source.classes, **(SMALL if is_small else {})}
