@@ -313,7 +313,7 @@ class SamplingSettings:
         metavar="FILE|TEXT",
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
-    seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
+    seed: int = setting(0, "seed of image 0; image k has seed + k, of which the last 32 bits count", metavar="N")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
