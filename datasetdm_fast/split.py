@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.undo and given & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     parts = config.parts()
+    from datasetdm_fast.run_folder.object_store import refuse_stored
     from datasetdm_fast.run_folder.reader import Run
     from datasetdm_fast.run_folder.seal import SPLIT
     from datasetdm_fast.run_folder.split import Split, dealt, groups, origins, write_split
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             if not config.dry_run:
                 write_split(path, document, None)
             return _end(config, {}, f"{path}: {'would be' if config.dry_run else 'is'} split no more")
+        refuse_stored(path)  # convert reads the split that is beside the samples
         if not len(run):
             raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
         indices, keys = [], []

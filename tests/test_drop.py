@@ -9,7 +9,7 @@ from rendered import document, rendered, write_run
 from skips import IS_LONG
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import convert, drop, edit, filter, merge, restore, splice, vary
+from datasetdm_fast import convert, drop, edit, filter, merge, restore, splice, split, vary
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -193,6 +193,7 @@ def test_a_run_whose_samples_are_in_an_object_store_is_answered_with_the_line_th
     for command, line in (
         (drop, ["1"]),
         (filter, []),
+        (split, []),
         (merge, [str(run), *out]),
         (splice, ["--grids", "2", "--number", "1", *out]),
         (vary, ["--domain", "night", *out]),
