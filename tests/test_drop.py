@@ -205,6 +205,19 @@ def test_a_run_whose_samples_are_in_an_object_store_is_answered_with_the_line_th
     assert not (tmp_path / "out").exists()
 
 
+def test_where_run_json_was_changed_it_is_refused_and_the_ledger_keeps_its_copy(run, capsys):
+    written = (run / "run.json").read_bytes()
+    changed = json.loads(written)
+    changed["config"]["seed"] += 1
+    (run / "run.json").write_text(json.dumps(changed))
+    for command, line in (drop, ["1"]), (filter, []):
+        assert command.main([str(run), *line]) == 2
+        assert f"{run}/run.json: its bytes are not those that were written" in capsys.readouterr().err
+    assert not is_whole(run)
+    (run / "run.json").write_bytes(written)
+    assert is_whole(run)
+
+
 def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):
     assert drop.main([str(run), "2", "--quiet"]) == 0
     (run / "state/dropped/depth/00000002.png").write_bytes(b"")

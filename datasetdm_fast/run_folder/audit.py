@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.document import (
     GROWING,
     LEDGER,
     LOCK,
+    RESTORE_DOCUMENT,
     NotInstalled,
     check_document,
     differences,
@@ -38,8 +39,6 @@ from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, 
 # What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
 # writes it there.
 BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", *(f"config.{name}" for name in GROWING)}
-
-RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger holds its content under notes."
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from datasetdm_fast.run_folder.document import (
     EXPORTS,
     LEDGER,
     LOCK,
+    RESTORE_DOCUMENT,
     described,
     pretty,
     read_document,
@@ -70,6 +71,8 @@ class RunFolder(AbstractContextManager):
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
             if self.ledger.noted("run") != content:
+                if is_sealed(path):
+                    _check_unchanged(path)
                 unseal(path)
                 self.ledger.note("run", content)
             there = read_document(path) or self.document
@@ -321,6 +324,12 @@ def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> Non
         gallery.mark(folder, document, decided)
         if decided is None:  # last, so that a process that was killed can be repeated
             storage.remove(folder / KEPT)
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Refuses a run.json that is not as it was sealed, before the ledger's copy of it is replaced."""
+    if seal.read_seal(folder).get(DOCUMENT) != storage.sha256_of(folder / DOCUMENT):
+        raise Refused(f"{folder / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
 
 
 def note(folder: Path, name: str, value: Any) -> None:
