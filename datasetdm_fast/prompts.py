@@ -155,7 +155,18 @@ def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
                 raise Refused(f"{config.target_counts}: {name!r} has {count!r}", COUNTS)
         counts = {name: found.get(name, 0) for name in classes}
     elif config.balance:
-        counts = balance.lacking(_present(config.balance), classes)
+        present = _present(config.balance)
+        counts = balance.lacking(present, classes)
+        if not any(counts.values()):
+            if not any(present.get(name) for name in classes):
+                raise Refused(
+                    f"--balance {config.balance}: no image shows a class of this list",
+                    "Give --classes, in the words of the data, or --per-class.",
+                )
+            raise Refused(
+                f"--balance {config.balance}: every class of this list is in as many images",
+                "Say how many prompts you want with --per-class.",
+            )
     else:
         counts = dict.fromkeys(classes, config.per_class or 100)
     if not 0 < sum(counts.values()) <= MOST_PROMPTS:

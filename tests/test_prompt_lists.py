@@ -171,13 +171,15 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         (["--llm-command", "'"], "--llm-command"),
         (["--llm-command", ""], ""),
         (["--class-table", "nowhere.csv"], "nowhere.csv"),
-        (["--class-table", "/dev/zero"], "--class-table: /dev/zero: cannot be read, it is not a regular file\n"),
+        (["--class-table", "/dev/zero"], "--class-table /dev/zero: not a file\n"),
         (
             ["--class-table", str(Path(prompts.__file__).parent / "schemas" / "run.json")],
             "it has no categories\nName the annotation file of LVIS",
         ),
         (["--target-counts", "nowhere.json"], "nowhere.json"),
         (["--balance", "coco"], "--balance coco: no folder named"),
+        (["--classes", "cat,dog", "--balance", "demo:1@5"], "--balance demo:1@5: no image shows a class of this list"),
+        (["--classes", "cone,person", "--balance", "demo:1@5"], "every class of this list is in as many images"),
         (["--out", "."], "is a folder"),
     ],
 )
