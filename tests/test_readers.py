@@ -221,6 +221,19 @@ def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
         open_data(f"{address}[test]", SIZE)
 
 
+def test_a_run_of_which_filter_or_split_keep_nothing_says_so(copied):
+    root, address = copied("run")
+    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (), "val": tuple(range(COUNT))}))
+    with pytest.raises(Refused, match=r"run\[train\]: no sample is left"):
+        open_data(address, SIZE)
+    assert len(open_data(f"{address}[val]", SIZE)) == COUNT
+    write_split(root, document(COUNT, SIDE), None)
+    assert filter.main([str(root), "--where", "trust > 1", "--quiet"]) == 0
+    with pytest.raises(Refused, match="run: no sample is left"):
+        open_data(address, SIZE)
+    assert len(open_data(f"{address}[all]", SIZE)) == COUNT
+
+
 def test_a_part_of_a_run_that_has_grown_since_it_was_split_says_so(copied):
     root, address = copied("run")
     write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (0,), "test": tuple(range(1, COUNT - 1))}))

@@ -89,8 +89,13 @@ class RunSamples(PictureSource):
             kept += 1
             if self.is_all or self._trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
-        if kept and not self.records:
-            part = f"[{split}]" if found else ""
+        part = f"[{split}]" if found or self.is_all else ""
+        if not kept:
+            raise Refused(
+                f"--data run:{path}{part}: no sample is left",
+                f"Let its filter and its split keep some, or restore dropped ones; run:{path}[all] takes every sample.",
+            )
+        if not self.records:
             raise Refused(
                 f"--data run:{path}{part}: {'the one sample' if kept == 1 else f'all {kept} samples'} that it keeps "
                 f"{'is' if kept == 1 else 'are'} doubtful",
