@@ -1366,6 +1366,11 @@ def test_a_split_that_is_not_there_is_not_the_whole(made, name):
         open_data(f"{name}:{made(name)}[val]", SIZE)
 
 
+def test_a_folder_that_is_not_there_lacks_more_than_a_scene(tmp_path):
+    with pytest.raises(Refused, match="nowhere: no such folder"):
+        open_data(f"vkitti2:{tmp_path}/nowhere[Scene01]", SIZE)
+
+
 def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(copied):
     root, address = copied("coco")
     path = root / "annotations" / "person_keypoints_train2017.json"
@@ -1552,6 +1557,8 @@ def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_st
     shutil.copytree(root / "train", root / "val")
     for path in (root / "val" / "depth").iterdir():
         path.write_bytes(with_text(path.read_bytes(), "depth unit", "1/256 metre"))
+    with pytest.raises(Refused, match="no split 'test'"):
+        open_data(f"{address}[test]", SIZE)
     near, far = (open_data(f"{address}[{split}]", SIZE)[0].depth for split in ("train", "val"))
     assert near.max() < 10 and far[far > 0].min() > 3
     (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,val/masks/scene 1.png\n")

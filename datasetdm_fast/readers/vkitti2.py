@@ -25,12 +25,12 @@ class VirtualKitti(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
         root, self.depths = (path / "Image", path / "Depth") if (path / "Image").is_dir() else (path, path)
+        below = [image.relative_to(root) for image in reading.listing(root, ".jpg")]
         scenes = [] if split == "train" else split.split(",")
         if absent := [scene for scene in scenes if not (root / scene).is_dir()]:
             raise Refused(
                 f"{root}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all."
             )
-        below = [image.relative_to(root) for image in reading.listing(root, ".jpg")]
         self.rows = [name for name in below if "rgb" in name.parts and (not scenes or name.parts[0] in scenes)]
         if not self.rows:
             raise Refused(

@@ -67,7 +67,8 @@ def opened(path: Path, split: str) -> Rows:
     whole = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if whole and split == "train":
         return ParquetRows(path, whole)
-    if whole:
+    elsewhere = (file for folder in (path, path / "data") for name in METADATA for file in folder.glob(f"*/{name}"))
+    if whole or any(elsewhere):
         raise reading.no_split(path, split)
     raise Refused(f"{path}: no data set of Hugging Face's kinds", EXPECTED)
 
