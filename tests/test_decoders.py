@@ -632,6 +632,13 @@ def test_levels_of_another_unet():
         check_levels(build_decoder(small("simcc")), larger, "pose")
 
 
+def test_class_words_of_another_text_encoder():
+    decoder = build_decoder(small("open-vocabulary", text_width=64))
+    check_levels(decoder, DEMO_LEVELS, "open-vocabulary", 64)
+    with pytest.raises(Refused, match="trained on a text encoder of width 64, but the model's has 32"):
+        check_levels(decoder, DEMO_LEVELS, "open-vocabulary", 32)
+
+
 def test_sizes_of_a_capture():
     capture = capture_of(DEMO_LEVELS, 1)
     assert (capture.batch, capture.side) == (1, 16)

@@ -133,9 +133,17 @@ def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *
     return for_inference(decoder, strict)
 
 
-def check_levels(decoder: Decoder, levels: tuple[Level, ...], label: str) -> None:
-    """Refuses the decoder of a label that was trained on another UNet than the one with these levels."""
+def check_levels(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
+    """Refuses the decoder of a label that was trained on another UNet than the one with these levels, or reads class
+    words of another text encoder than one of this width.
+    """
     config = decoder.config
+    if config.has_text and text_width and config.text_width != text_width:
+        raise Refused(
+            f"{label} decoder: trained on a text encoder of width {config.text_width}, but the model's has "
+            f"{text_width}",
+            "Use the decoder made for this model, or train one on it.",
+        )
     for ours, theirs in zip(config.levels, levels, strict=True):
         if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
             raise Refused(

@@ -77,8 +77,9 @@ def open_engine(
         told = describe_decoders(folders, labels)
     else:
         chosen, told = {}, {}
+    width = loaded.networks["text_encoder"].config.hidden_size
     for label, one in chosen.items():
-        check_levels(one, loaded.levels, label)
+        check_levels(one, loaded.levels, label, width)
         one.config = replace(one.config, outlines=one.config.outlines if outlines == "auto" else outlines)
     return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
 

@@ -67,8 +67,9 @@ class ExportConfig(ModelSettings, OutputSettings):
 
         model = load_model(self.model, size=self.size, allow_download=self.allow_download)
         decoders = {} if self.decoder == "none" else load_decoders(unpacked(self.decoder, model.levels))
+        width = model.networks["text_encoder"].config.hidden_size
         for label, decoder in decoders.items():
-            check_levels(decoder, model.levels, label)
+            check_levels(decoder, model.levels, label, width)
         return model, decoders
 
     def show_plan(self, decoders: Mapping[str, Any], kind: str) -> None:
