@@ -103,9 +103,14 @@ def panels_of(figures: Figures) -> Iterator[tuple[str, Bars, bool]]:
             False,
         )
     if figures.scores:
-        yield "scores of things" if figures.areas else "mean confidence of maps", binned(figures.scores, 1.0), False
+        scores = "scores of things" if figures.areas else "mean confidence of maps"
+        yield f"{scores}, up to", binned(figures.scores, 1.0), False
     if figures.depths:
-        yield "mean depth of an image in metres", binned(figures.depths, rounded_up(max(figures.depths))), False
+        yield (
+            "mean depth of an image, up to so many metres",
+            binned(figures.depths, rounded_up(max(figures.depths))),
+            False,
+        )
 
 
 def rounded_up(value: float) -> float:
