@@ -236,15 +236,16 @@ def test_one_sample_is_made_again(command, name, id, request, tmp_path, capsys):
 
 
 def test_one_sample_of_a_source_that_was_moved_is_made_again(source, edited, tmp_path, capsys):
-    moved, out = shutil.copytree(source, tmp_path / "moved"), Path(shutil.copytree(edited, tmp_path / "out"))
-    document = json.loads((out / "run.json").read_text())
-    document["composition"]["source"]["path"] = str(tmp_path / "source")
-    (out / "run.json").write_text(json.dumps(document))
+    moved, out = tmp_path / "moved", Path(shutil.copytree(edited, tmp_path / "out"))
     line = ["--out", str(out), "--only", "00000001", "--quiet"]
-    assert edit.main(line) == 2
-    told = f"Tell where it is now: python -m datasetdm_fast.edit RUN --only ID --out {out}\n"
-    assert capsys.readouterr().err.endswith(told)
-    assert edit.main([str(moved), *line]) == 0
+    source.rename(moved)
+    try:
+        assert edit.main(line) == 2
+        told = f"Tell where it is now: python -m datasetdm_fast.edit RUN --only ID --out {out}\n"
+        assert capsys.readouterr().err.endswith(told)
+        assert edit.main([str(moved), *line]) == 0
+    finally:
+        moved.rename(source)
 
 
 def test_the_folder_names_its_source_and_can_be_a_source(source, edited, tmp_path):
