@@ -136,9 +136,11 @@ def _curve(config: EvaluateConfig) -> int:
 
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
-    there = [_opened(config, data, ANY_SIZE, config.task).tasks for data in (address, config.data)][-1]
-    for task in config.task or there[:1]:  # before a model loads; a selection can leave fewer still
-        _check_enough(counts[-1], _opened(config, address, ANY_SIZE, (task,)), address)
+    learnt, judged = (_opened(config, data, ANY_SIZE, config.task) for data in (address, config.data))
+    tasks = config.task or judged.tasks[:1]
+    for task in tasks:  # before a model loads; a selection can leave fewer still
+        there = learnt if config.task == (task,) else _opened(config, address, ANY_SIZE, (task,))
+        _check_enough(counts[-1], there, address)
     if config.dry_run:
         trained = config.repeats * len(counts)
         told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
@@ -149,7 +151,7 @@ def _curve(config: EvaluateConfig) -> int:
 
     engine, result, skipped = _engine(config), {}, {}
     size = engine.model.size
-    for task in config.task or there[:1]:
+    for task in tasks:
         labelled = _opened(config, address, size, (task,), config.selection())
         judged = _opened(config, config.data, size, (task,))
         check_shown(judged, task)  # which else would be noticed once a decoder is trained
