@@ -97,11 +97,11 @@ kept() { # NAME COMMAND
 }
 
 # Steps that need no timing share the GPU; a signal reaches each of them.
-beside() { # FUNCTION
+beside() { # FUNCTION WORDS...
   (
     trap 'kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' TERM
     trap - EXIT
-    "$1"
+    "$@"
   ) &
 }
 interrupted() {
@@ -143,14 +143,17 @@ verify() { # NAME FLAGS...
 }
 precisions() { if [ "$DEVICE" = cpu ]; then echo "${@:2}"; else echo "$1" "${@:2}"; fi; } # a CPU has no fp16
 
+# Compiling kernels takes the cores, not the GPU, whose memory sets the limit.
+CORES=$(nproc)
+WORKERS=$((CORES < 4 ? 2 : CORES > 16 ? 8 : CORES / 2))
 gpu_tests() {
   local files=() workers=()
   # Of the other files some need libraries that a GPU machine lacks, and none has a test for it.
   mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$WORKERS")
   step tests 300 "$PYTHON" -m pytest -m gpu -q "${workers[@]}" -p no:cacheprovider "${files[@]}"
 }
-demo_agrees() { for dtype in $(precisions fp16 bf16 fp32); do verify "demo-$dtype" --dtype "$dtype" --number 4; done; }
+demo_agrees() { verify "demo-$1" --dtype "$1" --number 4; }
 full_agrees() {
   for dtype in $(precisions fp16 bf16); do
     verify "full-$dtype" --dtype "$dtype" --model "$MODEL" --number 2 --batch-size 2 --steps 3
@@ -165,12 +168,12 @@ same_twice() {
 
 case $CALL in
   1)
-    if [ "$IS_DRY" = 1 ]; then
-      gpu_tests && demo_agrees && full_agrees && same_twice
-    else
-      for part in gpu_tests demo_agrees full_agrees same_twice; do beside "$part"; done
-      wait
-    fi
+    [ "$IS_DRY" = 1 ] && beside() { "$@"; } # its steps are printed one after the other
+    beside gpu_tests
+    for dtype in $(precisions fp16 bf16 fp32); do beside demo_agrees "$dtype"; done
+    beside full_agrees
+    beside same_twice
+    wait
     minutes=$(minutes_left 20)
     SHOWN=200 step probe "$(left)" "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --minutes "$minutes" --out "$OUT/$NAME-probe.json"
     ;;

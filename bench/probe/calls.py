@@ -23,7 +23,6 @@ from datasetdm_fast.kernels.case import BATCH
 from datasetdm_fast.loading.model import Model
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
-TIMED_BATCHES = (1, 8)  # also with convolutions chosen by timing, which takes a while
 LONGEST = 45
 TIMESTEP = 500.0
 ROUNDS = 5
@@ -62,22 +61,40 @@ def batches(engine: FastEngine) -> Rows:
         release()
 
 
+def choices(engine: FastEngine) -> Rows:
+    """Milliseconds an image of a call whose convolutions have the engine's algorithms, and those that timing chooses of
+    all, which takes a while.
+    """
+    batch, found = BATCH if engine.device.type == "cuda" else 1, {}
+    for name, is_timed in {"cuDNN's choice": False, "timed choice": True}.items():
+        with timed_choice(is_timed):
+            if engine.device.type == "cuda":
+                engine._forget()  # a recorded call keeps the algorithms it was recorded with
+            _, found[name] = recorded(engine, *given(engine, batch))
+    yield {"what": f"convolutions of a batch of {batch}, {engine.precision}, a call and image", "ms": found}
+
+
+def recorded(engine: FastEngine, latents: Tensor, context: Tensor) -> tuple[float, float]:
+    """Milliseconds of the first call of a shape, and of a later one for each image."""
+
+    def call() -> Tensor:
+        return engine.denoise(latents, TIMESTEP, context)
+
+    begin = time.perf_counter()
+    call()
+    wait(engine.device)
+    first = 1e3 * (time.perf_counter() - begin)
+    return round(first, 1), round(milliseconds(call, engine.device) / len(latents), 3)
+
+
 def one_batch(engine: FastEngine, batch: int) -> dict[str, float]:
     device, (latents, context) = engine.device, given(engine, batch)
 
-    def each(call: Callable[[], object], rounds: int = 3) -> float:
-        return round(milliseconds(call, device, rounds) / batch, 3)
+    def each(call: Callable[[], object]) -> float:
+        return round(milliseconds(call, device, 3) / batch, 3)
 
     found: dict[str, float] = {}
-    for is_timed in (False, True) if device.type == "cuda" and batch in TIMED_BATCHES else (False,):
-        with timed_choice(is_timed):
-            if device.type == "cuda":
-                engine._forget()  # a recorded call keeps the algorithms it was recorded with
-            suffix, begin = ", timed choice" if is_timed else "", time.perf_counter()
-            engine.denoise(latents, TIMESTEP, context)
-            wait(device)
-            found[f"recording, all images{suffix}"] = round(1e3 * (time.perf_counter() - begin), 1)
-            found[f"call{suffix}"] = each(lambda: engine.denoise(latents, TIMESTEP, context), ROUNDS)
+    found["recording, all images"], found["call"] = recorded(engine, latents, context)
     _, capture = engine.denoise_and_capture(latents, 1.0, context)
     found["captured call"] = each(lambda: engine.denoise_and_capture(latents, 1.0, context))
     for task in engine.decoders:

@@ -19,8 +19,8 @@ from datasetdm_fast.errors import GateFailed, Missing
 
 PROG = "python -m bench probe"
 OPERATIONS = ("attention", "convolutions", "upsampling", "products", "norms")
-CALLS = ("batches", "overlap", "longest", "once")
-USUAL = ("batches", "attention", "convolutions", "overlap", "longest", "products", "norms", "upsampling")
+CALLS = ("batches", "choices", "overlap", "longest", "once")
+USUAL = ("batches", "longest", "attention", "convolutions", "overlap", "products", "norms", "upsampling", "choices")
 
 
 @dataclass(frozen=True)
