@@ -156,7 +156,7 @@ gpu_tests() {
 demo_agrees() { verify "demo-$1" --dtype "$1" --number 4; }
 full_agrees() {
   for dtype in $(precisions fp16 bf16); do
-    verify "full-$dtype" --dtype "$dtype" --model "$MODEL" --number 2 --batch-size 2 --steps 3
+    verify "full-$dtype" --dtype "$dtype" --model "$MODEL" --number 8 --batch-size 8 --steps 3
   done
 }
 same_twice() {

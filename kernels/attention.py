@@ -14,7 +14,7 @@ from datasetdm_fast.kernels.case import BATCH, HEADS, LEVELS, TOKENS, Case, nois
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
-DEVICES = {"cpu": "native", "untuned": "fused"}
+DEVICES = {"cpu": "native", "sm_90": "plain", "untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("attention", 8, 3, bits=(16,), BLOCK_N=128, BLOCK_S=64)
     | block_sizes("attention", 4, 1, bits=(32,), BLOCK_N=64, BLOCK_S=32)

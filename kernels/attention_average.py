@@ -18,6 +18,7 @@ from datasetdm_fast.kernels.case import BATCH, HEADS, LEVELS, TOKENS, Case, nois
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
+LEAST = 64  # channels of a tile of values: ptxas of CUDA 12.8 spoils the addresses of narrower ones on an H100
 BLOCKS = {
     "untuned": block_sizes("attention_average", 4, bits=(16,), BLOCK_S=64, BLOCK_K=64, BLOCK_D=32)
     | block_sizes("attention_average", 4, bits=(32,), BLOCK_S=32, BLOCK_K=32, BLOCK_D=16)
@@ -246,7 +247,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
             depth,
             width,
             scale,
-            WIDTH=padded(width) if width else 0,
+            WIDTH=padded(width, LEAST) if width else 0,
             PRECISION=PRECISION,
             **sizes,
         )

@@ -17,7 +17,8 @@ DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("depth_head", 4, 3, bits=(16,), BLOCK_S=256, BLOCK_O=32)
     | block_sizes("depth_head", 4, 2, bits=(32,), BLOCK_S=128, BLOCK_O=16)
-    | block_sizes("depth_head last", 4, BLOCK_S=512)
+    | block_sizes("depth_head last", 4, BLOCK_S=512),
+    "sm_90": block_sizes("depth_head", 4, 3, bits=(16,), BLOCK_S=128, BLOCK_O=32),
 }
 SLICE = 256  # hidden channels whose products are held at once: 36 MiB per image of 64 x 64 cells in fp32
 CHUNK = 64  # hidden channels held at full size at once: 64 MiB per image of 512 pixels in fp32

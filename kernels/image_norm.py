@@ -20,7 +20,10 @@ from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_s
 
 EPS = 1e-4
 DEVICES = {"cpu": "native", "untuned": "fused"}
-BLOCKS = {"untuned": block_sizes("image_norm", 4, BLOCK_S=64, BLOCK_C=64, BLOCK_N=16)}
+BLOCKS = {
+    "untuned": block_sizes("image_norm", 4, BLOCK_S=64, BLOCK_C=64, BLOCK_N=16),
+    "sm_90": block_sizes("image_norm", 2, bits=(16,), BLOCK_S=64, BLOCK_C=64, BLOCK_N=16),
+}
 SPAN = 256  # cells of a block: reading the statistics again is little beside them
 
 

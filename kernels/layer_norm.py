@@ -15,7 +15,10 @@ from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_s
 
 WIDEST = 8192  # a row is held in registers
 DEVICES = {"cpu": "native", "untuned": "fused"}
-BLOCKS = {"untuned": block_sizes("layer_norm", 4, BLOCK_S=2)}
+BLOCKS = {
+    "untuned": block_sizes("layer_norm", 4, BLOCK_S=2),
+    "sm_90": block_sizes("layer_norm", 4, bits=(16,), BLOCK_S=4),
+}
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:

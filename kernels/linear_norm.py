@@ -15,7 +15,8 @@ WIDEST = 256  # channels of a row, which lies in registers; wider ones are left 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("linear_norm", 4, 3, bits=(16,), BLOCK_S=16, BLOCK_K=32)
-    | block_sizes("linear_norm", 4, 2, bits=(32,), BLOCK_S=16, BLOCK_K=32)
+    | block_sizes("linear_norm", 4, 2, bits=(32,), BLOCK_S=16, BLOCK_K=32),
+    "sm_90": block_sizes("linear_norm", 4, 3, bits=(16,), BLOCK_S=32, BLOCK_K=32),
 }
 
 

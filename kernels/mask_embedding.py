@@ -15,7 +15,8 @@ WIDEST = 256  # channels of a row, which lies in registers; wider ones are left 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("mask_embedding", 4, 2, bits=(16,), BLOCK_S=16, BLOCK_J=32)
-    | block_sizes("mask_embedding", 8, 1, bits=(32,), BLOCK_S=16, BLOCK_J=16)
+    | block_sizes("mask_embedding", 8, 1, bits=(32,), BLOCK_S=16, BLOCK_J=16),
+    "sm_90": block_sizes("mask_embedding", 4, 2, bits=(16,), BLOCK_S=8, BLOCK_J=128),
 }
 
 

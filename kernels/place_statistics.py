@@ -12,7 +12,10 @@ from datasetdm_fast.kernels.case import BATCH, Case, noise
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
-BLOCKS = {"untuned": block_sizes("place_statistics", 8, BLOCK_C=64)}
+BLOCKS = {
+    "untuned": block_sizes("place_statistics", 8, BLOCK_C=64),
+    "sm_90": block_sizes("place_statistics", 4, bits=(16,), BLOCK_C=64),
+}
 
 
 def reference(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

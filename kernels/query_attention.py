@@ -16,7 +16,8 @@ from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_d
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("query_attention", 4, 2, bits=(16,), BLOCK_N=32, BLOCK_S=64)
-    | block_sizes("query_attention", 2, 1, bits=(32,), BLOCK_N=16, BLOCK_S=16)
+    | block_sizes("query_attention", 2, 1, bits=(32,), BLOCK_N=16, BLOCK_S=16),
+    "sm_90": block_sizes("query_attention", 4, 2, bits=(16,), BLOCK_N=16, BLOCK_S=128),
 }
 
 

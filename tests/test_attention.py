@@ -229,7 +229,7 @@ def test_the_labeller_reaches_its_kernel_through_the_table_of_forms(prompts, tmp
         choice.FORM["native"], "attention_average", lambda *arguments: (next(calls), form(*arguments))[1]
     )
     line = ["--labeller", "attention", "--prompts", str(prompts), "--number", "2", "--steps", "2", "--quiet"]
-    assert generate.main([*line, "--out", str(tmp_path / "run")]) == 0
+    assert generate.main([*line, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     assert next(calls) == 2 * 3 * 3 * 2  # self and cross layers of one side, calls, slices of the batch
     assert choice.form_on("attention_average", "sm_90", "NVIDIA H100", "untuned") == "fused"
     run = open_run(tmp_path / "run")

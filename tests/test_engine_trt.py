@@ -450,6 +450,7 @@ def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatc
 
 def test_no_module_names_the_way_to_install_one(monkeypatch):
     monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(flavours, "gpu_capabilities", lambda: [])
     with pytest.raises(
         Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"
     ):

@@ -9,13 +9,11 @@ instead of run, so what is audited is what an engine would launch: block sizes, 
 import functools
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.kernels.sass import asked, spoilt_of
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -70,6 +68,7 @@ class KernelRow(NamedTuple):
     registers: int
     spills: int  # bytes of stack of a thread
     shared: int  # bytes of a block
+    spoilt: int  # addresses that ptxas got wrong, see sass.py
 
 
 class Recorder:
@@ -130,8 +129,8 @@ def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
             names[name] = kernel
 
 
-def resources(launch: Launch, target: str) -> tuple[int, int, int]:
-    """Registers and bytes of stack of a thread, and bytes of shared memory of a block."""
+def resources(launch: Launch, target: str) -> tuple[int, int, int, int]:
+    """Registers and bytes of stack of a thread, bytes of shared memory of a block, and addresses that are spoilt."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,18 +141,10 @@ def resources(launch: Launch, target: str) -> tuple[int, int, int]:
     return taken(made)
 
 
-def taken(made: Any) -> tuple[int, int, int]:
-    """The same of what Triton compiled."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    taken = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said))
-    return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared
+def taken(made: Any) -> tuple[int, int, int, int]:
+    """The same of what Triton compiled, and how many addresses of it ptxas spoilt."""
+    taken = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", asked("cuobjdump", made, "--dump-resource-usage")))
+    return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared, spoilt_of(made)
 
 
 def name_of(kernel: Any) -> str:
@@ -170,7 +161,7 @@ def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> I
 
 
 def is_sound(row: KernelRow) -> bool:
-    return row.spills == 0 and row.shared <= SHARED_LIMIT[row.target.removeprefix("sm_")]
+    return row.spills == row.spoilt == 0 and row.shared <= SHARED_LIMIT[row.target.removeprefix("sm_")]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -205,13 +196,14 @@ def main(arguments: Sequence[str]) -> int:
         facts = {"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT}
         print(json.dumps(facts | {"kernels": [row._asdict() for row in found]}, indent=1))
     if wrong:
-        worst = max(wrong, key=lambda row: (row.spills, row.shared))
+        worst = max(wrong, key=lambda row: (row.spoilt, row.spills, row.shared))
         place = f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})"
         limit = SHARED_LIMIT[worst.target.removeprefix("sm_")]
         raise GateFailed(
-            f"bench kernels: {len(wrong)} of {len(found)} compiled kernels do not fit, worst {place}: "
-            f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
-            "choose smaller blocks or more warps in BLOCKS of the kernel's file",
+            f"bench kernels: {len(wrong)} of {len(found)} compiled kernels are wrong or do not fit, worst {place}: "
+            f"{worst.spoilt} spoilt addresses and {worst.spills} bytes of stack, expected none, and {worst.shared} of "
+            f"{limit} bytes of shared memory",
+            "choose other blocks in BLOCKS of the kernel's file: wider ones for addresses, else smaller or more warps",
         )
     return 0
 

@@ -47,12 +47,15 @@ class CompiledRow(NamedTuple):
     registers: int
     spills: int  # bytes of stack of a thread
     shared: int  # bytes of a block
+    spoilt: int  # addresses that ptxas got wrong
     has_wide_loads: bool  # 16 bytes a thread and instruction
     has_tensor_cores: bool
 
     def wrong(self, loads_wide: bool, multiplies: bool) -> str:
         """What is wrong with it, empty where nothing is."""
         reasons = [f"{self.spills} bytes of stack"] if self.spills else []
+        if self.spoilt:
+            reasons.append(f"{self.spoilt} addresses of shared memory that ptxas spoilt (bench/kernels/sass.py)")
         if self.shared > SHARED_LIMIT[self.target]:
             reasons.append(f"{self.shared} of {SHARED_LIMIT[self.target]} bytes of shared memory")
         if loads_wide and not self.has_wide_loads:

@@ -26,7 +26,7 @@ from datasetdm_fast.labels import label_files
 from datasetdm_fast.labels.kind import Table
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
-SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
+SAME = 1.03  # a batch size is not better than a smaller one that takes at most so many times as long
 LEAST_ROUNDS, LASTING = 5, 2.0  # seconds of a round and peer
 
 

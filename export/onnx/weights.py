@@ -74,8 +74,8 @@ def deferred(module: nn.Module) -> SimpleNamespace:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; of Deferred ones computed here."""
-    value = value_of(tensor).contiguous()
+    """The bytes of a tensor, row-major; of Deferred ones computed here, of those of a GPU copied to the host."""
+    value = value_of(tensor).contiguous().cpu()
     value = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
     return memoryview(value.numpy()).cast("B") if value.numel() else memoryview(b"")
 
