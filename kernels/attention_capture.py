@@ -21,7 +21,8 @@ LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instru
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=64, BLOCK_D=64, BLOCK_F=64)
-    | block_sizes("attention_capture", 8, bits=(32,), BLOCK_S=16, BLOCK_D=16, BLOCK_F=16)
+    | block_sizes("attention_capture", 8, bits=(32,), BLOCK_S=16, BLOCK_D=16, BLOCK_F=16),
+    "sm_90": block_sizes("attention_capture", 4, bits=(16,), BLOCK_S=64, BLOCK_D=64, BLOCK_F=128),
 }
 
 
@@ -83,13 +84,12 @@ def _attention_capture_kernel(
     BLOCK_F: tl.constexpr,
 ):
     image, share = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    query = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    wide = tl.arange(0, WIDE).to(tl.int64)
-    lane = tl.arange(0, BLOCK_D).to(tl.int64)
-    feature = share.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    # Within an image 32 bits are enough, and take fewer registers.
+    query, wide = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S), tl.arange(0, WIDE)
+    lane, feature = tl.arange(0, BLOCK_D), share * BLOCK_F + tl.arange(0, BLOCK_F)
     is_query, is_wide, is_feature = query < queries, wide < tokens, feature < features
     if REST > 0:
-        rest = WIDE + tl.arange(0, REST).to(tl.int64)
+        rest = WIDE + tl.arange(0, REST)
         is_rest = rest < tokens
     level = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     for i in range(heads):
@@ -167,8 +167,9 @@ def _attention_capture_kernel(
                 tl.store(
                     out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :]
                 )
-    row = (image * queries + query)[:, None] * features + feature[None, :]
-    tl.store(level_ptr + row, level, mask=is_query[:, None] & is_feature[None, :])
+    place = query[:, None] * features + feature[None, :]
+    level_ptr += image * queries * features
+    tl.store(level_ptr + place, level, mask=is_query[:, None] & is_feature[None, :])
 
 
 def split(width: int) -> tuple[int, int]:
