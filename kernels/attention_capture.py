@@ -22,7 +22,7 @@ DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=64, BLOCK_D=64, BLOCK_F=64)
     | block_sizes("attention_capture", 8, bits=(32,), BLOCK_S=16, BLOCK_D=16, BLOCK_F=16),
-    "sm_90": block_sizes("attention_capture", 4, bits=(16,), BLOCK_S=64, BLOCK_D=64, BLOCK_F=128),
+    "sm_90": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=128, BLOCK_D=64, BLOCK_F=128),
 }
 
 
