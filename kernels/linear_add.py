@@ -18,7 +18,7 @@ DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("linear_add", 8, 3, bits=(16,), BLOCK_C=128, BLOCK_K=64)
     | block_sizes("linear_add", 8, 2, bits=(32,), BLOCK_C=64, BLOCK_K=32),
-    "sm_90": block_sizes("linear_add", 8, 3, bits=(16,), BLOCK_C=64, BLOCK_K=64),
+    "sm_90": block_sizes("linear_add", 4, 3, bits=(16,), BLOCK_C=64, BLOCK_K=64),
 }
 
 

@@ -203,7 +203,7 @@ def main(arguments: Sequence[str]) -> int:
             f"bench kernels: {len(wrong)} of {len(found)} compiled kernels are wrong or do not fit, worst {place}: "
             f"{worst.spoilt} spoilt addresses and {worst.spills} bytes of stack, expected none, and {worst.shared} of "
             f"{limit} bytes of shared memory",
-            "choose smaller blocks or more warps in BLOCKS of the kernel's file; where addresses are spoilt, wider ones",
+            "choose smaller blocks or more warps in BLOCKS of the kernel's file; wider ones against spoilt addresses",
         )
     return 0
 

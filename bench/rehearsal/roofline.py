@@ -12,14 +12,15 @@ from datasetdm_fast.kernels.attention import library_width, split
 from datasetdm_fast.kernels.depth_head import TAPS
 from datasetdm_fast.kernels.launch import padded
 
-# An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
+# What kernels reached on an H200, one by one (bench/README.md): bytes a second, of 4.2e12 that a copy moves; operations
+# a second; and seconds a launch, what a graph took beyond its kernels.
 MEMORY = 2.8e12
-CONVOLUTIONS, PRODUCTS, ATTENTIONS = 620e12, 650e12, 480e12
-OWN = 500e12  # Triton's tiles, without TMA
+CONVOLUTIONS, PRODUCTS, ATTENTIONS = 700e12, 620e12, 450e12
+OWN = 450e12  # Triton's tiles, without TMA
 ATTENTION_CALLS = (ATTENTION, "triton attention_capture", "triton attention_average", "triton attention_rows")
 OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
-LAUNCH = 1.2e-6
+LAUNCH = 6e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
 STATED = (
     f"{MEMORY / 1e12:g} TB/s of bandwidth, {LAUNCH * 1e6:g} µs per launch and, in TFLOP/s, {CONVOLUTIONS / 1e12:g} for "
