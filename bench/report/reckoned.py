@@ -1,4 +1,4 @@
-"""The section about GPUs that nobody had: what bench/gpu_budget.json says of a call and of a whole image."""
+"""What bench/gpu_budget.json reckons for a call and a whole image, from rates that kernels reached on a GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def section() -> str:
         if not name.startswith(AROUND)
     ]
     return (
-        "**Estimated, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 "
-        f"pixels, on an H100 with {document['roofline']}. In batches of {BATCH}, an image with four kinds of "
-        f"labels takes {milliseconds_per_image(calls):.0f} ms ({CALLS + 1} calls), {images_per_second():g} per second, "
-        "with sampler steps, post-processing and copies.\n\n"
+        "**Estimated** (`python -m bench rehearse --budget`) for the present code: from launches, bytes and operations "
+        f"of the same size, and what kernels reached on that GPU: {document['roofline']}. In batches of {BATCH}, an "
+        f"image with four kinds of labels takes {milliseconds_per_image(calls):.0f} ms, {images_per_second():g} per "
+        "second, with sampler steps, post-processing and copies.\n\n"
     ) + markdown((HEAD, rows))
 
 
 def images_per_second() -> float:
-    """Of one H100, with four kinds of labels, to a tenth."""
+    """Of one H200, with four kinds of labels, to a tenth."""
     return round(1e3 / milliseconds_per_image(json.loads(BUDGET.read_text(encoding="utf-8"))["calls"]), 1)
 
 

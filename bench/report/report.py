@@ -15,7 +15,7 @@ from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.peers import OURS
-from bench.report import reckoned
+from bench.report import probed, reckoned
 from bench.report.results import (
     FEWER,
     REPEATED,
@@ -97,6 +97,8 @@ def wanted(root: Path) -> dict[Path, str]:
     found = {suite: read(path) for suite in (*SUITES, *STUDENTS) if (path := newest(suite, folder))}
     found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
     of_claims = [read(path) for path in measured("claims", folder)]
+    if probes := [document for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == "probe"]:
+        found["probe"] = max(probes, key=lambda document: document["date"])
     if before := [one for one in of_claims if one["scale"]["steps"] != of_claims[-1]["scale"]["steps"]]:
         found["claims before"] = before[-1]
     if not any(suite in found for suite in SUITES):
@@ -255,7 +257,7 @@ def paper(found: Documents, charts: str) -> str:
     scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
     written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
     each, source = (
-        (rate, "measured") if rate else (reckoned.images_per_second(), "estimated for an H100, see the README")
+        (rate, "measured") if rate else (reckoned.images_per_second(), "estimated for an H200, see the README")
     )
     rows = []
     for count in PAPER_GPUS:
@@ -331,6 +333,8 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
     "reckoned": lambda found, charts: reckoned.section(),
+    "probed-front": lambda found, charts: probed.front(found["probe"]) if "probe" in found else probed.NONE,
+    "probed": lambda found, charts: probed.section(found["probe"]) if "probe" in found else probed.NONE,
     "full-size": full_size,
     "paper": paper,
     "tuned-front": tuned_front,

@@ -1,0 +1,63 @@
+"""What `python -m bench probe` measured on a GPU: whole calls by batch size, and the kernels that take longest."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from bench.report.reckoned import CALLS
+from bench.report.results import rows_of
+from bench.report.tables import Cells, markdown, number
+
+NONE = "No GPU has been probed yet: `python -m bench probe`."
+BATCH_OF = re.compile(r"batch of (\d+), (\w+)")
+STAGES = ["images in a batch", "UNet call", "captured call", "label decoders", "image decoder"]
+IN_ALL = [f"an image of {CALLS + 1} calls", "images/s"]
+SHOWN = 12  # kernels
+FRONT = ("1", "8", "32")  # images in a batch, of which the front page tells
+LIBRARY = re.compile(r"_implicit_gemm_\w+?_tilesize")  # of cuDNN's names, what all of its convolutions have
+
+
+def stages(document: dict[str, Any]) -> Cells:
+    """Milliseconds an image of every stage, by batch size; an image is the sum of its stages."""
+    rows = []
+    for row in rows_of(document, "batches"):
+        taken, size = row["ms"], BATCH_OF.search(row["what"])[1]
+        labels = sum(value for name, value in taken.items() if name.startswith("decoder "))
+        whole = CALLS * taken["call"] + taken["captured call"] + labels + taken["autoencoder"]
+        parts = (taken["call"], taken["captured call"], labels, taken["autoencoder"], whole, 1e3 / whole)
+        rows.append([size, *map(number, parts)])
+    return [*STAGES, *IN_ALL], rows
+
+
+def longest(document: dict[str, Any]) -> Cells:
+    """The kernels of one call of eight images that take most of its time."""
+    rows = sorted(rows_of(document, "longest"), key=lambda row: -row["ms"]["call"])[:SHOWN]
+    return ["kernel", "launches", "ms"], [
+        [f"`{LIBRARY.sub(' ', row['what']).strip('_')[:60]}`", str(row["count"]), number(row["ms"]["call"])]
+        for row in rows
+    ]
+
+
+def source(document: dict[str, Any], command: str) -> str:
+    machine, precision = document["machine"], BATCH_OF.search(rows_of(document, "batches")[0]["what"])[2]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "cuda"))
+    return (
+        f"`{command}`, {document['date'][:10]}, {machine['device']}, {versions}, commit {machine['commit']}; SD 1.4's "
+        f"size, 512 pixels, {precision}; ms an image"
+    )
+
+
+def front(document: dict[str, Any]) -> str:
+    head, rows = stages(document)
+    told = f"**Measured** ({source(document, 'python -m bench probe')}; an image is the sum of its stages).\n\n"
+    return told + markdown((head, [row for row in rows if row[0] in FRONT]))
+
+
+def section(document: dict[str, Any]) -> str:
+    parts = [
+        f"{source(document, document['command'])}.",
+        markdown(stages(document)),
+        "### Kernels of a UNet call of 8 images",
+    ]
+    return "\n\n".join([*parts, markdown(longest(document))])
