@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fault_server
 import numpy as np
@@ -30,6 +31,7 @@ from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
+from datasetdm_fast.export.onnx import weights
 from datasetdm_fast.export.onnx.graph import Extent, Graph, traced
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.to_onnx import average_name, export
@@ -739,3 +741,11 @@ def test_full_size_is_written_without_a_second_copy(tmp_path):
     written = sum(info.size for info in Manifest.read(tmp_path).files.values())
     shutil.rmtree(tmp_path)
     assert before * 1024 < peak and peak <= 2.5 * written, f"{peak / 1e9:.2f} GB for {written / 1e9:.2f} GB"
+
+
+def test_weights_of_a_gpu_are_copied_to_the_host_for_their_digest(monkeypatch):
+    """As `ort` exports a model that the reference engine has put on a GPU: NumPy reads no memory of one."""
+    here = torch.arange(4.0)
+    there = SimpleNamespace(dtype=here.dtype, contiguous=lambda: there, cpu=lambda: here)
+    monkeypatch.setattr(weights, "value_of", lambda tensor: there)
+    assert bytes(weights.tensor_bytes(there)) == here.numpy().tobytes()

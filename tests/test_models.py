@@ -1,6 +1,7 @@
 """The lean models and the fast engine, stage by stage against the reference engine on the same weights."""
 
 from dataclasses import replace
+from time import sleep
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasetdm_fast.data import AttentionSums, ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.fast import FastEngine, base, on_gpu
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
@@ -363,6 +364,17 @@ def test_networks_for_a_gpu_are_exact(pair):
         assert relative(ours, plainly) <= 1e-6
     images = [kind(model.vae, plain).double()(latents) for kind in (ImageDecoder, fused.FusedImageDecoder)]
     assert relative(images[1], images[0]) <= 1e-6
+
+
+def test_a_user_is_told_once_that_kernels_are_being_compiled(monkeypatch, capsys):
+    engine = object.__new__(on_gpu.GpuEngine)
+    engine.device = torch.device("cpu")
+    monkeypatch.setattr(on_gpu, "PATIENCE", 0.0)
+    monkeypatch.setattr(on_gpu.GpuEngine, "_has_told", False)
+    monkeypatch.setattr(base, "operations", lambda device, dtype: sleep(0.2))
+    for _ in range(2):
+        engine._operations(torch.float16)
+    assert capsys.readouterr().err == f"{on_gpu.COMPILING}\n"
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

@@ -68,13 +68,15 @@ def value_of(tensor: Tensor) -> Tensor:
 
 
 def deferred(module: nn.Module) -> SimpleNamespace:
-    """What the lean models read of a diffusers or transformers module, its weights deferred."""
-    state = {name: Deferred.of(value) for name, value in module.state_dict().items()}
+    """What the lean models read of a diffusers or transformers module, its weights deferred, and of the host wherever
+    an engine has put the module.
+    """
+    state = {name: Deferred.of(value.cpu()) for name, value in module.state_dict().items()}
     return SimpleNamespace(config=module.config, state_dict=lambda: state)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; of Deferred ones computed here, of those of a GPU copied to the host."""
+    """The bytes of a tensor, row-major; of Deferred ones computed here."""
     value = value_of(tensor).contiguous().cpu()
     value = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
     return memoryview(value.numpy()).cast("B") if value.numel() else memoryview(b"")

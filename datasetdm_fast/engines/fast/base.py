@@ -119,13 +119,16 @@ class FastEngine(ABC):
         # What had to be done differently from what was asked, for the rows of the samples made since.
         self.adjustments: dict[str, int] = {}
         # A compiler fuses the plain forms itself.
-        self.ops = ops or (plain if compile else operations(self.device, self.dtype))
+        self.ops = ops or (plain if compile else self._operations(self.dtype))
         self.unet_dtype, self.kinds = self._forms()
-        decoder_ops = operations(self.device, torch.float32)
+        decoder_ops = self._operations(torch.float32)
         self.decoders = {
             task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
         }
         self._read_weights()
+
+    def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
+        return operations(self.device, dtype)
 
     @abstractmethod
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:

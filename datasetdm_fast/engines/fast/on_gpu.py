@@ -4,7 +4,10 @@ with as many images at once as memory has room for.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +17,42 @@ from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed
 from datasetdm_fast.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engines.fast.base import FastEngine, computed
 from datasetdm_fast.engines.memory import halving, suggested
-from datasetdm_fast.kernels.choice import gave_way, operations
+from datasetdm_fast.kernels.choice import gave_way
 from datasetdm_fast.kernels.launch import triton
 from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models.fused import FusedImageDecoder, FusedUNet
 from datasetdm_fast.models.unet import UNet
 from datasetdm_fast.models.vae import ImageDecoder
 
+PATIENCE = 5.0  # seconds after which a user is told what is waited for
+COMPILING = "compiling kernels for this GPU, up to a minute; Triton keeps them for the next time"
+
 
 class GpuEngine(FastEngine):
     """See FastEngine."""
 
+    _has_told = False  # of compiling, in this process
     widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
 
     @property
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device)
+
+    def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
+        """Each is tried on the GPU, and compiled for it where Triton has not kept it."""
+        slow = threading.Timer(PATIENCE, self._tell)
+        slow.daemon = True
+        slow.start()
+        try:
+            return super()._operations(dtype)
+        finally:
+            slow.cancel()
+
+    @staticmethod
+    def _tell() -> None:
+        if not GpuEngine._has_told:
+            GpuEngine._has_told = True
+            print(COMPILING, file=sys.stderr, flush=True)
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
@@ -50,7 +73,7 @@ class GpuEngine(FastEngine):
         self.label_dtype = torch.float32 if is_wide else torch.float16
         self._stored_decoders = self.decoders
         if not is_wide:
-            ops = operations(self.device, self.label_dtype)
+            ops = self._operations(self.label_dtype)
             self._stored_decoders = {
                 task: narrowed(one, self.label_dtype, ops) if is_folded(one) else one
                 for task, one in self.decoders.items()
