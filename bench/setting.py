@@ -79,7 +79,7 @@ def open_setting(
     else:
         folded, trained = seeded_decoders(loaded)
     for task, decoder in folded.items():
-        checkpoint.check_levels(decoder, loaded.levels, task)
+        checkpoint.check_fits(decoder, loaded.levels, task, loaded.text_width)
     reference = build_engine("torch", loaded, folded, device=str(target))
     recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
     source = prompts.read_source(RunConfig(model="demo"))
@@ -91,6 +91,6 @@ def open_setting(
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders with seeded weights, folded and not."""
-    trained = seeded.seeded_decoders(model.levels, model.networks["text_encoder"].config.hidden_size)
+    trained = seeded.seeded_decoders(model.levels, model.text_width)
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

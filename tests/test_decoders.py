@@ -20,7 +20,7 @@ from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Capture
 from datasetdm_fast.decoders.checkpoint import (
     build_decoder,
-    check_levels,
+    check_fits,
     load_decoder,
     load_decoders,
     load_upstream,
@@ -621,22 +621,22 @@ def test_pickles_may_hold_tensors_only(tmp_path, capsys):
 
 
 def test_levels_of_another_unet():
-    check_levels(build_decoder(small("heatmap")), DEMO_LEVELS, "pose")
+    check_fits(build_decoder(small("heatmap")), DEMO_LEVELS, "pose")
     with pytest.raises(Refused, match="trained on a UNet whose level low"):
-        check_levels(build_decoder(small("heatmap")), SD1_LEVELS, "pose")
+        check_fits(build_decoder(small("heatmap")), SD1_LEVELS, "pose")
     larger = levels(
         {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=256
     )
-    check_levels(build_decoder(small("heatmap")), larger, "pose")
+    check_fits(build_decoder(small("heatmap")), larger, "pose")
     with pytest.raises(Refused, match="128 pixels, but the run makes 256"):
-        check_levels(build_decoder(small("simcc")), larger, "pose")
+        check_fits(build_decoder(small("simcc")), larger, "pose")
 
 
 def test_class_words_of_another_text_encoder():
     decoder = build_decoder(small("open-vocabulary", text_width=64))
-    check_levels(decoder, DEMO_LEVELS, "open-vocabulary", 64)
+    check_fits(decoder, DEMO_LEVELS, "open-vocabulary", 64)
     with pytest.raises(Refused, match="trained on a text encoder of width 64, but the model's has 32"):
-        check_levels(decoder, DEMO_LEVELS, "open-vocabulary", 32)
+        check_fits(decoder, DEMO_LEVELS, "open-vocabulary", 32)
 
 
 def test_sizes_of_a_capture():

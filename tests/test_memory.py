@@ -185,7 +185,7 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
 def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(monkeypatch):
     """To rounding, as weights that are transformed at every call are so in fp32."""
     model = load_model("tiny")
-    decoders = untrained_decoders(model.levels, model.networks["text_encoder"].config.hidden_size)
+    decoders = untrained_decoders(model.levels, model.text_width)
     decoders = {task: for_inference(decoders[task], strict=False) for task in ("semantic", "depth")}
     latents, answers = torch.randn(2, 4, 16, 16), []
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)

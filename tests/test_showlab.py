@@ -157,7 +157,7 @@ def root(tmp_path_factory, model):
     write(folder / "data/lvis/lvis_v1_train.json", json.dumps({"images": [], "categories": categories}))
     write(folder / "config/NYU.yaml", "Depth_Decorder:\n  max_depth: 10\n  task: depth\n")
     write(folder / "config/VOC.yaml", "SEG_Decorder:\n  num_classes: 2\n  num_queries: 20\n")
-    width = model.networks["text_encoder"].config.hidden_size
+    width = model.text_width
     for kind, (network, settings) in checkpoints.KINDS.items():
         sizes = {**SMALL.get(network, {"width": 16}), **settings, "levels": model.levels}
         config = upstream(network, **sizes | ({"text_width": width} if "queries" in sizes else {}))
@@ -407,7 +407,7 @@ def test_a_decoder_with_the_classes_of_its_own_lvis_data_labels(run, root, model
     """As the trainer leaves it: three class logits for two categories, whatever the configuration says."""
     network, settings = checkpoints.KINDS["lvis"]
     sizes = {**SMALL[network], **settings, "classes": ("bow", "can"), "levels": model.levels}
-    config = upstream(network, **sizes, text_width=model.networks["text_encoder"].config.hidden_size)
+    config = upstream(network, **sizes, text_width=model.text_width)
     save_decoder(build_decoder(config), tmp_path / "checkpoint/.train/instance")
     (tmp_path / "own.pth").write_bytes(checkpoints.as_checkpoint(tmp_path / "checkpoint/.train/instance"))
     write(tmp_path / "LVIS.yaml", f"SEG_Decorder:\n  num_classes: 80\n  num_queries: {config.queries}\n")

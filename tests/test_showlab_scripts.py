@@ -192,7 +192,7 @@ def weights_of(kind: str, path: Path) -> Path:
     model = load_model("demo")
     sizes = {"width": 16, "levels": model.levels, **settings}
     if network in ("segmentation", "open-vocabulary"):
-        width = model.networks["text_encoder"].config.hidden_size
+        width = model.text_width
         sizes |= {"layers": 2, "feed_forward": 24, "mask_dim": 12, "queries": 20, "text_width": width}
     config = upstream(network, **sizes | ({"depth_width": 8} if network == "depth" else {}))
     shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}

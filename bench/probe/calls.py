@@ -37,7 +37,7 @@ def engine_of(model: Model, device: torch.device) -> FastEngine:
 
 def given(engine: FastEngine, batch: int) -> tuple[Tensor, Tensor]:
     """Latents and context of a batch."""
-    side, width = engine.model.size // 8, engine.model.networks["text_encoder"].config.hidden_size
+    side, width = engine.model.size // 8, engine.model.text_width
     shapes = (batch, 4, side, side), (2 * batch, engine.model.levels[0].tokens, width)
     return tuple(torch.randn(shape, device=engine.device) for shape in shapes)
 

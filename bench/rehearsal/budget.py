@@ -100,7 +100,7 @@ def _latents(engine: FastEngine, batch: int) -> torch.Tensor:
 
 
 def _context(engine: FastEngine, batch: int) -> torch.Tensor:
-    level, width = engine.model.levels[0], engine.model.networks["text_encoder"].config.hidden_size
+    level, width = engine.model.levels[0], engine.model.text_width
     return torch.empty(2 * batch, level.tokens, width, device=engine.device)
 
 

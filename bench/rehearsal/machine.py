@@ -38,7 +38,7 @@ def open_engine(model: str, dtype: str, device: str, labels: Sequence[str] = TAS
 
 def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
     """Decoders of these labels: of those that every run makes, and of words, of a prompt's words, of joints by bins."""
-    width = model.networks["text_encoder"].config.hidden_size
+    width = model.text_width
     found = untrained_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
     sizes = {"levels": model.levels, "text_width": width, "width": 64, "mask_dim": 64, "feed_forward": 128}
     heads = sum(sum(level.heads) for level in model.levels)

@@ -48,7 +48,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     inversion = cache.Inversion(engine.model.defaults.capture)
     is_open = config.task == "open-vocabulary"
     words = engine.encode_classes(spoken(source.thing_classes)).float().clone() if is_open else None
-    width, levels = engine.model.networks["text_encoder"].config.hidden_size, engine.model.levels
+    width, levels = engine.model.text_width, engine.model.levels
     found = recipe(config.task, source, levels, width, inversion.timestep, config.images)
     size, calls = found.schedule.batch_size, {}
     batches = [range(first, min(first + size, len(views))) for first in range(0, len(views), size)]

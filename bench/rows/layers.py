@@ -71,7 +71,7 @@ def shapes(setting: Setting) -> Counter[TimedLayer]:
 
     layers = [module for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     hooks = [module.register_forward_hook(note) for module in layers]
-    side, width = setting.recipe.size // FACTOR, setting.model.networks["text_encoder"].config.hidden_size
+    side, width = setting.recipe.size // FACTOR, setting.model.text_width
     shaped = (1, 4, side, side), (1, setting.model.levels[0].tokens, width)
     latents, context = (torch.zeros(shape, device=setting.device) for shape in shaped)
     try:

@@ -27,7 +27,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "build_decoder",
-    "check_levels",
+    "check_fits",
     "fold",
     "load_decoder",
     "load_decoders",
@@ -133,7 +133,7 @@ def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *
     return for_inference(decoder, strict)
 
 
-def check_levels(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
+def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
     """Refuses the decoder of a label that was trained on another UNet than the one with these levels, or reads class
     words of another text encoder than one of this width.
     """

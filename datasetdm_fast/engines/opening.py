@@ -46,7 +46,7 @@ def open_engine(
     before_torch()
     import torch
 
-    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoder
+    from datasetdm_fast.decoders.checkpoint import check_fits, load_decoder
     from datasetdm_fast.decoders.folders import find_decoders
     from datasetdm_fast.decoders.upstream import unpacked
     from datasetdm_fast.engines.device import half_of, resolve_device
@@ -77,9 +77,8 @@ def open_engine(
         told = describe_decoders(folders, labels)
     else:
         chosen, told = {}, {}
-    width = loaded.networks["text_encoder"].config.hidden_size
     for label, one in chosen.items():
-        check_levels(one, loaded.levels, label, width)
+        check_fits(one, loaded.levels, label, loaded.text_width)
         one.config = replace(one.config, outlines=one.config.outlines if outlines == "auto" else outlines)
     return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
 
@@ -114,7 +113,7 @@ def _seeded(loaded: Model) -> dict[str, Decoder]:
     from datasetdm_fast.decoders.checkpoint import for_inference
     from datasetdm_fast.decoders.seeded import seeded_decoders
 
-    found = seeded_decoders(loaded.levels, loaded.networks["text_encoder"].config.hidden_size)
+    found = seeded_decoders(loaded.levels, loaded.text_width)
     return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
 
 

@@ -61,15 +61,14 @@ class ExportConfig(ModelSettings, OutputSettings):
 
     def load(self) -> tuple[Any, dict[str, Any]]:
         """The model and its decoders."""
-        from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
+        from datasetdm_fast.decoders.checkpoint import check_fits, load_decoders
         from datasetdm_fast.decoders.upstream import unpacked
         from datasetdm_fast.loading import load_model
 
         model = load_model(self.model, size=self.size, allow_download=self.allow_download)
         decoders = {} if self.decoder == "none" else load_decoders(unpacked(self.decoder, model.levels))
-        width = model.networks["text_encoder"].config.hidden_size
         for label, decoder in decoders.items():
-            check_levels(decoder, model.levels, label, width)
+            check_fits(decoder, model.levels, label, model.text_width)
         return model, decoders
 
     def show_plan(self, decoders: Mapping[str, Any], kind: str) -> None:

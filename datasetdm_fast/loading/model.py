@@ -87,6 +87,11 @@ class Model:
         """Tokens of a prompt, padding included."""
         return min(self.tokenizer.model_max_length, self.networks["text_encoder"].config.max_position_embeddings)
 
+    @property
+    def text_width(self) -> int:
+        """Numbers of a token, as the text encoder gives it."""
+        return self.networks["text_encoder"].config.hidden_size
+
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The levels of its captures, low to highest."""

@@ -98,7 +98,7 @@ class TrainingSession:
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
         config, engine, table = self.config, self.engine, self.source.class_table
-        width = engine.model.networks["text_encoder"].config.hidden_size
+        width = engine.model.text_width
         found = recipes.recipe(
             *(task, self.source, engine.model.levels, width, self.timestep, images),
             preset=config.preset,

@@ -29,7 +29,7 @@ class NamedDecoder(nn.Module):
         here = session.current()
         self.levels = here.model.levels if here.has_model else SD1_LEVELS
         if here.has_model and "queries" in settings:
-            settings |= {"text_width": here.model.networks["text_encoder"].config.hidden_size}
+            settings |= {"text_width": here.model.text_width}
         self.settings = settings
         self.place = torch.device("cpu")
         self.decoder: nn.Module | None = None
