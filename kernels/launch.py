@@ -81,7 +81,7 @@ def names_of(device: torch.device) -> tuple[str, ...]:
     """
     if device.type == "cpu":
         return ("cpu",)
-    if device.type == "meta":  # an audit's tensors, which stand for any GPU that nobody measured
+    if device.type == "meta":  # shapes without numbers, which stand for any GPU that nobody measured
         return (UNTUNED,)
     if triton is None:
         return ("without triton",)

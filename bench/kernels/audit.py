@@ -3,7 +3,8 @@ what each takes. python -m bench kernels --tune: the fastest block sizes and for
 bench/kernels/tune.py.
 
 The kernels' own entry points are called with tensors that have a shape and no memory, and each launch is compiled
-instead of run, so what is audited is what an engine would launch: block sizes, strides and alignment included.
+instead of run, so what is audited is what an engine would launch on a GPU of each target: block sizes measured there,
+strides and alignment included.
 """
 
 import functools
@@ -105,28 +106,31 @@ class Recorder:
         self.launches.append(Launch(self.kernel, types, values, tuple(aligned), options))
 
 
-def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
-    """Every distinct launch that `op` makes at model sizes, with the first case that makes it."""
+def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
+    """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it."""
     import torch
 
-    from datasetdm_fast.kernels import OPS
+    from datasetdm_fast.kernels import OPS, launch
 
-    noted, seen, places = [], set(), [vars(module) for module in OPS.values()]
+    noted, seen, places = [], set(), [vars(module) for module in (launch, *OPS.values())]
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
+    named = [(place, "names_of", place["names_of"]) for place in places if "names_of" in place]
     empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")
     for names, name, kernel in kernels:
         names[name] = Recorder(kernel, noted)
+    for names, name, _ in named:
+        names[name] = lambda device: (f"sm_{target}", launch.UNTUNED)
     try:
         for case, inputs in OPS[op].sizes(lambda *shape: empty(shape)):
             noted.clear()
             OPS[op].fused(*inputs)
-            for launch in noted:
-                if launch not in seen:
-                    seen.add(launch)
-                    yield case, launch
+            for one in noted:
+                if one not in seen:
+                    seen.add(one)
+                    yield case, one
     finally:
-        for names, name, kernel in kernels:
-            names[name] = kernel
+        for names, name, own in (*kernels, *named):
+            names[name] = own
 
 
 def resources(launch: Launch, target: str) -> tuple[int, int, int, int]:
@@ -154,10 +158,9 @@ def name_of(kernel: Any) -> str:
 def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> Iterator[KernelRow]:
     for op in ops:
         for dtype in dtypes:
-            for case, launch in launches(op, dtype):
-                name = name_of(launch.kernel)
-                for target in targets:
-                    yield KernelRow(name, case, dtype, f"sm_{target}", *resources(launch, target))
+            for target in targets:
+                for case, launch in launches(op, dtype, target):
+                    yield KernelRow(name_of(launch.kernel), case, dtype, f"sm_{target}", *resources(launch, target))
 
 
 def is_sound(row: KernelRow) -> bool:
@@ -188,8 +191,9 @@ def main(arguments: Sequence[str]) -> int:
             )
     if not found:
         raise Refused(
-            f"python -m bench kernels: nothing was audited, {', '.join(ops)} launch no kernel at their model sizes",
-            "their `sizes` have to yield inputs",
+            f"python -m bench kernels: nothing was audited, {', '.join(ops)} launch no kernel at their model sizes "
+            f"on {', '.join(f'sm_{target}' for target in config.targets)}",
+            "their `sizes` have to yield inputs, and LIBRARY must not name every target",
         )
     wrong = [row for row in found if not is_sound(row)]
     if config.json:
