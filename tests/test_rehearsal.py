@@ -17,9 +17,9 @@ from planted_faults import FAULTS, planted
 from skips import long_test
 
 from bench.kernels.audit import name_of
-from bench.rehearsal import budget, carried, cuda, scenarios, teaching
-from bench.rehearsal.command import GRADIENTS, SCENARIOS, possible
-from bench.rehearsal.compiled import IMAGE, TILES, loads_wide
+from bench.rehearsal import budget, carried, command, compiled, cuda, run, scenarios, teaching
+from bench.rehearsal.command import GRADIENTS, SCENARIOS, RehearsalConfig, possible
+from bench.rehearsal.compiled import IMAGE, TILES, gpus, loads_wide
 from bench.rehearsal.kernels import (
     ACTIVATIONS,
     FLOPS,
@@ -38,10 +38,10 @@ from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
-from bench.rehearsal.run import OfThread, stage
-from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, HostThread, Timeline
+from bench.rehearsal.run import OfThread, Rehearsal, stage
+from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, Flaw, HostThread, Timeline
 from datasetdm_fast import _C
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,8 @@ def rehearsed(*flags: str) -> dict:
     done = ran("-m", "bench", "rehearse", "--json", *flags)
     assert done.stdout, done.stderr
     (found,) = json.loads(done.stdout)
-    return found | {"code": done.returncode, "said": done.stderr}
+    (run,) = found["gpus"].values()
+    return found | run | {"code": done.returncode, "said": done.stderr}
 
 
 def test_a_run_on_a_gpu_is_in_order():
@@ -259,6 +260,54 @@ def test_every_kernel_of_a_run_fits_every_gpu(model, dtype):
     found = ran("-m", "bench", "rehearse", "--compile", "--model", model, "--dtype", dtype, "--batches", "1")
     assert found.returncode == 0, found.stdout + found.stderr
     assert all(f"sm_{target}" in found.stdout for target in (80, 90, 100, 120))
+
+
+def test_kinds_of_gpus_with_rows_of_their_own_are_simulated_each(monkeypatch):
+    for op in OPS.values():
+        monkeypatch.setattr(op, "BLOCKS", {"untuned": {}}, raising=False)
+        monkeypatch.setattr(op, "LIBRARY", (), raising=False)
+    assert gpus(["80", "90", "100", "120"]) == {(8, 0): ["80", "90", "100", "120"]}
+    monkeypatch.setitem(OPS["layer_norm"].BLOCKS, "sm_100", {})
+    monkeypatch.setattr(OPS["attention"], "LIBRARY", ("sm_90", "sm_75"))
+    assert gpus(["80", "90", "100", "120"]) == {(8, 0): ["80", "120"], (9, 0): ["90"], (10, 0): ["100"]}
+    monkeypatch.setitem(OPS["geglu"].DEVICES, cuda.CARDS[8, 0], "plain")
+    assert gpus(["120", "100", "80"]) == {(12, 0): ["120"], (10, 0): ["100"], (8, 0): ["80"]}
+
+
+def test_a_simulated_gpu_takes_the_rows_of_its_kind():
+    for capability, card in cuda.CARDS.items():
+        with stage(Timeline(), capability):
+            name = "sm_{}{}".format(*capability)
+            assert launch.triton is None or launch.names_of(torch.device("cuda", 0)) == (name, card, "untuned")
+
+
+def test_what_several_simulated_gpus_find_is_told_once(monkeypatch, capsys):
+    def flaw(what):
+        return Flaw("race", what, "file.py:1 <here>", "here", "code", "main", "batch 0")
+
+    def rehearse(*sizes, capability, **others):
+        found = {flaw("everywhere"): 2} | ({flaw("there"): 1} if capability == (9, 0) else {})
+        return Rehearsal(found, {}, [], {}, {("form", capability): capability}, 3, 4)
+
+    given = []
+    monkeypatch.setattr(run, "rehearse", rehearse)
+    monkeypatch.setattr(compiled, "gpus", lambda targets: {(8, 0): ["80", "120"], (9, 0): ["90"]})
+    monkeypatch.setattr(compiled, "rows", lambda launches, targets: given.append((list(launches), targets)) or iter(()))
+    for as_json in (False, True):
+        with pytest.raises(GateFailed, match="2 findings, first race: everywhere"):
+            command.rehearsed(RehearsalConfig(compile=True, json=as_json))
+    assert given[:2] == [([(8, 0)], ["80", "120"]), ([(9, 0)], ["90"])]
+    said = capsys.readouterr().out
+    text, document = said[: said.index("[")], json.loads(said[said.index("[") :])
+    assert re.findall(r"RACE: (.*)\n.*\((.*)\)", text) == [
+        ("2 x everywhere", "main, batch 0, on 8.0 and 9.0"),
+        ("1 x there", "main, batch 0, on 9.0"),
+    ]
+    assert [(one["what"], one["gpus"]) for one in document[0]["findings"]] == [
+        ("everywhere", ["8.0", "9.0"]),
+        ("there", ["9.0"]),
+    ]
+    assert len(document) == 1 and document[0]["gpus"].keys() == {"8.0", "9.0"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -611,7 +660,7 @@ from triton import knobs
 from bench.kernels.audit import launches, resources
 hits = []
 knobs.compilation.listener = lambda cache_hit, **others: hits.append(cache_hit)
-resources(next(launches("guided_step", "fp32"))[1], "90")
+resources(next(launches("guided_step", "fp32", "90"))[1], "90")
 print(hits)
 """
 

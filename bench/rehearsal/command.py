@@ -8,8 +8,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 if TYPE_CHECKING:
-    from bench.rehearsal.kernels import NotedLaunch
+    from bench.rehearsal.kernels import Compilable, NotedLaunch
     from bench.rehearsal.run import Rehearsal
+    from bench.rehearsal.timeline import Flaw
 
 PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
@@ -88,28 +90,35 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rehearsed(config: RehearsalConfig) -> int:
+    from bench.rehearsal.compiled import gpus
+    from bench.rehearsal.cuda import CAPABILITY
     from bench.rehearsal.run import rehearse
 
     wanted = possible(config.scenario)
     sizes = {"batches": config.batches, "dtype": config.dtype, "device": config.device}
-    documents, findings, kernels = [], [], {}
+    simulated = gpus(config.targets) if config.compile else {CAPABILITY: []}
+    documents, findings, kernels = [], [], {capability: {} for capability in simulated}
     for name in wanted:
-        begin = time.monotonic()
-        found = rehearse(config.model, config.batch, **sizes, scenario=name)
-        documents.append({"scenario": name, **document(found)})
+        runs = {}
+        for capability in simulated:
+            begin = time.monotonic()
+            found = rehearse(config.model, config.batch, **sizes, scenario=name, capability=capability)
+            runs[number := ".".join(map(str, capability))] = found
+            say(
+                f"{name}, {config.model}, {config.batches} batches of {config.batch}, compute capability {number}: "
+                f"{len(found.launches)} operations launched or recorded, {found.replays} replays of "
+                f"{len(found.graphs)} graphs, {len(found.kernels)} compiled forms of kernels, {len(found.findings)} "
+                f"findings, {time.monotonic() - begin:.0f} s"
+            )
+            kernels[capability] |= found.kernels
+        documents.append({"scenario": name, **document(runs)})
         if not config.json:
-            tell(found)
-        say(
-            f"{name}, {config.model}, {config.batches} batches of {config.batch}: {len(found.launches)} operations "
-            f"launched or recorded, {found.replays} replays of {len(found.graphs)} graphs, {len(found.kernels)} "
-            f"compiled forms of kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
-        )
-        findings += found.findings
-        kernels |= found.kernels
+            tell(runs)
+        findings += [one for one, _ in joined({number: found.findings for number, found in runs.items()})]
     if config.json:
         print(json.dumps(documents, indent=1))
     if config.compile:
-        compiled(kernels.values(), config)
+        compiled([(kernels[capability], targets) for capability, targets in simulated.items()], config)
     if findings:
         first = findings[0]
         raise GateFailed(
@@ -135,22 +144,48 @@ def possible(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in wanted if name not in lost)
 
 
-def document(found: Rehearsal) -> dict[str, Any]:
-    """What --json says of a scenario."""
-    named = {"findings": found.findings, "waits": found.waits}
-    rows = {name: [asdict(one) | {"count": count} for one, count in part.items()] for name, part in named.items()}
-    facts = {"launches": len(found.launches), "replays": found.replays, "samples": found.samples}
-    return {**rows, **facts, "kernels": len(found.kernels)}
+def joined(parts: Mapping[str, Mapping[Flaw, int]]) -> dict[tuple[Flaw, int], list[str]]:
+    """What occurred, with how often, once for all GPUs -> the compute capabilities where it did."""
+    found: dict[tuple[Flaw, int], list[str]] = {}
+    for capability, part in parts.items():
+        for row in part.items():
+            found.setdefault(row, []).append(capability)
+    return found
 
 
-def tell(found: Rehearsal) -> None:
-    """A line for every wait that is allowed, and three for every finding."""
+def document(runs: Mapping[str, Rehearsal]) -> dict[str, Any]:
+    """What --json says of a scenario, from its runs by compute capability."""
+    rows = {}
+    for name in ("findings", "waits"):
+        found = joined({capability: getattr(run, name) for capability, run in runs.items()})
+        rows[name] = [asdict(one) | {"count": count, "gpus": where} for (one, count), where in found.items()]
+    facts = {
+        capability: {
+            "launches": len(run.launches),
+            "replays": run.replays,
+            "samples": run.samples,
+            "kernels": len(run.kernels),
+        }
+        for capability, run in runs.items()
+    }
+    return {**rows, "gpus": facts}
+
+
+def tell(runs: Mapping[str, Rehearsal]) -> None:
+    """A line for every wait that is allowed, and three for every finding, with its compute capabilities if there are
+    several.
+    """
     from bench.rehearsal.run import reason_of
 
-    for one, count in found.waits.items():
-        print(f"allowed: {count} x {one.what}, {one.place.partition(' <')[0]} ({one.thread}): {reason_of(one)}")
-    for one, count in found.findings.items():
-        print(f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase})\n    {one.code}")
+    def on(where: Sequence[str]) -> str:
+        return f", on {' and '.join(where)}" if len(runs) > 1 else ""
+
+    for (one, count), where in joined({capability: run.waits for capability, run in runs.items()}).items():
+        place = one.place.partition(" <")[0]
+        print(f"allowed: {count} x {one.what}, {place} ({one.thread}{on(where)}): {reason_of(one)}")
+    for (one, count), where in joined({capability: run.findings for capability, run in runs.items()}).items():
+        print(f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase}{on(where)})")
+        print(f"    {one.code}")
 
 
 def budgeted(config: RehearsalConfig) -> int:
@@ -184,13 +219,15 @@ def adopted(folder: Path) -> int:
     return 0
 
 
-def compiled(launches: Collection[NotedLaunch], config: RehearsalConfig) -> None:
-    """A line for every kernel and target; what does not fit fails."""
+def compiled(kernels: Sequence[tuple[Mapping[Compilable, NotedLaunch], list[str]]], config: RehearsalConfig) -> None:
+    """A line for every kernel and target, from what was launched and the targets it was launched for; what does not fit
+    fails.
+    """
     from bench.rehearsal import carried
     from bench.rehearsal.compiled import rows
 
-    wrong = []
-    for row, reason in rows(launches, config.targets):
+    wrong, forms = [], set(chain.from_iterable(launches for launches, _ in kernels))
+    for row, reason in chain.from_iterable(rows(launches.values(), targets) for launches, targets in kernels):
         print(
             f"{row.kernel:24} sm_{row.target:4} {row.registers:4} registers {row.spills:5} B stack "
             f"{row.shared:7} B shared  {reason}",
@@ -198,7 +235,7 @@ def compiled(launches: Collection[NotedLaunch], config: RehearsalConfig) -> None
         )
         wrong += [f"{row.kernel}, sm_{row.target}: {reason}"] if reason else []
     if config.cache:
-        carried.sign(Path(config.cache), config.targets, len(launches))
+        carried.sign(Path(config.cache), config.targets, len(forms))
     if wrong:
         raise GateFailed(
             f"bench rehearse: {len(wrong)} compiled kernels, first {wrong[0]}",

@@ -8,12 +8,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.kernels.audit import SHARED_LIMIT, name_of, taken
+from bench.rehearsal.cuda import CARDS
 from bench.rehearsal.kernels import ACTIVATIONS, ALIGNED, NotedLaunch, source_of
+from datasetdm_fast.kernels import OPS
+from datasetdm_fast.kernels.launch import UNTUNED
 
 WARP = 32  # threads
 
@@ -106,6 +110,19 @@ def on(target: str) -> Iterator[None]:
         yield
     finally:
         driver.set_active(None)
+
+
+def gpus(targets: Iterable[str]) -> dict[tuple[int, int], list[str]]:
+    """The compute capabilities to simulate, each with the targets whose GPUs launch what it does: a target alone if
+    there are rows for it, as others do not take these, and all that have none together.
+    """
+    tables = [getattr(op, table, ()) for op in OPS.values() for table in ("BLOCKS", "DEVICES", "LIBRARY")]
+    measured, found = set(chain(*tables)), {}
+    for target in targets:
+        name = f"sm_{target}"
+        is_measured = not measured.isdisjoint((name, CARDS[divmod(int(target), 10)]))
+        found.setdefault(name if is_measured else UNTUNED, []).append(target)
+    return {divmod(int(alike[0]), 10): alike for alike in found.values()}
 
 
 def rows(launches: Iterable[NotedLaunch], targets: Iterable[str]) -> Iterator[tuple[CompiledRow, str]]:

@@ -24,8 +24,13 @@ from datasetdm_fast.engines import cuda_graph
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
 MEMORY = 80 * 2**30
-CARD = "NVIDIA H100 80GB HBM3"
-CAPABILITY = (9, 0)
+CARDS = {
+    (8, 0): "NVIDIA A100-SXM4-80GB",
+    (9, 0): "NVIDIA H100 80GB HBM3",
+    (10, 0): "NVIDIA B200",
+    (12, 0): "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+}  # by compute capability
+CAPABILITY = (9, 0)  # where no other is asked for
 LABELS = "labels"  # the pool whose thread reads labels
 
 
@@ -52,13 +57,13 @@ def guarded() -> Iterator[None]:
 
 
 @contextmanager
-def simulated(timeline: Timeline) -> Iterator[None]:
+def simulated(timeline: Timeline, capability: tuple[int, int] = CAPABILITY) -> Iterator[None]:
     """torch.cuda with GPUS cards whose work is noted in `timeline`; all is as before when the block ends."""
 
     def keep(value: torch.Tensor, stream: Any) -> None:
         timeline.keep(value, stream.id)
 
-    own = SimpleNamespace(**_cards(timeline), **_streams(timeline))
+    own = SimpleNamespace(**_cards(timeline, capability), **_streams(timeline))
     with ExitStack() as stack:
         for name, value in vars(own).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -71,7 +76,7 @@ def simulated(timeline: Timeline) -> Iterator[None]:
         yield
 
 
-def _cards(timeline: Timeline) -> dict[str, Any]:
+def _cards(timeline: Timeline, capability: tuple[int, int]) -> dict[str, Any]:
     class OnDevice:
         """torch.cuda.device: another current GPU for a while."""
 
@@ -99,8 +104,8 @@ def _cards(timeline: Timeline) -> dict[str, Any]:
         timeline.is_at_home("torch.cuda.set_device() asks for work", timeline.thread.device)
 
     answers = {
-        "get_device_name": CARD,
-        "get_device_capability": CAPABILITY,
+        "get_device_name": CARDS[capability],
+        "get_device_capability": capability,
         "mem_get_info": (MEMORY, MEMORY),
         "memory_allocated": 0,
         "max_memory_allocated": MEMORY // 2,

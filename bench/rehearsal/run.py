@@ -127,10 +127,11 @@ def rehearse(
     dtype: str = "auto",
     device: str = "cuda",
     scenario: str = "decoders",
+    capability: tuple[int, int] = cuda.CAPABILITY,
 ) -> Rehearsal:
     """A scenario over some batches, each decoded in two chunks as large ones are; what raises is a finding, too."""
     timeline, samples = Timeline(), 0
-    with stage(timeline) as operations:
+    with stage(timeline, capability) as operations:
         machine = Machine(timeline, operations, model, batch, batches, steps, dtype, device)
         try:
             samples = SCENARIOS[scenario](machine)
@@ -171,7 +172,7 @@ def in_phases(generate: Callable, timeline: Timeline) -> Callable:
 
 
 @contextmanager
-def stage(timeline: Timeline) -> Iterator[Operations]:
+def stage(timeline: Timeline, capability: tuple[int, int] = cuda.CAPABILITY) -> Iterator[Operations]:
     """The simulated machine: inside, tensors have no memory, and the GPU's work is noted in `timeline`."""
     operations = Operations(timeline)
     is_local = isinstance(sys.modules[to_host.__module__]._own, threading.local)
@@ -194,7 +195,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         stack.enter_context(mock.patch.dict(fast.CHUNK_PIXELS))
-        stack.enter_context(cuda.simulated(timeline))
+        stack.enter_context(cuda.simulated(timeline, capability))
         timeline.kernels = stack.enter_context(noted_kernels(timeline, lambda: operations.storage))
         stack.enter_context(fake_mode())
         stack.enter_context(operations)
