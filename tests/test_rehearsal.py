@@ -174,8 +174,8 @@ def rehearsed(*flags: str) -> dict:
     done = ran("-m", "bench", "rehearse", "--json", *flags)
     assert done.stdout, done.stderr
     (found,) = json.loads(done.stdout)
-    (run,) = found["gpus"].values()
-    return found | run | {"code": done.returncode, "said": done.stderr}
+    (facts,) = found["gpus"].values()
+    return found | facts | {"code": done.returncode, "said": done.stderr}
 
 
 def test_a_run_on_a_gpu_is_in_order():

@@ -113,8 +113,8 @@ def on(target: str) -> Iterator[None]:
 
 
 def gpus(targets: Iterable[str]) -> dict[tuple[int, int], list[str]]:
-    """The compute capabilities to simulate, each with the targets whose GPUs launch what it does: a target alone if
-    there are rows for it, as others do not take these, and all that have none together.
+    """The compute capabilities to simulate -> the targets whose GPUs launch the same: one alone where rows for it
+    stand in a kernel's file, all others together.
     """
     tables = [getattr(op, table, ()) for op in OPS.values() for table in ("BLOCKS", "DEVICES", "LIBRARY")]
     measured, found = set(chain(*tables)), {}
