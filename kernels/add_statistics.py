@@ -11,10 +11,7 @@ from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"untuned": "fused"}
-BLOCKS = {
-    "untuned": block_sizes("add_statistics", 8, BLOCK_C=64),
-    "sm_90": block_sizes("add_statistics", 2, bits=(16,), BLOCK_C=64),
-}
+BLOCKS = {"untuned": block_sizes("add_statistics", 8, BLOCK_C=64)}
 CHUNK = 128  # cells that have one mean and one spread a channel, in every operation that writes or reads statistics
 
 

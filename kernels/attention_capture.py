@@ -20,7 +20,7 @@ WIDEST = 256  # channels of a head; wider ones are left to the plain form, too
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
-    "untuned": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=64, BLOCK_D=64, BLOCK_F=64)
+    "untuned": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=64, BLOCK_D=16, BLOCK_F=64)
     | block_sizes("attention_capture", 8, bits=(32,), BLOCK_S=16, BLOCK_D=16, BLOCK_F=16),
     "sm_90": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=128, BLOCK_D=64, BLOCK_F=128),
 }

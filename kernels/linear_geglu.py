@@ -26,14 +26,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @jit
 def gated(hidden, gate):
-    """`hidden` times the exact GELU of `gate`, in fp32. One less erf is formula 7.1.26 of Abramowitz and Stegun, off by
-    at most 1.5e-7, which takes a third of the instructions of a library's.
+    """`hidden` times the exact GELU of `gate`, in fp32. How often a normal number exceeds `size` is formula 26.2.17 of
+    Abramowitz and Stegun, off by at most 7.5e-8; it takes a third of the instructions of a library's erf.
     """
-    size = tl.abs(gate) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * size)
-    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * gate * tail * tl.exp2(size * size * -1.4426950408889634)
-    return hidden * tl.where(gate < 0, tail, gate - tail)
+    size = tl.abs(gate)
+    t = 1.0 / (1.0 + 0.2316419 * size)
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return hidden * (tl.maximum(gate, 0.0) - size * tail * tl.exp2(size * size * -0.7213475204444817))
 
 
 @jit
