@@ -20,7 +20,7 @@ OWN = 450e12  # Triton's tiles, without TMA
 ATTENTION_CALLS = (ATTENTION, "triton attention_capture", "triton attention_average", "triton attention_rows")
 OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
-LAUNCH = 6e-6
+LAUNCH = 7e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
 STATED = (
     f"{MEMORY / 1e12:g} TB/s of bandwidth, {LAUNCH * 1e6:g} µs per launch and, in TFLOP/s, {CONVOLUTIONS / 1e12:g} for "
