@@ -17,7 +17,6 @@ import torch
 from skips import IS_LONG
 from torch import Tensor
 
-from bench.kernels import sass
 from datasetdm_fast import sampling
 from datasetdm_fast.config import SAMPLERS
 from datasetdm_fast.errors import Refused
@@ -235,6 +234,8 @@ def test_the_audit_finds_what_does_not_fit(op, target, sizes, said):
 
 def test_an_address_is_spoilt_where_one_register_stands_for_both_halves():
     """The descriptor of an address: `UR10` is added to for the lower half, and stands for zero in the upper one."""
+    from bench.kernels import sass
+
     lower, zero, upper = (
         "/*04f0*/ UIADD3 UR25, UP0, UR10, 0x20, URZ ;",
         "/*0560*/ UMOV UR10, URZ ;",
