@@ -189,7 +189,7 @@ def whole(suite: str) -> Callable[[Documents, str], str]:
 
     def section(found: Documents, charts: str) -> str:
         if suite not in found:
-            return f"No {suite.upper()} has been measured yet."
+            return f"No race of ours has been measured on a {suite.upper()} yet."
         document, pictures = found[suite], drawn(found[suite])
         parts = [f"`{document['command']}`, {document['date']}. {limit_line(document)}. {setting_line(document)}."]
         for name, title, cells in tables_of(document):
