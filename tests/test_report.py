@@ -254,7 +254,8 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout, monkeypatch)
     assert "old" not in front and "title of ours" in front and "TF32" not in front
     assert "| attention_capture | plain | fused | plain |" in files[checkout / "docs" / "kernels.md"]
     whole = files[checkout / "bench" / "README.md"]
-    assert "No race of ours has been measured on a GPU yet." in whole and "not here: a CPU has no such arithmetic" in whole
+    assert "No race of ours has been measured on a GPU yet." in whole
+    assert "not here: a CPU has no such arithmetic" in whole
     assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder
     assert "One GPU makes 4.5 images per second (estimated" in whole  # as none was measured
     # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
