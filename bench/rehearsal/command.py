@@ -114,7 +114,7 @@ def rehearsed(config: RehearsalConfig) -> int:
         documents.append({"scenario": name, **document(runs)})
         if not config.json:
             tell(runs)
-        findings += [one for one, _ in joined({number: found.findings for number, found in runs.items()})]
+        findings += [one for one, _ in joined(runs, "findings")]
     if config.json:
         print(json.dumps(documents, indent=1))
     if config.compile:
@@ -144,11 +144,11 @@ def possible(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in wanted if name not in lost)
 
 
-def joined(parts: Mapping[str, Mapping[Flaw, int]]) -> dict[tuple[Flaw, int], list[str]]:
-    """What occurred, with how often, once for all GPUs -> the compute capabilities where it did."""
+def joined(runs: Mapping[str, Rehearsal], part: str) -> dict[tuple[Flaw, int], list[str]]:
+    """The findings or the waits of all runs, each with how often it occurred -> the compute capabilities where."""
     found: dict[tuple[Flaw, int], list[str]] = {}
-    for capability, part in parts.items():
-        for row in part.items():
+    for capability, run in runs.items():
+        for row in getattr(run, part).items():
             found.setdefault(row, []).append(capability)
     return found
 
@@ -157,8 +157,8 @@ def document(runs: Mapping[str, Rehearsal]) -> dict[str, Any]:
     """What --json says of a scenario, from its runs by compute capability."""
     rows = {}
     for name in ("findings", "waits"):
-        found = joined({capability: getattr(run, name) for capability, run in runs.items()})
-        rows[name] = [asdict(one) | {"count": count, "gpus": where} for (one, count), where in found.items()]
+        found = joined(runs, name).items()
+        rows[name] = [asdict(one) | {"count": count, "gpus": where} for (one, count), where in found]
     facts = {
         capability: {
             "launches": len(run.launches),
@@ -180,10 +180,10 @@ def tell(runs: Mapping[str, Rehearsal]) -> None:
     def on(where: Sequence[str]) -> str:
         return f", on {' and '.join(where)}" if len(runs) > 1 else ""
 
-    for (one, count), where in joined({capability: run.waits for capability, run in runs.items()}).items():
+    for (one, count), where in joined(runs, "waits").items():
         place = one.place.partition(" <")[0]
         print(f"allowed: {count} x {one.what}, {place} ({one.thread}{on(where)}): {reason_of(one)}")
-    for (one, count), where in joined({capability: run.findings for capability, run in runs.items()}).items():
+    for (one, count), where in joined(runs, "findings").items():
         print(f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase}{on(where)})")
         print(f"    {one.code}")
 

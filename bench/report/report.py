@@ -18,8 +18,8 @@ from bench.peers import OURS
 from bench.report import probed, reckoned
 from bench.report.results import (
     FEWER,
+    PEERLESS,
     REPEATED,
-    STUDENTS,
     SUITES,
     cpu_suite,
     measured,
@@ -94,11 +94,9 @@ def main(arguments: Sequence[str]) -> int:
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in (*SUITES, *STUDENTS) if (path := newest(suite, folder))}
+    found = {suite: read(path) for suite in (*SUITES, *PEERLESS) if (path := newest(suite, folder))}
     found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
     of_claims = [read(path) for path in measured("claims", folder)]
-    if probes := [document for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == "probe"]:
-        found["probe"] = max(probes, key=lambda document: document["date"])
     if before := [one for one in of_claims if one["scale"]["steps"] != of_claims[-1]["scale"]["steps"]]:
         found["claims before"] = before[-1]
     if not any(suite in found for suite in SUITES):

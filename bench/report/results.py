@@ -21,7 +21,7 @@ SUITES = ("cpu", "gpu")
 FEWER = "tuned-fewer"
 REPEATED = "-repeated"  # ends the names of suites that are the same with other images, scenes and students
 TUNED = ("tuned", FEWER, f"tuned{REPEATED}", FEWER + REPEATED)
-STUDENTS = ("claims", *TUNED, "training-free")  # suites of students, which have no peers
+PEERLESS = ("claims", *TUNED, "training-free", "probe")  # suites of students, and of our engine alone
 
 
 class ResultFile:
@@ -172,6 +172,6 @@ def measured(suite: str, folder: Path = FOLDER) -> list[Path]:
     found = [
         (document["date"], path)
         for document, path in documents
-        if document["suite"] == suite and (suite in STUDENTS or rows_of(document, "peers"))
+        if document["suite"] == suite and (suite in PEERLESS or rows_of(document, "peers"))
     ]
     return [path for _, path in sorted(found)]
