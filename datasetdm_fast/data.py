@@ -110,6 +110,9 @@ class AttentionSums:
         """The average over so many calls."""
         return AttentionSums(self.cells / calls, self.tokens / calls)
 
+    def to(self, device: torch.device | str) -> AttentionSums:
+        return AttentionSums(self.cells.to(device), self.tokens.to(device))
+
 
 @dataclass(frozen=True, repr=False)
 class SemanticMap:

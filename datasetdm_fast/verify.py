@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         places = ", ".join(place for place in (config.html, config.run and f"run.json of {config.run}") if place)
         return planned(config, facts, told, *([f"the verdict would be written to {places}"] if places else []))
     with tqdm(total=calls, unit="call", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
-        verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1), encodes=True)
+        verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1), is_whole=True)
     print(table(verdict), file=sys.stderr if config.json else sys.stdout)
     if config.json:
         print(json.dumps(verdict.document()))

@@ -78,7 +78,7 @@ def engine(model, reference):
 def judged(engine, reference, number: int = 3) -> verify.Verdict:
     recipe = make_recipe(reference, tuple(KINDS), steps=STEPS, guidance=5.0)
     requests = [Request(k, prompt, 40 + k) for k, prompt in enumerate(PROMPTS[:number])]
-    return verify.verify(engine, reference, requests, recipe, batch_size=2, encodes=True)
+    return verify.verify(engine, reference, requests, recipe, batch_size=2, is_whole=True)
 
 
 def failed(verdict: verify.Verdict) -> set[str]:
@@ -96,6 +96,7 @@ def test_the_fast_engine_agrees(engine, reference):
         "call",
         *(f"level {name}" for name in ("low", "mid", "high", "highest")),
         "image",
+        "averages of attention",
         "encoded image",
         "free latents",
         "free image",
@@ -145,6 +146,11 @@ def one_weight_of_the_image_encoder(engine: FastEngine) -> None:
     next(engine.image_encoder.parameters()).mul_(1.01)
 
 
+def averages_of_attention(engine: FastEngine) -> None:
+    form = engine.ops.attention_average
+    engine.ops.attention_average = lambda *given: form(*given[:-1], given[-1] * 1.01)
+
+
 def halves(engine: FastEngine) -> None:
     inner = engine._tabled
     engine._tabled = lambda context: inner(torch.cat(context.chunk(2)[::-1]))
@@ -158,6 +164,7 @@ PLANTED = {
     one_head_of_the_network: {"call", "level high"},
     one_weight_of_a_decoder: {"outputs semantic"},
     one_weight_of_the_image_encoder: {"weights", "encoded image"},
+    averages_of_attention: {"averages of attention"},
     halves: {"call", "level low", "free latents"},
 }
 
@@ -167,7 +174,7 @@ def test_a_planted_error_fails(engine, reference, plant):
     plant(engine)
     verdict = judged(engine, reference, number=2)
     assert not verdict.agrees and PLANTED[plant] <= failed(verdict), command.table(verdict)
-    if plant in (one_feature_pair, one_head_of_the_maps):
+    if plant in (one_feature_pair, one_head_of_the_maps, averages_of_attention):
         assert "call" not in failed(verdict)  # the image is as it was: only the labels' source is wrong
 
 
@@ -178,7 +185,7 @@ def test_a_planted_error_fails_in_bf16_too(model, reference, plant):
     """Most of these hide in what rounding does anyway; the weights themselves are compared, too."""
     engine = build_engine("fast", model, reference.decoders, dtype="bf16", device="cpu")
     plant(engine)
-    if plant in (one_feature_pair, halves):  # no weight is wrong, but what is done with them
+    if plant in (one_feature_pair, averages_of_attention, halves):  # no weight is wrong, but what is done with them
         assert failed(judged(engine, reference, number=1))
     else:
         assert not verify.weights_row(engine, reference).is_passed
@@ -451,6 +458,30 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("labeller", ["attention", "decoder,attention"])
+def test_labels_from_attention_are_compared_too(labeller, tmp_path, capsys, monkeypatch):
+    few = "--engine fast --steps 2 --number 2 --classes ball,cube --verify 1 --prompts".split()
+    line = [*few, "a red ball beside a cube", "--labeller", labeller, "--out"]
+    if labeller != "attention":
+        line = ["--task", "semantic", *line]
+    assert generate.main([*line, str(tmp_path / "run"), "--verify-every", "2"]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
+    measures = {"averages of attention", "attention", "free attention", "text"}
+    assert measures <= {row["measure"] for row in told["measures"]}
+    assert ("semantic" in {row["measure"] for row in told["measures"]}) == ("decoder" in labeller)
+    capsys.readouterr()
+    right = FastEngine.denoise_and_average
+
+    def wrong(engine, *given):
+        output, sums = right(engine, *given)
+        return output, type(sums)(sums.cells, sums.tokens.flip(2))
+
+    monkeypatch.setattr(FastEngine, "denoise_and_average", wrong)
+    assert generate.main([*line, str(tmp_path / "other")]) == 4 and not (tmp_path / "other").exists()
+    said = capsys.readouterr().err
+    assert "averages of attention" in said and "call" not in said.partition("torch in")[2]
 
 
 def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def compared(
     reference: Engine | None = None,
 ) -> Verdict:
     """Samples of the plan, from `first` on, through the job's engine and the reference, which is built where none is
-    given; labels that no decoder reads are left out.
+    given; labels that labellers of other packages read are left out.
     """
     if job.engine.name == REFERENCE:
         raise Refused(
@@ -87,10 +87,10 @@ def compared(
 
 
 def _recipe(job: Job) -> Any:
-    """The recipe of the run, every sample from its own noise and with the labels of decoders alone."""
-    tasks, captures = job.recipe.decoded, job.recipe.captures
-    read = {task: captures[task] for task in tasks}
-    return replace(job.recipe, tasks=tasks, captures=read, attention=None, origin=FROM_NOISE)
+    """The recipe of the run, every sample from its own noise and without the labels of other packages."""
+    own = [task for task in job.recipe.tasks if task not in job.recipe.foreign]
+    read = {task: call for task, call in job.recipe.captures.items() if task in own}
+    return replace(job.recipe, tasks=tuple(own), captures=read, origin=FROM_NOISE)
 
 
 def measured(job: Job, in_fp32: Callable[[], Job], on_unet_call: Callable[[], None] = lambda: None) -> Job:

@@ -1,13 +1,21 @@
 """Distances between tensors, images and labels of two engines."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasetdm_fast.agreement.observe import Observation
+from datasetdm_fast.data import AttentionSums
+from datasetdm_fast.generation.class_prompts import attention_recipe
+from datasetdm_fast.generation.driver import BatchGenerator
+from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.labels import kind_of
+from datasetdm_fast.stages import FACTOR
 
 TINY = 1e-30
+AVERAGES = "averages of attention"
 
 
 def relative(value: Tensor, truth: Tensor) -> np.ndarray:
@@ -44,14 +52,25 @@ def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str
         f"outputs {task}": np.max([relative(found.answers[task][name], value) for name, value in answer.items()], 0)
         for task, answer in truth.answers.items()
     }
+    averages = {} if truth.averages is None else {AVERAGES: averages_distance(found.averages, truth.averages)}
     image = {"image": image_distance(found.images, truth.images)}
-    return {"call": np.concatenate(calls), **levels, **outputs, **_label_distances("", found, truth), **image}
+    return {
+        "call": np.concatenate(calls),
+        **levels,
+        **outputs,
+        **averages,
+        **_label_distances("", found, truth),
+        **image,
+    }
 
 
 def free_running_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Each engine on its own from the same noise and prompt."""
+    texts = [relative(by_image(found.context), by_image(truth.context))]
+    if truth.class_context is not None:
+        texts.append(relative(found.class_context, truth.class_context))
     distances = {
-        "text": relative(by_image(found.context), by_image(truth.context)),
+        "text": np.max(texts, 0),
         "free latents": relative(found.latents, truth.latents),
     }
     return distances | {
@@ -64,6 +83,26 @@ def encoded_distance(engine, reference, images: np.ndarray) -> dict[str, np.ndar
     """Of the latents that both make of the same images [B, H, W, 3]."""
     given = torch.from_numpy(images)
     return {"encoded image": relative(*(one.encode_image(given).float().cpu() for one in (engine, reference)))}
+
+
+def averages_distance(found: AttentionSums, truth: AttentionSums) -> np.ndarray:
+    return np.maximum(relative(found.cells, truth.cells), relative(found.tokens, truth.tokens))
+
+
+def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> dict[str, np.ndarray]:
+    """Of the averages that both make of the attention in the last call, as labels without decoders need them; the
+    prompts stand for the class prompts.
+    """
+    settings = attention_recipe(reference.model.defaults.attention, recipe.size // FACTOR)
+
+    def averages(one) -> AttentionSums:
+        generator = BatchGenerator(one, replace(recipe, attention=settings), lambda: None)
+        latents, context = truth.seen[-1].to(one.device), truth.context.to(one.device)
+        nothing, words = generator.nothing_yet(len(latents)), context.chunk(2)[1].clone()
+        _, found = one.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)
+        return found.to("cpu")
+
+    return {AVERAGES: averages_distance(averages(engine), averages(reference))}
 
 
 def _label_distances(prefix: str, found: Observation, truth: Observation) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ OWN_EXACT: dict[str, Limit] = {  # fp32 against fp32
     "text": SAME_TEXT,
     "call": (1e-5, 4e-5),
     "level": (1e-5, 4e-5),
+    "averages": (1e-5, 4e-5),
     "outputs": (1e-4, 1e-2),  # a mask that flips one cell of what a query may see moves its whole answer
     "image": (2e-4, 5e-4),  # 74 dB, 66 dB: one grey level at a few pixels
     "encoded image": (1e-5, 4e-5),
@@ -39,6 +40,7 @@ OWN_ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "text": SAME_TEXT,
     "call": (1e-2, 4e-2),
     "level": (5e-3, 2e-2),
+    "averages": (5e-3, 2e-2),
     "outputs": (5e-2, 0.2),
     "image": (1e-2, 2e-2),  # 40 dB, 34 dB
     "encoded image": (1e-2, 4e-2),
@@ -82,7 +84,7 @@ def judge(
 
 def _gate_of(measure: str) -> str:
     """The gate of a measure: one for all levels, one for all raw outputs, one for all labels of a task."""
-    return measure.split()[0] if measure.startswith(("level ", "outputs ")) else measure.partition(":")[0]
+    return measure.split()[0] if measure.startswith(("level ", "outputs ", "averages ")) else measure.partition(":")[0]
 
 
 def summary(values: np.ndarray) -> Limit:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Annotation, Capture, ProjectedCapture, Request
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request
 from datasetdm_fast.engines.torch import TorchEngine
-from datasetdm_fast.generation.driver import WordTable, outlined_labels
+from datasetdm_fast.generation.driver import BatchGenerator, attention_labels, outlined_labels
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.sampling import times, walk
@@ -32,6 +33,9 @@ class Observation:
     answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
     labels: dict[str, list[Annotation]]
     images: np.ndarray  # [B, H, W, 3] uint8
+    # where labels are read from attention: the class prompts [B, T, D], and the averages over all calls
+    class_context: Tensor | None = None
+    averages: AttentionSums | None = None
 
 
 def observe(
@@ -44,29 +48,31 @@ def observe(
     """One batch through `engine`: on its own, or `led`, so that every stage is given what the other engine had
     there.
     """
+    generator = BatchGenerator(engine, recipe, on_unet_call)
     if led is None:
-        context = torch.cat(
-            [engine.encode_text([getattr(request, name) for request in requests]) for name in ("negative", "prompt")]
-        )
+        context, class_context = generator.contexts(requests)
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
         context, noise = led.context.to(engine.device, copy=True), led.seen[0]
+        class_context = None if led.class_context is None else led.class_context.to(engine.device, copy=True)
+    sums = generator.nothing_yet(len(requests))
     state, seen, outputs, captures = walk.start(noise.to(engine.device)), [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if led is None else led.seen[call].to(engine.device)
         if call in recipe.captured:
             output, captures[call] = engine.denoise_and_capture(latents, timestep, context)
-        if call != recipe.captured[-1]:
-            output = engine.denoise(latents, timestep, context)
+        if sums is not None:
+            averaged, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
+        if call not in recipe.captured[-1:]:
+            output = averaged if sums is not None else engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
         state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
         on_unet_call()
-    words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
     raw = {
-        task: engine.annotate(task, captures[recipe.captures[task]], words.asked(task, requests))
-        for task in recipe.tasks
+        task: engine.annotate(task, captures[recipe.captures[task]], generator.words.asked(task, requests))
+        for task in recipe.decoded
     }
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
@@ -75,6 +81,9 @@ def observe(
         task: outlined_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
         for task, answer in raw.items()
     }
+    averages = sums and sums.over(len(recipe.schedule))
+    if averages is not None:
+        labels[ATTENTION] = attention_labels(requests, averages, engine, recipe)
     return Observation(
         context.cpu(),
         tuple(seen),
@@ -84,6 +93,8 @@ def observe(
         answers,
         labels,
         images,
+        None if class_context is None else class_context.cpu(),
+        averages and averages.to("cpu"),
     )
 
 
@@ -129,6 +140,11 @@ class Rounded(TorchEngine):
                 for kind in (capture.features, capture.maps)
             )
         )
+
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        return super().denoise_and_average(latents, timestep, context, class_context.to(self.dtype), sums)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():

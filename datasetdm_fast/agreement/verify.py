@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.agreement.distances import encoded_distance, free_running_distances, teacher_forced_distances
+from datasetdm_fast.agreement.distances import (
+    averaged_distance,
+    encoded_distance,
+    free_running_distances,
+    teacher_forced_distances,
+)
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.agreement.observe import Observation, Rounded, observe
 from datasetdm_fast.engines.fast import DTYPES, state_distance
@@ -44,11 +49,20 @@ def verify(
     batch_size: int,
     on_unet_call: Callable[[], None] = lambda: None,
     *,
-    encodes: bool = False,
+    is_whole: bool = False,
 ) -> Verdict:
     """Every request through both engines, led by the reference and on its own, judged by the precision's gates; with
-    `encodes` also the encoder of images, which only existing pictures need, on the reference's images.
+    `is_whole` also what these requests may not need: the encoder of images, on the reference's images, and averages of
+    attention, unless a graph would have to be exported for them.
     """
+
+    def further(one, truth: Observation) -> dict[str, np.ndarray]:
+        if not is_whole:
+            return {}
+        has_averages = recipe.attention is not None or getattr(engine, "exports_averages", False)
+        own = {} if has_averages else averaged_distance(one, reference, truth, recipe)
+        return own | encoded_distance(one, reference, truth.images)
+
     dtype = engine.fingerprint()["dtype"]
     storage = DTYPES.get("fp16" if dtype == "tf32" else dtype, DTYPES["fp16"])  # TF32 keeps as many bits as fp16
     rounded = Rounded(reference, storage) if dtype != "fp32" and reference.name == "torch" else None
@@ -63,7 +77,7 @@ def verify(
             collected,
             teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call), truth)
             | free_running_distances(found, truth)
-            | (encoded_distance(engine, reference, truth.images) if encodes else {}),
+            | further(engine, truth),
             len(batch),
         )
         if rounded and not first:  # one batch tells what the precision costs; the reference is slow
@@ -71,7 +85,7 @@ def verify(
                 drift,
                 teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
                 | free_running_distances(observe(rounded, batch, recipe), truth)
-                | (encoded_distance(rounded, reference, truth.images) if encodes else {}),
+                | further(rounded, truth),
                 len(batch),
             )
         truths.append(truth)

@@ -30,6 +30,7 @@ class GraphEngine:
     device: torch.device
     precision: str
     adjustments: Mapping[str, int] = {}
+    exports_averages = True  # by a graph of their own, at the first call of denoise_and_average
 
     def _call_unet(
         self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
