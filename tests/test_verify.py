@@ -28,6 +28,7 @@ from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.pipeline import open_run
+from datasetdm_fast.sampling.walk import SamplerState
 from datasetdm_fast.workers import spawn
 
 SMALL = dict(
@@ -94,6 +95,7 @@ def test_the_fast_engine_agrees(engine, reference):
         "weights",
         "text",
         "call",
+        "sampler",
         *(f"level {name}" for name in ("low", "mid", "high", "highest")),
         "image",
         "averages of attention",
@@ -198,6 +200,17 @@ def test_weights_of_another_model_are_noticed(model, reference):
         other.unet.conv_out.weight[0, 0, 0, 0] += 0.01 * other.unet.conv_out.weight.abs().max()
     row = verify.weights_row(build_engine("fast", other, reference.decoders, dtype="bf16", device="cpu"), reference)
     assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_wrong_step_of_the_sampler_is_noticed(engine, reference, monkeypatch):
+    right = SamplerState.step
+
+    def wrong(state, k, output):
+        state.latents = right(state, k, output) + (1e-4 if k else 0)
+        return state.latents
+
+    monkeypatch.setattr(SamplerState, "step", wrong)
+    assert failed(judged(engine, reference, number=1)) == {"sampler"}  # too little for what runs on its own
 
 
 def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, reference):

@@ -41,6 +41,7 @@ def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str
     calls = [
         relative(by_image(value), by_image(right)) for value, right in zip(found.outputs, truth.outputs, strict=True)
     ]
+    steps = [relative(value, right) for value, right in zip(found.walked, truth.walked, strict=True)]
     levels = {
         f"level {name}": np.max(
             [relative(value, right) for value, right in zip(found.levels[name], tensors, strict=True)], 0
@@ -56,6 +57,7 @@ def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str
     image = {"image": image_distance(found.images, truth.images)}
     return {
         "call": np.concatenate(calls),
+        "sampler": np.concatenate(steps),
         **levels,
         **outputs,
         **averages,

@@ -18,6 +18,7 @@ from datasetdm_fast.generation.driver import BatchGenerator, attention_labels, o
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.sampling import times, walk
+from datasetdm_fast.sampling.schedule import Schedule
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 
@@ -28,6 +29,7 @@ class Observation:
     context: Tensor  # [2B, T, D]
     seen: tuple[Tensor, ...]  # the latents of each call
     outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
+    walked: tuple[Tensor, ...]  # the latents after each call, as the sampler makes them of the outputs
     latents: Tensor  # after the last call
     levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
     answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
@@ -38,15 +40,31 @@ class Observation:
     averages: AttentionSums | None = None
 
 
+class ReferenceSampler:
+    """What SamplerState does in one operation per call, step by step."""
+
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
+        self.schedule, self.guidance, self.state = schedule, guidance, walk.start(latents)
+
+    @property
+    def latents(self) -> Tensor:
+        return self.state.latents
+
+    def step(self, k: int, output: Tensor) -> Tensor:
+        self.state = walk.step(self.schedule, k, self.state, walk.guide(output, self.guidance))
+        return self.latents
+
+
 def observe(
     engine,
     requests: Sequence[Request],
     recipe: Recipe,
     led: Observation | None = None,
     on_unet_call: Callable[[], None] = lambda: None,
+    sampler: type[ReferenceSampler] | type[walk.SamplerState] = ReferenceSampler,
 ) -> Observation:
-    """One batch through `engine`: on its own, or `led`, so that every stage is given what the other engine had
-    there.
+    """One batch through an engine and a sampler: on its own, or `led`, so that every stage is given what the other
+    engine had there.
     """
     generator = BatchGenerator(engine, recipe, on_unet_call)
     if led is None:
@@ -57,7 +75,8 @@ def observe(
         context, noise = led.context.to(engine.device, copy=True), led.seen[0]
         class_context = None if led.class_context is None else led.class_context.to(engine.device, copy=True)
     sums = generator.nothing_yet(len(requests))
-    state, seen, outputs, captures = walk.start(noise.to(engine.device)), [], [], {}
+    state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
+    seen, outputs, walked, captures = [], [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if led is None else led.seen[call].to(engine.device)
         if call in recipe.captured:
@@ -68,7 +87,7 @@ def observe(
             output = averaged if sums is not None else engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
-        state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
+        walked.append(state.step(call, output if led is None else led.outputs[call].to(engine.device)).cpu())
         on_unet_call()
     raw = {
         task: engine.annotate(task, captures[recipe.captures[task]], generator.words.asked(task, requests))
@@ -88,6 +107,7 @@ def observe(
         context.cpu(),
         tuple(seen),
         tuple(outputs),
+        tuple(walked),
         latents.cpu(),
         level_tensors(engine, captures.values()),
         answers,

@@ -17,6 +17,7 @@ from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.agreement.observe import Observation, Rounded, observe
 from datasetdm_fast.engines.fast import DTYPES, state_distance
 from datasetdm_fast.generation.recipe import Recipe
+from datasetdm_fast.sampling.walk import SamplerState
 from datasetdm_fast.version import __version__
 
 
@@ -72,10 +73,10 @@ def verify(
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
         truth = observe(reference, batch, recipe, on_unet_call=on_unet_call)
-        found = observe(engine, batch, recipe, on_unet_call=on_unet_call)
+        found = observe(engine, batch, recipe, on_unet_call=on_unet_call, sampler=SamplerState)
         _gather(
             collected,
-            teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call), truth)
+            teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call, SamplerState), truth)
             | free_running_distances(found, truth)
             | further(engine, truth),
             len(batch),
