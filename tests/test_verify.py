@@ -312,6 +312,10 @@ def test_distances_of_labels():
         )
         == 1.5
     )
+    unseen = np.array([[2, 0]])  # the second joint has no place
+    alone = LABEL_KINDS["pose"].distance(*(Keypoints(one, unseen, np.ones(1), ("a", "b")) for one in (moved, points)))
+    either = (Keypoints(moved, unseen, np.ones(1), ("a", "b")), Keypoints(points, 0 * kinds, np.ones(1), ("a", "b")))
+    assert alone == LABEL_KINDS["pose"].distance(*either) == LABEL_KINDS["pose"].distance(*either[::-1]) == 3
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2], masks[1, 2:] = True, True
 

@@ -255,14 +255,17 @@ def cards(machine: Machine) -> int:
 
 
 def verify(machine: Machine) -> int:
-    """The engine compared with the reference engine on the same GPU; the host waits for every stage."""
+    """The engine compared with the reference engine on the same GPU, labels from attention included; the host waits for
+    every stage.
+    """
     from datasetdm_fast.agreement import before  # whose libraries take seconds
 
     engine = machine.engine("semantic")
     with run_folders(engine) as folder:
         config = RunConfig(
-            prompts=PROMPT, task=("semantic",), steps=machine.steps, number=2, batch_size=2, out=str(folder / "run")
-        )
+            prompts=PROMPT, task=("semantic", ATTENTION), classes=WORDS, steps=machine.steps, number=2, batch_size=2,
+            out=str(folder / "run"),
+        )  # fmt: skip
         return len(before.compared(job.prepare(config), 2).rows)
 
 
