@@ -19,13 +19,14 @@ from datasetdm_fast.errors import Refused
 PROG = "python -m datasetdm_fast.split"
 EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")
 USUAL = ("train", "val", "test")
+ROUNDED = 0.005  # of the sum, such as that of 33.3,33.3,33.3
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
-    shares: str = setting("80,10,10", "shares of the samples, in the order of --names", metavar="LIST")
+    shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
     seed: int = setting(0, "seed of the random order of the samples", metavar="N")
@@ -44,6 +45,9 @@ class SplitConfig:
             raise Refused(
                 f"--shares {self.shares}: expected numbers of 0 or more, not all of them 0", "For example 80,10,10."
             )
+        if not any(math.isclose(sum(shares), whole, rel_tol=ROUNDED) for whole in (100, 1)):
+            near = ",".join(f"{100 * share / sum(shares):.3g}" for share in shares)
+            raise Refused(f"--shares {self.shares}: add up to {sum(shares):g}, expected 100", f"For example {near}.")
         if len(self.names) < len(shares) or (len(self.names) > len(shares) and self.names != USUAL):
             raise Refused(
                 f"--names {','.join(self.names)}: expected {len(shares)} different names, one for each share",

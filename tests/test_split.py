@@ -118,6 +118,8 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
         (("--shares", "a,b"), "expected numbers"),
         (("--shares", "0"), "expected numbers"),
         (("--shares", "0,0"), "not all of them 0"),
+        (("--shares", "90,20"), "add up to 110, expected 100\nFor example 81.8,18.2."),
+        (("--shares", "2,1,1"), "For example 50,25,25."),
         (("--shares", "50,50", "--names", "a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,B/../c"), "expected small letters"),
@@ -128,6 +130,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys, flags, said):
     before = sorted(run.iterdir())
     assert main([str(run), *flags]) == 2
     assert said in capsys.readouterr().err and sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("shares", ["0.8,0.1,0.1", "33.3,33.3,33.3", "80,20,0"])
+def test_shares_are_per_cent_or_parts_of_one(run, shares):
+    assert main([str(run), "--shares", shares, "--quiet"]) == 0
 
 
 def test_why_a_part_is_empty_is_said(tmp_path, capsys):
