@@ -21,6 +21,7 @@ from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
 
 PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)
+LEDGER_FOLDER = "DIR"  # of a run in an object store, which the URL does not name
 SHOWN = 100  # findings told on a terminal
 
 
@@ -74,6 +75,8 @@ def _told(config: AuditConfig) -> Report:
         findings = report.findings
         for there, mended in ((quote(folder), quote(here)), (str(folder), here)):
             findings = [replace(each, remedy=each.remedy.replace(there, mended)) for each in findings]
+        if here == LEDGER_FOLDER:
+            findings = [replace(each, remedy=_with_folder_named(each.remedy)) for each in findings]
         return replace(report, path=config.run, findings=findings)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
@@ -88,7 +91,13 @@ def _told(config: AuditConfig) -> Report:
 def _mended_at(run: str, copies: StoreCopy) -> str:
     """The folder that mends a run in an object store when it is given as --out: the one that keeps the ledger."""
     disk = copies.store.disk
-    return run if not is_url(run) else str(disk) if disk else "DIR"
+    return run if not is_url(run) else str(disk) if disk else LEDGER_FOLDER
+
+
+def _with_folder_named(remedy: str) -> str:
+    """The remedy, which says what the folder is that its command takes."""
+    is_said = f"--out {LEDGER_FOLDER}" in remedy
+    return remedy + f" ({LEDGER_FOLDER}: the --out of the run, which keeps its ledger)" * is_said
 
 
 def _audited(config: AuditConfig) -> Report:

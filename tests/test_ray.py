@@ -650,6 +650,9 @@ def test_a_run_in_a_store_is_read_audited_and_converted_from_there(monkeypatch, 
     assert convert.main([url, "--to", "coco"]) == 2 and "--out is missing" in capsys.readouterr().err
     there.pipe_file("/bucket/my run/images/00000001.png", there.cat_file("/bucket/my run/images/00000001.png")[:-9])
     assert audit_command.main([name, "--quiet"]) == 4
+    mended = "DIR --only 00000001 (DIR: the --out of the run, which keeps its ledger)\n"
+    told = capsys.readouterr().out
+    assert told.endswith(mended) if place == "url" else told.endswith(f"--out {made.folder} --only 00000001\n")
     there.rm("/bucket", recursive=True)
     with pytest.raises((Refused, Missing)):
         print(open_run(name)[0].image)
