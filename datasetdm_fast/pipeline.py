@@ -177,9 +177,11 @@ class Pipeline:
         **choices: Any,
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
-        given = _CheckedFirst([prompts] if isinstance(prompts, str) else prompts)
+        given = _CheckedFirst(settings.texts_of("prompts", prompts))
         _check_several(seeds)
         settings.check_batch_size(batch_size)
+        if not isinstance(seeds, Sized | None):
+            raise Refused(f"seeds: {seeds!r} has no length, expected one per prompt", "Write list(seeds).")
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
         negative = choices.get("negative_prompt", "")
@@ -234,7 +236,9 @@ class Pipeline:
             ask=ask,
             **attention,
         )
-        given = [prompts] if isinstance(prompts, str) else prompts
+        given = settings.texts_of("prompts", prompts)
+        if not isinstance(negative_prompt, str | None):
+            settings.texts_of("negative_prompt", negative_prompt)
         requests = self._requests(
             given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
@@ -326,9 +330,10 @@ class Pipeline:
         for name in ("sampler", "profile", "steps", "guidance"):
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
-        given = [images] if isinstance(images, np.ndarray) or hasattr(images, "getbands") else list(images)
+        is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
+        given = [images] if is_one else list(settings.each_of("images", images, "an image or several images"))
         pictures = in_memory(given)
-        texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] * len(given) if isinstance(prompts, str) else list(settings.texts_of("prompts", prompts))
         if len(texts) != len(given):
             raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
         chosen = self._chosen(tasks)
@@ -527,8 +532,10 @@ class _CheckedFirst(list[str]):
 def _check_options(size: int, options: dict[str, Any]) -> None:
     """Refuses a size and options of engines that are none, before anything is read."""
     settings.check_size(size)
-    settings.check_choices(outlines=options.get("outlines", "auto"))
-    settings.check_numbers(threads=options.get("threads", 0))
+    settings.check_choices(
+        **{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options}
+    )
+    settings.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
 
 
 def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
@@ -536,7 +543,7 @@ def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple
     if isinstance(given, kinds):
         text = str(given)
         raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
-    found = tuple(given)
+    found = tuple(settings.each_of(name, given, f"a sequence of {expected}"))
     for one in found:
         if not isinstance(one, kinds):
             raise Refused(f"{name}: {one!r} is not a text", f"Give a sequence of {expected}.")
@@ -547,6 +554,8 @@ def _check_several(seeds: object) -> None:
     """Refuses one number in the place of a seed for each prompt."""
     if isinstance(seeds, Number):
         raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
+    if seeds is not None:
+        settings.each_of("seeds", seeds, "one per prompt")
 
 
 def _check_text(given: object, where: str) -> None:

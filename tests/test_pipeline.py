@@ -172,6 +172,10 @@ def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_p
         ((np.zeros((8, 64, 3), np.uint8),), "image 0: uint8 of shape"),
         ((Image.fromarray(np.full((64, 64), 300, np.uint16)),), "image 0: its pixels are I;16, expected an 8-bit"),
         ((pictures, [None, "a ball"]), "prompt 0: None is not a text"),
+        ((pictures, None), "prompts: None was given, expected a text or several texts"),
+        ((None,), "images: None was given, expected an image or several images"),
+        (("photo.png",), "image 0: 'p' is not an image"),
+        ((["photo.png"],), "image 0: 'photo.png' is not an image"),
     ):
         with pytest.raises(Refused, match=message):
             pipe.label(*wrong, tasks=("depth",))
@@ -384,16 +388,19 @@ def test_stream_refuses_before_it_is_read():
         ({"batch_size": -1}, "--batch-size -1"),
         ({"batch_size": 1.5}, "--batch-size 1.5: expected a whole number"),
         ({"batch_size": 5000}, "--batch-size 5000: expected at most 4096"),
-        ({"steps": "20"}, "--steps 20: expected a whole number"),
+        ({"steps": "20"}, "--steps '20': expected a whole number"),
         ({"steps": 2.5}, "--steps 2.5: expected a whole number"),
         ({"guidance": None}, "--guidance None: expected a number"),
         ({"seed": -1}, "--seed -1"),
-        ({"seed": "3"}, "--seed 3: expected a whole number"),
+        ({"seed": "3"}, "--seed '3': expected a whole number"),
         ({"classes": "ball"}, "one string"),
         ({"classes": ("",)}, "empty"),
         ({"classes": (3,)}, "classes: 3 is not a text"),
         ({"tasks": "depth"}, "'depth' is one string"),
         ({"tasks": (3,)}, "tasks: 3 is not a text"),
+        ({"tasks": 3}, "tasks: 3 was given, expected a sequence of labels"),
+        ({"classes": None}, "classes: None was given, expected a sequence of words"),
+        ({"negative_prompt": 3}, "negative_prompt: 3 was given, expected a text or several texts"),
         ({"combine": "a within b:c"}, "combine: 'a within b:c' is one string"),
         ({"ask": "every"}, "--ask every: not one of named, all"),
         ({"tasks": ("attention",), "classes": ("ball",), "exponent": -2}, "--exponent -2"),
@@ -413,11 +420,17 @@ def test_stream_refuses_before_it_is_read():
         ([1], "1 were given for 2 prompts"),
         (5, "5 is one number"),
         (5.5, "5.5 is one number"),
-        ([1, "2"], "--seed 2: expected a whole number"),
+        ([1, "2"], "--seed '2': expected a whole number"),
         ([1, 2.5], "--seed 2.5: expected a whole number"),
     ):
         with pytest.raises(Refused, match=message):
             stub(["a", "b"], seeds=seeds)
+    with pytest.raises(Refused, match="seeds: .* has no length, expected one per prompt\nWrite list"):
+        stub(["a", "b"], seeds=count())
+    for prompts in (None, 3, b"a ball"):
+        for make in (stub, stub.stream, stub.diffuse):
+            with pytest.raises(Refused, match="prompts?: .* was given, expected a text or several texts"):
+                make(prompts)
     with pytest.raises(Refused, match="prompt 1: None is not a text"):
         stub(["a", None])
     with pytest.raises(Refused, match="--batch-size -1"):
@@ -434,12 +447,15 @@ def test_pictures_that_cannot_be_made_are_refused(decoders):
     with pytest.raises(Refused, match="--size 100"):
         Pipeline.from_pretrained("tiny", decoder=str(decoders), size=100)
     for choices, message in (
-        ({"size": "128"}, "--size 128: expected a multiple of 64"),
+        ({"size": "128"}, "--size '128': expected a multiple of 64"),
         ({"threads": -1}, "--threads -1: expected a whole number of 0 or more"),
         ({"outlines": "sharp"}, "--outlines sharp: not one of auto, decoder, image"),
         ({"lora": "style.safetensors"}, "lora: 'style.safetensors' is one string"),
         ({"lora": Path("style.safetensors")}, "lora: 'style.safetensors' is one string"),
         ({"lora": [3]}, "lora: 3 is not a text"),
+        ({"streams": "2"}, "--streams '2': expected a whole number of 0 or more"),
+        ({"trt_flavour": "rtx"}, "--trt-flavour rtx: not one of auto, tensorrt, tensorrt-rtx"),
+        ({"device": None}, "device: None is none of auto, cpu, cuda, cuda:N"),
     ):
         with pytest.raises(Refused, match=message):
             Pipeline.from_pretrained("tiny", decoder=str(decoders), **choices)
@@ -606,6 +622,7 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings,
         ({"height": 128, "width": 64}, "width: 64 was given, and the model was loaded for images of 128 x 128 pixels"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 is no whole number from 1 on"),
         ({"generator": 7}, "generator: 7 is no generator of torch"),
+        ({"negative_prompt": 3}, "negative_prompt: 3 was given, expected a text or several texts"),
         ({"callback_on_step_end": lambda *given: {"latents": torch.zeros(1)}}, r"latents of shape \[1\], expected"),
     ],
 )

@@ -15,6 +15,7 @@ from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import driver
 from datasetdm_fast.generation.origin import Beginning, FromNoise
+from datasetdm_fast.generation.settings import texts_of
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -69,10 +70,13 @@ def listed(
     """A prompt for every image, and as many negative prompts; each prompt is there so many times, one after another."""
     if not isinstance(each, Integral) or each < 1:
         raise Refused(f"num_images_per_prompt: {each!r} is no whole number from 1 on", "Give 1 or more.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list(texts_of("prompt", prompt))
     if not prompts:
         raise Refused("prompt: none was given", "Give at least one.")
-    negatives = [negative or ""] * len(prompts) if isinstance(negative, str | None) else list(negative)
+    if isinstance(negative, str | None):
+        negatives = [negative or ""] * len(prompts)
+    else:
+        negatives = list(texts_of("negative_prompt", negative))
     if len(negatives) != len(prompts):
         raise Refused(
             f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."

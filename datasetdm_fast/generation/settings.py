@@ -1,7 +1,7 @@
 """The settings of a run, checked without loading anything."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from operator import index
@@ -11,10 +11,12 @@ from datasetdm_fast.config import (
     ATTENTION,
     DECODER,
     ENGINE_NAMES,
+    FLAVOURS,
     LABELS,
     OUTLINES,
     PARITIES,
     PROFILES,
+    PROVIDERS,
     SAMPLERS,
     SEEDS,
     TASKS,
@@ -44,6 +46,7 @@ LEAST_SETTINGS = {
     "verify": 0,
     "verify_every": 0,
     "threads": 0,
+    "streams": 0,
     "ranks": 0,
     "exponent": -1,
     "threshold": 0,
@@ -68,6 +71,8 @@ CHOICES: dict[str, Sequence[str]] = {
     "ask": ("named", "all"),
     "parity": ("", *PARITIES),
     "outlines": ("auto", *OUTLINES),
+    "provider": PROVIDERS,
+    "trt_flavour": FLAVOURS,
 }
 
 
@@ -98,12 +103,30 @@ def check_settings(config: RunConfig) -> None:
         raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
 
 
+def each_of(name: str, given: Any, expected: str) -> Iterable[Any]:
+    """What a caller of the library gave where several are expected; refused where it cannot be iterated over."""
+    try:
+        iter(given)
+    except TypeError:
+        is_several = False
+    else:
+        is_several = not isinstance(given, bytes)
+    if not is_several:
+        raise Refused(f"{name}: {given!r} was given, expected {expected}", f"Give {expected}.")
+    return given
+
+
+def texts_of(name: str, given: str | Iterable[str]) -> Iterable[str]:
+    """The texts of such a caller, who may also give one alone."""
+    return [given] if isinstance(given, str) else each_of(name, given, "a text or several texts")
+
+
 def check_size(size: int) -> None:
     is_whole = isinstance(size, Integral)
     if not is_whole or size % 64 or not 0 <= size <= LARGEST_SIDE:
         near = min(max(round(size / 64), 1) * 64, LARGEST_SIDE) if is_whole else 512
         raise Refused(
-            f"--size {size}: expected a multiple of 64 up to {LARGEST_SIDE}",
+            f"--size {_shown(size)}: expected a multiple of 64 up to {LARGEST_SIDE}",
             f"Try --size {near}; 0 takes what the model was made for.",
         )
 
@@ -121,7 +144,8 @@ def check_numbers(**values: float) -> None:
         kind, form = (Integral, "whole number") if isinstance(getattr(RunConfig, name), int) else (Real, "number")
         if not (isinstance(value, kind) and math.isfinite(value) and value >= LEAST_SETTINGS[name]):
             raise Refused(
-                f"{_flag(name)} {value}: expected a {form} of {LEAST_SETTINGS[name]} or more", "Choose another number."
+                f"{_flag(name)} {_shown(value)}: expected a {form} of {LEAST_SETTINGS[name]} or more",
+                "Choose another number.",
             )
 
 
@@ -139,7 +163,7 @@ def check_seed(seed: int, number: int = 1) -> int:
         whole = -1
     if not 0 <= whole <= SEEDS - number:
         raise Refused(
-            f"--seed {seed}: expected a whole number from 0 to {SEEDS - number}",
+            f"--seed {_shown(seed)}: expected a whole number from 0 to {SEEDS - number}",
             "Choose another seed.",
         )
     return whole
@@ -209,6 +233,11 @@ def check_files(labels: Sequence[str]) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _shown(value: object) -> str:
+    """A value that is no number, such as the text '3', as its caller wrote it."""
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def count_images(config: RunConfig) -> int:
