@@ -113,6 +113,10 @@ class PartTable(dict):
     def names(self) -> tuple[str, ...]:
         return *(name for name in self if name not in self.others), *sorted(self.others)
 
+    def run(self, name: str, call: Callable[[], Any], failure: str) -> Any:
+        """The result of `call`, which uses a part; if that of another package fails, a Missing names the package."""
+        return self.others[name].loaded(name, call, failure) if name in self.others else call()
+
     def __missing__(self, name: str) -> Any:
         registry = self.others[name]
         place = getattr(registry[name], self.part)

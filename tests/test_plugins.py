@@ -9,17 +9,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rendered import document, rendered
 from skips import IS_LONG
 
 from datasetdm_fast import merge, open_run, splice
 from datasetdm_fast.config import TASK_KINDS, EngineKind
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.generation.job import packages_of
 from datasetdm_fast.plugins import Registry
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.tasks.labeller import check_label
 
 EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
 CODE = """
@@ -78,9 +81,10 @@ from datasetdm_fast.evaluation.networks.segformer import NETWORK
 OURS = replace(NETWORK)
 """
 LABELLER = """
+from dataclasses import replace
 import numpy as np
 from datasetdm_fast.config import LabellerKind
-from datasetdm_fast.data import Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.semantic import SemanticKind
 from datasetdm_fast.tasks.labeller import Labeller
@@ -123,6 +127,14 @@ class Heads(Bright):
         points, seen = np.array([[[9, 9, 1], [12, 9, 1]]], np.float32), np.full((1, 2), 2)
         return [Keypoints(points, seen, np.ones(1, np.float32), self.joints, self.limbs) for _ in given.images]
 
+class Small(Bright):
+    def label(self, given):
+        return [replace(label, labels=label.labels[:9]) for label in super().label(given)]
+
+class Deep(Bright):
+    def label(self, given):
+        return [DepthMap(label.confidence, 1.0) for label in super().label(given)]
+
 class Mute(Bright):
     def label(self, given):
         return []
@@ -132,6 +144,8 @@ WORDS = LabellerKind("datasetdm_fast.labels.open_vocabulary:OpenVocabularyKind",
 HALVES = LabellerKind("datasetdm_fast.labels.instance:InstanceKind", "foreign_labeller:Halves")
 JOINTS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Halves")
 HEADS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Heads")
+SMALL = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Small")
+DEEP = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Deep")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
@@ -160,6 +174,8 @@ words = foreign_labeller:WORDS
 halves = foreign_labeller:HALVES
 joints = foreign_labeller:JOINTS
 heads = foreign_labeller:HEADS
+small = foreign_labeller:SMALL
+deep = foreign_labeller:DEEP
 mute = foreign_labeller:MUTE
 hollow = foreign_labeller:HOLLOW
 faint = foreign_labeller:FAINT
@@ -242,6 +258,43 @@ def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monk
             open_run(run)
 
 
+MAP = SemanticMap(np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.float32), ("dark", "bright"))
+THING = Instances(np.zeros((1, 4, 6), bool), np.zeros(1, int), np.ones(1, np.float32), MAP.classes)
+PERSON = Keypoints(np.zeros((1, 2, 3)), np.zeros((1, 2), int), np.ones(1), ("nose", "left eye"))
+
+
+@pytest.mark.parametrize(
+    ("label", "wrong"),
+    [
+        (MAP, None),
+        (replace(MAP, labels=np.full((4, 6), 255)), None),
+        (THING, None),
+        (replace(THING, masks=THING.masks[:0], class_ids=THING.class_ids[:0], scores=THING.scores[:0]), None),
+        (PERSON, None),
+        (DepthMap(np.ones((4, 6)), 1.0), None),
+        ((MAP.labels, MAP.confidence), "a tuple is none of SemanticMap, "),
+        (replace(MAP, labels=MAP.labels[:2]), "labels: an array of shape [2, 6], expected [4, 6]"),
+        (replace(MAP, labels=MAP.confidence), "labels: an array of float32, expected integers"),
+        (replace(MAP, confidence=None), "confidence: a NoneType, expected an array of numbers"),
+        (replace(MAP, labels=MAP.labels + 2), "the class 2 is none of 0 to 1"),
+        (replace(MAP, classes=("a", "b")), "classes: a, b, expected dark, bright"),
+        (replace(THING, scores=np.ones(2)), "scores: an array of shape [2], expected [1]"),
+        (replace(THING, class_ids=np.full(1, 255)), "the class 255 is none of 0 to 1"),
+        (replace(PERSON, points=np.zeros((1, 2, 2))), "points: an array of shape [1, 2, 2], expected [P, 2, 3]"),
+        (replace(PERSON, joints=("nose", "tail")), "joints: nose, tail, expected nose, left eye"),
+        (DepthMap(np.ones((4, 6, 1)), 1.0), "metres: an array of shape [4, 6, 1], expected [4, 6]"),
+    ],
+)
+def test_a_label_that_does_not_fit_its_image_or_its_table_is_named(label, wrong):
+    table = {"classes": ["dark", "bright"], "joints": ["nose", "left eye"]}
+    if wrong is None:
+        check_label(label, (4, 6), table)
+        return
+    with pytest.raises(ValueError) as stop:
+        check_label(label, (4, 6), table)
+    assert wrong in str(stop.value)
+
+
 # One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.
 COMMANDS = """
 import contextlib, io, json, sys
@@ -304,6 +357,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["label", "both/images", "--labeller", "bright", "--model", "tiny", "--out", "seen", *few], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole"),
         ([*run, "--labeller", "mute", "--out", "mute"], 3, "fails on a batch (ValueError: 0 labels for 1 images)"),
+        ([*run, "--labeller", "small", "--out", "small"], 3, "labels: an array of shape [9, 64], expected [64, 64])"),
+        ([*run, "--labeller", "deep", "--out", "deep"], 3, "foreign-things cannot store a label (AttributeError: "),
         ([*run, "--labeller", "hollow", "--out", "none"], 3, "'hollow' of the package foreign-things does not load"),
         ([*run, "--labeller", "joints", "--out", "none"], 3, "does not say what its labels are (AttributeError: "),
         ([*run, "--labeller", "faint", "--out", "none"], 3, "'faint' of the package foreign-things does not load"),

@@ -1,6 +1,7 @@
 """A sample's image and labels as files and records, and back; the bytes depend on the sample alone."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 
 from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.foreign import images
-from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Table
+from datasetdm_fast.labels.names import task_of_label
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 
@@ -25,7 +27,11 @@ def encode(
     files: Files = {"image": (f"{folder}images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
-        contents, records[task] = kind_of(task).encode(annotation, sample.annotations, tables[task])
+        contents, records[task] = LABEL_KINDS.run(
+            task_of_label(task),
+            partial(kind_of(task).encode, annotation, sample.annotations, tables[task]),
+            "cannot store a label",
+        )
         files |= {role: (f"{folder}{role}/{id}.png", content) for role, content in contents.items()}
     return files, records
 
