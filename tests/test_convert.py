@@ -701,6 +701,18 @@ def test_audit_covers_exports(run, tmp_path, capsys):
     assert audit.main([str(copy / "exports")]) == 4
 
 
+@pytest.mark.parametrize("line", [b"00  ../../run.json\n", b"00  images/\xff.png\n", b"00\n"])
+def test_an_export_whose_list_of_digests_is_forged_is_named(run, tmp_path, capsys, line):
+    out = tmp_path / "out"
+    assert main([str(run), "--to", "coco", "--out", str(out), "--quiet"]) == 0
+    (out / "SHA256SUMS").write_bytes(line)
+    told = json.loads((out / "export.json").read_text())
+    (out / "export.json").write_text(json.dumps({**told, "sums": hashlib.sha256(line).hexdigest()}))
+    assert audit.main([str(out)]) == 4 and "SHA256SUMS: not a valid list of digests" in capsys.readouterr().out
+    assert main([str(run), "--to", "coco", "--out", str(out), "--quiet"]) == 2
+    assert "SHA256SUMS: not a valid list of digests" in capsys.readouterr().err
+
+
 def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -32,15 +32,20 @@ def audit_export(folder: Path) -> Report:
     if storage.sha256_of(folder / SUMS) != told.get("sums"):
         findings.append(Finding(SUMS, "its bytes are not those that were written", REMEDY))
         return Report(str(folder), samples, samples, 0, 0, 0, findings)
-    names, total = set(), 0
-    for name, digest in stated(folder):
-        names.add(name)
-        found = storage.sha256_of(folder / name)
-        if found != digest:
-            what = "its bytes are not those that were written" if found else "is not there"
-            findings.append(Finding(name, what, REMEDY))
-        else:
-            total += (folder / name).stat().st_size
+    names: set[str] = set()
+    total = 0
+    try:
+        for name, digest in stated(folder):
+            names.add(name)
+            found = storage.sha256_of(folder / name)
+            if found != digest:
+                what = "its bytes are not those that were written" if found else "is not there"
+                findings.append(Finding(name, what, REMEDY))
+            else:
+                total += (folder / name).stat().st_size
+    except Refused as error:
+        findings.append(Finding(SUMS, error.cause.removeprefix(f"{folder / SUMS}: "), REMEDY))
+        return Report(str(folder), samples, samples, 0, 0, 0, findings)
     findings += _strangers(folder, names | {DOCUMENT, SUMS})
     return Report(str(folder), samples, samples, 0, len(names), total, findings)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, refusing_form
 from datasetdm_fast.exporting.view import Linked
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import EXPORTS, check_same, pretty, run_around
@@ -192,8 +192,9 @@ def forget_work(folder: Path) -> None:
 
 def stated(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and SHA-256 of every file that an export has beside its description."""
-    with storage.refusing(folder / SUMS), open(folder / SUMS, encoding="utf-8") as lines:
-        for line in lines:
+    path = folder / SUMS
+    with storage.refusing(path), refusing_form(path, "list of digests", "Export again."), open(path, "rb") as lines:
+        for line in map(bytes.decode, lines):
             digest, _, name = line.rstrip("\n").partition("  ")
             yield documents.check_inside(name), digest
 
