@@ -68,7 +68,26 @@ class Listing(MmsegFormat):
     def shared(self, plan, samples):
         return {"list.txt": [b"one"]}
 
-LISTING = Listing()
+class Leaving(Listing):
+    def converted(self, sample, plan):
+        return {"../../left.txt": b""}, {}
+
+class Torn(Listing):
+    def converted(self, sample, plan):
+        return {}["context"]
+
+class Repeated(Listing):
+    def converted(self, sample, plan):
+        return {"list.txt": b""}, {}
+
+class Text(Listing):
+    def shared(self, plan, samples):
+        return {"list.txt": "one"}
+
+class Flat(Listing):
+    needs = ("semantic",)
+
+LISTING, LEAVING, TORN, REPEATED, TEXT, FLAT = Listing(), Leaving(), Torn(), Repeated(), Text(), Flat()
 
 class BrightListing(Listing):
     needs = (("bright",),)
@@ -185,6 +204,11 @@ semantic = foreign_labeller:FAINT
 listing = foreign_writer:LISTING
 bright-listing = foreign_writer:BRIGHT_LISTING
 wrong-listing = foreign_things:scenes
+leaving = foreign_writer:LEAVING
+torn = foreign_writer:TORN
+repeated = foreign_writer:REPEATED
+text = foreign_writer:TEXT
+flat = foreign_writer:FLAT
 
 [datasetdm_fast.students]
 seg = foreign_student:OURS
@@ -370,6 +394,16 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["convert", "seen", "--to", "mmseg", "--out", "maps", "--quiet"], 0, ""),
         (["convert", "seen", "--to", "yolo-seg", "--out", "none"], 2, "there are some for bright, semantic"),
         ([*run, "--labeller", "halves,heads", "--format", "yolo-seg,yolo-pose", "--out", "halves"], 0, ""),
+        *(
+            (["convert", "run", "--to", name, "--out", f"to-{name}"], 3, f"of the package foreign-things{said}")
+            for name, said in (
+                ("leaving", " fails on sample 00000000 (ValueError: '../../left.txt' leads out of its folder)"),
+                ("torn", " fails on sample 00000000 (KeyError: 'context')"),
+                ("repeated", " 1.0 writes repeated/list.txt more than once"),
+                ("text", " fails on its file list.txt (TypeError: a chunk is a str, expected bytes)"),
+                ("flat", " does not load (TypeError: needs is ('semantic',), expected groups of tasks such as "),
+            )
+        ),
         (
             ["convert", "run", "--to", "wrong-listing", "--out", "none"],
             3,
@@ -404,6 +438,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
     first, second = (tmp_path / name / "bright_confidence" / "00000000.png" for name in ("both", "seen"))
     assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "out" / "listing" / "list.txt").read_bytes() == b"one"
+    assert not (tmp_path / "left.txt").exists()
     assert (tmp_path / "bright" / "bright-listing" / "list.txt").is_file()
     assert "'bright'" in (tmp_path / "maps" / "mmseg" / "dataset.py").read_text()
     yolo = tmp_path / "halves" / "exports" / "yolo-seg"

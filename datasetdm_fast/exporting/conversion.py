@@ -16,9 +16,9 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
-from datasetdm_fast.exporting import target
+from datasetdm_fast.exporting import other_packages, target
 from datasetdm_fast.exporting.classes import PERSON, Renaming, united
-from datasetdm_fast.exporting.format import Content, Entry, ExportPlan, Format
+from datasetdm_fast.exporting.format import Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.exporting.view import RunView, SampleView
 from datasetdm_fast.foreign import documents
@@ -264,7 +264,13 @@ class Conversion:
             if is_stopping():
                 return ExportResult(self.samples, 0, made, False)
             for name, format in self.formats.items():
-                found = format.shared(self.plan, _Done(self, opened, name))
+                samples = _Done(self, opened, name)
+                if name in EXPORT_FORMATS.others:
+                    found = other_packages.shared(name, format, self.plan, samples)
+                    if twice := opened.written_twice(f"{name}/{path}" for path in found):
+                        raise other_packages.overwriting(name, twice, self.folder)
+                else:
+                    found = format.shared(self.plan, samples)
                 for path, chunks in found.items():
                     opened.share(f"{name}/{path}", chunks)
             return ExportResult(self.samples, opened.complete(), made, True)
@@ -302,17 +308,13 @@ class Conversion:
         ]
 
     def _made(self, view: SampleView) -> tuple[dict[str, Content], dict[str, Entry]]:
-        """The files and entries of a sample; a label that cannot be read is a failed check."""
+        """The files and entries of a sample."""
         files: dict[str, Content] = {}
         entries: dict[str, Entry] = {}
-        try:
-            for name, format in self.formats.items():
-                found, entries[name] = format.converted(view, self.plan)
-                files |= {f"{name}/{path}": content for path, content in found.items()}
-        except (Refused, Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
-            said = f"sample {view.stored.id} is damaged ({documents.one_line(cause)})"
-            raise _damaged(view.stored.run, said) from error
+        for name, format in self.formats.items():
+            make = other_packages.converted if name in EXPORT_FORMATS.others else _converted
+            found, entries[name] = make(name, format, view, self.plan)
+            files |= {f"{name}/{path}": content for path, content in found.items()}
         return files, entries
 
     def close(self) -> None:
@@ -336,9 +338,19 @@ class _Done:
         return map(self.conversion.view, self.opened.numbers_of(split, first, stop))
 
 
+def _converted(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    """The files and the entry of a sample in a format of ours; a label that cannot be read is a failed check."""
+    try:
+        return format.converted(view, plan)
+    except (Refused, Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
+        said = f"sample {view.stored.id} is damaged ({documents.one_line(cause)})"
+        raise _damaged(view.stored.run, said) from error
+
+
 def _format(name: str) -> Format:
     found = EXPORT_FORMATS[name]
-    return named(found) if isinstance(found, str) else EXPORT_FORMATS.checked(name, found, Format)
+    return named(found) if isinstance(found, str) else other_packages.checked(name, found)
 
 
 def _split_order(name: str) -> tuple[int, str]:

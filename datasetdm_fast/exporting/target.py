@@ -148,6 +148,14 @@ class ExportFolder(AbstractContextManager):
         statement = "SELECT number FROM done WHERE split = ? ORDER BY number LIMIT ? OFFSET ?"
         return [number for (number,) in self._done.execute(statement, (split, stop - first, first))]
 
+    def written_twice(self, shared: Iterable[str]) -> str | None:
+        """A file that two samples have written, or a sample and one of the files of all samples; None without any."""
+        written = "SELECT json_extract(value, '$[0]') AS name FROM done, json_each(done.files)"
+        is_twice = "count(*) > 1 OR name IN (SELECT value FROM json_each(?))"
+        query = f"SELECT name FROM ({written}) GROUP BY name HAVING {is_twice} LIMIT 1"
+        found = self._done.execute(query, (json.dumps([*shared]),)).fetchone()
+        return found and found[0]
+
     def share(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file of all samples, unless it was written before."""
         if self._done.execute("SELECT 1 FROM shared WHERE name = ?", (name,)).fetchone():
