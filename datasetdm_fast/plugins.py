@@ -1,5 +1,6 @@
 """Extensions from other packages, found by their entry points and loaded when they are selected."""
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -17,13 +18,23 @@ def named(place: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def place_in_package(error: BaseException) -> str:
-    """The function of an extension's package in which an error was raised or passed on, empty where there is none."""
+def extending_packages() -> dict[str, EntryPoint]:
+    """An entry of each package with extensions, by the name of the module that it is imported as."""
     packages: dict[str, EntryPoint] = {}
     for group in (group for group in entry_points().groups if group.startswith(GROUP)):
         packages |= {found.value.partition(":")[0].partition(".")[0]: found for found in entry_points(group=group)}
     packages.pop("datasetdm_fast", None)
-    place = ""
+    return packages
+
+
+def loaded_packages() -> list[str]:
+    """Names and versions of the packages whose extensions have been loaded, which are those that were selected."""
+    return sorted({package_of(found) for module, found in extending_packages().items() if module in sys.modules})
+
+
+def place_in_package(error: BaseException) -> str:
+    """The function of an extension's package in which an error was raised or passed on, empty where there is none."""
+    packages, place = extending_packages(), ""
     for frame, _ in walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__", ""))
         if (found := packages.get(module.partition(".")[0])) is not None:

@@ -38,7 +38,12 @@ class Torn(TorchEngine):
     def denoise(self, latents, timestep, context):
         return super().denoise(latents, timestep, {}["context"])
 
+class Short(TorchEngine):
+    def denoise(self, latents, timestep, context):
+        return super().denoise(latents, timestep, context)[:1]
+
 SLOW = EngineKind("foreign_things:Slow")
+SHORT = EngineKind("foreign_things:Short")
 TEARS = EngineKind("foreign_things:Torn")
 LOST = EngineKind("foreign_nothing:Slow")
 PICKY = EngineKind("foreign_things:Slow", {"provider": None}, requirement=("foreign_things:refuse", "provider"))
@@ -170,6 +175,7 @@ HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
 POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
+short = foreign_things:SHORT
 tears = foreign_things:TEARS
 torn = foreign_things:NOTHING
 wrong = foreign_things:scenes
@@ -243,7 +249,7 @@ def installed(tmp_path_factory) -> Path:
 def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     monkeypatch.syspath_prepend(str(installed))
     registry = Registry("engines", {"torch": 1}, EngineKind)
-    assert registry.names == ("torch", "ends", "lost", "picky", "slow", "tears", "torn", "wrong")
+    assert registry.names == ("torch", "ends", "lost", "picky", "short", "slow", "tears", "torn", "wrong")
     assert list(registry) == ["torch"]
     assert "slow" in registry and "none" not in registry and "foreign_things" not in sys.modules
     assert registry["torch"] == 1 and registry["slow"].engine == "foreign_things:Slow"
@@ -372,6 +378,11 @@ def test_commands_run_them_by_name(installed, tmp_path):
             [*run, "--task", "semantic", "--out", "fails", "--engine", "tears"],
             3,
             "foreign_things.Torn.denoise of the package foreign-things 1.0 fails (KeyError: 'context')\nUpdate that",
+        ),
+        (
+            [*run, "--task", "semantic", "--out", "short", "--engine", "short"],
+            1,
+            "this is a bug of ours, or of the package foreign-things 1.0, the report is",
         ),
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
         ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),

@@ -14,7 +14,7 @@ from functools import wraps
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.plugins import place_in_package
+from datasetdm_fast.plugins import loaded_packages, place_in_package
 from datasetdm_fast.version import __version__
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
@@ -122,7 +122,7 @@ def _reader_is_gone() -> bool:
 
 def report(error: Exception) -> int:
     """Exit code 1, once what led to the error is in a file that the user can send us; 3 and the name of the package
-    where the error went through an extension.
+    where the error went through an extension. Elsewhere an extension that was selected may have caused it.
     """
     place, told = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     summary = f"{place} fails ({told})" if place else f"datasetdm-fast: unexpected {told}"
@@ -140,5 +140,6 @@ def report(error: Exception) -> int:
     if place:
         _say(summary, f"Update that package, or remove it; the report for its authors is {report.name}.")
     else:
-        print(f"{summary}; this is a bug of ours, the report is {report.name}", file=sys.stderr)
+        others = "".join(f", or of the package {package}" for package in loaded_packages())
+        print(f"{summary}; this is a bug of ours{others}, the report is {report.name}", file=sys.stderr)
     return code
