@@ -1064,7 +1064,7 @@ BAD = {
         False,
     ),
     "a crowd that is told in words": (*instances(lambda d: first_polygon(d).update(iscrowd="0"))[:3], False),
-    "no annotations": (*instances(lambda d: d.update(annotations=[]))[:3], False),
+    "no list of annotations": (*instances(lambda d: d.pop("annotations"))[:3], False),
     "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
     "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),
     "JSON with NaN": (
@@ -1591,6 +1591,20 @@ def test_hugging_face_labels_of_whole_pictures_are_no_maps(copied, cell):
     assert all((labels == was).all() for labels, was in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"), [("coco", "annotations/instances_train2017.json"), ("lvis", "lvis_v1_train.json")]
+)
+def test_pictures_of_background_alone_are_data(copied, layout, name):
+    """As in every other layout; that a whole data set shows nothing, training says itself."""
+    root, address = copied(layout)
+    listed = json.loads((root / name).read_text())
+    searched = {"neg_category_ids": [row["id"] for row in listed["categories"]]} if layout == "lvis" else {}
+    rewrite(root / name, lambda d: d.update(annotations=[], images=[row | searched for row in d["images"]]))
+    items = list(open_data(address, SIZE, tasks=("semantic", "instance")))
+    assert len(items) == COUNT and all(item.caption == "a photo" for item in items)
+    assert not any(len(item.masks) or item.semantic.any() for item in items)
+
+
 def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):
     root, address = copied("hf-imagefolder")
     path = root / "train" / "metadata.jsonl"
@@ -1702,6 +1716,7 @@ def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatc
             assert stream.at(start, end) == value
             found.setdefault(key, []).append(value)
         assert found == {"a": document["a"], "b": [document["b"]], "e": [123456789], "日本": [True]}
+        assert stream.keys == set(document)
 
 
 @pytest.mark.parametrize(

@@ -43,16 +43,17 @@ class JsonStream:
             finally:
                 os.close(handle)
         self.decoder = documents.json_decoder()
+        self.keys: set[str] = set()  # of the object, as far as it was read, those of empty lists included
 
     def __iter__(self) -> Iterator[Element]:
         """Every element of every list of the object, and every other value of it whole."""
-        self.text, self.base = "", 0
-        place, seen = self._expect(self._space(3 if self.data[:3] == b"\xef\xbb\xbf" else 0), "{"), set()
-        while self._at(place := self._space(place)) != "}" or seen:
+        self.text, self.base, self.keys = "", 0, set()
+        place = self._expect(self._space(3 if self.data[:3] == b"\xef\xbb\xbf" else 0), "{")
+        while self._at(place := self._space(place)) != "}" or self.keys:
             key, place = self._value(place)
-            if not isinstance(key, str) or key in seen:
+            if not isinstance(key, str) or key in self.keys:
                 self._refuse(place, f"{documents.quoted(key)} is no key, or occurs twice")
-            seen.add(key)
+            self.keys.add(key)
             place = self._space(self._expect(self._space(place), ":"))
             if self._at(place) == "[":
                 place = yield from self._list(key, place + 1)

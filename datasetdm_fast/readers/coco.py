@@ -27,9 +27,11 @@ ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 
 
 class Annotations:
-    """One annotation file: its images, its categories, and where in it each annotation stands."""
+    """One annotation file: its images, its categories, and where in it each annotation stands. An image without any
+    shows nothing, also where all do.
+    """
 
-    def __init__(self, path: Path, *, may_be_none: bool = False):
+    def __init__(self, path: Path):
         self.path, self.stream = path, JsonStream(path)
         self.images: dict[int, dict[str, Any]] = {}
         self.categories: dict[int, str] = {}
@@ -67,8 +69,8 @@ class Annotations:
                     crowds.append(_is_crowd(value))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
-        annotations = len(areas) or may_be_none
-        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", annotations)):
+        is_annotated = "annotations" in self.stream.keys  # an empty list says that the images show nothing
+        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
             if not there:
                 raise reading.bad(path, f"no {what} in it")
         self.rows = {
@@ -142,7 +144,7 @@ class Coco(PictureSource):
         self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
         self._open(
             Annotations(reading.first_there(things)) if has_things else None,
-            Annotations(persons, may_be_none=True) if has_persons else None,
+            Annotations(persons) if has_persons else None,
             size,
             is_pose_alone,
         )
