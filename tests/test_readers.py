@@ -1591,6 +1591,14 @@ def test_hugging_face_labels_of_whole_pictures_are_no_maps(copied, cell):
     assert all((labels == was).all() for labels, was in zip(after, before, strict=True))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_captions_that_are_made_of_the_labels_are_known_to_name_all(made, name):
+    """By which --by-name auto decides; a binary mask is of a class that no prompt would name."""
+    source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
+    is_made = isinstance(source.picture(0).caption, tuple) if isinstance(source, PictureSource) else False
+    assert source.captions_name_all == (is_made and LAYOUTS[name][0] != "mask")
+
+
 @pytest.mark.parametrize(
     ("layout", "name"), [("coco", "annotations/instances_train2017.json"), ("lvis", "lvis_v1_train.json")]
 )

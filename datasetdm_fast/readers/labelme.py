@@ -27,6 +27,7 @@ class LabelMe(PictureSource):
     """
 
     rule = framing.RULES["coco"]
+    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():
