@@ -14,7 +14,7 @@ from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.gallery import PAGE, server
-from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, copy_whole, is_url
+from datasetdm_fast.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
 from datasetdm_fast.run_folder.showing import ShownRun, show
 
 PROG = "python -m datasetdm_fast.gallery"
@@ -88,7 +88,7 @@ def _served(place: str, run: ShownRun) -> server.ServedRun:
     if run.copies is None:
         return server.ServedRun.of_folder(run.folder)
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
-        return server.ServedRun(run.folder.resolve(), "", run.copies.bring, run.copies.reviewing)
+        return server.ServedRun(run.folder.resolve(), "", StoredReview(run.copies.store), run.copies.bring)
     return replace(server.ServedRun.of_folder(run.folder), bring=run.copies.bring)
 
 

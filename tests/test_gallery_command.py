@@ -365,9 +365,47 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
     assert answers[f"{home}gallery/depth/00000001.png"][0] == 200
     assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
     assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
+    others = object_store.StoredReview(object_store.ObjectStore(bucket.url))
+    assert others.read() == {"00000000": "bad"} | ({"00000001": "bad"} if place == "url" else {})
     at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
     marked = at_url or (folder / "review/bad.txt").read_bytes()
     assert marked == (b"00000000\n" if at_url else b"") + b"00000001\n" and not (folder / "images").exists()
+
+
+def test_two_reviewers_of_a_store_keep_each_others_marks(bucket, monkeypatch):
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n00000001\n")  # of an earlier version
+    one, other = (object_store.StoredReview(object_store.ObjectStore(bucket.url)) for _ in range(2))
+    publish, turns = object_store.ObjectStore.publish, iter(range(100))
+
+    def interrupted(store, files):
+        """Before everything that one of them writes, the other marks a sample."""
+        if store is one._store and (turn := next(turns)) < 4:
+            other.change({f"{10 + turn:08}": "good", "00000003": "good"})
+        return publish(store, files)
+
+    monkeypatch.setattr(object_store.ObjectStore, "publish", interrupted)
+    one.change({"00000000": "", "00000002": "bad", "00000003": "bad"})
+    marks = {"00000001": "bad", "00000002": "bad", "00000003": "bad"} | {f"{10 + k:08}": "good" for k in range(4)}
+    del marks["00000003"]  # which the other has marked last
+    assert one.read() == other.read() == marks | {"00000003": "good"}
+    lists = {mark: bucket.files.cat_file(f"{bucket.root}/{name}") for mark, name in object_store.REVIEW.items()}
+    assert review.of_lists(lists) == one.read()
+    assert set(object_store.ObjectStore(bucket.url).sizes()) == {"review/bad.txt", "review/good.txt"}
+
+
+def test_reviewers_of_a_store_who_mark_the_same_samples_at_once_leave_each_a_mark(bucket):
+    def mark(name, step):
+        marks = object_store.StoredReview(object_store.ObjectStore(bucket.url))
+        for k in range(0, 30)[::step]:
+            marks.change({f"{k:08}": name, f"{k + 100 * (name == 'bad'):08}": name})
+
+    threads = [threading.Thread(target=mark, args=arguments) for arguments in (("good", 1), ("bad", -1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = object_store.StoredReview(object_store.ObjectStore(bucket.url)).read()
+    assert sorted(found) == [f"{k:08}" for k in [*range(30), *range(100, 130)]]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
 AT_ONCE = 16  # files copied together
-REVIEW = tuple(f"review/{mark}.txt" for mark in review.MARKS)
+REVIEW = {mark: f"review/{mark}.txt" for mark in review.MARKS}
+SINGLE_MARKS = "review/marks"  # one file for each mark of a sample in a store, which the lists of the review repeat
+REMOVED = "none"  # stands for a mark there which a list may still have
 COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
 
 
@@ -183,10 +185,11 @@ class ObjectStore:
                 return None
 
     def sizes(self) -> dict[str, int]:
-        """Path inside the run -> bytes, of its files."""
+        """Path inside the run -> bytes, of its files, apart from single marks of a review."""
         with self._refusing():
             found = self.files.find(self.root, detail=True)
         inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
+        inside = {name: each for name, each in inside.items() if not name.startswith(f"{SINGLE_MARKS}/")}
         try:
             return {
                 documents.check_inside(name): inside[name]["size"] or 0
@@ -195,6 +198,21 @@ class ObjectStore:
             }
         except ValueError as error:
             raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
+
+    def names(self, folder: str) -> set[str]:
+        """The names of what is in a folder now, whoever put it there."""
+        with self._refusing():
+            self.files.invalidate_cache()
+            try:
+                found = self.files.ls(f"{self.root}/{folder}", detail=False)
+            except FileNotFoundError:
+                return set()
+        return {each.rstrip("/").rpartition("/")[2] for each in found}
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with self._refusing(), suppress(FileNotFoundError):
+            self.files.rm_file(f"{self.root}/{name}")
 
     def fetch(self, name: str, path: Path) -> bool:
         """Copies a file of any size here; False where the store has none of that name."""
@@ -269,15 +287,11 @@ class StoreCopy:
 
     def state(self) -> Path:
         """The folder, once it has what tells of the samples."""
-        self._renew((DOCUMENT, LEDGER, SEAL, KEPT, SPLIT, *REVIEW))
-        return self.folder
-
-    def _renew(self, names: Iterable[str]) -> None:
-        """Brings these files as the store has them now, as far as it has them."""
-        for name in names:
+        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT):
             content = self.store.read(name)
             if content is not None:
                 storage.publish({self.folder / name: content})
+        return self.folder
 
     def samples(self, rows: Iterable[Row]) -> Path:
         """The folder, once it has the files of these rows."""
@@ -313,14 +327,34 @@ class StoreCopy:
         storage.move(part, path)
         return path
 
-    @contextmanager
-    def reviewing(self) -> Iterator[None]:
-        """Within the block the folder has the marks of the review that are in the store, whoever wrote them there;
-        after it the store has those of the folder.
-        """
-        self._renew(REVIEW)
-        yield
-        self.store.publish({name: storage.read(self.folder / name, review.LARGEST_LIST) for name in REVIEW})
+
+class StoredReview:
+    """The marks of a run in an object store, where nobody can hold a list while changing it: each mark of a sample is a
+    file of its own, so that no reviewer undoes what others mark. The lists are written after them.
+    """
+
+    def __init__(self, store: ObjectStore):
+        self._store = store
+
+    def read(self) -> dict[str, str]:
+        found = review.of_lists({mark: self._store.read(name) or b"" for mark, name in REVIEW.items()})
+        names = self._store.names(SINGLE_MARKS)
+        for mark in (REMOVED, *review.MARKS):  # of two who mark one at once, whoever marks it bad counts
+            ids = [name.removesuffix(f".{mark}") for name in names if name.endswith(f".{mark}")]
+            found |= {id: mark for id in ids if review.ID.fullmatch(id)}
+        return {id: mark for id, mark in found.items() if mark != REMOVED}
+
+    def change(self, marks: Mapping[str, str]) -> None:
+        names = self._store.names(SINGLE_MARKS)
+        new = {f"{id}.{mark or REMOVED}" for id, mark in marks.items()}
+        old = {f"{id}.{mark}" for id in marks for mark in (REMOVED, *review.MARKS)} & names
+        for name in sorted(old - new):  # first, or two who mark one at once could remove each other's mark
+            self._store.remove(f"{SINGLE_MARKS}/{name}")
+        self._store.publish({f"{SINGLE_MARKS}/{name}": b"" for name in sorted(new)})
+        found = None
+        while (there := self.read()) != found:  # again where others have marked samples in the meantime
+            found = there
+            self._store.publish({REVIEW[mark]: content for mark, content in review.lists_of(found).items()})
 
 
 def _discard(folder: Path, process: int) -> None:
@@ -368,7 +402,7 @@ def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) ->
     for name, size in sizes.items():
         path = folder / name
         if path.exists() and (
-            name in REVIEW  # which is not sealed
+            name in REVIEW.values()  # which is not sealed
             or path.stat().st_size != size
             or (name in digests and storage.sha256_of(path) != digests[name])
         ):

@@ -7,7 +7,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,17 +48,17 @@ RANGE = re.compile(r"bytes=(?=.*\d)(\d{0,18})-(\d{0,18})")
 @dataclass(frozen=True)
 class ServedRun:
     """A run folder that is given out; where its samples are elsewhere, `bring` gives the copy of a file by its name
-    inside the run, None where there is none. Marks of a review are written into the folder within `reviewing`.
+    inside the run, None where there is none.
     """
 
     folder: Path
     command_path: str  # names the run in the commands that the page shows, empty where none takes it
+    review: review.Review
     bring: Callable[[str], Path | None] | None = None
-    reviewing: Callable[[], AbstractContextManager] = nullcontext
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ServedRun":
-        return cls(folder.resolve(), str(folder.resolve()))
+        return cls(folder.resolve(), str(folder.resolve()), review.FolderReview(folder.resolve()))
 
 
 class RunServer(ThreadingHTTPServer):
@@ -140,10 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404)
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
-            if not self.server.run.folder.is_dir():  # moved or deleted: the marks would be in a new folder of its name
-                return self._refuse(507)
-            with self.server.marking, self.server.run.reviewing():
-                review.change(self.server.run.folder, marks)
+            with self.server.marking:
+                self.server.run.review.change(marks)
         except (ValueError, Refused):
             return self._refuse(400)
         except Missing:
@@ -161,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == f"{self.server.prefix}review":
             run = self.server.run
             try:
-                marks = sorted(review.read(run.folder).items())
+                marks = sorted(run.review.read().items())
             except (Missing, Refused):  # the lists of marks cannot be read
                 return self._refuse(500)
             told = {"path": run.command_path, "marks": marks, "against": self.server.against}
