@@ -157,6 +157,22 @@ def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
     assert queue.owners() == {}
 
 
+@pytest.mark.parametrize("place", ["here", "another machine", "another container"])
+def test_a_process_is_looked_for_only_where_its_number_means_that_process(clock, monkeypatch, place):
+    """Machines, and the containers of one, may have the same name; in none of them is the other's process."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    queue = WorkQueue()
+    with monkeypatch.context() as elsewhere:
+        if place == "another machine":
+            elsewhere.setattr(Path, "read_text", lambda path: "another boot")
+        if place == "another container":
+            elsewhere.setattr(os, "readlink", lambda path: "pid:[1]")
+        queue.enter(Owner("other", 1, heartbeat.host(), gone.pid))
+    launched.drop_lost(queue, Silence(USUAL), Owner("own", 0))
+    assert len(queue.owners()) == (place != "here")
+
+
 @pytest.mark.parametrize("has_idle", [False, True])
 @pytest.mark.parametrize("seconds", [100, 1000])
 def test_calls_that_take_minutes_are_waited_for(clock, seconds, has_idle):

@@ -6,7 +6,9 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasetdm_fast.workers.queue import Owner
 
@@ -60,12 +62,24 @@ class Silence:
         return silent
 
 
+def host() -> str:
+    """The machine, or the container with processes of its own, where the number of a process means this process: names
+    of machines may be shared, as by the containers of one of them.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # where there is no such file, as outside Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
 def is_over(owner: Owner) -> bool:
-    """Whether a process of this machine has ended; of other machines that is not known."""
+    """Whether a process that this one can see has ended; of others that is not known."""
+    if owner.host != host():
+        return False
     try:
         os.kill(owner.process, 0)
     except ProcessLookupError:
-        return owner.host == socket.gethostname()
+        return True
     except PermissionError:
         pass
     return False

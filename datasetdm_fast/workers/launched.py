@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -25,7 +24,7 @@ from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
 from datasetdm_fast.workers.devices import share_of_cores
-from datasetdm_fast.workers.heartbeat import Silence, is_over
+from datasetdm_fast.workers.heartbeat import Silence, host, is_over
 from datasetdm_fast.workers.queue import DIED, Owner, WorkQueue
 from datasetdm_fast.workers.worker import Callbacks, Worker, join
 
@@ -78,8 +77,8 @@ def settle_on(config: RunConfig, peer: LaunchedProcess) -> RunConfig:
 
 def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Result:
     """This process's share of the run; returns once the whole run is committed, whoever made it."""
-    folder, begin, host, process = Path(config.out), time.perf_counter(), socket.gethostname(), os.getpid()
-    owner = Owner(f"rank {peer.rank} on {host}, process {process}", peer.rank, host, process)
+    folder, begin, here, process = Path(config.out), time.perf_counter(), host(), os.getpid()
+    owner = Owner(f"rank {peer.rank} on {here}, process {process}", peer.rank, here, process)
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
 
