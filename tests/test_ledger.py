@@ -402,7 +402,7 @@ def test_the_card_counts_what_is_there(tmp_path):
         folder.add([rendered(0), rendered(1), SetAside(Request(2, "a ball", 2), "NaN")], {})
         folder.rebuild()
     card = (tmp_path / "run" / "README.md").read_text()
-    assert card.count("2 of 5 images of 64 × 64 pixels") == 1 and "not finite: `00000002`." in card
+    assert card.count("2 of 5 images of 64 × 64 pixels") == 1 and "Quarantined (`NaN`): `00000002`." in card
     made = [len(rendered(k).annotations["instance"].masks) for k in range(2)]
     counts = [int(line.split("|")[3]) for line in card.split("## Instances")[1].split("\n\n")[1].splitlines()[2:]]
     assert sum(counts) == sum(made) and "`seed" not in card and card.index("## Semantic") < card.index("## Instances")

@@ -135,6 +135,10 @@ def test_what_kills_every_process_is_set_aside_and_the_rest_is_made(tmp_path):
             (6, "3 processes ended while they made its batch"),
             (7, "3 processes ended while they made its batch"),
         ]
+    with pytest.raises(GateFailed, match=r"2 of 12 samples .* \(3 processes ended while they made its batch\)"):
+        result.check()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Quarantined (`3 processes ended while they made its batch`): `00000006`, `00000007`." in card
 
 
 def test_numbers_that_are_not_finite_anywhere_are_set_aside_as_by_one_process(arithmetic, tmp_path):

@@ -1,7 +1,7 @@
 """What a run has to show: samples, quarantined samples, speed."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import Goal, goal_of
-from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger
 
 LOOK = "Look at the others in its gallery; other prompts or decoders may help."
+MOST_REASONS = 3  # of quarantined samples that are told
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Result:
     is_complete: bool = False  # whether nothing more is to be made
     lacking: Mapping[str, int] = field(default_factory=dict)  # class -> samples it has, where it can have no more
     accept: str = ""  # the condition on the samples of the data set
+    reasons: Sequence[str] = ()  # why samples were quarantined
 
     @property
     def told(self) -> str:
@@ -58,9 +60,10 @@ class Result:
             raise GateFailed(f"{self.path}: {self.done} of {most} samples are {is_what}, {number} were requested", LOOK)
         if self.set_aside:
             raise GateFailed(
-                f"{self.path}: {self.set_aside} of {self.number} samples were quarantined because a value was not "
-                "finite",
-                "Their rows in state/ledger.sqlite give the reason; try another --dtype.",
+                f"{self.path}: {self.set_aside} of {self.number} samples were quarantined "
+                f"({'; '.join(self.reasons[:MOST_REASONS])})",
+                f"{LEDGER} has the reason of each; --only ID makes one again. Values that are NaN or infinite may need "
+                "another --dtype.",
             )
 
 
@@ -69,14 +72,17 @@ def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **second
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
     config, goal = document["config"], goal_of(document["config"], number)
     tally, accept = goal.tally(ledger), config.get("accept", "")
+    quarantined = ledger.quarantined()
     facts = {
         "doubtful": ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
         "goal": goal,
         "is_complete": goal.is_reached(tally),
         "lacking": goal.lacking(tally) if sets_aside(config) else {},
         "accept": accept,
+        "reasons": tuple(quarantined),
     }
-    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **facts, **seconds)
+    aside = sum(map(len, quarantined.values()))
+    return Result(folder, number, ledger.count(), made, aside, **facts, **seconds)
 
 
 def closed(folder: RunFolder, number: int, made: int, begin: float) -> Result:

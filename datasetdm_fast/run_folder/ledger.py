@@ -321,6 +321,15 @@ class Ledger(AbstractContextManager):
             found = self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,))
             return found.fetchone()[0]
 
+    def quarantined(self) -> dict[str, list[int]]:
+        """Reason -> the indices of the samples that were quarantined for it, in the order of the first of each."""
+        statement = 'SELECT "index", reason FROM samples WHERE status = ? ORDER BY "index"'
+        found: dict[str, list[int]] = {}
+        with self._lock:
+            for index, reason in self._connection.execute(statement, (SET_ASIDE,)):
+                found.setdefault(reason, []).append(index)
+        return found
+
     def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
         """Samples of each class that have a row, and those of them that were set aside, where every `number` indices
         belong to the next class.

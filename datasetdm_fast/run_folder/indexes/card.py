@@ -25,7 +25,7 @@ from datasetdm_fast.run_folder.document import (
 from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
-from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger, Row
 
 DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
 TITLES = {DRAWN: "# A labelled data set, made from prompts\n", GIVEN: "# Pictures and their labels\n"}
@@ -176,8 +176,8 @@ def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
 
 def _left_out(ledger: Ledger) -> Iterator[str]:
     """Samples that are in no file of labels."""
-    if aside := ledger.indices(SET_ASIDE):
-        yield f"Quarantined because a value was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"
+    for reason, aside in ledger.quarantined().items():
+        yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in aside)}.\n"
     if dropped := ledger.count_dropped():
         yield f"Dropped samples: {dropped}.\n"
 
