@@ -1,6 +1,8 @@
 """split: samples that were made of one picture stay together, and an export follows the split."""
 
 import json
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.split import dealt, groups, read_split
@@ -66,6 +69,29 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
     assert [finding.place for finding in audit(run).findings] == ["split.json"]
     assert main([str(run), "--undo", "--quiet"]) == 0 and not (run / "split.json").exists()
     assert audit(run).findings == []
+
+
+@pytest.mark.parametrize("call", ["seal", "remove"])
+@pytest.mark.parametrize("killed", [["--shares", "70,30"], ["--undo"]])
+def test_a_split_that_was_killed_is_completed_by_the_same_command(run, monkeypatch, killed, call):
+    """At the end the run is sealed as it would have been, and an audit notices changes of its files."""
+    line = [str(run), "--quiet", *killed]
+    if "--undo" in killed:
+        assert main([str(run), "--quiet"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *((seal, "seal") if call == "seal" else (seal.storage, "remove")), Mock(side_effect=KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt) if call == "seal" or "--undo" in killed else nullcontext():
+            main.__wrapped__(line)
+    assert main(line) == 0
+    write_run(run.with_name("other"), NUMBER, 32)
+    if "--undo" not in killed:
+        assert main([str(run.with_name("other")), *line[1:]]) == 0
+    assert seal.read_seal(run) == seal.read_seal(run.with_name("other")) != {}
+    assert (run / "split.json").exists() == ("--undo" not in killed)
+    (run / "instances.json").write_text("{}")
+    assert main([str(run), "--quiet"]) == 0 and [found.place for found in audit(run).findings] == ["instances.json"]
 
 
 def test_an_export_of_another_split_is_not_taken_for_this_one(run, tmp_path, capsys):

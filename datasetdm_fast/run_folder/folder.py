@@ -318,12 +318,10 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
 
 def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
     """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
-    with seal.resealed(folder, document):
-        if decided is not None:
+    with seal.resealed(folder, document, removed="" if decided else KEPT):
+        if decided:
             storage.publish({folder / KEPT: decided.content})
         gallery.mark(folder, document, decided)
-        if decided is None:  # last, so that a process that was killed can be repeated
-            storage.remove(folder / KEPT)
 
 
 def _check_unchanged(folder: Path) -> None:

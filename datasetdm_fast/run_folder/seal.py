@@ -12,7 +12,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.run_folder.indexes import writers
-from datasetdm_fast.run_folder.kept import KEPT
+from datasetdm_fast.run_folder.kept import KEPT, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 
 QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
@@ -58,11 +58,13 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return documents.read_object(folder / SEAL, most=LARGEST_SEAL)
 
 
-def seal(folder: Path, document: Mapping[str, Any], known: Mapping[str, str] = MappingProxyType({})) -> None:
+def seal(
+    folder: Path, document: Mapping[str, Any], known: Mapping[str, str] = MappingProxyType({}), removed: str = ""
+) -> None:
     """Writes down the digests of run.json, ledger and index files, by which an audit notices changes; those in `known`
-    are taken over.
+    are taken over, and a file that is to be `removed` has none.
     """
-    there = [name for name in (KEPT, SPLIT) if (folder / name).exists()]
+    there = [name for name in (KEPT, SPLIT) if name != removed and (folder / name).exists()]
     names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *there]
     digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: sealed({**digests, **known})})
@@ -86,17 +88,34 @@ def unseal(folder: Path) -> None:
 
 
 @contextmanager
-def resealed(folder: Path, document: Mapping[str, Any]) -> Iterator[None]:
+def resealed(folder: Path, document: Mapping[str, Any], removed: str = "") -> Iterator[None]:
     """Within the block, which no other process enters, a file of the run folder is replaced; what was sealed is sealed
-    again after it, files that were damaged before as they were then: an audit still notices.
+    again after it, files that were damaged before as they were then: an audit still notices. A finished run whose seal
+    a killed process took back is sealed as well. A file that is to be `removed` is, last, so that a process that was
+    killed can be repeated.
     """
     with locks.locked(folder / LOCK):
         was_sealed = is_sealed(folder)
+        is_late = not was_sealed and _is_settled(folder, document)
         before = damaged(folder) if was_sealed else {}
         unseal(folder)
         yield
-        if was_sealed:
-            seal(folder, document, {n: old for n, (old, new) in before.items() if storage.sha256_of(folder / n) == new})
+        before.pop(removed, None)
+        known = {name: old for name, (old, new) in before.items() if storage.sha256_of(folder / name) == new}
+        if is_late:  # a filter may have been killed before it marked the page
+            gallery.mark(folder, document, None if removed == KEPT else read_kept(folder))
+        if was_sealed or is_late:
+            seal(folder, document, known, removed)
+        if removed:
+            storage.remove(folder / removed)
+
+
+def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Whether only the seal of a run that nobody works in is left to be written."""
+    if not (folder / LEDGER).exists():
+        return False
+    with Ledger(folder / LEDGER) as ledger:
+        return has_indexes(folder, document, ledger) and ledger.settle()
 
 
 def is_sealed(folder: Path) -> bool:

@@ -64,10 +64,8 @@ def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:
 
 def write_split(folder: Path, document: Mapping[str, Any], split: Split | None) -> None:
     """Writes down how a run is split, or that it is not; nothing else is changed."""
-    with resealed(folder, document):
-        if split is None:
-            storage.remove(folder / SPLIT)
-        else:
+    with resealed(folder, document, removed="" if split else SPLIT):
+        if split:
             storage.publish({folder / SPLIT: split.content})
 
 
