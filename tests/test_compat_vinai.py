@@ -64,6 +64,19 @@ def test_parts_of_a_list_add_up(prompts, whole, tmp_path, monkeypatch):
     assert run(prompts, whole, "--corrected") == 0 and files(tmp_path / "parts") == files(whole)
 
 
+@pytest.mark.parametrize(
+    "part, said", [((), "entries 3 to 4"), (("--start", "4"), "entry 4"), (("--start", "2", "--end", "4"), "entry 3")]
+)
+def test_images_of_one_part_are_not_replaced_by_those_of_another(prompts, tmp_path, capsys, part, said):
+    """They have other noise: their run folders would name images that are not there."""
+    assert run(prompts, tmp_path, "--start", "3") == 0
+    before = files(tmp_path)
+    assert run(prompts, tmp_path, *part) == 2 and files(tmp_path) == before
+    assert f".run-3-5 has images of the {said} already" in capsys.readouterr().err
+    assert run(prompts, tmp_path, "--end", "3") == 0 and len(files(tmp_path)) == 10
+    assert run(prompts, tmp_path, "--start", "3") == 0
+
+
 def test_every_listed_word_has_its_own_place(prompts):
     found = vinai_lists.read_list(prompts, "", -1, -1)
     assert found.kind == "voc" and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")

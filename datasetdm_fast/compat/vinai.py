@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.loading import PRESETS
-from datasetdm_fast.run_folder.document import DOCUMENT
+from datasetdm_fast.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.run_folder.reader import StoredSample, open_run
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ OTHER_FLAGS = {
     "--cross-cells": "--cross-res",
 }
 RUN = ".run"  # the run folder in the folder of the data set
+PART = re.compile(re.escape(RUN) + r"-(\d+)-(\d+)")  # that of a part of the list
 # mmsegmentation's colours of COCO's classes, 1 to 80
 COCO_COLOURS = """
 00c040 00c040 004060 80c0c0 004040 00c0e0 00c0c0 80c040 00c060 80c040 8020c0 0000e0 000040 00a0c0 800060 8000c0
@@ -152,7 +154,7 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     settings = _run_config(config, prompts)
     out = config.path(config.work_dir)
     check_output("--work-dir", str(out), "folder")
-    _check_folder(out, Path(settings.out))
+    _check_folder(out, Path(settings.out), prompts)
     path = config.path(config.json_path)
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
     interruption = Interruption(config.quiet)
@@ -225,22 +227,35 @@ def _sampler(model: Path) -> str:
     return SCHEDULERS[named]
 
 
-def _check_folder(out: Path, run_folder: Path) -> None:
-    """Refuses images that no run of this command made."""
+def _check_folder(out: Path, run_folder: Path, prompts: PromptList) -> None:
+    """Refuses images that no run of this command made, and entries of which another run in this folder has images."""
     others = [found for name in ("image", "mask") if (out / name).is_dir() for found in (out / name).iterdir()]
     if others and not any((found / DOCUMENT).is_file() for found in out.glob(RUN + "*")):
         raise Refused(
             f"--work-dir {out}: holds {others[0].relative_to(out)}, which no run of {run_folder.name} made",
             "Choose another folder.",
         )
+    for other in sorted(out.glob(RUN + "*")):
+        if other == run_folder or (document := read_document(other)) is None:
+            continue
+        part = PART.fullmatch(other.name)
+        first, stop = map(int, part.groups()) if part else (0, document["plan"]["number"])
+        if (begin := max(first, prompts.first)) < (end := min(stop, prompts.first + len(prompts.prompts))):
+            raise Refused(
+                f"--work-dir {out}: {other.name} has images of the {_entries(begin, end - 1)} already",
+                "Choose another folder, or other entries with --start and --end.",
+            )
+
+
+def _entries(first: int, last: int) -> str:
+    return f"entry {first}" if first == last else f"entries {first} to {last}"
 
 
 def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
     """The settings, and which of the original's behaviour is kept, corrected and omitted, a line each."""
     noise = "--seed + k for image k of the list" if config.corrected else "one generator for all images of this command"
     places = "all tokens of a word" if config.corrected else "word positions"
-    first, last = prompts.first, prompts.first + len(prompts.prompts) - 1
-    entries = f"entry {first}" if first == last else f"entries {first} to {last}"
+    entries = _entries(prompts.first, prompts.first + len(prompts.prompts) - 1)
     shard = "" if prompts.is_whole else f", {entries}"
     lines = {
         "list": f"{len(prompts.prompts)} of {prompts.length} prompts{shard}, classes of {prompts.kind}",
