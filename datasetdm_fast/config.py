@@ -109,11 +109,12 @@ MOST_TRIES = 10  # samples that a run makes for every one that is asked for, bef
 DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes the captions of the demo world
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
-SAMPLERS = {  # name -> module that ends with its SAMPLER
+OWN_SAMPLERS = {  # name -> module that ends with its SAMPLER
     "pndm": "datasetdm_fast.sampling.multistep",
     "ddim": "datasetdm_fast.sampling.ddim",
     "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
 }
+SAMPLERS = Registry("samplers", OWN_SAMPLERS)  # of other packages, the records themselves
 # diffusers' class -> sampler
 SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
 PROFILES = ("0.3.0", "0.14.0")
@@ -316,7 +317,7 @@ class SamplingSettings:
     seed: int = setting(0, "seed of image 0; image k has seed + k, of which the last 32 bits count", metavar="N")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
-    sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
+    sampler: str = setting("pndm", "sampler", choices=SAMPLERS.names)
     profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
 
 

@@ -76,7 +76,7 @@ def test_the_page_of_refusals_follows_names_of_remedies():
     for path in generated_pages.sources():
         told |= {cause: remedy for _, cause, remedy in generated_pages.stops(path)}
     again, sampler = "Get the file again and compare its checksum.", "Choose one of these with --sampler."
-    assert told["sampler: SAMPLER is none of SAMPLERS"] == sampler  # written in the call
+    assert told["sampler: SAMPLER is none of NAMES"] == sampler  # written in the call
     assert told["PATH: not an ONNX file (it names no operator set)"] == again  # a constant of another module
     assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
     assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table

@@ -1,5 +1,5 @@
-"""A package of another name adds an engine, a reader, a task, a labeller, a format and a student through its entry
-points; what is broken is named.
+"""A package of another name adds an engine, a reader, a sampler, a task, a labeller, a format and a student through its
+entry points; what is broken is named.
 """
 
 import json
@@ -30,6 +30,8 @@ from dataclasses import replace
 from datasetdm_fast.config import EngineKind, TaskKind
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.readers import demo
+from datasetdm_fast.sampling.ddim import ddim
+from datasetdm_fast.sampling.schedule import Sampler
 
 class Slow(TorchEngine):
     name = "slow"
@@ -42,6 +44,13 @@ class Short(TorchEngine):
     def denoise(self, latents, timestep, context):
         return super().denoise(latents, timestep, context)[:1]
 
+def coarse(scheduler, alphas, steps, prediction, profile):
+    return ddim(scheduler, alphas, steps, prediction, profile)
+
+def uneven(scheduler, alphas, steps, prediction, profile):
+    return [1, 2, 3], ddim(scheduler, alphas, steps, prediction, profile)[1]
+
+COARSE, UNEVEN = Sampler(coarse, memory=0), Sampler(uneven, memory=0)
 SLOW = EngineKind("foreign_things:Slow")
 SHORT = EngineKind("foreign_things:Short")
 TEARS = EngineKind("foreign_things:Torn")
@@ -188,6 +197,12 @@ torch = foreign_things:NOTHING
 scenes = foreign_things:scenes
 pages = foreign_things:pages
 rows = foreign_things:rows
+
+[datasetdm_fast.samplers]
+coarse = foreign_things:COARSE
+uneven = foreign_things:UNEVEN
+wrong-sampler = foreign_things:scenes
+ddim = foreign_things:NOTHING
 
 [datasetdm_fast.tasks]
 edges = foreign_things:EDGES
@@ -384,6 +399,14 @@ def test_commands_run_them_by_name(installed, tmp_path):
             1,
             "this is a bug of ours, or of the package foreign-things 1.0, the report is",
         ),
+        ([*run, "--task", "semantic", "--out", "coarse", "--sampler", "coarse"], 0, ""),
+        ([*run, "--task", "semantic", "--out", "ddim", "--sampler", "ddim"], 0, ""),
+        (
+            [*run, "--task", "semantic", "--out", "none", "--sampler", "uneven"],
+            3,
+            "samplers: 'uneven' of the package foreign-things fails (ValueError: 3 timesteps for 2 updates)",
+        ),
+        ([*run, "--out", "none", "--sampler", "wrong-sampler"], 3, "is a function, expected a Sampler"),
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
         ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),
         ([*run, "--labeller", "words", "--classes", "cube,ball", "--out", "words"], 0, ""),
@@ -441,6 +464,11 @@ def test_commands_run_them_by_name(installed, tmp_path):
         assert ended_with == code and said in says, (line, says)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3
     both, seen, words = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "seen", "words"))
+    coarse, ddim = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("coarse", "ddim"))
+    assert coarse["sampling"].pop("sampler_package") == "foreign-things 1.0"
+    assert coarse["sampling"] == {**ddim["sampling"], "sampler": "coarse"}
+    images = [(tmp_path / name / "images" / "00000000.png").read_bytes() for name in ("coarse", "ddim")]
+    assert images[0] == images[1]
     assert both["config"]["task"] == ["semantic", "bright"] and seen["config"]["task"] == ["bright"]
     assert both["sampling"]["labellers"] == {"bright": "foreign-things 1.0"} and seen["sampling"]["calls"] == 1
     assert both["labels"]["bright"]["classes"] == ["dark", "bright"] and words["decoders"] == {}

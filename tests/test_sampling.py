@@ -16,7 +16,7 @@ from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading.model import SD_SCHEDULER
 from datasetdm_fast.sampling import make_schedule
-from datasetdm_fast.sampling.schedule import Schedule
+from datasetdm_fast.sampling.schedule import Sampler, Schedule, Update, checked_calls
 from datasetdm_fast.sampling.times import add_noise, alphas_cumprod, initial_noise
 from datasetdm_fast.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.stages import LEVELS
@@ -400,3 +400,19 @@ def test_a_sampler_is_one_file_and_one_line(tmp_path, monkeypatch):
     assert state.latents.unique().tolist() == [2.0]  # ((8 / 2) / 2 + 0) / 2 + 1
     with pytest.raises(Refused, match="not within 3 .. 1000, the range of halving"):
         make_schedule(BETAS, "halving", 2)
+
+
+@pytest.mark.parametrize(
+    ("times", "updates", "wrong"),
+    [
+        ([2, 1], [Update(1.0, (1.0,))], "2 timesteps for 1 updates"),
+        ([], [], "0 timesteps for 0 updates"),
+        ([1000], [Update(1.0, (1.0,))], "the timestep 1000 is not within 0 .. 999"),
+        ([2], [Update(1.0, (1.0, 0.5))], "the update of call 0 has 2 weights, expected 1 to 1"),
+        ([2], [Update(math.nan, (1.0,))], "the update of call 0 has a coefficient that is not finite"),
+    ],
+)
+def test_what_is_no_schedule_is_named(times, updates, wrong):
+    sampler = Sampler(lambda *_: (times, updates), memory=1)
+    with pytest.raises(ValueError, match=wrong):
+        checked_calls(sampler, BETAS, torch.ones(1000), 2, "epsilon", "0.3.0")

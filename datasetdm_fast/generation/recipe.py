@@ -8,7 +8,7 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, UNDECODED
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, SAMPLERS, UNDECODED
 from datasetdm_fast.data import Request
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
@@ -123,6 +123,8 @@ def make_recipe(
         "size": model.size,
         "capture_timestep": _told(schedule, captures),
     }
+    if sampler in SAMPLERS.others:
+        facts["sampler_package"] = SAMPLERS.package(sampler)
     if numbers is not None:
         facts["attention"] = asdict(numbers)
     if labellers:

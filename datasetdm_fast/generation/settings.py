@@ -61,7 +61,7 @@ MOST_MINUTES = 1_000_000  # of a setting; two years
 
 CHOICES: dict[str, Sequence[str]] = {
     "engine": ENGINE_NAMES,
-    "sampler": SAMPLERS,
+    "sampler": SAMPLERS.names,
     "profile": PROFILES,
     "image_format": ("png", "jpg"),
     "resume": ("auto", "never"),

@@ -1,11 +1,12 @@
 """Samplers: each a schedule of linear updates, one file each."""
 
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.sampling.schedule import Sampler, Schedule, last_calls
+from datasetdm_fast.sampling.schedule import Sampler, Schedule, checked_calls, last_calls
 from datasetdm_fast.sampling.times import ANOTHER, alphas_cumprod
 
 
@@ -21,7 +22,9 @@ def make_schedule(
     makes one call more.
     """
     if sampler not in SAMPLERS:
-        raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}", "Choose one of these with --sampler.")
+        raise Refused(
+            f"sampler: {sampler!r} is none of {', '.join(SAMPLERS.names)}", "Choose one of these with --sampler."
+        )
     if profile not in PROFILES:
         raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}", "Choose one of these with --profile.")
     prediction = scheduler.get("prediction_type", "epsilon")
@@ -31,14 +34,27 @@ def make_schedule(
             ANOTHER,
         )
     alphas = alphas_cumprod(scheduler)
-    chosen: Sampler = import_module(SAMPLERS[sampler]).SAMPLER
+    chosen = open_sampler(sampler)
     if not chosen.least_steps <= steps <= len(alphas):
         raise Refused(
             f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this "
             "model",
             "Choose another --steps.",
         )
-    times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
+    if sampler in SAMPLERS.others:
+        make = partial(checked_calls, chosen, scheduler, alphas, steps, prediction, profile)
+        times, updates = SAMPLERS.loaded(sampler, make, "fails")
+    else:
+        times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
     shift = chosen.shifts.get(profile, 0)
     whole = Schedule(chosen.memory, prediction, tuple(times), tuple(updates), shift)
     return whole if strength == 1 else last_calls(whole, max(round(strength * steps), 1), chosen.orders)
+
+
+def open_sampler(name: str) -> Sampler:
+    """The record of a sampler, which is one of SAMPLERS."""
+    found = SAMPLERS[name]
+    sampler: Sampler = (
+        import_module(found).SAMPLER if isinstance(found, str) else SAMPLERS.checked(name, found, Sampler)
+    )
+    return sampler

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 
 from torch import Tensor
 
@@ -46,6 +47,25 @@ class Sampler:
     least_steps: int = 1
     orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
     shifts: Mapping[str, int] = field(default_factory=dict)  # profile -> shift of its schedules
+
+
+def checked_calls(
+    sampler: Sampler, scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+) -> tuple[list[int], list[Update]]:
+    """Timesteps and updates of a sampler; a ValueError where they are no schedule."""
+    times, updates = sampler.calls(scheduler, alphas, steps, prediction, profile)
+    times, updates = list(map(index, times)), list(updates)
+    if not times or len(times) != len(updates):
+        raise ValueError(f"{len(times)} timesteps for {len(updates)} updates")
+    if beyond := [time for time in times if not 0 <= time < len(alphas)]:
+        raise ValueError(f"the timestep {beyond[0]} is not within 0 .. {len(alphas) - 1}")
+    for call, update in enumerate(updates):
+        most = min(call, sampler.memory) + 1
+        if not 1 <= len(update.weights) <= most:
+            raise ValueError(f"the update of call {call} has {len(update.weights)} weights, expected 1 to {most}")
+        if not all(map(math.isfinite, (update.sample, *update.weights, *update.entry))):
+            raise ValueError(f"the update of call {call} has a coefficient that is not finite")
+    return times, updates
 
 
 def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]) -> Schedule:
