@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from stub_engine import StubEngine
@@ -226,6 +227,16 @@ def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_sample
     first = job.prepare(RunConfig(out=str(out), number=number, batch_size=2))
     again = job.adopt(first, read_document(out))
     assert first.plan.number == again.plan.number == number + 1 and first.document == again.document
+
+
+def test_another_version_of_a_package_with_a_task_does_not_continue_its_run(engines, tmp_path):
+    out = tmp_path / "run"
+    assert run("--number", "2", "--quiet", out=out) == 0
+    made, stored = job.prepare(RunConfig(out=str(out), number=3)), read_document(out)
+    first, second = ({"packages": {"depth": f"theirs {version}"}} for version in ("1.0", "2.0"))
+    assert job.adopt(replace(made, document=made.document | first), stored | first).plan.number == 3
+    with pytest.raises(Refused, match='packages.depth: "theirs 1.0" there, "theirs 2.0" asked for'):
+        job.adopt(replace(made, document=made.document | second), stored | first)
 
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):

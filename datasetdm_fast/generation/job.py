@@ -449,10 +449,11 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
         }
     # Of the same settings; how many images are in a batch of theirs also depends on the number and on free memory.
     document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
+    parts = [part for part in ("model", "decoders", "packages", "sampling", "plan", "labels") if part in stored]
     compared = [
         {
             part: {name: value for name, value in source[part].items() if name not in ("name", "source", "licence")}
-            for part in ("model", "decoders", "sampling", "plan", "labels")
+            for part in parts
         }
         for source in (stored, document)
     ]
