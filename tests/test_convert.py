@@ -421,6 +421,43 @@ def test_marks_of_a_label_map_may_stand_in_names_of_classes(run, tmp_path):
         assert names == sorted(new.get(things.classes[k], things.classes[k]) for k in things.class_ids)
 
 
+@pytest.mark.parametrize("combine", [(), ("semantic within instance:ball",), ("instance within semantic:table",)])
+def test_what_a_run_ignores_is_ignored_under_things_too(tmp_path, combine):
+    """Unless 255 is what lies outside of another label: the demo's map has no class background."""
+    like = rendered(0, SIZE)
+    truth, things = like.annotations["semantic"], like.annotations["instance"]
+    labels = truth.labels.copy()
+    labels[:, : SIZE // 2] = 255
+    assert things.masks[:, labels == 255].any() and things.masks[:, labels != 255].any()
+    with RunFolder(tmp_path / "run", document(1, SIZE, combine=combine)) as folder:
+        folder.add([replace(like, annotations=like.annotations | {"semantic": replace(truth, labels=labels)})], {})
+        folder.rebuild()
+    out = converted(tmp_path / "run", tmp_path / "out", "--to", "coco,voc,cityscapes", "--classes", CITY_NAMES)
+    voc, city = out / "voc/VOCdevkit/VOC2012", out / "cityscapes/gtFine/train/synthetic"
+    is_open = combine and combine[0].startswith("semantic")
+    unsaid = (labels == 255) & ~things.masks.any(0) if is_open else labels == 255
+    objects, classes = (
+        np.asarray(Image.open(voc / name / "00000000.png")) for name in ("SegmentationObject", "SegmentationClass")
+    )
+    assert ((classes == 255) == unsaid).all() and ((objects == 255) == (False if is_open else unsaid)).all()
+    panoptic = np.asarray(Image.open(out / "coco/annotations/panoptic_train2017/00000000.png"))
+    assert (panoptic.any(2) == ~unsaid).all()
+    label_ids, numbers = (
+        np.asarray(Image.open(city / f"synthetic_000000_000000_gtFine_{name}.png"))
+        for name in ("labelIds", "instanceIds")
+    )
+    assert not label_ids[unsaid].any() and not numbers[unsaid].any()
+    painted = Image.new("L", (SIZE, SIZE))
+    from datasetdm_fast.exporting.cityscapes import WORDS
+
+    for shape in json.loads((city / "synthetic_000000_000000_gtFine_polygons.json").read_text())["objects"]:
+        name = shape["label"].removesuffix("group")
+        ImageDraw.Draw(painted).polygon(list(map(tuple, shape["polygon"])), fill=WORDS[name][1])
+    assert (np.asarray(painted) == label_ids).mean() > 0.99
+    coco = json.loads((out / "coco/annotations/instances_train2017.json").read_text())
+    assert sum(row["area"] for row in coco["annotations"]) == things.masks.sum()
+
+
 def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
     like = rendered(0, SIZE)
     masks = np.zeros((260, SIZE, SIZE), bool)

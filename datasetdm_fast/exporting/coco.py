@@ -134,12 +134,13 @@ def _stuff(labels: np.ndarray, classes: Classes) -> Iterator[dict[str, Any]]:
 def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Segment of each pixel [H, W] int32, 0 where nothing is told, and the segments.
 
-    Of two instances the surer one has a pixel; what no instance has goes to the classes that only maps show.
+    Of two instances the surer one has a pixel; what no instance has goes to the classes that only maps show. What the
+    run ignores is told nothing of.
     """
     found = np.zeros((sample.height, sample.width), np.int32)
     kinds = []
     for thing in sorted(sample.things, key=lambda thing: -thing.score):
-        free = thing.mask & (found == 0)
+        free = thing.mask & (found == 0) & ~sample.ignored
         if free.any():
             kinds.append(classes.numbers[thing.name])
             found[free] = len(kinds)

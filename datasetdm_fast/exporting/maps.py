@@ -1,4 +1,4 @@
-"""Things painted into maps: the surest of them on top."""
+"""Things painted into maps: the surest of them on top, none where the label map of the run is to be ignored."""
 
 import numpy as np
 
@@ -12,6 +12,7 @@ def numbered_things(sample: SampleView) -> np.ndarray:  # [H, W] int32
     order = np.argsort([thing.score for thing in sample.things], kind="stable")
     for k in order.tolist():
         found[sample.things[k].mask] = k + 1
+    found[sample.ignored] = 0
     return found
 
 

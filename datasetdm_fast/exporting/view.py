@@ -13,15 +13,16 @@ from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.exporting.classes import PERSON, Classes, Renaming, class_names, lookup
+from datasetdm_fast.exporting.classes import BACKGROUND, IGNORED, PERSON, Classes, Renaming, class_names, lookup
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
+from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.labels.pose import MIDDLE, TO_EDGE
-from datasetdm_fast.run_folder.document import sides, to_see_damage
+from datasetdm_fast.run_folder.document import runs_of, sides, to_see_damage
 from datasetdm_fast.run_folder.reader import StoredSample
 
 
@@ -41,6 +42,7 @@ class RunView:
     things: Mapping[int, str]  # category in the run's records -> class name in the export
     numbers: np.ndarray  # [256] uint8: value of the run's label map -> number in the export
     person: str  # class name of persons with joints
+    is_partial: bool  # whether 255 in the run's label map is also what lies outside of another label
 
     @classmethod
     def of(
@@ -53,7 +55,15 @@ class RunView:
             {number: new for number, name in things.items() if (new := renamed(name)) in classes.things},
             lookup(maps, classes, renamed),
             renamed(PERSON),
+            "semantic" in labels and _is_partial(document, labels["semantic"]),
         )
+
+
+def _is_partial(document: Mapping[str, Any], label: str) -> bool:
+    """Whether a run holds a label map only within another label, and it has no class for what lies outside."""
+    found = [text.partition(" within ")[0] for run in runs_of(document) for text in run["config"].get("combine", ())]
+    called = {label, LabelName.parse(label).decoder} - {""}
+    return BACKGROUND not in document["labels"][label]["classes"] and not called.isdisjoint(found)
 
 
 @dataclass(frozen=True)
@@ -148,10 +158,21 @@ class SampleView:
         return Linked(self.stored.folder / name, written)
 
     @cached_property
+    def _map(self) -> np.ndarray:  # [H, W] uint8
+        """The label map of the run, at the size of the export."""
+        return self.place.scaled(self._pixels(kind_of(self.run.labels["semantic"]).roles[0]))
+
+    @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
         """Class numbers of the export, 0 = background, 255 = to be ignored."""
-        role = kind_of(self.run.labels["semantic"]).roles[0]
-        return self.place.scaled(self.run.numbers[self._pixels(role)])
+        return self.run.numbers[self._map]
+
+    @property
+    def ignored(self) -> np.ndarray:  # [H, W] bool
+        """Where the label map of the run is to be ignored: not what the export leaves out, nor what lies outside."""
+        if "semantic" not in self.run.labels or self.run.is_partial:
+            return np.zeros((self.height, self.width), bool)
+        return self._map == IGNORED
 
     @property
     def depth_role(self) -> str:

@@ -51,6 +51,7 @@ class VocFormat(Format):
         if has_things:
             objects = numbered_things(sample)
             objects[objects > MOST_OBJECTS] = 0
+            objects[sample.ignored] = IGNORED
             if plan.settings.border:
                 edge = borders(objects, plan.settings.border)
                 objects[edge] = classes[edge] = IGNORED
