@@ -83,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
         raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
     text = "".join(json.dumps(_row(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
+    storage.remove_parts_of([Path(config.out)])
     storage.publish({Path(config.out): text.encode()})
     _tell(config, sentences, total, reasons)
     return 0

@@ -103,9 +103,12 @@ def test_a_checkpoint_becomes_a_folder_and_comes_back(kind, prefix, tmp_path, ca
     decoder, reference = load_decoder(tmp_path / "d" / kind), load_upstream(build_decoder(config), state)
     assert same(decoder.state_dict(), reference.state_dict())
     before = {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
+    for left in ("d/.X.7.part", f"d/{kind}/.model.safetensors.7.part", ".back.pth.8.part"):  # of killed commands
+        (tmp_path / left).write_bytes(b"half")
     assert convert(*line) == 0 and before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
     assert convert(tmp_path / "d" / kind, "--to", "pth", "--out", tmp_path / "back.pth") == 0
     assert same(torch.load(tmp_path / "back.pth"), state)
+    assert [path.name for path in tmp_path.rglob(".*")] == [".X.7.part"]  # which is of another file
     save_file({name: value + 1 for name, value in state.items()}, tmp_path / "other.safetensors")
     assert convert(tmp_path / "other.safetensors", *line[1:]) == 2 and "another content" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}

@@ -77,6 +77,15 @@ def test_images_of_one_part_are_not_replaced_by_those_of_another(prompts, tmp_pa
     assert run(prompts, tmp_path, "--start", "3") == 0
 
 
+def test_what_a_killed_command_had_half_written_is_gone_once_it_is_run_again(prompts, whole):
+    """What another part in this folder is writing stays."""
+    left = [whole / "image/.n0.jpg.7.part", whole / "mask/.n4.png.123000000045.part", whole / "image/.n7.jpg.7.part"]
+    for part in left:
+        part.write_bytes(b"half")
+    assert run(prompts, whole, "--corrected") == 0 and [part.exists() for part in left] == [False, False, True]
+    left[-1].unlink()
+
+
 def test_every_listed_word_has_its_own_place(prompts):
     found = vinai_lists.read_list(prompts, "", -1, -1)
     assert found.kind == "voc" and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")

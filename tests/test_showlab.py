@@ -362,6 +362,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
 
     run(*line, "--outdir", tmp_path / "parts", "--limit", "2")
     (tmp_path / "parts/Image/200000.jpg").unlink()
+    (tmp_path / "parts/Image/.200004.jpg.7.part").write_bytes(b"half")  # of a killed command
     run(*line, "--batch_size", "3", "--outdir", tmp_path / "parts")
     assert tree(tmp_path / "parts") == whole
     before = os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns

@@ -280,6 +280,8 @@ def palette(kind: str) -> bytes:
 def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
     """Writes image/NAME.jpg and mask/NAME.png of every sample of the run where they are not there already."""
     colours = palette(prompts.kind)
+    places = (("image", "jpg"), ("mask", "png"))
+    storage.remove_parts_of(out / folder / f"{name}.{end}" for folder, end in places for name in prompts.names)
 
     def written(sample: StoredSample) -> None:
         name = prompts.names[sample.row.request.index]
@@ -290,7 +292,7 @@ def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
         storage.publish({path: data for path, data in files.items() if not _holds(path, data)})
 
     with open_run(run_folder) as found, ThreadPoolExecutor(cores()) as threads:
-        for folder in ("image", "mask"):
+        for folder, _ in places:
             storage.make_folder(out / folder)
         for _ in threads.map(written, found):
             pass

@@ -18,7 +18,7 @@ from typing import Any, Self
 from datasetdm_fast.errors import Missing, Refused, nearest
 
 _OWN = secrets.randbelow(10**9)  # as on another machine, or in another container, a process may have this one's number
-_TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
@@ -332,6 +332,20 @@ def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
     except OSError as error:
         raise refusal(error, error.filename or folder) from error
     return len(leftovers)
+
+
+def remove_parts_of(paths: Iterable[Path]) -> None:
+    """Deletes what killed processes had half-written of these files, for commands whose output folder may hold other
+    files as well.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, wanted in names.items():
+        with refusing(folder), suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                if (found := _TEMPORARY.fullmatch(name)) and found[1] in wanted:
+                    syscall("unlink", os.unlink, folder / name)
 
 
 def free_bytes(path: Path) -> int:

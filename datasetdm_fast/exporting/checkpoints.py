@@ -136,4 +136,5 @@ def _publish(config: CheckpointConfig, files: Mapping[Path, bytes], place: Path)
         if storage.is_there(path) and storage.read(path, 2**40) != content:
             raise Refused(f"--out {place}: {path} is there, with another content", "Choose another --out.")
     if not config.dry_run:
+        storage.remove_parts_of(files)
         storage.publish(files)

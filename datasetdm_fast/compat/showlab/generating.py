@@ -237,6 +237,7 @@ def make(order: Order, job: Job, names: Callable[[int], list[str]], **callbacks:
     lost = missing_files(order, names)
     publish = partial(put_files, order.out)
     result = run(job, before_commit=publish, **callbacks)
+    storage.remove_temporaries(order.out, apart=order.run_folder)  # after a run that let no other process in
     for index in sorted({k // job.plan.batch_size for k in lost}):
         ((_, results),) = driver.generate([job.plan.batch(index)], job.engine, job.recipe, make=job.generator)
         publish([one for one in results if one.request.index in lost])
