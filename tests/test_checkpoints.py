@@ -165,9 +165,9 @@ def test_instances_of_other_numbers_of_classes_and_queries_are_read(kind, count,
 
 
 def test_what_looks_the_same_is_said_with_the_flags_of_both_commands(tmp_path):
-    save_file(state_of(config_of("coco")), path := tmp_path / "w.safetensors")
+    save_file(state_of(config_of("coco")), path := tmp_path / "my w.safetensors")
     told = checkpoints.open_checkpoint(path).told
-    assert told.endswith(f"a checkpoint of lvis looks the same, say so with --kind lvis or --decoder lvis:{path}")
+    assert told.endswith(f"a checkpoint of lvis looks the same, say so with --kind lvis or --decoder 'lvis:{path}'")
     save_file({**state_of(config_of("coco")), "x.y": torch.ones(2)}, path)
     with pytest.raises(Refused, match="1 tensor does not fit"):
         checkpoints.open_checkpoint(path)

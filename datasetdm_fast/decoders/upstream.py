@@ -20,7 +20,7 @@ from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.decoders.folders import parts_of, read_config
 from datasetdm_fast.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents, pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.labels.class_tables import table
@@ -80,7 +80,7 @@ class Checkpoint:
         numbers += "" if not numbers or config.logits in LOGITS else " of classes without names"
         alike = [kind for kind in _alike(_shapes(self.copy)[1]) if kind != self.kind] if self.is_guessed else []
         others = f"; a checkpoint of {' or '.join(alike)} looks the same" if alike else ""
-        others += f", say so with --kind {alike[0]} or --decoder {alike[0]}:{self.path}" if alike else ""
+        others += f", say so with --kind {alike[0]} or --decoder {quote(f'{alike[0]}:{self.path}')}" if alike else ""
         source = "; the class of an instance is what its prompt names" if config.instance_class_from == "prompt" else ""
         return f"{self.path}: {how} a {self.kind} decoder ({config.kind}{numbers}){source}{others}"
 
@@ -162,7 +162,7 @@ def guessed(shapes: Shapes, path: Path) -> str:
         raise Refused(
             f"{path}: its tensors are those of a depth decoder, and {', '.join(alike)} have the same",
             "Name one: --kind nyu reads metres up to 10, --kind kitti and --kind vkitti2 up to 80 "
-            f"(or --decoder nyu:{path}).",
+            f"(or --decoder {quote(f'nyu:{path}')}).",
         )
     if "class_embed.weight" in shapes:
         shape = list(shapes["class_embed.weight"])

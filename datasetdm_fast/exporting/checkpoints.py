@@ -12,7 +12,7 @@ from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import UPSTREAM_KINDS, dry_run_setting, setting
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, quote
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (
@@ -99,7 +99,7 @@ def _to_decoder(config: CheckpointConfig) -> dict[str, Any]:
     levels = load_model(config.model).levels if config.model else SD1_LEVELS
     checkpoint, folder = open_checkpoint(Path(config.source), config.kind, levels), Path(config.out)
     _publish(config, {folder / name: content for name, content in checkpoint.files().items()}, folder)
-    told = f"{checkpoint.told}\nuse it with --decoder {folder.parent} --task {checkpoint.config.task}"
+    told = f"{checkpoint.told}\nuse it with --decoder {quote(folder.parent)} --task {checkpoint.config.task}"
     return {"path": config.out, "told": told, "kind": checkpoint.kind, "task": checkpoint.config.task}
 
 
