@@ -199,7 +199,9 @@ def test_fp32_is_taken_where_a_gate_fails(tmp_path, halved, capsys, monkeypatch)
 def test_what_compares_nothing(tmp_path, halved, monkeypatch):
     """A short run, a precision or an engine by name, labels that no gate judges, a run folder that is there."""
     config = RunConfig(model="tiny", number=2, out=str(tmp_path / "run"))
-    others = {"number": 1}, {"dtype": "fp32"}, {"engine": "torch"}, {"compile": True}, {"task": ("attention",)}
+    others = {"number": 1}, {"dtype": "fp32"}, {"engine": "torch"}, {"compile": True}, {"task": ("bright",)}
+    monkeypatch.setitem(job.LABELLER_KINDS.others, "bright", None)
+    assert job.measures(replace(config, task=("attention",)))
     assert job.measures(config) and not any(job.measures(replace(config, **one)) for one in others)
     monkeypatch.setattr(job, "read_document", lambda _: {})
     assert not job.measures(config)

@@ -7,7 +7,16 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, HALF, TASK_KINDS, UNDECODED, LabelConfig, RunConfig
+from datasetdm_fast.config import (
+    ATTENTION,
+    ENGINES,
+    HALF,
+    LABELLER_KINDS,
+    TASK_KINDS,
+    UNDECODED,
+    LabelConfig,
+    RunConfig,
+)
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.disk import storage
@@ -275,10 +284,12 @@ def refill(config: RunConfig) -> None:
 
 
 def measures(config: RunConfig) -> bool:
-    """Whether `--dtype auto` compares samples before this run: of a long one that is new and read by decoders alone."""
+    """Whether `--dtype auto` compares samples before this run: of a long one that is new and has no labels of other
+    packages' labellers.
+    """
     kind = ENGINES["fast" if config.engine == "auto" else config.engine]
     is_usual = config.dtype == "auto" and kind.halves and not config.compile
-    is_usual = is_usual and set(config.task).isdisjoint(UNDECODED)
+    is_usual = is_usual and set(config.task).isdisjoint(LABELLER_KINDS.others)
     return bool(is_usual) and count_images(config) >= LEAST_MEASURED and read_document(Path(config.out)) is None
 
 
