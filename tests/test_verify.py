@@ -27,6 +27,7 @@ from datasetdm_fast.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.packed import PackedUpsample
 from datasetdm_fast.pipeline import open_run
 from datasetdm_fast.sampling.walk import SamplerState
 from datasetdm_fast.workers import spawn
@@ -217,6 +218,19 @@ def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, 
     engine.text_encoder.words[-1, 0] = float("nan")
     row = verify.weights_row(engine, reference)
     assert not row.is_passed and json.loads(json.dumps(row.median)) == row.median
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_of_the_size_of_stable_diffusion_are_those_of_the_model(dtype, monkeypatch):
+    """Of a large upsampling convolution a CPU holds the rounded taps alone, not their sums."""
+    monkeypatch.setattr("datasetdm_fast.models.packed.LARGEST_HELD", 0)
+    demo = load_model("demo")
+    demo.unet, demo.vae  # noqa: B018  as the reference engine builds them
+    engine = build_engine("fast", demo, dtype=dtype, device="cpu")
+    upsamples = [layer for layer in engine.image_decoder.modules() if isinstance(layer, PackedUpsample)]
+    assert upsamples and all(layer.weight is None for layer in upsamples) and engine.weight_distance() == 0
+    upsamples[-1]._minimal[0] *= 1.01
+    assert 1e-3 < engine.weight_distance() < 0.1
 
 
 def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine, monkeypatch):

@@ -173,6 +173,10 @@ class Upsample(nn.Module):
         self.weight = frozen(by_place(taps) if dtype is None else by_place(taps).to(dtype))
         self.bias = frozen(weights["bias"].repeat(4))
 
+    def plain_taps(self) -> Tensor | None:
+        """The taps in the type of the weight, as long as they are here: they are no parameter, so `to` leaves them."""
+        return None if self.taps is None else self.taps.to(self.weight.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return upsampled(x, self.weight, self.bias)
 

@@ -15,7 +15,6 @@ from datasetdm_fast.models.layers import (
     Linear,
     Resnet,
     Upsample,
-    by_place,
     upsampled,
 )
 from datasetdm_fast.models.unet import Transformer
@@ -108,10 +107,9 @@ class PackedUpsample(nn.Module):
         self.weight = upsample.weight if is_small else None
         self._minimal = winograd.transformed(taps) if is_small else winograd.in_panels(taps)
 
-    def plain_weight(self) -> Tensor:
-        if self.weight is not None:
-            return self.weight
-        return by_place(winograd.from_panels(self._minimal, len(self.bias) // 4))
+    def plain_taps(self) -> Tensor | None:
+        """The 3x3 taps where nothing else is held."""
+        return winograd.from_panels(self._minimal, len(self.bias) // 4) if self.weight is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -170,7 +168,7 @@ def packed(module: nn.Module) -> nn.Module:
         if isinstance(child, Resnet) and child.norm2.op is group_norm_silu.native:
             child.norm2 = SpendingNorm(child.norm2)
         if isinstance(child, Upsample):
-            child.taps = child.taps.to(child.weight.dtype)  # no parameter, so the module's own `to` left it
+            child.taps = child.plain_taps()
             if winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
             child.taps = None  # read by no call
@@ -188,15 +186,20 @@ PACKED = {Linear: PackedLinear, Convolution: PackedConvolution}
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """The state of a network with every weight in its plain order, those of packed layers among them; a weight that is
-    held transformed alone is given as `winograd.transformed` makes it.
+    held transformed alone is given as `winograd.transformed` makes it. An Upsample has its taps, too, or these alone:
+    in half precision its weight, which is sums of them, is not that of its rounded taps.
     """
     away = {
         f"{name}.weight": layer.held_weight()
         for name, layer in module.named_modules()
         if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
     }
-    upsamples = {name: layer for name, layer in module.named_modules() if isinstance(layer, PackedUpsample)}
-    return module.state_dict() | away | {f"{name}.weight": layer.plain_weight() for name, layer in upsamples.items()}
+    taps = {
+        f"{name}.taps": layer.plain_taps()
+        for name, layer in module.named_modules()
+        if isinstance(layer, (Upsample, PackedUpsample))
+    }
+    return module.state_dict() | away | {name: value for name, value in taps.items() if value is not None}
 
 
 def weight_as(held: Tensor, weight: Tensor) -> Tensor:

@@ -483,7 +483,7 @@ def state_distance(value: Tensor, truth: Tensor) -> float:
 
 def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     """The same of the weight that lies farthest from its truth, in whatever form it is held."""
-    return max((state_distance(held[key], weight_as(held[key], value)) for key, value in truth.items()), default=0.0)
+    return max((state_distance(value, weight_as(value, truth[key])) for key, value in held.items()), default=0.0)
 
 
 def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
