@@ -113,11 +113,18 @@ class PartTable(dict):
     """One part of every label by its name: ours, followed by those that other packages register."""
 
     def __init__(
-        self, own: Mapping[str, Any], part: str, *registries: Registry, make: Callable[[Any], Any] = lambda it: it
+        self,
+        own: Mapping[str, Any],
+        part: str,
+        wanted: type,
+        *registries: Registry,
+        make: Callable[[Any], Any] = lambda it: it,
     ):
-        """`part` is the field of an entry that gives its module:name, `make` converts the object found there."""
+        """`part` is the field of an entry that gives the module:name of a subclass of `wanted`, which `make`
+        converts.
+        """
         super().__init__(own)
-        self.part, self.make = part, make
+        self.part, self.wanted, self.make = part, wanted, make
         self.others = {name: registry for registry in registries for name in registry.others}
 
     @property
@@ -131,5 +138,12 @@ class PartTable(dict):
     def __missing__(self, name: str) -> Any:
         registry = self.others[name]
         place = getattr(registry[name], self.part)
-        self[name] = made = registry.loaded(name, lambda: self.make(named(place)))
-        return made
+
+        def made() -> Any:
+            found = named(place)
+            if not (isinstance(found, type) and issubclass(found, self.wanted)):
+                raise TypeError(f"{place} is no subclass of {self.wanted.__name__}")
+            return self.make(found)
+
+        self[name] = part = registry.loaded(name, made)
+        return part

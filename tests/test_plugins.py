@@ -53,6 +53,7 @@ def uneven(scheduler, alphas, steps, prediction, profile):
 COARSE, UNEVEN = Sampler(coarse, memory=0), Sampler(uneven, memory=0)
 SLOW = EngineKind("foreign_things:Slow")
 SHORT = EngineKind("foreign_things:Short")
+FLAGGED = EngineKind("foreign_things:Slow", {"licence": ("--licence: the engine is {engine}", "Drop it.")})
 TEARS = EngineKind("foreign_things:Torn")
 LOST = EngineKind("foreign_nothing:Slow")
 PICKY = EngineKind("foreign_things:Slow", {"provider": None}, requirement=("foreign_things:refuse", "provider"))
@@ -72,6 +73,7 @@ def rows(path, split, size, tasks):
 
 EDGES = TaskKind("edges_label:EdgesKind", "edges_task:EdgesTask", "edges_meter:Edges")
 TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
+MIXED = TaskKind("edges_label:EdgesKind", "edges_meter:Edges", "edges_task:EdgesTask")
 """
 WRITER = """
 from datasetdm_fast.exporting.configs import MmsegFormat
@@ -185,6 +187,7 @@ HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
 short = foreign_things:SHORT
+flagged = foreign_things:FLAGGED
 tears = foreign_things:TEARS
 torn = foreign_things:NOTHING
 wrong = foreign_things:scenes
@@ -207,6 +210,7 @@ ddim = foreign_things:NOTHING
 [datasetdm_fast.tasks]
 edges = foreign_things:EDGES
 bad-edges = foreign_things:TORN
+mixed-edges = foreign_things:MIXED
 
 [datasetdm_fast.labellers]
 bright = foreign_labeller:BRIGHT
@@ -264,7 +268,7 @@ def installed(tmp_path_factory) -> Path:
 def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     monkeypatch.syspath_prepend(str(installed))
     registry = Registry("engines", {"torch": 1}, EngineKind)
-    assert registry.names == ("torch", "ends", "lost", "picky", "short", "slow", "tears", "torn", "wrong")
+    assert registry.names == ("torch", "ends", "flagged", "lost", "picky", "short", "slow", "tears", "torn", "wrong")
     assert list(registry) == ["torch"]
     assert "slow" in registry and "none" not in registry and "foreign_things" not in sys.modules
     assert registry["torch"] == 1 and registry["slow"].engine == "foreign_things:Slow"
@@ -360,7 +364,13 @@ for line in json.loads(sys.argv[1]):
         assert "foreign_labeller" not in sys.modules
 is_late = not {"foreign_student", "edges_task", "edges_label"} & {*sys.modules} and "seg" in STUDENTS
 said = []
-for ask in (lambda: open_network("lost"), lambda: TASKS["bad-edges"]):
+asking = (
+    lambda: open_network("lost"),
+    lambda: TASKS["bad-edges"],
+    lambda: TASKS["mixed-edges"],
+    lambda: METRICS["mixed-edges"],
+)
+for ask in asking:
     try:
         ask()
     except Missing as stop:
@@ -398,6 +408,11 @@ def test_commands_run_them_by_name(installed, tmp_path):
             [*run, "--task", "semantic", "--out", "short", "--engine", "short"],
             1,
             "this is a bug of ours, or of the package foreign-things 1.0, the report is",
+        ),
+        (
+            [*run, "--task", "semantic", "--out", "none", "--engine", "flagged"],
+            3,
+            "foreign-things does not load (ValueError: there is no flag for its option 'licence')",
         ),
         ([*run, "--task", "semantic", "--out", "coarse", "--sampler", "coarse"], 0, ""),
         ([*run, "--task", "semantic", "--out", "ddim", "--sampler", "ddim"], 0, ""),
@@ -459,7 +474,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert ended.returncode == 0, ended.stderr
-    *found, count, is_late, task, parts, (lost, bad), (slow, torn) = json.loads(ended.stdout)
+    *found, count, is_late, task, parts, (lost, bad, *mixed), (slow, torn) = json.loads(ended.stdout)
     for (code, says), (line, ended_with, said) in zip(found, lines, strict=True):
         assert ended_with == code and said in says, (line, says)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3
@@ -494,6 +509,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
     assert slow["runs"] and "'torn' of the package foreign-things does not load" in torn["cause"]
     assert "'lost' of the package foreign-things does not load" in lost
     assert "'bad-edges' of the package foreign-things does not load" in bad
+    for place, kind, told in zip(("edges_meter:Edges", "edges_task:EdgesTask"), ("Task", "Meter"), mixed, strict=True):
+        assert f"foreign-things does not load (TypeError: {place} is no subclass of {kind})" in told
     for read in (open_run, audit):  # here, where the package is not installed
         with pytest.raises(Missing, match="'bright' is made by the package 'foreign-things 1.0', which is not"):
             read(tmp_path / "both")

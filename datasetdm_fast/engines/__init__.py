@@ -56,7 +56,10 @@ def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str
         raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
     chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
     given = EngineSettings(**options)
-    for kind in ENGINES.values():
+    if unknown := [option for option in chosen.options if not hasattr(usual, option)]:
+        error = ValueError(f"there is no flag for its option {unknown[0]!r}")
+        raise ENGINES.failed(name, error, "does not load")
+    for kind in (kind for other, kind in ENGINES.items() if other not in ENGINES.others):
         for option, refusal in kind.options.items():
             value = getattr(given, option)
             if option not in chosen.options and value != getattr(usual, option):

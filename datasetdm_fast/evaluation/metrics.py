@@ -163,4 +163,4 @@ OWN_METRICS = {
     "pose": Pose,
     "open-vocabulary": OpenVocabulary,
 }
-METRICS = PartTable(OWN_METRICS, "meter", TASK_KINDS)
+METRICS = PartTable(OWN_METRICS, "meter", Meter, TASK_KINDS)

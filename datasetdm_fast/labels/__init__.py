@@ -17,7 +17,7 @@ OWN_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the fi
     "depth": depth.DepthKind(),
     "pose": pose.PoseKind(),
 }
-LABEL_KINDS = PartTable(OWN_KINDS, "label", TASK_KINDS, LABELLER_KINDS, make=lambda kind: kind())
+LABEL_KINDS = PartTable(OWN_KINDS, "label", LabelKind, TASK_KINDS, LABELLER_KINDS, make=lambda kind: kind())
 
 
 @lru_cache(1024)

@@ -3,6 +3,7 @@
 from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.tasks import depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.tasks.task import Task
 
 OWN_TASKS = {
     "semantic": semantic.SemanticTask(),
@@ -11,4 +12,4 @@ OWN_TASKS = {
     "pose": pose.PoseTask(),
     "open-vocabulary": open_vocabulary.OpenVocabularyTask(),
 }
-TASKS = PartTable(OWN_TASKS, "task", TASK_KINDS, make=lambda task: task())
+TASKS = PartTable(OWN_TASKS, "task", Task, TASK_KINDS, make=lambda task: task())
