@@ -16,7 +16,7 @@ import numpy as np
 from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
-from datasetdm_fast.engines.start import without_autocast
+from datasetdm_fast.engines.start import in_own_precision
 from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.generation import diffusing, driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
@@ -125,7 +125,7 @@ class Pipeline:
         self._turn = RLock()  # of the threads that call it: an engine makes one batch at a time
 
     @classmethod
-    @without_autocast()
+    @in_own_precision()
     def from_pretrained(
         cls,
         model: str = "demo",
@@ -151,7 +151,7 @@ class Pipeline:
         return cls(found)
 
     @classmethod
-    @without_autocast()
+    @in_own_precision()
     def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
         """The model of a StableDiffusionPipeline in memory, with its fused adapters; `decoder` and
         options as in from_pretrained. The weights are copied.
@@ -349,6 +349,7 @@ class Pipeline:
         batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
         return Output(list(self._samples(batches, recipe, generator_of(recipe, pictures))))
 
+    @in_own_precision()
     def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
         """The recipe of these labels, and the words they are asked for."""
         words = check_classes(_several("classes", classes, "words"))
@@ -430,7 +431,7 @@ class Pipeline:
                 return
             yield batch
 
-    @without_autocast()
+    @in_own_precision()
     def features(
         self,
         image: np.ndarray | Image | None = None,

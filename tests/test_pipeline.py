@@ -211,6 +211,34 @@ def test_a_program_with_autocast_gets_the_same_images_and_labels(decoders, engin
     assert np.array_equal(alone[1].metres, beside[1].metres) and torch.equal(alone[2], beside[2])
 
 
+@pytest.mark.parametrize("engine", ["torch", "fast"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_a_program_with_another_default_dtype_or_device_gets_the_same_images_and_labels(decoders, engine, default):
+    """The compiled operations write fp32 into memory that was of a smaller dtype otherwise."""
+
+    def made():
+        pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders))
+        generator = torch.Generator("cpu").manual_seed(3)
+        stream = pipe.stream(["a red ball"], steps=2)
+        sample = next(stream)
+        seen.append((torch.get_default_dtype(), torch.get_default_device()))  # where the program goes on
+        label = pipe.label(sample.image, tasks=("depth",)).depth[0].metres
+        drawn = pipe.diffuse("a ball", num_inference_steps=2, generator=generator, tasks=(), output_type="np").images
+        return sample.image, sample.annotations["depth"].metres, label, drawn, pipe.features(sample.image)["low"].cpu()
+
+    seen, before = [], torch.get_default_dtype()
+    alone = made()
+    change = torch.set_default_device if default == "meta" else torch.set_default_dtype
+    try:
+        change(default)
+        beside = made()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert default in (seen[1][0], seen[1][1].type)
+    assert all(map(np.array_equal, alone, beside))
+
+
 def test_pictures_that_exist_are_not_sampled(pipe):
     with pytest.raises(TypeError, match="'steps' is no choice here, as no image is sampled"):
         pipe.label(world.view(0, 128).image, steps=20)

@@ -95,7 +95,7 @@ def drawn(
     shape = (4, size // FACTOR, size // FACTOR)
     if generator is None or isinstance(generator, torch.Generator):
         one = torch.default_generator if generator is None else generator
-        noise = torch.randn((count, *shape), generator=one, device=one.device).cpu()
+        noise = torch.randn((count, *shape), generator=one, dtype=torch.float32, device=one.device).cpu()
         return noise, [one.initial_seed() % 2**63] * count
     several = list(generator) if isinstance(generator, Iterable) else [generator]
     for one in several:
@@ -103,7 +103,7 @@ def drawn(
             raise Refused(f"generator: {one!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
     if len(several) != count:
         raise Refused(f"generator: {len(several)} were given for {count} images", "Give one, or one per image.")
-    parts = [torch.randn((1, *shape), generator=one, device=one.device).cpu() for one in several]
+    parts = [torch.randn((1, *shape), generator=one, dtype=torch.float32, device=one.device).cpu() for one in several]
     return torch.cat(parts), [one.initial_seed() % 2**63 for one in several]
 
 

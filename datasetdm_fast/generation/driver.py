@@ -20,7 +20,7 @@ from datasetdm_fast.data import (
     SemanticMap,
     SetAside,
 )
-from datasetdm_fast.engines.start import without_autocast
+from datasetdm_fast.engines.start import in_own_precision
 from datasetdm_fast.generation.class_prompts import columns
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
@@ -57,14 +57,14 @@ def generate(
     """
     make = make or BatchGenerator
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
-        generator = make(engine, recipe, calls.queued)
+        generator = in_own_precision()(make)(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
             if any(isinstance(result, SetAside) for result in results):
                 results = retried(batch, results, engine, lambda wide: make(wide, recipe, calls.queued), label_stream)
             yield batch, results
 
 
-@without_autocast()
+@in_own_precision()
 def retried(
     batch: Batch,
     results: list[Sample | SetAside],
@@ -96,7 +96,7 @@ def side_by_side(
     """Every batch, sampled while `label_stream` makes the labels and images of the one before; where the next batch is
     refused, those before it come first.
     """
-    sample, label = without_autocast()(generator.sample), without_autocast()(generator.label)
+    sample, label = in_own_precision()(generator.sample), in_own_precision()(generator.label)
     remaining = iter(batches)
     while True:
         try:
