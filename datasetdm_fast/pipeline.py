@@ -17,7 +17,7 @@ from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.start import in_own_precision
-from datasetdm_fast.errors import GateFailed, Refused, nearest
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import diffusing, driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.inverted import generator_of, inverting, said
@@ -25,7 +25,7 @@ from datasetdm_fast.generation.pictures import in_memory
 from datasetdm_fast.generation.prompts import check_classes, check_line
 from datasetdm_fast.generation.recipe import Recipe, capture_calls, make_recipe
 from datasetdm_fast.labels import kind_of, task_of
-from datasetdm_fast.labels.names import by_task
+from datasetdm_fast.labels.names import by_task, check_label
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
@@ -86,8 +86,7 @@ class Output:
 
     def labels(self, label: str) -> list[Any]:
         """The labels TASK or TASK:NAME of every sample; an empty list where they were not requested."""
-        if label.partition(":")[0] not in LABELS:
-            raise Refused(f"{label!r} is no label{nearest(label, LABELS)}", f"Choose from {', '.join(LABELS)}.")
+        check_label(label)
         return [sample.annotations[label] for sample in self.samples if label in sample.annotations]
 
     @property

@@ -565,6 +565,11 @@ def test_run_is_a_torch_data_set(run_path):
     assert len(list(torch.utils.data.DataLoader(run.as_dataset("depth"), num_workers=2))) == 12
     with pytest.raises(Refused, match="no labels for"):
         run.as_dataset("colour")
+    for wrong in (None, 3, iter(["depth"])):  # an iterator would have been at its end when the labels are read
+        with pytest.raises(Refused, match="task: .* was given, expected a label or several labels"):
+            run.as_dataset(wrong)
+    part = run.as_dataset("depth")[3:5]
+    assert len(part) == 2 and torch.equal(part[1][1], run.as_dataset("depth")[4][1])
     assert set(run.tasks) == set(TASKS)
 
 
@@ -592,6 +597,10 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     assert run[-1].id == run["00000011"].id == "00000011" and repr(run[:2]).endswith(f"{', '.join(run.tasks)}>")
     balls = run.where(classes=("ball",))
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
+    assert len(run.where(classes=iter(["ball"]))) == len(balls)
+    assert run[0].label("attention") is None is run[0].label("depth:other")
+    with pytest.raises(Refused, match=r"'semantc' is no label \(did you mean semantic\?\)"):
+        run[0].label("semantc")
     assert len(run.where(trusted=True)) + len(run.where(trusted=False)) == len(run)
     assert [sample.id for sample in run.where(test=lambda sample: sample.seed % 2)][:2] == ["00000001", "00000003"]
     with pytest.raises(Refused, match="have no scores yet") as refused:

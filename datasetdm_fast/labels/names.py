@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.config import LABELS, UNDECODED
+from datasetdm_fast.errors import Refused, nearest
 
 DECODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
@@ -63,6 +64,13 @@ def tasks_of(labels: Iterable[str]) -> tuple[str, ...]:
 def task_of_label(label: str) -> str:
     """The task of a label that is known to be one."""
     return label.partition(":")[0]
+
+
+def check_label(label: str) -> None:
+    """Refuses what is no label, such as one that is misspelt."""
+    if not isinstance(label, str) or task_of_label(label) not in LABELS:
+        alike = nearest(label, LABELS) if isinstance(label, str) else ""
+        raise Refused(f"{label!r} is no label{alike}", f"Choose from {', '.join(LABELS)}.")
 
 
 def by_task(labels: Iterable[str]) -> list[str]:

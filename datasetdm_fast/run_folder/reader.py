@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -20,6 +20,7 @@ from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.class_tables import ClassTable
+from datasetdm_fast.labels.names import check_label
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder import other_libraries
@@ -141,6 +142,7 @@ class StoredSample:
     def label(self, task: str) -> Any:
         """The label of a task, None where the run did not make it."""
         if task not in self.row.labels:
+            check_label(task)
             return None
         files = {role: name for role, (name, _) in self.row.files.items()}
         with self._naming_damage():
@@ -265,6 +267,7 @@ class Run(AbstractContextManager["Run"]):
         """
         if isinstance(classes, str):
             raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        classes = tuple(classes)  # of an iterator, too
         known = self.document["plan"].get("words", classes)
         for word in classes:
             if word not in known:
@@ -317,6 +320,10 @@ class Run(AbstractContextManager["Run"]):
 
         `transform` takes both and gives what the data set gives of them.
         """
+        if not isinstance(task, Collection):
+            raise Refused(
+                f"task: {task!r} was given, expected a label or several labels", "Give one, such as 'semantic'."
+            )
         for one in (task,) if isinstance(task, str) else task:
             if one not in self.tasks:
                 raise Refused(
@@ -362,9 +369,12 @@ class TaskDataset:
     def __len__(self) -> int:
         return len(self.run)
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int | str | slice) -> Any:
+        """The pair at a position or of an id; of a slice, the data set of these samples."""
         import torch
 
+        if isinstance(position, slice):
+            return replace(self, run=self.run[position])
         sample = self.run[position]
         image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
         labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
