@@ -1747,3 +1747,23 @@ def test_a_broken_stream_is_refused_with_its_place(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(Refused, match=r"x\.json.*(byte|JSON)"):
         list(JsonStream(path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image": np.zeros((4, 6), np.uint8)}, "image: uint8 of shape [4, 6], expected uint8 of shape [4, 6, 3]"),
+        ({"image": np.zeros((4, 6, 3))}, "image: float64 of shape [4, 6, 3], expected uint8"),
+        (
+            {"semantic": np.zeros((4, 4), np.uint8)},
+            "semantic: uint8 of shape [4, 4], expected integers of shape [4, 6]",
+        ),
+        ({"depth": np.zeros((4, 6), np.uint16)}, "depth: uint16 of shape [4, 6], expected floating-point numbers"),
+    ],
+)
+def test_a_reader_that_gives_arrays_of_another_form_is_told_so(wrong, said):
+    given = {"image": np.zeros((4, 6, 3), np.uint8), "semantic": np.zeros((4, 6), np.uint8)}
+    Picture("a", caption="a photo", **given)
+    with pytest.raises(ValueError) as stop:
+        Picture("a", caption="a photo", **given | wrong)
+    assert said in str(stop.value)

@@ -59,6 +59,17 @@ class Picture:
         None  # the box x, y, width, height to look at instead of the whole
     )
 
+    def __post_init__(self) -> None:
+        """Raises a ValueError in the reader where an array is not what these lines say."""
+        sides = self.image.shape[:2]
+        _check("image", self.image, (*sides, 3), np.uint8, "uint8")
+        for name, array, kind, expected in (
+            ("semantic", self.semantic, np.integer, "integers"),
+            ("depth", self.depth, np.floating, "floating-point numbers"),
+        ):
+            if array is not None:
+                _check(name, array, sides, kind, expected)
+
     @property
     def text(self) -> str:
         """The caption, empty where it is to be made."""
@@ -219,3 +230,9 @@ class LabelledSource:
             raise Refused(storage.refusal(error, error.filename or "the data set").cause, MEND) from error
         except Missing as stop:
             raise Refused(stop.cause, MEND if isinstance(stop.__cause__, OSError) else stop.remedy) from stop
+
+
+def _check(name: str, array: np.ndarray, shape: tuple[int, ...], kind: type, expected: str) -> None:
+    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+        found = f"{array.dtype} of shape {list(array.shape)}"
+        raise ValueError(f"{name}: {found}, expected {expected} of shape {list(shape)}")
