@@ -482,6 +482,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
     coarse, ddim = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("coarse", "ddim"))
     assert coarse["sampling"].pop("sampler_package") == "foreign-things 1.0"
     assert coarse["sampling"] == {**ddim["sampling"], "sampler": "coarse"}
+    assert "sampler is that of the package `foreign-things 1.0`" in (tmp_path / "coarse" / "README.md").read_text()
     images = [(tmp_path / name / "images" / "00000000.png").read_bytes() for name in ("coarse", "ddim")]
     assert images[0] == images[1]
     assert both["config"]["task"] == ["semantic", "bright"] and seen["config"]["task"] == ["bright"]

@@ -190,6 +190,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
     yield from _mixed(document) if "mixed" in document else _merged(document)
     yield f"- Sampler {sampler_in_words(document)}"
+    if package := sampling.get("sampler_package"):
+        yield f"- The sampler is that of the package {_code(package)}"
     foreign = sampling.get("labellers", {}).items()
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
