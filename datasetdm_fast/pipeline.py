@@ -49,9 +49,12 @@ class Output:
 
     samples: list[Sample]
 
+    @property
+    def _counted(self) -> str:
+        return "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
+
     def __repr__(self) -> str:
-        told = "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
-        return f"<Output of {told}>" + "".join(f"\n  {sample}" for sample in self.samples)
+        return f"<Output of {self._counted}>" + "".join(f"\n  {sample}" for sample in self.samples)
 
     def _repr_html_(self) -> str:
         pictures = []
@@ -59,7 +62,7 @@ class Output:
             pictures.append((sample.image, sample.request.prompt))
             labels = sample.annotations.items()
             pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
-        return preview(pictures, f"{len(self.samples)} samples")
+        return preview(pictures, self._counted)
 
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8

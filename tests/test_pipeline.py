@@ -277,6 +277,9 @@ def test_what_is_printed_of_an_output_is_a_line_a_sample(pipe):
     lines = repr(out).splitlines()
     assert len(lines) == 3 and max(map(len, lines)) < 200 and "'two cubes', seed 1" in lines[2]
     assert all(len(repr(label)) < 600 for label in out.samples[0].annotations.values())
+    assert out.__class__(out.samples[:1])._repr_html_().startswith("<div>1 sample<")
+    with pytest.raises(AttributeError, match=r"no label is called 'instance' \(did you mean instances\?\)"):
+        out.instance  # noqa: B018
     page = out._repr_html_()
     assert page.count("<img") == 12 and "a red ball &lt;b&gt;" in page and "<b>" not in page
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from datasetdm_fast.config import LABELLER_KINDS, TASK_KINDS
+from datasetdm_fast.errors import nearest
 from datasetdm_fast.labels import attention, depth, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.labels.kind import LabelKind
 from datasetdm_fast.labels.names import LabelName, ordered
@@ -38,4 +39,5 @@ def task_of(attribute: str) -> str:
     for task, kind in LABEL_KINDS.items():
         if kind.attribute == attribute:
             return task
-    raise AttributeError(f"no label is called {attribute!r}")
+    known = [kind.attribute for kind in LABEL_KINDS.values()]
+    raise AttributeError(f"no label is called {attribute!r}{nearest(attribute, known)}")
