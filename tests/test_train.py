@@ -331,6 +331,18 @@ def test_what_changed_of_data_is_told():
     assert data_record.changes(old, old[::-1]) == "the same images in another order"
 
 
+def test_persons_are_told_to_be_cut_out_rather_than_their_pictures_to_the_middle(run, tmp_path, capsys):
+    LAYOUTS["coco"][1](tmp_path / "data")
+    line = ["--data", f"coco:{tmp_path / 'data'}", "--task", "pose", "--steps", "2", "--held-out", "0"]
+    assert run(*line) == 0
+    told = json.loads((tmp_path / "decoder/pose/training/result.json").read_text())["framing"]
+    number = told["pictures"]
+    assert told["framing"] == "person" and told["cut_to_a_square"] == told["scaled"] == number > 1
+    how = f"{number} persons, each in the middle of a square that is cut out and scaled to that"
+    assert f"64 pixels a side ({how})" in capsys.readouterr().err
+    assert how in (tmp_path / "decoder/pose/training/page.html").read_text()
+
+
 def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_images_have_a_page(
     run, tmp_path, capsys, monkeypatch
 ):

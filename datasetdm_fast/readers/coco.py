@@ -150,7 +150,7 @@ class Coco(PictureSource):
         )
 
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
-        self.things, self.persons, self.is_pose_alone = things, persons, is_pose_alone
+        self.things, self.persons, self.shows_persons = things, persons, is_pose_alone
         if things:
             ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
             self.numbers = {category: k for k, category in enumerate(ids)}

@@ -24,6 +24,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
+PERSON = "person"  # the framing of items that each show one person of a picture
 VERSION = 2  # before, captions made of the labels were of the whole picture, and words of crowds were taught as absent
 FORM = {"items": [{"name": str, "sides": [int]}]}
 KINDS = {  # what a change is called -> the fields of an item that tell it
@@ -177,12 +178,13 @@ def as_json(found: Mapping[str, Any]) -> bytes:
 def framing(found: Mapping[str, Any], pictures: int, size: int, rule: str) -> dict[str, Any]:
     """How the pictures are brought to the model's size, and of how many that changes something."""
     sides = [item["sides"] for item in found["items"]]
+    is_person = rule == PERSON  # in a square of its own, whatever the sides of its picture
     return {
         "pixels_a_side": size,
         "framing": rule,
         "pictures": pictures,
-        "scaled": sum(each != [size, size] for each in sides),
-        "cut_to_a_square": sum(width != height for width, height in sides),
+        "scaled": sum(is_person or each != [size, size] for each in sides),
+        "cut_to_a_square": sum(is_person or width != height for width, height in sides),
     }
 
 
@@ -191,6 +193,9 @@ def framed(framing: Mapping[str, Any]) -> str:
     scaled, cut, pictures = (framing[name] for name in ("scaled", "cut_to_a_square", "pictures"))
     if not scaled:
         return ""
+    if framing["framing"] == PERSON:
+        each = "each in the middle of a square" if pictures > 1 else "in the middle of a square"
+        return f"{counted(pictures, 'person')}, {each} that is cut out and scaled to that"
     of_all = counted(pictures, "picture")
     which = f"all {of_all} are" if scaled == pictures > 1 else f"{scaled} of {of_all} {'is' if scaled == 1 else 'are'}"
     square = "a square that DatasetDM's rule draws" if framing["framing"] == "upstream" else "the square in the middle"

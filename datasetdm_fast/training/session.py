@@ -239,7 +239,8 @@ class TrainingSession:
     @cached_property
     def framing(self) -> dict[str, Any]:
         """How the pictures are brought to the model's size."""
-        return data_record.framing(self.data, len(self.source), self.engine.model.size, self.config.framing)
+        rule = data_record.PERSON if self.source.shows_persons else self.config.framing
+        return data_record.framing(self.data, len(self.source), self.engine.model.size, rule)
 
     def training(
         self,

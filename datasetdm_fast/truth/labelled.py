@@ -94,6 +94,7 @@ class LabelledSource:
     max_depth: float = 0.0
     tasks: tuple[str, ...] = ()  # those it has truth for
     is_rendered: bool = False  # whether its address alone decides its items
+    shows_persons: bool = False  # whether an item is one person of a picture, in the middle of a square
     captions_name_all: bool = False  # whether captions are made of the labels, or name every thing by their making
     class_table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
     called: Mapping[str, str] = {}  # class -> the name that such captions call it by instead of its own
