@@ -1089,6 +1089,12 @@ BAD = {
     "captions that are no JSON": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{'a'}"), False),
     "YAML with an alias": ("yolo-seg", "data.yaml", lambda p: p.write_text("a: &a [x]\nnames: *a\n"), False),
     "no names": ("yolo-seg", "data.yaml", lambda p: p.write_text("names: 5\n"), False),
+    "joints instead of outlines": (
+        "yolo-seg",
+        "data.yaml",
+        lambda p: p.write_text(f"{p.read_text()}\nkpt_shape: [6, 2]\n"),
+        False,
+    ),
     "a class that has no name": (
         "yolo-seg",
         "labels/train/000001.txt",

@@ -79,6 +79,8 @@ class Yolo(PictureSource):
 def _names(path: Path) -> tuple[str, ...]:
     found = documents.read_yaml(path)
     names = found.get("names") if isinstance(found, dict) else None
+    if isinstance(found, dict) and found.get("kpt_shape"):  # whose boxes and joints would pass for corners
+        raise reading.bad(path, "its labels are boxes and joints (kpt_shape), expected outlines of things")
     if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
         named = {str(number): name for number, name in names.items()}  # as YOLO has it, numbers may be in quotes
         names = [named[str(k)] for k in range(len(named))]
