@@ -308,6 +308,21 @@ def test_intervals_of_few_images_allow_for_failures_that_none_of_them_shows():
     assert held >= 57 and joints >= 57 and plain < 50, (held, joints, plain)
 
 
+def test_intervals_of_shares_of_depth_allow_for_an_image_that_fails():
+    """Of one image in twelve the depth is wrong by more than a factor of 1.25."""
+    random, share, held, plain = np.random.default_rng(0), 11 / 12, 0, 0
+    for _ in range(60):
+        meter = METRICS["depth"](None)
+        meter.rows = [(0.1, 0.1, float(is_near), 1.0, 1.0) for is_near in random.random(15) < share]
+        found = intervals(meter)
+        low, high = found.get("delta_1.25", (1, 1))
+        held += low <= share <= high
+        low, high = np.nanquantile(meter.draws(2000)["delta_1.25"], [0.025, 0.975])
+        plain += low <= share <= high
+        assert found["delta_1.25_2"][0] < 0.99 and np.ptp(found["absrel"]) < 1e-9
+    assert held >= 57 and plain < 50, (held, plain)
+
+
 def test_an_interval_of_means_is_the_textbooks_one():
     """The mean of n independent errors has a 95 % interval of 2 x 1.96 standard errors."""
     source, random = open_data("demo:1@40", SIZE), np.random.default_rng(0)

@@ -35,7 +35,7 @@ def intervals(
         if name not in figures:  # as no image shows what it is a mean of
             continue
         images = shown if name == meter.each else meter.telling
-        values = _with_further(values, images) if meter.counts_hits else values
+        values = _with_further(values, images) if meter.counts_hits(name) else values
         if name == meter.each:
             levels = [expanded(level, count, folds) for count in images]
             found = [_between(*one) for one in zip(values.T, levels, strict=True)]

@@ -47,7 +47,6 @@ class Meter:
     held_out_figure = ""  # by which a training keeps its best weights
     student_figure = ""  # by which students are compared
     less_is_better = False
-    counts_hits = True  # figures are shares of what was to be found, of which a few images may show no miss
     shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
 
     @cached_property
@@ -73,6 +72,10 @@ class Meter:
     @property
     def count(self) -> int:
         return len(self.rows)  # what `add` has kept, an entry an image
+
+    def counts_hits(self, figure: str) -> bool:
+        """Whether a figure is a share of what was to be found, of which a few images may show no miss."""
+        return True
 
     @property
     def telling(self) -> int:

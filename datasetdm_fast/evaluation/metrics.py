@@ -136,10 +136,12 @@ class Depth(Meter):
 
     figure = held_out_figure = student_figure = "absrel"
     less_is_better = True
-    counts_hits = False
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []
+
+    def counts_hits(self, figure: str) -> bool:
+        return figure not in ("absrel", "rmse")  # which are errors
 
     def add(self, truth: Labelled, found: DepthMap) -> None:
         known = truth.depth > 0
