@@ -152,6 +152,26 @@ def test_a_finished_run_grows_into_the_one_that_was_larger_from_the_start(engine
     assert "number:" in capsys.readouterr().err and files_of(tmp_path / "run") == grown
 
 
+@pytest.mark.parametrize(
+    "first, more, sizes",
+    [
+        (["--number", "1"], ["--number", "9"], [1] + 8 * [2]),  # a first image, to see whether it works
+        (["--number", "3", "--batch-size", "2"], ["--number", "9", "--batch-size", "2"], 9 * [2]),
+        (["--number", "5", "--batch-size", "4"], ["--number", "9", "--batch-size", "4"], 9 * [3]),
+        (["--number", "4", "--batch-size", "3"], ["--number", "9", "--batch-size", "3"], 4 * [2] + 5 * [3]),
+        (["--number", "1"], ["--number", "9", "--mixed", "no"], 9 * [1]),
+        (["--number", "8", "--batch-size", "4"], ["--number", "9"], 8 * [4] + [3]),
+    ],
+)
+def test_a_run_that_grows_gets_the_batches_of_the_larger_one(engines, tmp_path, monkeypatch, first, more, sizes):
+    monkeypatch.setattr(StubEngine, "suggested_batch", lambda self: 2)
+    for line in (first, more, more):
+        assert run(*line, "--quiet", out=tmp_path / "run") == 0
+        assert audit(tmp_path / "run").findings == []
+    assert [sample.row.recipe["batch_size"] for sample in open_run(tmp_path / "run")] == sizes
+    assert read_document(tmp_path / "run")["plan"]["batch_size"] == sizes[-1]
+
+
 def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tmp_path, capsys):
     line = ["--prompts", "a ball\na cube", "--number", "3", "--quiet"]
     assert run(*line, out=tmp_path / "run") == 0

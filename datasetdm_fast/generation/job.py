@@ -326,10 +326,12 @@ def compose(
     engine, decoders = engine_of(config, stored, dtype)
     recipe = recipe_of(config, engine, source.classes or source.listed, table=source.table)
     words = recipe.words or class_words(engine, config.task, source.classes)
-    # The run folder's size does not change with the memory that happens to be free.
-    size = config.batch_size or (
-        stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
-    )
+    # The run folder's size does not change with the memory that happens to be free; a run that grows may have had too
+    # few images for a larger one.
+    size = stored["plan"]["batch_size"] if stored else 0
+    if stored is None or grows(stored["config"], identity(config, source)):
+        size = max(size, min(engine.suggested_batch(), count_images(config)))
+    size = config.batch_size or size
     plan = make_plan(
         replace(source, table=recipe.table),
         engine.model.tokenizer,
@@ -451,12 +453,16 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
             document=job.document | {"plan": job.document["plan"] | {"number": number}},
         )
     document = job.document | {"labels": laid_out(job.document["labels"], stored["labels"])}
+    # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
+    mixes_sizes, given = job.config.mixed != "no", job.config.batch_size
+    other = given if mixes_sizes and given != stored["config"].get("batch_size") else 0
     if grows(stored["config"], document["config"]):
         check_rows(job)
+        renewed = ("number", "prompts", *(["batch_size"] if mixes_sizes and not other else []))
         stored = {
             **stored,
             "config": stored["config"] | {name: document["config"][name] for name in GROWING},
-            "plan": stored["plan"] | {name: document["plan"][name] for name in ("number", "prompts")},
+            "plan": stored["plan"] | {name: document["plan"][name] for name in renewed},
         }
     # Of the same settings; how many images are in a batch of theirs also depends on the number and on free memory.
     document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
@@ -478,9 +484,7 @@ def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
             if job.config.mixed == "no" or "command" in stored
             else alone,
         )
-    # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
-    is_other = job.config.mixed != "no" and job.config.batch_size != stored["config"].get("batch_size")
-    size = (is_other and job.config.batch_size) or stored["plan"]["batch_size"]
+    size = other or stored["plan"]["batch_size"]
     facts = row_facts({**stored, "engine": engine, "plan": stored["plan"] | {"batch_size": size}})
     return replace(
         job,

@@ -38,7 +38,7 @@ from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, 
 
 # What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
 # writes it there.
-BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", *(f"config.{name}" for name in GROWING)}
+BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", "plan.batch_size", *(f"config.{name}" for name in GROWING)}
 
 
 @dataclass(frozen=True)
