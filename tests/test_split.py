@@ -1,6 +1,7 @@
 """split: samples that were made of one picture stay together, and an export follows the split."""
 
 import json
+import os
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ from datasetdm_fast.readers import open_data
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.gallery import review
 from datasetdm_fast.run_folder.split import dealt, groups, read_split
 from datasetdm_fast.split import main
 
@@ -69,6 +71,19 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
     assert [finding.place for finding in audit(run).findings] == ["split.json"]
     assert main([str(run), "--undo", "--quiet"]) == 0 and not (run / "split.json").exists()
     assert audit(run).findings == []
+
+
+@pytest.mark.parametrize("mask, modes", [(0o002, {0o664, 0o775}), (0o022, {0o644, 0o755}), (0o077, {0o600, 0o700})])
+def test_whoever_may_write_into_a_run_is_what_the_umask_says(tmp_path, mask, modes):
+    """So that the people of a group can go on with each other's runs."""
+    before = os.umask(mask)
+    try:
+        write_run(tmp_path / "run", 2, 32)
+        assert main([str(tmp_path / "run"), "--quiet"]) == 0
+        review.change(tmp_path / "run", {"00000001": "bad"})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == modes
 
 
 @pytest.mark.parametrize("call", ["seal", "remove"])

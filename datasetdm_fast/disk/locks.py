@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
     """Holds the lock file `path` for this process, alone or shared; the system releases it however the process ends."""
     with storage.refusing(path):
-        handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, storage.FILE_MODE)
     try:
         try:
             storage.syscall(

@@ -31,7 +31,8 @@ def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: st
 def _create(path: Path, schema: str) -> None:
     part = storage.part_of(path)
     try:
-        storage.forget(part)
+        with storage.refusing(path):
+            storage.make_empty(part)
         with closing(_opened(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as connection:
             connection.executescript(schema)
         storage.move(part, path)
@@ -44,7 +45,8 @@ def compact(connection: Connection, path: Path) -> Path:
     """A copy of a database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
     part = storage.part_of(path)
     try:
-        storage.forget(part)
+        with storage.refusing(path):
+            storage.make_empty(part)
         connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8
         # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have
         # nothing to change.

@@ -23,6 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
+FILE_MODE, FOLDER_MODE = 0o666, 0o777  # less what the umask takes: it tells whether a group works on a run together
 NUMBER = re.compile(r"\d+")
 MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
 
@@ -144,7 +145,12 @@ def part_of(path: Path) -> Path:
 
 
 def _opened(part: Path) -> int:
-    return syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    return syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+
+
+def make_empty(part: Path) -> None:
+    """Makes an empty file, for libraries that would give a new one permissions of their own."""
+    os.close(_opened(part))
 
 
 def _write_all(handle: int, chunk: bytes) -> None:
@@ -161,7 +167,7 @@ def append(path: Path, line: bytes) -> None:
     leaves, it begins a new one.
     """
     with refusing(path):
-        handle = syscall("open", os.open, path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = syscall("open", os.open, path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
             syscall("lock", fcntl.flock, handle, fcntl.LOCK_EX)
             if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
@@ -259,7 +265,7 @@ def make_folder(folder: Path) -> None:
     missing = [folder, *folder.parents]
     missing = missing[: next((k for k, path in enumerate(missing) if path.is_dir()), len(missing))]
     with refusing(folder):
-        syscall("mkdir", os.makedirs, folder, 0o755, True)
+        syscall("mkdir", os.makedirs, folder, FOLDER_MODE, True)
         for made in reversed(missing):
             sync_folder(made.parent)
 
