@@ -1,5 +1,6 @@
 """The command gallery and its server: what is given out, to whom, and what a page of a run in progress holds."""
 
+import errno
 import http.client
 import json
 import os
@@ -15,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from rendered import document, rendered, write_run
@@ -22,6 +24,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, open_run
 from datasetdm_fast import gallery as command
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import object_store, showing
 from datasetdm_fast.run_folder.audit import audit
@@ -370,6 +373,23 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
     at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
     marked = at_url or (folder / "review/bad.txt").read_bytes()
     assert marked == (b"00000000\n" if at_url else b"") + b"00000001\n" and not (folder / "images").exists()
+
+
+def test_a_disk_without_room_for_a_copy_is_told_before_it_is_made_and_not_taken_for_the_store(
+    run, bucket, tmp_path, monkeypatch, capsys
+):
+    fill(bucket, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "free_bytes", lambda path: 1000)
+        assert audit_command.main([bucket.url]) == 3
+        err = capsys.readouterr().err
+        assert "MB are free\nFree some space, or name a folder on a larger disk with TMPDIR.\n" in err
+        assert command.main([bucket.url, "--out", str(tmp_path / "copy")]) == 3
+        assert "or choose another --out." in capsys.readouterr().err and not (tmp_path / "copy").exists()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(bucket.files, "get_file", Mock(side_effect=full))
+    assert audit_command.main([bucket.url]) == 3
+    assert "the disk is full\nFree some space" in capsys.readouterr().err
 
 
 def test_two_reviewers_of_a_store_keep_each_others_marks(bucket, monkeypatch):

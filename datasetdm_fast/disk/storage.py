@@ -209,9 +209,14 @@ def forget(part: Path) -> None:
         syscall("unlink", os.unlink, part)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a call failed because the disk has no room left, or the user may take no more of it."""
+    return error.errno in _FULL
+
+
 def refusal(error: OSError, path: str | Path) -> Missing:
     """What a command says and does where the disk does not do its part."""
-    if error.errno in _FULL:
+    if is_full(error):
         return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(

@@ -125,6 +125,8 @@ class ObjectStore:
     def _refusing(self) -> Iterator[None]:
         try:
             yield
+        except Missing:
+            raise
         except Exception as error:  # a store has errors of its own beside those of a disk
             raise Missing(
                 f"{self.url}: {type(error).__name__}: {error}",
@@ -222,6 +224,11 @@ class ObjectStore:
                 self.files.get_file(f"{self.root}/{name}", str(path))
             except FileNotFoundError:
                 return False
+            except OSError as error:
+                if storage.is_full(error):  # the disk here, not the store
+                    storage.forget(path)
+                    raise storage.refusal(error, path.parent) from error
+                raise
         return True
 
     def complete(self, folder: Path) -> None:
@@ -278,6 +285,7 @@ class StoreCopy:
 
     def __init__(self, url: str, folder: Path | None = None):
         self.store = ObjectStore(url)
+        self._elsewhere = "choose another --out" if folder else "name a folder on a larger disk with TMPDIR"
         if folder is not None:
             self.folder = folder
             return
@@ -302,13 +310,24 @@ class StoreCopy:
 
     def whole(self, on_file: Callable[[], object] = lambda: None) -> Path:
         """The folder, once it has every file of the run, run.json and seal after the others."""
-        there = self.store.sizes().keys()
+        sizes = self.store.sizes()
+        self.check_room(sizes)
+        there = sizes.keys()
         last = there & {DOCUMENT, SEAL}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for names in (there - last, last):
                 for _ in pool.map(self._require, names):
                     on_file()
         return self.folder
+
+    def check_room(self, sizes: Mapping[str, int]) -> None:
+        """Refuses a disk that cannot hold the files of these sizes that are not here yet."""
+        left = sum(size for name, size in sizes.items() if not (self.folder / name).exists())
+        if left > (free := storage.free_bytes(self.folder.absolute())):
+            raise Missing(
+                f"{self.folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+                f"Free some space, or {self._elsewhere}.",
+            )
 
     def _require(self, name: str) -> None:
         if self.bring(name) is None:
@@ -380,15 +399,10 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
         is_other = folder.exists() and any(folder.iterdir())
     if is_other:
         raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
-    sizes, free = store.sizes(), storage.free_bytes(folder.absolute())
+    sizes = store.sizes()
     if begun.exists():
         _forget_older(folder, store, sizes)
-    left = sum(size for name, size in sizes.items() if not (folder / name).exists())
-    if left > free:
-        raise Missing(
-            f"{folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
-            "Free some space, or choose another --out.",
-        )
+    copies.check_room(sizes)
     storage.publish({begun: store.url.encode()})
     on_begin(len(sizes))
     copies.whole(on_file)
