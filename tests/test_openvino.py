@@ -54,7 +54,7 @@ def test_verify_passes_for_every_task(cache, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["agrees"] and document["engine"]["engine"] == "openvino" and document["engine"]["openvino"]
     assert document["decoders"] == ["depth", "instance", "open-vocabulary", "pose", "semantic"]
-    assert all(row["passed"] for row in document["measures"]) and len(document["measures"]) == 26
+    assert all(row["passed"] for row in document["measures"]) and len(document["measures"]) == 27
 
 
 def test_streams_and_threads_change_no_bit(engine):
