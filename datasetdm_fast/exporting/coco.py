@@ -137,10 +137,10 @@ def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dic
     Of two instances the surer one has a pixel; what no instance has goes to the classes that only maps show. What the
     run ignores is told nothing of.
     """
-    found = np.zeros((sample.height, sample.width), np.int32)
+    found, told = np.zeros((sample.height, sample.width), np.int32), ~sample.ignored
     kinds = []
     for thing in sorted(sample.things, key=lambda thing: -thing.score):
-        free = thing.mask & (found == 0) & ~sample.ignored
+        free = thing.mask & (found == 0) & told
         if free.any():
             kinds.append(classes.numbers[thing.name])
             found[free] = len(kinds)
