@@ -252,6 +252,15 @@ def test_rounded_arithmetic_is_judged_beside_the_references_own_drift(model, ref
     assert rows["call"].is_passed and rows["level low"].is_passed
 
 
+def test_answers_may_move_as_far_as_rounding_alone_moves_those_of_the_reference(engine, reference, monkeypatch):
+    rows = {row.measure: row for row in judged(engine, reference, number=1).rows}
+    assert rows["outputs semantic"].floor and rows["outputs semantic"].limit == EXACT["outputs"]
+    assert rows["level low"].floor is None
+    monkeypatch.setattr(observe, "ROUNDING", 1e-2)  # as if a decoder were that sensitive
+    wider = {row.measure: row for row in judged(engine, reference, number=1).rows}
+    assert wider["outputs semantic"].limit[0] > EXACT["outputs"][0] and wider["level low"].limit == EXACT["level"]
+
+
 def test_without_decoders_features_and_maps_are_compared(model):
     reference, engine = (build_engine(name, model, device="cpu") for name in ("torch", "fast"))
     recipe = make_recipe(reference, (), steps=STEPS)

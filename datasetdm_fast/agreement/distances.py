@@ -1,5 +1,6 @@
 """Distances between tensors, images and labels of two engines."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -49,10 +50,7 @@ def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str
         for name, tensors in truth.levels.items()
         if tensors
     }
-    outputs = {
-        f"outputs {task}": np.max([relative(found.answers[task][name], value) for name, value in answer.items()], 0)
-        for task, answer in truth.answers.items()
-    }
+    outputs = {f"outputs {task}": _farthest(found.answers[task], answer) for task, answer in truth.answers.items()}
     averages = {} if truth.averages is None else {AVERAGES: averages_distance(found.averages, truth.averages)}
     image = {"image": image_distance(found.images, truth.images)}
     return {
@@ -85,6 +83,22 @@ def encoded_distance(engine, reference, images: np.ndarray) -> dict[str, np.ndar
     """Of the latents that both make of the same images [B, H, W, 3]."""
     given = torch.from_numpy(images)
     return {"encoded image": relative(*(one.encode_image(given).float().cpu() for one in (engine, reference)))}
+
+
+def rounding_distances(truth: Observation) -> dict[str, np.ndarray]:
+    """How far the decoders' own answers move where what they read is changed by rounding alone: a mask that flips one
+    cell of what a query may see moves its whole answer.
+    """
+    return {
+        f"outputs {task}": np.concatenate([_farthest(answer, truth.answers[task]) for answer in answers])
+        for task, answers in truth.shaken.items()
+        if answers
+    }
+
+
+def _farthest(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> np.ndarray:
+    """Of each image, the distance of the output that is farthest."""
+    return np.max([relative(found[name], value) for name, value in truth.items()], 0)
 
 
 def averages_distance(found: AttentionSums, truth: AttentionSums) -> np.ndarray:

@@ -3,8 +3,8 @@ image.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -20,6 +20,9 @@ from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.sampling.schedule import Schedule
 from datasetdm_fast.stages import FACTOR, LEVELS
+
+ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
+SHAKES = 4  # times that it is changed
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Observation:
     # where labels are read from attention: the class prompts [B, T, D], and the averages over all calls
     class_context: Tensor | None = None
     averages: AttentionSums | None = None
+    shaken: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of what was changed a little
 
 
 class ReferenceSampler:
@@ -62,9 +66,10 @@ def observe(
     led: Observation | None = None,
     on_unet_call: Callable[[], None] = lambda: None,
     sampler: type[ReferenceSampler] | type[walk.SamplerState] = ReferenceSampler,
+    shakes: int = 0,
 ) -> Observation:
     """One batch through an engine and a sampler: on its own, or `led`, so that every stage is given what the other
-    engine had there.
+    engine had there. With `shakes` the decoders also answer so many times to what is changed by rounding.
     """
     generator = BatchGenerator(engine, recipe, on_unet_call)
     if led is None:
@@ -89,11 +94,17 @@ def observe(
         outputs.append(output.float().cpu())
         walked.append(state.step(call, output if led is None else led.outputs[call].to(engine.device)).cpu())
         on_unet_call()
-    raw = {
-        task: engine.annotate(task, captures[recipe.captures[task]], generator.words.asked(task, requests))
-        for task in recipe.decoded
+
+    def answer_to(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
+        return engine.annotate(task, capture, generator.words.asked(task, requests))
+
+    read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
+    raw = {task: answer_to(task, capture) for task, capture in read.items()}
+    answers = {task: _kept(answer) for task, answer in raw.items()}
+    shaken = {
+        task: [_kept(answer_to(task, rounded_otherwise(capture, seed))) for seed in range(shakes)]
+        for task, capture in read.items()
     }
-    answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
     labels = {
@@ -115,7 +126,26 @@ def observe(
         images,
         None if class_context is None else class_context.cpu(),
         averages and averages.to("cpu"),
+        shaken,
     )
+
+
+def _kept(answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float().cpu() for name, value in answer.items()}
+
+
+def rounded_otherwise(capture: Capture | ProjectedCapture, seed: int) -> Capture | ProjectedCapture:
+    """What decoders read, every number of it changed by about ROUNDING."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            value * (1 + ROUNDING * torch.randn(value.shape, generator=generator).to(value.device)) for value in values
+        )
+
+    if isinstance(capture, ProjectedCapture):
+        return replace(capture, sums=changed(capture.sums))
+    return Capture(*(tuple(map(changed, kind)) for kind in (capture.features, capture.maps)))
 
 
 def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dict[str, list[Tensor]]:

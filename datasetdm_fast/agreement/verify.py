@@ -11,10 +11,11 @@ from datasetdm_fast.agreement.distances import (
     averaged_distance,
     encoded_distance,
     free_running_distances,
+    rounding_distances,
     teacher_forced_distances,
 )
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
-from datasetdm_fast.agreement.observe import Observation, Rounded, observe
+from datasetdm_fast.agreement.observe import SHAKES, Observation, Rounded, observe
 from datasetdm_fast.engines.fast import DTYPES, state_distance
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.sampling.walk import SamplerState
@@ -72,7 +73,8 @@ def verify(
     truths, founds = [], []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
-        truth = observe(reference, batch, recipe, on_unet_call=on_unet_call)
+        is_told = dtype == "fp32" and not first  # what rounding alone does to the reference, of one batch
+        truth = observe(reference, batch, recipe, on_unet_call=on_unet_call, shakes=SHAKES if is_told else 0)
         found = observe(engine, batch, recipe, on_unet_call=on_unet_call, sampler=SamplerState)
         _gather(
             collected,
@@ -81,6 +83,8 @@ def verify(
             | further(engine, truth),
             len(batch),
         )
+        if is_told:
+            _gather(drift, rounding_distances(truth), len(batch))
         if rounded and not first:  # one batch tells what the precision costs; the reference is slow
             _gather(
                 drift,
