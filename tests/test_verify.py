@@ -231,6 +231,8 @@ def test_weights_of_the_size_of_stable_diffusion_are_those_of_the_model(dtype, m
     assert upsamples and all(layer.weight is None for layer in upsamples) and engine.weight_distance() == 0
     upsamples[-1]._minimal[0] *= 1.01
     assert 1e-3 < engine.weight_distance() < 0.1
+    engine.image_decoder.layers[-1] = torch.nn.Identity()  # a weight that is not held is farther than any
+    assert engine.weight_distance() > 1e300
 
 
 def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine, monkeypatch):

@@ -110,9 +110,10 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
     prompts stand for the class prompts.
     """
     settings = attention_recipe(reference.model.defaults.attention, recipe.size // FACTOR)
+    wordless = replace(recipe, attention=settings, words=())  # the class words are not asked for
 
     def averages(one) -> AttentionSums:
-        generator = BatchGenerator(one, replace(recipe, attention=settings), lambda: None)
+        generator = BatchGenerator(one, wordless, lambda: None)
         latents, context = truth.seen[-1].to(one.device), truth.context.to(one.device)
         nothing, words = generator.nothing_yet(len(latents)), context.chunk(2)[1].clone()
         _, found = one.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)

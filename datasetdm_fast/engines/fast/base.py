@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -482,8 +482,18 @@ def state_distance(value: Tensor, truth: Tensor) -> float:
 
 
 def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The same of the weight that lies farthest from its truth, in whatever form it is held."""
-    return max((state_distance(value, weight_as(value, truth[key])) for key, value in held.items()), default=0.0)
+    """The same of the weight that lies farthest from its truth, in whatever form it is held; one that is not held is
+    farther than any.
+    """
+    if not _places(truth) <= _places(held):
+        return torch.finfo(torch.double).max
+    shared = truth.keys() & held.keys()
+    return max((state_distance(held[key], weight_as(held[key], truth[key])) for key in shared), default=0.0)
+
+
+def _places(names: Iterable[str]) -> set[str]:
+    """Where weights stand, by their names: the taps of an Upsample stand where its weight does."""
+    return {name.removesuffix(".weight").removesuffix(".taps") for name in names}
 
 
 def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
