@@ -11,18 +11,18 @@ import torch
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders import checkpoint, seeded
-from datasetdm_fast.decoders.checkpoint import Decoder, for_inference
-from datasetdm_fast.decoders.folders import DEMO
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.device import resolve_device
-from datasetdm_fast.engines.torch import TorchEngine
-from datasetdm_fast.generation import job, prompts
-from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.model import Model
-from datasetdm_fast.loading.presets import SEEDED_LICENCE
+from datasetdm_fast.engine.decoders import checkpoint, seeded
+from datasetdm_fast.engine.decoders.checkpoint import Decoder, for_inference
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.device import resolve_device
+from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
+from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
+from datasetdm_fast.runs.jobs import job, prompts
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls

@@ -10,7 +10,7 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.version import __version__
 
 if TYPE_CHECKING:
-    from datasetdm_fast.pipeline import Output, Pipeline, Run, Sample, StoredSample, TaskDataset, open_run
+    from datasetdm_fast.engine.pipeline import Output, Pipeline, Run, Sample, StoredSample, TaskDataset, open_run
 
 __all__ = [
     "GateFailed",
@@ -54,5 +54,5 @@ if sys.argv[:1] == ["-m"]:  # Python is still looking for the module that it is 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: --help and --version must answer without importing torch.
     if name in __all__:
-        return getattr(import_module("datasetdm_fast.pipeline"), name)
+        return getattr(import_module("datasetdm_fast.engine.pipeline"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

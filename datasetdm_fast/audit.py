@@ -13,11 +13,11 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused, quote
-from datasetdm_fast.exporting.check import audit_export, exports_of
-from datasetdm_fast.exporting.target import DOCUMENT as EXPORT
-from datasetdm_fast.run_folder.audit import Report, audit
-from datasetdm_fast.run_folder.document import DOCUMENT
-from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.runs.exporting.check import audit_export, exports_of
+from datasetdm_fast.runs.exporting.target import DOCUMENT as EXPORT
+from datasetdm_fast.runs.run_folder.audit import Report, audit
+from datasetdm_fast.runs.run_folder.document import DOCUMENT
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
 
 PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)

@@ -65,9 +65,9 @@ class EngineKind:
 
 
 OWN_ENGINES = {
-    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine"),
+    "torch": EngineKind("datasetdm_fast.engine.engines.torch:TorchEngine"),
     "fast": EngineKind(
-        "datasetdm_fast.engines.fast:FastEngine",
+        "datasetdm_fast.engine.engines.fast:FastEngine",
         options={
             "compile": (
                 "--compile: the engine is {engine}, and only the fast one can be compiled",
@@ -77,22 +77,22 @@ OWN_ENGINES = {
         halves=("bf16", "fp16"),
     ),
     "ort": EngineKind(
-        "datasetdm_fast.engines.exported.ort:OrtEngine",
+        "datasetdm_fast.engine.engines.exported.ort:OrtEngine",
         options={
             "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "Add --engine ort.")
         },
-        requirement=("datasetdm_fast.engines.exported.providers:require_provider", "provider"),
+        requirement=("datasetdm_fast.engine.engines.exported.providers:require_provider", "provider"),
         races=True,
     ),
     "openvino": EngineKind(
-        "datasetdm_fast.engines.exported.openvino:OpenVinoEngine",
+        "datasetdm_fast.engine.engines.exported.openvino:OpenVinoEngine",
         options={"streams": ("--streams: OpenVINO has streams, and the engine is {engine}", "Add --engine openvino.")},
-        requirement=("datasetdm_fast.engines.exported.providers:require_openvino", "streams"),
+        requirement=("datasetdm_fast.engine.engines.exported.providers:require_openvino", "streams"),
         races=True,
         halves=("bf16",),
     ),
     "trt": EngineKind(
-        "datasetdm_fast.engines.exported.trt:TrtEngine",
+        "datasetdm_fast.engine.engines.exported.trt:TrtEngine",
         options={
             "engines": ("--engines: plans are TensorRT's, and the engine is {engine}", "Add --engine trt."),
             "trt_flavour": ("--trt-flavour: TensorRT has variants, and the engine is {engine}", "Add --engine trt."),
@@ -110,34 +110,34 @@ DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes t
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 OWN_SAMPLERS = {  # name -> module that ends with its SAMPLER
-    "pndm": "datasetdm_fast.sampling.multistep",
-    "ddim": "datasetdm_fast.sampling.ddim",
-    "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
+    "pndm": "datasetdm_fast.engine.sampling.multistep",
+    "ddim": "datasetdm_fast.engine.sampling.ddim",
+    "dpm-solver++": "datasetdm_fast.engine.sampling.dpm_solver",
 }
 SAMPLERS = Registry("samplers", OWN_SAMPLERS)  # of other packages, the records themselves
 # diffusers' class -> sampler
 SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
 PROFILES = ("0.3.0", "0.14.0")
 OWN_FORMATS = {  # name -> module:format
-    "coco": "datasetdm_fast.exporting.coco:COCO",
-    "voc": "datasetdm_fast.exporting.voc:VOC",
-    "yolo-detect": "datasetdm_fast.exporting.yolo:DETECT",
-    "yolo-seg": "datasetdm_fast.exporting.yolo:SEGMENT",
-    "yolo-pose": "datasetdm_fast.exporting.yolo:POSE",
-    "cityscapes": "datasetdm_fast.exporting.cityscapes:CITYSCAPES",
-    "nyu": "datasetdm_fast.exporting.depth:NYU",
-    "kitti": "datasetdm_fast.exporting.depth:KITTI",
-    "vkitti2": "datasetdm_fast.exporting.depth:VKITTI2",
-    "lvis": "datasetdm_fast.exporting.lvis:LVIS",
-    "ade": "datasetdm_fast.exporting.ade:ADE",
-    "deepfashion-mm": "datasetdm_fast.exporting.deepfashion:DEEPFASHION",
-    "hf": "datasetdm_fast.exporting.hf:IMAGEFOLDER",
-    "hf-parquet": "datasetdm_fast.exporting.hf:PARQUET",
-    "wds": "datasetdm_fast.exporting.wds:WDS",
-    "mmseg": "datasetdm_fast.exporting.configs:MMSEG",
-    "mask2former": "datasetdm_fast.exporting.configs:MASK2FORMER",
-    "simcc": "datasetdm_fast.exporting.configs:SIMCC",
-    "depthformer": "datasetdm_fast.exporting.configs:DEPTHFORMER",
+    "coco": "datasetdm_fast.runs.exporting.coco:COCO",
+    "voc": "datasetdm_fast.runs.exporting.voc:VOC",
+    "yolo-detect": "datasetdm_fast.runs.exporting.yolo:DETECT",
+    "yolo-seg": "datasetdm_fast.runs.exporting.yolo:SEGMENT",
+    "yolo-pose": "datasetdm_fast.runs.exporting.yolo:POSE",
+    "cityscapes": "datasetdm_fast.runs.exporting.cityscapes:CITYSCAPES",
+    "nyu": "datasetdm_fast.runs.exporting.depth:NYU",
+    "kitti": "datasetdm_fast.runs.exporting.depth:KITTI",
+    "vkitti2": "datasetdm_fast.runs.exporting.depth:VKITTI2",
+    "lvis": "datasetdm_fast.runs.exporting.lvis:LVIS",
+    "ade": "datasetdm_fast.runs.exporting.ade:ADE",
+    "deepfashion-mm": "datasetdm_fast.runs.exporting.deepfashion:DEEPFASHION",
+    "hf": "datasetdm_fast.runs.exporting.hf:IMAGEFOLDER",
+    "hf-parquet": "datasetdm_fast.runs.exporting.hf:PARQUET",
+    "wds": "datasetdm_fast.runs.exporting.wds:WDS",
+    "mmseg": "datasetdm_fast.runs.exporting.configs:MMSEG",
+    "mask2former": "datasetdm_fast.runs.exporting.configs:MASK2FORMER",
+    "simcc": "datasetdm_fast.runs.exporting.configs:SIMCC",
+    "depthformer": "datasetdm_fast.runs.exporting.configs:DEPTHFORMER",
 }
 EXPORT_FORMATS = Registry("writers", OWN_FORMATS)  # of other packages, the formats themselves
 

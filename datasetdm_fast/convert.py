@@ -19,13 +19,13 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.exporting import checkpoints
-from datasetdm_fast.exporting.settings import ExportSettings
-from datasetdm_fast.run_folder.document import EXPORTS
-from datasetdm_fast.run_folder.object_store import is_url
+from datasetdm_fast.runs.exporting import checkpoints
+from datasetdm_fast.runs.exporting.settings import ExportSettings
+from datasetdm_fast.runs.run_folder.document import EXPORTS
+from datasetdm_fast.runs.run_folder.object_store import is_url
 
 if TYPE_CHECKING:
-    from datasetdm_fast.exporting.conversion import Conversion
+    from datasetdm_fast.runs.exporting.conversion import Conversion
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _opened(settings: ExportSettings, folder: Path) -> Conversion:
-    from datasetdm_fast.exporting.conversion import Conversion, open_source
+    from datasetdm_fast.runs.exporting.conversion import Conversion, open_source
 
     places = [place if is_url(place) else str(Path(place).resolve()) for place in settings.runs]
     if twice := [place for k, place in enumerate(settings.runs) if places[k] in places[:k]]:
@@ -104,8 +104,8 @@ def _opened(settings: ExportSettings, folder: Path) -> Conversion:
 
 def _passing(path: Path, where: str) -> frozenset[int]:
     """The samples of a run for which a condition on scores holds."""
-    from datasetdm_fast.curation import filtering
-    from datasetdm_fast.run_folder.score_table import passing
+    from datasetdm_fast.runs.curation import filtering
+    from datasetdm_fast.runs.run_folder.score_table import passing
 
     run = filtering.check(path)
     filtering.check_all_scored(run)

@@ -78,7 +78,7 @@ tell({"version": torch.__version__, "cuda": torch.version.cuda or "", "threads":
         f"engine {name}": f"""
 from importlib import import_module
 from datasetdm_fast.config import ENGINES
-from datasetdm_fast.engines import check_engine
+from datasetdm_fast.engine.engines import check_engine
 from datasetdm_fast.errors import Missing, Refused
 try:
     check_engine({name!r})
@@ -94,7 +94,7 @@ SELF_TEST = """
 import contextlib, io
 from pathlib import Path
 from datasetdm_fast import generate
-from datasetdm_fast.run_folder import audit
+from datasetdm_fast.runs.run_folder import audit
 line = ["--number", "1", "--steps", "2", "--task", "semantic,instance,depth,pose", "--quiet", "--out", {out!r}]
 told = io.StringIO()
 with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):

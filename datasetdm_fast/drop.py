@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
             raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")
     if not (config.ids or config.file or config.where):
         raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
-    from datasetdm_fast.curation import dropping
+    from datasetdm_fast.runs.curation import dropping
 
     run = dropping.open_folder(Path(config.run))
     wanted = set(dropping.read_ids(config.ids, config.file))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.compositions.command import make, make_again, without_run
-from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.compositions.command import make, make_again, without_run
+from datasetdm_fast.runs.compositions.settings import EditSettings
 
 PROG = "python -m datasetdm_fast.edit"
 EXAMPLES = ('runs/demo --only 00000003 --class ball --prompt "a red star"',)
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         if settings.only:
             raise without_run(settings, asked)
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are edited, such as runs/demo.")
-    from datasetdm_fast.compositions.edit import Edits
+    from datasetdm_fast.runs.compositions.edit import Edits
 
     if is_remake:
         return make_again(Edits, settings, given)

@@ -13,16 +13,16 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.command_line.telling import planned
+from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation import naming
-from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, open_network
-from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
-from datasetdm_fast.labels.names import by_task, tasks_of
+from datasetdm_fast.training.evaluation import naming
+from datasetdm_fast.training.evaluation.networks import BUILT_IN, MULTIPLE, open_network
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engines.engine import Engine
-    from datasetdm_fast.evaluation.meter import Meter
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.training.evaluation.meter import Meter
 
 STUDENTS_FOLDER = "runs/students"  # where no --out names another
 OF_TRAINING = ("learn_from", "real", "repeats", "steps", "more")  # settings of networks that are trained here
@@ -90,9 +90,9 @@ def _judged(
             f"--data {config.data}: ground truth for {', '.join(there)}, but only decoders for {', '.join(decoders)}",
             "Choose other data or decoders.",
         )
-    from datasetdm_fast.evaluation.measure import figures, measure, passes
-    from datasetdm_fast.evaluation.meter import nothing_shown
     from datasetdm_fast.training import data_record
+    from datasetdm_fast.training.evaluation.measure import figures, measure, passes
+    from datasetdm_fast.training.evaluation.meter import nothing_shown
 
     result, skipped = {}, {}
     for some in passes(config.data, {label: decoders[label].config for label in tasks}):
@@ -132,7 +132,7 @@ def _telling(meters: Mapping[str, Meter], config: EvaluateConfig) -> dict[str, M
 
 def _curve(config: EvaluateConfig) -> int:
     """Decoders taught by ever more labels, judged on the same images."""
-    from datasetdm_fast.evaluation import curve
+    from datasetdm_fast.training.evaluation import curve
 
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
@@ -145,8 +145,8 @@ def _curve(config: EvaluateConfig) -> int:
         trained = config.repeats * len(counts)
         told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
         return planned(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.evaluation.measure import check_shown, measure
+    from datasetdm_fast.engine.engines import build_engine
+    from datasetdm_fast.training.evaluation.measure import check_shown, measure
     from datasetdm_fast.training.session import train_on
 
     engine, result, skipped = _engine(config), {}, {}
@@ -194,13 +194,13 @@ def _check_enough(most: int, labelled, address: str) -> None:
 
 def _student(config: EvaluateConfig) -> int:
     """The built-in student taught by real images alone and with those of a run."""
-    from datasetdm_fast.evaluation import curve, worth
+    from datasetdm_fast.training.evaluation import curve, worth
 
     address = curve.to_learn_from(config.data, config.learn_from, config.real)
     import torch
 
-    from datasetdm_fast.evaluation.student_data import SIDE
-    from datasetdm_fast.run_folder.reader import open_run
+    from datasetdm_fast.runs.run_folder.reader import open_run
+    from datasetdm_fast.training.evaluation.student_data import SIDE
 
     if config.run.endswith("]") and not Path(config.run).exists():
         raise Refused(
@@ -230,13 +230,13 @@ def _student(config: EvaluateConfig) -> int:
 
 def _network(config: EvaluateConfig) -> int:
     """Student networks of transformers taught by real images, by those of a run or by both."""
-    from datasetdm_fast.evaluation import arms, curve
-    from datasetdm_fast.evaluation.course import Course
-    from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
-    from datasetdm_fast.evaluation.measure import check_shown
-    from datasetdm_fast.evaluation.networks.weights import check_folder, size_of
-    from datasetdm_fast.evaluation.worth import SEEDS, check_classes
-    from datasetdm_fast.run_folder.document import read_document
+    from datasetdm_fast.runs.run_folder.document import read_document
+    from datasetdm_fast.training.evaluation import arms, curve
+    from datasetdm_fast.training.evaluation.course import Course
+    from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
+    from datasetdm_fast.training.evaluation.measure import check_shown
+    from datasetdm_fast.training.evaluation.networks.weights import check_folder, size_of
+    from datasetdm_fast.training.evaluation.worth import SEEDS, check_classes
 
     network = open_network(config.student)
     task, tasks = network.task, (network.task,)
@@ -272,7 +272,7 @@ def _network(config: EvaluateConfig) -> int:
     sets = {} if learnt is None else {"real": Examples(learnt, vocabulary, task, count=config.real)}
     import torch
 
-    from datasetdm_fast.engines.device import multiplies_bf16, resolve_device
+    from datasetdm_fast.engine.engines.device import multiplies_bf16, resolve_device
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -319,7 +319,7 @@ def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str],
 
 
 def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):
-    from datasetdm_fast.readers import EVERYTHING, open_data
+    from datasetdm_fast.training.readers import EVERYTHING, open_data
 
     options = {"skip_bad": config.skip_bad, "framing": config.framing, "selection": selection or EVERYTHING}
     return open_data(data, size, tasks=tasks, **options)
@@ -334,7 +334,7 @@ def _shared(judged, learnt, count: int) -> dict[str, int]:
 
 
 def _engine(config: EvaluateConfig, decoder: str | None = None):
-    from datasetdm_fast.engines.opening import open_engine
+    from datasetdm_fast.engine.engines.opening import open_engine
 
     options = {"allow_download": config.allow_download, "outlines": config.outlines, **config.engine_choices()}
     return open_engine(config.model, decoder, **options)[0]
@@ -367,7 +367,7 @@ def table(result: dict[str, dict], level: float) -> str:
     """Task, figure, value and interval, then the same for each class, the figures by the number of things, and what was
     read of captions.
     """
-    from datasetdm_fast.evaluation.meter import figure_name
+    from datasetdm_fast.training.evaluation.meter import figure_name
 
     rows: list[tuple[str, str, float, Sequence[float] | None]] = []
     for task, found in result.items():

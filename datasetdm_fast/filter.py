@@ -20,8 +20,8 @@ from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
-    from datasetdm_fast.curation.filtering import Bin
-    from datasetdm_fast.run_folder.reader import Run
+    from datasetdm_fast.runs.curation.filtering import Bin
+    from datasetdm_fast.runs.run_folder.reader import Run
 
 PROG = "python -m datasetdm_fast.filter"
 EXAMPLES = (
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     for name, what in (("where", "condition"), ("clip", "folder")):
         if name in given and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {what} was given", f"Give a {what}, or drop the flag.")
-    from datasetdm_fast.curation import filtering
-    from datasetdm_fast.run_folder.score_table import OF_NETWORKS, SCORES
-    from datasetdm_fast.run_folder.where import parse_where
+    from datasetdm_fast.runs.curation import filtering
+    from datasetdm_fast.runs.run_folder.score_table import OF_NETWORKS, SCORES
+    from datasetdm_fast.runs.run_folder.where import parse_where
 
     if config.undo:
         return _undo(config)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
 def _digest_of_clip(config: FilterConfig) -> str:
     if not config.clip:
         return ""
-    from datasetdm_fast.curation.clip import digest_of
+    from datasetdm_fast.runs.curation.clip import digest_of
 
     return digest_of(Path(config.clip))
 
@@ -107,18 +107,18 @@ def _networks(config: FilterConfig, run: Run, clip: str) -> dict[str, Any]:
     """Score -> what makes it, for the scores that need a network; `clip` is the digest of the CLIP."""
     found: dict[str, Any] = {}
     if config.clip:
-        from datasetdm_fast.curation.clip import Clip
+        from datasetdm_fast.runs.curation.clip import Clip
 
         found["clip"] = Clip(Path(config.clip), clip)
     if config.stability:
-        from datasetdm_fast.curation.stability import Stability
+        from datasetdm_fast.runs.curation.stability import Stability
 
         found["stability"] = Stability(run, config.threads)
     return found
 
 
 def _undo(config: FilterConfig) -> int:
-    from datasetdm_fast.curation import filtering
+    from datasetdm_fast.runs.curation import filtering
 
     count = filtering.undo(filtering.check(Path(config.run)), is_dry=config.dry_run)
     facts = {"path": config.run, "restored": count}
@@ -131,8 +131,8 @@ def _undo(config: FilterConfig) -> int:
 
 
 def _keep(config: FilterConfig, run: Run) -> int:
-    from datasetdm_fast.curation import filtering
-    from datasetdm_fast.run_folder.score_table import read_scores
+    from datasetdm_fast.runs.curation import filtering
+    from datasetdm_fast.runs.run_folder.score_table import read_scores
 
     decided = filtering.decide(run, config.where, is_dry=config.dry_run)
     total = len(decided.kept) + len(decided.left_out)
@@ -156,8 +156,8 @@ def _keep(config: FilterConfig, run: Run) -> int:
 
 def _show(config: FilterConfig, run: Run) -> int:
     """Histograms of all scores, and what a threshold at each bin leaves."""
-    from datasetdm_fast.curation import filtering
-    from datasetdm_fast.run_folder.score_table import SCORES, read_scores
+    from datasetdm_fast.runs.curation import filtering
+    from datasetdm_fast.runs.run_folder.score_table import SCORES, read_scores
 
     table = read_scores(run.path)
     bins = {name: filtering.histogram(table, name) for name in SCORES}

@@ -13,9 +13,9 @@ from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder.gallery import PAGE, server
-from datasetdm_fast.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
-from datasetdm_fast.run_folder.showing import ShownRun, show
+from datasetdm_fast.runs.gallery import PAGE, server
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
+from datasetdm_fast.runs.run_folder.showing import ShownRun, show
 
 PROG = "python -m datasetdm_fast.gallery"
 EXAMPLES = (

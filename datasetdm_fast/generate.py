@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from datasetdm_fast.agreement.during import RepeatedComparison
 from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -18,20 +17,21 @@ from datasetdm_fast.command_line.progress import ImageProgress, counted, duratio
 from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say, unfinished
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused, quote
-from datasetdm_fast.generation.defaults import with_folder, with_labels
-from datasetdm_fast.generation.job import Job, count_rows, finished, in_all, may_differ, measures, prepare, refill
-from datasetdm_fast.generation.racing import probe
-from datasetdm_fast.generation.result import Result
-from datasetdm_fast.generation.run import prepare_remake, remake, run
-from datasetdm_fast.generation.settings import count_images, spelled_out
-from datasetdm_fast.generation.summary import calls_left, table
-from datasetdm_fast.run_folder import object_store
-from datasetdm_fast.run_folder.document import read_document
-from datasetdm_fast.run_folder.folder import RunFolder, note
-from datasetdm_fast.run_folder.showing import ShownSoFar
-from datasetdm_fast.workers import devices, launched, ray_driver, spawn
-from datasetdm_fast.workers.launched import LaunchedProcess
-from datasetdm_fast.workers.worker import Callbacks, Compare
+from datasetdm_fast.runs.agreement.during import RepeatedComparison
+from datasetdm_fast.runs.jobs.defaults import with_folder, with_labels
+from datasetdm_fast.runs.jobs.job import Job, count_rows, finished, in_all, may_differ, measures, prepare, refill
+from datasetdm_fast.runs.jobs.racing import probe
+from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.run import prepare_remake, remake, run
+from datasetdm_fast.runs.jobs.settings import count_images, spelled_out
+from datasetdm_fast.runs.jobs.summary import calls_left, table
+from datasetdm_fast.runs.run_folder import object_store
+from datasetdm_fast.runs.run_folder.document import read_document
+from datasetdm_fast.runs.run_folder.folder import RunFolder, note
+from datasetdm_fast.runs.run_folder.showing import ShownSoFar
+from datasetdm_fast.runs.workers import devices, launched, ray_driver, spawn
+from datasetdm_fast.runs.workers.launched import LaunchedProcess
+from datasetdm_fast.runs.workers.worker import Callbacks, Compare
 
 PROG = "python -m datasetdm_fast.generate"
 EXAMPLES = (
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if result := finished(config, is_alone=peer is None):
         return 0 if peer and peer.rank else _nothing_to_do(config, result)
     if config.format:
-        from datasetdm_fast.exporting.conversion import check_not_exported
+        from datasetdm_fast.runs.exporting.conversion import check_not_exported
 
         check_not_exported(Path(config.out))
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
@@ -92,7 +92,7 @@ def _check_together(config: RunConfig, peer: LaunchedProcess | None) -> None:
     """Refuses flags that do not go together, or not where `peer` is one of several processes that were started."""
     object_store.check(config)
     if config.format:
-        from datasetdm_fast.exporting.conversion import check_formats
+        from datasetdm_fast.runs.exporting.conversion import check_formats
 
         if config.store:
             raise Refused(
@@ -180,7 +180,7 @@ def _decided(config: RunConfig, *, races: bool = False) -> Job:
 
 def _measured(config: RunConfig, *, races: bool = False) -> Job:
     """The job in the precision that --dtype auto takes."""
-    from datasetdm_fast.agreement import before
+    from datasetdm_fast.runs.agreement import before
 
     job = prepare(config, races=races, dtype=HALF)
     if not job.half:
@@ -194,7 +194,7 @@ def _mixed(config: RunConfig, job: Job) -> Job:
     """The job where its engine is one that the run folder knows, or makes samples of it again as they are there."""
     if not job.differing:
         return job
-    from datasetdm_fast.agreement import mixing
+    from datasetdm_fast.runs.agreement import mixing
 
     indices = mixing.chosen(job)
     say(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
@@ -215,7 +215,7 @@ def _mixed(config: RunConfig, job: Job) -> Job:
 
 def _verified(config: RunConfig, job: Job) -> Job:
     """The job with the verdict on its engine, an earlier one where that still holds."""
-    from datasetdm_fast.agreement import before
+    from datasetdm_fast.runs.agreement import before
 
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
     earlier = (stored or job.document).get("verified")
@@ -306,7 +306,7 @@ def _page(config: RunConfig, result: Result) -> str:
 
 def _convert(config: RunConfig, result: Result) -> None:
     """Writes the formats that were asked for; the same line goes on with them where it was interrupted."""
-    from datasetdm_fast.exporting.conversion import export_run
+    from datasetdm_fast.runs.exporting.conversion import export_run
 
     found = export_run(result.path, config.format, config.threads or cores())
     say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")

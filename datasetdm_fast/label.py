@@ -11,11 +11,11 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import LabelConfig
-from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
-from datasetdm_fast.generation.run import run
-from datasetdm_fast.generation.settings import check_settings, spelled_out
-from datasetdm_fast.generation.summary import unnamed
-from datasetdm_fast.run_folder.showing import ShownSoFar
+from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
+from datasetdm_fast.runs.jobs.run import run
+from datasetdm_fast.runs.jobs.settings import check_settings, spelled_out
+from datasetdm_fast.runs.jobs.summary import unnamed
+from datasetdm_fast.runs.run_folder.showing import ShownSoFar
 
 PROG = "python -m datasetdm_fast.label"
 EXAMPLES = (

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
     if not config.out:
         raise Refused(f"{PROG}: --out is missing", "Name the run folder that is to be written.")
-    from datasetdm_fast.compositions.merging import Merging, begin, open_part, remake, run, to_remake
+    from datasetdm_fast.runs.compositions.merging import Merging, begin, open_part, remake, run, to_remake
 
     folder = Path(config.out)
     if config.only:

@@ -16,14 +16,14 @@ from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.class_file import own_table, refuse_files
+from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.prompting import balance, language_model, vocabulary
-from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
-from datasetdm_fast.prompting.measures import measure
-from datasetdm_fast.scenes.worlds import WORLDS
-from datasetdm_fast.truth.class_file import own_table, refuse_files
+from datasetdm_fast.runs.prompting import balance, language_model, vocabulary
+from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
+from datasetdm_fast.runs.prompting.measures import measure
 
 PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
@@ -177,7 +177,7 @@ def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
 
 def _present(address: str) -> dict[str, int]:
     """In how many labelled images each class is."""
-    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.training.readers import open_data
 
     try:
         source = open_data(address, 64)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--file: no file was given", "Give a value, or drop the flag.")
     if bool(config.ids or config.file) == config.all:
         raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
-    from datasetdm_fast.curation import dropping
+    from datasetdm_fast.runs.curation import dropping
 
     run = dropping.open_folder(Path(config.run))
     wanted = None if config.all else dropping.read_ids(config.ids, config.file)

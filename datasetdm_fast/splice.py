@@ -22,7 +22,7 @@ from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
-    from datasetdm_fast.compositions.splice import Splicing
+    from datasetdm_fast.runs.compositions.splice import Splicing
 
 PROG = "python -m datasetdm_fast.splice"
 EXAMPLES = ("runs/demo --grids 2x2 --number 100",)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
     config.check()
     if config.only:
-        from datasetdm_fast.compositions.splice import CONFIG_FORM, remake, to_remake
+        from datasetdm_fast.runs.compositions.splice import CONFIG_FORM, remake, to_remake
 
         folder = Path(config.out)
         asked = {name: getattr(config, name) for name in CONFIG_FORM if name in given}
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         return remade(config, config.out, config.only, partial(remake, folder, *sample, config.run))
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
-    from datasetdm_fast.compositions.splice import begin, run
+    from datasetdm_fast.runs.compositions.splice import begin, run
 
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
@@ -99,9 +99,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _opened(config: SpliceConfig) -> Splicing:
-    from datasetdm_fast.compositions.grids import parse_grids
-    from datasetdm_fast.compositions.source import Source
-    from datasetdm_fast.compositions.splice import Splicing
+    from datasetdm_fast.runs.compositions.grids import parse_grids
+    from datasetdm_fast.runs.compositions.source import Source
+    from datasetdm_fast.runs.compositions.splice import Splicing
 
     grids = parse_grids(config.grids)
     source = Source(Path(config.run), only_kept=config.kept)

@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> int:
     if config.undo and given & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     parts = config.parts()
-    from datasetdm_fast.run_folder.object_store import refuse_stored
-    from datasetdm_fast.run_folder.reader import Run
-    from datasetdm_fast.run_folder.seal import SPLIT
-    from datasetdm_fast.run_folder.split import Split, dealt, groups, origins, write_split
+    from datasetdm_fast.runs.run_folder.object_store import refuse_stored
+    from datasetdm_fast.runs.run_folder.reader import Run
+    from datasetdm_fast.runs.run_folder.seal import SPLIT
+    from datasetdm_fast.runs.run_folder.split import Split, dealt, groups, origins, write_split
 
     path = Path(config.run)
     with Run(path) as run:

@@ -105,15 +105,15 @@ def _fold_progress(task: str, count: int, own: int, is_quiet: bool) -> Callable[
 
 
 def _progress(task: str, title: str, steps: int, is_quiet: bool, later: int = 0) -> StepProgress:
-    from datasetdm_fast.evaluation.meter import figure_name
-    from datasetdm_fast.evaluation.metrics import METRICS
+    from datasetdm_fast.training.evaluation.meter import figure_name
+    from datasetdm_fast.training.evaluation.metrics import METRICS
 
     return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, is_quiet, later)
 
 
 def _figures(images: str, held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
     """Each figure on so many images, with its interval."""
-    from datasetdm_fast.evaluation.meter import figure_name
+    from datasetdm_fast.training.evaluation.meter import figure_name
 
     told = "  ".join(
         f"{figure_name(name)} {value:.4f}"

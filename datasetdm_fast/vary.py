@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.compositions.command import make, make_again, without_run
-from datasetdm_fast.compositions.settings import VarySettings
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.compositions.command import make, make_again, without_run
+from datasetdm_fast.runs.compositions.settings import VarySettings
 
 PROG = "python -m datasetdm_fast.vary"
 EXAMPLES = ("runs/demo --domain night,fog",)
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
         if settings.only:
             raise without_run(settings, {"domain"})
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are varied, such as runs/demo.")
-    from datasetdm_fast.compositions.vary import Variants
+    from datasetdm_fast.runs.compositions.vary import Variants
 
     if is_remake:
         return make_again(Variants, settings, given)

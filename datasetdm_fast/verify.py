@@ -23,11 +23,11 @@ from datasetdm_fast.config import (
     setting,
 )
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.generation.settings import LARGEST_BATCH
-from datasetdm_fast.labels.names import by_task
-from datasetdm_fast.run_folder.document import described, differences, engines_of
-from datasetdm_fast.run_folder.folder import note
+from datasetdm_fast.runs.jobs.settings import LARGEST_BATCH
+from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
+from datasetdm_fast.runs.run_folder.folder import note
 
 PROG = "python -m datasetdm_fast.verify"
 EXAMPLES = (
@@ -82,8 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 
-    from datasetdm_fast.agreement.page import page
-    from datasetdm_fast.agreement.verify import verify
+    from datasetdm_fast.runs.agreement.page import page
+    from datasetdm_fast.runs.agreement.verify import verify
 
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
     if config.dry_run:
@@ -113,10 +113,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepared(config: VerifyConfig):
     """Both engines over one model, the recipe, and the requests."""
-    from datasetdm_fast.engines import build_engine, check_engine, opening
-    from datasetdm_fast.generation import job, prompts, settings
-    from datasetdm_fast.generation.plan import make_plan
-    from datasetdm_fast.generation.recipe import make_recipe
+    from datasetdm_fast.engine.engines import build_engine, check_engine, opening
+    from datasetdm_fast.engine.loop.plan import make_plan
+    from datasetdm_fast.engine.loop.recipe import make_recipe
+    from datasetdm_fast.runs.jobs import job, prompts, settings
 
     plans = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile}

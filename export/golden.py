@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.export.onnx.to_onnx import averaged_sides, label_of
-from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 PROMPT = "a red ball beside a cube on a table"

@@ -122,7 +122,7 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     import signal
 
     from datasetdm_fast import generate
-    from datasetdm_fast.generation import run as driver
+    from datasetdm_fast.runs.jobs import run as driver
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

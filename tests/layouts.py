@@ -15,10 +15,10 @@ from PIL import Image
 from pyarrow import ipc, parquet
 from rendered import document, rendered
 
-from datasetdm_fast.decoders.config import COCO_JOINTS
-from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.decoders.config import COCO_JOINTS
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out
 COUNT = 3
@@ -85,7 +85,7 @@ def voc(root: Path, is_augmented: bool = False) -> None:
 
 
 def voc_name(kind: int) -> str:
-    from datasetdm_fast.truth.selection import VOC_CLASSES
+    from datasetdm_fast.training.truth.selection import VOC_CLASSES
 
     return VOC_CLASSES[kind + 1]
 

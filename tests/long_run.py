@@ -23,8 +23,8 @@ def resident() -> int:
 def main(number: int, out: Path, with_torch: bool) -> None:
     from datasetdm_fast import generate
     from datasetdm_fast.disk import sqlite
-    from datasetdm_fast.engines import opening
-    from datasetdm_fast.generation import run as driver
+    from datasetdm_fast.engine.engines import opening
+    from datasetdm_fast.runs.jobs import run as driver
 
     # Memory is measured here, not the disk.
     os.fsync = lambda handle: None

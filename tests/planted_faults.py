@@ -48,21 +48,25 @@ FAULTS = {
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output).sum().item()"
     ),
     "fp32 in the fp16 network": Fault(
-        "datasetdm_fast.models.fused:MeasuredTransformer.forward",
+        "datasetdm_fast.engine.models.fused:MeasuredTransformer.forward",
         "h = self.entry(tokens(self.norm(x)))",
         "h = self.entry(tokens(self.norm(x)).float())",
     ),
     "a tensor of the host": Fault(
-        "datasetdm_fast.models.fused:MeasuredResnet.forward", "(h, x.image, self.bias)", "(h, x.image.cpu(), self.bias)"
+        "datasetdm_fast.engine.models.fused:MeasuredResnet.forward",
+        "(h, x.image, self.bias)",
+        "(h, x.image.cpu(), self.bias)",
     ),
     "the host reads before the copy is over": Fault(
-        "datasetdm_fast.tasks.to_host:_copied", "torch.cuda.current_stream(group[0].device).synchronize()", "pass"
+        "datasetdm_fast.engine.tasks.to_host:_copied",
+        "torch.cuda.current_stream(group[0].device).synchronize()",
+        "pass",
     ),
     "a pageable copy at the start of a batch": Fault(
         "datasetdm_fast.kernels.to_device:to_device", "value.pin_memory()", "value"
     ),
     "a graph recorded with another GPU's stream": Fault(
-        "datasetdm_fast.engines.cuda_graph:GraphPool.__init__",
+        "datasetdm_fast.engine.engines.cuda_graph:GraphPool.__init__",
         "torch.cuda.Stream(device)",
         "torch.cuda.Stream(0)",
         {"device": "cuda:1"},
@@ -74,38 +78,40 @@ FAULTS = {
         {"device": "cuda:1"},
     ),
     "the answer of a graph is not copied": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__call__",
         "tuple(value.clone() for value in self.outputs)",
         "self.outputs",
     ),
     "graphs of one pool on several streams": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", "pool.stream", "torch.cuda.Stream(inputs[0].device)"
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__",
+        "pool.stream",
+        "torch.cuda.Stream(inputs[0].device)",
     ),
     "a graph recorded at every call": Fault(
         f"{GPU}:GpuEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
     ),
     "a recording that other threads can spoil": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
     ),
     "an array over memory that is used again": Fault(
-        "datasetdm_fast.tasks.to_host:_copied", "place.numpy().copy()", "place.numpy()"
+        "datasetdm_fast.engine.tasks.to_host:_copied", "place.numpy().copy()", "place.numpy()"
     ),
     "labels on the sampler's stream": Fault(
         f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
     ),
     "numbers of a schedule copied at every batch": Fault(
-        "datasetdm_fast.sampling.walk:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
+        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
     ),
     "a tensor printed in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output), f'{output}'"
     ),
     "fp64 in the network": Fault(
-        "datasetdm_fast.models.fused:MeasuredTransformer.forward",
+        "datasetdm_fast.engine.models.fused:MeasuredTransformer.forward",
         "h = self.entry(tokens(self.norm(x)))",
         "h = self.entry(tokens(self.norm(x)).double().to(x.image.dtype))",
     ),
     "fp32 that is TF32": Fault(
-        "datasetdm_fast.engines.device:allow_tf32", "= is_allowed, False", "= True, False", {"dtype": "fp32"}
+        "datasetdm_fast.engine.engines.device:allow_tf32", "= is_allowed, False", "= True, False", {"dtype": "fp32"}
     ),
     "sums of attention on the host": Fault(
         f"{DRIVER}:BatchGenerator.nothing_yet",
@@ -120,10 +126,12 @@ FAULTS = {
         {"scenario": "attention"},
     ),
     "a ring of earlier outputs that nothing fills": Fault(
-        "datasetdm_fast.sampling.walk:SamplerState.__init__", "latents.new_zeros(", "latents.new_empty("
+        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__", "latents.new_zeros(", "latents.new_empty("
     ),
     "level sums that nothing clears": Fault(
-        "datasetdm_fast.models.capture:ProjectedSums.__init__", "torch.zeros(self.batch", "torch.empty(self.batch"
+        "datasetdm_fast.engine.models.capture:ProjectedSums.__init__",
+        "torch.zeros(self.batch",
+        "torch.empty(self.batch",
     ),
     "sums of attention that nothing clears": Fault(
         f"{DRIVER}:BatchGenerator.nothing_yet", "torch.zeros(shape", "torch.empty(shape", {"scenario": "attention"}
@@ -132,42 +140,42 @@ FAULTS = {
         "datasetdm_fast.kernels.linear_norm:fused", "if not is_served(", "if width % 3 or not is_served("
     ),
     "sums of attention in fp16": Fault(
-        "datasetdm_fast.models.capture:SummedAttention.attend_self",
+        "datasetdm_fast.engine.models.capture:SummedAttention.attend_self",
         "self.cells, self.shares",
         "self.cells.half(), self.shares",
         {"scenario": "attention"},
     ),
     "columns as a list": Fault(
-        "datasetdm_fast.tasks.attention:spread_maps",
+        "datasetdm_fast.engine.tasks.attention:spread_maps",
         "torch.stack([tokens[:, place] for place in places], 1)",
         "tokens[:, list(places)]",
         {"scenario": "attention"},
     ),
     "words left on the host": Fault(
-        "datasetdm_fast.tasks.captions:held_to",
+        "datasetdm_fast.engine.tasks.captions:held_to",
         "to_device(torch.tensor(is_ruled_out, dtype=torch.bool), device)",
         "torch.tensor(is_ruled_out, dtype=torch.bool)",
         {"scenario": "words"},
     ),
     "a wait of another kind where some are allowed": Fault(
-        "datasetdm_fast.tasks.instance:InstanceTask.postprocess",
+        "datasetdm_fast.engine.tasks.instance:InstanceTask.postprocess",
         "queries, classes, scores = candidates(",
         "probability.max().item(); queries, classes, scores = candidates(",
     ),
     "pictures copied while the host waits": Fault(
-        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
         "to_device(pixels, engine.device)",
         "pixels.to(engine.device)",
         {"scenario": "label"},
     ),
     "pictures encoded on a stream of its own": Fault(
-        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
         "clean = engine.encode_image(pixels)",
         "clean = torch.cuda.stream(torch.cuda.Stream(engine.device)).__enter__() or engine.encode_image(pixels)",
         {"scenario": "label"},
     ),
     "a generator of the host for noise on a GPU": Fault(
-        "datasetdm_fast.sampling.times:initial_noise",
+        "datasetdm_fast.engine.sampling.times:initial_noise",
         'generator=torch.Generator("cpu")',
         'device="cuda", generator=torch.Generator("cpu")',
         {"scenario": "label"},
@@ -185,31 +193,31 @@ FAULTS = {
         {"scenario": "label", "device": "cuda:1"},
     ),
     "a tile is read before its copy is over": Fault(
-        "datasetdm_fast.tasks.attention:joined_label",
+        "datasetdm_fast.engine.tasks.attention:joined_label",
         "one[None, k : k + 1].cpu()",
         'one[None, k : k + 1].to("cpu", non_blocking=True)',
         {"scenario": "tiles"},
     ),
     "pictures of a labeller on the host": Fault(
-        "datasetdm_fast.generation.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
         "to_device(pixels, engine.device)",
         "pixels",
         {"scenario": "labeller"},
     ),
     "another stream than that of the copies is waited for": Fault(
-        "datasetdm_fast.tasks.to_host:_copied",
+        "datasetdm_fast.engine.tasks.to_host:_copied",
         "torch.cuda.current_stream(group[0].device)",
         "torch.cuda.default_stream(group[0].device)",
         {"scenario": "files"},
     ),
     "a region copied while the host waits": Fault(
-        "datasetdm_fast.compositions.edit:Edits.begin",
+        "datasetdm_fast.runs.compositions.edit:Edits.begin",
         "to_device(torch.from_numpy(cells)[:, None], source.clean.device)",
         "torch.from_numpy(cells)[:, None].to(source.clean.device)",
         {"scenario": "files"},
     ),
     "latents of a callback by way of the host": Fault(
-        "datasetdm_fast.generation.diffusing:_after",
+        "datasetdm_fast.engine.loop.diffusing:_after",
         "changed.to(latents)",
         "changed.cpu().to(latents)",
         {"scenario": "library"},
@@ -221,13 +229,13 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "one of two texts on the host": Fault(
-        "datasetdm_fast.pipeline:Pipeline._sampled_capture",
+        "datasetdm_fast.engine.pipeline:Pipeline._sampled_capture",
         "engine.encode_text([prompt])",
         "engine.encode_text([prompt]).cpu()",
         {"scenario": "features"},
     ),
     "earlier outputs of a sampler in fp16": Fault(
-        "datasetdm_fast.sampling.walk:SamplerState.__init__",
+        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__",
         "latents.new_zeros((schedule.memory, *latents.shape))",
         "latents.new_zeros((schedule.memory, *latents.shape), dtype=torch.float16)",
         {"scenario": "samplers"},
@@ -239,7 +247,7 @@ FAULTS = {
         {"scenario": "samplers"},
     ),
     "fp32 between the products of the fp16 network": Fault(
-        "datasetdm_fast.models.fused:MeasuredResnet.forward",
+        "datasetdm_fast.engine.models.fused:MeasuredResnet.forward",
         "(h, x.image, self.bias)",
         "(h, (x.image.float() * 1.0).to(x.image.dtype), self.bias)",
         {"scenario": "library"},
@@ -251,35 +259,35 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "an input of a graph is not copied": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__call__",
         "if is_fresh or self.held[place] is not value:",
         "if is_fresh:",
         {"scenario": "attention"},
     ),
     "outputs of a graph are read before its replay": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__",
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__call__",
         "self.graph.replay()",
         "answers = tuple(value.clone() for value in self.outputs); self.graph.replay(); return answers",
     ),
     "a graph over its caller's tensors": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__",
         "[torch.empty_like(value).copy_(value) for value in inputs]",
         "list(inputs)",
     ),
     "a graph that is not replayed": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__call__", "self.graph.replay()", "pass"
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__call__", "self.graph.replay()", "pass"
     ),
     "algorithms chosen by timing": Fault(
-        "datasetdm_fast.engines.device:choose_by_shape", "= False, True", "= True, False"
+        "datasetdm_fast.engine.engines.device:choose_by_shape", "= False, True", "= True, False"
     ),
     "two threads record at once": Fault(
-        "datasetdm_fast.engines.cuda_graph:StepGraph.__init__",
+        "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__",
         "with TURN, torch.cuda.device(",
         "with torch.cuda.device(",
         {"scenario": "between"},
     ),
     "graphs of a pool on two streams at once": Fault(
-        "datasetdm_fast.engines.cuda_graph:InOrder.follow",
+        "datasetdm_fast.engine.engines.cuda_graph:InOrder.follow",
         "current.wait_stream(self.last)",
         "pass",
         {"scenario": "between"},
@@ -297,7 +305,7 @@ FAULTS = {
         {"scenario": "memory"},
     ),
     "one buffer for the threads of two GPUs": Fault(
-        "datasetdm_fast.tasks.to_host:_buffer",
+        "datasetdm_fast.engine.tasks.to_host:_buffer",
         "return _own.bytes",
         'return vars(threading).setdefault("buffer", torch.empty(2**20, dtype=torch.uint8, pin_memory=True))',
         {"scenario": "cards"},
@@ -309,13 +317,13 @@ FAULTS = {
         {"scenario": "cards"},
     ),
     "the reference's tokens on the host": Fault(
-        "datasetdm_fast.engines.torch:TorchEngine.encode_text",
+        "datasetdm_fast.engine.engines.torch:TorchEngine.encode_text",
         "tokens.input_ids.to(self.device)",
         "tokens.input_ids",
         {"scenario": "verify"},
     ),
     "captures copied while a thread waits": Fault(
-        "datasetdm_fast.lessons.cache:StoredCaptures.batch",
+        "datasetdm_fast.training.lessons.cache:StoredCaptures.batch",
         "pin_memory=is_queued",
         "pin_memory=False",
         {"scenario": "training"},
@@ -351,7 +359,7 @@ FAULTS = {
         {"scenario": "recomputed", "dtype": "fp32"},
     ),
     "noise of pictures copied while the host waits": Fault(
-        "datasetdm_fast.sampling.inversion:invert",
+        "datasetdm_fast.engine.sampling.inversion:invert",
         "to_device(drawn, clean.device)",
         "drawn.to(clean.device)",
         {"scenario": "recomputed"},
@@ -363,7 +371,7 @@ FAULTS = {
         {"scenario": "ranks"},
     ),
     "words of a prompt copied while the host waits": Fault(
-        "datasetdm_fast.evaluation.measure:measure",
+        "datasetdm_fast.training.evaluation.measure:measure",
         "text = words[task][None].expand",
         "text = words[task].cpu()[None].expand",
         {"scenario": "evaluation"},
@@ -374,7 +382,7 @@ FAULTS = {
         "StepGraph(lambda *given: step(*given[:2], *inputs[2:]), inputs, self._pool)",
     ),
     "sums of a level added in any order": Fault(
-        "datasetdm_fast.models.capture:ProjectedSums.attend",
+        "datasetdm_fast.engine.models.capture:ProjectedSums.attend",
         "self.sums[level].add_(projected.flatten(0, 1))",
         "self.sums[level].index_add_(0, torch.arange(len(self.sums[level]), device=q.device), projected.flatten(0, 1))",
     ),
@@ -428,7 +436,7 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "rows that are filled again while they are copied": Fault(
-        "datasetdm_fast.lessons.cache:StoredCaptures.batch",
+        "datasetdm_fast.training.lessons.cache:StoredCaptures.batch",
         "rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
         "rows = vars(self).setdefault(str(len(views)), "
         "torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",
@@ -450,7 +458,7 @@ FAULTS = {
         {"device": "cuda:1"},
     ),
     "free memory of another GPU": Fault(
-        "datasetdm_fast.engines.memory:suggested",
+        "datasetdm_fast.engine.engines.memory:suggested",
         "torch.cuda.mem_get_info(device)",
         "torch.cuda.mem_get_info()",
         {"scenario": "library", "device": "cuda:1"},
@@ -468,7 +476,7 @@ FAULTS = {
         {"scenario": "label"},
     ),
     "projections of a capture in fp32": Fault(
-        "datasetdm_fast.models.capture:ProjectedSums.feature",
+        "datasetdm_fast.engine.models.capture:ProjectedSums.feature",
         "cells = half.flatten(0, 1)",
         "cells, weight = half.flatten(0, 1).float(), weight.float()",
     ),
@@ -492,12 +500,12 @@ FAULTS = {
         "StepGraph(lambda given, _, *others: step(given, inputs[1], *others), inputs, self._pool)",
     ),
     "candidates of which equal ones come in any order": Fault(
-        "datasetdm_fast.tasks.instance:candidates",
+        "datasetdm_fast.engine.tasks.instance:candidates",
         "(values[:, :count] for values in probability.flatten(1).sort(dim=1, descending=True, stable=True))",
         "probability.flatten(1).topk(count)",
     ),
     "several values for one place": Fault(
-        "datasetdm_fast.tasks.open_vocabulary:OpenVocabularyTask.postprocess",
+        "datasetdm_fast.engine.tasks.open_vocabulary:OpenVocabularyTask.postprocess",
         "is_word = largest > 0",
         "is_word = likely.scatter(1, winner[:, None], largest[:, None]).amax(1) > 0",
         {"scenario": "words"},
@@ -521,7 +529,7 @@ FAULTS = {
         "datasetdm_fast.kernels.linear_geglu:fused", ", ceil_divide(rows, sizes", ", 2**16 * ceil_divide(rows, sizes"
     ),
     "views of a student copied while the host waits": Fault(
-        "datasetdm_fast.evaluation.course:NetworkTraining.step",
+        "datasetdm_fast.training.evaluation.course:NetworkTraining.step",
         "to_device(as_tensor(items, network.colours), self.device)",
         "as_tensor(items, network.colours).to(self.device)",
         {"scenario": "students", "batches": 1},

@@ -244,7 +244,7 @@ def _() -> str:
 
 @case("a pickle called safetensors")
 def _() -> str:
-    from datasetdm_fast.decoders.checkpoint import read_state
+    from datasetdm_fast.engine.decoders.checkpoint import read_state
 
     (HERE / "evil.safetensors").write_bytes(inner())
     return str(read_state(HERE / "evil.safetensors"))
@@ -266,7 +266,7 @@ def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None
     """The demo model with other settings and more files."""
     import shutil
 
-    from datasetdm_fast.loading.presets import DEMO
+    from datasetdm_fast.engine.loading.presets import DEMO
 
     folder = HERE / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -283,7 +283,7 @@ def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None
 
 
 def try_model(changes: dict[str, dict], files: dict[str, bytes] | None = None) -> str:
-    from datasetdm_fast.loading.folder import load_folder
+    from datasetdm_fast.engine.loading.folder import load_folder
 
     model = load_folder(model_folder(changes, files))
     return f"loaded, {len(model.tokenizer('a red ball').input_ids)} tokens"
@@ -385,14 +385,14 @@ def _() -> str:
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../../../../etc/passwd"}}'
     )
-    from datasetdm_fast.loading.folder import load_folder
+    from datasetdm_fast.engine.loading.folder import load_folder
 
     return load_folder(folder).name
 
 
 @case("decoder: a target by path")
 def _() -> str:
-    from datasetdm_fast.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.decoders.config import DecoderConfig
 
     return DecoderConfig.from_json(
         json.dumps({"_target_": "os.system", "kind": "depth", "task": "depth", "levels": []})
@@ -401,7 +401,7 @@ def _() -> str:
 
 @case("decoder: a kind by path")
 def _() -> str:
-    from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
+    from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
 
     text = DecoderConfig("depth", "depth", SD1_LEVELS).to_json().replace('"kind": "depth"', '"kind": "os.system"')
     return DecoderConfig.from_json(text).kind
@@ -459,7 +459,7 @@ def _() -> str:
 
 @case("prompts: a shell behind a pipe")
 def _() -> str:
-    from datasetdm_fast.generation.prompts import read_prompts, split_prompts
+    from datasetdm_fast.runs.jobs.prompts import read_prompts, split_prompts
 
     for given in (
         f"pipe:{TOUCH}",
@@ -476,7 +476,7 @@ def _() -> str:
 
 @case("model: a shell behind a pipe")
 def _() -> str:
-    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.engine.loading import load_model
 
     return load_model(f"pipe:{TOUCH}").name
 
@@ -497,7 +497,7 @@ def hostile_run(statement: str) -> Path:
 
 @case("run folder: a path that leads out of it")
 def _() -> str:
-    from datasetdm_fast.run_folder.reader import open_run
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
     return str(
         open_run(
@@ -508,7 +508,7 @@ def _() -> str:
 
 @case("run folder: a table that is a program")
 def _() -> str:
-    from datasetdm_fast.run_folder.reader import open_run
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
     path = hostile_run(
         "ALTER TABLE samples RENAME TO kept; CREATE VIEW samples AS SELECT \"index\", load_extension('/tmp/evil') AS "
@@ -520,7 +520,7 @@ def _() -> str:
 
 @case("run folder: a description with a target")
 def _() -> str:
-    from datasetdm_fast.run_folder.document import read_document
+    from datasetdm_fast.runs.run_folder.document import read_document
 
     path = hostile_run("")
     document = json.loads((path / "run.json").read_text())
@@ -581,7 +581,7 @@ def manifest_of(folder: Path):
 def open_in_onnx_runtime(folder: Path, manifest):
     import torch
 
-    from datasetdm_fast.engines.exported import cached, ort
+    from datasetdm_fast.engine.engines.exported import cached, ort
 
     export, cached.cached = cached.cached, lambda *_, **options: (folder, manifest)  # the cache holds this very export
     try:
@@ -654,11 +654,11 @@ def main() -> None:
     with suppress(ImportError):
         import ml_dtypes  # noqa: F401
 
-        import datasetdm_fast.engines.exported.ort
+        import datasetdm_fast.engine.engines.exported.ort
         import datasetdm_fast.export_cli.calibration  # noqa: F401
+    from datasetdm_fast.engine.loading.folder import load_folder
+    from datasetdm_fast.engine.loading.presets import DEMO
     from datasetdm_fast.errors import Missing, Refused
-    from datasetdm_fast.loading.folder import load_folder
-    from datasetdm_fast.loading.presets import DEMO
 
     load_folder(DEMO)
     (HERE / "payload.py").write_text(PYTHON)

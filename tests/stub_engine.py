@@ -9,8 +9,8 @@ import torch
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import Capture
-from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
+from datasetdm_fast.engine.scenes import world
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -122,7 +122,7 @@ class StubEngine:
 
 def install():
     """Puts the engine where a job opens one, in this process."""
-    from datasetdm_fast.engines import opening
+    from datasetdm_fast.engine.engines import opening
 
     def open_engine(model="demo", decoder="demo", tasks=None, **choices):
         chosen = tuple(tasks or CONFIGS)

@@ -20,21 +20,21 @@ from bench.rows import attention as bench
 from datasetdm_fast import drop, generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
-from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop import class_prompts, driver
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.generation import class_prompts, driver
-from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.pipeline import Pipeline
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.sampling import times
-from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks import attention
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.training.readers import open_data
 
 CLASSES = ("ball", "cube", "cone")
 REQUESTS = [

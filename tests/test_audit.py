@@ -16,16 +16,16 @@ from rendered import rendered as render
 
 from datasetdm_fast import audit as command
 from datasetdm_fast import gallery, split
-from datasetdm_fast.compositions.source import digests_of
 from datasetdm_fast.data import Request, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder import audit
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
-from datasetdm_fast.run_folder.events import EVENTS
-from datasetdm_fast.run_folder.folder import RunFolder, note
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.run_folder.seal import OWN, SEAL, sealed
+from datasetdm_fast.runs.compositions.source import digests_of
+from datasetdm_fast.runs.run_folder import audit
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
+from datasetdm_fast.runs.run_folder.events import EVENTS
+from datasetdm_fast.runs.run_folder.folder import RunFolder, note
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.seal import OWN, SEAL, sealed
 
 DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 150
 NUMBER = 4

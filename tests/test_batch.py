@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from datasetdm_fast.data import Batch, Request
-from datasetdm_fast.engines.fast import on_cpu
-from datasetdm_fast.engines.opening import open_engine
-from datasetdm_fast.generation.driver import generate
-from datasetdm_fast.generation.recipe import make_recipe
-from datasetdm_fast.loading.presets import DEMO
-from datasetdm_fast.sampling.times import initial_noise
-from datasetdm_fast.sampling.walk import guide, start, step
+from datasetdm_fast.engine.engines.fast import on_cpu
+from datasetdm_fast.engine.engines.opening import open_engine
+from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loop.driver import generate
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.walk import guide, start, step
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 PROMPTS = (

@@ -30,11 +30,11 @@ from bench.report import report, results
 from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.fast import FastEngine, base
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines.fast import FastEngine, base
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import native, plain
-from datasetdm_fast.tasks import TASKS
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, blockwise
+from datasetdm_fast.engine.models.capture import NoCapture
+from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, doubled
+from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.blocks import BLOCKS, Packing, blockwise
-from datasetdm_fast.models.capture import NoCapture
-from datasetdm_fast.models.layers import Convolution, Layers, Resnet, Upsample, Weights
-from datasetdm_fast.models.unet import TextTable, TimeTable, Transformer, UNet, doubled
-from datasetdm_fast.models.unet_block import UNetBlock, with_blocks
 
 VECTORS = _C.depth_head_vector_bytes()
 TEXT, HEADS = 7, 3

@@ -9,11 +9,11 @@ import yaml
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.generation import prompts
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.indexes import card, statistics
-from datasetdm_fast.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.indexes import card, statistics
+from datasetdm_fast.runs.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
+from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
 

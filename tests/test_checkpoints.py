@@ -27,17 +27,17 @@ from test_loading import StableDiffusionPipeline, first_generation, folder, same
 from datasetdm_fast import convert as command
 from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
-from datasetdm_fast.decoders import upstream as checkpoints
-from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.decoders.folders import DEMO, parts_of, read_config
+from datasetdm_fast.engine.decoders import upstream as checkpoints
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
+from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.folder import USUAL
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER
+from datasetdm_fast.engine.loading.single_file import EMA, UNET
+from datasetdm_fast.engine.pipeline import open_run
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels.class_tables import table
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.folder import USUAL
-from datasetdm_fast.loading.model import SD_SCHEDULER
-from datasetdm_fast.loading.single_file import EMA, UNET
-from datasetdm_fast.pipeline import open_run
 
 MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
 SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": dict(width=16, depth_width=8)}

@@ -17,15 +17,15 @@ from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
-from datasetdm_fast.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.scenes.worlds import WORLDS
+from datasetdm_fast.engine.tasks import OWN_TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation import student_data, student_views, worth
-from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, shares, teach
-from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
-from datasetdm_fast.evaluation.student_views import mild, strong
-from datasetdm_fast.scenes import world
-from datasetdm_fast.scenes.worlds import WORLDS
-from datasetdm_fast.tasks import OWN_TASKS
+from datasetdm_fast.training.evaluation import student_data, student_views, worth
+from datasetdm_fast.training.evaluation.student import Student, StudentSchedule, answers, shares, teach
+from datasetdm_fast.training.evaluation.student_data import CELLS, IGNORED, SIDE
+from datasetdm_fast.training.evaluation.student_views import mild, strong
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -487,7 +487,7 @@ def test_labels_refuses_what_it_cannot_compare():
 
 def test_labels_refuses_a_run_of_another_world_or_without_a_label_to_learn(tmp_path, monkeypatch):
     made = SimpleNamespace(classes=("wall", "table", "ball"), tasks=("semantic", "depth"))
-    monkeypatch.setattr("datasetdm_fast.run_folder.reader.open_run", lambda path: made)
+    monkeypatch.setattr("datasetdm_fast.runs.run_folder.reader.open_run", lambda path: made)
     assert labels._fitting(tmp_path, WORLDS["hard"], ("semantic", "pose")) is made
     with pytest.raises(Refused, match="no labels of pose or instance"):
         labels._fitting(tmp_path, WORLDS["hard"], ("pose", "instance"))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.class_file import own_table
+from datasetdm_fast.engine.labels.words import find_classes, plural, token_places
+from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.labels.words import find_classes, plural, token_places
-from datasetdm_fast.scenes.worlds import WORLDS
-from datasetdm_fast.truth.class_file import own_table
 
 SENTENCES = [
     [cell.strip() for cell in line.split("|")]

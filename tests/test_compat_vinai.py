@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast.compat import vinai, vinai_lists
-from datasetdm_fast.generation.class_prompts import columns
-from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.runs.run_folder.audit import audit
 
 ENTRIES = [
     ("a man with a dog; person dog", "person dog"),

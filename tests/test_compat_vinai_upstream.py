@@ -12,9 +12,9 @@ from PIL import Image
 from skips import long_test
 
 from datasetdm_fast.compat import vinai
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.saving import save_model
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.saving import save_model
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 ENTRIES = [
     ("a man with a dog; person dog", "person dog"),

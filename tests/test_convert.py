@@ -26,11 +26,11 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.exporting import hf
-from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.runs.exporting import hf
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.training.readers import open_data
 
 SIZE = 64
 NUMBER = 8
@@ -303,7 +303,7 @@ def test_cityscapes_read_back_is_the_run(run, tmp_path, capsys):
 
 
 def test_polygons_of_cityscapes_painted_in_their_order_are_its_label_ids(run, tmp_path):
-    from datasetdm_fast.exporting.cityscapes import WORDS
+    from datasetdm_fast.runs.exporting.cityscapes import WORDS
 
     out = converted(run, tmp_path / "out", "--to", "cityscapes", "--classes", CITY_NAMES) / "cityscapes"
     groups, wrong = 0, []
@@ -448,7 +448,7 @@ def test_what_a_run_ignores_is_ignored_under_things_too(tmp_path, combine):
     )
     assert not label_ids[unsaid].any() and not numbers[unsaid].any()
     painted = Image.new("L", (SIZE, SIZE))
-    from datasetdm_fast.exporting.cityscapes import WORDS
+    from datasetdm_fast.runs.exporting.cityscapes import WORDS
 
     for shape in json.loads((city / "synthetic_000000_000000_gtFine_polygons.json").read_text())["objects"]:
         name = shape["label"].removesuffix("group")

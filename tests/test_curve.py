@@ -10,9 +10,9 @@ from layouts import LAYOUTS
 from datasetdm_fast.data import DepthMap, Keypoints
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import main
-from datasetdm_fast.evaluation.curve import learning_curve, parse_counts, power_law, to_learn_from, told
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.readers import open_data
+from datasetdm_fast.training.evaluation.curve import learning_curve, parse_counts, power_law, to_learn_from, told
+from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.readers import open_data
 
 COUNTS = [10, 30, 100, 300]
 

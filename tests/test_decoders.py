@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Capture
-from datasetdm_fast.decoders.checkpoint import (
+from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
     check_fits,
     load_decoder,
@@ -26,9 +26,9 @@ from datasetdm_fast.decoders.checkpoint import (
     load_upstream,
     save_decoder,
 )
-from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.decoders.trunk import fold, narrowed, packed
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.trunk import fold, narrowed, packed
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, plain
 from datasetdm_fast.stages import levels

@@ -9,17 +9,18 @@ from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast.config import TASKS, RunConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.labels.class_tables import ClassWord
+from datasetdm_fast.engine.labels.trust import trust_of
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
+from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.generation import driver, job, run
-from datasetdm_fast.generation.overlap import FinishedCalls
-from datasetdm_fast.generation.recipe import capture_calls, make_recipe
-from datasetdm_fast.labels.class_tables import ClassWord
-from datasetdm_fast.labels.trust import trust_of
-from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.sampling import times, walk
-from datasetdm_fast.scenes import world
+from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.overlap import FinishedCalls
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from skips import IS_LONG
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, edit, filter, merge, restore, splice, split, vary
 from datasetdm_fast.disk import storage
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.run_folder.score_table import read_scores
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.score_table import read_scores
 
 
 @pytest.fixture(scope="module")

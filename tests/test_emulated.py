@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from datasetdm_fast.agreement import observe, verify
-from datasetdm_fast.agreement.gates import EXACT
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.fast import FastEngine, base, on_cpu
-from datasetdm_fast.generation import job, prompts
-from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.generation.recipe import make_recipe
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast import FastEngine, base, on_cpu
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.loading import load_model
+from datasetdm_fast.runs.agreement import observe, verify
+from datasetdm_fast.runs.agreement.gates import EXACT
+from datasetdm_fast.runs.jobs import job, prompts
 
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 HALVES = (torch.float16, torch.bfloat16)

@@ -10,14 +10,14 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from datasetdm_fast.config import ENGINES, EngineKind
 from datasetdm_fast.data import Capture
-from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.engines.torch import TorchEngine, _oracle, capturing
+from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.torch import TorchEngine, _oracle, capturing
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.walk import guide, start, step
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.presets import DEMO
-from datasetdm_fast.sampling import make_schedule
-from datasetdm_fast.sampling.times import initial_noise
-from datasetdm_fast.sampling.walk import guide, start, step
 
 PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")
 SEEDS = (7, 11, 200000, 3)
@@ -208,7 +208,7 @@ def test_engines_that_are_not_there_are_named(engine):
 
 def test_an_engine_is_one_file_and_one_line(engine, tmp_path, monkeypatch):
     (tmp_path / "my_engine.py").write_text(
-        "from datasetdm_fast.engines.torch import TorchEngine\n"
+        "from datasetdm_fast.engine.engines.torch import TorchEngine\n"
         "from datasetdm_fast.errors import Missing\n"
         "class MyEngine(TorchEngine):\n"
         "    def __init__(self, model, decoders, *, dtype, device, provider):\n"
@@ -221,7 +221,7 @@ def test_an_engine_is_one_file_and_one_line(engine, tmp_path, monkeypatch):
     refusal = ("provider: {value}, and the engine is {engine}", "drop it")
     mine = EngineKind("my_engine:MyEngine", {"provider": refusal}, ("my_engine:need", "provider"))
     monkeypatch.setitem(ENGINES, "mine", mine)
-    monkeypatch.setattr("datasetdm_fast.engines.ENGINE_NAMES", ("auto", *ENGINES))
+    monkeypatch.setattr("datasetdm_fast.engine.engines.ENGINE_NAMES", ("auto", *ENGINES))
     assert build_engine("mine", engine.model, device="cpu", provider="cpu").provider == "cpu"
     with pytest.raises(Missing, match="mine needs a GPU"):
         check_engine("mine", provider="cuda")

@@ -16,20 +16,20 @@ import fake_tensorrt
 import pytest
 import torch
 
-from datasetdm_fast.agreement import distances, gates, observe
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.exported.trt import TrtEngine
-from datasetdm_fast.engines.exported.trt_plan import LoadedPlan, Queue
-from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.engines.exported.trt_plan import LoadedPlan, Queue
+from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, Manifest
 from datasetdm_fast.export.tensorrt import flavours, sealed
-from datasetdm_fast.generation import driver
-from datasetdm_fast.generation.recipe import make_recipe
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling import times
+from datasetdm_fast.runs.agreement import distances, gates, observe
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder,
 
 def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
     """Plans of the text encoder and the UNet call as another machine would leave them."""
-    from datasetdm_fast.engines.fast import FastEngine
+    from datasetdm_fast.engine.engines.fast import FastEngine
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx import to_onnx
     from datasetdm_fast.export.tensorrt import to_tensorrt

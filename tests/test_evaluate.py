@@ -9,15 +9,15 @@ import pytest
 import torch
 from layouts import LAYOUTS
 
-from datasetdm_fast.decoders.checkpoint import build_decoder, save_decoder
-from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import _end, main
-from datasetdm_fast.evaluation.meter import figure_name
-from datasetdm_fast.evaluation.settings import EvaluateConfig
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import data_record
+from datasetdm_fast.training.evaluation.meter import figure_name
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
+from datasetdm_fast.training.readers import open_data
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
@@ -194,7 +194,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys,
     def downloaded(name):
         raise Refused(f"the hub was asked for {name}", "Answer it.")
 
-    monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
+    monkeypatch.setattr("datasetdm_fast.engine.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]
     code, _, error = run(capsys, "--decoder", decoders(open_data("demo:1", 64), ("semantic",)), *line)
     assert code == 2 and "Add --allow-download" in error
@@ -219,7 +219,7 @@ def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, cap
 @pytest.mark.parametrize("flags", ([], ["--curve", "1,2", "--learn-from", "demo:4"]))
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setattr(
-        "datasetdm_fast.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded")
+        "datasetdm_fast.engine.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded")
     )
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}", *flags]) == 2
     assert "nowhere" in capsys.readouterr().err

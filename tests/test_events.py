@@ -11,10 +11,10 @@ from rendered import document, rendered, write_run
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.run_folder import events
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.events import EVENTS
-from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder import events
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.events import EVENTS
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 
 def told(run):

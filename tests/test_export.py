@@ -24,10 +24,16 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast import stages
 from datasetdm_fast.data import AttentionSums
-from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
-from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.disk import locks
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoders
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.presets import seeded
+from datasetdm_fast.engine.models.text_encoder import TextEncoder
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
+from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
@@ -37,12 +43,6 @@ from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.to_onnx import average_name, export
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.presets import seeded
-from datasetdm_fast.models.text_encoder import TextEncoder
-from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
-from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import LEVELS
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
@@ -410,8 +410,8 @@ def test_what_cannot_be_exported_is_refused(demo, tmp_path):
 
 
 def load_decoders_strictly(task: str) -> dict:
-    from datasetdm_fast.decoders.checkpoint import load_decoder
-    from datasetdm_fast.decoders.folders import DEMO
+    from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+    from datasetdm_fast.engine.decoders.folders import DEMO
 
     return {task: load_decoder(DEMO / task, strict=True)}
 
@@ -536,7 +536,7 @@ from pathlib import Path
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.onnx.to_onnx import export
-from datasetdm_fast.loading import load_model
+from datasetdm_fast.engine.loading import load_model
 shim = ctypes.CDLL(os.environ["FAULT_SHIM"])
 shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
 shim.fault_seen.restype = ctypes.c_int64

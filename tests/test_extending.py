@@ -44,24 +44,24 @@ class Recipe:
 RECIPES = {
     "A task": Recipe(
         files=(
-            "datasetdm_fast/labels/edges.py",
-            "datasetdm_fast/tasks/edges.py",
-            "datasetdm_fast/evaluation/edges.py",
+            "datasetdm_fast/engine/labels/edges.py",
+            "datasetdm_fast/engine/tasks/edges.py",
+            "datasetdm_fast/training/evaluation/edges.py",
         ),
         edits={
             "datasetdm_fast/config.py": (('"pose", "open-vocabulary")\n', '"pose", "open-vocabulary", "edges")\n'),),
-            "datasetdm_fast/labels/__init__.py": (
+            "datasetdm_fast/engine/labels/__init__.py": (
                 ("import attention, depth, instance", "import attention, depth, edges, instance"),
                 ('    "pose": pose.PoseKind(),\n', '    "pose": pose.PoseKind(),\n    "edges": edges.EdgesKind(),\n'),
             ),
-            "datasetdm_fast/tasks/__init__.py": (
+            "datasetdm_fast/engine/tasks/__init__.py": (
                 ("import depth, instance", "import depth, edges, instance"),
                 ('    "pose": pose.PoseTask(),\n', '    "pose": pose.PoseTask(),\n    "edges": edges.EdgesTask(),\n'),
             ),
-            "datasetdm_fast/evaluation/metrics.py": (
+            "datasetdm_fast/training/evaluation/metrics.py": (
                 (
-                    "from datasetdm_fast.evaluation.meter",
-                    "from datasetdm_fast.evaluation.edges import Edges\nfrom datasetdm_fast.evaluation.meter",
+                    "from datasetdm_fast.training.evaluation.meter",
+                    "from datasetdm_fast.training.evaluation.edges import Edges\nfrom datasetdm_fast.training.evaluation.meter",
                 ),
                 ('    "depth": Depth,\n', '    "depth": Depth,\n    "edges": Edges,\n'),
             ),
@@ -70,21 +70,21 @@ RECIPES = {
         most_edited=2,
     ),
     "A reader": Recipe(
-        files=("datasetdm_fast/readers/pairs.py",),
+        files=("datasetdm_fast/training/readers/pairs.py",),
         edits={
-            "datasetdm_fast/readers/__init__.py": (
+            "datasetdm_fast/training/readers/__init__.py": (
                 (
-                    "from datasetdm_fast.readers.run",
-                    "from datasetdm_fast.readers.pairs import Pairs\nfrom datasetdm_fast.readers.run",
+                    "from datasetdm_fast.training.readers.run",
+                    "from datasetdm_fast.training.readers.pairs import Pairs\nfrom datasetdm_fast.training.readers.run",
                 ),
                 ('    "hf": HuggingFace,\n', '    "hf": HuggingFace,\n    "pairs": Pairs,\n'),
             )
         },
     ),
     "A writer": Recipe(
-        files=("datasetdm_fast/run_folder/indexes/captions.py",),
+        files=("datasetdm_fast/runs/run_folder/indexes/captions.py",),
         edits={
-            "datasetdm_fast/run_folder/indexes/__init__.py": (
+            "datasetdm_fast/runs/run_folder/indexes/__init__.py": (
                 ("import card, coco", "import captions, card, coco"),
                 (
                     '    "README.md": card.Card,\n',
@@ -103,7 +103,7 @@ RECIPES = {
                     '        "layer_norm": layer_norm,\n        "quick_gelu": quick_gelu,\n',
                 ),
             ),
-            "datasetdm_fast/models/text_encoder.py": (
+            "datasetdm_fast/engine/models/text_encoder.py": (
                 (
                     "activation = ACTIVATIONS[config.hidden_act]\n",
                     'activation = ops.quick_gelu if config.hidden_act == "quick_gelu" else F.gelu\n',
@@ -114,23 +114,23 @@ RECIPES = {
         most_edited=1,
     ),
     "An engine": Recipe(
-        files=("datasetdm_fast/engines/halves.py",),
+        files=("datasetdm_fast/engine/engines/halves.py",),
         edits={
             "datasetdm_fast/config.py": (
                 (
                     '    "ort": EngineKind(\n',
-                    '    "halves": EngineKind("datasetdm_fast.engines.halves:HalvesEngine"),\n    "ort": EngineKind(\n',
+                    '    "halves": EngineKind("datasetdm_fast.engine.engines.halves:HalvesEngine"),\n    "ort": EngineKind(\n',
                 ),
             )
         },
     ),
     "A sampler": Recipe(
-        files=("datasetdm_fast/sampling/trailing.py",),
+        files=("datasetdm_fast/engine/sampling/trailing.py",),
         edits={
             "datasetdm_fast/config.py": (
                 (
                     '    "dpm-solver++": "',
-                    '    "trailing": "datasetdm_fast.sampling.trailing",\n    "dpm-solver++": "',
+                    '    "trailing": "datasetdm_fast.engine.sampling.trailing",\n    "dpm-solver++": "',
                 ),
             )
         },
@@ -155,8 +155,8 @@ with open("other/captions.tsv", "a") as file, contextlib.redirect_stdout(error),
     ended["changed"] = cli.main(["audit", "other"]), error.getvalue()
 exec(doctor.QUESTIONS["engine halves"], {"tell": lambda answer: ended.update(doctor=answer)})
 from datasetdm_fast.kernels import choice
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.text_encoder import TextEncoder
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.models.text_encoder import TextEncoder
 ops = choice.operations(torch.device("cpu"), torch.float32)
 layers = TextEncoder(load_model("demo").text_encoder, ops).layers
 ended["kernel"] = all(layer.activation is ops.quick_gelu for layer in layers)

@@ -22,9 +22,9 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast import generate
 from datasetdm_fast.disk import sqlite, storage
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 KILLS = 200 if IS_LONG else 12
 SMALL = ("--number", "2", "--batch-size", "1", "--task", "semantic", "--quiet")

@@ -18,20 +18,21 @@ from rendered import document, rendered, write_run
 from test_ledger import tree
 
 from datasetdm_fast import drop, filter, generate, splice
-from datasetdm_fast.curation import filtering, scores
 from datasetdm_fast.data import Request
+from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels.trust import NamedMap
-from datasetdm_fast.run_folder import gallery, sample_scores, score_table, where
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.run_folder.events import EVENTS
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.kept import KEPT
-from datasetdm_fast.run_folder.ledger import Ledger, Row
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.run_folder.score_table import SCORES, read_scores
-from datasetdm_fast.run_folder.seal import is_sealed
+from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.curation import filtering, scores
+from datasetdm_fast.runs.run_folder import sample_scores, score_table, where
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.events import EVENTS
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.kept import KEPT
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.score_table import SCORES, read_scores
+from datasetdm_fast.runs.run_folder.seal import is_sealed
 
 NUMBER = 10
 
@@ -388,9 +389,9 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
 def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys):
     from stub_engine import CONFIGS, StubEngine
 
-    from datasetdm_fast.curation.stability import OTHER_NOISE
-    from datasetdm_fast.engines import opening
-    from datasetdm_fast.sampling.times import initial_noise
+    from datasetdm_fast.engine.engines import opening
+    from datasetdm_fast.engine.sampling.times import initial_noise
+    from datasetdm_fast.runs.curation.stability import OTHER_NOISE
 
     digests = {"digest": "stub", "licence": "none"}
 
@@ -417,8 +418,8 @@ def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys
 
 
 def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
-    from datasetdm_fast.curation.stability import Stability
-    from datasetdm_fast.engines import opening
+    from datasetdm_fast.engine.engines import opening
+    from datasetdm_fast.runs.curation.stability import Stability
 
     seen = {}
 
@@ -439,7 +440,7 @@ def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
     ("command", "remedy"), [("label", "Drop the flag."), ("splice", "Score the run that it was made from.")]
 )
 def test_stability_of_images_that_no_model_drew_is_refused_with_what_can_be_done(run, command, remedy):
-    from datasetdm_fast.curation.stability import Stability
+    from datasetdm_fast.runs.curation.stability import Stability
 
     found = open_run(run)
     found.document["command"] = command

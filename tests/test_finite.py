@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from datasetdm_fast.data import Batch, ProjectedCapture, Request, Sample, SetAside
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.exported.ort import OrtEngine
-from datasetdm_fast.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines.exported.ort import OrtEngine
+from datasetdm_fast.engine.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop import driver, recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.graph import Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile
 from datasetdm_fast.export.tensorrt import sealed
-from datasetdm_fast.generation import driver, recipe
-from datasetdm_fast.loading import load_model
 
 BATCH = Batch(
     0,

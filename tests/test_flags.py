@@ -22,9 +22,9 @@ from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
-from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig
 from datasetdm_fast.version import __version__

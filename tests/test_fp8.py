@@ -10,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export import golden
@@ -20,8 +22,6 @@ from datasetdm_fast.export.onnx import eight_bits
 from datasetdm_fast.export.tensorrt import flavours, sealed, to_tensorrt
 from datasetdm_fast.export_cli import calibration
 from datasetdm_fast.export_cli.settings import ExportConfig
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling import times
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PROMPTS = ("a red ball beside a cube",)

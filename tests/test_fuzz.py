@@ -27,15 +27,15 @@ from rendered import document, write_run
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import flags
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images, onnx_graph, tensors
-from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.generation.prompts import read_source
-from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.run_folder import audit
-from datasetdm_fast.run_folder.document import LEDGER, read_document
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.runs.jobs.prompts import read_source
+from datasetdm_fast.runs.run_folder import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 CORPUS = Path(__file__).parent / "corpus"
@@ -86,7 +86,7 @@ def read_ledger(path: Path) -> None:
 def read_decoder(path: Path) -> None:
     import torch
 
-    from datasetdm_fast.decoders.checkpoint import build_decoder, read_config
+    from datasetdm_fast.engine.decoders.checkpoint import build_decoder, read_config
 
     path.rename(path.with_name("config.json"))
     with torch.device("meta"):
@@ -125,8 +125,8 @@ def read_rle(path: Path) -> None:
 
 def read_model(path: Path) -> None:
     """One config of the demo model exchanged for `path`, named like unet+config.json."""
-    from datasetdm_fast.loading import load_model
-    from datasetdm_fast.loading.presets import DEMO
+    from datasetdm_fast.engine.loading import load_model
+    from datasetdm_fast.engine.loading.presets import DEMO
 
     folder = path.parent / "model"
     shutil.copytree(DEMO, folder, copy_function=lambda source, target: os.symlink(Path(source).resolve(), target))

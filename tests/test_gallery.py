@@ -8,16 +8,17 @@ from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request, Sample, SemanticMap
-from datasetdm_fast.generation.overlap import BackgroundWriter
-from datasetdm_fast.labels import LABEL_KINDS, pictures
-from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.run_folder import gallery, showing
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.gallery import sheets
-from datasetdm_fast.run_folder.gallery.facts import RunFacts, key_of, layers_of
-from datasetdm_fast.run_folder.ledger import Ledger, Row
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.labels import LABEL_KINDS, pictures
+from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.gallery import sheets
+from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
+from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
+from datasetdm_fast.runs.run_folder import showing
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

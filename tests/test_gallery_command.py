@@ -26,12 +26,12 @@ from datasetdm_fast import convert, open_run
 from datasetdm_fast import gallery as command
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.run_folder import object_store, showing
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.gallery import PAGE, review, server
-from datasetdm_fast.run_folder.seal import is_sealed
-from datasetdm_fast.run_folder.showing import ShownSoFar
+from datasetdm_fast.runs.gallery import PAGE, review, server
+from datasetdm_fast.runs.run_folder import object_store, showing
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.seal import is_sealed
+from datasetdm_fast.runs.run_folder.showing import ShownSoFar
 
 pytestmark = pytest.mark.loopback
 
@@ -140,7 +140,7 @@ def test_marks_come_from_the_page_alone(run, ask):
 
 
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):
-    code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.run_folder.gallery import review\n"
+    code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.runs.gallery import review\n"
     code += "for k in range(100):\n    review.change(Path(sys.argv[1]), {f'{2 * k + int(sys.argv[2]):08}': 'bad'})"
     line = [sys.executable, "-c", code, str(tmp_path)]
     assert [one.wait() for one in [subprocess.Popen([*line, number]) for number in "01"]] == [0, 0]

@@ -16,11 +16,11 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import drop, filter
 from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
-from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.run_folder import showing
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.gallery import review, server
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.runs.gallery import review, server
+from datasetdm_fast.runs.run_folder import showing
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 NUMBER = 300
 served = server.ServedRun.of_folder

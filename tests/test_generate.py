@@ -11,17 +11,17 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
 from datasetdm_fast.config import TASKS, RunConfig
-from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation import job
-from datasetdm_fast.generation.defaults import with_labels
-from datasetdm_fast.loading import presets
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import LEDGER, read_document
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.defaults import with_labels
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast import _C, sampling
-from datasetdm_fast.sampling import walk
-from datasetdm_fast.sampling.schedule import Update
+from datasetdm_fast import _C
+from datasetdm_fast.engine import sampling
+from datasetdm_fast.engine.sampling import walk
+from datasetdm_fast.engine.sampling.schedule import Update
 
 SCHEDULER = {
     "num_train_timesteps": 1000,

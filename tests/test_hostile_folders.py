@@ -16,9 +16,9 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as export
 from datasetdm_fast.export.manifest import NAME as MANIFEST
 from datasetdm_fast.export.manifest import Manifest
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.run_folder.seal import SEAL
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.seal import SEAL
 
 NUMBER = 2
 
@@ -287,8 +287,8 @@ def test_a_place_for_results_is_refused_before_anything_is_loaded(tmp_path, monk
 def test_every_flag_that_names_a_place_for_results_is_checked():
     """A new one that does not say so in its setting fails here."""
     from datasetdm_fast.config import RunConfig, flags_of
-    from datasetdm_fast.evaluation.settings import EvaluateConfig
     from datasetdm_fast.export_cli.settings import ExportConfig
+    from datasetdm_fast.training.evaluation.settings import EvaluateConfig
     from datasetdm_fast.training.settings import TrainConfig
 
     found = {

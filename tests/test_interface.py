@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast import Pipeline, data, engines, open_run, stages
-from datasetdm_fast.engines.engine import Engine
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.pipeline import DiffusionOutput, Output, Run
+from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.kernels import OPS
-from datasetdm_fast.pipeline import DiffusionOutput, Output, Run
-from datasetdm_fast.tasks.labeller import Labeller, LabellerInput
 
 RECORDED = Path(__file__).parent / "golden" / "interface.json"
 NOUNS = ("Request", "Batch", "Capture", "ProjectedCapture", "AttentionSums", "SemanticMap", "Instances", "DepthMap")

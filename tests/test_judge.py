@@ -11,9 +11,9 @@ from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.demo import judge, judge_labels, judge_net
 from datasetdm_fast.demo.distance import frechet
 from datasetdm_fast.demo.things_seen import follows, shares, things_seen
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.scenes import world
-from datasetdm_fast.scenes.worlds import WORLDS
 
 COLOURS = tuple(world.COLOURS)
 

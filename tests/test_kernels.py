@@ -17,11 +17,11 @@ import torch
 from skips import IS_LONG
 from torch import Tensor
 
-from datasetdm_fast import sampling
 from datasetdm_fast.config import SAMPLERS
+from datasetdm_fast.engine import sampling
+from datasetdm_fast.engine.sampling import walk
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, plain, pyramid, reference
-from datasetdm_fast.sampling import walk
 
 ROOT = Path(__file__).parents[1]
 FLOOR = 1e-6

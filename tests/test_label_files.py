@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine.labels import LABEL_KINDS, class_tables, kind
+from datasetdm_fast.engine.labels import pose as pose_labels
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.numbering import check_palette, coloured, numbered
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import LABEL_KINDS, class_tables, kind
-from datasetdm_fast.labels import pose as pose_labels
-from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.numbering import check_palette, coloured, numbered
 
 TABLES = {
     "semantic": {"classes": ["wall", "ball"]},

@@ -19,12 +19,12 @@ from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.result import Result
-from datasetdm_fast.run_folder.document import LOCK
-from datasetdm_fast.workers import heartbeat, launched
-from datasetdm_fast.workers.heartbeat import USUAL, Silence
-from datasetdm_fast.workers.launched import LaunchedProcess
-from datasetdm_fast.workers.queue import DIED, Owner, WorkQueue
+from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.workers import heartbeat, launched
+from datasetdm_fast.runs.workers.heartbeat import USUAL, Silence
+from datasetdm_fast.runs.workers.launched import LaunchedProcess
+from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}

@@ -297,7 +297,7 @@ def tree(tmp_path):
 @pytest.mark.parametrize(
     "path, text, said",
     [
-        ("generation/a.py", "from datasetdm_fast.engines import b", None),
+        ("generation/a.py", "from datasetdm_fast.engine.engines import b", None),
         (
             "engines/b.py",
             "from datasetdm_fast.generation import a",
@@ -329,7 +329,7 @@ def test_what_does_not_fit_is_named(tree, tmp_path, path, text, said):
 def test_circles_are_named_file_by_file(tree, tmp_path):
     tree("disk/c.py", "from datasetdm_fast.disk.d import x")
     tree("disk/d.py", "def f():\n    from datasetdm_fast.disk import c")
-    tree("generation/a.py", "from datasetdm_fast.engines import b")
+    tree("generation/a.py", "from datasetdm_fast.engine.engines import b")
     tree("engines/b.py", "from datasetdm_fast.generation import a")
     found = survey(tmp_path)
     assert found.room_circles == [["engines", "generation"]]

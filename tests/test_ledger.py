@@ -18,16 +18,16 @@ from rendered import TASKS, document, rendered, write_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.engine.labels.numbering import check_numbers, laid_out, numbered
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.labels import label_files
-from datasetdm_fast.labels.numbering import check_numbers, laid_out, numbered
-from datasetdm_fast.run_folder import seal
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import check_config, check_same, read_document
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.scenes import world
+from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import check_config, check_same, read_document
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 MAPS = ("semantic", "open_vocabulary")
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model, presets, provenance, tokenizer
+from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER
+from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
+from datasetdm_fast.engine.loading.single_file import predicts_noise
+from datasetdm_fast.engine.loop.diffusing import sampler_of
+from datasetdm_fast.engine.sampling import make_schedule
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.generation.diffusing import sampler_of
-from datasetdm_fast.loading import load_model, presets, provenance, tokenizer
-from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
-from datasetdm_fast.loading.model import SD_SCHEDULER
-from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE
-from datasetdm_fast.loading.single_file import predicts_noise
-from datasetdm_fast.sampling import make_schedule
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
@@ -120,7 +120,7 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
     """Each would take longer to import than the networks take for the image."""
     code = (
-        "import sys; from datasetdm_fast.engines.opening import open_engine; open_engine(device='cpu'); "
+        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; open_engine(device='cpu'); "
         "sys.exit(', '.join({'diffusers', 'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -191,8 +191,8 @@ def test_half_precision_files_become_fp32(tiny, folder):
 
 
 def test_demo_model_and_decoders_name_their_licence():
-    from datasetdm_fast.decoders.folders import find_decoders
-    from datasetdm_fast.engines.opening import describe_decoders
+    from datasetdm_fast.engine.decoders.folders import find_decoders
+    from datasetdm_fast.engine.engines.opening import describe_decoders
 
     found = describe_decoders(find_decoders("demo"), TASKS)
     assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {
@@ -739,7 +739,7 @@ def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
 
 def test_a_seeded_model_is_opened_without_the_libraries_of_its_modules():
     script = (
-        "import sys; from datasetdm_fast.engines.opening import open_engine; open_engine('tiny', tasks=['depth']); "
+        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; open_engine('tiny', tasks=['depth']); "
         "sys.exit(bool({'transformers', 'diffusers'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer
 
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 HERE = Path(__file__).parent
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))

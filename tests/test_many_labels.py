@@ -13,16 +13,16 @@ from test_ledger import tree
 from datasetdm_fast import filter, generate, splice
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import DepthMap, Instances, SemanticMap
-from datasetdm_fast.decoders.checkpoint import load_decoder, save_decoder
-from datasetdm_fast.decoders.folders import DEMO, find_decoders
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
+from datasetdm_fast.engine.decoders.folders import DEMO, find_decoders
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.loop.combining import Combination, combined, parse_combinations
+from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.combining import Combination, combined, parse_combinations
-from datasetdm_fast.labels import kind_of
-from datasetdm_fast.labels.names import LabelName
-from datasetdm_fast.pipeline import Pipeline
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 LABELS = (*TASKS, *(f"{task}:other" for task in TASKS))
 OWN_FILES = ("semantic", "confidence", "depth", "open_vocabulary", "open_vocabulary_confidence")

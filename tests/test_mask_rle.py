@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.engine.labels import mask_rle
 
 
 def judge(masks):

@@ -13,16 +13,16 @@ import torch
 
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.decoders.checkpoint import for_inference
-from datasetdm_fast.decoders.seeded import untrained_decoders
-from datasetdm_fast.engines import build_engine, fast, memory, start
-from datasetdm_fast.engines.device import choose_by_shape
-from datasetdm_fast.engines.fast import FastEngine, on_cpu
-from datasetdm_fast.engines.fast.on_gpu import GpuEngine
+from datasetdm_fast.engine.decoders.checkpoint import for_inference
+from datasetdm_fast.engine.decoders.seeded import untrained_decoders
+from datasetdm_fast.engine.engines import build_engine, fast, memory, start
+from datasetdm_fast.engine.engines.device import choose_by_shape
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
+from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.models import blocks, packed
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.models import blocks, packed
 
 
 class Memory:
@@ -157,7 +157,7 @@ def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     context, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
     engine.denoise(latents, 5, context)
     assert "text_encoder" in vars(engine)
-    monkeypatch.setattr("datasetdm_fast.engines.fast.on_cpu.LARGEST_IDLE", 0)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.fast.on_cpu.LARGEST_IDLE", 0)
     engine.denoise(latents, 5, context)
     assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]), context)
 
@@ -169,7 +169,7 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
     monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 4 * engine.model.size**2)
     image, images = engine.decode_image(one), engine.decode_image(several)
     moments = engine.encode_image(image)
-    monkeypatch.setattr("datasetdm_fast.engines.fast.on_cpu.LARGEST_IDLE", 0)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.fast.on_cpu.LARGEST_IDLE", 0)
     for call, kept in (
         (lambda: engine.encode_text([""]), ["text_encoder"]),
         (lambda: engine.decode_image(several), ["image_decoder"]),
@@ -296,7 +296,7 @@ def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path
 
 FAULTS = """
 import json, resource
-from datasetdm_fast.engines.opening import open_engine
+from datasetdm_fast.engine.engines.opening import open_engine
 open_engine("tiny", None, engine="fast", device="cpu")
 import torch
 torch.ones(1)

@@ -9,12 +9,12 @@ import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import drop, filter, open_run, restore, splice
-from datasetdm_fast.labels import class_tables
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.merge import main
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.split import groups, origins
-from datasetdm_fast.scenes import world
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.split import groups, origins
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation import student_data
-from datasetdm_fast.evaluation.examples import Examples
-from datasetdm_fast.evaluation.intervals import expanded, intervals
-from datasetdm_fast.evaluation.meter import Meter, check_count
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import held_out
-from datasetdm_fast.truth.augment import mirrored
-from datasetdm_fast.truth.labelled import EVERY_CLASS
+from datasetdm_fast.training.evaluation import student_data
+from datasetdm_fast.training.evaluation.examples import Examples
+from datasetdm_fast.training.evaluation.intervals import expanded, intervals
+from datasetdm_fast.training.evaluation.meter import Meter, check_count
+from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.truth.augment import mirrored
 
 SIZE = 64
 

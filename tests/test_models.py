@@ -7,23 +7,23 @@ import pytest
 import torch
 
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.fast import FastEngine, base, on_gpu
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoders
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast import FastEngine, base, on_gpu
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.presets import seeded
+from datasetdm_fast.engine.models import fused
+from datasetdm_fast.engine.models.capture import ProjectedSums, Projection, RawCapture
+from datasetdm_fast.engine.models.layers import Upsample, Weights
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.walk import guide, start, step
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.presets import seeded
-from datasetdm_fast.models import fused
-from datasetdm_fast.models.capture import ProjectedSums, Projection, RawCapture
-from datasetdm_fast.models.layers import Upsample, Weights
-from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.models.vae import ImageDecoder
-from datasetdm_fast.sampling import make_schedule
-from datasetdm_fast.sampling.times import initial_noise
-from datasetdm_fast.sampling.walk import guide, start, step
 
 PROMPTS = ("a red ball beside a cube", "two cats", "a person at night, in fog")
 STAGE = 1e-5  # relative L2 of one stage in fp32

@@ -9,13 +9,13 @@ import torch
 from stub_engine import Tokenizer
 
 from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import build_decoder
-from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.decoders.folders import DEMO, read_config
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.folders import DEMO, read_config
+from datasetdm_fast.engine.labels.words import token_places
+from datasetdm_fast.engine.models.capture import Projection
+from datasetdm_fast.engine.tasks import TASKS, captions
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels.words import token_places
-from datasetdm_fast.models.capture import Projection
-from datasetdm_fast.tasks import TASKS, captions
 from datasetdm_fast.training import word_heads
 
 CLASSES = ("wall", "ball", "cone")

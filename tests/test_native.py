@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.machine.measure import with_peak
 from datasetdm_fast import _C
-from datasetdm_fast.engines.lanes import Lanes
+from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu, products
 from datasetdm_fast.kernels.case import noise
 

@@ -17,13 +17,13 @@ pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '
 import openvino
 
 from datasetdm_fast import verify
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.engines.exported.cached import joined, split
-from datasetdm_fast.engines.exported.openvino import OpenVinoEngine, names_of, parted, resolve_precision
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.exported.cached import joined, split
+from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, names_of, parted, resolve_precision
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling.times import initial_noise
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
@@ -166,7 +166,9 @@ def test_a_missing_library_is_said_at_once(module, monkeypatch, capsys):
 
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "datasetdm_fast.engines.exported.providers.find_spec", lambda name: None if name == module else found(name)
+        "datasetdm_fast.engine.engines.exported.providers.find_spec",
+        lambda name: None if name == module else found(name),
+        lambda name: None if name == module else found(name),
     )
     assert main(["--engine", "openvino"]) == 3
     cause, remedy = capsys.readouterr().err.splitlines()
@@ -177,7 +179,7 @@ def test_a_missing_library_is_said_at_once(module, monkeypatch, capsys):
 def test_it_is_asked_for_before_torch_is_imported(tmp_path):
     code = """
 import sys
-from datasetdm_fast.engines import check_engine
+from datasetdm_fast.engine.engines import check_engine
 check_engine("openvino")
 sys.exit("torch" in sys.modules)
 """

@@ -16,13 +16,13 @@ import torch
 
 from datasetdm_fast import verify
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.engines.exported import providers
-from datasetdm_fast.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.exported import providers
+from datasetdm_fast.engine.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling.times import initial_noise
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
 has_cuda_provider = "CUDAExecutionProvider" in providers.available()
@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused(pair, monkeypatch):
         assert resolve_provider("auto", "auto") == resolve_provider("cpu", "cpu") == ("cpu", torch.device("cpu"))
         with pytest.raises(Missing, match="device: cuda"):
             resolve_provider("auto", "cuda")
-    monkeypatch.setattr("datasetdm_fast.engines.exported.ort.resolve_device", lambda name: torch.device(name))
+    monkeypatch.setattr("datasetdm_fast.engine.engines.exported.ort.resolve_device", lambda name: torch.device(name))
     with pytest.raises(Refused, match="provider: cpu does not run on the device cuda"):
         resolve_provider("cpu", "cuda")
 

@@ -10,15 +10,15 @@ from PIL import Image
 
 from datasetdm_fast import _C, evaluate, generate, label
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels.semantic import IGNORE
+from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.engine.tasks.outlines import outlined
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.labels.semantic import IGNORE
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.tasks import TASKS
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training import outlines
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 
 REACH = 4

@@ -6,12 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast import _C
-from datasetdm_fast.engines.lanes import Lanes
-from datasetdm_fast.kernels import winograd
-from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.kernels.choice import operations
-from datasetdm_fast.models.layers import Convolution, Linear, Resnet, Upsample, Weights
-from datasetdm_fast.models.packed import (
+from datasetdm_fast.engine.engines.lanes import Lanes
+from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Upsample, Weights
+from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,
     PackedConvolution,
     PackedLinear,
@@ -22,6 +19,9 @@ from datasetdm_fast.models.packed import (
     weight_as,
     weights_of,
 )
+from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels.case import noise
+from datasetdm_fast.kernels.choice import operations
 
 VECTORS = _C.depth_head_vector_bytes()
 
@@ -252,7 +252,7 @@ def test_panels_are_the_weight_in_another_order():
 
 @torch.inference_mode()
 def test_a_large_weight_is_transformed_at_each_call(monkeypatch):
-    monkeypatch.setattr("datasetdm_fast.models.packed.LARGEST_HELD", 0)
+    monkeypatch.setattr("datasetdm_fast.engine.models.packed.LARGEST_HELD", 0)
     x, one = image(2, 32, 16, 16), weights(32, 32)
     fleeting = PackedConvolution(Convolution(one))
     upsample = PackedUpsample(Upsample(one))

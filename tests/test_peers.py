@@ -19,7 +19,7 @@ from bench.rows import limits as limit_rows
 from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
 from datasetdm_fast import _C, kernels
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed
 
 LIMITS = {"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}
@@ -70,7 +70,7 @@ def test_a_technique_of_the_ladder_changes_one_thing_on_a_gpu_too():
 
 
 def test_ours_before_its_last_technique_is_in_fp32(setting, monkeypatch):
-    monkeypatch.setattr("datasetdm_fast.engines.fast.base.resolve_precision", lambda name, device: name)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.fast.base.resolve_precision", lambda name, device: name)
     for name in ("lean", "ours-fp32"):
         assert ladder.ON_GPU[name].build(setting, 1).dtype == "fp32"
 
@@ -306,7 +306,7 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+    from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 
     vae = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -383,7 +383,7 @@ def test_the_nearest_limit_is_the_one_that_takes_longest():
 )
 def test_classes_of_upstream_agree(monkeypatch):
     """Its UNet, attention store and loop at 512 pixels; the norms it vendors have 32 groups whatever the model says."""
-    from datasetdm_fast.loading import presets
+    from datasetdm_fast.engine.loading import presets
 
     preset = presets.preset
 

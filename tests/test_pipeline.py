@@ -25,13 +25,13 @@ from test_loading import pipeline as in_diffusers
 from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.config import EngineSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.loading import load_model, lora
+from datasetdm_fast.engine.loop.driver import side_by_side
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.generation.driver import side_by_side
-from datasetdm_fast.generation.overlap import LabelStream
-from datasetdm_fast.loading import load_model, lora
-from datasetdm_fast.scenes import world
+from datasetdm_fast.runs.jobs.overlap import LabelStream
 from datasetdm_fast.stages import LEVELS
 
 

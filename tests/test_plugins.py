@@ -17,21 +17,21 @@ from skips import IS_LONG
 from datasetdm_fast import merge, open_run, splice
 from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.generation.job import packages_of
 from datasetdm_fast.plugins import Registry
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.tasks.labeller import check_label
+from datasetdm_fast.runs.jobs.job import packages_of
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
 CODE = """
 from dataclasses import replace
 from datasetdm_fast.config import EngineKind, TaskKind
-from datasetdm_fast.engines.torch import TorchEngine
-from datasetdm_fast.readers import demo
-from datasetdm_fast.sampling.ddim import ddim
-from datasetdm_fast.sampling.schedule import Sampler
+from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.training.readers import demo
+from datasetdm_fast.engine.sampling.ddim import ddim
+from datasetdm_fast.engine.sampling.schedule import Sampler
 
 class Slow(TorchEngine):
     name = "slow"
@@ -76,7 +76,7 @@ TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
 MIXED = TaskKind("edges_label:EdgesKind", "edges_meter:Edges", "edges_task:EdgesTask")
 """
 WRITER = """
-from datasetdm_fast.exporting.configs import MmsegFormat
+from datasetdm_fast.runs.exporting.configs import MmsegFormat
 
 class Listing(MmsegFormat):
     needs = (("semantic",), ("bright",))
@@ -112,7 +112,7 @@ BRIGHT_LISTING = BrightListing()
 """
 STUDENT = """
 from dataclasses import replace
-from datasetdm_fast.evaluation.networks.segformer import NETWORK
+from datasetdm_fast.training.evaluation.networks.segformer import NETWORK
 OURS = replace(NETWORK)
 """
 LABELLER = """
@@ -120,9 +120,9 @@ from dataclasses import replace
 import numpy as np
 from datasetdm_fast.config import LabellerKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.labels.kind import GalleryLayer
-from datasetdm_fast.labels.semantic import SemanticKind
-from datasetdm_fast.tasks.labeller import Labeller
+from datasetdm_fast.engine.labels.kind import GalleryLayer
+from datasetdm_fast.engine.labels.semantic import SemanticKind
+from datasetdm_fast.engine.tasks.labeller import Labeller
 
 class BrightKind(SemanticKind):
     attribute, title, contents = "bright", "Bright pixels", "`bright/ID.png`: 1 = bright"
@@ -175,16 +175,16 @@ class Mute(Bright):
         return []
 
 BRIGHT = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Bright")
-WORDS = LabellerKind("datasetdm_fast.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
-HALVES = LabellerKind("datasetdm_fast.labels.instance:InstanceKind", "foreign_labeller:Halves")
-JOINTS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Halves")
-HEADS = LabellerKind("datasetdm_fast.labels.pose:PoseKind", "foreign_labeller:Heads")
+WORDS = LabellerKind("datasetdm_fast.engine.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
+HALVES = LabellerKind("datasetdm_fast.engine.labels.instance:InstanceKind", "foreign_labeller:Halves")
+JOINTS = LabellerKind("datasetdm_fast.engine.labels.pose:PoseKind", "foreign_labeller:Halves")
+HEADS = LabellerKind("datasetdm_fast.engine.labels.pose:PoseKind", "foreign_labeller:Heads")
 SMALL = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Small")
 DEEP = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Deep")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
-POINTS = """[datasetdm_fast.engines]
+POINTS = """[datasetdm_fast.engine.engines]
 slow = foreign_things:SLOW
 short = foreign_things:SHORT
 flagged = foreign_things:FLAGGED
@@ -196,7 +196,7 @@ picky = foreign_things:PICKY
 ends = foreign_end:ENGINE
 torch = foreign_things:NOTHING
 
-[datasetdm_fast.readers]
+[datasetdm_fast.training.readers]
 scenes = foreign_things:scenes
 pages = foreign_things:pages
 rows = foreign_things:rows
@@ -207,7 +207,7 @@ uneven = foreign_things:UNEVEN
 wrong-sampler = foreign_things:scenes
 ddim = foreign_things:NOTHING
 
-[datasetdm_fast.tasks]
+[datasetdm_fast.engine.tasks]
 edges = foreign_things:EDGES
 bad-edges = foreign_things:TORN
 mixed-edges = foreign_things:MIXED
@@ -256,7 +256,7 @@ def installed(tmp_path_factory) -> Path:
         (folder / f"{name}.py").write_text(code)
     for room, name in (("labels", "label"), ("tasks", "task"), ("evaluation", "meter")):
         code = (EXTENDING / room / "edges.py").read_text()
-        (folder / f"edges_{name}.py").write_text(code.replace("datasetdm_fast.labels.edges", "edges_label"))
+        (folder / f"edges_{name}.py").write_text(code.replace("datasetdm_fast.engine.labels.edges", "edges_label"))
     (folder / "foreign_things-1.0.dist-info").mkdir()
     (folder / "foreign_things-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: foreign-things\nVersion: 1.0\n"
@@ -348,13 +348,13 @@ def test_a_label_that_does_not_fit_its_image_or_its_table_is_named(label, wrong)
 COMMANDS = """
 import contextlib, io, json, sys
 from datasetdm_fast import cli, doctor
-from datasetdm_fast.agreement.gates import EXACT
+from datasetdm_fast.runs.agreement.gates import EXACT
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.evaluation.networks import STUDENTS, open_network
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.evaluation.networks import STUDENTS, open_network
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.engine.tasks import TASKS
 found = []
 for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):

@@ -14,10 +14,10 @@ import pytest
 
 from datasetdm_fast import prompts
 from datasetdm_fast.command_line.progress import PromptProgress
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.prompting import balance, language_model, measures, vocabulary
-from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.runs.prompting import balance, language_model, measures, vocabulary
+from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
 
 SECRET = "canary-5b1f0c77"
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
@@ -47,8 +47,8 @@ def test_sentences_about_places_mean_no_class():
 
 
 def test_demo_sentences_use_the_words_its_model_knows():
-    from datasetdm_fast.scenes.tokenizer import words_of
-    from datasetdm_fast.scenes.worlds import WORLDS
+    from datasetdm_fast.engine.scenes.tokenizer import words_of
+    from datasetdm_fast.engine.scenes.worlds import WORLDS
 
     for world, name in (("demo", "cone"), ("hard", "mushroom")):
         grammar, known = DemoGrammar(world=WORLDS[world]), set(words_of(WORLDS[world]))
@@ -101,7 +101,7 @@ def test_balance_asks_for_what_rare_classes_lack():
 def test_the_command_balances_a_labelled_data_set(tmp_path):
     out = tmp_path / "list.jsonl"
     assert prompts.main(["--set", "demo", "--balance", "demo:20@5", "--out", str(out), "--quiet"]) == 0
-    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.training.readers import open_data
 
     source = open_data("demo:20@5", 64)
     present = Counter(name for record in range(20) for name in source.areas(record))

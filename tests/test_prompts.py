@@ -10,13 +10,13 @@ import pytest
 
 from datasetdm_fast import demo
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.decoders.folders import find_decoders
+from datasetdm_fast.engine.decoders.folders import find_decoders
+from datasetdm_fast.engine.labels import words as class_words
+from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
+from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.generation import prompts, settings
-from datasetdm_fast.generation.pictures import open_pictures
-from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.labels import words as class_words
-from datasetdm_fast.loading.tokenizer import OwnTokenizer
+from datasetdm_fast.runs.jobs import prompts, settings
+from datasetdm_fast.runs.jobs.pictures import open_pictures
 
 
 class Tokenizer:
@@ -329,7 +329,7 @@ def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
 
 def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refused(tmp_path, capsys):
     from datasetdm_fast import generate
-    from datasetdm_fast.run_folder.audit import audit
+    from datasetdm_fast.runs.run_folder.audit import audit
 
     line = [
         "--negative-prompt",

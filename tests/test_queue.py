@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
+from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 
 FIRST, OTHER, BESIDE = Owner("first", 0, "here", 7), Owner("other", 1), Owner("beside", 1)  # two in place 1
 AT_ONCE = -1.0  # seconds: a batch may be helped as soon as it is begun

@@ -18,16 +18,16 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.generation import job, run
-from datasetdm_fast.generation.summary import table
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.run_folder.events import EVENTS
-from datasetdm_fast.run_folder.seal import QUEUE
-from datasetdm_fast.workers import devices, spawn
-from datasetdm_fast.workers.devices import Place
-from datasetdm_fast.workers.heartbeat import USUAL, Patience
-from datasetdm_fast.workers.worker import Callbacks
+from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.events import EVENTS
+from datasetdm_fast.runs.run_folder.seal import QUEUE
+from datasetdm_fast.runs.workers import devices, spawn
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.heartbeat import USUAL, Patience
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 SAMPLES, BATCH = 26, 2  # thirteen batches
 QUICK = Patience(start=60, least=3.0, times=0)
@@ -230,7 +230,7 @@ import sys
 from dataclasses import replace
 import troubled
 from datasetdm_fast import generate
-from datasetdm_fast.workers import spawn
+from datasetdm_fast.runs.workers import spawn
 
 if __name__ == "__main__":
     run = spawn.run
@@ -319,7 +319,7 @@ def test_no_rank_outlives_its_parent(alone, command, tmp_path):
     process = command("--ranks", "3", seconds="0.5")
     wait_for_rows(tmp_path / "run", 2)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len([child for child in children if "datasetdm_fast.workers.spawn" in " ".join(child.cmdline())]) >= 3
+    assert len([child for child in children if "datasetdm_fast.runs.workers.spawn" in " ".join(child.cmdline())]) >= 3
     process.kill()
     process.wait()
     assert still_running(children) == []

@@ -30,23 +30,24 @@ from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, generate
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import SetAside
+from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.generation import driver, job, run
-from datasetdm_fast.run_folder import document, object_store, seal, showing
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder, write_samples
-from datasetdm_fast.run_folder.gallery import sheets
-from datasetdm_fast.run_folder.object_store import PublishingFolder
-from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.runs.gallery import sheets
+from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.run_folder import document, object_store, seal, showing
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder, write_samples
+from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.workers import ray_connection
+from datasetdm_fast.runs.workers.devices import pool_of
+from datasetdm_fast.runs.workers.queue import DIED, Owner
+from datasetdm_fast.runs.workers.ray_connection import address_of
+from datasetdm_fast.runs.workers.ray_driver import RayDriver
+from datasetdm_fast.runs.workers.ray_worker import Coordinator
+from datasetdm_fast.runs.workers.spawn import Rank
+from datasetdm_fast.runs.workers.worker import Callbacks, Worker
 from datasetdm_fast.version import __version__
-from datasetdm_fast.workers import ray_connection
-from datasetdm_fast.workers.devices import pool_of
-from datasetdm_fast.workers.queue import DIED, Owner
-from datasetdm_fast.workers.ray_connection import address_of
-from datasetdm_fast.workers.ray_driver import RayDriver
-from datasetdm_fast.workers.ray_worker import Coordinator
-from datasetdm_fast.workers.spawn import Rank
-from datasetdm_fast.workers.worker import Callbacks, Worker
 
 SAMPLES, BATCH = 48, 2  # a worker that is slow to write its first batch has made some more by then
 HERE = Path(__file__).parent
@@ -152,7 +153,7 @@ from pathlib import Path
 import troubled
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.workers import heartbeat, ray_driver
+from datasetdm_fast.runs.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
     run = ray_driver.run

@@ -17,8 +17,8 @@ from skips import long_test
 from test_ranks import tree
 from test_ray import SAMPLES, alone, command, config, head, pictures, surroundings, with_ray  # noqa: F401
 
-from datasetdm_fast.generation import job, run
-from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.run_folder.audit import audit
 
 ROUNDS = int(os.environ.get("DATASETDM_SOAK_ROUNDS", "100"))
 SEED = int(os.environ.get("DATASETDM_SOAK_SEED", "0"))

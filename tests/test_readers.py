@@ -26,21 +26,22 @@ from skips import IS_LONG
 from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
 from datasetdm_fast.data import Trust
+from datasetdm_fast.engine.labels.image_files import with_text
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, IGNORED, Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.json_stream import JsonStream
-from datasetdm_fast.labels.image_files import with_text
-from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.run_folder.split import Split, write_split
-from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.split import Split, write_split
 from datasetdm_fast.training import data_record, folds, held_out
-from datasetdm_fast.truth import framing, reading, tables
-from datasetdm_fast.truth.augment import Augmentation, look
-from datasetdm_fast.truth.labelled import EVERY_CLASS, IGNORED, Picture
-from datasetdm_fast.truth.pictures import PictureSource
+from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.training.truth import tables
+from datasetdm_fast.training.truth.augment import Augmentation, look
 
 SIZE = 64
 
@@ -586,7 +587,7 @@ def test_areas_that_coco_does_not_tell_are_those_of_the_masks(copied):
 def test_cityscapes_label_ids_become_train_ids(copied):
     root, address = copied("cityscapes")
     with_train_ids = open_data(address, SIZE)[0].semantic
-    from datasetdm_fast.readers.cityscapes import TRAIN_IDS
+    from datasetdm_fast.training.readers.cityscapes import TRAIN_IDS
 
     back = np.zeros(256, np.uint8)
     back[list(TRAIN_IDS.values())] = list(TRAIN_IDS)

@@ -13,10 +13,10 @@ from skips import long_test
 
 from datasetdm_fast import recipe
 from datasetdm_fast.evaluate import main as evaluate
-from datasetdm_fast.evaluation import naming
-from datasetdm_fast.evaluation.settings import EvaluateConfig
-from datasetdm_fast.exporting.conversion import check_formats
-from datasetdm_fast.readers import open_data
+from datasetdm_fast.runs.exporting.conversion import check_formats
+from datasetdm_fast.training.evaluation import naming
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 
 PARSED = 77

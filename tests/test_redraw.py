@@ -20,21 +20,21 @@ from rendered import document, rendered
 from test_ledger import tree
 
 from datasetdm_fast import edit, generate, label, merge, splice, vary
-from datasetdm_fast.compositions import domains, regions
-from datasetdm_fast.compositions.edit import MOST_NEW, Edits
-from datasetdm_fast.compositions.redraw import drawn_source
-from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
+from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.words import replaced_text
+from datasetdm_fast.engine.sampling import make_schedule, times, walk
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import LABEL_KINDS, mask_rle
-from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.labels.words import replaced_text
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.sampling import make_schedule, times, walk
+from datasetdm_fast.runs.compositions import domains, regions
+from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
+from datasetdm_fast.runs.compositions.redraw import drawn_source
+from datasetdm_fast.runs.compositions.settings import EditSettings
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 SIDE = 128
 PROMPTS = ["a red person and an orange ball on a grey table", "a white ball on a pink table", "a green tree"]

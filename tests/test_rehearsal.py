@@ -99,7 +99,7 @@ EXPECTED = {
     "a region copied while the host waits": ("host wait", "compositions/edit.py"),
     "latents of a callback by way of the host": ("host wait", "generation/diffusing.py"),
     "page-locked memory written while it is copied": ("race", "kernels/to_device.py"),
-    "one of two texts on the host": ("error", "datasetdm_fast/pipeline.py"),
+    "one of two texts on the host": ("error", "datasetdm_fast/engine/pipeline.py"),
     "earlier outputs of a sampler in fp16": ("dtype", "sampling/walk.py"),
     "numbers drawn by a GPU": ("random", "engines/fast/base.py"),
     "fp32 between the products of the fp16 network": ("dtype", "models/fused.py"),

@@ -12,13 +12,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.data import Capture
-from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER
+from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
+from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, initial_noise
+from datasetdm_fast.engine.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.loading.model import SD_SCHEDULER
-from datasetdm_fast.sampling import make_schedule
-from datasetdm_fast.sampling.schedule import Sampler, Schedule, Update, checked_calls
-from datasetdm_fast.sampling.times import add_noise, alphas_cumprod, initial_noise
-from datasetdm_fast.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.stages import LEVELS
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -385,7 +385,7 @@ def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
 
 def test_a_sampler_is_one_file_and_one_line(tmp_path, monkeypatch):
     (tmp_path / "halving_sampler.py").write_text(
-        "from datasetdm_fast.sampling.schedule import Sampler, Update\n"
+        "from datasetdm_fast.engine.sampling.schedule import Sampler, Update\n"
         "def halving(scheduler, alphas, steps, prediction, profile):\n"
         "    return list(range(steps))[::-1], [Update(0.5, (0.0, 1.0)[: 1 + (k > 0)]) for k in range(steps)]\n"
         "SAMPLER = Sampler(halving, memory=1, least_steps=3)\n"

@@ -12,12 +12,12 @@ from PIL import Image
 from rendered import write_run
 
 from datasetdm_fast import convert, filter, generate, label, open_run, splice, split
-from datasetdm_fast.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.exporting import target
-from datasetdm_fast.loading.presets import DEMO
-from datasetdm_fast.run_folder import document, events
-from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.runs.exporting import target
+from datasetdm_fast.runs.run_folder import document, events
+from datasetdm_fast.runs.run_folder.audit import audit
 
 STORED = Path(__file__).parent / "golden" / "formats"
 

@@ -41,15 +41,15 @@ from datasetdm_fast.compat.showlab import (
     training,
 )
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
-from datasetdm_fast.decoders import upstream as checkpoints
-from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.generation.plan import make_plan
+from datasetdm_fast.engine.decoders import upstream as checkpoints
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream, save_decoder
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.pipeline import open_run
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels.class_tables import table
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.pipeline import open_run
 from datasetdm_fast.training.settings import TrainConfig
 
 MASKS = {"width": 16, "layers": 2, "feed_forward": 24, "mask_dim": 12, "queries": 20}
@@ -178,7 +178,7 @@ def loaded_once(monkeypatch, model, tmp_path_factory):
         save_file(torch.load(path, weights_only=True), folder / f"{path.stem}.safetensors")
         return folder / f"{path.stem}.safetensors"
 
-    monkeypatch.setattr("datasetdm_fast.loading.load_model", lambda name, **_: model)
+    monkeypatch.setattr("datasetdm_fast.engine.loading.load_model", lambda name, **_: model)
     monkeypatch.setattr("datasetdm_fast.foreign.pickles.safe_copy", converted)
 
 

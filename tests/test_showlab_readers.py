@@ -10,7 +10,7 @@ from scipy import ndimage
 from test_showlab import answer, raw_of
 
 from datasetdm_fast.compat.showlab import files
-from datasetdm_fast.decoders.config import COCO_JOINTS
+from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.kernels.bilinear import resize
 
 SIDE = 128

@@ -15,10 +15,10 @@ from test_decoders import seeded_state
 
 from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import splicing
-from datasetdm_fast.decoders import upstream as checkpoints
-from datasetdm_fast.decoders.checkpoint import build_decoder
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.loading import load_model
+from datasetdm_fast.engine.decoders import upstream as checkpoints
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.loading import load_model
 
 WEIGHTS = "./dataset/ckpts/imagenet"
 SCRIPT = f"""

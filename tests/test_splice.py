@@ -17,12 +17,12 @@ from test_ledger import tree
 
 from datasetdm_fast import drop, generate, splice
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.compositions import grids
-from datasetdm_fast.labels import LABEL_KINDS, mask_rle
-from datasetdm_fast.labels.kind import LabelKind, Placement
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
+from datasetdm_fast.engine.labels.kind import LabelKind, Placement
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.compositions import grids
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 SIDE, NUMBER = 64, 12
 

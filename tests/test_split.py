@@ -11,13 +11,13 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.run_folder import seal
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.gallery import review
-from datasetdm_fast.run_folder.split import dealt, groups, read_split
+from datasetdm_fast.runs.gallery import review
+from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.split import dealt, groups, read_split
 from datasetdm_fast.split import main
+from datasetdm_fast.training.readers import open_data
 
 NUMBER = 20
 

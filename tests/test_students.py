@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import Request, SemanticMap
+from datasetdm_fast.engine.loading import checkpoint
+from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation import answering, arms, course, student_data
-from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
-from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
-from datasetdm_fast.evaluation.networks import NETWORKS, STUDENTS, open_network
-from datasetdm_fast.evaluation.networks.weights import build
-from datasetdm_fast.evaluation.worth import check_classes
-from datasetdm_fast.loading import checkpoint
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.training.evaluation import answering, arms, course, student_data
+from datasetdm_fast.training.evaluation.course import Course, NetworkTraining, taught
+from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
+from datasetdm_fast.training.evaluation.networks import NETWORKS, STUDENTS, open_network
+from datasetdm_fast.training.evaluation.networks.weights import build
+from datasetdm_fast.training.evaluation.worth import check_classes
+from datasetdm_fast.training.readers import open_data
 
 SIDE = 64
 CPU = torch.device("cpu")
@@ -442,6 +442,6 @@ def test_no_library_is_imported_before_a_student_is_chosen():
     import subprocess
     import sys
 
-    code = "import sys, datasetdm_fast.evaluation.settings as s; assert not {'torch', 'transformers'} & {*sys.modules}"
+    code = "import sys, datasetdm_fast.training.evaluation.settings as s; assert not {'torch', 'transformers'} & {*sys.modules}"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert STUDENTS == ("small", *NETWORKS)

@@ -11,14 +11,14 @@ import upstream_rules
 
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.generation import driver
-from datasetdm_fast.labels import LABEL_KINDS, words
-from datasetdm_fast.labels.class_tables import ClassWord
-from datasetdm_fast.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.labels import LABEL_KINDS, words
+from datasetdm_fast.engine.labels.class_tables import ClassWord
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.training import page
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.training.evaluation.metrics import METRICS
 
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
-from datasetdm_fast.tasks.attention import UNCERTAIN, joined_label
+from datasetdm_fast.engine.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.engine.tasks.attention import UNCERTAIN, joined_label
 
 SIZE = 32
 

@@ -19,8 +19,9 @@ from onnx import TensorProto, helper
 from skips import IS_LONG, long_test
 
 from datasetdm_fast.config import SD_DEFAULTS
-from datasetdm_fast.decoders import checkpoint
-from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.engine.decoders import checkpoint
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export.manifest import FileInfo, Manifest
@@ -28,7 +29,6 @@ from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.tensorrt import flavours, plans, sealed, to_tensorrt
 from datasetdm_fast.export_cli.plan_commands import row_line
 from datasetdm_fast.export_cli.settings import ExportConfig
-from datasetdm_fast.loading import presets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 CARDS = "sm80,sm86,sm89,sm120" if IS_LONG else "sm120"

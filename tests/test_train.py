@@ -24,17 +24,17 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
-from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.demo import teach
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.loading import checkpoint, load_model
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.loading import checkpoint, load_model
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.scenes import world
 from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
@@ -857,7 +857,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkey
     def downloaded(name):
         raise Refused(f"the hub was asked for {name}", "Answer it.")
 
-    monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
+    monkeypatch.setattr("datasetdm_fast.engine.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--out", str(tmp_path)]
     assert train.main(line) == 2 and "Add --allow-download" in capsys.readouterr().err
     assert train.main([*line, "--allow-download"]) == 2

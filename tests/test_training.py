@@ -14,29 +14,30 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
-from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
+from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert, posterior_generator
+from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
-from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.cache import Inversion, Layout
-from datasetdm_fast.lessons.targets import TargetMemory, target
-from datasetdm_fast.lessons.views import Looks, Views, check_quirks
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.sampling.inversion import capture_timestep, invert, posterior_generator
-from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.training import session
 from datasetdm_fast.training.held_out import split
+from datasetdm_fast.training.lessons import cache
+from datasetdm_fast.training.lessons.cache import Inversion, Layout
+from datasetdm_fast.training.lessons.targets import TargetMemory, target
+from datasetdm_fast.training.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks, joined
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import recipe
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.task_run import TaskTraining
-from datasetdm_fast.truth.augment import (
+from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
     cropped,
@@ -47,7 +48,6 @@ from datasetdm_fast.truth.augment import (
     pasted,
     turned,
 )
-from datasetdm_fast.truth.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -560,7 +560,7 @@ def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path
 
 
 def test_ddim_runs_back_to_the_same_image(engine, source):
-    from datasetdm_fast.sampling.inversion import ddim_latents
+    from datasetdm_fast.engine.sampling.inversion import ddim_latents
 
     clean = engine.encode_image(torch.from_numpy(source[0].image[None].copy()))
     context = torch.cat([engine.encode_text([""]), engine.encode_text([source[0].caption])])

@@ -15,18 +15,18 @@ from torchless import DOUBT
 
 from datasetdm_fast import drop, filter, generate, restore
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
-from datasetdm_fast.generation import job
-from datasetdm_fast.generation.summary import table
-from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsure
-from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.run_folder.reader import open_run
-from datasetdm_fast.run_folder.score_table import read_scores
-from datasetdm_fast.workers import spawn
-from datasetdm_fast.workers.devices import Place
-from datasetdm_fast.workers.worker import Callbacks
+from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
+from datasetdm_fast.runs.curation import scores
+from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.score_table import read_scores
+from datasetdm_fast.runs.workers import spawn
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 NUMBER, BATCH = 12, 4
 CLASSES = ("background", "table", "ball", "star", "cube")
@@ -174,7 +174,7 @@ def test_a_run_goes_on_until_enough_are_trusted(kept):
 
 def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkeypatch):
     for name in ("engine_of", "recipe_of"):
-        monkeypatch.setattr(f"datasetdm_fast.generation.run.{name}", getattr(job, name))
+        monkeypatch.setattr(f"datasetdm_fast.runs.jobs.run.{name}", getattr(job, name))
     path, before = tmp_path / "run", tree(kept)
     for _ in range(9):
         assert run(path, "--keep", "trusted", "--limit", "3") == 0

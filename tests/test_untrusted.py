@@ -12,10 +12,10 @@ from PIL import Image
 from proofs import external, message, onnx_model
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images, onnx_graph
 from datasetdm_fast.foreign.tensors import MOST_TENSORS, check_safetensors
-from datasetdm_fast.labels.image_files import image_bytes
 
 
 @pytest.fixture

@@ -11,26 +11,26 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
-from datasetdm_fast.agreement import before, observe, verify
-from datasetdm_fast.agreement.distances import (
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoders, save_decoder
+from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.engines import build_engine, opening
+from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models.packed import PackedUpsample
+from datasetdm_fast.engine.pipeline import open_run
+from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.runs.agreement import before, observe, verify
+from datasetdm_fast.runs.agreement.distances import (
     free_running_distances,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
-from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
-from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.engines import build_engine, opening
-from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.engines.fast.on_gpu import GpuEngine
-from datasetdm_fast.generation.recipe import make_recipe
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.packed import PackedUpsample
-from datasetdm_fast.pipeline import open_run
-from datasetdm_fast.sampling.walk import SamplerState
-from datasetdm_fast.workers import spawn
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.workers import spawn
 
 SMALL = dict(
     width=12,
@@ -223,7 +223,7 @@ def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_of_the_size_of_stable_diffusion_are_those_of_the_model(dtype, monkeypatch):
     """Of a large upsampling convolution a CPU holds the rounded taps alone, not their sums."""
-    monkeypatch.setattr("datasetdm_fast.models.packed.LARGEST_HELD", 0)
+    monkeypatch.setattr("datasetdm_fast.engine.models.packed.LARGEST_HELD", 0)
     demo = load_model("demo")
     demo.unet, demo.vae  # noqa: B018  as the reference engine builds them
     engine = build_engine("fast", demo, dtype=dtype, device="cpu")
@@ -495,7 +495,7 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
         "does NOT agree with `torch`: `call" in card and not found["agrees"] and len(open_run(tmp_path / "other")) == 2
     )
     monkeypatch.undo()
-    monkeypatch.setattr("datasetdm_fast.agreement.before.__version__", "another")
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.before.__version__", "another")
     assert run(tmp_path / "run") == 0 and "nothing to do" in capsys.readouterr().err
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
@@ -569,7 +569,7 @@ def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch)
     assert "sample 00000003 of fast does not match that of torch in call" in capsys.readouterr().err
     with open_run(tmp_path / "run") as found:
         assert len(found) == 3  # what was made before stays
-    monkeypatch.setattr("datasetdm_fast.agreement.during.SHARE", -1.0)  # comparisons have taken their share
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.during.SHARE", -1.0)  # comparisons have taken their share
     assert generate.main(line) == 0 and len(open_run(tmp_path / "run")) == 5
 
 
@@ -578,8 +578,8 @@ def test_the_reference_is_built_once_unless_memory_is_short(tmp_path, monkeypatc
     built = []
     build = before.build_engine
     monkeypatch.setattr(before, "build_engine", lambda *given, **chosen: built.append(1) or build(*given, **chosen))
-    monkeypatch.setattr("datasetdm_fast.engines.memory.free_bytes", lambda device: free)
-    monkeypatch.setattr("datasetdm_fast.agreement.during.SHARE", 1e9)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.memory.free_bytes", lambda device: free)
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.during.SHARE", 1e9)
     few = "--engine fast --model tiny --steps 2 --number 4 --batch-size 1 --task semantic --verify-every 2"
     assert generate.main([*few.split(), "--prompts", "a ball", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().err.count("agrees in all") == 2 and len(built) == (1 if free else 2)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.scenes.hard import scene as hard
+from datasetdm_fast.engine.scenes.hard.render import render
+from datasetdm_fast.engine.scenes.tokenizer import build_tokenizer, words_of
+from datasetdm_fast.engine.scenes.worlds import JUDGES, TRAIN_SEEDS, WORLDS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers import open_data
-from datasetdm_fast.scenes import world
-from datasetdm_fast.scenes.hard import scene as hard
-from datasetdm_fast.scenes.hard.render import render
-from datasetdm_fast.scenes.tokenizer import build_tokenizer, words_of
-from datasetdm_fast.scenes.worlds import JUDGES, TRAIN_SEEDS, WORLDS
+from datasetdm_fast.training.readers import open_data
 
 COUNTS = {"demo": 300, "hard": 200}
 

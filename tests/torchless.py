@@ -12,10 +12,11 @@ import numpy as np
 from datasetdm_fast import generate
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside, Trust
-from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
-from datasetdm_fast.generation import driver, job
-from datasetdm_fast.generation.recipe import Recipe
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.jobs import job
 
 SIDE = 64  # pixels
 CONFIGS = {

@@ -13,8 +13,8 @@ from types import MappingProxyType
 import torchless
 
 from datasetdm_fast.data import SetAside
+from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.generation import driver
 
 SECONDS = "TROUBLED_SECONDS"  # that a batch takes
 TROUBLE = "TROUBLED_BY"  # dies, hangs or gives NaN at every batch from the second on; or dies at the start

@@ -1,13 +1,13 @@
-"""DatasetDM's own rules from a decoder's raw tensors to labels, beside those of datasetdm_fast.tasks."""
+"""DatasetDM's own rules from a decoder's raw tensors to labels, beside those of datasetdm_fast.engine.tasks."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engine.tasks.instance import candidates
+from datasetdm_fast.engine.tasks.pose import neighbours, peaks
+from datasetdm_fast.engine.tasks.semantic import evidence, without_small
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.tasks.instance import candidates
-from datasetdm_fast.tasks.pose import neighbours, peaks
-from datasetdm_fast.tasks.semantic import evidence, without_small
 
 
 def labels(class_logits: Tensor, mask_logits: Tensor, min_area: float = 5000) -> Tensor:

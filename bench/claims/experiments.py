@@ -14,10 +14,10 @@ from bench.claims import sets
 from bench.claims.rows import CLAIMS, row_of
 from bench.claims.students import Arm, Figures, StudentStore, TestSet
 from datasetdm_fast.command_line.cores import cores
-from datasetdm_fast.evaluation import student_data
-from datasetdm_fast.evaluation.student import StudentSchedule
-from datasetdm_fast.evaluation.student_data import SIDE, StudentData
-from datasetdm_fast.run_folder.reader import Run
+from datasetdm_fast.runs.run_folder.reader import Run
+from datasetdm_fast.training.evaluation import student_data
+from datasetdm_fast.training.evaluation.student import StudentSchedule
+from datasetdm_fast.training.evaluation.student_data import SIDE, StudentData
 
 TASKS = ("semantic", "instance", "depth", "pose")
 MASKS = ("semantic", "instance")

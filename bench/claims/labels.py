@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from bench.options import chosen, say
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
+from datasetdm_fast.engine.scenes.worlds import WORLDS, World
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.scenes.worlds import WORLDS, World
 
 if TYPE_CHECKING:
-    from datasetdm_fast.run_folder.reader import Run
+    from datasetdm_fast.runs.run_folder.reader import Run
 
 PROG = "python -m bench labels"
 LEARN_FROM, JUDGE = 1_000, 900_000  # first seeds
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str]) -> int:
 
     torch.set_num_threads(1)
     from bench.claims.students import Arm, StudentStore, TestSet
-    from datasetdm_fast.evaluation import student_data
-    from datasetdm_fast.evaluation.student import LEARNT_TASKS, StudentSchedule
-    from datasetdm_fast.evaluation.student_data import SIDE
-    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.training.evaluation import student_data
+    from datasetdm_fast.training.evaluation.student import LEARNT_TASKS, StudentSchedule
+    from datasetdm_fast.training.evaluation.student_data import SIDE
+    from datasetdm_fast.training.readers import open_data
 
     tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
     run = _fitting(Path(config.run), WORLDS[config.world], tasks) if config.run else None
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _fitting(path: Path, world: World, tasks: Sequence[str]) -> Run:
     """The run in a folder, refused where a student of a world's scenes could learn nothing from it."""
-    from datasetdm_fast.run_folder.reader import open_run
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
     run = open_run(path)
     if strange := [name for name in run.classes if name not in world.classes]:
@@ -104,9 +104,9 @@ def _fitting(path: Path, world: World, tasks: Sequence[str]) -> Run:
 def _scenes(world: str, count: int, folder: Path):
     """Rendered scenes as a student reads them; they are rendered once."""
     from bench.claims import sets
-    from datasetdm_fast.evaluation import student_data
-    from datasetdm_fast.evaluation.student_data import SIDE
-    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.training.evaluation import student_data
+    from datasetdm_fast.training.evaluation.student_data import SIDE
+    from datasetdm_fast.training.readers import open_data
 
     source = open_data(f"{world}:{count}@{LEARN_FROM}", SIDE)
     vocabulary = student_data.vocabulary_of(source)

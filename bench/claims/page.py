@@ -12,8 +12,8 @@ from bench.claims.experiments import Experiments
 from bench.claims.rows import CLAIMS
 from bench.report.charts import MARGIN, WIDTH, Drawing
 from bench.report.tables import Cells, Row, Table, aligned, markdown, percent, text
-from datasetdm_fast.evaluation import student
-from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.training.evaluation import student
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}
 NAMES = {"real": "real alone", "synthetic": "synthetic alone", "both": "both"}

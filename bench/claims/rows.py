@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from datasetdm_fast.evaluation.worth import gain_of
+from datasetdm_fast.training.evaluation.worth import gain_of
 
 OUTSIDE = 2.0  # sigmas a gain must exceed
 ARMS = ("real", "synthetic", "both")

@@ -20,8 +20,8 @@ from bench.claims import sets
 from bench.claims.experiments import Pick, miou_over, points
 from bench.claims.students import Arm, Figures, StudentStore, TestSet, unpacked
 from datasetdm_fast.disk import storage
-from datasetdm_fast.evaluation.student import Student, answers, taught_by_step
-from datasetdm_fast.evaluation.worth import graded
+from datasetdm_fast.training.evaluation.student import Student, answers, taught_by_step
+from datasetdm_fast.training.evaluation.worth import graded
 
 AVERAGED_EVERY = 10  # steps
 AVERAGED_SHARE = 0.02  # of the newest weights in their running mean: some 500 steps

@@ -8,29 +8,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasetdm_fast.compositions.redraw import finished
-from datasetdm_fast.compositions.redraw import prepare as prepare_redrawing
-from datasetdm_fast.compositions.settings import VarySettings
-from datasetdm_fast.compositions.source import Source
-from datasetdm_fast.compositions.vary import Variants
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
-from datasetdm_fast.decoders.checkpoint import load_decoders, save_decoder
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
-from datasetdm_fast.generation.job import count_rows, prepare
-from datasetdm_fast.generation.plan import DEMO_SCENES
-from datasetdm_fast.generation.run import run as generate
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.labels.trust import trust_of
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers.demo import DemoWorld
-from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
-from datasetdm_fast.sampling.inversion import capture_timestep, invert
-from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import read_labels
+from datasetdm_fast.engine.decoders.checkpoint import load_decoders, save_decoder
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels.trust import trust_of
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.plan import DEMO_SCENES
+from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks.captions import held_to
+from datasetdm_fast.engine.tasks.outlines import read_labels
+from datasetdm_fast.runs.compositions.redraw import finished
+from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
+from datasetdm_fast.runs.compositions.settings import VarySettings
+from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.vary import Variants
+from datasetdm_fast.runs.jobs.job import count_rows, prepare
+from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
+from datasetdm_fast.training.evaluation.student_data import StudentData, Vocabulary
+from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.training.session import taught
 
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on

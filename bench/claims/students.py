@@ -18,12 +18,12 @@ import torch
 
 from bench.machine.processes import begin, kill_all
 from datasetdm_fast.disk import storage
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
-from datasetdm_fast.evaluation.student_data import StudentData
-from datasetdm_fast.evaluation.student_views import mild
-from datasetdm_fast.evaluation.worth import graded
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
+from datasetdm_fast.training.evaluation.student_data import StudentData
+from datasetdm_fast.training.evaluation.student_views import mild
+from datasetdm_fast.training.evaluation.worth import graded
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
 Figures = dict[str, dict]  # of each task

@@ -20,16 +20,16 @@ from bench.claims.students import Arm, Figures, TestSet
 from bench.report.tables import Row, Table, markdown, text
 from datasetdm_fast.config import ATTENTION, RunConfig
 from datasetdm_fast.data import SemanticMap, Trust
-from datasetdm_fast.evaluation import student_data
-from datasetdm_fast.evaluation.student import answers
-from datasetdm_fast.evaluation.student_data import BACKGROUND, IGNORED, SIDE, StudentData, Vocabulary
-from datasetdm_fast.evaluation.worth import gain_of, t95
-from datasetdm_fast.generation.job import count_rows, prepare
-from datasetdm_fast.generation.run import run as generate
-from datasetdm_fast.readers.demo import DemoWorld
-from datasetdm_fast.run_folder.reader import Run, open_run
-from datasetdm_fast.scenes import world
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.jobs.job import count_rows, prepare
+from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.run_folder.reader import Run, open_run
+from datasetdm_fast.training.evaluation import student_data
+from datasetdm_fast.training.evaluation.student import answers
+from datasetdm_fast.training.evaluation.student_data import BACKGROUND, IGNORED, SIDE, StudentData, Vocabulary
+from datasetdm_fast.training.evaluation.worth import gain_of, t95
+from datasetdm_fast.training.readers.demo import DemoWorld
 
 NAME, TITLE = "training-free", "Training-free"
 CLASSES = (BACKGROUND, *world.THINGS)

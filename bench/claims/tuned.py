@@ -18,12 +18,12 @@ from bench.claims.rows import OUTSIDE, spread
 from bench.claims.search import QUESTIONS, Looking, Question, SearchedStudent, SearchedStudents, StudentLooks
 from bench.claims.students import TestSet
 from bench.report.tables import Row
-from datasetdm_fast.decoders.folders import DEMO
-from datasetdm_fast.evaluation import student_data
-from datasetdm_fast.evaluation.student import answers
-from datasetdm_fast.evaluation.student_data import SIDE
-from datasetdm_fast.evaluation.worth import gain_of
-from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.training.evaluation import student_data
+from datasetdm_fast.training.evaluation.student import answers
+from datasetdm_fast.training.evaluation.student_data import SIDE
+from datasetdm_fast.training.evaluation.worth import gain_of
 
 AUGMENTATIONS = ("strong", "mild", "none")
 USUAL_RATE, OTHER_RATES = 3e-3, (1e-3,)

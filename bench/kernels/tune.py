@@ -23,7 +23,7 @@ from bench.report import results
 from bench.report.reckoned import BUDGET
 from bench.report.results import ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
-from datasetdm_fast.engines.fast import DTYPES
+from datasetdm_fast.engine.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, plain
 from datasetdm_fast.kernels.case import BATCH
 from datasetdm_fast.kernels.launch import names_of

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from datasetdm_fast.loading.model import Model
+from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.stages import FACTOR
 
 TERA = 1e12

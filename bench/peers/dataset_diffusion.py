@@ -14,7 +14,7 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from datasetdm_fast.data import Request
-from datasetdm_fast.loading.model import Model
+from datasetdm_fast.engine.loading.model import Model
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
-from datasetdm_fast.decoders.trunk import Decoder, narrowed
-from datasetdm_fast.engines.torch import capturing
+from datasetdm_fast.engine.decoders.trunk import Decoder, narrowed
+from datasetdm_fast.engine.engines.torch import capturing
 from datasetdm_fast.kernels.choice import operations
 
 # A call of another form would be compiled anew.

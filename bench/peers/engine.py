@@ -10,11 +10,11 @@ import torch
 from bench.peers.samples import noise_of
 from bench.setting import Setting
 from datasetdm_fast.data import Batch, Request, Sample, SetAside
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.engine import Engine
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop.driver import generate
+from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.generation.driver import generate
-from datasetdm_fast.sampling.walk import SamplerState
 
 
 class EnginePeer:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from bench.peers.samples import noise_of, samples_of
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
-from datasetdm_fast.decoders.checkpoint import Decoder
-from datasetdm_fast.decoders.trunk import with_ops
-from datasetdm_fast.engines.torch import capturing, feature_modules
+from datasetdm_fast.engine.decoders.checkpoint import Decoder
+from datasetdm_fast.engine.decoders.trunk import with_ops
+from datasetdm_fast.engine.engines.torch import capturing, feature_modules
 from datasetdm_fast.kernels import native, plain
 
 PLACES = ("down", "mid", "up")

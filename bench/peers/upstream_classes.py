@@ -27,7 +27,7 @@ from bench.peers.samples import samples_of
 from bench.peers.upstream import arithmetic, own_decoders
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
-from datasetdm_fast.decoders.config import SD1_LEVELS
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.stages import LEVELS
 

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
-from datasetdm_fast.engines.fast import CHUNK_PIXELS, FastEngine
-from datasetdm_fast.engines.memory import release
-from datasetdm_fast.generation.overlap import LabelStream
+from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
+from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.kernels.case import BATCH
-from datasetdm_fast.loading.model import Model
+from datasetdm_fast.runs.jobs.overlap import LabelStream
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
 LONGEST = 45

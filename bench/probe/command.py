@@ -78,8 +78,8 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
     from bench.probe import calls, forms
     from bench.probe.timing import Inputs
     from bench.report.results import is_settled
-    from datasetdm_fast.engines.memory import release
-    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.engine.engines.memory import release
+    from datasetdm_fast.engine.loading import load_model
 
     device, engine = torch.device(config.device), None
     for name in wanted:

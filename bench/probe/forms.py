@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
-from datasetdm_fast.engines.fast import base
+from datasetdm_fast.engine.engines.fast import base
+from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.kernels import fused, reference
 from datasetdm_fast.kernels.case import HEADS, LEVELS, TOKENS
-from datasetdm_fast.models.layers import Upsample, Weights
 
 GROUPS, EPS = 32, 1e-5
 BACKENDS = {

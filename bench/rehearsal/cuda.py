@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
-from datasetdm_fast.engines import cuda_graph
+from datasetdm_fast.engine.engines import cuda_graph
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -332,7 +332,7 @@ class DeferredPool:
 @contextmanager
 def deferred_pools(timeline: Timeline) -> Iterator[None]:
     """Every ThreadPoolExecutor runs its work in this thread, as if in threads of its own."""
-    from datasetdm_fast.generation import overlap
+    from datasetdm_fast.runs.jobs import overlap
 
     pools: dict[int, DeferredPool] = timeline.pools
 

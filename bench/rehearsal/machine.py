@@ -11,15 +11,15 @@ import torch
 
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
-from datasetdm_fast.decoders.checkpoint import build_decoder, for_inference, upstream
-from datasetdm_fast.decoders.seeded import KINDS, untrained_decoders
-from datasetdm_fast.decoders.trunk import Decoder
-from datasetdm_fast.engines import fast
-from datasetdm_fast.generation import driver
-from datasetdm_fast.generation.diffusing import PROFILE
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
-from datasetdm_fast.loading import PRESETS
-from datasetdm_fast.loading.model import Model
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, for_inference, upstream
+from datasetdm_fast.engine.decoders.seeded import KINDS, untrained_decoders
+from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines import fast
+from datasetdm_fast.engine.loading import PRESETS
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.diffusing import PROFILE
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
     from bench.rehearsal.operations import Operations

@@ -44,17 +44,20 @@ INDEXED = ("index", "index_put_", "index_put")
 # What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
           "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
-ENGINE = "datasetdm_fast/engines/fast/base.py"
-TAUGHT = {("datasetdm_fast/training/loop.py", "_taken"), ("datasetdm_fast/evaluation/course.py", "step")}  # steps
+ENGINE = "datasetdm_fast/engine/engines/fast/base.py"
+TAUGHT = {
+    ("datasetdm_fast/training/loop.py", "_taken"),
+    ("datasetdm_fast/training/evaluation/course.py", "step"),
+}  # steps
 # Where a recorded network of narrow storage computes in fp32, by file and function.
 IN_FP32 = {
-    ("datasetdm_fast/engines/fast/base.py", "_run"),  # the answer of the U-Net,
-    ("datasetdm_fast/engines/fast/on_gpu.py", "run"),  # and of a decoder
-    ("datasetdm_fast/engines/fast/base.py", "as_images"),
-    ("datasetdm_fast/models/capture.py", "__init__"),  # sums over all layers of a level
-    ("datasetdm_fast/models/capture.py", "feature"),
-    ("datasetdm_fast/models/capture.py", "attend"),
-    ("datasetdm_fast/models/fused.py", "both_doubled"),  # statistics of a norm
+    ("datasetdm_fast/engine/engines/fast/base.py", "_run"),  # the answer of the U-Net,
+    ("datasetdm_fast/engine/engines/fast/on_gpu.py", "run"),  # and of a decoder
+    ("datasetdm_fast/engine/engines/fast/base.py", "as_images"),
+    ("datasetdm_fast/engine/models/capture.py", "__init__"),  # sums over all layers of a level
+    ("datasetdm_fast/engine/models/capture.py", "feature"),
+    ("datasetdm_fast/engine/models/capture.py", "attend"),
+    ("datasetdm_fast/engine/models/fused.py", "both_doubled"),  # statistics of a norm
 }
 # What adds floating-point numbers on a GPU in the order in which its threads come, by PyTorch's list of what is not
 # deterministic there; the sums of `index_put_` are sorted.

@@ -23,14 +23,14 @@ from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import Calls, Operations, fake_mode, tensors
 from bench.rehearsal.scenarios import SCENARIOS
 from bench.rehearsal.timeline import AGAIN, EARLY, FIRST, LOAD, NUMBER, OTHERS, WAIT, Flaw, Operation, Timeline
-from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch
-from datasetdm_fast.engines import fast
-from datasetdm_fast.engines.cuda_graph import StepGraph
-from datasetdm_fast.generation import driver
+from datasetdm_fast.engine import sampling
+from datasetdm_fast.engine.engines import fast
+from datasetdm_fast.engine.engines.cuda_graph import StepGraph
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.sampling import walk
+from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels import choice, launch
-from datasetdm_fast.sampling import walk
-from datasetdm_fast.tasks.to_host import to_host
 
 
 class Allowed(NamedTuple):

@@ -21,11 +21,6 @@ from torch import Tensor
 from bench.rehearsal import teaching
 from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine
 from bench.rehearsal.timeline import LOAD
-from datasetdm_fast.compositions import redraw
-from datasetdm_fast.compositions.edit import Edits
-from datasetdm_fast.compositions.settings import EditSettings, VarySettings
-from datasetdm_fast.compositions.source import Source
-from datasetdm_fast.compositions.vary import Variants
 from datasetdm_fast.config import (
     ATTENTION,
     LABELLER_KINDS,
@@ -37,17 +32,23 @@ from datasetdm_fast.config import (
     RunConfig,
 )
 from datasetdm_fast.data import Annotation, Batch, Sample, SemanticMap, SetAside
-from datasetdm_fast.engines import opening
-from datasetdm_fast.engines.fast import FastEngine, on_gpu
-from datasetdm_fast.generation import driver, inverted, job
-from datasetdm_fast.generation import recipe as recipes
-from datasetdm_fast.generation.pictures import in_memory
-from datasetdm_fast.generation.run import run
-from datasetdm_fast.labels import LABEL_KINDS, names
-from datasetdm_fast.pipeline import Pipeline
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
+from datasetdm_fast.engine.labels import LABEL_KINDS, names
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import recipe as recipes
+from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
+from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.plugins import GROUP
-from datasetdm_fast.tasks.labeller import Labeller, LabellerInput
-from datasetdm_fast.tasks.to_host import to_host
+from datasetdm_fast.runs.compositions import redraw
+from datasetdm_fast.runs.compositions.edit import Edits
+from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
+from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.vary import Variants
+from datasetdm_fast.runs.jobs import inverted, job
+from datasetdm_fast.runs.jobs.pictures import in_memory
+from datasetdm_fast.runs.jobs.run import run
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
 
@@ -132,7 +133,7 @@ class Bright(Labeller):
         return [SemanticMap(*both, self.classes) for both in zip(*to_host(is_bright, grey), strict=True)]
 
 
-BRIGHT = LabellerKind("datasetdm_fast.labels.semantic:SemanticKind", f"{__name__}:Bright")
+BRIGHT = LabellerKind("datasetdm_fast.engine.labels.semantic:SemanticKind", f"{__name__}:Bright")
 
 
 def files(machine: Machine) -> int:
@@ -258,7 +259,7 @@ def verify(machine: Machine) -> int:
     """The engine compared with the reference engine on the same GPU, labels from attention included; the host waits for
     every stage.
     """
-    from datasetdm_fast.agreement import before  # whose libraries take seconds
+    from datasetdm_fast.runs.agreement import before  # whose libraries take seconds
 
     engine = machine.engine("semantic")
     with run_folders(engine) as folder:

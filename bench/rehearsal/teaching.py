@@ -19,17 +19,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal.machine import Machine
 from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
-from datasetdm_fast.decoders import checkpoint as decoders
-from datasetdm_fast.evaluation import arms, course
-from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
-from datasetdm_fast.evaluation.measure import measure
-from datasetdm_fast.evaluation.networks import open_network
-from datasetdm_fast.lessons import cache
-from datasetdm_fast.loading import checkpoint as states
-from datasetdm_fast.readers import open_data
+from datasetdm_fast.engine.decoders import checkpoint as decoders
+from datasetdm_fast.engine.loading import checkpoint as states
 from datasetdm_fast.training import held_out, session, task_run
+from datasetdm_fast.training.evaluation import arms, course
+from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
+from datasetdm_fast.training.evaluation.measure import measure
+from datasetdm_fast.training.evaluation.networks import open_network
+from datasetdm_fast.training.lessons import cache
 from datasetdm_fast.training.loop import DTYPES, Trainer
 from datasetdm_fast.training.processes import SOLO, Ranks, joined
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 
 IMAGES = 10  # of which one is held out

@@ -26,9 +26,9 @@ from bench.rows.measurement import BenchRun, Rows
 from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request
-from datasetdm_fast.engines.memory import release
-from datasetdm_fast.generation.recipe import Recipe, label_tables
-from datasetdm_fast.labels.kind import Table
+from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 
 CALLS = 2  # that are timed in a turn
 

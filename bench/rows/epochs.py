@@ -13,14 +13,14 @@ from typing import Any
 from bench.machine.measure import distance, interleaved, meter
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS, setting
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.views import Looks, Views
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import open_data
+from datasetdm_fast.training.lessons import cache
+from datasetdm_fast.training.lessons.views import Looks, Views
 from datasetdm_fast.training.loop import Trainer, TrainingViews
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import recipe
 
 LIMIT = 2e-3  # relative L2 between a stored capture and one computed anew: half precision

@@ -10,8 +10,8 @@ from bench.report.tables import Row, Table, figure, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
 from bench.setting import Setting
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.kernels import plain
 
 

@@ -3,7 +3,7 @@
 from bench.machine import limits
 from bench.rows import layers
 from bench.rows.measurement import BenchRun, Measurement, Rows
-from datasetdm_fast.engines.device import half_of
+from datasetdm_fast.engine.engines.device import half_of
 
 
 def rows(run: BenchRun) -> Rows:

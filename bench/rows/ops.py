@@ -16,7 +16,7 @@ from bench.peers import OURS, PEERS
 from bench.peers.upstream import arithmetic
 from bench.report.tables import Row, Table, figure, share, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
-from datasetdm_fast.engines.fast import DTYPES
+from datasetdm_fast.engine.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS
 from datasetdm_fast.kernels.choice import FORM, chosen
 

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from bench.peers import Peer
 from bench.setting import Setting
-from datasetdm_fast.agreement.distances import (
+from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.runs.agreement.distances import (
     by_image,
     free_running_distances,
     image_distance,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
-from datasetdm_fast.agreement.observe import Rounded, level_tensors, observe
-from datasetdm_fast.data import Request, Sample
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.agreement.observe import Rounded, level_tensors, observe
 
 # The storage type whose drift is allowed; TF32 keeps as many bits as fp16.
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -15,11 +15,11 @@ from bench.peers.engine import EnginePeer
 from bench.report.tables import Table, figure, spread_of, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import PROFILE, TASKS, Setting
-from datasetdm_fast.agreement.distances import image_distance
 from datasetdm_fast.data import Sample, SemanticMap
-from datasetdm_fast.engines.memory import release
-from datasetdm_fast.generation.recipe import make_recipe
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.runs.agreement.distances import image_distance
 
 BATCH, IMAGES = 8, 16
 EXACT = "exact"

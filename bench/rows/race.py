@@ -19,11 +19,11 @@ from bench.rows import parity
 from bench.rows.measurement import BenchRun, Rows
 from bench.setting import Setting
 from datasetdm_fast.data import Sample
-from datasetdm_fast.engines.memory import is_out_of_memory, release
+from datasetdm_fast.engine.engines.memory import is_out_of_memory, release
+from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.errors import GateFailed, Missing
-from datasetdm_fast.generation.recipe import label_tables
-from datasetdm_fast.labels import label_files
-from datasetdm_fast.labels.kind import Table
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.03  # a batch size is not better than a smaller one that takes at most so many times as long

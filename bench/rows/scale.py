@@ -25,15 +25,16 @@ from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.generation import driver, job, prompts, settings
-from datasetdm_fast.generation import run as generation
-from datasetdm_fast.generation.overlap import BackgroundWriter
-from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
-from datasetdm_fast.labels import label_files
-from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.scenes import world
+from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.jobs import job, prompts, settings
+from datasetdm_fast.runs.jobs import run as generation
+from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.stages import FACTOR
 from tests.stub_engine import StubEngine
 

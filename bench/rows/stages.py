@@ -20,13 +20,13 @@ from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.parity import fitted
 from bench.rows.race import write
 from bench.setting import Setting
-from datasetdm_fast.agreement.distances import by_image, relative
-from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.engines.memory import release
-from datasetdm_fast.generation.driver import outlined_labels
-from datasetdm_fast.generation.recipe import label_tables
-from datasetdm_fast.labels.label_files import encode
+from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.labels.label_files import encode
+from datasetdm_fast.engine.loop.driver import outlined_labels
+from datasetdm_fast.engine.loop.recipe import label_tables
+from datasetdm_fast.runs.agreement.distances import by_image, relative
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED
 
 NAIVE_DTYPE = "fp32"  # as DatasetDM is written
 

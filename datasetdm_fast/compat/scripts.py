@@ -15,7 +15,7 @@ from types import CodeType
 from datasetdm_fast.compat.showlab.lines import ScriptParser
 from datasetdm_fast.config import PROFILES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines import ENGINE_NAMES
+from datasetdm_fast.engine.engines import ENGINE_NAMES
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
 

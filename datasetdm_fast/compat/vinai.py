@@ -24,18 +24,18 @@ from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.generation.job import finished, prepare
-from datasetdm_fast.generation.run import run
-from datasetdm_fast.generation.summary import table
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.loading import PRESETS
-from datasetdm_fast.run_folder.document import DOCUMENT, read_document
-from datasetdm_fast.run_folder.reader import StoredSample, open_run
+from datasetdm_fast.runs.jobs.job import finished, prepare
+from datasetdm_fast.runs.jobs.run import run
+from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
+from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 
 if TYPE_CHECKING:
-    from datasetdm_fast.generation.result import Result
+    from datasetdm_fast.runs.jobs.result import Result
 
 PROG = "python -m datasetdm_fast.compat.vinai"
 PARITY = "dataset-diffusion"

@@ -19,17 +19,17 @@ from PIL import Image
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.demo.judge_net import classes_in, kept_judge
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.engine import Engine
-from datasetdm_fast.generation.class_prompts import columns
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
-from datasetdm_fast.labels.pictures import painted
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling import times, walk
-from datasetdm_fast.scenes import world
-from datasetdm_fast.scenes.worlds import ASKED
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.labels.pictures import painted
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
+from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.scenes.worlds import ASKED
+from datasetdm_fast.engine.tasks.attention import UNCERTAIN, class_maps, label_maps
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.tasks.attention import UNCERTAIN, class_maps, label_maps
 
 BATCH = 10
 APART = 2  # pictures between one and the one whose class prompt it is given: as many things, of other kinds

@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasetdm_fast import sampling
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.demo.distance import features, frechet
 from datasetdm_fast.demo.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, held_out_miou, kept_judge
 from datasetdm_fast.demo.things_seen import SeenThing, shares, things_seen
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.engine import Engine
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.sampling import times, walk
-from datasetdm_fast.scenes.world import TableTop
-from datasetdm_fast.scenes.worlds import ASKED, HELD_OUT, WORLDS, World
+from datasetdm_fast.engine import sampling
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.scenes.world import TableTop
+from datasetdm_fast.engine.scenes.worlds import ASKED, HELD_OUT, WORLDS, World
 
 MOST = 4  # things that a caption names
 OTHERS = 4  # sets of captions of other pictures

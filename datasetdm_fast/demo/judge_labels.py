@@ -20,16 +20,16 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
 from datasetdm_fast.demo.judge_net import STEPS, Judge, kept_judge, probabilities
 from datasetdm_fast.demo.things_seen import ENOUGH
-from datasetdm_fast.engines.opening import open_engine
-from datasetdm_fast.labels import kind_of
-from datasetdm_fast.labels.trust import named_map, trust_of
-from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.readers.demo import DemoWorld
-from datasetdm_fast.run_folder.reader import Run, open_run
-from datasetdm_fast.sampling.inversion import capture_timestep, invert
-from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import read_labels
+from datasetdm_fast.engine.engines.opening import open_engine
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.trust import named_map, trust_of
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks.captions import held_to
+from datasetdm_fast.engine.tasks.outlines import read_labels
+from datasetdm_fast.runs.run_folder.reader import Run, open_run
+from datasetdm_fast.training.readers.demo import DemoWorld
 
 KINDS = ("semantic", "instance")
 FOUND = 0.5  # IoU of a thing that counts as found

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datasetdm_fast import open_run
-from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.pictures import borders, depth_picture
-from datasetdm_fast.run_folder.reader import StoredSample
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.pictures import borders, depth_picture
+from datasetdm_fast.runs.run_folder.reader import StoredSample
 
 GAP, PAPER, INK = 10, (250, 249, 246), (60, 58, 54)
 

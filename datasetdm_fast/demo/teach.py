@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.scenes.worlds import WORLDS
+from datasetdm_fast.engine.scenes.worlds import WORLDS
 
 SETTINGS = {
     "--model": "demo",
@@ -29,8 +29,8 @@ SETTINGS = {
 
 def learn_words(folder: Path) -> None:
     """Writes the heads that tell words into the configurations of a folder's decoders that have classes and masks."""
-    from datasetdm_fast.decoders.folders import find_decoders, read_config
     from datasetdm_fast.disk import storage
+    from datasetdm_fast.engine.decoders.folders import find_decoders, read_config
     from datasetdm_fast.training.processes import SOLO
     from datasetdm_fast.training.session import open_session
     from datasetdm_fast.training.settings import TrainConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from datasetdm_fast.scenes.world import TableTop
+from datasetdm_fast.engine.scenes.world import TableTop
 
 ENOUGH = 100  # pixels of 128 x 128 that count as seen
 MIXED = 0.3  # share of a region's pixels from which a second colour is a second thing

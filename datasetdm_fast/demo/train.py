@@ -22,9 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.demo.optimiser import Average, Muon, matrices
-from datasetdm_fast.engines.device import half_of
-from datasetdm_fast.scenes.tokenizer import TOKENS, build_tokenizer
-from datasetdm_fast.scenes.worlds import TRAIN_SEEDS, WORLDS, World
+from datasetdm_fast.engine.engines.device import half_of
+from datasetdm_fast.engine.scenes.tokenizer import TOKENS, build_tokenizer
+from datasetdm_fast.engine.scenes.worlds import TRAIN_SEEDS, WORLDS, World
 
 SIZE, SEED = 128, 20261120
 SHIPPED = Path(__file__).parent / "model"

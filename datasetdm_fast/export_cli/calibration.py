@@ -19,20 +19,20 @@ import numpy as np
 import onnx
 import torch
 
-from datasetdm_fast.agreement import gates, observe
-from datasetdm_fast.agreement.distances import free_running_distances
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import NAME, FileInfo, Manifest
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.eight_bits import GRAPH, WATCHED, layers_read, quantisable, quantised, watching
 from datasetdm_fast.export.staging import alone
-from datasetdm_fast.generation import prompts as texts
-from datasetdm_fast.generation.recipe import make_recipe
-from datasetdm_fast.loading.model import Model
+from datasetdm_fast.runs.agreement import gates, observe
+from datasetdm_fast.runs.agreement.distances import free_running_distances
+from datasetdm_fast.runs.jobs import prompts as texts
 
 RECORD = "calibration.json"
 BATCH = 4

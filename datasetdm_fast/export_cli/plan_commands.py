@@ -31,7 +31,7 @@ def build(config: ExportConfig) -> None:
 
     import torch
 
-    from datasetdm_fast.engines.fast import FastEngine
+    from datasetdm_fast.engine.engines.fast import FastEngine
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.to_onnx import export
     from datasetdm_fast.export_cli import calibration

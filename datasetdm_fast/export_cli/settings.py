@@ -61,9 +61,9 @@ class ExportConfig(ModelSettings, OutputSettings):
 
     def load(self) -> tuple[Any, dict[str, Any]]:
         """The model and its decoders."""
-        from datasetdm_fast.decoders.checkpoint import check_fits, load_decoders
-        from datasetdm_fast.decoders.upstream import unpacked
-        from datasetdm_fast.loading import load_model
+        from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoders
+        from datasetdm_fast.engine.decoders.upstream import unpacked
+        from datasetdm_fast.engine.loading import load_model
 
         model = load_model(self.model, size=self.size, allow_download=self.allow_download)
         decoders = {} if self.decoder == "none" else load_decoders(unpacked(self.decoder, model.levels))

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.command_line.progress import counted
-from datasetdm_fast.decoders.folders import find_decoders
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.decoders.folders import find_decoders
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource, Picture
 
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes

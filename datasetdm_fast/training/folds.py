@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.command_line.progress import StepProgress, counted
-from datasetdm_fast.decoders.checkpoint import load_decoder
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.intervals import intervals
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.run_folder.split import groups
+from datasetdm_fast.runs.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
+from datasetdm_fast.training.evaluation.intervals import intervals
+from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import Ranks
 from datasetdm_fast.training.session import TrainingSession
-from datasetdm_fast.truth.labelled import LabelledSource
 
 NAME = "folds.json"
 FORM = {"folds": int, "images": int, "held_out": dict, "held_out_intervals": dict}

@@ -12,15 +12,15 @@ from torch import Tensor
 from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.decoders.checkpoint import Decoder, fold
-from datasetdm_fast.engines.device import allow_tf32
-from datasetdm_fast.evaluation.meter import Meter
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.run_folder.split import groups
-from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.tasks.outlines import read_labels
+from datasetdm_fast.engine.decoders.checkpoint import Decoder, fold
+from datasetdm_fast.engine.engines.device import allow_tf32
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.engine.tasks.captions import held_to
+from datasetdm_fast.engine.tasks.outlines import read_labels
+from datasetdm_fast.runs.run_folder.split import groups
+from datasetdm_fast.training.evaluation.meter import Meter
+from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.loop import TrainingViews, projected
-from datasetdm_fast.truth.labelled import LabelledSource
 
 LEAST_IMAGES = 10  # images below which none is held out
 FOLDS = 5  # of `--folds auto`

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
-from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.engines.device import allow_tf32, choose_by_shape
+from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
+from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.to_device import to_device
-from datasetdm_fast.lessons.cache import Layout, RecomputedCaptures, StoredCaptures
-from datasetdm_fast.lessons.targets import TrainingTarget
-from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.training.lessons.cache import Layout, RecomputedCaptures, StoredCaptures
+from datasetdm_fast.training.lessons.targets import TrainingTarget
+from datasetdm_fast.training.lessons.views import Views
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import answer_of, asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks

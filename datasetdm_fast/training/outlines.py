@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.tasks.outlines import outlined
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.tasks.outlines import outlined
 from datasetdm_fast.training import held_out
+from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.training.settings import TrainConfig
 

@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Annotation, Instances, SemanticMap
-from datasetdm_fast.evaluation.meter import figure_name
-from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.semantic import BACKGROUND, IGNORE
-from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.training.evaluation.meter import figure_name
+from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.loop import TrainingViews
-from datasetdm_fast.truth.labelled import LabelledSource
 
 SHOWN = 12  # images of the page
 FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.errors import Missing
 
 PATIENCE = timedelta(hours=12)  # a process may wait this long for another to fill its part of the cache

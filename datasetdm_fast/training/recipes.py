@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.stages import Level
-from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training.schedule import TrainingSchedule
-from datasetdm_fast.truth.labelled import LabelledSource
 
 WIDE_UNET = 320  # channels of the first block of Stable Diffusion; such a UNet gets decoders of upstream's widths
 POINTS = 12544 / 512**2  # sampled on a mask, as a share of the image's pixels

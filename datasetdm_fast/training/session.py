@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.progress import counted, duration
-from datasetdm_fast.decoders.trunk import Decoder, fold
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.device import slow_in_fp16
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.device import slow_in_fp16
+from datasetdm_fast.engine.labels.class_file import own_table
+from datasetdm_fast.engine.labels.class_tables import ClassTable, digest_of, spoken, words_of
+from datasetdm_fast.engine.labels.words import always_named, find_classes
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.reading import photo_of
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels.class_tables import ClassTable, digest_of, spoken, words_of
-from datasetdm_fast.labels.words import always_named, find_classes
-from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.cache import Inversion
-from datasetdm_fast.lessons.targets import check_shown, check_truth
-from datasetdm_fast.lessons.views import Looks, Views, check_quirks
-from datasetdm_fast.loading import load_model
-from datasetdm_fast.readers import is_read, open_data
-from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
 from datasetdm_fast.training.held_out import answers, are_enough, split
+from datasetdm_fast.training.lessons import cache
+from datasetdm_fast.training.lessons.cache import Inversion
+from datasetdm_fast.training.lessons.targets import check_shown, check_truth
+from datasetdm_fast.training.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import SOLO, Ranks
+from datasetdm_fast.training.readers import is_read, open_data
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining, read_state
-from datasetdm_fast.truth.augment import AUGMENTATIONS, Augmentation
-from datasetdm_fast.truth.class_file import own_table
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
-from datasetdm_fast.truth.reading import photo_of
+from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 LISTED = 20  # bad images that are named

@@ -14,7 +14,7 @@ from datasetdm_fast.config import (
     setting,
 )
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.truth.selection import DataSettings
+from datasetdm_fast.training.truth.selection import DataSettings
 
 AUGMENTATIONS = (
     "auto",

@@ -21,22 +21,22 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.decoders.checkpoint import Decoder, load_decoder, round_parameters, save_decoder
-from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.engines.device import multiplies_bf16
-from datasetdm_fast.engines.memory import keep_freed
+from datasetdm_fast.engine.decoders.checkpoint import Decoder, load_decoder, round_parameters, save_decoder
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.engines.device import multiplies_bf16
+from datasetdm_fast.engine.engines.memory import keep_freed
+from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.intervals import intervals
-from datasetdm_fast.evaluation.meter import Meter
-from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign.documents import check_form, one_line
-from datasetdm_fast.loading import checkpoint
-from datasetdm_fast.readers import folders_of
 from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
+from datasetdm_fast.training.evaluation.intervals import intervals
+from datasetdm_fast.training.evaluation.meter import Meter
+from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.log import Log, log_lines
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks
+from datasetdm_fast.training.readers import folders_of
 from datasetdm_fast.training.schedule import TrainingSchedule
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.word_heads import WordHeads

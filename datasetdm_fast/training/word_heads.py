@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.labels.words import token_places
-from datasetdm_fast.tasks.named_words import LEAST_MEAN
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.labels.words import token_places
+from datasetdm_fast.engine.tasks.named_words import LEAST_MEAN
 from datasetdm_fast.training.loop import TrainingViews
 
 MOST_IMAGES = 400  # of which masks are looked at

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from datasetdm_fast.engine.models.layers import Upsample
 from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
-from datasetdm_fast.models.layers import Upsample
 
 
 def instance_norm(x: Value, eps: float) -> Value:  # [B, G, S]

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.decoders.layers import SpectralConv2d
-from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.models.capture import NoCapture, Projection, RawCapture, Slot
+from datasetdm_fast.engine.models.text_encoder import TextEncoder
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import (
     NAME,
@@ -35,12 +41,6 @@ from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm, upsample_concat
-from datasetdm_fast.labels.names import LabelName
-from datasetdm_fast.loading.model import Model
-from datasetdm_fast.models.capture import NoCapture, Projection, RawCapture, Slot
-from datasetdm_fast.models.text_encoder import TextEncoder
-from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -185,7 +185,7 @@ def files_of(
 def _make_again(arguments: Sequence[str]) -> int:
     """One sample again, as the card and the audit of a run folder say it: --out RUN --only ID."""
     from datasetdm_fast.compat.showlab import generating
-    from datasetdm_fast.run_folder.document import described
+    from datasetdm_fast.runs.run_folder.document import described
 
     values = dict(zip(arguments[::2], arguments[1::2]))
     if set(values) != {"--out", "--only"} or len(arguments) != 4:

@@ -73,7 +73,7 @@ class Demo:
 
     def files(self, order: Order, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
         """The picture and a drawing of each label."""
-        from datasetdm_fast.labels.pictures import masked, skeletons
+        from datasetdm_fast.engine.labels.pictures import masked, skeletons
 
         answers = {kind: Answer(pixels, raw[label], configs[label]) for label, kind, _ in LABELS.values()}
         metres = {kind: answers[kind].raw["depth"][0].float().cpu().numpy() for kind in BRIGHTEST}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.labels.colours import colour_in
-from datasetdm_fast.labels.pictures import HEAT
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.colours import colour_in
+from datasetdm_fast.engine.labels.pictures import HEAT
 
 
 def near_to_far(share: np.ndarray) -> np.ndarray:

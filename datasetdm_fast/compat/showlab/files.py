@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.compat.showlab.contours import external_contours, largest_contour
-from datasetdm_fast.tasks.semantic import AREA_SIDE
+from datasetdm_fast.engine.tasks.semantic import AREA_SIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.decoders.config import DecoderConfig
 
 SMALLEST_AREA = 5000  # evidence of a class at 512 x 512 pixels below which it is left out
 CANDIDATES = {"voc": 3, "coco": 100}  # pairs of query and class that are looked at
@@ -178,7 +178,7 @@ def heatmap_pose(answer: Answer) -> dict[str, bytes]:
 
 def bins_pose(answer: Answer) -> dict[str, bytes]:
     """The picture with its joints, which is all that DatasetDM keeps of them; mended, their places too."""
-    from datasetdm_fast.labels.pictures import skeletons
+    from datasetdm_fast.engine.labels.pictures import skeletons
 
     places = np.stack([answer.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
     drawn = skeletons(answer.pixels, [(places, np.ones(len(places), bool))], answer.config.limbs)

@@ -18,10 +18,11 @@ from datasetdm_fast.compat.showlab.checkout import present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engines import opening
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.generation import driver
-from datasetdm_fast.generation.job import (
+from datasetdm_fast.runs.jobs.job import (
     Job,
     adopt,
     check_room,
@@ -33,20 +34,19 @@ from datasetdm_fast.generation.job import (
     row_facts,
     settled,
 )
-from datasetdm_fast.generation.plan import Plan
-from datasetdm_fast.generation.result import Result
-from datasetdm_fast.generation.run import facts_of, run
-from datasetdm_fast.generation.settings import check_settings, identity
-from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import DONE, Ledger
-from datasetdm_fast.run_folder.remaking import remakable
+from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.run import facts_of, run
+from datasetdm_fast.runs.jobs.settings import check_settings, identity
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, read_document
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
+from datasetdm_fast.runs.run_folder.remaking import remakable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.decoders.config import DecoderConfig
-    from datasetdm_fast.decoders.trunk import Decoder
+    from datasetdm_fast.engine.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.decoders.trunk import Decoder
 
 COMMAND = "compat.showlab"
 Raw = Mapping[str, Mapping[str, "Tensor"]]  # label -> the raw answer of its decoder
@@ -126,7 +126,7 @@ class MovingNorms:
 
     def be_at(self, process: int, place: int) -> None:
         """Puts the norms where they stand before an image: they move by their weights alone, whatever is shown."""
-        from datasetdm_fast.decoders.layers import SpectralConv2d
+        from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 
         if self.next != (process, place):
             for label, decoder in self.decoders.items():

@@ -10,13 +10,13 @@ from datasetdm_fast.compat.showlab.checkout import Script, present, read_setting
 from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.compat.showlab.scripts import Generator
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.json_stream import JsonStream
-from datasetdm_fast.generation.prompts import GivenPrompt, PromptSource
-from datasetdm_fast.labels import class_tables
-from datasetdm_fast.labels.semantic import BACKGROUND
-from datasetdm_fast.loading import PRESETS
+from datasetdm_fast.runs.jobs.prompts import GivenPrompt, PromptSource
 
 RUN = ".run"  # of a line's output: the run folder beside its files
 SAID_OTHERWISE = {"mouse": "computer mouse"}  # by DatasetDM's generator and in the names of its prompt files

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.compat.showlab.order import Order
-from datasetdm_fast.generation.job import Job
+from datasetdm_fast.runs.jobs.job import Job
 
 COUNTS = ("n_each_class", "number_data")
 MENDED = (

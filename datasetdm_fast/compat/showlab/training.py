@@ -149,8 +149,8 @@ def _one_of(trainer: TrainingScript, where: str, name: str) -> str:
 
 def checkpoint_of(trainer: TrainingScript, line: Line) -> Path | None:
     """The checkpoint that a finished training leaves, as DatasetDM names it; None where it is not finished."""
-    from datasetdm_fast.decoders.upstream import as_checkpoint
     from datasetdm_fast.disk import storage
+    from datasetdm_fast.engine.decoders.upstream import as_checkpoint
 
     folder, path = out_of(line) / RUN / trainer.task, out_of(line) / CHECKPOINT
     if not (folder / "config.json").is_file():

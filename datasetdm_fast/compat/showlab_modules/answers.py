@@ -12,8 +12,8 @@ from torch import Tensor
 
 from datasetdm_fast.compat.showlab.contours import largest_contour
 from datasetdm_fast.compat.showlab.files import best_pairs
-from datasetdm_fast.decoders.config import COCO_LIMBS
-from datasetdm_fast.labels.pictures import skeletons
+from datasetdm_fast.engine.decoders.config import COCO_LIMBS
+from datasetdm_fast.engine.labels.pictures import skeletons
 
 FAINTEST = 0.1  # pixels from the corner: a joint nearer than that was not found
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from datasetdm_fast.compat.showlab_modules import session
 from datasetdm_fast.compat.showlab_modules.attention import AttentionStore, by_level
 from datasetdm_fast.data import Capture
-from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
-from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.decoders.upstream import PREFIX, fitted, unused_shapes
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.upstream import PREFIX, fitted, unused_shapes
 from datasetdm_fast.stages import LEVELS
 
 

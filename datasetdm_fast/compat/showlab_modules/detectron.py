@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasetdm_fast.compat.showlab_modules import session
+from datasetdm_fast.engine.labels.pictures import masked
 from datasetdm_fast.foreign import images
-from datasetdm_fast.labels.pictures import masked
 
 JPEG_QUALITY = 95
 

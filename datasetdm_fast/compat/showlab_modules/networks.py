@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.compat.showlab_modules import session
-from datasetdm_fast.loading.model import SD_SCHEDULER
-from datasetdm_fast.sampling import make_schedule
-from datasetdm_fast.sampling.walk import start, step
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER
+from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.walk import start, step
 
 
 class PartOfModel:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datasetdm_fast.compat.showlab_modules import session
 from datasetdm_fast.compat.showlab_modules.attention import AttentionStore
 from datasetdm_fast.compat.showlab_modules.unet import UNet2D
-from datasetdm_fast.sampling.walk import guide
+from datasetdm_fast.engine.sampling.walk import guide
 
 CELL = 8  # pixels of a side of a latent cell
 GAP = 0.02  # of the height, between images that are saved in one file

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import PROFILES
-from datasetdm_fast.engines import build_engine
-from datasetdm_fast.loading import PRESETS, load_model
-from datasetdm_fast.loading.model import NETWORKS, Model
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import PRESETS, load_model
+from datasetdm_fast.engine.loading.model import NETWORKS, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.engine.engines.engine import Engine
 
 PARTS = ("tokenizer", *NETWORKS)  # folders of a model that scripts name one by one
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from datasetdm_fast.decoders.checkpoint import DecoderConfig
+from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig
 from datasetdm_fast.kernels.to_device import to_device
-from datasetdm_fast.lessons.targets import TrainingTarget
+from datasetdm_fast.training.lessons.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.schedule import TrainingSchedule
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture
-from datasetdm_fast.engines.torch import TorchEngine, capturing
+from datasetdm_fast.engine.engines.torch import TorchEngine, capturing
 
 
 class HalvesEngine(TorchEngine):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.evaluation.meter import Meter
-from datasetdm_fast.labels.edges import edges_of
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.labels.edges import edges_of
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.training.evaluation.meter import Meter
 
 
 class Edges(Meter):

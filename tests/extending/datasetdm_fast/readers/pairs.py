@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasetdm_fast.truth import framing, reading
-from datasetdm_fast.truth.labelled import Picture
-from datasetdm_fast.truth.pictures import PictureSource
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
 
 
 class Pairs(PictureSource):

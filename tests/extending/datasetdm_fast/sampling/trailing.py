@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from datasetdm_fast.sampling.ddim import ddim
-from datasetdm_fast.sampling.schedule import Sampler, Update
+from datasetdm_fast.engine.sampling.ddim import ddim
+from datasetdm_fast.engine.sampling.schedule import Sampler, Update
 
 
 def trailing(

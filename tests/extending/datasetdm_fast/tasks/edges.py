@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.labels.edges import CLASSES, edges_of
-from datasetdm_fast.tasks.semantic import SemanticTask
-from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.labels.edges import CLASSES, edges_of
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.tasks.semantic import SemanticTask
 
 
 class EdgesTask(SemanticTask):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from datasetdm_fast.run_folder.indexes.index_file import IndexFile
-from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.ledger import Row
 
 
 class Captions(IndexFile):

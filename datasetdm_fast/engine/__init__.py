@@ -1,0 +1,1 @@
+"""A prompt becomes a labelled sample in memory: no file but weights, no flag, no ledger."""

@@ -1,0 +1,230 @@
+"""P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
+from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.depth import DepthDecoder
+from datasetdm_fast.engine.decoders.folders import find_decoders, read_config
+from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.pose import HeatmapDecoder, SimccDecoder
+from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import pickles, tensors
+from datasetdm_fast.kernels import reference
+from datasetdm_fast.stages import Level
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "build_decoder",
+    "check_fits",
+    "fold",
+    "load_decoder",
+    "load_decoders",
+    "load_upstream",
+    "save_decoder",
+    "upstream",
+]
+
+DECODERS = {
+    "segmentation": SegmentationDecoder,
+    "open-vocabulary": OpenVocabularyDecoder,
+    "depth": DepthDecoder,
+    "heatmap": HeatmapDecoder,
+    "simcc": SimccDecoder,
+}
+UNUSED = {  # parameters upstream creates and saves but never reads
+    "segmentation": ("query_feat_mlp.", "query_embed_mlp."),
+    "simcc": ("high_feature_conv.", "highest_feature_conv.", "high_feature_mix_conv.", "highest_feature_mix_conv."),
+}
+MOST_LISTED = 8  # tensors that a message names one by one
+STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> Decoder:
+    """A decoder with fresh weights, in training mode."""
+    return DECODERS[config.kind](config, ops)
+
+
+def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") -> Path:
+    """The folder with config.json and model.safetensors; `storage` fp16 halves parameters, buffers stay fp32."""
+    if storage not in STORAGE:
+        raise Refused(
+            f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}", "Choose one of these."
+        )
+    if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
+        raise Refused(
+            "save_decoder: the decoder was folded for inference, expected one that can be trained further",
+            "Save it before fold(), or load it with strict=True.",
+        )
+    folder = Path(folder)
+    parameters = dict(decoder.named_parameters())
+    state = {
+        name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu()
+        for name, value in decoder.state_dict().items()
+    }
+    check_finite(state, str(folder))
+    # The configuration last: a folder that has one is whole.
+    files.publish(
+        {folder / "model.safetensors": save(state), folder / "config.json": decoder.config.to_json().encode()}
+    )
+    return folder
+
+
+@torch.no_grad()
+def round_parameters(decoder: Decoder, storage: str) -> None:
+    """Rounds them to what `storage` holds, so that figures are those of the weights that are written."""
+    for parameter in decoder.parameters():
+        parameter.copy_(parameter.to(STORAGE[storage]))
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves parameters without memory as they are: drawing them would import PyTorch's compiler, in seconds."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function in (nn.init.normal_, torch.Tensor.normal_):
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
+
+
+def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespace = reference) -> Decoder:
+    """The decoder of a folder written by save_decoder, fp32, for inference.
+
+    `strict` keeps upstream's spectral norms, which move with every image: image k then depends on the images before it.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise Missing(
+                f"decoder {folder}: {name} is not there", "Give a folder written by training or save_decoder."
+            )
+    config = read_config(folder)
+    state = read_state(folder / "model.safetensors")
+    with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
+        decoder = build_decoder(config, ops)
+    fill(decoder, state, str(folder))
+    return for_inference(decoder, strict)
+
+
+def load_decoders(given: str | Path | Iterable[Path]) -> dict[str, Decoder]:
+    """The decoders of a folder, or of several, by the labels they make."""
+    found = find_decoders(given)
+    return {label: load_decoder(found[label]) for label in found.labels}
+
+
+def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
+    """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` as in load_decoder."""
+    is_state = isinstance(source, Mapping)
+    state = source if is_state else read_state(Path(source))
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    unused = UNUSED.get(decoder.config.kind, ())
+    read = {name: value for name, value in state.items() if not name.startswith(unused)}
+    fill(decoder, read, "state dict" if is_state else str(source))
+    return for_inference(decoder, strict)
+
+
+def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
+    """Refuses the decoder of a label that was trained on another UNet than the one with these levels, or reads class
+    words of another text encoder than one of this width.
+    """
+    config = decoder.config
+    if config.has_text and text_width and config.text_width != text_width:
+        raise Refused(
+            f"{label} decoder: trained on a text encoder of width {config.text_width}, but the model's has "
+            f"{text_width}",
+            "Use the decoder made for this model, or train one on it.",
+        )
+    for ours, theirs in zip(config.levels, levels, strict=True):
+        if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
+            raise Refused(
+                f"{label} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
+                f"the model's has {theirs.channels}",
+                "Use the decoder made for this model, or train one on it.",
+            )
+    if config.kind == "simcc" and config.side != levels[-1].side:
+        raise Refused(
+            f"{label} decoder: trained on images of {8 * config.side} pixels, but the run makes {8 * levels[-1].side}",
+            f"Use --size {8 * config.side}.",
+        )
+
+
+def for_inference(decoder: Decoder, strict: bool) -> Decoder:
+    return (decoder.train() if strict else fold(decoder)).requires_grad_(False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle that holds nothing else."""
+    if not path.is_file():
+        raise Missing(f"decoder weights {path}: no such file", "Check the path.")
+    try:
+        safe = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
+        tensors.check_safetensors(safe)
+        return load_file(safe)
+    except Missing:
+        raise
+    except Exception as error:  # foreign bytes make the readers raise nearly anything
+        first = (str(error).splitlines() or [""])[0]
+        raise Refused(
+            f"decoder weights {path}: not a file of plain tensors ({first})",
+            error.remedy
+            if isinstance(error, Refused)
+            else "Get the file again, or name another decoder with --decoder.",
+        ) from error
+
+
+def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copies every tensor of `state` into the decoder, which may have no memory yet, or refuses with everything that
+    does not match.
+    """
+    check_fit(decoder, state, origin)
+    check_finite(state, origin)
+    ours = decoder.state_dict()
+    is_empty = any(value.is_meta for value in ours.values())
+    copies = {name: value.to(ours[name].dtype, copy=is_empty) for name, value in state.items()}
+    decoder.load_state_dict(copies, assign=is_empty)
+
+
+def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
+    """Refuses a state that has not exactly the decoder's tensors, by every one that differs."""
+    ours = decoder.state_dict()
+    missing = sorted(set(ours) - set(state))
+    unexpected = sorted(set(state) - set(ours))
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(ours[name].shape)}"
+        for name in sorted(set(ours) & set(state))
+        if state[name].shape != ours[name].shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "shape": shapes}
+    if wrong := [f"{label}: {', '.join(listed(names))}" for label, names in found.items() if names]:
+        count = sum(map(len, found.values()))
+        raise Refused(
+            f"{origin}: {count} {'tensor does' if count == 1 else 'tensors do'} not fit this {decoder.config.kind} "
+            f"decoder; {'; '.join(wrong)}",
+            "Check that the configuration is the one it was trained with.",
+        )
+
+
+def listed(names: list[str]) -> list[str]:
+    """Tensors for a message: each, or where they are many the modules they belong to, with how many of each."""
+    if len(names) <= MOST_LISTED:
+        return names
+    return [f"{module} ({count})" for module, count in Counter(name.split(".")[0] for name in names).items()]
+
+
+def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise Refused(
+                f"{origin}: {name} holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite",
+                "The weights are broken: take another copy, or train again.",
+            )

@@ -1,0 +1,264 @@
+"""What a P-Decoder is: its kind, its widths, what it was trained on and how its answers are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from datasetdm_fast.config import FROM_DECODER, OUTLINES, TASKS
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.stages import LEVELS, Level, levels
+
+MEND = "Correct that setting, train the decoder again, or name another with --decoder."
+FORMAT = 1  # of config.json; without one it is the first
+KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
+KINDS_OF = {  # task of this package -> the kinds of decoder whose answers it reads
+    "semantic": ("segmentation",),
+    "instance": ("segmentation",),
+    "depth": ("depth",),
+    "pose": ("heatmap", "simcc"),
+    "open-vocabulary": ("open-vocabulary",),
+}
+NORMALISATIONS = ("image", "running")
+CLASS_SOURCES = ("decoder", "prompt")
+SD1_LEVELS = levels(
+    {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
+)
+COCO_JOINTS = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder")
+COCO_JOINTS += ("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip")
+COCO_JOINTS += ("left_knee", "right_knee", "left_ankle", "right_ankle")
+COCO_LIMBS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9))
+COCO_LIMBS += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder; the widths left out are upstream's.
+
+    Sides follow the highest captured level of s cells: memory 20/64, 40/64 and 80/64 of s, masks 2.5 s, image 8 s.
+    """
+
+    kind: str  # one of KINDS
+    task: str  # one of config.TASKS
+    levels: tuple[Level, ...]  # of the UNet it was trained on
+    width: int = 256  # channels of a projected level; for masks also those of the transformer
+    heads: int = 8
+    layers: int = 10
+    feed_forward: int = 2048
+    mask_dim: int = 256
+    queries: int = 100
+    # semantic: every id including a background; instance: things; open vocabulary: words trained on
+    classes: tuple[str, ...] = ()
+    # of them, those its captions always named: they are looked for only where a prompt names them
+    named: tuple[str, ...] = ()
+    # what a table of the user's own says of them, and its phrases of no class under an empty name
+    class_words: tuple[ClassWord, ...] = ()
+    # share of each cross-attention head, low to highest, in telling where the words of a prompt are; empty: things are
+    # named by the class logits alone
+    word_heads: tuple[float, ...] = ()
+    text_width: int = 768
+    # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
+    text_centre: bool = False
+    max_depth: float = 10.0  # metres
+    depth_width: int = 1024  # hidden channels of the depth head
+    joints: tuple[str, ...] = ()
+    limbs: tuple[tuple[int, int], ...] = ()  # pairs of joint indices, for drawing
+    upscale: int = 0  # 0 = upstream: only bilinear resizes; r = r x r learnt sub-cells per cell of the highest level
+    capture_timestep: int | None = None  # UNet timestep it was trained at, None = that of the last sampler call
+    normalisation: str = "image"  # image = upstream: statistics of each image; running = the stored ones
+    # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
+    score_threshold: float = 0.4
+    overlap_threshold: float = 0.5  # of two instances with a larger mask IoU the worse is dropped
+    # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
+    min_area: int = 0
+    # what gives an instance its class: the decoder, or, where it was taught but one, the prompt of the image
+    instance_class_from: str = "decoder"
+    # whether labels have the outlines of the decoder's masks, or such as follow the colours of the image near them
+    outlines: str = FROM_DECODER
+
+    def __post_init__(self):
+        for value, name, known in (
+            (self.kind, "kind", KINDS),
+            (self.task, "task", TASKS),
+            (self.normalisation, "normalisation", NORMALISATIONS),
+            (self.instance_class_from, "instance_class_from", CLASS_SOURCES),
+            (self.outlines, "outlines", OUTLINES),
+        ):
+            if value not in known:
+                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", MEND)
+        if self.kind not in (fitting := KINDS_OF.get(self.task, KINDS)):
+            raise Refused(
+                f"decoder config: kind is {self.kind!r}, expected {' or '.join(fitting)} for the task {self.task}", MEND
+            )
+        if tuple(level.name for level in self.levels) != LEVELS:
+            raise Refused(
+                f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}",
+                MEND,
+            )
+        if self.has_queries and (self.width % self.heads or self.width % 4):
+            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4", MEND)
+        for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
+            if needed and not getattr(self, name):
+                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}", MEND)
+
+        if stray := sorted(set(self.named) - set(self.classes)):
+            raise Refused(
+                f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes", MEND
+            )
+        heads = sum(sum(level.heads) for level in self.levels)
+        if self.word_heads and (self.kind != "segmentation" or len(self.word_heads) != heads):
+            raise Refused(
+                f"decoder config: {len(self.word_heads)} word_heads of a {self.kind} decoder, expected none, or for "
+                f"segmentation one for each of {heads} heads",
+                MEND,
+            )
+        if self.word_heads and not (min(self.word_heads) >= 0 < max(self.word_heads)):
+            raise Refused("decoder config: word_heads must not be negative, nor all of them 0", MEND)
+        if self.task == "semantic" and len(self.classes) > 255:
+            raise Refused(
+                f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
+                "label map",
+                "Choose data of fewer classes, or another --task.",
+            )
+
+    @property
+    def has_queries(self) -> bool:
+        return self.kind in ("segmentation", "open-vocabulary")
+
+    @property
+    def has_text(self) -> bool:
+        return self.kind == "open-vocabulary"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its labels are called by the class words of a run, and not by its own classes."""
+        return self.has_text or self.instance_class_from == "prompt"
+
+    @property
+    def logits(self) -> int:
+        """Class logits of a query, the last "no object"; open-vocabulary has three: unused, object, none."""
+        return 3 if self.has_text else len(self.classes) + 1
+
+    @property
+    def side(self) -> int:
+        """Cells of a side of the highest level, where the decoder was trained."""
+        return self.levels[-1].side
+
+    def word_levels(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """The levels whose heads tell where words are, by name, with the shares of the heads of each of their maps."""
+        left, found = list(self.word_heads), {}
+        for level in self.levels if self.word_heads else ():
+            shares = tuple(tuple(left.pop(0) for _ in range(count)) for count in level.heads)
+            if any(map(any, shares)):
+                found[level.name] = shares
+        return found
+
+    @property
+    def table(self) -> ClassTable | None:
+        """The words of the user's own that its classes are found by."""
+        return of_words(self.class_words, "class_words") if self.class_words else None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The fields as JSON holds them, without those that decoders of earlier versions did not have and that say
+        nothing here.
+        """
+        found = asdict(self)
+        found["class_words"] = [{name: word[name] for name in WORD_FORM} for word in found["class_words"]]
+        idle = {"class_words": [], "outlines": FROM_DECODER}
+        return {name: value for name, value in found.items() if name not in idle or value != idle[name]}
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **self.values}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> DecoderConfig:
+        try:
+            values = documents.parse_json(text, "it")
+            documents.check_form(values, {})
+            if (found := values.pop("format", FORMAT)) != FORMAT:
+                raise ValueError(f"format {documents.quoted(found)}, this version reads {FORMAT}")
+            documents.check_form(values, {"levels": [LEVEL_FORM]})
+            if absent := [name for name in ("kind", "task") if name not in values]:
+                raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
+            documents.check_form(values, {name: form for name, form in FORM.items() if name in values})
+            _check_bounds(values)
+        except ValueError as error:
+            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})", MEND) from None
+        own = {field.name for field in fields(DecoderConfig)}
+        for given, known, whose in (
+            (values, own, ""),
+            *((level, LEVEL_FORM, " of a level") for level in values["levels"]),
+            *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
+        ):
+            if unknown := sorted(set(given) - set(known)):
+                names = documents.one_line(", ".join(unknown))
+                raise Refused(
+                    f"decoder config: unknown fields {names}{whose}; it may come from a newer version",
+                    "Update the package, train the decoder again, or name another with --decoder.",
+                )
+        values["levels"] = tuple(
+            Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
+            for level in values["levels"]
+        )
+        for name in ("classes", "named", "word_heads", "joints"):
+            values[name] = tuple(values.get(name, ()))
+        values["class_words"] = tuple(
+            ClassWord(**{**word, "words": tuple(word["words"])}) for word in values.get("class_words", ())
+        )
+        values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
+        return DecoderConfig(**values)
+
+
+WORD_FORM = {"name": str, "say": str, "words": [str]}
+LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
+COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
+FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
+FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float)
+FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from", "outlines"), str) | {
+    "text_centre": bool,
+    "limbs": [[int]],
+    "word_heads": [float],
+    "class_words": [WORD_FORM],
+}
+FORM |= dict.fromkeys(("classes", "named", "joints"), [str])
+LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
+LARGEST_NUMBERS = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536
+MOST_NAMES = 65536
+
+
+def _check_bounds(values: Mapping[str, Any]) -> None:
+    """A ValueError where a number is one no decoder has: networks are built by them before any weight is looked at."""
+    for name, value in values.items():
+        least, largest = LEAST_NUMBERS.get(name, 1), LARGEST_NUMBERS.get(name, 65536)
+        if FORM.get(name) in (int, float) and not least <= value <= largest:
+            raise ValueError(f"{name} is {value}, expected {least} to {largest}")
+    timestep = values.get("capture_timestep")
+    if timestep is not None and not (type(timestep) is int and 0 <= timestep < 100_000):
+        raise ValueError(f"capture_timestep is {documents.quoted(timestep)}, expected a timestep or null")
+    for level in values["levels"]:
+        numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
+        if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:
+            raise ValueError("a level's numbers are out of range")
+    names = max(len(values.get(name, ())) for name in ("classes", "class_words"))
+    if names > MOST_NAMES or len(values.get("joints", ())) > 1024:
+        raise ValueError("it names more classes or joints than a decoder has")
+    joints = len(values.get("joints", ()))
+    if any(len(limb) != 2 or not all(0 <= joint < joints for joint in limb) for limb in values.get("limbs", ())):
+        raise ValueError("its limbs do not join two of its joints")
+
+
+def upstream(kind: str, **changes) -> DecoderConfig:
+    """DatasetDM's own decoder configuration of this kind on Stable Diffusion 1.x, with `changes`."""
+    presets = {
+        "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
+        "open-vocabulary": {"task": "open-vocabulary", "queries": 20},
+        "depth": {"task": "depth"},
+        "heatmap": {"task": "pose", "joints": COCO_JOINTS, "limbs": COCO_LIMBS, "score_threshold": 0.2},
+        "simcc": {"task": "pose", "joints": COCO_JOINTS, "limbs": COCO_LIMBS, "score_threshold": 0.2},
+    }
+    return DecoderConfig(kind=kind, **{"levels": SD1_LEVELS, **presets.get(kind, {"task": "semantic"}), **changes})

@@ -1,0 +1,168 @@
+"""The trunk of every P-Decoder: project each captured level, then mix them from low to highest.
+
+Parameter names are those of DatasetDM's checkpoints, so that these load as they are.
+"""
+
+import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
+from datasetdm_fast.engine.decoders.stacked import StackedSegBlock
+from datasetdm_fast.engine.models.packed import PackedConvolution, is_held
+from datasetdm_fast.kernels import pyramid, winograd
+from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.stages import LEVELS, Level
+
+
+class Decoder(nn.Module):
+    """A trunk; subclasses add what turns it into labels. `forward(capture, text=None)` returns named tensors."""
+
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace, mixes: dict[str, tuple[int, int]]):
+        super().__init__()
+        self.config, self.ops = config, ops
+        for level in config.levels:
+            if level.name in mixes or level.name == "low":
+                self.add_module(
+                    f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False))
+                )
+        for name, (channels_in, channels_out) in mixes.items():
+            self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
+
+    def projections(self) -> dict[str, Tensor]:
+        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
+        told apart, T further rows give the attention of each token.
+        """
+        found = {
+            name: [self.get_submodule(f"{name}_feature_conv.0").weight]
+            for name in LEVELS
+            if hasattr(self, f"{name}_feature_conv")
+        }
+        for level in self.config.levels:
+            if shares := self.config.word_levels().get(level.name):
+                some = next(self.parameters())
+                found.setdefault(level.name, []).append(token_rows(level, shares).to(some.device, some.dtype))
+        return {
+            name: torch.cat(found[name]) if len(found[name]) > 1 else found[name][0] for name in LEVELS if name in found
+        }
+
+    def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
+        """The level `name` [B, F, h, w], yet to be resized to `side`; a ProjectedCapture must be this decoder's own."""
+        place = LEVELS.index(name)
+        convolution = self.get_submodule(f"{name}_feature_conv.0")
+        if isinstance(capture, ProjectedCapture):
+            total = capture.sums[place]
+            return total[:, : convolution.out_channels] if name in self.config.word_levels() else total
+        return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
+
+    @torch.no_grad()
+    def stack(self) -> None:
+        """Prepares a folded decoder, which is for inference on a GPU from then on; see stacked.py."""
+        for name, block in list(self.named_children()):
+            if isinstance(block, SegBlock) and not block.is_running:
+                setattr(self, name, StackedSegBlock(block))
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Prepares a folded decoder for inference on a CPU: small 3x3 convolutions by minimal filtering, which rounds
+        alike on any number of threads where PyTorch's own one of a single small image does not.
+        """
+        for block in [module for module in self.modules() if isinstance(module, (SegBlock, Upscale))]:
+            for name, child in list(block.named_children()):
+                if type(child) is nn.Conv2d and winograd.takes(child.weight) and is_held(child.weight):
+                    plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
+                    setattr(block, name, PackedConvolution(plain))
+
+    def token_attention(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """[B, T, h, w] the attention of each cell of the highest level to each token, by the heads that tell words."""
+        total = None
+        for name, shares in self.config.word_levels().items():
+            place = LEVELS.index(name)
+            if isinstance(capture, ProjectedCapture):
+                own = capture.sums[place][:, -self.config.levels[place].tokens :]
+            else:
+                own = sum(
+                    share * pyramid.planes(one[:, head : head + 1])
+                    for one, part in zip(capture.maps[place], shares, strict=True)
+                    for head, share in enumerate(part)
+                )
+            own = resize(own, capture.side)
+            total = own if total is None else total + own
+        return total
+
+    def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """The level `low` at a quarter of the side of the highest."""
+        side = capture.side // 4
+        return resize(self.level(capture, "low", side), side)
+
+    def mix(self, capture: Capture | ProjectedCapture, name: str, below: Tensor, side: int) -> Tensor:
+        """The level `name` joined with the levels below it, both brought to `side`."""
+        joined = self.ops.upsample_concat([below, self.level(capture, name, side)], side)
+        return self.get_submodule(f"{name}_feature_mix_conv")(joined)
+
+    def climb(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """All four levels mixed, at the resolution of the highest."""
+        side = capture.side
+        mid = self.mix(capture, "mid", self.lowest(capture), side // 2)
+        return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
+
+
+def token_rows(level: Level, shares: Sequence[Sequence[float]]) -> Tensor:
+    """[T, channels, 1, 1]: of a level's features nothing, and of its maps the attention to each token, by heads."""
+    heads = torch.tensor([share for part in shares for share in part])
+    maps = heads[None, :, None] * torch.eye(level.tokens)[:, None]  # [T, heads, T]
+    return torch.cat([torch.zeros(level.tokens, 2 * sum(level.features)), maps.flatten(1)], 1)[..., None, None]
+
+
+def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
+    """Mixes that keep every channel they are given, as depth and heatmaps have them."""
+    return {name: (count * width, count * width) for name, count in (("mid", 2), ("high", 3), ("highest", 4))}
+
+
+def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
+    """A copy of the decoder that computes with other operations and has the same weights, held once."""
+    shared = {id(one): nn.Parameter(one.detach(), requires_grad=one.requires_grad) for one in decoder.parameters()}
+    shared[id(decoder.config)] = decoder.config
+    copied = copy.deepcopy(decoder, shared)
+    for module in copied.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    return copied
+
+
+def is_folded(decoder: Decoder) -> bool:
+    """Whether every image meets the same weights."""
+    return not any(isinstance(module, SpectralConv2d) for module in decoder.modules())
+
+
+def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
+    """A copy of the folded decoder for a GPU, with parameters in `dtype`, which its inputs must have; statistics and
+    what centres words stay in fp32.
+    """
+    copied = with_ops(decoder, ops).to(dtype)
+    for module, exact in zip(copied.modules(), decoder.modules(), strict=True):
+        module._buffers.update(exact._buffers)
+    copied.stack()
+    return copied
+
+
+def packed(decoder: Decoder) -> Decoder:
+    """A copy of the folded decoder for a CPU, with the same weights."""
+    copied = with_ops(decoder, decoder.ops)
+    copied.pack()
+    return copied
+
+
+def fold(decoder: Decoder) -> Decoder:
+    """The decoder for inference, spectral norms divided into the weights as the first image would see them."""
+    decoder.eval()
+    for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
+        for name, child in list(block.named_children()):
+            if isinstance(child, SpectralConv2d):
+                setattr(block, name, child.folded())
+    return decoder

@@ -1,0 +1,68 @@
+"""Engines: ways to run the networks behind one narrow protocol; loop, guidance, tasks and writers sit above it and
+exist once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind, EngineSettings
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.plugins import named
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.loading.model import Model
+
+
+def check_engine(name: str, **options: Any) -> None:
+    """Raises Missing where an engine lacks what it runs on; asked before torch is imported or a model is read, so that
+    the answer comes at once. The options are settings of EngineSettings.
+    """
+    kind, own = _chosen(name, options)
+    if kind.requirement:
+        place, option = kind.requirement
+        _of(name, lambda: named(place)(own[option]))
+
+
+def build_engine(
+    name: str,
+    model: Model,
+    decoders: Mapping[str, nn.Module] | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    **options: Any,
+) -> Engine:
+    """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
+    of another engine are refused.
+    """
+    kind, own = _chosen(name, options)
+    built: Engine = _of(name, lambda: named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
+    return built
+
+
+def _of(name: str, call: Callable[[], Any]) -> Any:
+    """What `call` gives; where code of another package fails, that package is named."""
+    return ENGINES.loaded(name, call) if name in ENGINES.others else call()
+
+
+def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
+    """The record of an engine, and the value of each of its own options."""
+    if name not in ENGINE_NAMES:
+        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
+    chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
+    given = EngineSettings(**options)
+    if unknown := [option for option in chosen.options if not hasattr(usual, option)]:
+        error = ValueError(f"there is no flag for its option {unknown[0]!r}")
+        raise ENGINES.failed(name, error, "does not load")
+    for kind in (kind for other, kind in ENGINES.items() if other not in ENGINES.others):
+        for option, refusal in kind.options.items():
+            value = getattr(given, option)
+            if option not in chosen.options and value != getattr(usual, option):
+                cause, remedy = (text.format(engine=name, value=value) for text in refusal)
+                raise Refused(cause, remedy)
+    return chosen, {option: getattr(given, option) for option in chosen.options}

@@ -1,0 +1,74 @@
+"""The protocol every engine follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
+    from datasetdm_fast.engine.loading.model import Model
+
+
+class Engine(Protocol):
+    """What every engine offers; tensors live on `device`, and none of the calls keeps a graph for gradients.
+
+    A CFG batch of 2B is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
+    """
+
+    name: str
+    model: Model
+    decoders: Mapping[str, nn.Module]
+    device: torch.device
+    adjustments: Mapping[
+        str, int
+    ]  # what had to be done differently from what was asked, for the rows of the samples made since
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """[B, T, D] last hidden states of the padded prompts."""
+
+    def encode_classes(self, words: Sequence[str]) -> Tensor:
+        """[K, D] class embeddings: the mean over all T positions."""
+
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        """[2B, 4, h, w] UNet output for latents [B, 4, h, w] and context [2B, T, D]."""
+
+    def denoise_and_capture(
+        self, latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, Capture | ProjectedCapture]:
+        """The same output, and what the decoders read."""
+
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The same output, and every feature and map as it is."""
+
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        """The output of `denoise`, on a CPU bit by bit but for OpenVINO, and the sums with this call's attention added:
+        of every self-attention with as many cells as `sums.cells`, and of the queries of every cross-attention with as
+        many as `sums.tokens` over the class prompts [B, T, D].
+        """
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 images."""
+
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and of each image [B] whether its pixels were finite numbers."""
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: posterior means, or samples by `generators`."""
+
+    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
+
+    def suggested_batch(self) -> int:
+        """Images to make together where nobody says."""
+
+    def fp32_fallback(self) -> Engine | None:
+        """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Names and versions that decide the engine's rounding."""

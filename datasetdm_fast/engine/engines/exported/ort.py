@@ -1,0 +1,169 @@
+"""The ort engine: every stage an ONNX Runtime session over its exported graph, tensors bound where they lie."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines.device import resolve_device
+from datasetdm_fast.engine.engines.exported.cached import CachedEngine
+from datasetdm_fast.engine.engines.exported.providers import NAMES, available, require_provider
+from datasetdm_fast.engine.engines.fast import DTYPES, slice_of
+from datasetdm_fast.engine.engines.lanes import Lanes
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.manifest import StageFile
+from datasetdm_fast.export.staging import say
+
+NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
+FATAL = 3  # ONNX Runtime's log level that leaves only errors
+
+
+class OrtEngine(CachedEngine):
+    """See CachedEngine; for TensorRT the graphs have standard operators only, else ONNX Runtime's attention."""
+
+    name, library = "ort", "ONNX Runtime"
+
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, Decoder] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        provider: str = "auto",
+        tell: Callable[[str], None] = say,
+    ):
+        require_provider(provider)
+        self.provider, self.device = resolve_provider(provider, device)
+        self.precision = self.stored = resolve_precision(dtype, self.provider)
+        self.runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
+        super().__init__(model, decoders, tell)
+
+    def _open(self, path: Path, name: str, file: StageFile) -> OrtStage:
+        return OrtStage(partial(open_session, path, self.provider, self.device), file, self.device)
+
+    def _images_at_once(self, batch: int) -> int:
+        return slice_of(batch) if self.device.type == "cpu" else batch
+
+    def fingerprint(self) -> dict[str, str]:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        told = {
+            "engine": self.name,
+            "device": str(self.device),
+            "device_name": device,
+            "dtype": self.precision,
+            "provider": self.provider,
+        }
+        return {**told, "onnxruntime": onnxruntime.__version__}
+
+
+class OrtStage:
+    """A graph whose sessions read their inputs and write their outputs in the memory of torch tensors.
+
+    On a CPU the parts of a batch run at once, each on its share of the threads.
+    """
+
+    def __init__(self, open_with: Callable[[int], onnxruntime.InferenceSession], file: StageFile, device: torch.device):
+        self.open_with, self.file, self.device, self.lanes = open_with, file, device, Lanes()
+        self.sessions: dict[int, onnxruntime.InferenceSession] = {}  # by their number of threads
+
+    def __call__(self, parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        threads = torch.get_num_threads()
+        share = threads // min(threads, len(parts)) if self.device.type == "cpu" else threads
+        if share not in self.sessions:
+            self.sessions[share] = self.open_with(share)
+        work = [(self.sessions[share], inputs) for inputs in parts]
+        if self.device.type == "cpu":
+            return self.lanes.map(self._outputs, work)
+        return [self._outputs(*one) for one in work]
+
+    def _outputs(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding, sizes, held = session.io_binding(), {}, []
+        for info in self.file.inputs:
+            # A single number may stay on the host.
+            value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
+            held.append(value)
+            sizes |= {size: given for size, given in zip(info.shape, value.shape) if isinstance(size, str)}
+            binding.bind_input(
+                info.name,
+                value.device.type,
+                value.device.index or 0,
+                NUMPY[info.dtype],
+                list(value.shape),
+                value.data_ptr(),
+            )
+        outputs = {}
+        for info in self.file.outputs:
+            shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]
+            value = outputs[info.name] = torch.empty(shape, dtype=getattr(torch, info.dtype), device=self.device)
+            binding.bind_output(
+                info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], shape, value.data_ptr()
+            )
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
+        session.run_with_iobinding(binding)
+        return outputs
+
+
+def open_session(path: Path, provider: str, device: torch.device, threads: int) -> onnxruntime.InferenceSession:
+    """A session on the provider asked for, and on no other."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning threads take the cores of the processes beside them
+    place = {"device_id": str(device.index or 0)}
+    providers = {
+        "cpu": ["CPUExecutionProvider"],
+        "cuda": [("CUDAExecutionProvider", place), "CPUExecutionProvider"],
+        # Its own cache of engines is left off: it would load native code that nobody has checked.
+        "tensorrt": [("TensorrtExecutionProvider", place), ("CUDAExecutionProvider", place), "CPUExecutionProvider"],
+    }[provider]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if session.get_providers()[0] != NAMES[provider]:
+        raise Missing(
+            f"provider: {provider} could not be started, ONNX Runtime offers {', '.join(session.get_providers())} in "
+            "its place",
+            "Check its CUDA libraries, or use --provider cpu.",
+        )
+    return session
+
+
+def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
+    """The provider and where its tensors lie; "auto" follows the device, and an open device what there is."""
+    if provider == "cpu":
+        place = resolve_device("cpu" if device == "auto" else device)
+    elif provider == "auto":
+        has_cuda = NAMES["cuda"] in available()
+        place = resolve_device(device if device != "auto" or has_cuda else "cpu")
+        provider = "cuda" if place.type == "cuda" else "cpu"
+        require_provider(provider)
+    else:
+        place = resolve_device("cuda" if device == "auto" else device)
+    if (place.type == "cpu") != (provider == "cpu"):
+        raise Refused(
+            f"provider: {provider} does not run on the device {place}",
+            "Leave out --device, or choose another --provider.",
+        )
+    return provider, place
+
+
+def resolve_precision(dtype: str, provider: str) -> str:
+    """The storage of UNet and autoencoder: as asked, or fp32 on a CPU and fp16 elsewhere."""
+    if dtype == "auto":
+        return "fp32" if provider == "cpu" else "fp16"
+    if dtype not in DTYPES:
+        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
+    if dtype in ("tf32", "bf16"):
+        raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "Use --dtype fp16 or --dtype fp32.")
+    return dtype

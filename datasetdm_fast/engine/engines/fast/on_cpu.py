@@ -1,0 +1,148 @@
+"""The fast engine on a CPU, in fp32 or bf16: a few images at once on every core, and large networks one at a time."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engine.decoders.trunk import packed as packed_decoder
+from datasetdm_fast.engine.engines.fast.base import AT_NEED, FastEngine, as_images, channels_last, slice_of
+from datasetdm_fast.engine.engines.lanes import Lanes
+from datasetdm_fast.engine.engines.memory import trim
+from datasetdm_fast.engine.loading.network import Weighted, as_widest
+from datasetdm_fast.engine.models.packed import packed, spending
+from datasetdm_fast.engine.models.unet import UNet
+from datasetdm_fast.engine.models.unet_block import is_narrow, with_blocks
+from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.kernels import winograd
+
+# weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
+COMPUTED = ("time_emb", "upsamplers")
+LARGEST_IDLE = 2**27  # bytes; larger networks of AT_NEED are let go while others work, and read again
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether it is too large to be held while others work."""
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE
+
+
+def make_room() -> None:
+    """Gives back what calls left behind."""
+    winograd.let_go()
+    trim()
+
+
+class CpuEngine(FastEngine):
+    """See FastEngine."""
+
+    largest_stacked = 2**23
+
+    def __init__(self, *arguments: Any, **choices: Any):
+        self.lanes, self._calls = Lanes(), Lanes()  # of the slices of a batch, and of calls about one image
+        super().__init__(*arguments, **choices)
+
+    @property
+    def _device_name(self) -> str:
+        return platform.machine()
+
+    def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
+        is_block = self._has_usual_ops and not self.is_compiled
+        is_small = is_narrow(self.model.networks["unet"].config.block_out_channels)
+        return torch.float32 if is_block and is_small else self.dtype, (UNet, ImageDecoder)
+
+    def _sources(self, *names: str) -> dict[str, Weighted]:
+        """Weights that no module holds are stored as they are multiplied with."""
+
+        def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
+            is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
+            return dtype if is_half else as_widest(name, value)
+
+        networks = {name: self.model.networks[name] for name in names or self.model.networks}
+        dtypes = {name: self.unet_dtype if name == "unet" else self.dtype for name in networks}
+        return {
+            name: network.read()
+            if name == "text_encoder"
+            else network.read(functools.partial(stored, dtypes[name]), dtypes[name])
+            for name, network in networks.items()
+        }
+
+    def _ready(self) -> None:
+        self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
+        self.label_dtype, self._stored_decoders = torch.float32, self.decoders
+        if not self.is_compiled:
+            in_pairs = self.dtype == torch.bfloat16
+            self.unet = packed(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
+            if self._has_usual_ops:
+                self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
+        trim()
+        # the text of the unconditional rows, its keys and values
+        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def _read_at_need(self, name: str, source: str) -> nn.Module:
+        is_packed = name != "text_encoder" and not self.is_compiled
+        make_room()
+        module = super()._read_at_need(name, source)
+        module = packed(module) if is_packed else module
+        trim()  # what reading left behind
+        return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
+
+    def _keep_alone(self, *wanted: str) -> None:
+        for name in AT_NEED:
+            if name not in wanted and (module := self.__dict__.get(name)) is not None and is_large(module):
+                self.__dict__.pop(name, None)
+
+    def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the unconditional rows, where all are one text, are kept from one batch of prompts to the
+        next, and where they are not, each is computed alone: rounded alike in any company.
+        """
+        batch, text = len(context) // 2, context.to(self.unet_dtype)
+        if not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+            rows = [self.texts(row) for row in text[:batch].split(1)]
+            return tuple(torch.cat(parts, 1) for parts in zip(*rows, self.texts(text[batch:])))
+        if self._empty is None or not torch.equal(self._empty[0], text[:1]):
+            self._empty = (text[:1].clone(), self.texts(text[:1]))
+        return tuple(
+            torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1)
+            for kept, own in zip(self._empty[1], self.texts(text[batch:]))
+        )
+
+    def _parts(
+        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
+    ) -> list[tuple[Tensor, ...]]:
+        return self.lanes.map(step, slices(slice_of(batch)))
+
+    def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+        self._refresh()
+        self._keep_alone("image_decoder")
+        decoder = self.image_decoder  # read once, before threads ask for it
+        chunks = latents.split(min(self._chunk(latents.shape[-1] * 8), slice_of(len(latents))))
+        if len(chunks) == 1 and is_large(decoder):
+            del self.image_decoder  # the next call of another network would let it go
+            return [as_images(decoder.spent(channels_last(chunks[0], self.dtype), make_room))]
+        return self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
+
+    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+        self._refresh()
+        decoder = self._stored_decoders[task]
+        own = capture.to(next(decoder.parameters()).dtype)
+        if not isinstance(own, ProjectedCapture):
+            return decoder(own, text)
+        winograd.let_go()  # what the UNet alone works with
+        size = slice_of(own.batch)
+        texts = [None] * own.batch if text is None else text.split(size)
+        sums = zip(*(total.split(size) for total in own.sums))
+        parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @property
+    def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
+        """A single small image's operations are too short for several cores."""
+        if self.is_compiled or self._has_large_unet:
+            return None
+        return lambda works: self._calls.map(lambda work: work(), [(work,) for work in works])

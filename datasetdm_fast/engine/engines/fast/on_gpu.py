@@ -1,0 +1,185 @@
+"""The fast engine on a GPU, in half precision where nobody says otherwise: every step is the replay of a CUDA graph,
+with as many images at once as memory has room for.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engine.decoders.trunk import Decoder, is_folded, narrowed
+from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
+from datasetdm_fast.engine.engines.fast.base import FastEngine, computed
+from datasetdm_fast.engine.engines.memory import halving, suggested
+from datasetdm_fast.engine.loading.network import Weighted
+from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet
+from datasetdm_fast.engine.models.unet import UNet
+from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.kernels.choice import gave_way
+from datasetdm_fast.kernels.launch import triton
+
+PATIENCE = 5.0  # seconds after which a user is told what is waited for
+COMPILING = "compiling kernels for this GPU, up to a minute; Triton keeps them for the next time"
+
+
+class GpuEngine(FastEngine):
+    """See FastEngine."""
+
+    _has_told = False  # of compiling, in this process
+    widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
+
+    @property
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
+        """Each is tried on the GPU, and compiled for it where Triton has not kept it."""
+        slow = threading.Timer(PATIENCE, self._tell)
+        slow.daemon = True
+        slow.start()
+        try:
+            return super()._operations(dtype)
+        finally:
+            slow.cancel()
+
+    @staticmethod
+    def _tell() -> None:
+        if not GpuEngine._has_told:
+            GpuEngine._has_told = True
+            print(COMPILING, file=sys.stderr, flush=True)
+
+    def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
+        return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
+
+    def _sources(self, *names: str) -> dict[str, Weighted]:
+        """On the CPU, wherever the reference engine has put the modules: what is computed from weights would round
+        otherwise.
+        """
+        found = {name: self.model.networks[name].read() for name in names or self.model.networks}
+        return {
+            name: Weighted(one.config, {part: value.cpu() for part, value in one.state.items()})
+            for name, one in found.items()
+        }
+
+    def _ready(self) -> None:
+        # In bf16, too: labels need fp16's three further bits, and what leaves its range is made again in fp32.
+        is_wide = self.is_compiled or self.dtype == torch.float32
+        self.label_dtype = torch.float32 if is_wide else torch.float16
+        self._stored_decoders = self.decoders
+        if not is_wide:
+            ops = self._operations(self.label_dtype)
+            self._stored_decoders = {
+                task: narrowed(one, self.label_dtype, ops) if is_folded(one) else one
+                for task, one in self.decoders.items()
+            }
+        self.text_encoder, self.image_decoder  # noqa: B018  built before a run begins, as copies make the host wait
+        self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
+        # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
+        self._label_graphs: dict[tuple, StepGraph] = {}
+        self._pool: GraphPool | None = None
+        self._label_pool: GraphPool | None = None
+        self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
+
+    def _keep_alone(self, *wanted: str) -> None:
+        """None is let go."""
+
+    def _parts(
+        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
+    ) -> list[tuple[Tensor, ...]]:
+        size = min(self.widest or batch, batch)
+        parts, worked = halving(lambda size: [self._graph(one, step)(*one) for one in slices(size)], size, self._forget)
+        if worked < size:
+            self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
+        return parts
+
+    def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
+        key = (step.__name__, *(tuple(value.shape) for value in inputs))
+        if key not in self._graphs:
+            self._pool = self._pool or GraphPool(inputs[0].device)
+            self._graphs[key] = StepGraph(step, inputs, self._pool)
+        return self._graphs[key]
+
+    def _forget(self) -> None:
+        """Drops every recorded call and the tables of the texts."""
+        self._graphs.clear()
+        self._pool = self._text = None
+        torch.cuda.empty_cache()
+
+    def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Part after part: a thread of its own would work on another stream, which nothing waits for."""
+        size = min(self._chunk(latents.shape[-1] * 8), self.widest_chunk or len(latents))
+        parts, worked = halving(
+            lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
+        )
+        if worked < size:
+            self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
+        return parts
+
+    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+        decoder = self._stored_decoders[task]
+        own = capture.to(next(decoder.parameters()).dtype)
+        if isinstance(own, ProjectedCapture) and is_folded(decoder):
+            return self._replayed(task, decoder, own, text)
+        return {name: value.float() for name, value in decoder(own, text).items()}
+
+    def _replayed(self, task: str, decoder: Decoder, own: ProjectedCapture, text: Tensor | None) -> dict[str, Tensor]:
+        """The decoder's answers, by one replay of its graph."""
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            sums, words = inputs[: len(own.sums)], inputs[len(own.sums) :]
+            found = decoder(ProjectedCapture(sums, {}), *words)
+            names[:] = found
+            return tuple(value.float() for value in found.values())
+
+        names: list[str] = self._answers.setdefault(task, [])
+        inputs = (*own.sums, *([] if text is None else [text]))
+        answers = self._labelled(task, run, inputs)
+        return dict(zip(names, answers, strict=True))
+
+    def _labelled(
+        self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """One replay of a graph, unless it is compiled."""
+        if self.is_compiled:
+            return run(*inputs)
+        key = (name, *(tuple(value.shape) for value in inputs))
+        if key not in self._label_graphs:
+            self._label_pool = self._label_pool or GraphPool(inputs[0].device)
+            self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
+        return self._label_graphs[key](*inputs)
+
+    def _forget_labels(self) -> None:
+        """Drops every recorded call of the autoencoder and the decoders."""
+        self._label_graphs.clear()
+        self._label_pool = None
+        torch.cuda.empty_cache()
+
+    @computed
+    def suggested_batch(self) -> int:
+        return suggested(self.model.size // 8, self.device, self._bytes_of)
+
+    def _bytes_of(self, batch: int) -> int:
+        """Peak memory of one captured call."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        side = self.model.size // 8
+        latents, context = (
+            torch.zeros(batch, 4, side, side, device=self.device),
+            self.encode_text([""]).expand(2 * batch, -1, -1),
+        )
+        self._captured(self._latents(latents), self._row(1), *self._tabled(context))
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def fingerprint(self) -> dict[str, str]:
+        """With what chooses algorithms for a shape, and operations that gave way to plain ones."""
+        extras = {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
+        extras |= {"triton": triton.__version__} if triton else {}
+        if self._has_usual_ops and not self.is_compiled and (lost := gave_way(self.ops, self.device)):
+            extras["plain"] = ", ".join(lost)
+        return super().fingerprint() | extras

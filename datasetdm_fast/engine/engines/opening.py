@@ -1,0 +1,130 @@
+"""An engine opened by name: model and decoders loaded and checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import ENGINES, HALF
+from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.start import before_torch
+from datasetdm_fast.errors import Missing, Refused, nearest
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.decoders.folders import DecoderFolders
+    from datasetdm_fast.engine.decoders.trunk import Decoder
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.loading.model import Model
+
+
+def open_engine(
+    model: str = "demo",
+    decoder: str | None = "demo",
+    tasks: Sequence[str] | None = None,
+    *,
+    engine: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    size: int = 0,
+    allow_download: bool = False,
+    threads: int = 0,
+    lora: Sequence[str] = (),
+    loaded: Model | None = None,
+    strict: bool = False,
+    outlines: str = "auto",
+    **options: Any,
+) -> tuple[Engine, dict[str, Any]]:
+    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings. The
+    dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
+
+    A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
+    model, which may be `loaded` already; `strict` is for decoders as in load_decoder, and `outlines` are those of their
+    labels.
+    """
+    check_engine(engine, **options)
+    before_torch()
+    import torch
+
+    from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
+    from datasetdm_fast.engine.decoders.folders import find_decoders
+    from datasetdm_fast.engine.decoders.upstream import unpacked
+    from datasetdm_fast.engine.engines.device import half_of, resolve_device
+    from datasetdm_fast.engine.loading import load_model
+    from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
+
+    if threads:
+        torch.set_num_threads(threads)
+    if dtype == HALF:
+        half = half_of(resolve_device(device))
+        dtype = half if half in ENGINES["fast" if engine == "auto" else engine].halves else "auto"
+    if loaded is None:
+        loaded = load_model(model, size=size, allow_download=allow_download)
+    if lora:
+        from datasetdm_fast.engine.loading.lora import fused  # which few runs need
+
+        loaded = fused(loaded, lora)
+    is_seeded = decoder == "demo" and loaded.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
+    if is_seeded:
+        found = _seeded(loaded)
+        labels = check_known(tasks, found, list(found), list(found), f"{loaded.name}, a model of seeded weights,")
+        chosen = {label: found[label] for label in labels}
+        told = {label: {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE} for label in labels}
+    elif decoder is not None:
+        folders = find_decoders(unpacked(decoder, loaded.levels))
+        labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
+        chosen = {label: load_decoder(folders[label], strict=strict) for label in labels}
+        told = describe_decoders(folders, labels)
+    else:
+        chosen, told = {}, {}
+    for label, one in chosen.items():
+        check_fits(one, loaded.levels, label, loaded.text_width)
+        one.config = replace(one.config, outlines=one.config.outlines if outlines == "auto" else outlines)
+    return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
+
+
+def check_known(
+    asked: Sequence[str] | None, found: Container[str], labels: Sequence[str], names: Sequence[str], holder: str
+) -> Sequence[str]:
+    """The labels asked for, or all; one that no decoder makes is refused. `names` are those of all decoders."""
+    for label in asked or ():
+        if label in found:
+            continue
+        task, colon, _ = label.partition(":")
+        others = [name for name in names if name.startswith(f"{task}:")]
+        if colon:
+            raise Refused(
+                f"--task {label}: {holder} holds no decoder of this name{nearest(label, others)}",
+                f"Choose from {', '.join(others or labels)}.",
+            )
+        if others:
+            raise Refused(
+                f"--task {label}: {holder} holds several decoders for it, and none is called {task}",
+                f"Choose from {', '.join(others)}.",
+            )
+        raise Missing(
+            f"--task {label}: {holder} holds no decoder for it, only for {', '.join(labels)}",
+            "Name a folder that has one with --decoder, or drop the task.",
+        )
+    return labels if asked is None else asked
+
+
+def _seeded(loaded: Model) -> dict[str, Decoder]:
+    from datasetdm_fast.engine.decoders.checkpoint import for_inference
+    from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+
+    found = seeded_decoders(loaded.levels, loaded.text_width)
+    return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
+
+
+def describe_decoders(folders: DecoderFolders, labels: Sequence[str]) -> dict[str, Any]:
+    """Digest and licence of each label's decoder files."""
+    from datasetdm_fast.engine.loading.provenance import digest, folder_licence
+
+    return {
+        label: {
+            "digest": digest([folders[label] / "config.json", folders[label] / "model.safetensors"]),
+            "licence": folder_licence(folders[label].parent),
+        }
+        for label in labels
+    }

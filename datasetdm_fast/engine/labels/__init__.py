@@ -1,0 +1,43 @@
+"""How the labels of each task are stored, drawn and compared: one class per kind, none needs torch."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from datasetdm_fast.config import LABELLER_KINDS, TASK_KINDS
+from datasetdm_fast.engine.labels import attention, depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.engine.labels.kind import LabelKind
+from datasetdm_fast.engine.labels.names import LabelName, ordered
+from datasetdm_fast.errors import nearest
+from datasetdm_fast.plugins import PartTable
+
+OWN_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
+    "instance": instance.InstanceKind(),
+    "semantic": semantic.SemanticKind(),
+    "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
+    "attention": attention.AttentionKind(),
+    "depth": depth.DepthKind(),
+    "pose": pose.PoseKind(),
+}
+LABEL_KINDS = PartTable(OWN_KINDS, "label", LabelKind, TASK_KINDS, LABELLER_KINDS, make=lambda kind: kind())
+
+
+@lru_cache(1024)
+def kind_of(label: str) -> LabelKind:
+    """The kind of a label written as TASK or TASK:DECODER; a ValueError where it is neither."""
+    name = LabelName.parse(label)
+    kind = LABEL_KINDS[name.task]
+    return kind.named(name.decoder) if name.decoder else kind
+
+
+def by_kind(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of LABEL_KINDS, those of one task as they are given."""
+    return ordered(labels, LABEL_KINDS.names)
+
+
+def task_of(attribute: str) -> str:
+    """The task whose labels a sample offers under this name; an AttributeError where there is none."""
+    for task, kind in LABEL_KINDS.items():
+        if kind.attribute == attribute:
+            return task
+    known = [kind.attribute for kind in LABEL_KINDS.values()]
+    raise AttributeError(f"no label is called {attribute!r}{nearest(attribute, known)}")

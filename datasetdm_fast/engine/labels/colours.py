@@ -1,0 +1,83 @@
+"""Class colours: the same number has the same colour in every label file and on every page."""
+
+import colorsys
+from collections.abc import Iterable
+from functools import cache
+
+from datasetdm_fast.engine.labels import class_tables
+
+COLOURS = (
+    *(
+        (62, 70, 88),
+        (201, 162, 123),
+        (230, 82, 60),
+        (52, 132, 228),
+        (247, 181, 0),
+        (146, 92, 214),
+        (255, 120, 172),
+        (46, 178, 108),
+    ),
+    *(
+        (0, 182, 198),
+        (176, 206, 58),
+        (240, 138, 44),
+        (92, 104, 230),
+        (214, 64, 128),
+        (20, 120, 160),
+        (150, 170, 130),
+        (180, 110, 70),
+    ),
+)
+IGNORED = (236, 236, 236)
+OURS, OWN = "ours", "table"  # palettes: of this package, and that of the user's class table
+NOTHING = (0, 0, 0)
+BORDERS = {"voc": (224, 224, 192), "cityscapes": NOTHING, "coco": NOTHING}  # palette -> colour of ignored pixels
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """Red, green and blue, 0..255, of one class number; 255 is the ignored pixel."""
+    if index == 255:
+        return IGNORED
+    if index < len(COLOURS):
+        return COLOURS[index]
+    # The golden ratio spreads any number of hues so that neighbours differ.
+    turn = index * 0.618033988749895 % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(turn, 0.55 + 0.35 * (index % 3) / 2, 0.95 - 0.25 * (index % 2))
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+@cache
+def palette(numbers: tuple[int, ...] = ()) -> bytes:
+    """The 256 colours of an index PNG; value k has the colour of class numbers[k], of k itself beyond them."""
+    shown = [*numbers, *range(len(numbers), 256)]
+    return bytes(value for number in shown for value in colour(number))
+
+
+def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
+    """The colour of a class in a palette of `--palette`, by its name, and in ours by its number."""
+    found = None if palette == OURS else class_tables.table(palette).colour(name)
+    return found or (NOTHING if palette != OURS and name == "background" else colour(index))
+
+
+def own_colours(table: class_tables.ClassTable, names: Iterable[str]) -> list[list[int]]:
+    """Red, green and blue of each class in a table that has them all."""
+    return [list(table.colour(name) or NOTHING) for name in names]
+
+
+def own_palette(numbers: Iterable[int], colours: Iterable[Iterable[int]]) -> bytes:
+    """The 256 colours of an index PNG whose class numbers have these colours."""
+    given = dict(zip(numbers, map(tuple, colours), strict=True))
+    return bytes(value for number in range(256) for value in given.get(number, colour(number)))
+
+
+@cache
+def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> bytes:
+    """The 256 colours of an index PNG in the palette of a data set; `classes` are its numbers with their names."""
+    named = dict(classes)
+    shown = [colour_in(palette, named[number], number) if number in named else colour(number) for number in range(255)]
+    return bytes(value for each in (*shown, BORDERS[palette]) for value in each)
+
+
+def strangers(table: class_tables.ClassTable, names: Iterable[str]) -> list[str]:
+    """The classes that a table has no colour for."""
+    return [name for name in names if name != "background" and table.colour(name) is None]

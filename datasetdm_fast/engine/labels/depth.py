@@ -1,0 +1,123 @@
+"""Depth maps: a 16-bit PNG, in millimetres or in a larger unit where the farthest depth would not fit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import _C
+from datasetdm_fast.data import DepthMap
+from datasetdm_fast.engine.labels.image_files import with_text
+from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
+from datasetdm_fast.engine.labels.pictures import depth_picture
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign.documents import quoted
+
+MILLIMETRES = 1000.0
+UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
+DEFAULT_UNIT = "millimetre"  # of runs that name none
+LARGEST_STEP = 65535
+SAME_DEPTH = 1.25  # factor up to which two depths are taken for one, that of the usual delta < 1.25
+
+
+def unit_of(max_depth: float) -> str:
+    """The finest unit in which 16 bits hold that many metres."""
+    return next((unit for unit, steps in UNITS.items() if max_depth * steps <= LARGEST_STEP), "metre")
+
+
+def depth_figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
+    """Nearest, mean and farthest depth of a map where it is known, in metres; 0 where it is known nowhere."""
+    known = pixels if pixels.all() else pixels[pixels > 0]
+    return _figures(known if len(known) else pixels, unit)
+
+
+def _figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
+    return {
+        name: rounded(value / UNITS[unit])
+        for name, value in (("min", pixels.min()), ("mean", pixels.mean()), ("max", pixels.max()))
+    }
+
+
+def _unit(table: Table) -> str:
+    unit = table.get("unit", DEFAULT_UNIT)
+    if unit not in UNITS:
+        raise Refused(f"run.json: labels.depth.unit is {quoted(unit)}", f"Known units are {', '.join(UNITS)}.")
+    return unit
+
+
+class DepthKind(LabelKind):
+    attribute = "depth"
+    title = "Depth"
+    contents = "`depth/ID.png`: 16-bit PNG, in the unit named below"
+    roles = ("depth",)
+    layers = (
+        GalleryLayer(
+            "depth",
+            "Depth",
+            "picture",
+            role="depth",
+            picture=depth_picture,
+            values=lambda record, table, traced: [record["min"], record["max"]],
+            unit="m",
+        ),
+    )
+    gates = Gates(exact=(1e-4, 4e-4), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
+    table_form = {"max_depth": float}
+    layout = ("unit",)
+    pixel_bytes = 3
+
+    def encode(self, label: DepthMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
+        unit = _unit(table)
+        pixels = np.multiply(label.metres, UNITS[unit], dtype=np.float64)
+        pixels = np.clip(np.rint(pixels, out=pixels), 0, LARGEST_STEP, out=pixels).astype(np.uint16)
+        file = with_text(_C.png_encode_words(pixels), "depth unit", unit)
+        return {self.roles[0]: file}, depth_figures(pixels, unit)
+
+    def decode(self, pixels: Pixels, _: Any, table: Table) -> DepthMap:
+        return DepthMap((pixels[self.roles[0]] / UNITS[_unit(table)]).astype(np.float32), float(table["max_depth"]))
+
+    def arrays(self, label: DepthMap, _: Table) -> np.ndarray:
+        return label.metres
+
+    def picture(self, label: DepthMap, _: np.ndarray) -> Image.Image:
+        return depth_picture((label.metres * MILLIMETRES).astype(np.int32))
+
+    def check(self, record: Any, pixels: Pixels, table: Table, _: tuple[int, int]) -> Iterator[str]:
+        found, unit = pixels[self.roles[0]], _unit(table)
+        figures = depth_figures(found, unit)
+        if record not in (figures, _figures(found, unit)):  # earlier versions counted what is not known as 0 m
+            yield f"its depth map has {figures}, the ledger says {record}"
+
+    def distance(self, found: DepthMap, truth: DepthMap) -> float:
+        """Mean relative error."""
+        return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
+
+    def following(self, label: DepthMap, image: np.ndarray) -> DepthMap:
+        return replace(label, metres=_C.outlines_of_depth(label.metres, image))
+
+    def merged(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
+        return replace(kept, metres=np.where(region, found.metres, kept.metres))
+
+    def agreeing(self, first: DepthMap, second: DepthMap) -> DepthMap:
+        """The first map, 0 m where the two differ by more than a factor of 1.25, or where one of them is 0."""
+        low, high = np.minimum(first.metres, second.metres), np.maximum(first.metres, second.metres)
+        return replace(first, metres=np.where(high <= SAME_DEPTH * low, first.metres, 0))
+
+    def figures(self, record: Any) -> dict[str, float]:
+        return {"nearest, m": record["min"], "farthest, m": record["max"]}
+
+    def steps(self, table: Table) -> float:
+        return UNITS[_unit(table)]
+
+    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
+        return {"max_depth": config.max_depth, "unit": unit_of(config.max_depth)}
+
+    def rewritten(self, table: Table) -> Table:
+        return {**table, "unit": unit_of(table["max_depth"])}
+
+    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterator[str]:
+        unit = _unit(table)
+        yield f"## {self.title}\n"
+        yield f"The unit of a pixel is the {unit}: its value divided by {UNITS[unit]:g} is the distance in metres.\n"

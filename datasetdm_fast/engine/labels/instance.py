@@ -1,0 +1,257 @@
+"""Instance masks: COCO annotations with compressed run lengths."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import _C
+from datasetdm_fast.data import Instances
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.labels.kind import (
+    SAME,
+    GalleryLayer,
+    Gates,
+    LabelKind,
+    Pixels,
+    Placement,
+    Table,
+    iou,
+    markdown_cell,
+    mean_score,
+    rounded,
+)
+from datasetdm_fast.engine.labels.pictures import masked, outline
+
+LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
+SHOWN_SCORE = 0.4  # instances below it are left out of pictures
+
+
+def outlines(record: Any) -> list[str]:
+    """The outline of every instance, as the path of an SVG."""
+    return [outline(mask_rle.decode(item["segmentation"])) for item in record]
+
+
+def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
+    names = InstanceKind().names(table)
+    return [
+        [names[item["category_id"]], round(item["score"], 3), path] for item, path in zip(record, paths, strict=True)
+    ]
+
+
+def _corners(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask, all 0 where it is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def _taken(label: Instances, chosen: Sequence[int]) -> Instances:
+    """Some of the instances, in this order."""
+    order = np.array(chosen, np.int64)
+    ids = None if label.ids is None else label.ids[order]
+    return Instances(label.masks[order], label.class_ids[order], label.scores[order], label.classes, ids)
+
+
+def _matches(first: Instances, second: Instances, least: float = SAME) -> dict[int, int]:
+    """Place of an instance in the first label -> place of the same thing in the second, the most alike pairs first."""
+    pairs = [
+        (iou(mask, other), a, b)
+        for a, mask in enumerate(first.masks)
+        for b, other in enumerate(second.masks)
+        if first.class_ids[a] == second.class_ids[b]
+    ]
+    found: dict[int, int] = {}
+    for like, a, b in sorted(pairs, key=lambda pair: (-pair[0], pair[1:])):
+        if like >= least and a not in found and b not in found.values():
+            found[a] = b
+    return found
+
+
+class InstanceKind(LabelKind):
+    attribute, title = "instances", "Instances"
+    contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
+    layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
+    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(2e-2, 0.1), free_rounded=(5e-2, 0.4))
+    table_form = {"classes": [str], "size": [int]}
+    layout = ("numbers",)
+    first_number = 1
+    pixel_bytes = 0.5
+    can_mask = can_be_masked = True
+    coco_file = "instances.json"
+
+    def encode(
+        self, label: Instances, _: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        if not len(label.masks):
+            return {}, []
+        encoded, numbers = mask_rle.encode(np.asarray(label.masks, bool)), self.numbers(table)
+        return {}, [
+            {
+                "category_id": numbers[kind],
+                "score": rounded(score, 6),
+                "area": int(area),
+                "bbox": [rounded(side) for side in box],
+                "segmentation": dict(rle),
+                **({} if label.ids is None else {"id": int(label.ids[k])}),
+            }
+            for k, (kind, score, area, box, rle) in enumerate(
+                zip(label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True)
+            )
+        ]
+
+    def decode(self, _: Pixels, record: Any, table: Table) -> Instances:
+        masks = (
+            np.stack([mask_rle.decode(item["segmentation"]) for item in record])
+            if record
+            else np.zeros((0, *table["size"]), bool)
+        )
+        numbers = self.numbers(table)
+        ids, scores = [numbers.index(item["category_id"]) for item in record], [item["score"] for item in record]
+        has_ids = any("id" in item for item in record)
+        given = np.array([item["id"] for item in record], np.int64) if has_ids else None
+        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), given)
+
+    def arrays(self, label: Instances, table: Table) -> dict[str, np.ndarray]:
+        boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
+        categories = np.array(self.numbers(table), np.int64)[label.class_ids]
+        return {"masks": label.masks, "boxes": boxes, "labels": categories, "scores": label.scores}
+
+    def following(self, label: Instances, image: np.ndarray) -> Instances:
+        """Each mask for itself, as masks may overlap."""
+        masks = [_C.outlines_of_labels(mask.astype(np.uint8), image).astype(bool) for mask in label.masks]
+        return replace(label, masks=np.stack(masks)) if masks else label
+
+    def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
+        sure = label.scores >= SHOWN_SCORE
+        return masked(image, label.masks[sure], label.class_ids[sure])
+
+    def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        numbers = self.numbers(table)
+        for k, item in enumerate(record):
+            rle = item["segmentation"]
+            if rle["size"] != list(sides):
+                yield f"mask {k} is {rle['size']}, expected {list(sides)}"
+                continue
+            # a ValueError where the runs do not add up to the picture
+            encoded = mask_rle.encode(mask_rle.decode(rle)[None])
+            if encoded.rles[0]["counts"] != rle["counts"]:
+                yield f"mask {k} is not written in the shortest way"
+            if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
+                yield (
+                    f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says "
+                    f"{item['area']} in {item['bbox']}"
+                )
+            if not (item["category_id"] in numbers and 0 <= item["score"] <= 1):
+                yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
+
+    def certainty(self, record: Any) -> float | None:
+        return mean_score(record)
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+        """An instance in a larger picture; one that a smaller scale leaves no pixel is None."""
+        rle, area, (x, y, width, height) = item["segmentation"], item["area"], item["bbox"]
+        if place.is_scaled:
+            encoded = mask_rle.encode(place.scaled(mask_rle.decode(rle))[None])
+            rle, area, (x, y, width, height) = encoded.rles[0], int(encoded.areas[0]), encoded.boxes[0].tolist()
+            if not area:
+                return None
+        item = {name: value for name, value in item.items() if name != "id"}  # a thing may lie in several pictures
+        shifted = mask_rle.shifted(rle, place.top, place.left, place.sides)
+        box = [rounded(value) for value in (x + place.left, y + place.top, width, height)]
+        return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
+
+    def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of the class's instances that pictures show; nothing tells how sure each pixel is."""
+        sides = label.masks.shape[1:]
+        chosen = (label.class_ids == label.classes.index(word)) & (label.scores >= SHOWN_SCORE)
+        inside = label.masks[chosen].any(0) if chosen.any() else np.zeros(sides, bool)
+        return inside, np.ones(sides, np.float32)
+
+    def within(self, label: Instances, inside: np.ndarray, _: np.ndarray) -> Instances:
+        """The instances cut to the mask, without those that it leaves no pixel."""
+        masks = label.masks & inside
+        left = masks.any((1, 2))
+        return Instances(masks[left], label.class_ids[left], label.scores[left], label.classes)
+
+    def words(self, record: Any, table: Table, least: float) -> list[str]:
+        names = self.names(table)
+        return [names[item["category_id"]] for item in record]
+
+    def things(
+        self, record: Any, table: Table, sides: tuple[int, int]
+    ) -> Iterator[tuple[str, float, float, float, float]]:
+        (height, width), names = sides, self.names(table)
+        for item in record:
+            x, y, wide, high = item["bbox"]
+            middle = ((x + wide / 2) / width, (y + high / 2) / height)
+            word = names[item["category_id"]]
+            yield word, item["score"], item["area"] / (height * width), *middle
+
+    def count(self, record: Any) -> Counter[int]:
+        return Counter(item["category_id"] for item in record)
+
+    def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
+        yield f"## {self.title}\n\n| category | class | instances |\n|---:|---|---:|"
+        for number, name in sorted(self.names(table).items()):
+            yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
+        yield ""
+
+    def distance(self, found: Instances, truth: Instances) -> float:
+        """The share of the scores that the two do not have in common: a pair of one class has that of its masks' IoU.
+
+        So a sure thing that only one of them has counts much, a doubtful one little.
+        """
+        common = sum(
+            iou(found.masks[a], truth.masks[b]) * min(float(found.scores[a]), float(truth.scores[b]))
+            for a, b in _matches(found, truth, least=0.0).items()
+        )
+        total = float(found.scores.sum() + truth.scores.sum())
+        return (total - 2 * common) / max(total, 1.0)
+
+    def overlap(self, found: Instances, truth: Instances) -> float:
+        """Mean over the instances of `truth` of the IoU with the one of their class that is most like them."""
+        best = [
+            max([iou(mask, other) for other in found.masks[found.class_ids == kind]], default=0.0)
+            for mask, kind in zip(truth.masks, truth.class_ids)
+        ]
+        return float(np.mean(best)) if best else 1.0
+
+    def merged(self, kept: Instances, found: Instances, region: np.ndarray) -> Instances:
+        """Instances keep their pixels outside of the region, their order and their ids.
+
+        One that was found again goes on inside. One that was not, and of which less than a tenth is left, is dropped.
+        What else was found, at least half of it inside, is added with the id 0.
+        """
+        same = _matches(kept, found)
+        masks, scores, left = kept.masks & ~region, kept.scores.copy(), []
+        for k, whole in enumerate(kept.masks):
+            if (match := same.get(k)) is not None:
+                inside = found.masks[match] & region
+                scores[k] = found.scores[match] if inside.sum() > masks[k].sum() else scores[k]
+                masks[k] |= inside
+            if masks[k].any() and (match is not None or masks[k].sum() >= LEAST_LEFT * whole.sum()):
+                left.append(k)
+        areas = found.masks.sum((1, 2))
+        is_new = 2 * (found.masks & region).sum((1, 2)) >= np.maximum(areas, 1)
+        new = [k for k in range(len(found.masks)) if is_new[k] and k not in same.values()]
+        ids = None if kept.ids is None else np.concatenate([kept.ids[left], np.zeros(len(new), np.int64)])
+        return Instances(
+            np.concatenate([masks[left], found.masks[new] & region]),
+            np.concatenate([kept.class_ids[left], found.class_ids[new]]),
+            np.concatenate([scores[left], found.scores[new]]),
+            kept.classes,
+            ids,
+        )
+
+    def agreeing(self, first: Instances, second: Instances) -> Instances:
+        return _taken(first, sorted(_matches(first, second)))
+
+    def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
+        return {"classes": list(words if config.is_open else config.classes), "size": [size, size]}
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        names = sorted(self.names(table).items())
+        return [{"id": number, "name": name, "supercategory": ""} for number, name in names]

@@ -1,0 +1,257 @@
+"""The record of a label kind: all that is known of how its labels lie in files, look in pictures and are compared."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.engine.labels.names import file_stem
+
+SAME = 0.5  # IoU at which two masks or boxes are taken for one thing
+Limit = tuple[float, float]  # of the median, of the 99th percentile
+Pixels = Mapping[str, np.ndarray]  # role -> pixels of the file
+Table = Mapping[str, Any]  # what run.json says of a task's labels: names and ranges
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits on the distance of two engines' labels: given the same input, and each engine on its own."""
+
+    exact: Limit  # fp32 against fp32
+    free_exact: Limit
+    rounded: Limit  # fp16 or bf16 against fp32
+    free_rounded: Limit
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in a larger one: its sides, the corner and sides it has there, and those of the whole."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+    sides: tuple[int, int]  # height and width of the larger picture
+
+    @property
+    def is_scaled(self) -> bool:
+        return (self.height, self.width) != (self.rows, self.columns)
+
+    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """A map [height, width] as [rows, columns] of its own values: the nearest is taken, as none may be mixed."""
+        if not self.is_scaled:
+            return pixels
+        down = (2 * np.arange(self.rows) + 1) * self.height // (2 * self.rows)
+        right = (2 * np.arange(self.columns) + 1) * self.width // (2 * self.columns)
+        return pixels[np.ix_(down, right)]
+
+
+@dataclass(frozen=True)
+class GalleryLayer:
+    """What the gallery draws over an image.
+
+    `drawing` is one of: map (a picture file with sharp pixels; `values` are the shares of background, of ignored pixels
+    and of the other classes by number), picture (a smooth one), uncertainty (a grey file, clear where it is white),
+    outlines (`values` are [class word, score, path of an SVG]), skeletons (`values` are x, y, visibility of every
+    joint).
+    """
+
+    name: str
+    title: str
+    drawing: str
+    role: str = ""  # of the file that is drawn
+    picture: Callable[[np.ndarray], Image.Image] | None = None  # drawn in its place: a palette picture of its pixels
+    # what the page holds of a sample, from record, table and what was traced
+    values: Callable[[Any, Table, Any], Any] | None = None
+    trace: Callable[[Any], Any] | None = None  # made of a record when its sample is written, as it takes long
+    unit: str = ""  # where the values are a range that the page tells
+
+
+class LabelKind(ABC):
+    """How the labels of one task are stored, read back, checked, drawn and compared.
+
+    `record` is what the ledger holds of a label beside its files, `table` what run.json says of all labels of the task.
+    """
+
+    attribute: str  # of a stored sample
+    contents: str  # what the data set card says of its files
+    layers: tuple[GalleryLayer, ...]
+    gates: Gates
+    table_form: Mapping[str, Any]
+    pixel_bytes: float  # of its files for a pixel, worst case seen
+    title: str = ""  # of its section in the data set card
+    roles: tuple[str, ...] = ()  # of the files of one label, each ROLE/ID.png
+    is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
+    can_mask: bool = False  # whether `mask_of` tells where a class is
+    can_be_masked: bool = False  # whether `within` can cut a label to such a mask
+    coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
+    layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
+    first_number = 0  # of the classes of a run that was made before all its labels had one table
+
+    def named(self, decoder: str) -> "LabelKind":
+        """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
+        own = copy.copy(self)
+        own.title = f"{self.title}: {decoder}"
+        own.roles = tuple(file_stem(role, decoder) for role in self.roles)
+        own.layers = tuple(
+            replace(
+                layer,
+                name=f"{layer.name}--{decoder}",
+                title=f"{layer.title}: {decoder}",
+                role=layer.role and file_stem(layer.role, decoder),
+            )
+            for layer in self.layers
+        )
+        if self.coco_file:
+            stem, dot, ending = self.coco_file.rpartition(".")
+            own.coco_file = file_stem(stem, decoder) + dot + ending
+        for before, after in zip((*self.roles, self.coco_file), (*own.roles, own.coco_file)):
+            own.contents = own.contents.replace(f"`{before}", f"`{after}") if before else own.contents
+        return own
+
+    @abstractmethod
+    def encode(self, label: Any, labels: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], Any]:
+        """Files by role and the record of a label, as its table says; `labels` are those of all tasks."""
+
+    @abstractmethod
+    def decode(self, pixels: Pixels, record: Any, table: Table) -> Any:
+        """The label itself."""
+
+    @abstractmethod
+    def arrays(self, label: Any, table: Table) -> np.ndarray | dict[str, np.ndarray]:
+        """What a torch data set gives of a label; classes have the numbers that they have in files."""
+
+    @abstractmethod
+    def picture(self, label: Any, image: np.ndarray) -> Image.Image:
+        """What a reader of a page sees."""
+
+    @abstractmethod
+    def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
+        """The table of a run, from a decoder's configuration, the pixels of a side and the words asked for."""
+
+    @abstractmethod
+    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with a stored label of an image of this height and width."""
+
+    @abstractmethod
+    def distance(self, found: Any, truth: Any) -> float:
+        """Of two labels, 0 where both say the same."""
+
+    def following(self, label: Any, image: np.ndarray) -> Any:
+        """The label with outlines that follow the colours of its image [H, W, 3] uint8; of a kind without outlines the
+        label itself.
+        """
+        return label
+
+    def overlap(self, found: Any, truth: Any) -> float | None:
+        """Mean IoU of what `truth` shows with the same in `found`; None for labels without areas."""
+        return None
+
+    @abstractmethod
+    def merged(self, kept: Any, found: Any, region: np.ndarray) -> Any:
+        """The label `kept` with what was found inside of a region [H, W] bool in place of what it said there."""
+
+    @abstractmethod
+    def agreeing(self, first: Any, second: Any) -> Any:
+        """What two labels of one image both say, as the first of them says it; the rest is left open."""
+
+    def certainty(self, record: Any) -> float | None:
+        """Mean confidence told by a record, 0..1; None where it tells none."""
+        return None
+
+    def figures(self, record: Any) -> Mapping[str, float]:
+        """What samples can be sorted by, each under its name."""
+        return {}
+
+    def things(
+        self, record: Any, table: Table, sides: tuple[int, int]
+    ) -> Iterable[tuple[str, float, float, float, float]]:
+        """Class word, score, share of the pixels, and middle (x, y as shares of the sides) of every thing."""
+        return ()
+
+    def steps(self, table: Table) -> float:
+        """What a pixel of its file is divided by to give the layer's unit; 0 where it has none."""
+        return 0.0
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+        """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
+        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `moved` to be spliced")
+
+    def mask_of(self, label: Any, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where a class is [H, W] bool, and how sure that is of each pixel [H, W] float32; where `can_mask`."""
+        raise NotImplementedError(f"{type(self).__name__}: labels that can mask others need a method `mask_of`")
+
+    def within(self, label: Any, inside: np.ndarray, confidence: np.ndarray) -> Any:
+        """What is left of a label inside such a mask; where `can_be_masked`."""
+        raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
+
+    def files(self, table: Table) -> tuple[str, ...]:
+        """The roles of the files of one label of a run; earlier versions wrote fewer of some."""
+        return self.roles
+
+    def numbers(self, table: Table) -> list[int]:
+        """The number that each class of its table has in files."""
+        return table.get("numbers") or [self.first_number + k for k in range(len(table.get("classes", ())))]
+
+    def names(self, table: Table) -> dict[int, str]:
+        """The classes of its table by their numbers in files."""
+        return dict(zip(self.numbers(table), table.get("classes", ()), strict=True))
+
+    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+        """The table with the number that its classes have in all labels of the run."""
+        return {**table, "numbers": [order[name] for name in table["classes"]]} if "classes" in table else dict(table)
+
+    def rewritten(self, table: Table) -> Table:
+        """What run.json has to say of labels that are decoded by this table and encoded again."""
+        return table
+
+    def count(self, record: Any) -> Mapping[Any, int]:
+        """What the data set card adds up over all records."""
+        return {}
+
+    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterable[str]:
+        """Lines of the card, from these sums."""
+        return ()
+
+    def words(self, record: Any, table: Table, least: float) -> Iterable[str]:
+        """The classes a label shows, on `least` pixels where it is a map."""
+        return ()
+
+    def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
+        """Class word -> number of the colour its pixels have, from its own table and those of all tasks."""
+        return {}
+
+    def ignored(self, table: Table) -> tuple[int, ...]:
+        """Red, green and blue of the ignored pixels of a map; nothing where there are none."""
+        return ()
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        """The categories of the index file in COCO's form."""
+        return []
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks, 1 where both are empty."""
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 1.0
+
+
+def mean_score(record: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean score of the entries of a record, None where it has none."""
+    return sum(item["score"] for item in record) / len(record) if record else None
+
+
+def rounded(value: float, digits: int = 3) -> float:
+    """A short decimal that survives JSON unchanged, and never -0.0."""
+    return round(float(value), digits) + 0.0
+
+
+def markdown_cell(name: str) -> str:
+    """A class word inside a Markdown table: nothing in it can open a tag, a link or a column."""
+    return "".join(letter if letter.isalnum() or letter in " -_." else f"&#{ord(letter)};" for letter in name)

@@ -1,0 +1,99 @@
+"""The one table of a run's classes: the number that a class has in label maps and in files of COCO's form alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasetdm_fast.engine.labels import by_kind, class_tables, kind_of
+from datasetdm_fast.engine.labels.colours import BORDERS, OURS, OWN, own_colours, strangers
+from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.labels.pose import PERSON, PoseKind
+from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+
+
+def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
+    """What run.json says of a run's classes, each at the place of its number, and of each label with these numbers.
+
+    Label maps come first, as their pixels hold at most 255 numbers, and a semantic decoder's classes keep its own. The
+    number 0 is never that of a thing, as readers of COCO files take it for the background.
+    """
+    maps, others = [], []
+    for label in by_kind(tables):
+        (maps if kind_of(label).is_map else others).extend(tables[label].get("classes", ()))
+    if any(isinstance(kind_of(label), PoseKind) for label in tables):
+        others.append(PERSON)
+    is_thing_first = not maps or maps[0] in others
+    names = dict.fromkeys((BACKGROUND, *maps) if is_thing_first else maps)
+    if len(names) > IGNORE:
+        raise Refused(
+            f"--task: the label maps of this run show {len(names)} classes in all, an 8-bit map holds {IGNORE}",
+            "Make several runs, or ask for fewer --classes.",
+        )
+    classes = list(names | dict.fromkeys(others))
+    order = {name: number for number, name in enumerate(classes)}
+    return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}
+
+
+def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassTable | None = None) -> dict[str, Table]:
+    """The tables with the palette that their label maps are written in; one without all of their classes is refused.
+    `own` is the table of the user's own, whose colours the palette OWN takes.
+    """
+    if palette == OURS:
+        return dict(tables)
+    if palette == OWN and own is None:
+        raise Refused(f"--palette {palette}: this run has no table of class words", "Add --class-table FILE.")
+    colours = class_tables.table(palette) if palette != OWN else own
+    for label, table in tables.items():
+        if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
+            raise Refused(
+                f"--palette {palette}: has no colour for {documents.quoted(unknown[0])} of {label}",
+                "Choose a palette that has all classes of the label maps, or ours.",
+            )
+    told = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
+    if palette == OWN:
+        told = {label: {**told[label], "colours": own_colours(own, tables[label]["classes"])} for label in told}
+    return {label: {**table, **told.get(label, {})} for label, table in tables.items()}
+
+
+def check_palette(table: Table) -> None:
+    """A ValueError where the colours of a label's table are not those of a palette."""
+    if (palette := table.get("palette", OURS)) not in (OURS, OWN, *BORDERS):
+        raise ValueError(f"palette is {documents.quoted(palette)}")
+    if palette == OWN:
+        documents.check_form(table.get("colours"), [[int]], "colours")
+        if [len(each) for each in table["colours"]] != [3] * len(table["classes"]) or not all(
+            0 <= value < 256 for each in table["colours"] for value in each
+        ):
+            raise ValueError("colours are not three numbers from 0 to 255 for each of its classes")
+
+
+def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
+    """A ValueError where run.json gives a class of a label another number than its table of all classes."""
+    if classes is None:
+        return
+    documents.check_form(classes, [str], "classes")
+    order = {name: number for number, name in enumerate(classes)}
+    if len(order) < len(classes):
+        raise ValueError("classes names a class twice")
+    for label, table in tables.items():
+        try:
+            wanted = kind_of(label).numbered(table, order)
+        except KeyError as error:
+            raise ValueError(f"classes lacks {documents.quoted(error.args[0])}, which labels.{label} names") from error
+        if wanted != table:
+            raise ValueError(f"labels.{label} numbers its classes otherwise than classes")
+
+
+def laid_out(wanted: Mapping[str, Table], stored: Mapping[str, Table]) -> dict[str, Table]:
+    """The tables of a run as they would be in a run folder that an earlier version began: without what it did not know
+    of how files are written.
+    """
+    return {
+        label: {
+            name: value
+            for name, value in table.items()
+            if name not in kind_of(label).layout or name in stored.get(label, {})
+        }
+        for label, table in wanted.items()
+    }

@@ -1,0 +1,335 @@
+"""Joints of persons: COCO keypoints with a score each.
+
+Files count places from the middle of the first pixel, as COCO does, and `Keypoints` from its outer edge.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.data import Instances, Keypoints
+from datasetdm_fast.engine.labels import class_tables, mask_rle
+from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.kind import (
+    SAME,
+    GalleryLayer,
+    Gates,
+    LabelKind,
+    Pixels,
+    Placement,
+    Table,
+    mean_score,
+    rounded,
+)
+from datasetdm_fast.engine.labels.pictures import skeletons
+
+PERSON = "person"  # the class of every figure
+MIDDLE = "middle of the first pixel"
+TO_EDGE = 0.5  # pixels from there to its outer edge
+ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
+WIDENED = 0.125  # of its longer side: by so much the box of a person's joints is moved out at every side,
+LEAST_WIDENED = 2.0  # and by so many pixels at least, so that it is never empty
+MOST_JOINTS = 0.5  # share of a person's joints that must lie on an instance for it to be that person's
+SAME_JOINT = 0.1  # distance at which two joints are taken for one, in diagonals of the person's box
+
+
+def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corner and sides of the box around the joints that are seen."""
+    if not seen.any():
+        return np.zeros(2), np.zeros(2)
+    low = points[seen, :2].min(0)
+    return low, points[seen, :2].max(0) - low
+
+
+def _widened(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
+    """The box [x, y, width, height] around the joints of a person, counted from the edge of the first pixel, widened by
+    a share and cut to a picture of this height and width.
+    """
+    most = np.array(sides[::-1], np.float64)
+    low, extent = _box(np.clip(points[:, :2], 0, most), seen)
+    margin = max(share * extent.max(), LEAST_WIDENED)
+    corner = np.clip(low - margin, 0, most)
+    return [*corner.tolist(), *(np.clip(low + extent + margin, 0, most) - corner).tolist()]
+
+
+def _masks_of(label: Keypoints, labels: Mapping[str, Any]) -> dict[int, np.ndarray]:
+    """Place of a person -> the mask of the instance on which most of the seen joints lie, none taken twice."""
+    found = [label for label in labels.values() if isinstance(label, Instances)]
+    words = persons()
+    masks = [
+        mask
+        for one in found
+        for mask, kind, score in zip(one.masks, one.class_ids, one.scores, strict=True)
+        if one.classes[kind].lower() in words and score >= SHOWN_SCORE
+    ]
+    shares = []
+    for person, (points, visibility) in enumerate(zip(label.points, label.visibility, strict=True)):
+        for k, mask in enumerate(masks if (visibility > 0).any() else ()):
+            share = _inside(points, visibility, mask).sum() / (visibility > 0).sum()
+            shares += [(-share, person, k)] if share >= MOST_JOINTS else []
+    own: dict[int, int] = {}
+    for _, person, k in sorted(shares):
+        if person not in own and k not in own.values():
+            own[person] = k
+    return {person: masks[k] for person, k in own.items()}
+
+
+@cache
+def persons() -> frozenset[str]:
+    """The class names that mean a person."""
+    known = next(word for word in class_tables.table("coco").classes if word.name == PERSON)
+    return frozenset((PERSON, *known.words))
+
+
+def _matches(first: Keypoints, second: Keypoints) -> dict[int, int]:
+    """Place of a person in the first label -> place of the same person in the second, by the boxes of their joints."""
+    found: dict[int, int] = {}
+    for a, (points, seen) in enumerate(zip(first.points, first.visibility)):
+        for b, (others, known) in enumerate(zip(second.points, second.visibility)):
+            if b not in found.values() and _box_iou(_box(points, seen > 0), _box(others, known > 0)) >= SAME:
+                found[a] = b
+                break
+    return found
+
+
+def _box_iou(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
+    low, high = np.maximum(first[0], second[0]), np.minimum(first[0] + first[1], second[0] + second[1])
+    common = float(np.prod(np.maximum(high - low, 0)))
+    union = float(np.prod(first[1]) + np.prod(second[1])) - common
+    return common / union if union else 0.0
+
+
+def _inside(points: np.ndarray, visibility: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Which joints [J] are seen on a pixel of a region."""
+    columns, rows = (
+        np.clip(np.floor(points[:, axis]).astype(int), 0, side - 1) for axis, side in enumerate(region.shape[::-1])
+    )
+    return (visibility > 0) & region[rows, columns]
+
+
+def _people(like: Keypoints, people: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Keypoints:
+    """The label of these persons, without those of whom no joint is left."""
+    left = [person for person in people if (person[1] > 0).any()]
+    shape = (len(left), len(like.joints))
+    return Keypoints(
+        np.array([points for points, _, _ in left], np.float32).reshape(*shape, 3),
+        np.array([seen for _, seen, _ in left], np.int64).reshape(shape),
+        np.array([score for _, _, score in left], np.float32),
+        like.joints,
+        like.limbs,
+    )
+
+
+def _to_edge(table: Table) -> float:
+    """What is added to places of a run's files; runs made before files had an origin counted from the edge."""
+    return TO_EDGE if table.get("origin") == MIDDLE else 0.0
+
+
+def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
+    """Places and visibility of each person's joints, in pixels of the picture."""
+    added = np.array([_to_edge(table), _to_edge(table), 0])
+    found = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]
+    return [[round(value, 1) for value in (joints + added).flatten().tolist()] for joints in found]
+
+
+class PoseKind(LabelKind):
+    attribute, title = "keypoints", "People with joints"
+    contents = (
+        "`keypoints.json`: COCO keypoints with visibility and scores; `box_from` says whether box and area are "
+        "those of the person's instance mask or of its joints, widened"
+    )
+    layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
+    gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
+    table_form = {"joints": [str], "limbs": [[int]]}
+    layout = ("category", "origin", "size", "widened")
+    pixel_bytes = 0
+    coco_file = "keypoints.json"
+
+    def encode(
+        self, label: Keypoints, labels: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        people = []
+        from_middle = label.points.astype(np.float64) - [_to_edge(table), _to_edge(table), 0]
+        masks = _masks_of(label, labels) if "widened" in table else {}
+        for k, (points, visibility, score) in enumerate(zip(from_middle, label.visibility, label.scores, strict=True)):
+            if "widened" in table and not visibility.any():  # nothing tells where that person is
+                continue
+            flat = [
+                value
+                for (x, y, _), v in zip(points, visibility, strict=True)
+                for value in ((rounded(x, 6), rounded(y, 6), int(v)) if v else (0, 0, 0))
+            ]
+            people.append(
+                {
+                    "keypoints": flat,
+                    "keypoint_scores": [rounded(value, 6) for value in points[:, 2]],
+                    "num_keypoints": int((visibility > 0).sum()),
+                    "score": rounded(score, 6),
+                    **self._extent(points + [_to_edge(table), _to_edge(table), 0], visibility > 0, table, masks.get(k)),
+                }
+            )
+        return {}, people
+
+    def _extent(
+        self, points: np.ndarray, seen: np.ndarray, table: Table, mask: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Box and area of a person and what they were taken from: the mask of the instance, or else the joints, whose
+        places are counted from the edge of the first pixel.
+        """
+        if "widened" not in table:  # runs made before persons had more than the box of their joints
+            low, sides = _box(points - [_to_edge(table), _to_edge(table), 0], seen)
+            return {"bbox": [rounded(value) for value in (*low, *sides)], "area": rounded(sides[0] * sides[1])}
+        if mask is not None:
+            encoded = mask_rle.encode(mask[None])
+            box, area = encoded.boxes[0].tolist(), int(encoded.areas[0])
+        else:
+            box = _widened(points, seen, table["size"], table["widened"])
+            area = rounded(box[2] * box[3])
+        return {
+            "bbox": [rounded(value) for value in box],
+            "area": area,
+            "box_from": "joints" if mask is None else "instance",
+        }
+
+    def decode(self, _: Pixels, record: Any, table: Table) -> Keypoints:
+        joints = tuple(table["joints"])
+        flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
+        sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
+        seen = flat[..., 2:] > 0
+        points = np.concatenate([np.where(seen, flat[..., :2] + np.float32(_to_edge(table)), 0), sure], -1)
+        return Keypoints(
+            points,
+            flat[..., 2].astype(np.int64),
+            np.array([item["score"] for item in record], np.float32),
+            joints,
+            tuple((int(a), int(b)) for a, b in table["limbs"]),
+        )
+
+    def arrays(self, label: Keypoints, _: Table) -> dict[str, np.ndarray]:
+        seen = np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32)
+        return {"keypoints": seen, "scores": label.scores}
+
+    def picture(self, label: Keypoints, image: np.ndarray) -> Image.Image:
+        people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
+        return skeletons(image, people, label.limbs)
+
+    def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        for k, person in enumerate(record):
+            points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
+            seen = points[:, 2] > 0
+            if not (
+                np.isin(points[:, 2], (0, 1, 2)).all()
+                and len(person["keypoint_scores"]) == len(points)
+                and 0 <= person["score"] <= 1
+            ):
+                yield f"person {k} has joints that are no joints"
+            if person["num_keypoints"] != int(seen.sum()):
+                yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
+            if person.get("box_from") == "instance":
+                yield from self._check_box(k, person, sides)
+                continue
+            from_edge = points + [_to_edge(table), _to_edge(table), 0]
+            extent = self._extent(from_edge, seen, {**table, "size": sides})
+            box, area = np.array(extent["bbox"]), extent["area"]
+            is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
+                box[2] + box[3] + 1
+            )
+            if not is_near or person.get("box_from") != extent.get("box_from"):
+                yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+    def _check_box(self, k: int, person: Mapping[str, Any], sides: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with a box taken from an instance, of which the record of a person does not hold the mask."""
+        x, y, width, height = person["bbox"]
+        is_inside = min(x, y) >= 0 and x + width <= sides[1] + ROUNDING and y + height <= sides[0] + ROUNDING
+        if not is_inside or not 0 < person["area"] <= width * height + ROUNDING * (width + height + 1):
+            yield f"person {k} cannot fill {person['area']} pixels in {person['bbox']}"
+
+    def certainty(self, record: Any) -> float | None:
+        return mean_score(record)
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
+        """A person in a larger picture; joints are counted from the middle of the first pixel."""
+        points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
+        seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
+        low = np.array([place.left, place.top])
+        most = low + [place.columns, place.rows]
+        points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale + low, low, most) - TO_EDGE
+        flat = [value for x, y, v in points.tolist() for value in (rounded(x, 6), rounded(y, 6), int(v))]
+        return item | {"keypoints": flat, **self._moved_extent(item, points, seen, place, scale)}
+
+    def _moved_extent(
+        self, item: Mapping[str, Any], points: np.ndarray, seen: np.ndarray, place: Placement, scale: np.ndarray
+    ) -> dict[str, Any]:
+        if item.get("box_from") != "instance":
+            table = {"origin": MIDDLE, "size": place.sides, "widened": WIDENED} if "box_from" in item else {}
+            return self._extent(points + ([TO_EDGE, TO_EDGE, 0] if table else [0, 0, 0]), seen, table)
+        x, y, width, height = item["bbox"]
+        corner = np.array([x, y]) * scale + [place.left, place.top]
+        box = [rounded(value) for value in (*corner, *(np.array([width, height]) * scale))]
+        return {"bbox": box, "area": rounded(item["area"] * scale.prod())}
+
+    def rewritten(self, table: Table) -> Table:
+        return {**table, "widened": WIDENED} if "widened" in table else table
+
+    def figures(self, record: Any) -> dict[str, float]:
+        return self.count(record)
+
+    def count(self, record: Any) -> dict[str, int]:
+        return {"people": sum(item["num_keypoints"] > 0 for item in record)}
+
+    def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
+        return [f"## {self.title}\n", f"{counts.get('people', 0)} in all samples.\n"]
+
+    def distance(self, found: Keypoints, truth: Keypoints) -> float:
+        """Mean distance in pixels of the joints that either sees, infinite where one found a person and the other none:
+        the place of a joint that neither sees is written nowhere, and leaps about.
+        """
+        if found.points.shape != truth.points.shape:
+            return float("inf")
+        apart = np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1)
+        apart = apart[(found.visibility > 0) | (truth.visibility > 0)]
+        return float(apart.mean()) if apart.size else 0.0
+
+    def merged(self, kept: Keypoints, found: Keypoints, region: np.ndarray) -> Keypoints:
+        """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
+        that was found there only is added.
+        """
+        same, people = _matches(kept, found), []
+        for k in range(len(kept.points)):
+            points, seen, match = kept.points[k].copy(), kept.visibility[k].copy(), same.get(k)
+            seen[_inside(points, seen, region)] = 0
+            if match is not None:
+                new = _inside(found.points[match], found.visibility[match], region) & (seen == 0)
+                points[new], seen[new] = found.points[match][new], found.visibility[match][new]
+            people.append((points, seen, kept.scores[k]))
+        for k in sorted(set(range(len(found.points))) - set(same.values())):
+            inside = _inside(found.points[k], found.visibility[k], region)
+            if 2 * inside.sum() >= (found.visibility[k] > 0).sum():
+                people.append((found.points[k], np.where(inside, found.visibility[k], 0), found.scores[k]))
+        return _people(kept, people)
+
+    def agreeing(self, first: Keypoints, second: Keypoints) -> Keypoints:
+        """The joints of the first label that the second has nearly there, on the same person."""
+        people = []
+        for k, match in sorted(_matches(first, second).items()):
+            _, sides = _box(first.points[k], first.visibility[k] > 0)
+            apart = np.linalg.norm(first.points[k, :, :2] - second.points[match, :, :2], axis=1)
+            is_same = (apart <= SAME_JOINT * np.linalg.norm(sides)) & (second.visibility[match] > 0)
+            people.append((first.points[k], np.where(is_same, first.visibility[k], 0), first.scores[k]))
+        return _people(first, people)
+
+    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
+        limbs = [list(limb) for limb in config.limbs]
+        sides = {"size": [size, size], "widened": WIDENED}
+        return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE, **sides}
+
+    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+        return {**table, "category": order[PERSON]}
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1
+        number = table.get("category", 1)
+        return [{"id": number, "name": PERSON, "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]

@@ -1,0 +1,179 @@
+"""Maps of classes: a palette PNG of class numbers and a grey one of confidences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import _C
+from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.engine.labels.colours import OURS, OWN, official_palette, own_palette, palette
+from datasetdm_fast.engine.labels.image_files import index_png
+from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell, rounded
+from datasetdm_fast.engine.labels.pictures import painted
+
+IGNORE = 255
+BACKGROUND = "background"
+PLACES = 256  # labels of one map that 8 bits tell apart
+
+
+def count_pixels(labels: np.ndarray) -> dict[str, int]:
+    counts = _C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist()
+    return {str(value): count for value, count in enumerate(counts) if count}
+
+
+def mean_confidence(sure: np.ndarray) -> float:
+    """Of a confidence file [H, W] uint8, 0..1."""
+    return round(float(sure.mean()) / 255, 4)
+
+
+def shares(record: Any, table: Table, _: Any) -> list[Any]:
+    """Shares of the pixels that are background and that are ignored, and of the other classes by number."""
+    names, counts = SemanticKind().names(table), SemanticKind().count(record)
+    found = {number: rounded(count / sum(counts.values())) for number, count in counts.items()}
+    background = sum(found.pop(number, 0) for number, name in names.items() if name == BACKGROUND)
+    return [background, found.pop(IGNORE, 0), found]
+
+
+class ClassMap(LabelKind):
+    """A map of class numbers in the first of its roles, and in the second, where there is one, its confidence."""
+
+    is_map = can_mask = can_be_masked = True
+    gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
+    table_form = {"classes": [str]}
+    layout = ("numbers",)
+    pixel_bytes = 2
+
+    def stored(self, labels: np.ndarray, table: Table) -> np.ndarray:
+        """The numbers in files [H, W] uint8 of places in `classes`."""
+        own = np.arange(256, dtype=np.uint8)
+        own[: len(table["classes"])] = self.numbers(table)
+        return own[labels]
+
+    def places(self, pixels: np.ndarray, table: Table) -> np.ndarray:
+        """Places in `classes` [H, W] uint8 of the numbers in a file; what is no number of a class is ignored."""
+        numbers = self.numbers(table)
+        place = np.full(256, IGNORE, np.uint8)
+        place[numbers] = range(len(numbers))
+        return place[pixels]
+
+    def palette(self, table: Table) -> bytes:
+        """The colours of its files, by number."""
+        name = table.get("palette", OURS)
+        if name == OWN:
+            return own_palette(self.numbers(table), table["colours"])
+        return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
+
+    def ignored(self, table: Table) -> tuple[int, ...]:
+        return tuple(self.palette(table)[-3:])
+
+    def encode(
+        self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: bytes = b""
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The map, in 256 colours where these are given, and its confidence."""
+        numbers, files = self.stored(label.labels, table), self.files(table)
+        contents = {files[0]: index_png(numbers, colours or self.palette(table))}
+        record: dict[str, Any] = {"pixels": count_pixels(numbers)}
+        for role in files[1:]:
+            sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
+            contents[role], record["mean_confidence"] = _C.png_encode(sure), mean_confidence(sure)
+        return contents, record
+
+    def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
+        labels = self.places(pixels[self.roles[0]], table)
+        sure = [pixels[role].astype(np.float32) / 255 for role in self.files(table)[1:]]
+        return SemanticMap(labels, *(sure or [np.ones(labels.shape, np.float32)]), tuple(table["classes"]))
+
+    def arrays(self, label: SemanticMap, table: Table) -> np.ndarray:
+        return self.stored(label.labels, table).astype(np.int64)
+
+    def picture(self, label: SemanticMap, _: np.ndarray) -> Image.Image:
+        return painted(label.labels)
+
+    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        counts, known = count_pixels(pixels[self.roles[0]]), self.names(table)
+        if record["pixels"] != counts:
+            yield f"its map has the pixels {counts}, the ledger says {record['pixels']}"
+        strange = [number for number in map(int, counts) if number not in known and number != IGNORE]
+        if strange:
+            yield f"its map holds the number {strange[0]}, which none of its {len(known)} classes has"
+        for role in self.files(table)[1:]:
+            if record["mean_confidence"] != (sure := mean_confidence(pixels[role])):
+                yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
+
+    def certainty(self, record: Any) -> float | None:
+        return record.get("mean_confidence")
+
+    def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
+        """Share of pixels that differ."""
+        return float((found.labels != truth.labels).mean())
+
+    def following(self, label: SemanticMap, image: np.ndarray) -> SemanticMap:
+        if label.labels.dtype == np.uint8:
+            return replace(label, labels=_C.outlines_of_labels(label.labels, image))
+        shown, places = np.unique(label.labels, return_inverse=True)
+        if len(shown) > PLACES:
+            return label
+        found = _C.outlines_of_labels(places.reshape(label.labels.shape).astype(np.uint8), image)
+        return replace(label, labels=shown[found])
+
+    def mask_of(self, label: SemanticMap, word: str) -> tuple[np.ndarray, np.ndarray]:
+        return label.labels == label.classes.index(word), label.confidence
+
+    def within(self, label: SemanticMap, inside: np.ndarray, confidence: np.ndarray) -> SemanticMap:
+        """Outside, the background where there is such a class, else 255, and the confidence of the mask."""
+        outside = label.classes.index(BACKGROUND) if BACKGROUND in label.classes else IGNORE
+        return SemanticMap(
+            np.where(inside, label.labels, np.uint8(outside)),
+            np.where(inside, label.confidence, confidence),
+            label.classes,
+        )
+
+    def overlap(self, found: SemanticMap, truth: SemanticMap) -> float:
+        """Mean IoU of the classes that `truth` shows, over the pixels that it does not ignore."""
+        shown = [number for number in np.unique(truth.labels) if number != IGNORE]
+        told = truth.labels != IGNORE
+        ious = [iou((found.labels == number) & told, truth.labels == number) for number in shown]
+        return float(np.mean(ious)) if ious else 1.0
+
+    def merged(self, kept: SemanticMap, found: SemanticMap, region: np.ndarray) -> SemanticMap:
+        labels = np.where(region, found.labels, kept.labels)
+        return replace(kept, labels=labels, confidence=np.where(region, found.confidence, kept.confidence))
+
+    def agreeing(self, first: SemanticMap, second: SemanticMap) -> SemanticMap:
+        return replace(first, labels=np.where(first.labels == second.labels, first.labels, IGNORE).astype(np.uint8))
+
+    def count(self, record: Any) -> dict[int, int]:
+        return {int(value): count for value, count in record.get("pixels", {}).items()}
+
+    def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
+        if total := sum(counts.values()):
+            yield f"## {self.title}\n\n| number | class | share of pixels |\n|---:|---|---:|"
+            for number, name in sorted(self.names(table).items()):
+                yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0) / total:.2%} |"
+            yield ""
+
+    def words(self, record: Any, table: Table, least: float) -> list[str]:
+        names = self.names(table)
+        return [names[number] for number, count in self.count(record).items() if number in names and count >= least]
+
+    def colours(self, table: Table, _: Mapping[str, Table]) -> dict[str, int]:
+        return {name: number for number, name in self.names(table).items()}
+
+
+class SemanticKind(ClassMap):
+    attribute, title = "semantic", "Semantic classes"
+    contents = "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255"
+    roles = ("semantic", "confidence")
+    layers = (
+        GalleryLayer("semantic", "Semantic", "map", role="semantic", values=shares),
+        GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),
+    )
+
+    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
+        return {"classes": list(config.classes), "ignore": IGNORE}
+
+    def figures(self, record: Any) -> dict[str, float]:
+        return {"confidence": record["mean_confidence"]}

@@ -1,0 +1,167 @@
+"""Which samples and which of their pixels are doubtful: the one rule for run folders, students and the bench.
+
+It reads classes only, never a name of the demo world: what the prompt names and a label lacks, things that a label
+shows and the prompt does not name, pixels that two labels call by different names, and classes whose label map and
+instances lie apart.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+
+import numpy as np
+
+from datasetdm_fast.data import Annotation, Instances, SemanticMap, Trust
+from datasetdm_fast.engine.labels.class_tables import ClassTable
+from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.labels.semantic import IGNORE
+from datasetdm_fast.engine.labels.words import find_classes
+
+LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown
+MOST_DISAGREEING = 0.1  # of the pixels of things
+LEAST_OVERLAP = 0.8  # IoU of a class in a label map and in the instances: chosen on seeds 0 to 499 of the demo model
+NO_THING = frozenset(("", "none", "background"))
+
+
+@dataclass(frozen=True)
+class NamedMap:
+    """Class names over the pixels of an image; whatever has no number in `names` is unknown."""
+
+    numbers: np.ndarray  # [H, W], place in `names`
+    names: tuple[str, ...]
+
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels of each class."""
+        counts = np.bincount(self.numbers.ravel(), minlength=len(self.names))[: len(self.names)]
+        return {name: count / self.numbers.size for name, count in zip(self.names, counts.tolist()) if count}
+
+    def told(self, order: Mapping[str, int]) -> np.ndarray:
+        """[H, W] the numbers of `order`, 0 for every other class."""
+        numbers = np.zeros(max(int(self.numbers.max(initial=0)) + 1, len(self.names)), np.uint16)
+        numbers[: len(self.names)] = [order.get(name, 0) for name in self.names]
+        return numbers[self.numbers]
+
+
+def named_map(label: Annotation) -> NamedMap | None:
+    """The classes over the pixels of a label, of two instances the surer one's; None where it names none."""
+    if isinstance(label, SemanticMap):
+        return NamedMap(label.labels, label.classes)
+    if isinstance(label, Instances):
+        numbers = np.zeros(label.masks.shape[1:], np.uint16)
+        for k in np.argsort(label.scores, kind="stable"):
+            if label.scores[k] >= SHOWN_SCORE:
+                numbers[label.masks[k]] = label.class_ids[k] + 1
+        return NamedMap(numbers, ("", *label.classes))
+    return None
+
+
+def _confidence(label: Annotation) -> float | None:
+    """How sure the decoder of a label was, None where it does not tell."""
+    sure = label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ())
+    return float(sure.mean()) if len(sure) else None
+
+
+def trust_of(
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+) -> Trust:
+    """How far the labels of a sample can be trusted; `named` are the classes of its prompt that were asked for, and
+    `prompt` is its text, which may name further ones.
+    """
+    maps = {task: found for task, label in labels.items() if (found := named_map(label))}
+    shares = {task: found.shares() for task, found in maps.items()}
+    reasons, missing, unnamed = [], {}, {}
+    for name in named:
+        if lacking := [task for task in maps if _lacks(maps[task], shares[task], name)]:
+            missing[name] = None
+            places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in lacking)
+            reasons.append(f"{name} is in the prompt, but not in {places}")
+    for name in sorted(_foreign(named, labels, prompt, own)):
+        if shown := [task for task, found in shares.items() if found.get(name, 0) >= LEAST_SHARE]:
+            unnamed[name] = None
+            reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
+    told = [value for label in labels.values() if (value := _confidence(label)) is not None]
+    confidence = round(sum(told) / len(told), 4) if told else None
+    disagreeing = _disagreeing(maps)
+    if disagreeing > MOST_DISAGREEING:
+        reasons.append(f"{disagreeing:.0%} of the pixels of things have two names")
+    else:
+        reasons += _apart([name for name in named if name not in missing], maps)
+    return Trust(tuple(missing), tuple(unnamed), round(disagreeing, 4), confidence, tuple(reasons))
+
+
+def _lacks(found: NamedMap, shares: Mapping[str, float], name: str) -> bool:
+    return name in found.names and shares.get(name, 0) < LEAST_SHARE
+
+
+def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:
+    """Which of these classes lie elsewhere in a label map than in the instances, in words."""
+    by_task = {task: [name for name in maps if LabelName.parse(name).task == task] for task in ("semantic", "instance")}
+    for first, second in product(by_task["semantic"], by_task["instance"]):
+        for name in named:
+            if name in maps[first].names and name in maps[second].names:
+                one, other = (maps[label].told({name: 1}) > 0 for label in (first, second))
+                overlap = np.count_nonzero(one & other) / np.count_nonzero(one | other)
+                if overlap < LEAST_OVERLAP:
+                    yield f"{name} in {first} overlaps {name} in {second} with an IoU of {overlap:.2f}"
+
+
+def _faintly(label: Annotation, name: str) -> str:
+    """Why instances of a class that are there do not count, in words."""
+    if not isinstance(label, Instances):
+        return ""
+    scores = label.scores[label.class_ids == label.classes.index(name)]
+    is_faint = len(scores) > 0 and scores.max() < SHOWN_SCORE
+    return f" (its score {scores.max():.2f} is below {SHOWN_SCORE})" if is_faint else ""
+
+
+def _foreign(named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, own: ClassTable | None) -> set[str]:
+    """Things that a prompt does not name, where it names any: the classes of instances are things."""
+    things = {name for label in labels.values() if isinstance(label, Instances) for name in label.classes}
+    return things.difference(named, find_classes(prompt, sorted(things), own)) if things & set(named) else set()
+
+
+def pairs(maps: Iterable[NamedMap]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Two maps of things in the same numbers, for all pairs of maps that share a name."""
+    for first, second in combinations(maps, 2):
+        order = {name: k for k, name in enumerate(sorted({*first.names} & {*second.names} - NO_THING), 1)}
+        if order:
+            yield first.told(order), second.told(order)
+
+
+def _disagreeing(maps: Mapping[str, NamedMap]) -> float:
+    """Share of the pixels of things that two maps call by different names; 0 where there is none."""
+    differing = named = 0
+    for first, second in pairs(maps.values()):
+        both = (first > 0) & (second > 0)
+        differing += int(np.count_nonzero(both & (first != second)))
+        named += int(np.count_nonzero((first > 0) | (second > 0)))
+    return differing / named if named else 0.0
+
+
+def without_unsure(labels: Mapping[str, Annotation], least: float) -> dict[str, Annotation]:
+    """The labels with IGNORE in their maps of classes where the confidence is below `least`."""
+    return {
+        task: replace(label, labels=np.where(label.confidence < least, IGNORE, label.labels).astype(np.uint8))
+        if isinstance(label, SemanticMap)
+        else label
+        for task, label in labels.items()
+    }
+
+
+def without_doubtful(
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+) -> dict[str, Annotation]:
+    """The labels with IGNORE in their maps of classes where two differ, or a thing is not named by the prompt."""
+    maps = {task: found for task, label in labels.items() if (found := named_map(label))}
+    foreign, cleaned = _foreign(named, labels, prompt, own), dict(labels)
+    for task in maps:
+        label = labels[task]
+        if not isinstance(label, SemanticMap):
+            continue
+        doubtful = np.isin(label.labels, [k for k, name in enumerate(label.classes) if name in foreign])
+        for other in maps:
+            for first, second in pairs((maps[task], maps[other])) if other != task else ():
+                doubtful |= (first > 0) & (second > 0) & (first != second)
+        cleaned[task] = replace(label, labels=np.where(doubtful, IGNORE, label.labels).astype(np.uint8))
+    return cleaned

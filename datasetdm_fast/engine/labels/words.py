@@ -1,0 +1,249 @@
+"""Which classes a text names: one pass over its words."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+from datasetdm_fast.engine.labels.class_tables import ClassTable, known
+
+IRREGULAR = {
+    "calf": "calves",
+    "child": "children",
+    "elf": "elves",  # shelf, too
+    "foot": "feet",
+    "goose": "geese",
+    "half": "halves",
+    "knife": "knives",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "man": "men",
+    "mouse": "mice",
+    "ox": "oxen",
+    "person": "people",
+    "potato": "potatoes",
+    "scarf": "scarves",
+    "thief": "thieves",
+    "tomato": "tomatoes",
+    "tooth": "teeth",
+    "wharf": "wharves",
+    "wife": "wives",
+    "wolf": "wolves",
+    "woman": "women",
+}
+# After these an adjective has its noun still to come; before any other word "orange" is a colour, before these a fruit.
+AFTER_A_NOUN = frozenset(
+    "a an the and or but with without of in on at by near beside behind under over above below between inside into"
+    " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
+    " standing hanging that which who while as against around across along among through".split()
+)
+# an article, and up to three words that describe the noun after it
+DESCRIBED = re.compile(
+    rf"\b(?:an?|the)\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$", re.IGNORECASE
+)
+SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
+SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
+OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
+TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
+
+
+class ClassMatcher:
+    """Finds classes by their names and the words that mean them; of overlapping phrases the longest counts."""
+
+    def __init__(self, classes: Sequence[str], own: ClassTable | None = None):
+        self.classes = tuple(classes)
+        words, other = known(self.classes, own)
+        # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
+        self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
+        for phrase in other:
+            self._add(phrase)
+        for texts in zip(*([word.words, (word.say,), (word.name,)] for word in words), strict=True):
+            for index in reversed(range(len(texts))):  # where two classes claim a word, the first has it
+                for text in texts[index]:
+                    self._add(text, index)
+        self._longest = {
+            first: sorted({len(phrase) for phrase in phrases}, reverse=True) for first, phrases in self._phrases.items()
+        }
+
+    def _add(self, text: str, *index: int) -> None:
+        tokens = _tokens(text.lstrip("~"))
+        for form in _forms(tokens) if tokens else ():
+            phrases = self._phrases.setdefault(form[0], {})
+            is_adjective = form == tokens and (text.startswith("~") or phrases.get(form, ((), False))[1])
+            phrases[form] = index, is_adjective
+
+    def find(self, text: str) -> tuple[str, ...]:
+        """The classes named, in the order of `classes`."""
+        return tuple(self.classes[index] for index in sorted(self._found(text)))
+
+    def mentioned(self, text: str) -> tuple[str, ...]:
+        """The same, in the order of the text."""
+        return tuple(self.classes[index] for index in self._found(text))
+
+    def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
+        """The same with where in the text, in lower case, the phrases begin and end that name a class."""
+        return {self.classes[index]: spans for index, spans in self._found(text).items()}
+
+    def _found(self, text: str) -> dict[int, list[tuple[int, int]]]:
+        marks = _marks(text)
+        tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
+        while at < len(tokens):
+            for length in self._longest.get(tokens[at], ()):
+                phrase = marks[at : at + length]  # shorter at the end of the text
+                match = self._phrases[tokens[at]].get(tokens[at : at + length])
+                if match and not (match[1] and _goes_on(tokens, at + length)):
+                    for index in match[0]:
+                        found.setdefault(index, []).append((phrase[0].start(), phrase[-1].end()))
+                    at += length - 1
+                    break
+            at += 1
+        return found
+
+
+@lru_cache(maxsize=64)
+def matcher(classes: tuple[str, ...], own: ClassTable | None = None) -> ClassMatcher:
+    return ClassMatcher(classes, own)
+
+
+def find_classes(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+    """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
+    return matcher(tuple(classes), own).find(prompt)
+
+
+def mentioned(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+    """The same in the order of the prompt."""
+    return matcher(tuple(classes), own).mentioned(prompt)
+
+
+def always_named(
+    classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]], own: ClassTable | None = None
+) -> tuple[str, ...]:
+    """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
+    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown, own))}
+    return tuple(name for name in classes if name not in unsaid)
+
+
+def mirrored_names(names: Sequence[str]) -> list[int]:
+    """For each joint or class the index of the one that takes its name in a mirror image."""
+    places = {name: k for k, name in reversed(list(enumerate(names)))}
+    order = [
+        next((places[other] for other in _other_sides(name) if other in places), k) for k, name in enumerate(names)
+    ]
+    return [other if order[other] == k else k for k, other in enumerate(order)]
+
+
+def _other_sides(name: str) -> Iterator[str]:
+    """What a name may be called on the other side, the likeliest first."""
+    if SIDE_WORD.search(name):
+        yield SIDE_WORD.sub(_other_side, name)
+    for found in SIDE.finditer(name):
+        yield name[: found.start()] + _other_side(found) + name[found.end() :]
+    yield SIDE.sub(_other_side, name)
+
+
+def _other_side(found: re.Match[str]) -> str:
+    return OTHER_SIDE[found[0]]
+
+
+def mirrored_text(text: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+    """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
+    order = mirrored_names(classes)
+    sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
+    if not sided or len(_lowered(text)) != len(text):
+        return text
+    named = matcher(tuple(classes), own).spans(text)
+    for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
+        side = SIDE_WORD if SIDE_WORD.search(text, begin, end) else SIDE
+        text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
+    return text
+
+
+def replaced_text(text: str, name: str, other: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+    """The text with `other` in place of what it says of one of the classes ("an orange ball"), empty where it does not
+    name it.
+    """
+    lowered = _lowered(text)
+    text = unicodedata.normalize("NFC", text)
+    text = text if len(text) == len(lowered) else lowered
+    parts, end = [], 0
+    for begin, stop in matcher(tuple(classes), own).spans(text).get(name, ()):
+        described = DESCRIBED.search(text, end, begin)
+        parts += [text[end : described.start() if described else begin], other]
+        end = stop
+    return "".join(parts) + text[end:] if parts else ""
+
+
+def token_places(
+    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int, own: ClassTable | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
+    tokens of a text without marks, and places from `limit` on are left out.
+    """
+    text, found = _lowered(prompt), {}
+    for name, spans in matcher(tuple(classes), own).spans(prompt).items():
+        ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
+        # the start mark is the first token
+        found[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
+    return {name: places for name, places in found.items() if places}
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    """Words in lower case and marks that end a phrase; hyphens and underscores part words, a possessive s goes."""
+    return tuple(mark.group() for mark in _marks(text))
+
+
+def _marks(text: str) -> list[re.Match[str]]:
+    """The same where they stand in the text in lower case."""
+    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lowered(text))))
+
+
+def _lowered(text: str) -> str:
+    """The text in lower case, with each accent in its letter: some systems write it as a character of its own."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
+def _goes_on(tokens: tuple[str, ...], at: int) -> bool:
+    """Whether the word before `at` describes the noun after it."""
+    return at < len(tokens) and tokens[at].isalnum() and tokens[at] not in AFTER_A_NOUN
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun phrase: "glasses of wine", "police officers", "men"."""
+    words = noun.split()
+    head = _head(words)
+    last = words[head]
+    ending = next((ending for ending in IRREGULAR if last == ending or len(ending) > 2 and last.endswith(ending)), "")
+    if ending and last != "human":
+        last = last.removesuffix(ending) + IRREGULAR[ending]
+    elif re.search(r"[^aeiou]y$", last):
+        last = last[:-1] + "ies"
+    else:
+        last += "es" if re.search(r"(s|x|z|ch|sh)$", last) else "s"
+    return " ".join([*words[:head], last, *words[head + 1 :]])
+
+
+def with_article(noun: str) -> str:
+    """The noun phrase with the article it is said with: "an apple", "a unicorn"."""
+    low = noun.lower()
+    is_vowel = re.match(r"[aeiou]", low) and not re.match(r"(uni|use|eu|one)", low)
+    return f"{'an' if is_vowel or re.match(r'(suv|hour|x-)', low) else 'a'} {noun}"
+
+
+def _head(words: Sequence[str]) -> int:
+    """The place of the noun that takes the plural."""
+    return next((k - 1 for k, word in enumerate(words) if k and word in ("of", "in")), len(words) - 1)
+
+
+def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The phrase, its plural, and two words written as one: "wine glass", "wine glasses", "wineglass"."""
+    head = _head(tokens)
+    noun = tokens[head]
+    nouns = {noun, noun + "s", noun + "es", IRREGULAR.get(noun, noun)}
+    for ending, plural in IRREGULAR.items():  # businesswoman, policeman, grandchild
+        if len(ending) > 2 and noun.endswith(ending):
+            nouns.add(noun.removesuffix(ending) + plural)
+    if re.search(r"[^aeiou]y$", noun):
+        nouns.add(noun[:-1] + "ies")
+    forms = [(*tokens[:head], one, *tokens[head + 1 :]) for one in sorted(nouns)]
+    return forms + [("".join(form),) for form in forms if len(form) == 2]

@@ -1,0 +1,40 @@
+"""Loads and checks a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub."""
+
+import re
+from pathlib import Path
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.loading.checks import SUPPORTED, check_size
+from datasetdm_fast.engine.loading.folder import downloaded, load_folder
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loading.presets import load_demo, load_random_sd14, load_tiny
+from datasetdm_fast.errors import Refused, nearest
+
+PRESETS = {"demo": load_demo, "tiny": load_tiny, "random-sd14": load_random_sd14}
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
+    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a file, or a hub repository where allowed."""
+    if size:
+        check_size(size)  # before seconds go into reading weights
+    path = Path(name)
+    if name in PRESETS:
+        return PRESETS[name](size)
+    if path.is_dir():
+        return load_folder(path, size=size)
+    if path.is_file():
+        from datasetdm_fast.engine.loading.single_file import load_file  # which needs diffusers
+
+        return load_file(path, size=size, allow_download=allow_download)
+    alike = nearest(name, PRESETS) or storage.named_alike(path)
+    if not HUB_NAME.fullmatch(name):
+        raise Refused(
+            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file{alike}", SUPPORTED
+        )
+    if not allow_download:
+        raise Refused(
+            f"model: {name!r} is not a folder here{alike}, and as a name on the hub it would have to be downloaded",
+            "Add --allow-download, or give a local folder.",
+        )
+    return load_folder(downloaded(name), size=size, name=name)

@@ -1,0 +1,143 @@
+"""A diffusers pipeline that is in memory as a model, adapters that were fused into it included."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.loading.checks import SUPPORTED, check_scheduler, check_unet, check_vae
+from datasetdm_fast.engine.loading.model import NETWORKS, Model, checked
+from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.stages import FACTOR
+
+NOTES = ("_diffusers_version", "_use_default_values", "_name_or_path")  # of a config, that are no settings
+WRAPPED = ".base_layer."  # where an adapter library keeps a layer that it has wrapped
+ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
+
+
+def model_of(pipe: Any, size: int = 0) -> Model:
+    """The model of a StableDiffusionPipeline, in fp32 and of its own memory: the pipeline may change afterwards."""
+    parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # what torch.compile has wrapped
+    if absent := [name for name, part in parts.items() if part is None]:
+        raise Refused(
+            f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}; {SUPPORTED}",
+            "Give a StableDiffusionPipeline.",
+        )
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders; {SUPPORTED}", "Give another one.")
+    _check_freeu(parts["unet"])
+    _check_vectors(pipe.tokenizer)
+    origin = f"a {type(pipe).__name__} in memory"
+    unet = {key: list(value) if isinstance(value, tuple) else value for key, value in parts["unet"].config.items()}
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}
+    check_unet(unet, origin)
+    check_vae(dict(parts["vae"].config), origin)
+    check_scheduler(scheduler, origin)
+    if not isinstance(unet["sample_size"], int):
+        raise Refused(
+            f"from_diffusers: the unet's sample_size is {unet['sample_size']}, expected a number; {SUPPORTED}",
+            "Give a pipeline that was made for squares.",
+        )
+    states = {name: state_of(parts[name], name) for name in NETWORKS}
+    networks = {name: Network.of(_copied(parts[name], states[name])) for name in NETWORKS}
+    digests = {name: digest_of(state) for name, state in states.items()}
+    told = json.dumps(scheduler, sort_keys=True, default=str).encode()
+    digests |= {"tokenizer": _words(pipe.tokenizer), "scheduler": f"sha256:{hashlib.sha256(told).hexdigest()}"}
+    defaults = Defaults(unet["sample_size"] * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    model = Model(
+        str(getattr(pipe, "name_or_path", "") or origin),
+        origin,
+        pipe.tokenizer,
+        networks,
+        scheduler,
+        defaults,
+        size or defaults.size,
+        digests,
+        UNKNOWN_LICENCE,
+    )
+    return checked(model)
+
+
+def _check_freeu(unet: nn.Module) -> None:
+    """Refuses a UNet that scales its features as it runs, which no weight tells."""
+    scales = ("s1", "s2", "b1", "b2")
+    if any(all(getattr(block, name, None) for name in scales) for block in unet.up_blocks):
+        raise Refused(
+            "from_diffusers: FreeU is enabled in the unet, which the engines here do not follow, so images would "
+            "differ",
+            "Call pipe.disable_freeu() first.",
+        )
+
+
+def _check_vectors(tokenizer: Any) -> None:
+    """Refuses a word of several vectors: diffusers' pipeline writes them all in place of it, a tokenizer does not."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    if several := sorted(token for token in added if f"{token}_1" in added):
+        raise Refused(
+            f"from_diffusers: textual inversion gave {several[0]!r} several vectors, which diffusers writes in place "
+            "of that one word; they are not read here",
+            "Load each vector under a token of its own, token=['<a>', '<b>'], and name them all in the prompts.",
+        )
+
+
+def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of a network under their plain names; refused where an adapter is not fused into them."""
+    waiting = [
+        place
+        for place, layer in module.named_modules()
+        if getattr(layer, "lora_A", None) and not getattr(layer, "merged", False)
+    ]
+    if waiting:
+        raise Refused(
+            f"from_diffusers: {len(waiting)} layers of the {name} have an adapter that is not fused, the first is "
+            f"{waiting[0]}",
+            "Call pipe.fuse_lora() first, or pipe.unload_lora_weights() to go without.",
+        )
+    if any(value.is_meta for value in module.state_dict().values()):
+        raise Refused(
+            f"from_diffusers: the weights of the {name} are offloaded, so they are not in memory",
+            "Load the pipeline without enable_sequential_cpu_offload().",
+        )
+    return {
+        key.replace(WRAPPED, "."): value.detach().to("cpu", torch.float32, copy=True)
+        if value.is_floating_point()
+        else value.detach().cpu().clone()
+        for key, value in module.state_dict().items()
+        if not any(mark in key for mark in ADAPTERS)
+    }
+
+
+def _copied(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A module of the same kind and configuration with these tensors."""
+    kind = type(module)
+    with torch.random.fork_rng(devices=[]):
+        if hasattr(kind, "from_config") and "config" not in inspect.signature(kind.__init__).parameters:
+            copy = kind.from_config(module.config)
+        else:
+            copy = kind(module.config)
+    copy.load_state_dict(dict(state))
+    return copy.float().eval().requires_grad_(False)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(name.encode())
+        total.update(state[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _words(tokenizer: Any) -> str:
+    words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return f"sha256:{hashlib.sha256(words).hexdigest()}"

@@ -1,0 +1,168 @@
+"""Low-rank adapters fused into a model as it is loaded (Hu et al. 2021, eq. 3): W + scale * alpha / rank * B A."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, tensors
+
+# how files begin the names of a network's layers -> the network
+NETWORKS = {"lora_unet_": "unet", "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder"}
+ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+}
+NOTES = "lora_adapter_metadata"  # under which diffusers writes how a file's adapters are scaled
+FORM = "Give an adapter of Stable Diffusion 1.x or 2.x in .safetensors, as kohya's scripts or diffusers save them."
+LARGEST_SCALE = 100.0
+
+
+def fused(model: Model, given: Sequence[str]) -> Model:
+    """The model with every adapter FILE[:SCALE] fused into copies of its networks, and their digests."""
+    for text in given:
+        model = _with_one(model, text)
+    return model
+
+
+def parse(text: str) -> tuple[Path, float]:
+    """File and scale of FILE[:SCALE]."""
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(scale) <= LARGEST_SCALE:
+        raise Refused(
+            f"--lora {text}: the scale is {number}, expected a number up to {LARGEST_SCALE:g}",
+            "Write FILE:0.8 for a scale of 0.8.",
+        )
+    return Path(name), scale
+
+
+def _with_one(model: Model, text: str) -> Model:
+    path, scale = parse(text)
+    if not path.is_file():
+        raise Missing(
+            f"--lora {path}: no such file{storage.named_alike(path)}",
+            "Check the path; a scale follows the file: FILE:0.8",
+        )
+    tensors.check_safetensors(path)
+    notes = _notes(path)
+    changed: dict[str, nn.Module] = {}
+    for (network, layer), parts in sorted(_adapters(load_file(path), path).items()):
+        if network not in changed:
+            changed[network] = copy.deepcopy(getattr(model, network))
+        noted = _noted_scale(notes, network, layer, parts)
+        _fuse(_layer(changed[network], layer, path), parts, scale * noted, f"--lora {path}: {layer}")
+    name, count = f"lora {path.name}", 1
+    while name in model.digests:  # diffusers calls all adapters alike
+        name, count = f"lora {path.name} {count + 1}", count + 1
+    told = {name: f"{digest([path])} x {scale:g}"}
+    plain = model.with_modules(**{name: module.eval().requires_grad_(False) for name, module in changed.items()})
+    return replace(plain, digests={**model.digests, **told})
+
+
+def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Network and layer -> the tensors of its adapter."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for key, value in state.items():
+        ending = next((one for one in ENDINGS if key.endswith(one)), None)
+        start = next((one for one in NETWORKS if key.startswith(one)), None)
+        if ending is None or start is None:
+            raise Refused(f"--lora {path}: {documents.quoted(key)} is not a tensor of a low-rank adapter", FORM)
+        layer = key[len(start) : len(key) - len(ending)].replace(".processor.", ".")
+        found[NETWORKS[start], layer][ENDINGS[ending]] = value
+    if not found:
+        raise Refused(f"--lora {path}: it holds no tensor", FORM)
+    return found
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What diffusers noted about the adapters of a file: settings such as `unet.lora_alpha`, checked; often none."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(NOTES, "{}")
+    notes = documents.parse_json(text, f"--lora {path}: its {NOTES}")
+    forms = {"lora_alpha": float, "alpha_pattern": {}, "use_rslora": bool}
+    try:
+        documents.check_form(notes, {})
+        for network in sorted(set(NETWORKS.values())):
+            given = {name: form for name, form in forms.items() if notes.get(f"{network}.{name}") is not None}
+            documents.check_form(notes, {f"{network}.{name}": form for name, form in given.items()})
+            own = notes.get(f"{network}.alpha_pattern") or {}
+            documents.check_form(own, dict.fromkeys(own, float), f"{network}.alpha_pattern")
+    except ValueError as error:
+        raise Refused(f"--lora {path}: its {NOTES} are inconsistent ({error})", FORM) from error
+    return notes
+
+
+def _noted_scale(notes: dict[str, Any], network: str, layer: str, parts: dict[str, Tensor]) -> float:
+    """The noted alpha / rank of a layer's adapter; 1 where nothing is noted, or its alpha is a tensor of the file."""
+    alpha = notes.get(f"{network}.lora_alpha")
+    if alpha is None or "alpha" in parts or "down" not in parts:
+        return 1.0
+    own = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so
+    alpha = next((value for end, value in own.items() if f".{layer}".endswith(f".{end}")), alpha)
+    rank = max(parts["down"].shape[0], 1)
+    return alpha / (math.sqrt(rank) if notes.get(f"{network}.use_rslora") else rank)
+
+
+def _layer(module: nn.Module, name: str, path: Path) -> nn.Module:
+    """The layer that a name of the file means: its dots may be written as underscores."""
+    wanted = _plain(name)
+    for place, layer in module.named_modules():
+        if _plain(place) == wanted and isinstance(layer, (nn.Linear, nn.Conv2d)):
+            return layer
+    raise Refused(f"--lora {path}: the model has no layer {documents.quoted(name)}", FORM)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^text_model_|_0$", "", re.sub(r"\bto_out\.0\b", "to_out", name).replace(".", "_"))
+
+
+@torch.no_grad()
+def _fuse(layer: nn.Module, parts: dict[str, Tensor], scale: float, where: str) -> None:
+    if not {"down", "up"} <= set(parts):
+        raise Refused(f"{where}: only {' and '.join(parts)} of its adapter is there", FORM)
+    down, up = parts["down"].float(), parts["up"].float()
+    rank = len(down) if down.ndim > 1 else 0
+    alpha = parts.get("alpha", torch.tensor(float(rank)))
+    is_whole = rank and up.ndim == down.ndim and up.shape[1] == rank and alpha.numel() == 1
+    if not is_whole or (up.shape[0], down.shape[1]) != tuple(layer.weight.shape[:2]):
+        raise Refused(
+            f"{where}: an adapter of {list(down.shape)} and {list(up.shape)} for a weight of "
+            f"{list(layer.weight.shape)}",
+            FORM,
+        )
+    change = (up.flatten(1) @ down.flatten(1)) * (scale * float(alpha) / rank)
+    if change.numel() != layer.weight.numel() or not change.isfinite().all():
+        raise Refused(
+            f"{where}: its product does not fit a weight of {list(layer.weight.shape)}, or is not finite", FORM
+        )
+    layer.weight += change.view_as(layer.weight)

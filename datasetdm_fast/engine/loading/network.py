@@ -1,0 +1,125 @@
+"""One network of a model: a module of diffusers or transformers, or what one is made of as long as nobody needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.engine.models.layers import room
+
+Stored = Callable[[str, Tensor], torch.dtype]  # the type in which a tensor of this name is to be kept
+
+
+def as_widest(name: str, value: Tensor) -> torch.dtype:
+    return torch.float32 if value.is_floating_point() else value.dtype
+
+
+class ConfigFile(dict):
+    """A config.json whose entries are attributes too, as those of diffusers' configs are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ReadOnce(dict):
+    """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
+
+    is_given_away = True  # nobody else holds the tensors
+
+    def __init__(self, tensors: Mapping[str, Tensor], computed_as: torch.dtype | None = None):
+        super().__init__(tensors)
+        self.computed_as = computed_as  # the type of what is made of several of them
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
+
+
+class Weighted:
+    """The configuration and the tensors of a network, as those who build one of their own read them."""
+
+    def __init__(self, config: Any, state: Mapping[str, Tensor]):
+        self.config, self.state = config, state
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.state
+
+
+class Network:
+    """Its `module` is built when it is first asked for, and then holds the weights; until then each reading begins at
+    their source, and nothing is held.
+    """
+
+    def __init__(self, config: Any, build: Callable[[], nn.Module], read: Callable[[Stored], dict[str, Tensor]]):
+        self.config, self._build, self._read = config, build, read
+        self._module: nn.Module | None = None
+        self._built = 0  # changes of the parameters when they were filled
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Network:
+        """The network of a module that was built."""
+        network = cls(module.config, lambda: module, lambda _: module.state_dict())
+        assert network.module is module
+        return network
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            self._module = self._build().eval().requires_grad_(False)
+            self._built = _versions(self._module)
+        return self._module
+
+    @property
+    def is_built(self) -> bool:
+        return self._module is not None
+
+    def let_go(self) -> None:
+        """Drops the module, which the next question for it builds again; one that was changed stays."""
+        if not self.changes:
+            self._module = None
+
+    @property
+    def changes(self) -> int:
+        """How often a weight was changed in place since the module was built."""
+        return _versions(self._module) - self._built if self._module is not None else 0
+
+    def read(self, stored: Stored = as_widest, computed_as: torch.dtype | None = None) -> Weighted:
+        """The weights: those of the module, or from their source as `stored` wants each, to be read once."""
+        if self._module is not None:
+            return Weighted(self.config, self._module.state_dict())
+        return Weighted(self.config, ReadOnce(self._read(stored), computed_as))
+
+
+def _versions(module: nn.Module) -> int:
+    """A counter that PyTorch advances when a weight is changed in place."""
+    return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
+
+
+def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
+    """The tensors of safetensors files."""
+    found = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                value = opened.get_tensor(name)
+                found[name] = room(value.shape, stored(name, value)).copy_(value)
+    return found
+
+
+def as_filled(
+    shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
+) -> dict[str, Tensor]:
+    """Tensors of these shapes, each filled in the order of the names."""
+    found = {}
+    for name in sorted(shapes):
+        value = fill(name, room(shapes[name]))
+        dtype = stored(name, value)
+        found[name] = value if dtype == value.dtype else room(value.shape, dtype).copy_(value)
+    return found

@@ -1,0 +1,176 @@
+"""Models that need no download: the demo model, and seeded random weights in two sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.loading import shapes
+from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.engine.loading.folder import class_of, load_folder
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.engine.loading.network import ConfigFile, Network, as_filled
+from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
+from datasetdm_fast.errors import Missing
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
+SHAPES = {"text_encoder": shapes.of_text_encoder, "unet": shapes.of_unet, "vae": shapes.of_vae}
+SD14 = {
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+    },
+    "unet": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": DOWN_BLOCKS,
+        "up_block_types": UP_BLOCKS,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "cross_attention_dim": 768,
+        "use_linear_projection": False,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "sample_size": 512,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    },
+}
+
+
+class Seeded:
+    """Draws seeded weights of unit gain, norms near one and small biases, so activations stay of order one."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        value.normal_(generator=self.generator)
+        if value.dim() >= 2:
+            return value.div_(math.sqrt(value[0].numel()))
+        return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+def seeded(part: str, settings: Mapping, seed: int) -> Network:
+    """A network of Stable Diffusion 1.4's form but for these settings, with seeded weights; the library of its module
+    takes seconds and 0.2 GiB to be imported, and is not asked before the module is.
+    """
+    config = ConfigFile(SD14[part] | settings)
+    shapes = SHAPES[part](config)
+
+    def build() -> nn.Module:
+        if part == "text_encoder":
+            from transformers import CLIPTextConfig
+
+            return class_of(part)(CLIPTextConfig(**config))
+        return class_of(part)(**config)
+
+    def filled() -> nn.Module:
+        module, draw = build_empty(build), Seeded(seed)
+        state = module.state_dict()
+        for name in sorted(state):
+            draw(name, state[name])
+        return module
+
+    return Network(config, filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
+
+
+def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module with memory for its weights, not yet filled, and the buffers it begins with."""
+    with torch.device("meta"):
+        module = build()
+    if list(module.buffers()):  # to_empty would lose what they hold
+        with torch.random.fork_rng(devices=[]):
+            return build()
+    return module.to_empty(device="cpu")
+
+
+def load_demo(size: int) -> Model:
+    return load_folder(_demo(), size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
+
+
+def load_tiny(size: int) -> Model:
+    """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
+    tokenizer = _tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": len(tokenizer) - 2,
+        "eos_token_id": len(tokenizer) - 1,
+        "pad_token_id": len(tokenizer) - 1,
+    }
+    unet = {
+        "sample_size": 16,
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": 2,  # diffusers' name for the number of heads
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    vae = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128}
+    parts = {"text_encoder": text, "unet": unet, "vae": vae}
+    return preset("tiny", parts, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
+
+
+def load_random_sd14(size: int) -> Model:
+    """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32."""
+    return preset("random-sd14", {part: {} for part in SD14}, SD_DEFAULTS, size, seed=14)
+
+
+def preset(name: str, parts: Mapping[str, Mapping], defaults: Defaults, size: int, seed: int) -> Model:
+    """A model whose networks have these settings and seeded weights.
+
+    The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
+    """
+    networks = {part: seeded(part, settings, seed + k) for k, (part, settings) in enumerate(parts.items())}
+    digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
+    numbers = SD_SCHEDULER, defaults, size or defaults.size
+    model = Model(name, f"preset {name}", _tokenizer(), networks, *numbers, digests, SEEDED_LICENCE)
+    return checked(model, is_seeded=True)
+
+
+def _tokenizer() -> OwnTokenizer:
+    """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
+    return OwnTokenizer(_demo("tokenizer"))
+
+
+def _demo(part: str = "") -> Path:
+    """The demo model's folder, or a folder in it."""
+    if not DEMO.is_dir():
+        raise Missing(
+            f"model: the demo model is not there, {DEMO} does not exist",
+            f"Train it: python -m datasetdm_fast.demo.train --out {DEMO}; or name another with --model.",
+        )
+    return DEMO / part

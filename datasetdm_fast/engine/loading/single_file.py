@@ -1,0 +1,267 @@
+"""Models in one .safetensors or .ckpt file, in the original Stable Diffusion layout."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.loading.checks import (
+    ADAPTER,
+    ANOTHER,
+    DAMAGED,
+    DOWN_BLOCKS,
+    SUPPORTED,
+    UP_BLOCKS,
+    check_readable,
+    check_unet,
+    check_vae,
+    quiet_libraries,
+)
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
+from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, pickles
+from datasetdm_fast.stages import FACTOR
+
+
+def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: bool = False) -> Model:
+    """The model in one file of the original latent-diffusion layout; `ema` takes the averaged weights of its U-Net.
+
+    Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
+    """
+    state, notes = _read_single_file(path)
+    beside = _prediction_beside(path)
+    _check_layout(state, path)
+    unet_config, vae_config, (text_config, is_second) = (
+        read(state, path) for read in (_unet_config, _vae_config, _text_config)
+    )
+    tokenizer = tokenizer_beside(path, is_second, allow_download)
+    with quiet_libraries():  # advice about a flag that is none of ours
+        converted = single_file_utils.convert_ldm_unet_checkpoint(
+            with_averaged(state, path) if ema else state, unet_config, extract_ema=False
+        )
+    unet = _filled(UNet2DConditionModel(**unet_config), converted, f"{path}: unet")
+    convert = single_file_utils.convert_ldm_vae_checkpoint
+    vae = _filled(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
+    text_encoder = CLIPTextModel(text_config)
+    if is_second:
+        converted = single_file_utils.convert_open_clip_checkpoint(text_encoder, state)
+    else:
+        converted = single_file_utils.convert_ldm_clip_checkpoint(state)
+    converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
+    known = {key: value for key, value in converted.items() if key in text_encoder.state_dict()}
+    text_encoder = _filled(text_encoder, known, f"{path}: text_encoder")
+    own = NOTED.get(notes.get("modelspec.prediction_type", ""))
+    own = own or ("epsilon" if not is_second or predicts_noise(unet) else "v_prediction")
+    scheduler = SD_SCHEDULER | {"prediction_type": beside or own}
+    if is_second and scheduler["prediction_type"] == "v_prediction":
+        unet.register_to_config(sample_size=96)
+    defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
+    digests = {"file": digest([path])} | ({"prediction": beside} if beside not in ("", own) else {})
+    origin, proof = (str(path), str(path.resolve())), (digests, licence)
+    modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+    networks = {part: Network.of(module) for part, module in modules.items()}
+    return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+
+
+LORA = "a LoRA, which only changes another model"
+NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # what a file's own notes say -> a scheduler's word for it
+TOLD = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
+EMA = "model_ema."  # before the names of averaged weights, which have no dots
+UNET, VAE, CLIP, OPEN_CLIP = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+)
+
+
+def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a single-file checkpoint and its notes, such as its licence; a pickle has none, and is converted
+    by another process first.
+    """
+    if path.suffix == ".safetensors":
+        check_readable(path)
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    if path.suffix != ".ckpt":
+        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {SUPPORTED}", ANOTHER)
+    check_readable(path)
+    return safetensors.torch.load_file(pickles.safe_copy(path)), {}
+
+
+def _prediction_beside(path: Path) -> str:
+    """What the UNet predicts by the configuration of the original code that lies beside the file under its name, as web
+    UIs read it; empty where none says so.
+    """
+    settings = path.with_suffix(".yaml")
+    found = documents.read_yaml(settings) if settings.is_file() else None
+    for key in ("model", "params", "parameterization"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None:
+        return ""
+    if not isinstance(found, str) or found not in TOLD:
+        raise Refused(
+            f"model: {settings}: parameterization is {documents.quoted(found)}, expected {' or '.join(TOLD)}",
+            "Correct it, or take the file away if it is not of this model.",
+        )
+    return TOLD[found]
+
+
+def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors with the exponential moving average of each U-Net weight in its place; refused where one has none."""
+    names = {key: EMA + "".join(key.split(".")[1:]) for key in state if key.startswith(UNET)}
+    if absent := [key for key, name in names.items() if name not in state]:
+        has_any = any(key.startswith(EMA) for key in state)
+        raise Refused(
+            f"--ema: {path} has {f'no average of {len(absent)} weights, the first is {absent[0]}' if has_any else 'no'}"
+            f"{'' if has_any else ' averaged weights'}",
+            "Drop --ema, or take the file that holds them (often called full-ema).",
+        )
+    return {**state, **{key: state[name] for key, name in names.items()}}
+
+
+def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
+    """Say what a file is that is not an SD 1.x or 2.x checkpoint in the original layout."""
+    signs = {
+        LORA: ("lora_", ".lora.", "hada_", "lokr_"),
+        "an SDXL model (two text encoders)": ("conditioner.embedders.",),
+        "a ControlNet": ("control_model.", "controlnet_"),
+        "an SD 3 model": ("joint_blocks.",),
+        "a Flux model": ("double_blocks.",),
+    }
+    for kind, marks in signs.items():
+        if any(mark in key for key in state for mark in marks):
+            raise Refused(f"model: {path} holds {kind}; {SUPPORTED}", ADAPTER if kind == LORA else ANOTHER)
+    for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
+        if not any(key.startswith(prefixes) for key in state):
+            found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
+            raise Refused(
+                f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in "
+                f"the original layout; {SUPPORTED}",
+                ANOTHER,
+            )
+
+
+def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
+    if key not in state:
+        raise Refused(
+            f"model: {path} lacks the tensor {key}, which every Stable Diffusion 1.x and 2.x checkpoint has", DAMAGED
+        )
+    return state[key].shape
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many numbers occur at the group of `pattern` among the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
+    blocks = _count(state, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
+    layers = blocks // 4 - 1
+    widths = [
+        _shape(state, f"{UNET}input_blocks.{depth * (layers + 1) + 1}.0.out_layers.3.weight", path)[0]
+        for depth in range(4)
+    ]
+    is_linear = len(_shape(state, f"{UNET}input_blocks.1.1.proj_in.weight", path)) == 2
+    config = {
+        "sample_size": 64,
+        "in_channels": _shape(state, f"{UNET}input_blocks.0.0.weight", path)[1],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": list(DOWN_BLOCKS),
+        "up_block_types": list(UP_BLOCKS),
+        "cross_attention_dim": _shape(state, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", path)[1],
+        # Head counts leave no trace in the shapes: SD 1.x has 8 everywhere, SD 2.x heads of 64 channels.
+        "attention_head_dim": [width // 64 for width in widths] if is_linear else 8,
+        "use_linear_projection": is_linear,
+    }
+    check_unet(config, path)
+    return config
+
+
+def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
+    count = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
+    config = {
+        "block_out_channels": tuple(
+            _shape(state, f"{VAE}encoder.down.{level}.block.0.conv1.weight", path)[0] for level in range(count)
+        ),
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": _shape(state, f"{VAE}post_quant_conv.weight", path)[0],
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+    }
+    check_vae(config, path)
+    return config
+
+
+def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfig, bool]:
+    """The text encoder's config, read off the shapes, and whether it is SD 2.x's, which stops before the last layer."""
+    is_second = any(key.startswith(OPEN_CLIP) for key in state)
+    if is_second:
+        prefix, blocks = OPEN_CLIP, r"transformer\.resblocks\.(\d+)\."
+        names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+    else:
+        prefix, blocks = CLIP, r"encoder\.layers\.(\d+)\."
+        prefix += "text_model." if any(key.startswith(f"{CLIP}text_model.") for key in state) else ""
+        names = tuple(f"embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
+        names += ("encoder.layers.0.mlp.fc1.weight",)
+    vocabulary, width = _shape(state, prefix + names[0], path)
+    count = _count(state, re.escape(prefix) + blocks)
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=_shape(state, prefix + names[2], path)[0],
+        num_hidden_layers=count - 1 if is_second else count,
+        num_attention_heads=max(width // 64, 1),
+        max_position_embeddings=_shape(state, prefix + names[1], path)[0],
+        hidden_act="gelu" if is_second else "quick_gelu",
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=0 if is_second else 1,
+    )
+    return config, is_second
+
+
+def _filled(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
+    """The module with converted weights, refused where a tensor is missing, unknown or of another shape."""
+    wanted = module.state_dict()
+    for key, value in wanted.items():
+        if key not in state:
+            raise Refused(f"model: {name} lacks the tensor {key}", DAMAGED)
+        if state[key].shape != value.shape:
+            raise Refused(
+                f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected",
+                DAMAGED,
+            )
+    extra = sorted(set(state) - set(wanted))
+    if extra:
+        raise Refused(
+            f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is "
+            f"{extra[0]}",
+            DAMAGED,
+        )
+    module.load_state_dict(dict(state))
+    return module
+
+
+@torch.inference_mode()
+def predicts_noise(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet predicts noise rather than velocity: it then returns nearly its input at the last timestep."""
+    unet.eval()
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    output = unet(noise, 999, torch.zeros(1, 77, unet.config.cross_attention_dim)).sample
+    return float(torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1]) > 0.5

@@ -1,0 +1,141 @@
+"""What brings pictures back into the network and reads their labels: as one square, or tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.engine.pictures import framing
+from datasetdm_fast.engine.pictures.labelled import Picture
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from datasetdm_fast.runs.jobs.pictures import GivenPictures, Pictures
+
+
+class InvertingGenerator(driver.BatchGenerator):
+    """Brings pictures back: noise is added at the decoders' timestep, and at several for the attention."""
+
+    def __init__(self, *arguments: Any, pictures: Pictures | GivenPictures, timesteps: Sequence[int], capture: int):
+        super().__init__(*arguments)
+        self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
+
+    def sample(self, batch: Batch) -> driver.SampledBatch:
+        import numpy as np
+        import torch
+
+        squares = [self.pictures.load(each.index, self.recipe.size) for each in batch.padded]
+        return self.inverted(batch.padded, torch.from_numpy(np.stack(squares)))
+
+    def inverted(self, requests: Sequence[Request], pixels: Tensor) -> driver.SampledBatch:
+        """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
+        import torch
+
+        from datasetdm_fast.engine.sampling import times
+        from datasetdm_fast.kernels.to_device import to_device
+
+        engine, recipe = self.engine, self.recipe
+        pixels = to_device(pixels, engine.device)  # where labellers of other packages read them, too
+        clean = engine.encode_image(pixels)
+        context, words = self.contexts(requests)
+        sums = self.nothing_yet(len(requests))
+        noise = to_device(
+            torch.stack([times.initial_noise(each.seed, *clean.shape[1:]) for each in requests]), clean.device
+        )
+        captures = {}
+        if recipe.captures:
+            latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
+            capturing = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
+            _, capture = capturing(latents, self.capture, context)
+            captures = dict.fromkeys(recipe.captured, capture)
+            self.on_unet_call()
+        for timestep in self.timesteps if sums is not None else ():
+            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+            _, sums = engine.denoise_and_average(latents, timestep, context, words, sums)
+            self.on_unet_call()
+        return driver.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
+
+    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | SetAside]:
+        names = self.pictures.names
+        return [
+            replace(one, provenance={**one.provenance, "picture": names[one.request.index]})
+            if isinstance(one, Sample)
+            else one
+            for one in super().label(batch, drawn)
+        ]
+
+
+class TilingGenerator(InvertingGenerator):
+    """Brings pictures back tile by tile, `together` of them at once, whatever else is in their batch."""
+
+    def __init__(self, *arguments: Any, together: int, **chosen: Any):
+        super().__init__(*arguments, **chosen)
+        self.together = together
+
+    def sample(self, batch: Batch) -> list[Sample | SetAside]:
+        """The labelled pictures: the captures of many tiles would not fit beside each other."""
+        return [self._picture(request) for request in batch.requests]
+
+    def label(self, batch: Batch, drawn: list[Sample | SetAside]) -> list[Sample | SetAside]:
+        return drawn
+
+    def _picture(self, request: Request) -> Sample | SetAside:
+        image, size = self.pictures.whole(request.index), self.recipe.size
+        tiling = Tiling.of(image.shape[:2], size)
+        picture = Picture("", image, "")
+        squares = [
+            framing.framed(picture, framing.Window(left, top, size / tiling.side), size).image
+            for top, left in tiling.corners
+        ]
+        found: list[Sample] = []
+        maps: list[Tensor] = []
+        for start in range(0, len(squares), self.together):
+            results, own = self._tiles(request, squares[start : start + self.together])
+            for one in results:
+                if isinstance(one, SetAside):
+                    return one
+            found += results
+            maps += own
+        labels = {task: self._joined(task, request, tiling, found, maps) for task in self.recipe.tasks}
+        provenance = {**found[0].provenance, "picture": self.pictures.names[request.index], "sides": list(tiling.sides)}
+        return driver.judged(Sample(request, image, labels, provenance | {"tiles": len(squares)}), self.recipe)
+
+    def _tiles(self, request: Request, squares: Sequence[np.ndarray]) -> tuple[list[Sample | SetAside], list[Tensor]]:
+        """Some tiles labelled, each as a picture of its own, and their maps of attention."""
+        import numpy as np
+        import torch
+
+        from datasetdm_fast.engine.tasks.attention import spread_maps
+
+        batch = Batch(0, (request,) * len(squares), self.together - len(squares))
+        padded = [*squares, *[squares[-1]] * batch.padding]
+        drawn = self.inverted(batch.padded, torch.from_numpy(np.stack(padded)))
+        maps: list[Tensor] = []
+        if drawn.averages is not None:
+            asked = self.recipe.asked(request)
+            words = self.recipe.class_prompt(request)
+            by_words, own = bool(self.recipe.attention.parity), self.recipe.table
+            named = columns(words, asked, self.engine.model.tokenizer, by_words=by_words, own=own)
+            places = [each for _, each in named]
+            maps = spread_maps(drawn.averages, [places] * len(padded), self.recipe.attention.exponent)[: len(squares)]
+        return driver.BatchGenerator.label(self, batch, drawn), maps
+
+    def _joined(
+        self, task: str, request: Request, tiling: Tiling, found: Sequence[Sample], maps: Sequence[Tensor]
+    ) -> Annotation:
+        labels = [one.annotations[task] for one in found]
+        if task == ATTENTION:
+            from datasetdm_fast.engine.tasks.attention import joined_label
+
+            numbers = [1 + self.recipe.words.index(word) for word in self.recipe.asked(request)]
+            limits = self.recipe.attention.threshold, self.recipe.attention.uncertainty
+            return joined_label(tiling, maps, numbers, labels[0].classes, *limits)
+        return (joined_map if isinstance(labels[0], SemanticMap) else joined_instances)(tiling, labels)

@@ -1,0 +1,77 @@
+"""What the latents of a batch begin as, what is put into them after every call, and what becomes of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.sampling.schedule import Schedule
+
+
+def unchanged(call: int, latents: Tensor) -> Tensor:
+    return latents
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The latents of a batch before its first call."""
+
+    latents: Tensor  # [B, 4, h, w] on the engine's device
+    after: Callable[[int, Tensor], Tensor] = unchanged  # (call, latents after it) -> latents the next call gets
+
+
+class Origin(Protocol):
+    """Where the images of a run come from."""
+
+    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
+        """The beginning of a batch; a request may be there several times."""
+
+    def finish(self, sample: Sample) -> Sample:
+        """The sample that is written, from the one that was made."""
+
+
+class FromNoise:
+    """Images from nothing but the noise of their seeds."""
+
+    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
+        from datasetdm_fast.kernels.to_device import to_device
+
+        return Beginning(to_device(drawn_noise(requests, engine.model.size), engine.device))
+
+    def finish(self, sample: Sample) -> Sample:
+        return sample
+
+
+def drawn_noise(requests: Sequence[Request], size: int) -> Tensor:  # [B, 4, h, w] fp32
+    """The noise of each request, from its own seed, for images of size x size pixels."""
+    import torch
+
+    from datasetdm_fast.engine.sampling.times import initial_noise
+
+    side = size // FACTOR
+    return torch.stack([initial_noise(request.seed, 4, side, side) for request in requests])
+
+
+class FromOneGenerator(FromNoise):
+    """Images from the noise that one generator draws for the whole run, seeded with the run's seed."""
+
+    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
+        import torch
+
+        from datasetdm_fast.engine.sampling.times import OneGenerator
+        from datasetdm_fast.kernels.to_device import to_device
+
+        side, generator = engine.model.size // FACTOR, OneGenerator()
+        noise = [generator.draw(request.seed - request.index, request.index, side) for request in requests]
+        return Beginning(to_device(torch.stack(noise), engine.device))
+
+
+FROM_NOISE, ONE_GENERATOR = FromNoise(), FromOneGenerator()

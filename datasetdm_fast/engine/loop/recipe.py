@@ -1,0 +1,216 @@
+"""How every image of a run is made, decided before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, SAMPLERS, UNDECODED
+from datasetdm_fast.data import Request
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words
+from datasetdm_fast.engine.loop.class_prompts import AttentionRecipe, attention_recipe
+from datasetdm_fast.engine.loop.combining import Combination, check_words, parse_combinations
+from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.sampling.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every image of a run is made, decided before the first batch."""
+
+    schedule: Schedule
+    guidance: float
+    size: int  # pixels
+    tasks: tuple[str, ...]
+    captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder or labeller reads
+    words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
+    combinations: tuple[Combination, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+    ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
+    least_confidence: float = 0.0  # pixels of label maps with less become 255
+    origin: Origin = FROM_NOISE
+    attention: AttentionRecipe | None = None  # of labels that need no decoder
+    asks_all: bool = False  # whether all words are looked for in every image
+    table: ClassTable | None = None  # of the user's own words
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """The calls that are captured, in their order; the last of the schedule where no label is read from any."""
+        last = () if self.attention or self.foreign else (len(self.schedule) - 1,)
+        return tuple(sorted(set(self.captures.values()))) or last
+
+    @property
+    def decoded(self) -> tuple[str, ...]:
+        """The labels that decoders read."""
+        return tuple(task for task in self.tasks if task not in UNDECODED)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The labels that labellers of other packages read."""
+        return tuple(task for task in self.tasks if task in LABELLER_KINDS.others)
+
+    @property
+    def raw(self) -> frozenset[int]:
+        """The captured calls of which labellers read features and maps themselves."""
+        return frozenset(self.captures[task] for task in self.foreign if task in self.captures)
+
+    def asked(self, request: Request) -> tuple[str, ...]:
+        """The words looked for in an image."""
+        return self.words if self.asks_all else request.classes
+
+    def class_prompt(self, request: Request) -> str:
+        """What its labels are read from, empty where no label is read from attention."""
+        return self.attention.class_prompt(request, self.asked(request), self.table) if self.attention else ""
+
+
+def make_recipe(
+    engine: Engine,
+    tasks: Sequence[str],
+    *,
+    sampler: str = "pndm",
+    steps: int = 0,
+    guidance: float = 0.0,
+    profile: str = "0.3.0",
+    classes: Sequence[str] = (),
+    combine: Sequence[str] = (),
+    ignore: str = "nothing",
+    ignore_below: float = 0.0,
+    strength: float = 1.0,
+    ask: str = "named",
+    table: ClassTable | None = None,
+    **attention: Any,
+) -> Recipe:
+    """The recipe of a run; 0 means what the model was made for. A `strength` below 1 leaves only the last calls
+    of the schedule. `attention` are settings of class_prompts.
+    """
+    from datasetdm_fast.engine.sampling import make_schedule
+
+    model = engine.model
+    labellers = labellers_of(engine, tasks)
+    schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
+    configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
+    table = table or kept_words(engine, list(configs))
+    asked = [
+        task
+        for task in tasks
+        if task == ATTENTION or (labellers[task].asks_words if task in labellers else configs[task].is_open)
+    ]
+    words = class_words_of(engine, asked, classes, table) if asked else ()
+    reading = {task: labeller for task, labeller in labellers.items() if labeller.reads_capture}
+    captures = capture_calls(schedule, {task: one.capture_timestep for task, one in {**configs, **reading}.items()})
+    numbers = None
+    if ATTENTION in tasks:
+        numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
+    elif attention:
+        name, own = next(iter(attention)), signature(attention_recipe).parameters
+        raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in own))
+    facts = {
+        "sampler": sampler,
+        "profile": profile,
+        "steps": steps or model.defaults.steps,
+        "calls": len(schedule),
+        "guidance": guidance or model.defaults.guidance,
+        "size": model.size,
+        "capture_timestep": _told(schedule, captures),
+    }
+    if sampler in SAMPLERS.others:
+        facts["sampler_package"] = SAMPLERS.package(sampler)
+    if numbers is not None:
+        facts["attention"] = asdict(numbers)
+    if labellers:
+        facts["labellers"] = {name: LABELLER_KINDS.package(name) for name in labellers}
+    recipe = Recipe(
+        schedule,
+        facts["guidance"],
+        model.size,
+        tuple(tasks),
+        captures,
+        words,
+        parse_combinations(combine, tasks),
+        facts,
+        ignores_doubtful=ignore == "disagreeing",
+        least_confidence=ignore_below,
+        origin=ONE_GENERATOR if numbers and numbers.parity else FROM_NOISE,
+        attention=numbers,
+        asks_all=ask == "all",
+        table=table,
+    )
+    check_words(recipe.combinations, label_tables(engine, recipe))
+    return recipe
+
+
+def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What run.json says of each label: names and ranges, those of a labeller as its own class has them."""
+    found = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
+
+    def table(label: str) -> dict[str, Any]:
+        return kind_of(label).table(found.get(label), recipe.size, recipe.words)
+
+    return {
+        label: LABELLER_KINDS.loaded(label, partial(table, label), "does not say what its labels are")
+        if label in LABELLER_KINDS.others
+        else table(label)
+        for label in recipe.tasks
+    }
+
+
+def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:
+    """The labellers of other packages among these labels, by their names."""
+    names = [task for task in tasks if task in LABELLER_KINDS.others]
+    if not names:
+        return {}
+    from datasetdm_fast.engine.tasks.labeller import open_labeller
+
+    return {name: open_labeller(name, engine.device) for name in names}
+
+
+def kept_words(engine: Engine, labels: Sequence[str]) -> ClassTable | None:
+    """The words of the user's own that the decoders of these labels were taught with."""
+    words = dict.fromkeys(word for label in labels for word in engine.decoders[label].config.class_words)
+    return of_words(tuple(words), "class_words") if words else None
+
+
+def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
+    """The timestep that the decoders read, by label where they do not all read the same."""
+    times = {label: schedule.timesteps[call] for label, call in captures.items()}
+    return times if len(set(times.values())) > 1 else next(iter(times.values()), schedule.timesteps[-1])
+
+
+def class_words_of(
+    engine: Engine, labels: Sequence[str], classes: Sequence[str], table: ClassTable | None = None
+) -> tuple[str, ...]:
+    """The words that the decoders of these labels are asked for: those given, else those they were taught."""
+    words = tuple(classes) or tuple(
+        dict.fromkeys(
+            word for label in labels if label not in UNDECODED for word in engine.decoders[label].config.classes
+        )
+    )
+    if not words or not classes and not set(labels).isdisjoint(UNDECODED):
+        raise Refused(
+            f"--task {labels[0]}: no class words were given, and no decoder of it names any", "Add --classes ball,cube."
+        )
+    if len(words) > 254 and any(label in UNDECODED or engine.decoders[label].config.has_text for label in labels):
+        raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
+    prompts.check_class_lengths(words, engine.model.tokenizer, table)
+    return words
+
+
+def capture_calls(schedule: Schedule, wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """The call that the decoder of each label reads: the last, or the one nearest the timestep it was trained at."""
+    last = len(schedule) - 1
+    return {
+        label: last
+        if timestep is None
+        else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
+        for label, timestep in wanted.items()
+    }

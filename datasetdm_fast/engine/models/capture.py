@@ -1,0 +1,237 @@
+"""Capture hooks: nothing, every feature and map, what the decoders make of them, or averages of the attention.
+
+A decoder's first layer is a 1x1 convolution over a level, which commutes with resizing: each tensor is multiplied by
+its slice of the weight and added to the level's sum, so that the concatenated level never exists.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.data import AttentionSums, Capture
+from datasetdm_fast.engine.models.layers import frozen, tokens
+from datasetdm_fast.kernels.attention import probabilities
+from datasetdm_fast.stages import LEVELS, Level
+
+Slot = tuple[int, int]  # level, place within it
+
+
+class CaptureHook(Protocol):
+    @property
+    def is_idle(self) -> bool:
+        """Whether it wants to hear of nothing."""
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        """Hears of the queries and keys of that cross-attention where its output is already known."""
+
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
+        differ.
+        """
+
+    def reads_self(self, cells: int) -> bool:
+        """Whether it wants to hear of self-attention over so many cells, whoever computes its answer."""
+
+
+class NoCapture:
+    """Reads nothing: every call but the captured one."""
+
+    def __init__(self, ops: SimpleNamespace):
+        self.ops = ops
+
+    @property
+    def is_idle(self) -> bool:
+        return type(self) is NoCapture  # what derives from it reads something
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        pass
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.queried(slot, q, k)
+        return self.ops.attention(q, k, v)
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        pass
+
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.ops.attention(q, k, v)
+
+    def reads_self(self, cells: int) -> bool:
+        return False
+
+
+def conditional_maps(q: Tensor, k: Tensor) -> Tensor:
+    """The attention probabilities [B, heads, S, T] of the half that sees the prompt."""
+    return probabilities(q.chunk(2)[1], k.chunk(2)[1])
+
+
+class RawCapture(NoCapture):
+    """Keeps every feature and map as the reference engine does."""
+
+    def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
+        super().__init__(ops)
+        self.levels = levels
+        self.features: dict[Slot, Tensor] = {}
+        self.maps: dict[Slot, Tensor] = {}
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        if slot is not None:
+            self.features[slot] = torch.cat(x.chunk(2), 1)
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        self.maps[slot] = conditional_maps(q, k)
+
+    def result(self) -> Capture:
+        def ordered(kept: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+            return tuple(
+                tuple(kept[level, place].float() for place in range(count)) for level, count in enumerate(counts)
+            )
+
+        features = ordered(self.features, [len(level.features) for level in self.levels])
+        return Capture(features, ordered(self.maps, [len(level.heads) for level in self.levels]))
+
+
+class Projecting(Protocol):
+    """A decoder, as far as it is read here."""
+
+    def projections(self) -> Mapping[str, Tensor]:
+        """Its first layer's weight [F, channels, 1, 1] for each level it reads, by the level's name."""
+
+
+class Projection(nn.Module):
+    """The first layers of all decoders, stacked along their outputs, as one matrix per captured tensor: held where they
+    are few, else put together of the decoders' own weights whenever one is read.
+    """
+
+    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting], *, largest_held: float = math.inf):
+        super().__init__()
+        # which of the sums are a task's own, per level
+        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())
+        read = [decoder.projections() for decoder in decoders.values()]
+        is_held = sum(weight.numel() for one in read for weight in one.values()) <= largest_held
+        stacked = _Held if is_held else _ReadAtNeed
+        self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
+        for level in levels:
+            empty = torch.zeros(0, level.channels)
+            weights = [one.get(level.name, empty).flatten(1).cpu() for one in read]
+            stops = list(accumulate(map(len, weights), initial=0))
+            for task, start, stop in zip(decoders, stops, stops[1:]):
+                self.tasks[task] += (slice(start, stop),)
+            self.widths.append(stops[-1])
+            rows = [2] * len(level.features) + list(level.heads)
+            widths = [2 * channels for channels in level.features] + [heads * level.tokens for heads in level.heads]
+            parts = list(zip(*(weight.split(widths, 1) for weight in (empty, *weights))))
+            matrices = [
+                [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in own] for count, own in zip(rows, parts)
+            ]
+            count = len(level.features)
+            self.features.append(stacked(matrices[:count]))  # [2, C, F], a matrix for each CFG half
+            self.maps.append(stacked(matrices[count:]))  # [heads, T, F]
+
+
+class _Held(nn.ParameterList):
+    """Matrices, each of its parts side by side."""
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]):
+        super().__init__(frozen(torch.cat(own, -1)) for own in parts)
+
+
+class _ReadAtNeed(nn.Module):
+    """The same, put together when one is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]):
+        super().__init__()
+        self._parts = parts
+
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.cat(self._parts[place], -1)
+
+
+class ProjectedSums(NoCapture):
+    """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
+
+    def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
+        super().__init__(ops)
+        self.projection, self.batch = projection, len(latents)
+        height, width = latents.shape[-2:]
+        self.sizes = [(height >> depth, width >> depth) for depth in reversed(range(len(LEVELS)))]
+        self.sums = [
+            torch.zeros(self.batch * h * w, width, device=latents.device)
+            for (h, w), width in zip(self.sizes, projection.widths)
+        ]
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        if slot is not None and self.projection.widths[slot[0]]:
+            (level, place), total = slot, self.sums[slot[0]]
+            for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place].to(x.dtype)):
+                cells = half.flatten(0, 1)
+                if total.dtype == cells.dtype:
+                    total.addmm_(cells, weight)
+                else:
+                    total.add_(cells @ weight)
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        level, place = slot
+        if not self.projection.widths[level]:
+            return self.ops.attention(q, k, v)
+        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        weight = self.projection.maps[level][place].to(q.dtype)
+        output, projected = self.ops.attention_capture(q, k, v, weight)
+        self.sums[level].add_(projected.flatten(0, 1))
+        return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        level, place = slot
+        if self.projection.widths[level]:
+            maps = conditional_maps(q, k).transpose(1, 2).flatten(2).flatten(0, 1)
+            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1))
+
+    def result(self) -> tuple[Tensor, ...]:
+        """Per level the sums [B, F, h, w] of all tasks."""
+        return tuple(
+            total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes)
+        )
+
+
+class SummedAttention(NoCapture):
+    """Adds the attention probabilities of the conditional half to running sums: those of every self-attention of one
+    side, and at every cross-attention of another those of the same queries over a class prompt, whose values are not
+    used. The answers stay those of NoCapture.
+    """
+
+    def __init__(
+        self, levels: Sequence[Level], sums: AttentionSums, class_keys: Mapping[Slot, Tensor], ops: SimpleNamespace
+    ):
+        super().__init__(ops)
+        self.cells, self.tokens, self.class_keys = sums.cells, sums.tokens, class_keys
+        self.shares = [1 / len(level.heads) for level in levels]  # of a layer in the mean of its level
+
+    def reads_self(self, cells: int) -> bool:
+        return cells == self.cells.shape[1]
+
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = len(self.cells)
+        if q.shape[2] != self.cells.shape[1]:
+            return self.ops.attention(q, k, v)
+        own = (part[-batch:] for part in (q, k, v))
+        answer, self.cells = self.ops.attention_average(*own, self.cells, self.shares[slot[0]])
+        if len(q) == batch:
+            return answer
+        return torch.cat([self.ops.attention(*(part[:-batch] for part in (q, k, v))), answer])
+
+    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+        if q.shape[2] == self.tokens.shape[1]:
+            keys = self.class_keys[slot]
+            own = q[-len(keys) :]
+            _, self.tokens = self.ops.attention_average(own, keys, keys[..., :0], self.tokens, self.shares[slot[0]])

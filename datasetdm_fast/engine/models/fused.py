@@ -1,0 +1,187 @@
+"""UNet and image decoder for a GPU: the same weights under the same names, with fewer passes over memory.
+
+Every image travels with the statistics that the next norm reads, taken where it was written. Biases and residuals are
+added inside products or together with these statistics; the bias of a convolution before a norm is that norm's shift;
+a skip is read where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasetdm_fast.engine.models.capture import CaptureHook, Slot
+from datasetdm_fast.engine.models.layers import (
+    Convolution,
+    GroupNorm,
+    Layers,
+    Linear,
+    Resnet,
+    Upsample,
+    Weights,
+    frozen,
+    image,
+    join_heads,
+    split_heads,
+    tokens,
+)
+from datasetdm_fast.engine.models.unet import CapturePlan, Transformer, UNet, doubled
+from datasetdm_fast.engine.models.vae import BlockLayers, ImageDecoder, SpatialAttention
+
+
+class Measured(NamedTuple):
+    image: Tensor  # [B, C, h, w], channels-last
+    statistics: Tensor  # [2, B, chunks, C] fp32, see kernels/add_statistics.py
+
+
+def both_doubled(x: Measured) -> Measured:
+    return Measured(doubled(x.image), torch.cat([x.statistics, x.statistics], 1))
+
+
+class MeasuredConvolution(Convolution):
+    def __init__(self, weights: Weights, ops: SimpleNamespace, stride: int = 1):
+        super().__init__(weights, stride)
+        self.ops = ops
+
+    def forward(self, x: Tensor | Measured) -> Measured:
+        x = x.image if isinstance(x, Measured) else x
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        return Measured(*self.ops.add_statistics(y, None, self.bias))
+
+
+class MeasuredUpsample(Upsample):
+    def __init__(self, weights: Weights, ops: SimpleNamespace):
+        super().__init__(weights)
+        self.ops = ops
+
+    def forward(self, x: Measured) -> Measured:
+        places = F.conv2d(x.image, self.weight, None, padding=1)
+        return Measured(*self.ops.place_statistics(places, self.bias[: len(self.bias) // 4]))
+
+
+class MeasuredGroupNorm(GroupNorm):
+    def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace, has_silu: bool = True):
+        super().__init__(weights, groups, eps, ops, has_silu)
+        self.op = ops.group_norm_parts
+
+    def forward(self, *parts: Measured) -> Tensor:
+        images, found = zip(*parts)
+        return self.op(images, found, None, self.weight, self.bias, self.groups, self.eps, self.has_silu)
+
+    def shifted(self, x: Tensor, shift: Tensor) -> Tensor:
+        """The norm of an image `x` without statistics plus `shift` [C]."""
+        return self.op([x], [], shift, self.weight, self.bias, self.groups, self.eps, self.has_silu)
+
+
+class MeasuredResnet(Resnet):
+    def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
+        super().__init__(weights, groups, eps, ops)
+        self.ops = ops
+        self.norm1 = MeasuredGroupNorm(weights / "norm1", groups, eps, ops)
+        self.norm2 = MeasuredGroupNorm(weights / "norm2", groups, eps, ops)
+        added = [self.conv2] if isinstance(self.shortcut, nn.Identity) else [self.conv2, self.shortcut]
+        self.bias = frozen(sum(one.bias for one in added))
+
+    def forward(self, x: Measured, bias: Tensor | None = None, skip: Measured | None = None) -> Measured:
+        parts = [x] if skip is None else [x, skip]
+        h = F.conv2d(self.norm1(*parts), self.conv1.weight, None, padding=1)
+        h = self.norm2.shifted(h, self.conv1.bias if bias is None else bias)
+        h = F.conv2d(h, self.conv2.weight, None, padding=1)
+        if isinstance(self.shortcut, nn.Identity):
+            return Measured(*self.ops.add_statistics(h, x.image, self.bias))
+        return added_product(self.ops, [tokens(part.image) for part in parts], self.shortcut.weight, self.bias, h)
+
+
+def added_product(
+    ops: SimpleNamespace, parts: Sequence[Tensor], weight: Tensor, bias: Tensor, residual: Tensor
+) -> Measured:
+    """The image `residual` [B, N, h, w] plus the concatenated tokens `parts` [B, S, K_i] under `weight` [N, K]."""
+    out, found = ops.linear_add(parts, weight.flatten(1), bias, tokens(residual))
+    return Measured(image(out, *residual.shape[-2:]), found)
+
+
+def add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
+    """`h` [B, S, N] plus `x` [B, S, K] under the weight of `linear`, in place and without its bias."""
+    h.flatten(0, 1).addmm_(x.flatten(0, 1), linear.weight.T)
+
+
+class MeasuredTransformer(Transformer):
+    """Its tokens lack the biases of the products that were added to them: norms shift by these, and the last product,
+    which is linear, has them in its own bias.
+    """
+
+    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, layer: Slot, *rest):
+        super().__init__(weights, layers, heads, feature, layer, *rest)
+        after_text = self.self_out.bias + self.text_out.bias
+        self.shift2, self.shift3 = frozen(self.self_out.bias), frozen(after_text)
+        self.bias = frozen(self.exit.bias + self.exit.weight @ (after_text + self.narrow.bias))
+
+    def forward(self, x: Measured, text: Tensor, hook: CaptureHook) -> Measured:
+        h = self.entry(tokens(self.norm(x)))
+        q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
+        add_linear(h, join_heads(hook.attend_self(self.layer, q, k, v)), self.self_out)
+        (q,) = split_heads(self.text_q(self.norm2(h, self.shift2)), 1, self.heads)
+        residual, h, q = self.spread(x.image), self.spread(h), self.spread(q)
+        k, v = text
+        add_linear(h, join_heads(hook.attend(self.layer, q, k, v)), self.text_out)
+        gated = self.ops.linear_geglu(self.norm3(h, self.shift3), self.wide.weight, self.wide.bias)
+        add_linear(h, gated, self.narrow)
+        x = added_product(self.ops, [h], self.exit.weight, self.bias, residual)
+        hook.feature(self.feature, x)
+        return x
+
+
+class MeasuredAttention(SpatialAttention):
+    def forward(self, x: Measured) -> Measured:
+        q, k, v = split_heads(self.qkv(tokens(self.norm(x))), 3, 1)
+        return added_product(
+            self.ops, [join_heads(self.ops.attention(q, k, v))], self.out.weight, self.out.bias, x.image
+        )
+
+
+class MeasuredLayers(Layers):
+    def convolution(self, place: Weights, stride: int = 1) -> nn.Module:
+        return MeasuredConvolution(place, self.ops, stride)
+
+    def upsample(self, place: Weights) -> nn.Module:
+        return MeasuredUpsample(place, self.ops)
+
+    def resnet(self, place: Weights) -> nn.Module:
+        return MeasuredResnet(place, self.groups, self.eps, self.ops)
+
+    def norm(self, place: Weights, eps: float | None = None, has_silu: bool = True) -> nn.Module:
+        return MeasuredGroupNorm(place, self.groups, eps or self.eps, self.ops, has_silu)
+
+
+class MeasuredPlan(MeasuredLayers, CapturePlan):
+    block, doubled = MeasuredTransformer, staticmethod(both_doubled)
+
+
+class MeasuredBlockLayers(MeasuredLayers, BlockLayers):
+    block = MeasuredAttention
+
+
+class ImagesOnly:
+    """A hook behind a network of Measured."""
+
+    def __init__(self, hook: CaptureHook):
+        self.hook, self.attend, self.attend_self = hook, hook.attend, hook.attend_self
+
+    def feature(self, slot: Slot | None, x: Measured) -> None:
+        self.hook.feature(slot, x.image)
+
+
+class FusedUNet(UNet):
+    plan = MeasuredPlan
+
+    def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
+        return super().forward(latents, biases, text, ImagesOnly(hook))
+
+
+class FusedImageDecoder(ImageDecoder):
+    plan = MeasuredBlockLayers

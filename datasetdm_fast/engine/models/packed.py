@@ -1,0 +1,215 @@
+"""Layers for a CPU, whose weights are laid out once as its convolutions and products read them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.engine.models.blocks import Block
+from datasetdm_fast.engine.models.layers import (
+    Convolution,
+    GroupNorm,
+    Linear,
+    Resnet,
+    Upsample,
+    upsampled,
+)
+from datasetdm_fast.engine.models.unet import Transformer
+from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.kernels import group_norm_silu, winograd
+
+ROWS = 2048  # oneDNN is told how many to expect
+FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
+LARGEST_HELD = 1 << 16  # inputs times outputs; a transformed weight takes four times its memory, and larger ones are
+# transformed at every call
+FEWEST_TILES = 8  # of 4x4 results; with fewer the transformed weight is read for too little
+
+
+class PackedLinear(nn.Module):
+    """A Linear in oneDNN's weight order: with AVX-512 about a tenth faster, most where there are few rows.
+
+    The plain weight is packed at the first call and then dropped, so that it is not held twice.
+    """
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed: Tensor | None = None
+
+    def held_weight(self) -> Tensor:
+        return self._packed.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Slices run at once: the packed weight is in place before the plain one goes.
+        if (weight := self.weight) is not None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            self.weight = None
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+class PackedConvolution(nn.Module):
+    """A Convolution by Winograd's minimal filtering where it is 3x3 and large enough, else in oneDNN's weight order.
+
+    A plain weight goes when the form is made that every later call takes. Where calls for one image have too few tiles
+    for a weight that is held transformed, calls for more may have enough, so it stays.
+    """
+
+    def __init__(self, convolution: Convolution):
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.stride, self.padding = convolution.stride, convolution.padding
+        self.is_minimal = self.stride == self.padding == 1 and winograd.takes(self.weight)
+        self.is_held, self.outputs = is_held(self.weight), len(self.weight)
+        self._transformed: Tensor | None = None
+        self._panels: Tensor | None = None
+        self._packed: Tensor | None = None
+
+    def held_weight(self) -> Tensor:
+        if self._panels is not None:
+            return winograd.from_panels(self._panels, self.outputs)
+        return self._transformed if self._packed is None else self._packed.to_dense()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
+        weight, size = self.weight, x.shape[-2:]
+        # Slices run at once: another form is in place before the plain one goes.
+        if self.is_minimal and not self.is_held:
+            if weight is not None:
+                self._panels = winograd.in_panels(weight)
+                self.weight = None
+            return winograd.convolve(x, self._panels, bias, residual)
+        if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
+            if self._transformed is None:
+                self._transformed = winograd.transformed(weight)
+            if self._packed is None and _has_tiles(*size, 1):
+                self.weight = None
+            return winograd.convolve(x, self._transformed, bias, residual)
+        places = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
+        if self._packed is None and weight is not None:
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *places, list(x.shape))
+            if not self.is_minimal:
+                self.weight = None
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, self._packed, bias, *places, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, self._packed, bias, *places, "add", 1.0, None, [], ""
+        )
+
+
+class PackedUpsample(nn.Module):
+    """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it, where that is faster."""
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        self.bias, is_small, taps = upsample.bias, is_held(upsample.taps), upsample.taps
+        self.weight = upsample.weight if is_small else None
+        self._minimal = winograd.transformed(taps) if is_small else winograd.in_panels(taps)
+
+    def plain_taps(self) -> Tensor | None:
+        """The 3x3 taps where nothing else is held."""
+        return winograd.from_panels(self._minimal, len(self.bias) // 4) if self.weight is None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if self.weight is not None and not _has_tiles(2 * height, 2 * width, len(x)):
+            return upsampled(x, self.weight, self.bias)
+        return winograd.convolve(x, self._minimal, self.bias[: len(self.bias) // 4], is_doubled=True)
+
+
+class SpendingNorm(GroupNorm):
+    """A GroupNorm in the memory of its image, which nobody else reads: no fresh pages, and a third less to move."""
+
+    def __init__(self, norm: GroupNorm):
+        nn.Module.__init__(self)
+        self.groups, self.eps, self.has_silu = norm.groups, norm.eps, norm.has_silu
+        self.op = functools.partial(group_norm_silu.native, in_place=True)
+        self.weight, self.bias = norm.weight, norm.bias
+
+
+class SpendingResnet(nn.Module):
+    """A Resnet with a convolution as its shortcut whose input nobody else reads: the shortcut comes first, the norms
+    take the memory of their images, and that of the input is free for the second convolution.
+    """
+
+    def __init__(self, resnet: Resnet):
+        super().__init__()
+        self.norm1, self.conv1 = SpendingNorm(resnet.norm1), resnet.conv1
+        self.norm2, self.conv2 = SpendingNorm(resnet.norm2), resnet.conv2
+        self.shortcut = resnet.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.shortcut(x)
+        h = self.conv1(self.norm1(x))
+        x.untyped_storage().resize_(0)  # whoever called still holds its name
+        return self.conv2(self.norm2(h), residual=residual)
+
+
+def spending(decoder: ImageDecoder) -> ImageDecoder:
+    """`decoder` with such layers; each of its images is read by one layer alone."""
+    for k, layer in enumerate(decoder.layers):
+        if type(layer) is Resnet and not isinstance(layer.shortcut, nn.Identity):
+            decoder.layers[k] = SpendingResnet(layer)
+        elif type(layer) is GroupNorm:
+            decoder.layers[k] = SpendingNorm(layer)
+    return decoder
+
+
+def packed(module: nn.Module) -> nn.Module:
+    """`module` with every layer packed whose storage this CPU's oneDNN takes."""
+    if not torch.backends.mkldnn.is_available():
+        return module
+    for name, child in module.named_children():
+        if isinstance(child, Block):
+            continue
+        if isinstance(child, Transformer):
+            child.rows = FED_ROWS
+        if isinstance(child, Resnet) and child.norm2.op is group_norm_silu.native:
+            child.norm2 = SpendingNorm(child.norm2)
+        if isinstance(child, Upsample):
+            child.taps = child.plain_taps()
+            if winograd.takes(child.taps):
+                setattr(module, name, PackedUpsample(child))
+            child.taps = None  # read by no call
+        elif type(child) not in PACKED:
+            packed(child)
+        elif type(child) is Linear and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            continue  # there PyTorch's own products are up to a tenth faster
+        elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            setattr(module, name, PACKED[type(child)](child))
+    return module
+
+
+PACKED = {Linear: PackedLinear, Convolution: PackedConvolution}
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a network with every weight in its plain order, those of packed layers among them; a weight that is
+    held transformed alone is given as `winograd.transformed` makes it. An Upsample has its taps, too, or these alone:
+    in half precision its weight, which is sums of them, is not that of its rounded taps.
+    """
+    away = {
+        f"{name}.weight": layer.held_weight()
+        for name, layer in module.named_modules()
+        if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
+    }
+    taps = {
+        f"{name}.taps": layer.plain_taps()
+        for name, layer in module.named_modules()
+        if isinstance(layer, (Upsample, PackedUpsample))
+    }
+    return module.state_dict() | away | {name: value for name, value in taps.items() if value is not None}
+
+
+def weight_as(held: Tensor, weight: Tensor) -> Tensor:
+    """A plain weight in the form of one of `weights_of`."""
+    return weight if held.shape == weight.shape else winograd.transformed(weight)
+
+
+def is_held(weight: Tensor) -> bool:
+    return len(weight) * weight.shape[1] <= LARGEST_HELD
+
+
+def _has_tiles(height: int, width: int, images: int) -> bool:
+    return min(height, width) >= 4 and images * -(-height // 4) * -(-width // 4) >= FEWEST_TILES

@@ -1,0 +1,1 @@
+"""Pictures that exist: read, checked and framed as the networks take them."""

@@ -1,0 +1,136 @@
+"""What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource, Picture
+
+MOST_SEMANTIC = 255  # classes of an 8-bit label map
+
+
+class PictureSource(LabelledSource):
+    rule = framing.Rule()
+    images: Sequence[Path]  # where it is the file that names a record
+
+    def name(self, record: int) -> str:
+        return str(self.images[record])
+
+    def picture(self, record: int) -> Picture:
+        raise NotImplementedError
+
+    def load(self, record: int, seed: int | None) -> Labelled:
+        picture = self.picture(record)
+        height, width = picture.image.shape[:2]
+        if seed is not None:
+            window = framing.drawn(self.rule, picture, self.size, seed)
+        elif picture.person:
+            window = framing.around(picture.person, self.size)
+        else:
+            window = framing.fitted(height, width, self.size)
+        return self.completed(framing.framed(picture, window, self.size, self.least_mask))
+
+    def captioned(self, item: Labelled) -> Labelled:
+        """The item with a caption of what it shows, where captions are made of the labels: a crop shows less. A word
+        that is no class is said of any thing.
+        """
+        if item.named is None:
+            return item
+        numbers = () if item.semantic is None else np.flatnonzero(np.bincount(item.semantic.ravel()))
+        shown = {self.classes[k] for k in numbers if k != IGNORED}
+        shown |= {self.thing_classes[k] for k in (() if item.mask_classes is None else item.mask_classes)}
+        known, has_things = {*self.classes, *self.thing_classes}, not shown.isdisjoint(self.thing_classes)
+        left = tuple(name for name in item.named if (name in shown if name in known else has_things))
+        return replace(item, caption=whole_characters(self.photo_of(left)), named=left)
+
+    def whole(self, index: int) -> Labelled:
+        picture = self.guarded(self.picture, self.order[index])
+        if picture.person:  # a part of a picture is looked at, and has no size of its own
+            return self[index]
+        masks = {
+            "masks": _stacked(picture.masks, picture.image.shape[:2]),
+            "mask_classes": np.array(picture.mask_classes, np.int64),
+            "crowds": _stacked(picture.crowds, picture.image.shape[:2]),
+            "crowd_classes": np.array(picture.crowd_classes, np.int64),
+        }
+        labels = {"semantic": picture.semantic, "depth": picture.depth}
+        item = Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels)
+        return self.completed(item if picture.masks is None else replace(item, **masks))
+
+    def completed(self, item: Labelled) -> Labelled:
+        """Class masks from a label map, or a label map from masks, where the data set stores one of the two; the
+        caption of what is shown.
+        """
+        item = self.captioned(replace(item, caption=whole_characters(item.caption)))
+        if item.masks is None and item.semantic is not None and self.thing_classes:
+            present = [
+                k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
+            ]
+            masks = [item.semantic == self.classes.index(self.thing_classes[k]) for k in present]
+            masks = np.stack(masks) if masks else np.zeros((0, *item.semantic.shape), bool)
+            return replace(item, masks=masks, mask_classes=np.array(present, np.int64))
+        if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
+            labels = np.zeros(item.image.shape[:2], np.uint8)
+            for crowd in item.crowds:
+                labels[crowd] = IGNORED
+            for k in largest_first(item.masks):
+                labels[item.masks[k]] = item.mask_classes[k] + 1
+            return replace(item, semantic=labels)
+        return item
+
+    def things_in(self, labels: np.ndarray | None) -> tuple[str, ...]:
+        """The things in a label map, for a caption where the data set stores none."""
+        named = enumerate(self.classes)
+        return tuple(name for k, name in named if name in self.thing_classes and np.any(labels == k))
+
+    def photo_of(self, names: Sequence[str]) -> str:
+        """A caption of these classes, as a person says them."""
+        known = tuple(dict.fromkeys((*self.classes, *self.thing_classes, *names)))
+        said = dict(zip(known, spoken([self.called.get(name, name) for name in known], self.class_table), strict=True))
+        return reading.photo_of([said[name] for name in names])
+
+    def areas(self, record: int) -> dict[str, int]:
+        picture = self.picture(record)
+        if picture.masks is not None:
+            return largest(
+                (self.thing_classes[k], int(make().sum())) for make, k in zip(picture.masks, picture.mask_classes)
+            )
+        counted = _counted(picture, self.classes)
+        return {name: area for name, area in counted.items() if name in self.thing_classes or not self.thing_classes}
+
+    def map_areas(self, record: int) -> dict[str, int]:
+        return _counted(self.picture(record), self.classes)
+
+
+def whole_characters(text: str) -> str:
+    """The text without halves of characters, in which one that was cut may end."""
+    return text.encode(errors="replace").decode()
+
+
+def _counted(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
+    """Pixels of each class that a label map shows."""
+    if picture.semantic is None:
+        return {}
+    counts = np.bincount(picture.semantic.ravel(), minlength=256)
+    return {name: int(counts[k]) for k, name in enumerate(classes) if counts[k]}
+
+
+def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
+    """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
+    return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
+
+
+def _stacked(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:
+    """Masks [N, H, W] bool."""
+    return np.stack([make() for make in makers]).astype(bool) if makers else np.zeros((0, *sides), bool)
+
+
+def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, pixels in areas:
+        found[name] = max(found.get(name, 0), pixels)
+    return found

@@ -1,0 +1,608 @@
+"""The library: a Pipeline makes labelled images or the features of an image; open_run reads a run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import count, islice, repeat
+from numbers import Integral, Number
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.engines.start import in_own_precision
+from datasetdm_fast.engine.labels import kind_of, task_of
+from datasetdm_fast.engine.labels.names import by_task, check_label
+from datasetdm_fast.engine.labels.pictures import preview
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.loop import diffusing, driver
+from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
+from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.jobs import job, prompts, settings
+from datasetdm_fast.runs.jobs.inverted import generator_of, inverting, said
+from datasetdm_fast.runs.jobs.pictures import in_memory
+from datasetdm_fast.runs.jobs.prompts import check_classes, check_line
+from datasetdm_fast.runs.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
+from datasetdm_fast.stages import FACTOR, LEVELS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.labels.class_tables import ClassTable
+
+__all__ = ["DiffusionOutput", "Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
+
+
+@dataclass(frozen=True, repr=False)
+class Output:
+    """Samples in the order of their prompts; a task that was not requested has an empty list."""
+
+    samples: list[Sample]
+
+    @property
+    def _counted(self) -> str:
+        return "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
+
+    def __repr__(self) -> str:
+        return f"<Output of {self._counted}>" + "".join(f"\n  {sample}" for sample in self.samples)
+
+    def _repr_html_(self) -> str:
+        pictures = []
+        for sample in self.samples[:SHOWN]:
+            pictures.append((sample.image, sample.request.prompt))
+            labels = sample.annotations.items()
+            pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
+        return preview(pictures, self._counted)
+
+    @property
+    def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
+        return [sample.image for sample in self.samples]
+
+    if TYPE_CHECKING:  # what `__getattr__` gives
+
+        @property
+        def semantic(self) -> list[SemanticMap]: ...
+        @property
+        def instances(self) -> list[Instances]: ...
+        @property
+        def depth(self) -> list[DepthMap]: ...
+        @property
+        def keypoints(self) -> list[Keypoints]: ...
+        @property
+        def open_vocabulary(self) -> list[SemanticMap]: ...
+        @property
+        def attention(self) -> list[SemanticMap]: ...
+
+    def __getattr__(self, name: str) -> list[Any]:
+        """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the labels of every sample."""
+        return self.labels(task_of(name))
+
+    def labels(self, label: str) -> list[Any]:
+        """The labels TASK or TASK:NAME of every sample; an empty list where they were not requested."""
+        check_label(label)
+        return [sample.annotations[label] for sample in self.samples if label in sample.annotations]
+
+    @property
+    def meta(self) -> list[dict[str, Any]]:
+        """Prompt, seed, classes and how it was made, of each sample."""
+        return [
+            {
+                "prompt": sample.request.prompt,
+                "seed": sample.request.seed,
+                "classes": sample.request.classes,
+                "negative_prompt": sample.request.negative,
+                **sample.provenance,
+            }
+            for sample in self.samples
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class DiffusionOutput(Output):
+    """Samples, and their images in the requested form."""
+
+    converted: Any
+
+    @property
+    def images(self) -> Any:
+        """A list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or latents [N, 4, h, w]."""
+        return self.converted
+
+
+class Pipeline:
+    """An engine with its decoders, which turns prompts into labelled images as the generate command does."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._turn = RLock()  # of the threads that call it: an engine makes one batch at a time
+
+    @classmethod
+    @in_own_precision()
+    def from_pretrained(
+        cls,
+        model: str = "demo",
+        *,
+        decoder: str | None = None,
+        size: int = 0,
+        allow_download: bool = False,
+        lora: Sequence[str] = (),
+        **options: Any,
+    ) -> Pipeline:
+        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own for the demo
+        model, and no labels for others.
+
+        `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
+        engines (engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour), and outlines.
+        """
+        _check_options(size, options)
+        adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
+        decoder = "demo" if decoder is None and model == "demo" else decoder
+        found, _ = opening.open_engine(
+            str(model), decoder, size=size, allow_download=allow_download, lora=adapters, **options
+        )
+        return cls(found)
+
+    @classmethod
+    @in_own_precision()
+    def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
+        """The model of a StableDiffusionPipeline in memory, with its fused adapters; `decoder` and
+        options as in from_pretrained. The weights are copied.
+        """
+        from datasetdm_fast.engine.loading.in_memory import model_of
+
+        _check_options(size, options)
+        found, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
+        return cls(found)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The labels that its decoders can make."""
+        return tuple(by_task(self.engine.decoders))
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 0,
+        **choices: Any,
+    ) -> Output:
+        """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
+        given = _CheckedFirst(settings.texts_of("prompts", prompts))
+        _check_several(seeds)
+        settings.check_batch_size(batch_size)
+        if not isinstance(seeds, Sized | None):
+            raise Refused(f"seeds: {seeds!r} has no length, expected one per prompt", "Write list(seeds).")
+        if seeds is not None and len(seeds) != len(given):
+            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
+        negative = choices.get("negative_prompt", "")
+        if isinstance(negative, Sized) and not isinstance(negative, str) and len(negative) > len(given):
+            raise Refused(
+                f"negative_prompt: {len(negative)} were given for {len(given)} prompts", "Give one, or one per prompt."
+            )
+        size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
+        return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
+
+    def stream(
+        self,
+        prompts: str | Iterable[str],
+        seed: int = 0,
+        *,
+        seeds: Iterable[int] | None = None,
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        combine: Sequence[str] = (),
+        steps: int = 0,
+        guidance: float = 0.0,
+        sampler: str = "pndm",
+        profile: str = "0.3.0",
+        batch_size: int = 0,
+        truncate: bool = False,
+        negative_prompt: str | Iterable[str] | None = "",
+        ask: str = "named",
+        callback: Callable[[int, Tensor], None] | None = None,
+        **attention: Any,
+    ) -> Iterator[Sample]:
+        """Samples one by one, in order, with at most one batch in memory; prompts may come from an endless generator.
+        Where a prompt is refused, the samples of those before it come first.
+
+        With `tasks` None, every label with a decoder is made; 0 means what the model was made for. `combine` holds
+        masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one per
+        prompt. `callback` is called at every step of a batch with the step number and the latents [B, 4, h, w]; it
+        must not change them, and must copy them to keep them. The task "attention" also takes exponent,
+        threshold, uncertainty, self_cells and cross_cells of the generate command.
+        """
+        _check_several(seeds)
+        chosen = self._chosen(tasks)
+        settings.check_numbers(steps=steps, guidance=guidance, seed=seed)
+        settings.check_batch_size(batch_size)
+        recipe, words = self._recipe(
+            chosen,
+            classes,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            profile=profile,
+            combine=combine,
+            ask=ask,
+            **attention,
+        )
+        given = settings.texts_of("prompts", prompts)
+        if not isinstance(negative_prompt, str | None):
+            settings.texts_of("negative_prompt", negative_prompt)
+        requests = self._requests(
+            given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
+        )
+        requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
+        if isinstance(prompts, _CheckedFirst):
+            requests = iter(list(requests))
+        make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
+        return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
+
+    def diffuse(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        output_type: str = "pil",
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        sampler: str = "",
+        batch_size: int = 0,
+        truncate: bool = False,
+        **choices: Any,
+    ) -> DiffusionOutput:
+        """Images and labels, with arguments of diffusers' StableDiffusionPipeline; with the same generators, the images
+        are the ones that it makes.
+
+        One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
+        one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
+        batch with this pipeline, the step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with
+        the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
+        the model's scheduler. `height` and `width` can only be those of the model. Other choices are those of `stream`.
+        """
+        if output_type not in diffusing.OUTPUT_TYPES:
+            raise Refused(
+                f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
+            )
+        diffusing.check_sides(height, width, self.engine.model.size)
+        texts, negatives = diffusing.listed(prompt, negative_prompt, num_images_per_prompt)
+        chosen = self._chosen(tasks)
+        settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
+        settings.check_batch_size(batch_size)
+        recipe, words = self._recipe(
+            chosen,
+            classes,
+            sampler=sampler or diffusing.sampler_of(self.engine.model),
+            steps=num_inference_steps,
+            guidance=max(guidance_scale, 1.0),  # up to 1 the text alone decides, as in diffusers
+            **{"profile": diffusing.PROFILE, **choices},
+        )
+        fitted = [
+            _checked(each, recipe, self.engine.model.tokenizer)
+            for each in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
+        ]
+        noise, seeds = diffusing.drawn(generator, len(texts), recipe.size)
+        told = None if callback_on_step_end is None else partial(callback_on_step_end, self)
+        facts = {**recipe.facts, "noise": "of the caller's generators"}
+        recipe = replace(recipe, facts=facts, origin=diffusing.GivenNoise(noise, told))
+        requests = (replace(each, seed=seed) for each, seed in zip(fitted, seeds, strict=True))
+        kept: dict[int, Tensor] = {}
+        size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
+        make = partial(diffusing.KeepingGenerator, kept=kept) if output_type == "latent" else None
+        samples = list(self._samples(_batches(requests, size), recipe, make))
+        return DiffusionOutput(samples, diffusing.converted(samples, output_type, kept))
+
+    def label(
+        self,
+        images: np.ndarray | Image | Sequence[np.ndarray | Image],
+        prompts: str | Sequence[str] = "",
+        *,
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        timesteps: Sequence[int] = tuple(map(int, LabelConfig.timesteps)),
+        seed: int = 0,
+        batch_size: int = 0,
+        **choices: Any,
+    ) -> Output:
+        """Labels of existing pictures, as `label` makes them; an image of any size, turned as its EXIF data says, is
+        cropped to the square in its centre, and its noise has the seed `seed` + its index.
+
+        `prompts` describe the images, one text each; without them every word of `classes` is looked for. Other
+        choices are those of `stream` that concern labels.
+        """
+        for name in ("sampler", "profile", "steps", "guidance"):
+            if name in choices:
+                raise TypeError(f"{name!r} is no choice here, as no image is sampled")
+        is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
+        given = [images] if is_one else list(settings.each_of("images", images, "an image or several images"))
+        pictures = in_memory(given)
+        texts = [prompts] * len(given) if isinstance(prompts, str) else list(settings.texts_of("prompts", prompts))
+        if len(texts) != len(given):
+            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
+        chosen = self._chosen(tasks)
+        settings.check_numbers(seed=seed)
+        settings.check_batch_size(batch_size)
+        recipe, words = self._recipe(chosen, classes, **choices)
+        recipe = inverting(recipe, self.engine, timesteps)
+        requests = []
+        for place, text in enumerate(texts):
+            line = said(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
+            request = Request(place, line.text, settings.check_seed(seed + place), line.classes or ())
+            requests.append(_checked(request, recipe, self.engine.model.tokenizer))
+        batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
+        return Output(list(self._samples(batches, recipe, generator_of(recipe, pictures))))
+
+    @in_own_precision()
+    def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe of these labels, and the words they are asked for."""
+        words = check_classes(_several("classes", classes, "words"))
+        if "combine" in choices:
+            choices["combine"] = _several("combine", choices["combine"], "combinations")
+        settings.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
+        settings.check_numbers(**{name: choices[name] for name in settings.LEAST_SETTINGS if name in choices})
+        recipe = make_recipe(self.engine, tasks, classes=words, **choices)
+        words = recipe.words or job.class_words(self.engine, tasks, words)
+        facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
+        return replace(recipe, facts=facts), words
+
+    def _chosen(self, given: Sequence[str] | None) -> tuple[str, ...]:
+        """The labels that were asked for, all that there is a decoder for where none were named."""
+        tasks = self.tasks if given is None else _several("tasks", given, "labels")
+        if tasks:
+            settings.check_tasks(tasks, LABELS)
+        for task in tasks:
+            if task not in UNDECODED and task not in self.engine.decoders:
+                raise Refused(
+                    f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
+                    "Name a folder with one: decoder=DIR.",
+                )
+        return tasks
+
+    def _requests(
+        self,
+        given: Iterable[str],
+        seeds: Iterable[int],
+        words: tuple[str, ...],
+        truncate: bool,
+        negative: str | Iterable[str] | None,
+        table: ClassTable | None,
+    ) -> Iterator[Request]:
+        tokenizer = self.engine.model.tokenizer
+
+        @lru_cache(1024)
+        def fitted(text: str, where: str) -> str:
+            return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
+
+        negative = "" if negative is None else negative
+        is_one, remaining = isinstance(negative, str), iter(seeds)
+        negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
+        for index, prompt in enumerate(given):
+            where = f"prompt {index}"
+            if (seed := next(remaining, None)) is None:
+                raise Refused(f"seeds: there is none for {where}", "Give one per prompt.")
+            if (unwanted := next(negatives, None)) is None:
+                raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
+            _check_text(prompt, where)
+            (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
+            text = prompts.fit(line.text, tokenizer, where, words, truncate=truncate, own=table)
+            unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
+            yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)
+
+    def _samples(
+        self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
+    ) -> Iterator[Sample]:
+        made = driver.generate(self._between_turns(batches), self.engine, recipe, make=make)
+        while True:
+            with self._turn:
+                _, results = next(made, (None, None))
+            if results is None:
+                return
+            for result in results:
+                if isinstance(result, SetAside):
+                    raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
+                yield result
+
+    def _between_turns(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, for whose prompts no other thread has to wait."""
+        while True:
+            self._turn.release()
+            try:
+                batch = next(batches, None)
+            finally:
+                self._turn.acquire()
+            if batch is None:
+                return
+            yield batch
+
+    @in_own_precision()
+    def features(
+        self,
+        image: np.ndarray | Image | None = None,
+        prompt: str = "",
+        *,
+        timestep: int | None = None,
+        seed: int = 0,
+        steps: int = 0,
+        guidance: float = 0.0,
+        projected: bool = False,
+    ) -> dict[str, Tensor] | dict[str, dict[str, Tensor]]:
+        """The levels low, mid, high and highest [1, C, h, w] of a real image or, without one, of the image that a
+        prompt gives: features, then maps by head and token. With `projected`, the projections of each decoder by label.
+
+        A real image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's
+        noise, and passed through one call. The image of a prompt is sampled, in `steps` with this `guidance`, up to
+        the call nearest to `timestep`.
+        """
+        import torch
+
+        from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+
+        size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
+        if image is None and not prompt:
+            raise Refused("features: neither an image nor a prompt was given", "Give one of them.")
+        if projected and not self.engine.decoders:
+            raise Refused("projected: this pipeline has no decoders", "Name a folder with some: decoder=DIR.")
+        if timestep is None:
+            configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
+            timestep = capture_timestep(configs) if configs else 0
+        if not (isinstance(timestep, Integral) and 0 <= timestep < training):
+            raise Refused(
+                f"timestep: {timestep} is no whole number within 0 .. {training - 1}",
+                "Choose one of the model's training timesteps.",
+            )
+        text, seed = _line(prompt, "prompt"), settings.check_seed(seed)
+        words = prompts.fit(text, self.engine.model.tokenizer, "prompt")
+        if image is None:
+            settings.check_numbers(steps=steps, guidance=guidance)
+            with self._turn:
+                capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
+        else:
+            pixels = np.array(image)
+            if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+                raise Refused(
+                    f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]",
+                    "Convert it to RGB and resize it first.",
+                )
+            shown = torch.from_numpy(pixels)[None]
+            with self._turn:
+                capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
+        if not projected:
+            assert isinstance(capture, Capture)  # as it was asked for raw
+            return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
+        return {label: self._projected(capture, label) for label in self.tasks}
+
+    def _sampled_capture(
+        self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
+    ) -> Capture | ProjectedCapture:
+        """The capture of one image on its way from noise."""
+        import torch
+
+        from datasetdm_fast.engine.sampling import make_schedule
+        from datasetdm_fast.engine.sampling.times import initial_noise
+        from datasetdm_fast.engine.sampling.walk import SamplerState
+        from datasetdm_fast.kernels.to_device import to_device
+
+        engine, side = self.engine, self.engine.model.size // FACTOR
+        schedule = make_schedule(engine.model.scheduler, "pndm", steps or engine.model.defaults.steps, "0.3.0")
+        last = capture_calls(schedule, {"": timestep})[""]
+        context = torch.cat([engine.encode_text([""]), engine.encode_text([prompt])])
+        noise = to_device(initial_noise(seed, 4, side, side)[None], engine.device)
+        state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
+        for call, time in enumerate(schedule.timesteps[:last]):
+            state.step(call, engine.denoise(state.latents, time, context))
+        capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
+        return capturing(state.latents, schedule.timesteps[last], context)[1]
+
+    def _projected(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
+        """Level -> what the decoder of a label reads of it, [1, F, h, w]."""
+        from datasetdm_fast.kernels import pyramid
+
+        weights = self.engine.decoders[label].projections()
+        places = [(place, level) for place, level in enumerate(self.engine.model.levels) if level.name in weights]
+        if isinstance(capture, Capture):
+            return {
+                level.name: pyramid.plain(
+                    capture.features[place], capture.maps[place], weights[level.name].to(self.engine.device), level.side
+                )
+                for place, level in places
+            }
+        return {level.name: capture.of(label).sums[place] for place, level in places}
+
+
+class _CheckedFirst(list[str]):
+    """Prompts that are all checked before the first image is made."""
+
+
+def _check_options(size: int, options: dict[str, Any]) -> None:
+    """Refuses a size and options of engines that are none, before anything is read."""
+    settings.check_size(size)
+    settings.check_choices(
+        **{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options}
+    )
+    settings.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
+
+
+def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
+    """Texts of a caller as a tuple; one text in the place of several is refused, and what is no text."""
+    if isinstance(given, kinds):
+        text = str(given)
+        raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
+    found = tuple(settings.each_of(name, given, f"a sequence of {expected}"))
+    for one in found:
+        if not isinstance(one, kinds):
+            raise Refused(f"{name}: {one!r} is not a text", f"Give a sequence of {expected}.")
+    return found
+
+
+def _check_several(seeds: object) -> None:
+    """Refuses one number in the place of a seed for each prompt."""
+    if isinstance(seeds, Number):
+        raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
+    if seeds is not None:
+        settings.each_of("seeds", seeds, "one per prompt")
+
+
+def _check_text(given: object, where: str) -> None:
+    if not isinstance(given, str):
+        raise Refused(f"{where}: {given!r} is not a text", "Give a text for every image.")
+
+
+def _line(text: str, where: str) -> str:
+    """A text of a caller on one line, checked."""
+    _check_text(text, where)
+    return check_line(text, where)
+
+
+def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:
+    """The request, once its class words are known to fit where labels are read from attention."""
+    if recipe.attention is not None:
+        check_class_prompt(request, recipe.asked(request), recipe.attention, tokenizer, recipe.table)
+    return request
+
+
+def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
+    """One level as the decoders were defined on it: features in capture order, then maps by layer, head and token."""
+    import torch
+
+    features = capture.features[level]
+    side = features[0].shape[-1]
+    maps = [layer.transpose(2, 3).flatten(1, 2).unflatten(2, (side, side)) for layer in capture.maps[level]]
+    return torch.cat([*features, *maps], 1)
+
+
+def _batches(requests: Iterator[Request], size: int) -> Iterator[Batch]:
+    """Batches of `size`; where a request is refused, a batch of those before it comes first."""
+    for index in count():
+        members: list[Request] = []
+        refusal = None
+        try:
+            for request in islice(requests, size):
+                members.append(request)
+        except Exception as error:
+            refusal = error
+        if members:
+            yield Batch(index, tuple(members), size - len(members))
+        if refusal is not None:
+            raise refusal
+        if not members:
+            return

@@ -1,0 +1,30 @@
+"""The DDIM sampler."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from datasetdm_fast.engine.sampling.schedule import Sampler, Update
+from datasetdm_fast.engine.sampling.times import spaced
+
+
+def ddim(
+    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+) -> tuple[list[int], list[Update]]:
+    """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
+    values, stride = alphas.double().tolist(), len(alphas) // steps
+    final = 1.0 if scheduler.get("set_alpha_to_one", True) else values[0]
+    times, updates = spaced(scheduler, len(alphas), steps)[::-1], []
+    for time in times:
+        alpha, target = values[time], values[time - stride] if time >= stride else final
+        if prediction == "epsilon":
+            sample, weight = math.sqrt(target / alpha), math.sqrt(1 - target) - math.sqrt(target * (1 - alpha) / alpha)
+        else:
+            sample = math.sqrt(target * alpha) + math.sqrt((1 - target) * (1 - alpha))
+            weight = math.sqrt((1 - target) * alpha) - math.sqrt(target * (1 - alpha))
+        updates.append(Update(sample, (weight,)))
+    return times, updates
+
+
+SAMPLER = Sampler(ddim, memory=0)

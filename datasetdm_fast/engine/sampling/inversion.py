@@ -1,0 +1,87 @@
+"""A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels.to_device import to_device
+
+POSTERIOR = "posterior"  # the name of the stream of draws from it
+
+
+def invert(
+    engine,
+    images: Tensor,
+    captions: Sequence[str],
+    timestep: int,
+    seeds: Sequence[int],
+    *,
+    is_raw: bool = False,
+    is_sampled: bool = False,
+    ddim_steps: int = 0,
+) -> Capture | ProjectedCapture:
+    """The capture of images [B, H, W, 3] (0..255) at a UNet timestep; image b's noise comes from seeds[b] alone.
+
+    `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them.
+    `is_sampled` draws the latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to
+    the timestep with the noise that the UNet itself predicts, in that many calls, instead of adding drawn noise.
+    """
+    generators = [posterior_generator(seed) for seed in seeds] if is_sampled else None
+    clean = engine.encode_image(images, generators)
+    context = torch.cat([engine.encode_text([""] * len(captions)), engine.encode_text(list(captions))])
+    if ddim_steps:
+        latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
+    else:
+        drawn = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
+        noise = to_device(drawn, clean.device).to(clean.dtype)
+        latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+    call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
+    return call(latents, timestep, context)[1]
+
+
+def posterior_generator(seed: int) -> torch.Generator:
+    """The generator of an image's draw from the autoencoder's posterior, whose numbers are not those of its noise.
+
+    torch's generator on the CPU reads the lowest 32 bits of a seed alone, so what is added to it must lie there.
+    """
+    digest = hashlib.sha256(f"{POSTERIOR} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
+    """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3)."""
+    scheduler = engine.model.scheduler
+    alphas = times.alphas_cumprod(scheduler).double().tolist()
+    latents, alpha, time = clean.clone(), 1.0, 0
+    for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
+        output = engine.denoise(latents, time, context).chunk(2)[1].to(latents)
+        kept, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
+        if scheduler.get("prediction_type", "epsilon") == "v_prediction":
+            image, noise = kept * latents - noisy * output, kept * output + noisy * latents
+        else:
+            image, noise = (latents - noisy * output) / kept, output
+        alpha, time = alphas[target], target
+        latents = math.sqrt(alpha) * image + math.sqrt(1 - alpha) * noise
+    return latents
+
+
+def capture_timestep(configs: Mapping[str, Any]) -> int:
+    """The one UNet timestep that the decoders of these configs, by label, were trained at; 0, upstream's, where they do
+    not say.
+    """
+    named = {label: config.capture_timestep or 0 for label, config in configs.items()}
+    if len(set(named.values())) > 1:
+        raise Refused(
+            f"decoders: trained at different timesteps ({', '.join(f'{label} {t}' for label, t in named.items())}), "
+            "one capture cannot serve them",
+            "Run them separately.",
+        )
+    return next(iter(named.values()))

@@ -1,0 +1,261 @@
+"""The demo world: table-top scenes drawn from a seed, with every label a perception model could ask for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from datasetdm_fast.engine.scenes.shapes import SHAPES, joints
+
+CLASSES = ("wall", "table", "ball", "cube", "cone", "ring", "star", "tree", "person")
+THINGS = CLASSES[2:]
+JOINTS = ("head", "neck", "pelvis", "left_hand", "right_hand", "left_foot", "right_foot")
+LIMBS = ((0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (2, 6))
+DOMAINS = ("day", "night", "fog", "sunset")
+MAX_DEPTH = 4.0  # metres; the farthest wall stands at 3.4
+
+COLOURS = {
+    "red": (0.85, 0.13, 0.12),
+    "blue": (0.13, 0.30, 0.88),
+    "green": (0.16, 0.66, 0.22),
+    "yellow": (0.95, 0.82, 0.14),
+    "purple": (0.56, 0.20, 0.74),
+    "orange": (0.97, 0.50, 0.10),
+    "white": (0.94, 0.94, 0.94),
+}
+TABLES = {
+    "brown": (0.55, 0.36, 0.20),
+    "grey": (0.52, 0.53, 0.56),
+    "black": (0.20, 0.19, 0.22),
+    "pink": (0.88, 0.60, 0.66),
+}
+WALLS = ((0.80, 0.78, 0.70), (0.66, 0.76, 0.82), (0.76, 0.70, 0.80), (0.70, 0.80, 0.70), (0.84, 0.74, 0.64))
+WALL_PATTERNS = ("plain", "striped", "tiled")
+WHERE = {"day": "", "night": " at night", "fog": " in fog", "sunset": " at sunset"}
+FREQUENCY = {"ball": 1.0, "cube": 1.0, "cone": 1.0, "tree": 1.0, "person": 1.2, "ring": 0.35, "star": 0.35}
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    colour: str
+    x: float  # centre in image widths
+    z: float  # metres from the camera to where it stands
+    size: float  # metres, base to top
+    pose: tuple[float, ...] = ()  # person: arm and leg angles in radians; others: one turn
+
+    @property
+    def name(self) -> str:
+        return f"{'an' if self.colour == 'orange' else 'a'} {self.colour} {self.kind}"
+
+
+def _listed(names: list[str], between: str = " and ") -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + between + names[-1]
+
+
+@dataclass(frozen=True)
+class TableTop:
+    """What a caption tells of a scene."""
+
+    things: tuple[Thing, ...]  # left to right, the order of the caption
+    table: str
+    domain: str
+
+    @property
+    def where(self) -> str:
+        """The domain as a caption ends with it."""
+        return WHERE[self.domain]
+
+    @property
+    def caption(self) -> str:
+        return f"{_listed([thing.name for thing in self.things])} on a {self.table} table{self.where}"
+
+    def retold(self, rng: np.random.Generator) -> str:
+        """The caption in looser words: a colour, the table or the hour may go unsaid."""
+        names = [thing.name if rng.random() < 0.8 else f"a {thing.kind}" for thing in self.things]
+        start = str(rng.choice(["", "", "a photo of ", "a picture of ", "a scene with "]))
+        between = str(rng.choice([" and ", " beside ", " next to ", " near ", " with "]))
+        place = f" on a {self.table} table" if rng.random() < 0.6 else ""
+        return start + _listed(names, between) + place + (self.where if rng.random() < 0.7 else "")
+
+
+@dataclass(frozen=True)
+class Scene(TableTop):
+    wall: int
+    pattern: str
+    horizon: float  # image heights from the top
+    far: float  # metres to the wall
+    light: float  # -1 from the left .. 1 from the right
+
+
+@dataclass(frozen=True)
+class View:
+    """One rendered scene and its truth; instance i of `instance` (i >= 1) is scene.things[i - 1]."""
+
+    scene: TableTop
+    image: np.ndarray  # [H, W, 3] uint8
+    semantic: np.ndarray  # [H, W] uint8, index into CLASSES
+    instance: np.ndarray  # [H, W] uint8, 0 = wall or table
+    depth: np.ndarray  # [H, W] float32, metres
+    keypoints: dict[int, np.ndarray]  # instance -> [J, 3]: x, y in pixels, 2 visible / 1 hidden / 0 outside
+
+    @property
+    def caption(self) -> str:
+        return self.scene.caption
+
+
+def sample_scene(
+    seed: int,
+    count: int | None = None,
+    kinds: tuple[str, ...] = THINGS,
+    domain: str | None = None,
+    frequency: dict[str, float] = FREQUENCY,
+) -> Scene:
+    """A scene that is a pure function of its arguments; at most one person, things left to right."""
+    rng = np.random.default_rng([seed, 0xDA7A])
+    count = count or int(rng.choice([1, 2, 3], p=[0.45, 0.40, 0.15]))
+    far = rng.uniform(2.7, 3.4)
+    small = {1: 1.15, 2: 1.0, 3: 0.8, 4: 0.65}[count]
+    things: list[Thing] = []
+    for slot in range(count):
+        weights = np.array(
+            [0.0 if kind == "person" and any(t.kind == kind for t in things) else frequency[kind] for kind in kinds]
+        )
+        if not weights.any():
+            break
+        kind = str(rng.choice(kinds, p=weights / weights.sum()))
+        z = rng.uniform(1.25, 2.0)
+        size = small * rng.uniform(0.60, 0.80) * (1.2 if kind in ("person", "tree") else 1.0)
+        x = (slot + 0.5) / count + rng.uniform(-0.5, 0.5) * (0.44 if count == 1 else 0.5 / count)
+        pose = tuple(rng.uniform(-1, 1, 5 if kind == "person" else 1))
+        things.append(Thing(kind, str(rng.choice(list(COLOURS))), float(x), float(z), float(size), pose))
+    return Scene(
+        things=tuple(things),
+        table=str(rng.choice(list(TABLES))),
+        domain=domain or str(rng.choice(DOMAINS, p=[0.4, 0.2, 0.2, 0.2])),
+        wall=int(rng.integers(len(WALLS))),
+        pattern=str(rng.choice(WALL_PATTERNS, p=[0.5, 0.25, 0.25])),
+        horizon=float(rng.uniform(0.16, 0.26)),
+        far=float(far),
+        light=float(rng.choice([-1, 1]) * rng.uniform(0.4, 1.0)),
+    )
+
+
+_SKIN, _TROUSERS, _TRUNK = (
+    np.float32([0.93, 0.74, 0.60]),
+    np.float32([0.18, 0.20, 0.34]),
+    np.float32([0.42, 0.27, 0.14]),
+)
+
+
+def _paint(thing: Thing, parts: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    colour = np.broadcast_to(np.float32(COLOURS[thing.colour]), (*shape, 3)).copy()
+    if thing.kind == "tree":
+        colour[parts] = _TRUNK
+    if thing.kind == "person":
+        colour[parts == 0] = _SKIN
+        colour[parts == 3] = _TROUSERS
+    return colour
+
+
+def _backdrop(scene: Scene, u: np.ndarray, v: np.ndarray):
+    """Colour, class and depth of the wall and the table."""
+    reach = 1 - scene.horizon  # the table fills the picture down to one metre
+    edge = scene.horizon + reach / scene.far
+    wall = np.float32(WALLS[scene.wall]) * (0.86 + 0.14 * (1 - v / edge)[..., None])
+    if scene.pattern == "striped":
+        wall = wall * (1 - 0.10 * (np.floor(u * 10) % 2))[..., None]
+    elif scene.pattern == "tiled":
+        wall = wall * (1 - 0.10 * ((np.floor(u * 8) + np.floor((v - edge) * 8)) % 2))[..., None]
+    ground = reach / np.maximum(v - scene.horizon, 1e-3)
+    grain = 0.96 + 0.04 * np.sin(38 * (v - edge) / (v - scene.horizon + 0.2) + 2 * np.sin(5 * u))
+    table = np.float32(TABLES[scene.table]) * ((0.80 + 0.25 * (v - edge)) * grain)[..., None]
+    blend = np.clip((v - edge) * u.shape[0] + 0.5, 0, 1)[..., None]
+    on_table = v >= edge
+    return (
+        wall * (1 - blend) + table * blend,
+        on_table.astype(np.uint8),
+        np.where(on_table, np.minimum(ground, scene.far), scene.far).astype(np.float32),
+    )
+
+
+def _shadow(scene: Scene, thing: Thing, foot: float, scale: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    long = 1.5 if scene.domain == "sunset" else 1.0
+    width = scale * (0.22 if thing.kind in ("person", "tree") else 0.40)
+    centre = thing.x - scene.light * scale * 0.28 * long
+    spread = np.hypot((u - centre) / (width * (0.9 + 0.45 * long)), (v - foot + 0.01) / (0.11 * scale))
+    return np.clip(1.25 - spread, 0, 1) * (0.15 if scene.domain == "fog" else 0.45)
+
+
+def weather(domain: str, image: np.ndarray, depth: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The image by day as it is in another domain."""
+    if domain == "night":
+        return image * np.float32([0.46, 0.50, 0.66]) + np.float32([0.01, 0.02, 0.07])
+    if domain == "fog":
+        veil = (1 - np.exp(-0.42 * np.maximum(depth - 0.6, 0)))[..., None]
+        return image * (1 - veil) + np.float32([0.80, 0.82, 0.84]) * veil
+    if domain == "sunset":
+        return image * np.float32([0.98, 0.80, 0.62]) + np.float32([0.18, 0.07, 0.02]) * (1 - v)[..., None]
+    return image
+
+
+def mark_visible(keypoints: dict[int, np.ndarray], instance: np.ndarray) -> None:
+    """Writes into the joints of every person whether they are visible, hidden or outside."""
+    size = len(instance)
+    for k, points in keypoints.items():
+        column, row = np.floor(points[:, :2]).astype(int).T
+        inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+        seen = instance[row.clip(0, size - 1), column.clip(0, size - 1)] == k
+        points[:, 2] = np.where(inside, np.where(seen, 2, 1), 0)
+
+
+def render(scene: Scene, size: int = 128) -> View:
+    """Image and truth of a scene at size x size pixels; the same scene at any size."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    u, v = np.broadcast_to(axis, (size, size)), np.broadcast_to(axis[:, None], (size, size))
+    image, semantic, depth = _backdrop(scene, u, v)
+    instance, reach = np.zeros((size, size), np.uint8), 1 - scene.horizon
+    keypoints: dict[int, np.ndarray] = {}
+    order = sorted(range(len(scene.things)), key=lambda k: -scene.things[k].z)
+    feet = {k: scene.horizon + reach / scene.things[k].z for k in order}
+    for k in order:
+        thing = scene.things[k]
+        dark = _shadow(scene, thing, feet[k], thing.size / thing.z, u, v) * (instance == 0) * (semantic == 1)
+        image = image * (1 - dark)[..., None]
+    for k in order:
+        thing, scale = scene.things[k], scene.things[k].size / scene.things[k].z
+        rows = slice(max(int((feet[k] - 1.08 * scale) * size), 0), min(int((feet[k] + 0.10 * scale) * size) + 1, size))
+        columns = slice(
+            max(int((thing.x - 0.66 * scale) * size), 0), max(min(int((thing.x + 0.66 * scale) * size) + 1, size), 0)
+        )
+        x, y = (u[rows, columns] - thing.x) / scale, (feet[k] - v[rows, columns]) / scale + 0.02
+        if not x.size:
+            continue
+        distance, shade, gloss, relief, *parts = SHAPES[thing.kind](thing.pose, x, y, scene.light)
+        cover = np.clip(0.5 - distance * scale * size, 0, 1).astype(np.float32)[..., None]
+        colour = (
+            _paint(thing, parts[0] if parts else None, x.shape) * np.asarray(shade)[..., None]
+            + np.asarray(gloss)[..., None]
+        )
+        image[rows, columns] = image[rows, columns] * (1 - cover) + colour * cover
+        solid = cover[..., 0] >= 0.5
+        semantic[rows, columns][solid] = CLASSES.index(thing.kind)
+        instance[rows, columns][solid] = k + 1
+        depth[rows, columns][solid] = np.maximum(thing.z - 0.8 * thing.size * relief, 0.5)[solid]
+        if thing.kind == "person":
+            frame = joints(thing.pose)
+            keypoints[k + 1] = np.stack(
+                [
+                    (thing.x + frame[:, 0] * scale) * size,
+                    (feet[k] - (frame[:, 1] - 0.02) * scale) * size,
+                    np.zeros(len(JOINTS)),
+                ],
+                1,
+            )
+    mark_visible(keypoints, instance)
+    image = weather(scene.domain, image, depth, v)
+    pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return View(scene, pixels, semantic, instance, depth.astype(np.float32), keypoints)
+
+
+def view(seed: int, size: int = 128, **choices) -> View:
+    return render(sample_scene(seed, **choices), size)

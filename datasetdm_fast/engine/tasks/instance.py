@@ -1,0 +1,97 @@
+"""One mask per thing, every part and hole of it kept."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Instances
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.tasks.named_words import shared_by_words
+from datasetdm_fast.engine.tasks.semantic import SMALL, scaled_area
+from datasetdm_fast.engine.tasks.task import Task
+from datasetdm_fast.engine.tasks.to_host import to_host
+from datasetdm_fast.kernels.bilinear import resize
+
+MOST_INSTANCES = 100  # instances of an image
+NOTHING = 1e-6  # pixels added to an area before dividing by it
+MOST_PIXELS = 2**26  # of masks that are resized together: 256 MiB in fp32
+
+
+def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, class and score [B, k] of the k most probable pairs of query and class, of equal ones the earlier first,
+    by probabilities [B, N, K]; score = probability times mean mask probability inside the mask.
+    """
+    classes = probability.shape[-1]
+    best, flat = (values[:, :count] for values in probability.flatten(1).sort(dim=1, descending=True, stable=True))
+    queries = flat // classes
+    inside = mask_logits > 0
+    mean = (mask_logits.sigmoid() * inside).sum((2, 3)) / (inside.sum((2, 3)) + NOTHING)
+    return queries, flat % classes, best * mean.gather(1, queries)
+
+
+def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tensor:
+    """Which wanted masks [B, k, S], given best first, overlap no better kept one by more than `threshold` of IoU."""
+    pixels = inside.float()
+    common = pixels @ pixels.transpose(1, 2)
+    areas = pixels.sum(2)
+    iou = common / (areas[:, :, None] + areas[:, None] - common).clamp(min=1)
+    is_hidden_by = (iou > threshold).tril(-1)  # [B, worse, better]
+    kept = is_wanted
+    while True:  # settles after as many rounds as the longest chain of masks hiding one another
+        again = is_wanted & ~(is_hidden_by & kept[:, None]).any(2)
+        if torch.equal(again, kept):
+            return kept
+        kept = again
+
+
+def inside_masks(values: Tensor, mask_logits: Tensor) -> Tensor:
+    """[B, K, N] the mean of values [B, K, h, w] inside the masks of N queries."""
+    masks = mask_logits.sigmoid().flatten(2)
+    return resize(values, mask_logits.shape[-1]).flatten(2) @ masks.mT / (masks.sum(2)[:, None] + NOTHING)
+
+
+def large_masks(mask_logits: Tensor, size: int) -> Tensor:
+    """[N, size, size] bool of masks [N, h, w], a bounded number of them at a time."""
+    count = max(MOST_PIXELS // size**2, 1)
+    masks = torch.empty(len(mask_logits), size, size, dtype=torch.bool, device=mask_logits.device)
+    for part, answer in zip(mask_logits.split(count), masks.split(count)):
+        torch.gt(resize(part[None], size)[0], 0, out=answer)
+    return masks
+
+
+class InstanceTask(Task):
+    needs, names = ("masks",), "thing_classes"
+    shown_by = "masks"
+    wanted = "a thing"
+    small = {"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0}
+    quirks = ("Q12",)
+
+    def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
+        """Instances from best to worst: score at the threshold or above, none twice, none empty or too small."""
+        probability, mask_logits = raw["pred_logits"].float().softmax(-1)[..., :-1], raw["pred_masks"].float()
+        if "word_attention" in raw:
+            inside = inside_masks(raw["word_attention"], mask_logits)
+            probability = shared_by_words(probability.mT, inside, config).mT
+        queries, classes, scores = candidates(probability, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        queries, classes = queries.gather(1, order), classes.gather(1, order)
+        images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
+        chosen = mask_logits[images, queries]  # [B, k, m, m]
+        kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
+        masks = large_masks(chosen[kept], size) if kept.any() else kept.new_zeros(0, size, size)
+        is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
+        found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
+        return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]
+
+    def truth(self, source: LabelledSource, item: Labelled) -> Instances:
+        scores = np.ones(len(item.masks), np.float32)
+        return Instances(item.masks, item.mask_classes, scores, source.thing_classes)
+
+    def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+        return {"kind": "segmentation", "classes": source.thing_classes, **(SMALL if is_small else {})}
+
+    def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        return {"classes": item.mask_classes, "masks": item.masks}

@@ -1,5 +1,0 @@
-"""The fast engine: our own networks without repeated work. FastEngine(...) is the one of its device."""
-
-from datasetdm_fast.engines.fast.base import CHUNK_PIXELS, DTYPES, FastEngine, drawn, slice_of, state_distance
-
-__all__ = ["CHUNK_PIXELS", "DTYPES", "FastEngine", "drawn", "slice_of", "state_distance"]

@@ -1,0 +1,1 @@
+"""A durable, shared queue of requests, and what was made of them."""

@@ -1,0 +1,204 @@
+"""How far one engine is from another, stage by stage: the same requests through both, and what differs, image by
+image.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request
+from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loop.driver import BatchGenerator, attention_labels, outlined_labels
+from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.sampling.schedule import Schedule
+from datasetdm_fast.stages import FACTOR, LEVELS
+
+ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
+SHAKES = 4  # times that it is changed
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one engine said of a batch, on the CPU."""
+
+    context: Tensor  # [2B, T, D]
+    seen: tuple[Tensor, ...]  # the latents of each call
+    outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
+    walked: tuple[Tensor, ...]  # the latents after each call, as the sampler makes them of the outputs
+    latents: Tensor  # after the last call
+    levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
+    answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
+    labels: dict[str, list[Annotation]]
+    images: np.ndarray  # [B, H, W, 3] uint8
+    # where labels are read from attention: the class prompts [B, T, D], and the averages over all calls
+    class_context: Tensor | None = None
+    averages: AttentionSums | None = None
+    shaken: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of what was changed a little
+
+
+class ReferenceSampler:
+    """What SamplerState does in one operation per call, step by step."""
+
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
+        self.schedule, self.guidance, self.state = schedule, guidance, walk.start(latents)
+
+    @property
+    def latents(self) -> Tensor:
+        return self.state.latents
+
+    def step(self, k: int, output: Tensor) -> Tensor:
+        self.state = walk.step(self.schedule, k, self.state, walk.guide(output, self.guidance))
+        return self.latents
+
+
+def observe(
+    engine,
+    requests: Sequence[Request],
+    recipe: Recipe,
+    led: Observation | None = None,
+    on_unet_call: Callable[[], None] = lambda: None,
+    sampler: type[ReferenceSampler] | type[walk.SamplerState] = ReferenceSampler,
+    shakes: int = 0,
+) -> Observation:
+    """One batch through an engine and a sampler: on its own, or `led`, so that every stage is given what the other
+    engine had there. With `shakes` the decoders also answer so many times to what is changed by rounding.
+    """
+    generator = BatchGenerator(engine, recipe, on_unet_call)
+    if led is None:
+        context, class_context = generator.contexts(requests)
+        side = recipe.size // FACTOR
+        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
+    else:
+        context, noise = led.context.to(engine.device, copy=True), led.seen[0]
+        class_context = None if led.class_context is None else led.class_context.to(engine.device, copy=True)
+    sums = generator.nothing_yet(len(requests))
+    state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
+    seen, outputs, walked, captures = [], [], [], {}
+    for call, timestep in enumerate(recipe.schedule.timesteps):
+        latents = state.latents if led is None else led.seen[call].to(engine.device)
+        if call in recipe.captured:
+            output, captures[call] = engine.denoise_and_capture(latents, timestep, context)
+        if sums is not None:
+            averaged, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
+        if call not in recipe.captured[-1:]:
+            output = averaged if sums is not None else engine.denoise(latents, timestep, context)
+        seen.append(latents.cpu())
+        outputs.append(output.float().cpu())
+        walked.append(state.step(call, output if led is None else led.outputs[call].to(engine.device)).cpu())
+        on_unet_call()
+
+    def answer_to(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
+        return engine.annotate(task, capture, generator.words.asked(task, requests))
+
+    read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
+    raw = {task: answer_to(task, capture) for task, capture in read.items()}
+    answers = {task: _kept(answer) for task, answer in raw.items()}
+    shaken = {
+        task: [_kept(answer_to(task, rounded_otherwise(capture, seed))) for seed in range(shakes)]
+        for task, capture in read.items()
+    }
+    latents = state.latents if led is None else led.latents.to(engine.device)
+    images = engine.decode_image(latents).cpu().numpy()
+    labels = {
+        task: outlined_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        for task, answer in raw.items()
+    }
+    averages = sums and sums.over(len(recipe.schedule))
+    if averages is not None:
+        labels[ATTENTION] = attention_labels(requests, averages, engine, recipe)
+    return Observation(
+        context.cpu(),
+        tuple(seen),
+        tuple(outputs),
+        tuple(walked),
+        latents.cpu(),
+        level_tensors(engine, captures.values()),
+        answers,
+        labels,
+        images,
+        None if class_context is None else class_context.cpu(),
+        averages and averages.to("cpu"),
+        shaken,
+    )
+
+
+def _kept(answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float().cpu() for name, value in answer.items()}
+
+
+def rounded_otherwise(capture: Capture | ProjectedCapture, seed: int) -> Capture | ProjectedCapture:
+    """What decoders read, every number of it changed by about ROUNDING."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            value * (1 + ROUNDING * torch.randn(value.shape, generator=generator).to(value.device)) for value in values
+        )
+
+    if isinstance(capture, ProjectedCapture):
+        return replace(capture, sums=changed(capture.sums))
+    return Capture(*(tuple(map(changed, kind)) for kind in (capture.features, capture.maps)))
+
+
+def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dict[str, list[Tensor]]:
+    """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
+    found: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
+    for capture, (place, level) in product(captures, enumerate(engine.model.levels)):
+        if not engine.decoders:
+            found[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
+        for task, decoder in engine.decoders.items():
+            weight = decoder.projections().get(level.name)
+            if weight is None:
+                continue
+            is_projected = isinstance(capture, ProjectedCapture)
+            total = (
+                capture.of(task).sums[place]
+                if is_projected
+                else pyramid.plain(capture.features[place], capture.maps[place], weight, level.side)
+            )
+            found[level.name].append(total.float().cpu())
+    return found
+
+
+class Rounded(TorchEngine):
+    """The reference engine with its UNet and autoencoder stored in fewer bits: what that precision alone costs."""
+
+    name = "rounded"
+
+    def __init__(self, engine: TorchEngine, dtype: torch.dtype):
+        model, self.dtype = engine.model, dtype
+        # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
+        parts = {part: nn.Module.to(copy.deepcopy(getattr(model, part)), dtype) for part in ("unet", "vae")}
+        super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
+
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        return super().denoise(latents.to(self.dtype), timestep, context.to(self.dtype)).float()
+
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        noise, capture = super().denoise_and_capture(latents, timestep, context)
+        return noise, Capture(
+            *(
+                tuple(tuple(value.float() for value in level) for level in kind)
+                for kind in (capture.features, capture.maps)
+            )
+        )
+
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        return super().denoise_and_average(latents, timestep, context, class_context.to(self.dtype), sums)
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            decoded = self.model.vae.decode(
+                latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False
+            )[0].float()
+        return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)

@@ -1,0 +1,89 @@
+"""The flags of the commands that put samples through the network again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasetdm_fast.config import CommandSettings, EngineSettings, dry_run_setting, setting
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.settings import check_batch_size, check_numbers
+
+LABEL_CHOICES = ("source", "predicted", "agreeing")
+OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
+SHARED = (
+    "steps guidance batch_size out limit kept dry_run engine dtype device model decoder allow_download threads compile "
+    "provider streams engines trt_flavour json quiet"
+).split()
+
+
+@dataclass(frozen=True)
+class RedrawSettings(EngineSettings, CommandSettings):
+    """What edit and vary share; zeros and empty names stand for what the source was made with."""
+
+    run: str = setting("", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True)
+    only: tuple[str, ...] = setting(
+        (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
+    )
+    strength: float = setting(1.0, "share of the sampling steps that is repeated, 0 to 1", metavar="S")
+    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N")
+    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G")
+    batch_size: int = setting(
+        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
+    )
+    out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
+    kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
+    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
+    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
+    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
+    dry_run: bool = dry_run_setting()
+    json: bool = setting(False, "machine-readable result on stdout", identity=False)
+    quiet: bool = setting(False, "show no progress", identity=False)
+
+    def check(self) -> None:
+        """Refuses numbers that cannot be."""
+        if not 0 <= self.strength <= 1:
+            raise Refused(f"--strength {self.strength:g}: expected a share from 0 to 1", "For example --strength 0.4.")
+        check_numbers(**{name: getattr(self, name) for name in ("steps", "guidance", "limit", "threads")})
+        check_batch_size(self.batch_size)
+
+
+@dataclass(frozen=True)
+class VarySettings(RedrawSettings):
+    FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
+
+    domain: tuple[str, ...] = setting(
+        (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST"
+    )
+    strength: float = setting(
+        0.4, "share of the sampling steps that is repeated, 0 to 1: a larger share changes more", metavar="S"
+    )
+    labels: str = setting(
+        "source",
+        "labels of the images: the source's, those predicted on the image, or what both agree on",
+        choices=LABEL_CHOICES,
+    )
+    out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
+
+
+@dataclass(frozen=True)
+class EditSettings(RedrawSettings):
+    FLAGS = [*OF_EDIT, *SHARED]
+
+    prompt: str = setting("", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT")
+    alone: bool = setting(False, "give the model only --prompt, as when no class is named")
+    class_: str = setting("", "regenerate the pixels of this class", metavar="CLASS")
+    instance: int = setting(0, "regenerate this instance: the id of its annotation in instances.json", metavar="ID")
+    mask: str = setting("", "regenerate the white area of this picture, which has the size of a sample", metavar="FILE")
+    box: str = setting("", "regenerate this box of pixels; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
+    grow: int = setting(0, "pixels by which the region is grown on all sides", metavar="N")
+    feather: int = setting(
+        -1,
+        "pixels inside the region over which the old and the new image are blended, -1 = a 128th of a side",
+        metavar="N",
+    )
+    strength: float = setting(
+        1.0, "share of the sampling steps that is repeated, 0 to 1: 1 starts from pure noise", metavar="S"
+    )
+    seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
+    out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

@@ -1,0 +1,81 @@
+"""How well image and prompt fit each other by a CLIP of transformers from a local folder; the only score with torch."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder.reader import StoredSample
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+BATCH = 16
+NEEDED = "It needs config.json, model.safetensors and the files of its tokenizer."
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the files of a CLIP's folder that decide its scores, in the order of their names."""
+    if not (folder / "config.json").is_file():
+        raise Refused(
+            f"--clip {folder}: holds no config.json",
+            "Name a folder with a CLIP as transformers saves it, such as a copy of openai/clip-vit-base-patch32.",
+        )
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
+    digests = ((path.name, storage.sha256_of(path)) for path in found)
+    return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
+
+
+class Clip:
+    """A CLIP with its tokenizer; its images are scaled and cut as it was trained."""
+
+    def __init__(self, folder: Path, digest: str):
+        self.digest = digest
+        from transformers import AutoTokenizer, CLIPModel
+
+        try:
+            options = {"local_files_only": True, "trust_remote_code": False}
+            model, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except Exception as error:  # transformers raises nearly anything
+            raise Missing(
+                f"--clip {folder}: transformers cannot read it ({type(error).__name__}: {error})", NEEDED
+            ) from error
+        if absent := sorted(told["missing_keys"]):  # which transformers draws at random
+            raise Missing(f"--clip {folder}: {len(absent)} tensors of a CLIP are missing, such as {absent[0]}", NEEDED)
+        self.model = model.eval()
+        self.side: int = self.model.config.vision_config.image_size
+        self.length: int = self.model.config.text_config.max_position_embeddings
+
+    def scores(self, samples: Sequence[StoredSample]) -> list[float]:
+        """The cosine of image and prompt of each sample; a prompt that is too long is cut."""
+        import torch
+
+        found: list[float] = []
+        for first in range(0, len(samples), BATCH):
+            block = samples[first : first + BATCH]
+            pixels = torch.from_numpy(np.stack([self._pixels(sample.image) for sample in block]))
+            prompts = [sample.prompt for sample in block]
+            text = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+            with torch.inference_mode():
+                output = self.model(
+                    input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=pixels
+                )
+            cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+            found += [round(value, 6) for value in cosine.tolist()]
+        return found
+
+    def _pixels(self, image: np.ndarray) -> np.ndarray:  # [3, side, side] float32
+        whole = Image.fromarray(image)
+        scale = self.side / min(whole.size)
+        whole = whole.resize(
+            (max(round(whole.width * scale), self.side), max(round(whole.height * scale), self.side)),
+            Image.Resampling.BICUBIC,
+        )
+        left, top = (whole.width - self.side) // 2, (whole.height - self.side) // 2
+        cut = np.asarray(whole.crop((left, top, left + self.side, top + self.side)), np.float32) / 255
+        return ((cut - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)

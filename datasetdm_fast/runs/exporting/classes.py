@@ -1,0 +1,123 @@
+"""The classes of an export: one number each, the same in all of its files, and how those of its runs become them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.command_line.flags import nearest
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.instance import InstanceKind
+
+BACKGROUND, IGNORED, PERSON = "background", 255, "person"
+MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """Other names for classes; a class whose new name is empty, or that of the background, is left out."""
+
+    renamed: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, pairs: Sequence[str]) -> "Renaming":
+        """From texts OLD=NEW or OLD=."""
+        found: dict[str, str] = {}
+        for pair in pairs:
+            old, sign, new = (part.strip() for part in pair.partition("="))
+            if not sign or not old:
+                raise Refused(
+                    f"--classes {quoted(pair)}: expected OLD=NEW, or OLD= to leave a class out",
+                    "For example --classes sofa=couch,wall=",
+                )
+            new = "" if new == BACKGROUND else new
+            if found.setdefault(old, new) != new:
+                raise Refused(f"--classes: {quoted(old)} is given two names", "Give it one.")
+        return cls(found)
+
+    def __call__(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+    def check(self, known: Iterable[str]) -> None:
+        """Refuses a name that no run has."""
+        known = list(known)
+        for old in self.renamed:
+            if old not in known:
+                raise Refused(
+                    f"--classes: no class is called {quoted(old)}{nearest(old, known)}",
+                    f"Classes of the labels: {', '.join(known)}.",
+                )
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of an export but the background, each with its number from 1 on; 0 is the background."""
+
+    names: tuple[str, ...]
+    things: tuple[str, ...]  # those that instances have
+    stuff: tuple[str, ...]  # those that only maps show
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names, 1)}
+
+    def check_map(self, format: str) -> None:
+        """Refuses more classes than a map of 8 bits holds."""
+        if len(self.names) > MOST_IN_A_MAP:
+            raise Refused(
+                f"--to {format}: {len(self.names)} classes, its label maps hold {MOST_IN_A_MAP}",
+                "Leave some out with --classes OLD=, or choose coco.",
+            )
+
+
+def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
+    """The classes of a label by their numbers in the files of the run, the background among them."""
+    table = document["labels"][label]
+    names, first = table.get("classes", ()), int(isinstance(kind_of(label), InstanceKind))
+    return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
+
+
+def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], renamed: Renaming) -> Classes:
+    """The classes of several runs by name, in the order in which they come; each run.json with its label for each task.
+
+    Those of maps come first, as they hold the things as well where a run has both.
+    """
+    maps, things, people, known = {}, {}, {}, {}
+    for document, labels in documents:
+        for task, into in (("semantic", maps), ("instance", things)):
+            if task in labels:
+                names = [name for _, name in sorted(class_names(document, labels[task]).items())]
+                known |= dict.fromkeys(names)
+                into |= dict.fromkeys(map(renamed, names))
+        if "pose" in labels:
+            known[PERSON] = None
+            people[renamed(PERSON)] = None
+    renamed.check(name for name in known if name != BACKGROUND)
+    names = tuple(name for name in maps | things | people if name and name != BACKGROUND)
+    if not names and known:
+        raise Refused("--classes: no class is left", "Leave fewer out.")
+    if (count := len([name for name in names if name in maps])) > MOST_IN_A_MAP:
+        raise Refused(
+            f"the label maps of these runs show {count} classes in all, those of an export hold {MOST_IN_A_MAP}",
+            "Convert the runs separately, or leave classes out with --classes OLD=.",
+        )
+    stuff = tuple(name for name in names if name in maps and name not in things)
+    return Classes(names, tuple(name for name in names if name in things), stuff)
+
+
+def lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:
+    """[256] uint8: the number in the export of each value of a run's label map; classes left out are background."""
+    table = np.full(256, IGNORED, np.uint8)
+    numbers = classes.numbers
+    for value, name in names.items():
+        if value < IGNORED:
+            table[value] = numbers.get(renamed(name), 0)
+    return table
+
+
+def one_line(name: str) -> str:
+    """A class name for a file of lines: without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "_"

@@ -1,0 +1,217 @@
+"""coco: images/SPLIT2017 and annotations/: instances, person_keypoints, stuff, and panoptic with its PNGs."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast import _C
+from datasetdm_fast.runs.exporting.classes import Classes
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.json_lists import document
+from datasetdm_fast.runs.exporting.rings import is_hole, joined, rings
+from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing, SampleView
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.version import __version__
+
+YEAR = "2017"
+DIGITS = 6  # of the place of a joint, in pixels
+
+
+class CocoFormat(Format):
+    """Category ids are the class numbers of the export, the same in every file; image ids are sample numbers.
+
+    Joints are counted from the middle of the first pixel.
+    """
+
+    needs = (("instance",), ("semantic",), ("pose",))
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        ending, content = sample.picture(self.forms)
+        files: Files = {f"images/{sample.split}{YEAR}/{sample.name}.{ending}": content}
+        entry: Entry = {"image": image_entry(sample, f"{sample.name}.{ending}")}
+        if "instance" in plan.tasks:
+            entry["instances"] = [thing_entry(thing, plan) for thing in sample.things]
+        if "pose" in plan.tasks:
+            entry["person_keypoints"] = [_person(person, plan.classes) for person in sample.people]
+        if "semantic" in plan.tasks:
+            entry["stuff"] = list(_stuff(sample.semantic, plan.classes))
+        if _has_panoptic(plan):
+            numbers, entry["panoptic"] = panoptic(sample, plan.classes)
+            colours = np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], 2).astype(np.uint8)
+            files[f"annotations/panoptic_{sample.split}{YEAR}/{sample.name}.png"] = _C.png_encode(colours)
+        return files, entry
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        kinds = {
+            "instances": ("instance", plan.classes.things),
+            "person_keypoints": ("pose", ()),
+            "stuff": ("semantic", plan.classes.stuff),
+        }
+        found = {
+            f"annotations/{kind}_{split}{YEAR}.json": _annotations(plan, samples, kind, split, names)
+            for kind, (task, names) in kinds.items()
+            if task in plan.tasks
+            for split in plan.splits
+        }
+        if _has_panoptic(plan):
+            for split in plan.splits:
+                found[f"annotations/panoptic_{split}{YEAR}.json"] = _panoptic(plan, samples, split)
+        return found
+
+
+def _has_panoptic(plan: ExportPlan) -> bool:
+    return {"instance", "semantic"} <= plan.tasks
+
+
+def info() -> dict[str, Any]:
+    return {"description": "made by datasetdm_fast", "version": __version__}
+
+
+def categories(plan: ExportPlan, names: Iterable[str], **more: Any) -> list[dict[str, Any]]:
+    """The categories of some classes."""
+    numbers = plan.classes.numbers
+    return [{"id": numbers[name], "name": name, "supercategory": "", **more} for name in names]
+
+
+def image_entry(sample: SampleView, file_name: str) -> dict[str, Any]:
+    return {"id": sample.number, "file_name": file_name, "width": sample.width, "height": sample.height}
+
+
+def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = False) -> dict[str, Any]:
+    """The annotation of an instance, but for its id and image."""
+    return {
+        "category_id": plan.classes.numbers[thing.name],
+        "segmentation": segmentation(thing, joins_holes) if plan.settings.polygons else thing.rle,
+        "area": thing.area,
+        "bbox": list(thing.box),
+        "iscrowd": 0,
+        "score": thing.score,
+    }
+
+
+def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | mask_rle.Rle:
+    """Polygons of an instance; where it has holes, which COCO's cannot say, one closed line or its run lengths."""
+    found = rings(thing.mask)
+    if found and joins_holes and any(map(is_hole, found)):
+        return [joined(found).ravel().tolist()]
+    if not found or any(map(is_hole, found)):
+        return thing.rle
+    return [ring.ravel().tolist() for ring in found]
+
+
+def _person(person: ExportedPerson, classes: Classes) -> dict[str, Any]:
+    flat = [value for x, y, seen in person.joints.tolist() for value in (round(x, DIGITS), round(y, DIGITS), int(seen))]
+    return {
+        "category_id": classes.numbers[person.name],
+        "keypoints": flat,
+        "num_keypoints": int((person.joints[:, 2] > 0).sum()),
+        "keypoint_scores": list(person.sure),
+        "score": person.score,
+        "area": round(person.area, 3),
+        "bbox": [round(value, 3) for value in person.box],
+        "iscrowd": 0,
+    }
+
+
+def _stuff(labels: np.ndarray, classes: Classes) -> Iterator[dict[str, Any]]:
+    """An annotation for each class that only maps show."""
+    numbers = [classes.numbers[name] for name in classes.stuff]
+    shown = [number for number in numbers if (labels == number).any()]
+    if shown:
+        encoded = mask_rle.encode(np.stack([labels == number for number in shown]))
+        for number, rle, area, box in zip(shown, encoded.rles, encoded.areas, encoded.boxes, strict=True):
+            yield {
+                "category_id": number,
+                "segmentation": dict(rle),
+                "area": int(area),
+                "bbox": box.tolist(),
+                "iscrowd": 0,
+            }
+
+
+def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Segment of each pixel [H, W] int32, 0 where nothing is told, and the segments.
+
+    Of two instances the surer one has a pixel; what no instance has goes to the classes that only maps show. What the
+    run ignores is told nothing of.
+    """
+    found, told = np.zeros((sample.height, sample.width), np.int32), ~sample.ignored
+    kinds = []
+    for thing in sorted(sample.things, key=lambda thing: -thing.score):
+        free = thing.mask & (found == 0) & told
+        if free.any():
+            kinds.append(classes.numbers[thing.name])
+            found[free] = len(kinds)
+    for name in classes.stuff:
+        number = classes.numbers[name]
+        free = (sample.semantic == number) & (found == 0)
+        if free.any():
+            kinds.append(number)
+            found[free] = len(kinds)
+    segments = []
+    for k, kind in enumerate(kinds, 1):
+        down, across = (np.flatnonzero((found == k).any(axis)) for axis in (1, 0))
+        x, y, width, height = across[0], down[0], across[-1] - across[0] + 1, down[-1] - down[0] + 1
+        segments.append(
+            {
+                "id": k,
+                "category_id": kind,
+                "area": int((found == k).sum()),
+                "bbox": [int(value) for value in (x, y, width, height)],
+                "iscrowd": 0,
+            }
+        )
+    return found, segments
+
+
+def _annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str, names: Iterable[str]) -> Iterator[bytes]:
+    if kind == "person_keypoints":
+        skeleton = [[a + 1, b + 1] for a, b in plan.limbs]  # COCO counts joints from 1
+        known = categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)
+    else:
+        known = categories(plan, names)
+    fields = {"info": info(), "licenses": [], "categories": known}
+    images = (entry["image"] for entry in samples.entries(split))
+    return document(fields, images=images, annotations=numbered(plan, samples, kind, split))
+
+
+def numbered(plan: ExportPlan, samples: AllSamples, kind: str, split: str) -> Iterator[dict[str, Any]]:
+    """The annotations of a split with ids from 1 on, which no other split has."""
+    number = 0  # pycocotools takes annotation 0 for "no match"
+    for name in plan.splits:
+        for entry in samples.entries(name):
+            for item in entry[kind]:
+                number += 1
+                if name == split:
+                    yield {"id": number, "image_id": entry["image"]["id"], **item}
+        if name == split:
+            return
+
+
+def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[bytes]:
+    numbers = plan.classes.numbers
+    known = [
+        {
+            "id": numbers[name],
+            "name": name,
+            "supercategory": "",
+            "isthing": int(name in plan.classes.things),
+            "color": list(colour(numbers[name])),
+        }
+        for name in plan.classes.names
+    ]
+    fields = {"info": info(), "licenses": [], "categories": known}
+    told = (
+        {
+            "image_id": entry["image"]["id"],
+            "file_name": f"{entry['image']['file_name'].rpartition('.')[0]}.png",
+            "segments_info": entry["panoptic"],
+        }
+        for entry in samples.entries(split)
+    )
+    return document(fields, images=(entry["image"] for entry in samples.entries(split)), annotations=told)
+
+
+COCO = CocoFormat()

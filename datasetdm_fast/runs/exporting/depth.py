@@ -1,0 +1,85 @@
+"""nyu, kitti and vkitti2: images, depth as 16-bit PNG in the unit of each, and the lists that name both."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.view import SampleView
+
+SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
+SCENES = ("Scene01", "Scene02", "Scene06", "Scene18", "Scene20")  # of Virtual KITTI, one for each split here
+FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # what the lists say of the originals' cameras, which no trainer reads
+
+
+class DepthFormat(Format):
+    """Images and depths in two places, and what the lists say of each pair."""
+
+    needs = (("depth",),)
+    steps: float  # of a metre
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        ending, content = sample.picture(self.forms)
+        root, image, depth = self.places(sample.split, sample.name, ending, plan)
+        return {f"{root[0]}{image}": content, f"{root[1]}{depth}": sample.depth_file(self.steps)}, {
+            "image": image,
+            "depth": depth,
+        }
+
+    @abstractmethod
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        """The folders of images and depths, and the paths inside of them of one image and its depth."""
+
+
+def published_split(split: str, plan: ExportPlan) -> str:
+    """What the originals call a split: without one of its own for tests, that is the one to validate on."""
+    return "test" if split == "val" and "test" not in plan.splits else split
+
+
+class NyuFormat(DepthFormat):
+    steps = 1000.0
+
+    @staticmethod
+    def root(split: str, plan: ExportPlan) -> str:
+        """The folder that a split lies in, from which on its list names files."""
+        return "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        root = self.root(split, plan)
+        return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        lists = {f"{published_split(split, plan)}_list.txt": lines(samples, split, "nyu") for split in plan.splits}
+        return {**lists, "nyu_class_list.json": [json.dumps([SCENE]).encode()]}
+
+
+class KittiFormat(DepthFormat):
+    steps = 256.0
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        return ("input/", "gt_depth/"), f"{SCENE}/{name}.{ending}", f"{SCENE}/{name}.png"
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        return {
+            f"kitti_eigen_{published_split(split, plan)}.txt": lines(samples, split, "kitti") for split in plan.splits
+        }
+
+
+class VirtualKittiFormat(DepthFormat):
+    steps = 100.0
+    forms = ("jpg",)
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        scenes = dict(zip(plan.splits, (*SCENES, *plan.splits)))
+        frames = f"/{scenes[split]}/clone/frames"
+        image, depth = f"{frames}/rgb/Camera_0/rgb_{name}.jpg", f"{frames}/depth/Camera_0/depth_{name}.png"
+        return ("Image", "Depth"), image, depth
+
+
+def lines(samples: AllSamples, split: str, kind: str, root: str = "") -> Iterable[bytes]:
+    """The list of a split, its files named from the folder above `root` on."""
+    for entry in samples.entries(split):
+        yield f"{root}{entry['image']} {root}{entry['depth']} {FOCAL[kind]}\n".encode()
+
+
+NYU, KITTI, VKITTI2 = NyuFormat(), KittiFormat(), VirtualKittiFormat()

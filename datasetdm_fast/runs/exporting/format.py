@@ -1,0 +1,83 @@
+"""What a format is to the rest: the labels it needs, the files of a sample, and the files that all samples share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.exporting.classes import Classes
+from datasetdm_fast.runs.exporting.settings import ExportSettings
+from datasetdm_fast.runs.exporting.view import Linked, SampleView
+
+Content = bytes | Linked
+Files = dict[str, Content]  # path inside the format's folder, content
+Entry = dict[str, Any]  # what the shared files need of a sample, as JSON
+
+
+class AllSamples(Protocol):
+    """The samples of an export, once the files of each are there."""
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """What the format needs of the samples of a split, in order."""
+
+    def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
+        """Samples of a split by their position in it."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What every file of an export follows."""
+
+    classes: Classes
+    splits: Mapping[str, int]  # name -> samples
+    tasks: frozenset[str]
+    people: tuple[str, ...]  # the class of persons with joints, where there are any
+    joints: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...]
+    max_depth: float
+    settings: ExportSettings
+
+
+class Format(ABC):
+    """A layout that trainers read."""
+
+    needs: tuple[tuple[str, ...], ...] = ()  # tasks of which the run must have all of one group
+
+    forms: tuple[str, ...] = ("png", "jpg")  # of its image files
+    known: Collection[str] | None = None  # classes that its consumers know, None = any
+    has_maps = False  # whether it has label maps of 8 bits
+
+    def check(self, name: str, plan: ExportPlan) -> None:
+        """Refuses what the format, which the user calls by this name, cannot hold."""
+        self.check_tasks(f"--to {name}", plan.tasks)
+        if (form := plan.settings.image_format) not in ("same", *self.forms):
+            raise Refused(f"--image-format {form}: {name} has {' or '.join(self.forms)} files", "Drop the flag.")
+        if self.known is not None and not set(plan.classes.names) & set(self.known):
+            raise Refused(
+                f"--to {name}: none of the classes is one of its own ({', '.join(plan.classes.names)})",
+                f"Rename some with --classes OLD=NEW; it knows {', '.join(self.known)}.",
+            )
+        if self.has_maps:
+            plan.classes.check_map(name)
+
+    def check_tasks(self, flag: str, tasks: Collection[str]) -> None:
+        """Refuses a run without the labels that the format needs."""
+        if self.needs and not any(set(group) <= set(tasks) for group in self.needs):
+            wanted = " or ".join(" and ".join(group) for group in self.needs)
+            raise Refused(
+                f"{flag}: it needs labels for {wanted}, there are some for {', '.join(sorted(tasks))}",
+                "Choose another format, or make the run with these labels.",
+            )
+
+    def unknown(self, plan: ExportPlan) -> list[str]:
+        """The classes that it cannot show."""
+        return [] if self.known is None else [name for name in plan.classes.names if name not in self.known]
+
+    @abstractmethod
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        """The files of one sample, and what the shared files need of it."""
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        """Files of all samples together, in chunks, by their path inside the format's folder."""
+        return {}

@@ -1,0 +1,159 @@
+"""hf: a folder for `load_dataset("imagefolder")`, metadata.jsonl in each split; hf-parquet: the same as Parquet."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.runs.exporting.described import described, maps, tables
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.wds import held
+from datasetdm_fast.runs.run_folder.ledger import canonical
+
+SPLITS = {"val": "validation"}  # as `datasets` names them
+ROWS = 64  # of a row group at most,
+GROUP_BYTES = 2**28  # and of the pictures in it, when it is closed; a column of a group holds less than 2 GiB
+VALUES = {"id": "string", "prompt": "string", "seed": "int64", "width": "int32", "height": "int32"}
+
+
+class ImageFolderFormat(Format):
+    """Columns image, semantic and depth are pictures; objects and people are lists."""
+
+    has_maps = True
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        ending, image = sample.picture(self.forms)
+        # beside other pictures the plain name `file_name` is not taken for the column image
+        names = {"image_file_name": f"images/{sample.name}.{ending}"}
+        files: Files = {f"{sample.split}/images/{sample.name}.{ending}": image}
+        for name, content in maps(sample, plan, has_colours=True):
+            names[f"{name}_file_name"] = f"{name}/{sample.name}.png"
+            files[f"{sample.split}/{name}/{sample.name}.png"] = content
+        return files, {**names, **described(sample, plan)}
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        rows = {
+            f"{split}/metadata.jsonl": (f"{canonical(entry)}\n".encode() for entry in samples.entries(split))
+            for split in plan.splits
+        }
+        return {**rows, **tables(plan)}
+
+
+class ParquetFormat(Format):
+    """The features that `datasets` needs stand in the files' metadata; objects and people are lists."""
+
+    has_maps = True
+
+    def check(self, name: str, plan: ExportPlan) -> None:
+        super().check(name, plan)
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise Missing(f"--to {name}: pyarrow is not installed", "Install datasetdm-fast[hf].") from error
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        return {}, {}
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        size, found = plan.settings.shard, {}
+        for split, count in plan.splits.items():
+            shards = -(-count // size)
+            for k in range(shards):
+                name = f"data/{SPLITS.get(split, split)}-{k:05d}-of-{shards:05d}.parquet"
+                found[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
+        return {**found, **tables(plan)}
+
+
+class _Sink(io.RawIOBase):
+    """Collects what is written, to be taken away piece by piece."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        self.parts.append(bytes(data))
+        self.size += len(self.parts[-1])
+        return len(self.parts[-1])
+
+    def taken(self) -> Iterator[bytes]:
+        yield from self.parts
+        self.parts.clear()
+
+
+def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema, sink = _schema(plan), _Sink()
+    with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="none") as writer:
+        for rows in _groups(views, plan):
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            yield from sink.taken()
+    yield from sink.taken()
+
+
+def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each row group."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for view in views:
+        rows.append(_row(view, plan))
+        size += sum(len(value["bytes"]) for value in rows[-1].values() if isinstance(value, dict) and "bytes" in value)
+        if len(rows) == ROWS or size >= GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
+    ending, image = sample.picture(ParquetFormat.forms)
+    row: dict[str, Any] = {"image": {"bytes": held(image), "path": f"{sample.name}.{ending}"}}
+    for name, content in maps(sample, plan, has_colours=True):
+        row[name] = {"bytes": held(content), "path": f"{sample.name}.png"}
+    return row | described(sample, plan)
+
+
+def _schema(plan: ExportPlan) -> Any:
+    """Columns with the features of `datasets` as metadata."""
+    import pyarrow as pa
+
+    def listed(inner: Any, length: int = -1) -> tuple[Any, dict[str, Any]]:
+        kind, feature = inner
+        return pa.list_(kind), {"feature": feature, "length": length, "_type": "Sequence"}
+
+    def value(name: str) -> tuple[Any, dict[str, Any]]:
+        return pa.type_for_alias(name), {"dtype": name, "_type": "Value"}
+
+    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
+    names = ["background", *plan.classes.names]
+    number, category = value("float64"), (pa.int64(), {"names": names, "_type": "ClassLabel"})
+    box = listed(number)
+    columns = {"image": picture}
+    columns |= {name: picture for name in ("semantic", "depth") if name in plan.tasks}
+    columns |= {name: value(kind) for name, kind in VALUES.items()}
+    things = {"category": category, "bbox": box, "area": value("int64"), "score": number, "rle": value("string")}
+    groups = {
+        "instance": ("objects", things),
+        "pose": ("people", {"bbox": box, "area": number, "score": number, "keypoints": listed(number)}),
+    }
+    for task, (name, parts) in groups.items():
+        if task in plan.tasks:
+            lists = {part: listed(inner) for part, inner in parts.items()}
+            kind = pa.struct({part: kind for part, (kind, _) in lists.items()})
+            columns[name] = kind, {part: feature for part, (_, feature) in lists.items()}
+    features = {name: feature for name, (_, feature) in columns.items()}
+    told = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
+    return pa.schema([(name, kind) for name, (kind, _) in columns.items()], metadata=told)
+
+
+IMAGEFOLDER, PARQUET = ImageFolderFormat(), ParquetFormat()

@@ -1,0 +1,62 @@
+"""Masks as polygons along the edges of their pixels, and as one closed line each."""
+
+import numpy as np
+
+from datasetdm_fast.engine.labels.pictures import borders
+
+
+def rings(mask: np.ndarray) -> list[np.ndarray]:
+    """The borders of a mask [H, W] bool as corners [n, 2] of x, y: parts and holes, inside by the even-odd rule."""
+    down, across = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(down):
+        return []
+    part = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+    return [_corners(ring) + (across[0], down[0]) for ring in borders(part)]
+
+
+def _corners(ring: np.ndarray) -> np.ndarray:
+    """A ring without the points on its straight stretches."""
+    way = np.diff(ring, axis=0, append=ring[:1])
+    return ring[(way != np.roll(way, 1, axis=0)).any(1)]
+
+
+def is_hole(ring: np.ndarray) -> bool:
+    """Whether a ring runs around what is outside."""
+    x, y = ring[:, 0], ring[:, 1]
+    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) < 0
+
+
+def joined(found: list[np.ndarray]) -> np.ndarray:
+    """One closed line through all rings: each next one is reached, and left, along the same line of no width."""
+    line = found[0]
+    for ring in found[1:]:
+        here = int(np.abs(line - ring[0]).sum(1).argmin())
+        line = np.concatenate([line[: here + 1], ring, ring[:1], line[here:]])
+    return line
+
+
+def on_pixels(ring: np.ndarray) -> np.ndarray:
+    """A ring through the outermost pixels of its mask instead of along their edges."""
+    leaving = np.roll(ring, -1, axis=0) - ring  # the mask lies to the right of the way along a ring
+    arriving = np.roll(leaving, 1, axis=0)
+    way = leaving + arriving  # one of both is horizontal, the other vertical
+    return ring - np.stack([way[:, 1] > 0, way[:, 0] < 0], 1)
+
+
+def parts(found: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """The rings of each part of a mask: its border and its own holes."""
+    outer = [ring for ring in found if not is_hole(ring)]
+    held: list[list[np.ndarray]] = [[ring] for ring in outer]
+    for hole in filter(is_hole, found):
+        inside = [k for k, ring in enumerate(outer) if _holds(ring, hole)]
+        # of parts within each other, the one that the hole is cut from is the smallest
+        held[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
+    return held
+
+
+def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:
+    """Whether the pixel in a hole's upper left corner lies in a ring, by the even-odd rule."""
+    x, y = hole[np.lexsort((hole[:, 0], hole[:, 1]))[0]] + 0.5
+    start, end = ring, np.roll(ring, -1, axis=0)
+    crosses = (start[:, 1] > y) != (end[:, 1] > y)
+    return bool(np.count_nonzero(crosses & (start[:, 0] > x)) % 2)

@@ -1,0 +1,117 @@
+"""voc: VOCdevkit/VOC2012 with JPEGImages, label maps of classes and objects, Annotations and ImageSets."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from xml.sax.saxutils import escape
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from datasetdm_fast import _C
+from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.maps import class_map, numbered_things
+from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.engine.labels.class_tables import table
+
+ROOT = "VOCdevkit/VOC2012"
+MOST_OBJECTS = 254  # of a picture, what 8 bits tell beside nothing and the border
+OFFICIAL = {word.name: word.number for word in table("voc").classes}
+
+
+def palette() -> bytes:
+    """The 256 colours of PASCAL VOC: the bits of a number dealt out to red, green and blue."""
+    numbers = np.arange(256)
+    bits = [sum((numbers >> (3 * k + channel) & 1) << (7 - k) for k in range(3)) for channel in range(3)]
+    return np.stack(bits, 1).astype(np.uint8).tobytes()
+
+
+PALETTE = palette()
+
+
+class VocFormat(Format):
+    """Class numbers are VOC's own where all classes are among its 20, else those of the export; labelmap.txt tells.
+
+    Where there are objects, the map of classes has theirs, as in VOC.
+    """
+
+    needs = (("semantic",), ("instance",))
+    forms = ("jpg",)
+    has_maps = True
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        _, image = sample.picture(self.forms)
+        known = numbers(plan.classes)
+        translated = np.full(256, IGNORED, np.uint8)
+        translated[0] = 0
+        for name, number in plan.classes.numbers.items():
+            translated[number] = known[name]
+        classes = translated[class_map(sample, plan)]
+        files: Files = {f"{ROOT}/JPEGImages/{sample.name}.jpg": image}
+        has_things = "instance" in plan.tasks
+        if has_things:
+            objects = numbered_things(sample)
+            objects[objects > MOST_OBJECTS] = 0
+            objects[sample.ignored] = IGNORED
+            if plan.settings.border:
+                edge = borders(objects, plan.settings.border)
+                objects[edge] = classes[edge] = IGNORED
+            files[f"{ROOT}/SegmentationObject/{sample.name}.png"] = _C.png_encode(objects.astype(np.uint8), PALETTE)
+        files[f"{ROOT}/SegmentationClass/{sample.name}.png"] = _C.png_encode(classes, PALETTE)
+        files[f"{ROOT}/Annotations/{sample.name}.xml"] = "".join(_annotation(sample, has_things)).encode()
+        return files, {"name": sample.name}
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        lists = {
+            f"{ROOT}/ImageSets/{kind}/{split}.txt": (f"{entry['name']}\n".encode() for entry in samples.entries(split))
+            for kind in ("Main", "Segmentation")
+            for split in plan.splits
+        }
+        return {**lists, f"{ROOT}/labelmap.txt": _label_map(plan.classes)}
+
+
+def numbers(classes: Classes) -> dict[str, int]:
+    """The number of each class in the maps."""
+    return OFFICIAL if set(classes.names) <= set(OFFICIAL) else classes.numbers
+
+
+def borders(objects: np.ndarray, width: int) -> np.ndarray:
+    """[H, W] bool: the pixels within a border of this width around each object, about half of it inside."""
+    found = np.zeros(objects.shape, bool)
+    for number in np.unique(objects[objects > 0]):
+        inside = Image.fromarray((objects == number).astype(np.uint8) * 255)
+        grown = inside.filter(ImageFilter.MaxFilter(2 * (width - width // 2) + 1))
+        shrunk = inside.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
+        found |= np.asarray(grown) != np.asarray(shrunk)
+    return found
+
+
+def _label_map(classes: Classes) -> Iterator[bytes]:
+    yield b"# label:color_rgb:parts:actions\n"
+    known = {"background": 0, **numbers(classes)}
+    for name, number in sorted(known.items(), key=lambda item: item[1]):
+        red, green, blue = PALETTE[3 * number : 3 * number + 3]
+        yield f"{_named(name)}:{red},{green},{blue}::\n".encode()
+
+
+def _named(name: str) -> str:
+    """A class name as labelmap.txt and annotations have it: a colon would end it, and a # at its begin the line."""
+    return one_line(name.replace(":", " ").lstrip("# "))
+
+
+def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
+    yield f"<annotation>\n\t<folder>VOC2012</folder>\n\t<filename>{sample.name}.jpg</filename>\n"
+    yield "\t<source><database>datasetdm_fast</database></source>\n"
+    yield f"\t<size><width>{sample.width}</width><height>{sample.height}</height><depth>3</depth></size>\n"
+    yield "\t<segmented>1</segmented>\n"
+    for thing in sample.things if has_things else ():
+        x, y, width, height = thing.box  # places are counted from 1, and the last pixel is inside
+        box = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+        told = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in box.items())
+        is_cut = x == 0 or y == 0 or x + width == sample.width or y + height == sample.height
+        yield f"\t<object>\n\t\t<name>{escape(_named(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
+        yield f"\t\t<truncated>{is_cut:d}</truncated>\n\t\t<difficult>0</difficult>\n"
+        yield f"\t\t<bndbox>{told}</bndbox>\n\t</object>\n"
+    yield "</annotation>\n"
+
+
+VOC = VocFormat()

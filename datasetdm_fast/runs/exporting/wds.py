@@ -1,0 +1,58 @@
+"""wds: tar shards for WebDataset, the same bytes for the same samples, and what their numbers mean."""
+
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.runs.exporting.described import described, maps, tables
+from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.view import SampleView
+
+
+class WebDatasetFormat(Format):
+    """A sample is NAME.png or .jpg, NAME.json, NAME.semantic.png and NAME.depth.png in the shard SPLIT-NUMBER.tar."""
+
+    has_maps = True
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        return {}, {}
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        size = plan.settings.shard
+        shards = {
+            f"{split}-{k:06d}.tar": _shard(plan, samples, split, k * size)
+            for split, count in plan.splits.items()
+            for k in range(-(-count // size))
+        }
+        return {**shards, **tables(plan)}
+
+
+def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[bytes]:
+    size = 0
+    for sample in samples.views(split, first, first + plan.settings.shard):
+        ending, image = sample.picture(WebDatasetFormat.forms)
+        told = json.dumps(described(sample, plan), ensure_ascii=False).encode()
+        # grey, as its decoders make a palette's colours of the numbers
+        labels = {f"{name}.png": content for name, content in maps(sample, plan, has_colours=False)}
+        members = {ending: image, "json": told, **labels}
+        for name, content in members.items():
+            data = member(f"{sample.name}.{name}", held(content))
+            size += len(data)
+            yield data
+    yield b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+
+
+def held(content: Content) -> bytes:
+    """The bytes of a file."""
+    return content if isinstance(content, bytes) else storage.read(content.path, content.stored.size)
+
+
+def member(name: str, data: bytes) -> bytes:
+    """A file in a tar archive, without time and owner."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
+
+
+WDS = WebDatasetFormat()

@@ -1,0 +1,1 @@
+"""Jobs: settings become requests, a run folder is compared, missing samples are made."""

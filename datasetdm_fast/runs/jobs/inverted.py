@@ -1,0 +1,251 @@
+"""Labels for pictures that exist: a job whose samples are pictures brought back into the network, not drawn by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of, listed
+from datasetdm_fast.data import SetAside
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
+from datasetdm_fast.engine.loop.inverting import InvertingGenerator, TilingGenerator
+from datasetdm_fast.runs.jobs.job import (
+    Job,
+    adopt,
+    check_room,
+    class_words,
+    count_rows,
+    describe,
+    engine_of,
+    moved,
+    recipe_of,
+    row_facts,
+)
+from datasetdm_fast.runs.jobs.pictures import GivenPictures, Pictures, open_pictures
+from datasetdm_fast.engine.loop.plan import Plan
+from datasetdm_fast.runs.jobs.prompts import GivenPrompt, fit
+from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of
+from datasetdm_fast.runs.jobs.run import facts_of
+from datasetdm_fast.engine.labels.class_tables import digest_of, spoken
+from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.tiles import Tiling
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.runs.run_folder.document import INVERSION, LEDGER, check_same, made_by, read_document, table_of
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.labels.class_file import own_table
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.engines.engine import Engine
+
+TRAINING_STEPS = 1000  # of every model
+MOVABLE = ("model", "decoder", "class_table")  # settings of a run whose files may lie elsewhere now
+WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
+
+
+def as_stored(config: LabelConfig, given: Collection[str]) -> LabelConfig:
+    """The settings a run folder was started with; its pictures, captions, model and decoders may have been moved, and
+    others in `given` must agree.
+    """
+    stored, _ = remakable("label", Path(config.out), config.only)
+    source = stored["composition"]["source"]
+    decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
+    asked = {name: getattr(config, name) for name in decisive if name in given and name not in MOVABLE}
+    check_given(Path(config.out), *map(listed, (decisive | stored["config"], asked)))
+    kept = {name: value for name, value in stored["config"].items() if name in decisive}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    kept.pop("class_table", None)  # the run folder holds its words
+    for name in ("model", "decoder"):
+        if getattr(config, name) != getattr(LabelConfig, name):
+            kept.pop(name, None)
+    places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
+    return replace(config, **kept, **places)
+
+
+def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
+    """The settings with only the labels that can be read from tiles, where `given` names none."""
+    whole = [task for task in config.task if task_of_label(task) in (*WHOLE, *LABELLER_KINDS.others)]
+    if not config.tiles or not whole:
+        return config
+    if "task" in given or whole[0] in LABELLER_KINDS.others:
+        raise Refused(
+            f"--tiles: {whole[0]} needs the whole picture, and a tile shows only a part of it",
+            "Leave it out of --task and --labeller, or drop --tiles.",
+        )
+    return replace(config, task=tuple(task for task in config.task if task not in whole))
+
+
+def prepare(config: LabelConfig) -> Job:
+    """The job of labelling a folder of pictures, checked in full; nothing is written."""
+    timesteps = _timesteps(config.timesteps)
+    pictures = open_pictures(config.images, config.captions)
+    if Path(config.out).resolve().is_relative_to(pictures.folder.resolve()):
+        raise Refused(
+            f"--out {config.out}: it lies inside {pictures.folder}, so its files would count as pictures",
+            "Choose another --out.",
+        )
+    stored = read_document(Path(config.out))
+    if stored is not None and config.only:
+        names = _labelled(Path(config.out))
+        if len(names) == stored["plan"]["number"]:  # else one that has no row yet may be among the others
+            pictures = pictures.among(names)
+    sides = pictures.sides() if config.tiles else []
+    if stored is None:
+        pictures.check()
+    engine, decoders = engine_of(config, stored)
+    table = own_table(config.class_table) if config.class_table else table_of(stored or {}) if config.only else None
+    recipe = recipe_of(config, engine, prompts.check_classes(config.classes), table=table)
+    words = recipe.words or class_words(engine, recipe.decoded, prompts.check_classes(config.classes))
+    recipe = inverting(recipe, engine, timesteps)
+    number, names = len(pictures.paths), pictures.names
+    lines = [said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
+    tiles = [len(Tiling.of(each, recipe.size).corners) for each in sides]
+    before = (stored["composition"].get("together") if tiles else stored["plan"]["batch_size"]) if stored else 0
+    together = config.batch_size or before or min(engine.suggested_batch(), sum(tiles) or number)
+    # a picture in tiles is a batch of its own, so that each is committed when it is done
+    size = 1 if tiles else together
+    plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number, table=table)
+    if recipe.attention is not None:
+        for request in plan:
+            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
+    identity = listed(config.identity())
+    if table is not None:
+        identity["class_table"] = digest_of(table, config.classes)
+    composition = _composition(config, pictures, together if tiles else 0, recipe.size)
+    document = describe({**identity, "sampler": INVERSION}, plan, engine, recipe, decoders)
+    document |= {"command": "label", "composition": composition}
+    generator = generator_of(recipe, pictures, together if tiles else 0)
+    job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
+    if words and not recipe.asks_all:
+        unnamed = [name for name, line in zip(names, lines) if pictures.captions.get(name) and not line.classes]
+        job = replace(job, unnamed=(len(unnamed), number))
+    if tiles:
+        calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
+        job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
+    if stored is not None:
+        _check_stored(job, stored)
+        job = replace(adopt(job, stored), done=count_rows(config))
+    check_room(job)
+    return job
+
+
+def _labelled(folder: Path) -> set[str]:
+    """The names of the pictures that a run folder has rows of."""
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        rows = [*ledger.rows(DONE, SET_ASIDE, DOUBTFUL, parts=()), *ledger.dropped()]
+    return {row.recipe["picture"] for row in rows if "picture" in row.recipe}
+
+
+def _composition(config: LabelConfig, pictures: Pictures, together: int, size: int) -> dict[str, Any]:
+    """What run.json says of the pictures; `together` are the tiles read at once, 0 where whole pictures are."""
+    return {
+        "told": f"Labels of {len(pictures.paths)} pictures from the folder {pictures.folder.resolve().name}",
+        "sides": "their own sizes" if together else f"{size} × {size} pixels",
+        **({"together": together} if together else {}),
+        "source": {
+            "path": str(pictures.folder),
+            "captions": config.captions,
+            "digests": {"pictures": pictures.digest()},
+        },
+    }
+
+
+def _check_stored(job: Job, stored: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run folder of other settings, pictures or captions."""
+    wanted = job.document["config"] | moved(job.config, stored)
+    pairs = ((stored, stored["config"]), (job.document, wanted))
+    check_same(job.folder, *({"command": made_by(one), "config": settings} for one, settings in pairs))
+    source, folder = job.document["composition"]["source"], job.config.images
+    if stored["composition"]["source"]["digests"] != source["digests"]:
+        raise Refused(
+            f"{job.folder}: it holds labels of other pictures or captions than {folder} has now",
+            "Restore them, or choose another --out: pictures that were added need one of their own.",
+        )
+
+
+def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
+    """A recipe of generate as one of pictures that are brought back: at these timesteps where labels are read from
+    attention, and at the decoders' own.
+    """
+    from datasetdm_fast.engine.sampling.inversion import capture_timestep
+
+    timesteps = list(timesteps) if recipe.attention else []
+    training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
+    is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
+    if recipe.attention and not (timesteps and is_whole):
+        raise Refused(
+            f"timesteps: {documents.quoted(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
+            "Choose some of the model's training timesteps, such as 100, 300 and 500.",
+        )
+    timesteps = list(map(int, timesteps))
+    configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
+    read = {task: config for task, config in configs.items() if task in recipe.captures}
+    facts = {
+        **recipe.facts,
+        "sampler": INVERSION,
+        "steps": len(timesteps),
+        "calls": len(timesteps) + bool(read),
+        "capture_timestep": capture_timestep(read) if read else 0,
+        "timesteps": timesteps,
+    }
+    return replace(recipe, facts=facts)
+
+
+def generator_of(
+    recipe: Recipe, pictures: Pictures | GivenPictures, together: int = 0
+) -> Callable[..., InvertingGenerator]:
+    """What brings these pictures back by such a recipe; with `together`, so many tiles of a picture at once."""
+    facts = recipe.facts
+    chosen = {"pictures": pictures, "timesteps": tuple(facts["timesteps"]), "capture": facts["capture_timestep"]}
+    if together:
+        return partial(TilingGenerator, together=together, **chosen)
+    return partial(InvertingGenerator, **chosen)
+
+
+def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
+    """Noise levels of the attention."""
+    for text in given:
+        if not (text.isdecimal() and int(text) < TRAINING_STEPS):
+            raise Refused(
+                f"--timesteps: {documents.quoted(text)} is not a whole number from 0 to {TRAINING_STEPS - 1}",
+                "Write --timesteps 100,300,500.",
+            )
+    if not given:
+        raise Refused("--timesteps: there are none", "Write --timesteps 100,300,500.")
+    return tuple(map(int, given))
+
+
+def said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> GivenPrompt:
+    """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
+    if caption:
+        return GivenPrompt(
+            0, fit(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
+        )
+    text = reading.photo_of(spoken(recipe.words, recipe.table))
+    return GivenPrompt(0, fit(text, engine.model.tokenizer, "--classes"), recipe.words)
+
+
+def remake(job: Job, id: str) -> list[str]:
+    """Labels one picture of a run folder again; the files that were missing or damaged."""
+    _, row = remakable("label", job.folder, id)
+    with RunFolder(job.folder, job.document) as folder:
+        batch = job.plan.batch(row.request.index // job.plan.batch_size)
+        ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
+        result = next(one for one in results if one.request.index == row.request.index)
+        if isinstance(result, SetAside):
+            raise GateFailed(
+                f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype."
+            )
+        recorded = replace(result, provenance={**result.provenance, **facts_of(job.recipe, batch)})
+        return folder.renew(row, recorded)

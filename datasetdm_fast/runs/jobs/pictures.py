@@ -1,0 +1,196 @@
+"""Pictures that exist, in a folder or in memory, and what is said of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import Picture
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+LARGEST_CAPTIONS = 64 * 2**20  # bytes
+NAME_PICTURES = "Name a folder of PNG or JPEG files."
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a folder, by name, and what is said of them."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    captions: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.paths]
+
+    def among(self, names: Collection[str]) -> Pictures:
+        """Those of these names."""
+        return replace(self, paths=tuple(path for path, name in zip(self.paths, self.names) if name in names))
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        """The largest square in the middle of a picture."""
+        return square(self.whole(index), size)
+
+    def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
+        with _to_be_mended():
+            return reading.colour_image(self.paths[index], reading.as_shown)
+
+    def check(self) -> None:
+        """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
+        pool = ThreadPoolExecutor(cores())
+        try:
+            for _ in pool.map(_check, self.paths):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def sides(self) -> list[tuple[int, int]]:
+        """Width and height of every picture, which is to be stored at its own size."""
+        found = []
+        for path in self.paths:
+            with _to_be_mended():
+                width, height = images.sides_of(path)
+                reading.check_sides(path, (width, height))
+            found.append((width, height))
+            if width * height > images.MOST_PIXELS:
+                raise Refused(
+                    f"{path}: {width} x {height} pixels, with --tiles at most {images.MOST_PIXELS:,}",
+                    "Make it smaller, or drop --tiles.",
+                )
+        return found
+
+    def digest(self) -> str:
+        """Of the names and bytes of all pictures and of their captions."""
+        whole = hashlib.sha256()
+        for name, path in zip(self.names, self.paths):
+            whole.update(f"{name}\n{storage.sha256_of(path)}\n{self.captions.get(name, '')}\n".encode())
+        return f"sha256:{whole.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class GivenPictures:
+    """Pictures in memory, whose names are their places."""
+
+    images: Sequence[np.ndarray]  # each [H, W, 3] uint8
+
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in range(len(self.images))]
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        return square(self.images[index], size)
+
+
+def _check(path: Path) -> None:
+    """Refuses a file that is no picture to be labelled; of a large JPEG only a smaller image is decoded."""
+    with _to_be_mended():
+        data, most = storage.read(path, images.LARGEST_IMAGE_FILE), reading.MOST_PIXELS
+        image = images.decode_image(data, str(path), most_pixels=most, least_side=reading.LEAST_SIDE)
+        reading.check_sides(path, images.sides_of(path))
+        reading.colours(path, image, reading.as_shown)
+
+
+@contextmanager
+def _to_be_mended() -> Iterator[None]:
+    """Within the block, what is refused of a picture has the remedy that a folder of pictures has."""
+    try:
+        yield
+    except Refused as stop:
+        raise Refused(stop.cause, "Repair it, or take it out of the folder.") from stop
+
+
+def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
+    """Images of a caller, checked."""
+    return GivenPictures([_pixels(image, place) for place, image in enumerate(images)])
+
+
+def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
+    """The pixels of an image of a caller, checked."""
+    import numpy as np
+
+    pixels = _of_pillow(image, place) if hasattr(image, "getbands") else np.array(image)
+    if pixels.dtype.kind in "OSU":
+        raise Refused(
+            f"image {place}: {image!r} is not an image", "Give an array of RGB in uint8, or an image of Pillow."
+        )
+    is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
+        raise Refused(
+            f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
+            f"at least {reading.LEAST_SIDE}",
+            "Give an array of RGB in uint8, or an image of Pillow.",
+        )
+    return pixels
+
+
+def _of_pillow(image: Image, place: int) -> np.ndarray:
+    """An image of Pillow as viewers show it and as the pictures of a folder are read."""
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off what is above 255
+        raise Refused(
+            f"image {place}: its pixels are {image.mode}, expected an 8-bit picture",
+            "Scale its values to 0 to 255 first.",
+        )
+    try:
+        image.load()
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise Refused(
+            f"image {place}: it cannot be decoded ({documents.reason_of(error)})", "Get its file again."
+        ) from error
+    eight = image if image.mode in reading.COLOURS else image.convert("RGB")
+    try:
+        return reading.colours(f"image {place}", eight, reading.as_shown)
+    except Refused as stop:
+        raise Refused(stop.cause, "Give another image.") from stop
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
+    """The largest square in the middle of an image [H, W, 3] uint8."""
+    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
+
+
+def open_pictures(folder: str, captions: str) -> Pictures:
+    """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
+    root = Path(folder)
+    if not folder:
+        raise Refused("IMAGES is missing", NAME_PICTURES)
+    if not root.is_dir():
+        alike = storage.named_alike(root) if not root.exists() else ""
+        raise Refused(f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", NAME_PICTURES)
+    if (root / LEDGER).exists():
+        raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
+    paths = tuple(reading.listing(root, *reading.PICTURES, remedy=NAME_PICTURES))
+    for path in paths:
+        if not documents.is_unicode(str(path)):
+            raise Refused(
+                f"IMAGES: the path of {documents.quoted(path.name)} is not valid UTF-8",
+                "Rename it, or the folder that holds it.",
+            )
+    said: dict[str, str] = {}
+    if captions:
+        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
+        names = (path.relative_to(root) for path in paths)
+        stems = {name.as_posix(): name.with_suffix("").as_posix() for name in names}
+        for name, stem in stems.items():
+            text = given.get(name, given.get(stem, ""))
+            if not isinstance(text, str):
+                raise Refused(f"{captions}: the caption of {name} is not a text", reading.CAPTIONS)
+            said[name] = prompts.check_line(text, f"{captions}: {name}")
+        if given and given.keys().isdisjoint([*stems, *stems.values()]):
+            raise Refused(f"{captions}: names none of the pictures in {root}", reading.CAPTIONS)
+    return Pictures(root, paths, said)

@@ -1,0 +1,117 @@
+"""Which of the installed engines calls the UNet fastest on this CPU, for `--engine auto`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.config import ENGINES
+from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEAST_RUN = 600.0  # seconds; building the other engines would not pay in a shorter one
+LEAST_GAIN = 1.03  # times as fast as the opened engine; less could be chance
+CHEAP = 2.0  # seconds
+MANY_CALLS = 40  # of which one more is no matter
+ROUNDS = 5
+FARTHEST = {"fp32": 1e-4, "bf16": 5e-2}  # relative distance of an engine's noise from that of the one that was opened
+
+
+@dataclass(frozen=True)
+class Race:
+    """The engine a run takes, a line about the race where there was one, and the seconds of a call where known."""
+
+    engine: Engine
+    told: str = ""
+    seconds: float = 0.0
+
+
+def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
+    """The engine for `calls` UNet calls with `batch_size` images on the CPU of the one that was opened; engines that
+    are not installed or do not agree take no part.
+    """
+    if opened.name not in ENGINES or opened.device.type != "cpu":
+        return Race(opened)
+    # Importing what the others need takes about a second, so it comes last.
+    if (seconds := probe(opened, batch_size, calls)) * calls < LEAST_RUN or not (names := _others(opened.name)):
+        return Race(opened, seconds=seconds)
+    import torch
+
+    side = opened.model.size // FACTOR
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch_size, 4, side, side, generator=generator)
+    context = _texts(opened, "a ball", batch_size)
+    timestep = _middle(opened)
+    truth = opened.denoise(latents, timestep, context)
+    dtype = opened.fingerprint()["dtype"]
+    entries = {opened.name: opened}
+    for name in names:
+        try:
+            other = build_engine(name, opened.model, opened.decoders, dtype=dtype, device=str(opened.device))
+        except (Missing, Refused):  # it has no such precision, or cannot write its graphs
+            continue
+        found = other.denoise(latents, timestep, context)
+        if float((found - truth).norm() / truth.norm()) <= FARTHEST[dtype]:
+            entries[name] = other
+    rounds = [
+        {name: _seconds(engine, latents, timestep, context) for name, engine in entries.items()} for _ in range(ROUNDS)
+    ]
+    taken = {name: statistics.median(one[name] for one in rounds) for name in entries}
+    best = min(taken, key=taken.get)
+    if taken[best] * LEAST_GAIN > taken[opened.name]:
+        best = opened.name
+    ranking = ", ".join(f"{name} {taken[name]:.3g} s" for name in sorted(taken, key=taken.get))
+    return Race(entries[best], f"{best} of {ranking} a call", taken[best])
+
+
+def probe(engine: Engine, batch_size: int, calls: int) -> float:
+    """Seconds of one UNet call at the batch size of a run of so many calls."""
+    import torch
+
+    side, seconds = engine.model.size // FACTOR, []
+    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
+    context = _texts(engine, "", batch_size)
+    # The first call may also compile; a second one costs a short run of slow calls too much.
+    while len(seconds) < 2 and (sum(seconds) < CHEAP or calls >= MANY_CALLS):
+        seconds.append(_seconds(engine, latents, _middle(engine), context))
+    return min(seconds)
+
+
+def _texts(engine: Engine, prompt: str, batch_size: int) -> Tensor:
+    """The context of a batch as a run has it: joined outside of an engine's calls, so that an engine sees that it is
+    the same at every call and computes its keys and values once.
+    """
+    import torch
+
+    rows = [engine.encode_text([text]).expand(batch_size, -1, -1) for text in ("", prompt)]
+    return torch.cat(rows)
+
+
+def _middle(engine: Engine) -> float:
+    """A timestep in the middle of the noise the model knows."""
+    return float(engine.model.scheduler["num_train_timesteps"] // 2)
+
+
+def _others(opened: str) -> list[str]:
+    names = []
+    for name, kind in ENGINES.items():
+        if kind.races and name != opened:
+            try:
+                check_engine(name)
+                names.append(name)
+            except Missing:
+                pass
+    return names
+
+
+def _seconds(engine: Engine, latents: Tensor, timestep: float, context: Tensor) -> float:
+    begin = time.perf_counter()
+    engine.denoise(latents, timestep, context).sum().item()  # which waits for a GPU
+    return time.perf_counter() - begin

@@ -1,0 +1,64 @@
+"""What a run is about to do, in lines for a person."""
+
+from collections.abc import Mapping
+
+from datasetdm_fast.command_line.progress import counted, duration
+from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.runs.jobs.job import Job
+
+MOST_WORDS = 10  # class words that are listed
+OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
+
+
+def table(job: Job, call: float = 0.0) -> list[str]:
+    """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
+    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
+    left, batches = job.images_left, job.batches_left
+    seeds, steps = (
+        f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
+        f"{facts['steps']} steps in {facts['calls']} calls",
+    )
+    if plan.has_seeds:
+        seeds = "seeds of the prompts"
+    elif plan.most > plan.number:  # how far they go is found out on the way
+        seeds = f"seeds from {plan.seed} on"
+    name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
+    promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
+    rows = {
+        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
+        "prompts": unnamed(job),
+        "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
+        "labels": ", ".join(job.recipe.tasks),
+        "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
+        "race": job.race,
+        "precision": job.precision or promised or _warning(engine),
+        "time": f"about {duration(call * calls_left(job) * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
+        "run folder": str(job.folder),
+    }
+    return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def calls_left(job: Job) -> int:
+    """UNet calls that the run will make."""
+    return job.recipe.facts["calls"] * job.batches_left
+
+
+def unnamed(job: Job) -> str:
+    """How many prompts or captions name no class of the labels, in words; empty where none."""
+    count, total = job.unnamed
+    if not count:
+        return ""
+    words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
+    return f"{count} of {total} {'names' if count == 1 else 'name'} none of the classes of the labels: {words}"
+
+
+def _warning(engine: Mapping[str, object]) -> str:
+    if engine.get("device") != "cpu" or engine.get("dtype") != "bf16":
+        return ""
+    import torch
+
+    from datasetdm_fast.engine.engines import device
+
+    is_fast = device.half_of(torch.device("cpu"))
+    return "" if is_fast else "this processor has no bf16 and emulates it; fp32 is faster"

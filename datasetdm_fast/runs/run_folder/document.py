@@ -1,0 +1,334 @@
+"""run.json: its form, how it is read and checked, and how two of them differ."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.config import LABELS, MOST_TRIES
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.engine.labels import class_tables, kind_of
+from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.numbering import check_numbers, check_palette
+
+FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
+# In the first each row of the ledger holds its whole recipe, and no outline; before the third every label numbers its
+# classes on its own.
+READ_FORMATS = (1, 2, FORMAT)
+DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
+EXPORTS = "exports"  # where convert writes the exports of a run, unless it is told otherwise
+ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
+COMMANDS = (
+    "generate",
+    "splice",
+    "edit",
+    "vary",
+    "label",
+    "merge",
+    "compat.showlab",
+)  # that make run folders, and single samples of them again
+INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
+FORM = {
+    "versions": {"datasetdm_fast": str},
+    "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
+    "plan": {"number": int, "batch_size": int},
+    "sampling": {"size": int, "steps": int, "calls": int, "guidance": float},
+    "model": {"name": str, "source": str, "licence": str, "digests": dict},
+    "decoders": dict,
+    "engine": dict,
+    "labels": dict,
+}
+GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
+LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
+RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger holds its content under notes."
+RESTORE = "Restore the file from a copy, or choose another --out."
+COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
+DECODER_FORM = {"digest": str, "licence": str}
+DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")
+
+
+class NotInstalled(Missing):
+    """A run has a label of a package that is not installed."""
+
+
+def read_document(folder: Path) -> dict[str, Any] | None:
+    """run.json, or None where `folder` is not a run folder yet; a folder that holds anything else is refused."""
+    path = folder / DOCUMENT
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
+        if not path.exists():
+            # A process killed right at the start leaves no more than its lock and a half-written description.
+            if folder.is_dir() and any(
+                inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()
+            ):
+                raise Refused(
+                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
+                    "Choose another --out; nothing is ever overwritten.",
+                )
+            if (run := run_around(folder)) is not None:
+                raise Refused(f"{folder}: it lies inside the run folder {run}", "Choose another --out.")
+            return None
+    except OSError as error:
+        raise storage.refusal(error, folder) from error
+    except Refused:
+        raise
+    except ValueError as error:  # a NUL byte
+        raise Refused(
+            f"--out {documents.quoted(str(folder))}: not a valid folder name ({error})", "Choose another --out."
+        ) from error
+    try:
+        document = documents.read_object(path, most=LARGEST_DOCUMENT)
+    except Refused as stop:
+        raise Refused(stop.cause, RESTORE) from stop
+    if document.get("format") not in READ_FORMATS:
+        known = ", ".join(map(str, READ_FORMATS))
+        raise Refused(
+            f"{path}: format {documents.quoted(document.get('format'))}, this version reads {known}",
+            "Read it with the version that wrote it.",
+        )
+    try:
+        check_document(document)
+    except ValueError as error:
+        raise Refused(f"{path}: not the description of a run ({error})", RESTORE) from error
+    except NotInstalled as stop:
+        raise NotInstalled(f"{path}: {stop.cause}", stop.remedy) from stop
+    return document
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run folder that `folder` lies in, None where it lies in none."""
+    return next((above for above in folder.resolve().parents if (above / LEDGER).exists()), None)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """run.json of a folder that must be a run folder."""
+    document = read_document(folder) if (folder / DOCUMENT).exists() else None
+    if document is None:
+        alike = "" if folder.exists() else storage.named_alike(folder)
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is not a run folder{alike}", "Name the folder of a run.")
+    return document
+
+
+def check_document(document: Mapping[str, Any]) -> None:
+    """A ValueError where it is not the content of a run.json, NotInstalled where a package that it needs is not."""
+    documents.check_form(document, FORM)
+    tasks, size = document["config"]["task"], document["sampling"]["size"]
+    _check_installed(document)
+    for name, entry in document["decoders"].items():
+        documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
+    if "class_table" in document:
+        class_tables.of_rows(document["class_table"], "class_table")
+    if "composition" in document:
+        documents.check_form(document["composition"], COMPOSITION_FORM, "composition")
+    for task in tasks:
+        try:
+            kind = kind_of(task)
+        except ValueError as error:
+            raise ValueError(f"config.task names {documents.quoted(task)}: {error}") from error
+        documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
+        try:
+            check_palette(document["labels"][task])
+        except ValueError as error:
+            raise ValueError(f"labels.{task}: {error}") from error
+    check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
+    documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
+    documents.check_form(document["config"].get("combine", []), [str], "config.combine")
+    if made_by(document) not in COMMANDS:
+        raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
+    if document["config"]["image_format"] not in ("png", "jpg"):
+        raise ValueError(
+            f"config.image_format is {documents.quoted(document['config']['image_format'])}, expected png or jpg"
+        )
+    if (
+        not 0 < size**2 <= images.MOST_PIXELS
+        or not 0 < document["plan"]["number"] < 2**48
+        or not 0 < document["plan"]["batch_size"] < 2**31
+    ):
+        raise ValueError("a number in sampling or plan is out of range")
+
+
+def _check_installed(document: Mapping[str, Any]) -> None:
+    """Refuses a run with a label that another package makes, where that package is not installed."""
+    labellers, packages = document["sampling"].get("labellers", {}), document.get("packages", {})
+    documents.check_form(labellers, dict, "sampling.labellers")
+    documents.check_form(packages, dict, "packages")
+    packages = {**packages, **labellers}
+    for label in document["config"]["task"]:
+        if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
+            continue
+        package = f"the package {documents.quoted(packages[label])}" if label in packages else "another package"
+        raise NotInstalled(
+            f"the label {documents.quoted(label)} is made by {package}, which is not installed here",
+            "Install that package, then run the same command again.",
+        )
+
+
+def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
+    """The user's own class words that run.json holds, if any."""
+    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
+
+
+def sets_aside(config: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings sets samples aside and makes others in their place."""
+    return config.get("keep") == "trusted" or bool(config.get("accept"))
+
+
+def most_samples(config: Mapping[str, Any], number: int) -> int:
+    """Samples that a run of `number` makes at most."""
+    return number * (config.get("most_tries", MOST_TRIES) if sets_aside(config) else 1)
+
+
+def made_by(document: Mapping[str, Any]) -> str:
+    """The command that made a run folder."""
+    return document.get("command", COMMANDS[0])
+
+
+def maker(document: Mapping[str, Any]) -> str:
+    """The command line, without its flags, that made a run folder."""
+    return f"python -m datasetdm_fast.{made_by(document)}"
+
+
+def to_see_damage(run: str | Path) -> str:
+    """What to do about a run with damaged files, for a refusal."""
+    return f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}"
+
+
+def damaged(run: str | Path, name: str) -> GateFailed:
+    """What a command ends with that needs a file, or a row, which is not as it was written."""
+    return GateFailed(f"{run}: {name} is missing or has changed since it was written", to_see_damage(run))
+
+
+def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
+    """The refusal of a run folder whose ledger is not there."""
+    return Refused(f"{folder}: holds no {LEDGER}", f"Run {maker(document)} with its flags again: it resumes.")
+
+
+def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
+    height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
+    if not (isinstance(height, int) and isinstance(width, int) and 0 < height * width <= images.MOST_PIXELS):
+        raise ValueError(f"its row tells the sides {documents.quoted([height, width])}")
+    return height, width
+
+
+def size_in_words(document: Mapping[str, Any]) -> str:
+    """Width and height of the images of a run, for a reader."""
+    size = document["sampling"]["size"]
+    return document["composition"]["sides"] if "composition" in document else f"{size} × {size} pixels"
+
+
+def runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The runs that a merged run, or a composition of one, was made from, each with its config, model and decoders; of
+    any other run itself.
+    """
+    source = document.get("composition", {}).get("source", {})
+    if "runs" in source:
+        for run in source["runs"]:
+            yield from runs_of(run)
+    elif "composition" in source:
+        yield from runs_of({**document, "composition": source["composition"]})
+    else:
+        yield document
+
+
+def engines_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The engines that computed the samples of a run, each once: also those that continued it, and of a merged run
+    those of all its runs.
+    """
+    found = []
+    for run in runs_of(document):
+        found += [run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))]
+    return [engine for k, engine in enumerate(found) if engine not in found[:k]]
+
+
+def engine_names(document: Mapping[str, Any]) -> list[str]:
+    """The names of these engines, each once."""
+    return list(dict.fromkeys(engine.get("engine", "") for engine in engines_of(document)))
+
+
+def sampler_in_words(document: Mapping[str, Any]) -> str:
+    """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not; of
+    a merged run those of all its runs.
+    """
+    runs = (run if "sampling" in run else document for run in runs_of(document))
+    return "; ".join(dict.fromkeys(map(_sampler_in_words, runs)))
+
+
+def _sampler_in_words(document: Mapping[str, Any]) -> str:
+    name, sampling = document["config"]["sampler"], document["sampling"]
+    steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
+    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
+
+
+def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
+    """One line per setting that differs, with both values where a reader can tell them apart."""
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        keys = sorted(set(stored) | set(wanted))
+        return [
+            line
+            for key in keys
+            for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        ]
+    if stored == wanted:
+        return []
+    if all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (stored, wanted)):
+        return [f"{name}: other content there than asked for"]
+    return [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str = "a run") -> None:
+    """Refuses to go on with a folder of `what` that was started otherwise in any of the parts of `wanted`."""
+    if "command" in wanted and stored["command"] != wanted["command"]:  # whose settings are all others
+        raise Refused(
+            f"{folder}: it holds a run of {stored['command']}, not of {wanted['command']}", "Choose another --out."
+        )
+    lines = {part: differences(stored.get(part), wanted[part], "" if part == "config" else part) for part in wanted}
+    changed = {part for part, told in lines.items() if told}
+    found = "; ".join(line for told in lines.values() for line in told)
+    if changed == {"source"}:
+        raise Refused(
+            f"{folder}: it holds {what} made of other samples ({found})",
+            "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
+            "choose another --out.",
+        )
+    if changed:
+        raise Refused(
+            f"{folder}: it holds {what} with other settings ({found})",
+            "Choose another --out, or give the flags that it was started with.",
+        )
+
+
+def grows(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the settings `wanted` ask for more images than a run of the settings `stored` was to have."""
+    number = stored.get("number")
+    return isinstance(number, int) and wanted.get("number", 0) > number
+
+
+def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses settings that are not those of a run folder; only GROWING ones may differ, where it is to grow."""
+    changed = {name: wanted[name] for name in GROWING if name in wanted} if grows(stored["config"], wanted) else {}
+    there = stored["config"] | changed
+    if "keep" not in there and there | {"keep": "trusted"} == wanted:
+        raise Refused(
+            f"{folder}: holds a run that kept its doubtful samples",
+            "Add --refill to make others in their place, or choose another --out.",
+        )
+    check_same(folder, {"command": made_by(stored), "config": there}, {"command": COMMANDS[0], "config": wanted})
+
+
+def pretty(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file that a person may read, one spelling for one value."""
+    text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    return f"{documents.encodable(text)}\n".encode()

@@ -1,0 +1,338 @@
+"""The run folder: files first, then their rows; everything but the samples' files is rebuilt from the ledger."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
+from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder.document import (
+    ASIDE,
+    DOCUMENT,
+    DROPPED,
+    EXPORTS,
+    LEDGER,
+    LOCK,
+    RESTORE_DOCUMENT,
+    described,
+    pretty,
+    read_document,
+    to_see_damage,
+)
+from datasetdm_fast.runs.run_folder.events import EventLog
+from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.runs.run_folder.rebuilding import rebuild
+from datasetdm_fast.runs.run_folder.seal import SEAL, has_indexes, is_sealed, unseal
+
+ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
+SECONDS_BETWEEN_TRIES = 0.2
+Publish = Callable[
+    [Mapping[str, bytes]], Mapping[str, StoredFile]
+]  # files by their path inside the run folder -> what was written
+
+
+class RunFolder(AbstractContextManager):
+    """A run folder open for writing, held for this process until `close`.
+
+    For a member, another process has locked it for all; `journal` is how their ledger is kept.
+    """
+
+    def __init__(
+        self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD
+    ):
+        self.path = path
+        self.document: dict[str, Any] = json.loads(
+            pretty(document)
+        )  # in the order of the file, which is what a later start will read
+        self._closing, self._log = ExitStack(), EventLog(path)
+        storage.make_folder(path / "state")
+        if not is_member:
+            self._closing.enter_context(locks.locked(path / LOCK))
+        try:
+            if not is_member:
+                clean(path)
+            if not (path / DOCUMENT).exists():
+                storage.publish({path / DOCUMENT: pretty(document)})
+            if not (path / SEAL).exists():
+                storage.publish({path / SEAL: pretty({})})
+            self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
+            content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
+            if self.ledger.noted("run") != content:
+                if is_sealed(path):
+                    _check_unchanged(path)
+                unseal(path)
+                self.ledger.note("run", content)
+            there = read_document(path) or self.document
+            if any(there[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
+                unseal(path)
+                storage.publish({path / DOCUMENT: pretty({**there, **document})})
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
+        """Makes the results part of the data set, all or none."""
+        self.unseal()
+        self.commit(self.write(results, recipe))
+
+    def unseal(self) -> None:
+        """To be called before the first change."""
+        unseal(self.path)
+        self._log.begin(self.document, self.ledger)
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Makes rows whose files are there part of the data set, all or none."""
+        self.ledger.commit(rows)
+        self._log.committed(rows)
+
+    def draw_sheets(self, committed: Sequence[Row]) -> None:
+        """Draws the thumbnail sheets that these rows complete, which closing the run then need not."""
+        gallery.draw_early(self.path, self.ledger, committed)
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
+        return write_samples(results, recipe, self.document, into(self.path))
+
+    def renew(self, row: Row, sample: Sample) -> list[str]:
+        """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
+        folder = ASIDE if row.status == DOUBTFUL else ""
+        made = label_files.encode(sample, self.document["config"]["image_format"], self.document["labels"], folder)
+        return self.restore(row, *made)
+
+    def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
+        """The same, from the files and label records of the sample."""
+        contents = {name: content for name, content in made.values()}
+        expected = {name: stored.sha256 for name, stored in row.files.values()}
+        other = sorted(
+            name
+            for name in contents.keys() | expected.keys()
+            if name not in contents or hashlib.sha256(contents[name]).hexdigest() != expected.get(name)
+        )
+        if json.loads(json.dumps(records)) != row.labels:
+            other.append("labels in the ledger")
+        if other:
+            raise GateFailed(
+                f"sample {row.request.id}: made again, it differs from the run folder in {', '.join(other)}; nothing "
+                "was written",
+                "Compare versions and device with run.json: only the same ones give the same bytes.",
+            )
+        damaged = {name: content for name, content in contents.items() if self.sha256_of(name) != expected[name]}
+        self.publish(damaged)
+        return sorted(damaged)
+
+    def sha256_of(self, name: str) -> str:
+        """The digest of a file of a sample, empty where it is not there."""
+        return storage.sha256_of(self.path / name)
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Writes files of samples."""
+        into(self.path)(files)
+
+    def set_doubtful_aside(self) -> None:
+        """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""
+        self.unseal()
+        self.ledger.commit([])  # the index files are out of date
+        for row in list(self.ledger.rows(DONE, DOUBTFUL)):
+            if row.trust is None or row.trust.is_trusted:
+                continue
+            names = {role: name.removeprefix(ASIDE) for role, (name, _) in row.files.items()}
+            if row.status == DONE:
+                contents = {ASIDE + name: storage.read(self.path / name, LARGEST_IMAGE_FILE) for name in names.values()}
+                stored = into(self.path)(contents)
+                files = {role: (ASIDE + name, stored[ASIDE + name]) for role, name in names.items()}
+                reason = "; ".join(row.trust.reasons)
+                self.ledger.commit([replace(row, status=DOUBTFUL, reason=reason, files=files)])
+            for name in names.values():
+                storage.remove(self.path / name)
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """Takes samples out of the data set: first their files are copied to where those of dropped samples lie, then
+        their rows are moved, then the files that are in the data set no more are removed.
+        """
+        self._move(indices, [self.ledger.row(index) for index in indices], self.ledger.drop, "", DROPPED)
+
+    def bring_back(self, rows: Sequence[Row]) -> None:
+        """Brings dropped samples back in the same way."""
+        self._move([row.request.index for row in rows], rows, self.ledger.restore, DROPPED, "")
+
+    def _move(
+        self,
+        indices: Sequence[int],
+        rows: Sequence[Row],
+        commit: Callable[[Sequence[int]], None],
+        source: str,
+        target: str,
+    ) -> None:
+        self.unseal()
+        names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
+        into(self.path)(
+            {target + name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
+        )
+        commit(indices)
+        for name in names:
+            storage.remove(self.path / (source + name))
+
+    def _remove_leftovers(self) -> None:
+        """Removes files of dropped samples that a killed process left in the data set, and the other way round."""
+        rows = self.ledger.dropped()
+        for name in (
+            name
+            for row in rows
+            for role, (path, _) in row.files.items()
+            for name in (path, gallery.picture_name(role, row))
+        ):
+            storage.remove(self.path / name)
+        known = {self.path / (DROPPED + name) for row in rows for name, _ in row.files.values()}
+        for path in (self.path / DROPPED).rglob("*"):
+            if path.is_file() and path not in known:
+                storage.remove(path)
+
+    def rebuild(self) -> None:
+        """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
+        with gallery.held(self.path):
+            self._rebuild()
+        self._log.end(self.ledger)
+
+    def _rebuild(self) -> None:
+        if not has_indexes(self.path, self.document, self.ledger):
+            self.unseal()
+            self._remove_leftovers()
+            with refusing_rows(self.path):
+                rebuild(self.path, self.document, self.ledger)
+                gallery.remove_thumbnails(self.path)
+            self.ledger.note("indexed", "yes")
+        elif not is_sealed(self.path):  # a filter may have been killed before it marked the page
+            gallery.mark(self.path, self.document, read_kept(self.path))
+        if not is_sealed(self.path) and self.ledger.settle():
+            seal.seal(self.path, self.document)
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_samples(
+    results: Sequence[Sample | SetAside],
+    recipe: Mapping[str, Any],
+    document: Mapping[str, Any],
+    publish: Publish,
+    *,
+    has_thumbnails: bool = True,
+) -> list[Row]:
+    """The rows of the results, once `publish` has taken all of their files; `document` is the content of run.json."""
+    config, thumbnails = document["config"], {}
+    made: list[tuple[Row, label_files.Files]] = []
+    for result in results:
+        if isinstance(result, SetAside):
+            made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
+            continue
+        place = ASIDE if result.aside else ""
+        files, records = label_files.encode(result, config["image_format"], document["labels"], place)
+        row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
+        if result.aside:
+            row = replace(row, status=DOUBTFUL, reason=result.aside)
+        made.append((row, files))
+        if has_thumbnails:
+            thumbnails[gallery.thumbnail_name(row.request.id)] = gallery.thumbnail(result.image, files["image"][1])
+    return publish_samples(made, publish, thumbnails)
+
+
+def publish_samples(
+    made: Sequence[tuple[Row, label_files.Files]],
+    publish: Publish,
+    thumbnails: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[Row]:
+    """The rows, once `publish` has taken their files and the pictures that the gallery shows of them."""
+    contents = {**thumbnails, **{name: content for _, files in made for name, content in files.values()}}
+    stored = publish(contents | {name: content for _, files in made for name, content in gallery.pictures(files)})
+    for row, files in made:
+        row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
+        row.tracings.update(gallery.tracings(row.labels))
+    return [row for row, _ in made]
+
+
+def into(folder: Path) -> Publish:
+
+    def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        paths = {folder / name: content for name, content in files.items()}
+        stored = storage.publish(paths, {folder / name for name in files if gallery.is_thumbnail(name)})
+        return {name: stored[folder / name] for name in files}
+
+    return publish
+
+
+def clean(folder: Path) -> None:
+    """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
+    storage.remove_temporaries(folder, apart=folder / EXPORTS)
+    seal.remove_queue(folder)
+
+
+@contextmanager
+def refusing_rows(folder: Path) -> Iterator[None]:
+    """Within the block, what rows of the ledger lack becomes a refusal."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            f"{folder / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
+            to_see_damage(folder),
+        ) from error
+
+
+@contextmanager
+def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
+    """Holds the folder together with other processes; the first of them finds it as the last run left it, cleans it
+    and calls `begin`.
+    """
+    end = time.monotonic() + ENTRY_SECONDS
+    with ExitStack() as held:
+        while True:
+            # refused where others are there already, or one of them is just looking
+            with suppress(Refused), locks.locked(folder / LOCK):
+                clean(folder)
+                begin()
+            try:
+                held.enter_context(locks.locked(folder / LOCK, is_shared=True))
+                break
+            except Refused:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        yield
+
+
+def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
+    """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
+    with seal.resealed(folder, document, removed="" if decided else KEPT):
+        if decided:
+            storage.publish({folder / KEPT: decided.content})
+        gallery.mark(folder, document, decided)
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Refuses a run.json that is not as it was sealed, before the ledger's copy of it is replaced."""
+    if seal.read_seal(folder).get(DOCUMENT) != storage.sha256_of(folder / DOCUMENT):
+        raise Refused(f"{folder / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
+
+
+def note(folder: Path, name: str, value: Any) -> None:
+    """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
+    document = described(folder)
+    with seal.resealed(folder, document):
+        storage.publish({folder / DOCUMENT: pretty(document | {name: value})})

@@ -1,0 +1,363 @@
+"""README.md of a run folder: the data set card."""
+
+import hashlib
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
+from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
+from datasetdm_fast.engine.labels.kind import markdown_cell
+from datasetdm_fast.engine.labels.names import tasks_of
+from datasetdm_fast.runs.run_folder.document import (
+    ASIDE,
+    INVERSION,
+    engine_names,
+    engines_of,
+    maker,
+    runs_of,
+    sampler_in_words,
+    sets_aside,
+    size_in_words,
+)
+from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
+from datasetdm_fast.runs.run_folder.indexes.statistics import STATISTICS
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
+
+DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
+TITLES = {DRAWN: "# A labelled data set, made from prompts\n", GIVEN: "# Pictures and their labels\n"}
+ORIGINS = {
+    DRAWN: "all synthetic: a diffusion model generated the images, and the labels were predicted from its features and "
+    "attention maps. None of the images is a photograph, and the labels are not ground truth.",
+    GIVEN: "which were predicted from the features and attention maps of a diffusion model and are not ground truth. "
+    "The rights to the pictures are those of their authors.",
+}
+DRAWN_AND_GIVEN = (
+    "which were predicted from the features and attention maps of a diffusion model and are not ground truth. That "
+    "model generated some of the images; the others are pictures, and the rights to them are those of their authors."
+)
+CATEGORIES = {  # task -> how model hubs call it
+    "semantic": "image-segmentation",
+    "open-vocabulary": "image-segmentation",
+    "instance": "object-detection",
+    "depth": "depth-estimation",
+    "pose": "keypoint-detection",
+    ATTENTION: "image-segmentation",
+}
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (2**63, "n>1M"))
+REFERENCE = "torch"  # the engine that others are compared with
+UNVERIFIED = (
+    "The outputs of this engine have not been compared with those of the reference engine on this machine; "
+    "`generate --verify 8` compares them"
+)
+NO_PROMPTS = f"sha256:{hashlib.sha256(DEMO_PROMPTS.encode()).hexdigest()}"  # of --prompts, where none were given
+LONGEST_LICENCE = 80  # letters of one that is not known
+UNKNOWN_LICENCE = "Where a licence is unknown, ask its owner before you pass the data set on."
+USE = (
+    "- Meant for training and testing networks that predict the labels above, together with real images or before "
+    "them. Evaluate on real images: a score on this data set only measures the agreement with its decoders.",
+    "- Labels are wrong where the decoders are, most often for small, thin, hidden and rare things. `trust`, scores "
+    "and confidences show where to look first.",
+)
+BIASES = {
+    DRAWN: "- The images have the biases of the diffusion model and of its training data. Faces and texts in them may "
+    "be invented or real.",
+    GIVEN: "- The pictures are not the model's, but the labels have the biases of its training data.",
+}
+BIASES_OF_BOTH = (
+    "- The generated images and all labels have the biases of the diffusion model and of its training data. Faces and "
+    "texts in generated images may be invented or real."
+)
+NOT_FOR = " Not meant for identifying people, nor for decisions about them."
+CITATIONS = (
+    """@inproceedings{wu2023datasetdm,
+  title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
+  author={Wu, Weijia and Zhao, Yuzhong and Chen, Hao and Gu, Yuchao and Zhao, Rui and He, Yefei and Zhou, Hong and
+    Shou, Mike Zheng and Shen, Chunhua},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
+    """@inproceedings{nguyen2023dataset,
+  title={{Dataset Diffusion}: Diffusion-based Synthetic Data Generation for Pixel-Level Semantic Segmentation},
+  author={Nguyen, Quang and Vu, Truong and Tran, Anh and Nguyen, Khoi},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
+)  # of labels of decoders, and of those from attention
+LOADING = """```python
+from datasetdm_fast import open_run
+
+run = open_run("THIS_FOLDER")
+sample = run[0]  # {attributes}
+pairs = run.as_dataset("{task}")  # (image, label) tensors for a torch DataLoader
+```"""
+
+
+class Card(IndexFile):
+    """The card as Markdown; no prompt is quoted, as prompts are foreign text."""
+
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        super().__init__(document, ledger)
+        self._kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
+        self._counts: dict[str, Counter] = {task: Counter() for task in self._kinds}
+
+    def add(self, rows: Sequence[Row]) -> tuple[()]:
+        for row in rows:
+            for task, counter in self._counts.items():
+                if task in row.labels:
+                    counter.update(self._kinds[task].count(row.labels[task]))
+        return ()
+
+    def end(self) -> Iterator[bytes]:
+        yield text(self.document, self.ledger, self._counts).encode(errors="backslashreplace")
+
+
+def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
+    """The card, from what the labels hold in all."""
+    config, done, origins = document["config"], ledger.count(), origins_of(document)
+    origin = origins[0] if len(origins) == 1 else ""
+    parts = [
+        *_header(document, done),
+        TITLES[origin or GIVEN],
+        f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
+        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, DRAWN_AND_GIVEN)}\n",
+        "## Contents\n",
+        f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
+        "each sample",
+        *(f"- {kind_of(task).contents}" for task in config["task"]),
+        "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
+        "`state/ledger.sqlite`: one row per sample; `state/events.jsonl`: log of the run\n",
+        *_trust(document, ledger),
+        f"## Statistics\n\n![Classes, areas, scores and depths of this data set]({STATISTICS})\n",
+        *_sections(document, counts),
+        *_left_out(ledger),
+        "## How it was made\n",
+        *_making(document),
+        "\n## Intended use and limits\n",
+        *USE,
+        BIASES.get(origin, BIASES_OF_BOTH) + NOT_FOR,
+        "\n## Licences\n",
+        *_licences(document),
+        "\n## Digests\n",
+        *_digests(document),
+        "\n## How to load\n",
+        LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
+        "\n## Citation\n",
+        *_citations(document),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def origins_of(document: Mapping[str, Any]) -> list[str]:
+    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
+    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in runs_of(document)})
+
+
+def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
+    """What model hubs read of a card, as YAML."""
+    tasks = tasks_of(document["config"]["task"])
+    categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
+    yield "---"
+    yield from _listed("license", hub_names(text for _, text in _licence_names(document)))
+    yield from _listed("task_categories", list(categories))
+    yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
+    yield from _listed("annotations_creators", ["machine-generated"])
+    yield from _listed("tags", ["datasetdm", *(["synthetic"] if DRAWN in origins_of(document) else [])])
+    yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
+
+
+def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
+    yield f"{name}:"
+    yield from (f"- {value}" for value in values)
+
+
+def _left_out(ledger: Ledger) -> Iterator[str]:
+    """Samples that are in no file of labels."""
+    for reason, aside in ledger.quarantined().items():
+        yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in aside)}.\n"
+    if dropped := ledger.count_dropped():
+        yield f"Dropped samples: {dropped}.\n"
+
+
+def _making(document: Mapping[str, Any]) -> Iterator[str]:
+    config, sampling, engine = document["config"], document["sampling"], document["engine"]
+    if "composition" in document:
+        yield f"- {_code(document['composition']['told'])}"
+    yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
+    yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
+    yield from _mixed(document) if "mixed" in document else _merged(document)
+    yield f"- Sampler {sampler_in_words(document)}"
+    if package := sampling.get("sampler_package"):
+        yield f"- The sampler is that of the package {_code(package)}"
+    foreign = sampling.get("labellers", {}).items()
+    yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
+    yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
+    yield from _verified(document)
+    yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
+    if (line := command_line(document)) is None:
+        yield "- Its settings are `config` in `run.json`"
+    else:
+        # `samples.jsonl` has no prompts of samples that were set aside
+        given = "is the list that it was given" if sets_aside(config) else "are those of `samples.jsonl`"
+        told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
+        told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
+        yield f"- The command{', where ' if told else ''}{' and '.join(told)}: {_code(line)}"
+
+
+def command_line(document: Mapping[str, Any]) -> str | None:
+    """The line of generate with every setting that decides the samples and is no default; None for other commands."""
+    if document.get("command"):
+        return None
+    words, makes_prompts = [], bool(document["config"].get("per_class"))  # which then tells their number, too
+    for flag in flags_of(RunConfig):
+        if makes_prompts and flag.name in ("prompts", "number"):
+            continue
+        value = document["config"].get(flag.name, flag.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if flag.name == "prompts":
+            words += ["--prompts", "PROMPTS"] if value and value != NO_PROMPTS else []
+        elif flag.name == "class_table" and value:  # of which run.json holds the digest
+            words += ["--class-table", "TABLE"]
+        elif value != flag.default:
+            name = flag.name.rstrip("_").replace("_", "-")
+            told = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{'' if value is not False else 'no-'}{name}", *([] if isinstance(value, bool) else [told])]
+    return f"{maker(document)} {shlex.join([*words, '--out', 'THIS_FOLDER'])}"
+
+
+def _licence_names(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every set of weights with its licence, as its files name it; of the weights of several runs each licence once."""
+    found: dict[tuple[str, str], None] = {}
+    for run in runs_of(document):
+        decoders = ((f"decoder {task}", entry["licence"]) for task, entry in run["decoders"].items())
+        found |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
+    return sorted(found, key=lambda pair: pair[0] != "model")
+
+
+def _licences(document: Mapping[str, Any]) -> Iterator[str]:
+    """What the weights' licences allow, and which contradict one another."""
+    names = _licence_names(document)
+    yield "| weights | licence | commercial use | modified copies | requires |\n|---|---|---|---|---|"
+    for of, text in names:
+        found = licence_of(text)
+        row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
+        yield f"| {_part(of)} | {row} |"
+    yield ""
+    yield from (f"**{sentence}**\n" for sentence in conflicts(text for _, text in names))
+    if any(licence_of(text) is None for _, text in names):
+        yield f"{UNKNOWN_LICENCE}\n"
+    yield DERIVED
+
+
+def _digests(document: Mapping[str, Any]) -> Iterator[str]:
+    yield "| weights | SHA-256 |\n|---|---|"
+    for name, digest in document["model"]["digests"].items():
+        yield f"| {_part(f'model {name}')} | {_code(digest.removeprefix('sha256:'))} |"
+    for name, entry in document["decoders"].items():
+        yield f"| {_part(f'decoder {name}')} | {_code(entry['digest'].removeprefix('sha256:'))} |"
+    yield "\n`python -m datasetdm_fast.audit THIS_FOLDER` compares every file with its SHA-256."
+
+
+def _citations(document: Mapping[str, Any]) -> Iterator[str]:
+    """BibTeX of the works whose method made the labels."""
+    foreign = document["sampling"].get("labellers", {})
+    is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"]) if task not in foreign}
+    found = [CITATIONS[is_other] for is_other in sorted(is_attention)]
+    yield (
+        "```bibtex\n" + "\n\n".join(found) + "\n```" if found else f"The works behind {', '.join(map(_code, foreign))}."
+    )
+
+
+def _attributes(labels: Sequence[str]) -> str:
+    """What a sample of these labels offers."""
+    names = {label: kind_of(label).attribute for label in labels}
+    found = (f".{name}" if task_of(name) == label else f'.label("{label}")' for label, name in names.items())
+    return " ".join((".image", *found, ".prompt .seed"))
+
+
+def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
+    """How many samples are doubtful, where that was judged."""
+    if where := document["config"].get("accept"):
+        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`:"
+        yield f"{ledger.count(DOUBTFUL)}.\n"
+    elif sets_aside(document["config"]):
+        yield f"Samples whose labels contradict their prompt or one another, set aside in `{ASIDE}`:"
+        yield f"{ledger.count(DOUBTFUL)}.\n"
+    elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
+        if not (count := ledger.count_doubtful()):
+            yield "None of the samples is doubtful: their labels agree with their prompts and with one another.\n"
+            return
+        is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
+        yield f"{count} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
+        yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
+
+
+def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
+    """The engines that continued a run of another."""
+    for entry in document.get("mixed", ()):
+        engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
+        name = _code("{engine} {dtype} on {device_name}".format(**engine))
+        yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
+
+
+def _merged(document: Mapping[str, Any]) -> Iterator[str]:
+    """Versions and device of each engine, where the merged runs had several."""
+    if len(engines := engines_of(document)) > 1:
+        told = [(engine.get("engine", ""), _values(_without_name(engine))) for engine in engines]
+        yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in told)
+
+
+def _without_name(engine: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in engine.items() if name != "engine"}
+
+
+def _values(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items())
+
+
+def _verified(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a comparison with the reference engine found, or that there was none."""
+    verdict = document.get("verified")
+    if not verdict:
+        if document["engine"].get("engine") != REFERENCE:
+            yield f"- {UNVERIFIED}"
+        return
+    engine, reference = verdict["engine"], _code(verdict["against"]["engine"])
+    name = _code(f"{engine['engine']} {engine['dtype']} on {engine['device_name']}")
+    if verdict["agrees"]:
+        # The command verify compares images of its own prompts and seeds; what generate compares has a setting beside.
+        compared = "of its samples" if "setting" in verdict else "other images of this model"
+        yield f"- {name} agrees with {reference} on {verdict['number']} {compared}"
+    else:
+        failed = _code(", ".join(row["measure"] for row in verdict["measures"] if not row["passed"]))
+        yield f"- {name} does NOT agree with {reference}: {failed} is beyond its limit"
+
+
+def _seeds(document: Mapping[str, Any]) -> str:
+    if "seeds" in document["plan"]:
+        return "`samples.jsonl` has the seed of each sample"
+    return f"Sample k has seed {document['config']['seed']} + k"
+
+
+def _sections(document: Mapping[str, Any], counts: Mapping[str, Counter]) -> Iterator[str]:
+    """What the labels hold in all, maps of classes first."""
+    for task in sorted(counts, key=lambda task: not kind_of(task).is_map):
+        yield from kind_of(task).section(document["labels"][task], counts[task])
+
+
+def _word(name: str) -> str:
+    """A name for a cell or a sentence."""
+    return markdown_cell(" ".join(str(name).split()))
+
+
+def _part(name: str) -> str:
+    """What weights are of, with the name of the decoder or network as code."""
+    kind, _, rest = name.partition(" ")
+    return f"{kind} {_code(rest.replace('|', '/'))}" if rest else kind
+
+
+def _code(name: Any) -> str:
+    return "`" + " ".join(str(name).replace("`", "'").split()) + "`"

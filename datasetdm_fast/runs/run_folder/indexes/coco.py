@@ -1,0 +1,99 @@
+"""Records of one task in COCO's form as pycocotools reads it, written some rows at a time to save memory."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from datasetdm_fast.engine.labels import by_kind, kind_of
+from datasetdm_fast.runs.run_folder.document import sides
+from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.ledger import BLOCK, Ledger, Row, canonical
+
+
+class Images:
+    """The list of images, which stands before the annotations and is the same in every file of a run."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] | None = None
+
+    def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
+        if self._chunks is None:
+            listed = _listed(_image(document, row) for row in ledger.rows(parts=("files",)))
+            self._chunks = list(_joined(listed))
+        return self._chunks
+
+
+class AnnotationList(IndexFile):
+    """Images, categories and annotations; a kind of one category leaves its number to us."""
+
+    def __init__(self, label: str, images: Images, document: Mapping[str, Any], ledger: Ledger):
+        super().__init__(document, ledger)
+        self._label, self._images = label, images
+        self._categories = kind_of(label).categories(document["labels"][label])
+        self._category = self._categories[0]["id"] if self._categories else 0
+        self._number = first_number(label, document, ledger)
+        self._is_empty = True
+
+    def begin(self) -> Iterator[bytes]:
+        info = {"description": "made by datasetdm_fast", "version": self.document["versions"]["datasetdm_fast"]}
+        categories = canonical(self._categories)
+        yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{categories},\n"images":['.encode()
+        yield from self._images.chunks(self.document, self.ledger)
+        yield b'],\n"annotations":['
+
+    def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
+        chunk = b"".join(_listed(self._annotations(rows), self._is_empty))
+        self._is_empty = self._is_empty and not chunk
+        yield chunk
+
+    def end(self) -> tuple[bytes]:
+        return (b"]}\n",)
+
+    def _annotations(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            records = row.labels[self._label]
+            for id, record in zip(ids_of(records, self._number), records, strict=True):
+                own = {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": self._category}
+                yield {**own, **record}
+            self._number += len(records)
+
+
+def first_number(label: str, run: Mapping[str, Any], ledger: Ledger) -> int:
+    """The annotations that stand in the run's other files in COCO's form: these go on after them, to be merged."""
+    number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
+    for other in by_kind(run["labels"]) if "classes" in run else ():
+        if other == label:
+            break
+        if kind_of(other).coco_file:
+            number += ledger.last_record(other)
+    return number
+
+
+def ids_of(records: Sequence[Mapping[str, Any]], number: int) -> list[int]:
+    """The ids of annotations: those of their records, else numbers that go on after `number`."""
+    return [record.get("id", number + k) for k, record in enumerate(records, 1)]
+
+
+def numbered(label: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[Row, list[int]]]:
+    """Every row of a run with the ids of its annotations."""
+    number = first_number(label, run, ledger)
+    for row in ledger.rows(parts=("labels",)):
+        yield row, ids_of(row.labels[label], number)
+        number += len(row.labels[label])
+
+
+def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    height, width = sides(run, row.recipe)
+    return {"id": row.request.index, "file_name": row.files["image"][0], "width": width, "height": height}
+
+
+def _listed(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iterator[bytes]:
+    for item in items:
+        yield (("" if is_first else ",") + "\n" + canonical(item)).encode()
+        is_first = False
+
+
+def _joined(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer chunks."""
+    while block := list(islice(chunks, BLOCK)):
+        yield b"".join(block)

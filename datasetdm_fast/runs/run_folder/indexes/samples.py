@@ -1,0 +1,42 @@
+"""samples.jsonl: one line a sample, with its prompt, seed, files, digests and trust."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.ledger import Row, canonical
+
+# of a row of a run made from another: the id of its source there, what all images of one source have in common (no
+# split of a data set may separate them), the domain it was moved to, how much of the geometry is left, and the run and
+# the id of a merged sample
+OF_SOURCE = ("source", "group", "domain", "consistency", "merged")
+
+
+class Lines(IndexFile):
+    """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
+
+    def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
+        yield from map(line_of, rows)
+
+
+def line_of(row: Row) -> bytes:
+    files = {
+        role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
+        for role, (path, stored) in row.files.items()
+    }
+    labels = {task: len(record) if isinstance(record, list) else record for task, record in row.labels.items()}
+    request = row.request
+    line = {
+        "id": request.id,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "classes": request.classes,
+        **({"negative": request.negative} if request.negative else {}),
+        **({"class_prompt": request.class_prompt} if request.class_prompt else {}),
+        **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
+        "files": files,
+        "labels": labels,
+        **({"trust": asdict(row.trust)} if row.trust else {}),
+    }
+    line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
+    return (canonical(line) + "\n").encode()

@@ -1,0 +1,461 @@
+"""Where the files of samples go, below the run folder or with --store to an object store of fsspec's, and how a run in
+such a store is read.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
+from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
+from datasetdm_fast.runs.gallery import review
+from datasetdm_fast.runs.run_folder.kept import KEPT
+from datasetdm_fast.runs.run_folder.ledger import Row
+from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
+
+PIECE = 1 << 20  # bytes of a file copied at once
+LONGEST = 4096  # bytes of a URL
+AT_ONCE = 16  # files copied together
+REVIEW = {mark: f"review/{mark}.txt" for mark in review.MARKS}
+SINGLE_MARKS = "review/marks"  # one file for each mark of a sample in a store, which the lists of the review repeat
+REMOVED = "none"  # stands for a mark there which a list may still have
+COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
+
+
+class PublishingFolder:
+    """The run folder of a process that only publishes the files of samples, where the configuration wants them;
+    `commit` gets their rows to whoever has the ledger, and `wanted` tells which samples of a range that still lacks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        document: Mapping[str, Any],
+        wanted: Callable[[int, int], Set[int]],
+        commit: Callable[[list[Row]], object],
+    ):
+        self._document, self._wanted, self.commit, self.ledger = document, wanted, commit, self
+        self._has_thumbnails = not config.store  # which draws no sheets of them
+        self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
+
+    def unseal(self) -> None:
+        """Done by whoever has the ledger."""
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
+
+    def draw_sheets(self, committed: Sequence[Row]) -> None:
+        """Done at the end, by whoever has the ledger."""
+
+    def within(self, first: int, stop: int) -> set[int]:
+        return set(range(first, stop)) - self._wanted(first, stop)
+
+
+def check(config: RunConfig) -> None:
+    """Refuses a run folder whose samples are elsewhere than --store says."""
+    folder = Path(config.out)
+    if config.store and not config.cluster:
+        raise Refused(
+            f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it."
+        )
+    noted = stored_at(folder)
+    if read_document(folder) is not None and noted != config.store:
+        there = f"at {documents.quoted(noted)}" if noted else "in the folder itself"
+        raise Refused(
+            f"--store {config.store or 'not given'}: the samples of {folder} are {there}",
+            "Give the one that it was started with, or choose another --out.",
+        )
+
+
+def stored_at(folder: Path) -> str:
+    """The URL of the samples of a run folder, empty where they are in it."""
+    path = folder / ELSEWHERE
+    return storage.read(path, LONGEST).decode(errors="replace") if path.exists() else ""
+
+
+class ObjectStore:
+    def __init__(self, url: str):
+        import fsspec
+
+        self.url = url
+        try:
+            if url.startswith("file://"):  # a folder may have in its name the "::" that elsewhere joins file systems
+                self.files = fsspec.filesystem("file")
+                self.root = self.files._strip_protocol(url)
+            else:
+                self.files, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
+        except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
+            raise Refused(
+                f"{documents.quoted(url)}: {type(error).__name__}: {error}",
+                "Name a folder such as s3://bucket/run.",
+            ) from error
+        if "memory" in self._protocols:
+            raise Refused(
+                f"{url}: processes do not share memory",
+                "Name a folder that all machines reach, such as s3://bucket/run.",
+            )
+
+    @property
+    def _protocols(self) -> tuple[str, ...]:
+        return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
+
+    @property
+    def disk(self) -> Path | None:
+        """The folder that the URL names, where it is on a disk."""
+        return Path(self.root) if "file" in self._protocols else None
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Missing:
+            raise
+        except Exception as error:  # a store has errors of its own beside those of a disk
+            raise Missing(
+                f"{self.url}: {type(error).__name__}: {error}",
+                "Check the address and the credentials, then run the same command again.",
+            ) from error
+
+    def require_bucket(self, *, is_made: bool) -> None:
+        """Refuses a bucket that is not there, as its name may be misspelt; where it `is_made`, it is created."""
+        if "file" in self._protocols:
+            return
+        bucket = self.root.strip("/").split("/")[0]
+        with self._refusing():
+            is_there = self.files.exists(bucket)
+            if not is_there and is_made:
+                self.files.mkdir(bucket)
+        if not is_there and not is_made:
+            raise Refused(
+                f"--store {documents.quoted(self.url)}: there is no bucket {documents.quoted(bucket)}",
+                "Check its name, or add --make-bucket.",
+            )
+
+    def require_empty(self) -> None:
+        """Refuses a folder with files of another run, which a new one would replace."""
+        with self._refusing():
+            try:
+                found = [each.strip("/") for each in self.files.ls(self.root, detail=False)]
+            except FileNotFoundError:
+                return
+        names = sorted(each.rpartition("/")[2] for each in found if each != self.root.strip("/"))
+        if others := [name for name in names if not storage.is_temporary(Path(name))]:
+            raise Refused(
+                f"--store {documents.quoted(self.url)}: it holds files of another run ({documents.quoted(others[0])})",
+                "Choose another --store, or give the --out that this one was started with.",
+            )
+
+    def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        """Digests and sizes of the files, once all are there."""
+        if "file" in self._protocols:  # where a file is only whole at once if it is renamed
+            return into(Path(self.root))(files)
+        with self._refusing():
+            for folder in sorted({name.rpartition("/")[0] for name in files}):
+                self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
+            self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
+            short = [name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)]
+        if short:
+            raise Missing(
+                f"{self.url}/{short[0]}: it is incomplete",
+                "Run the same command again: it resumes.",
+            )
+        return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None where it is not there."""
+        with self._refusing():
+            try:
+                return self.files.cat_file(f"{self.root}/{name}")
+            except FileNotFoundError:
+                return None
+
+    def sizes(self) -> dict[str, int]:
+        """Path inside the run -> bytes, of its files, apart from single marks of a review."""
+        with self._refusing():
+            found = self.files.find(self.root, detail=True)
+        inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
+        inside = {name: each for name, each in inside.items() if not name.startswith(f"{SINGLE_MARKS}/")}
+        try:
+            return {
+                documents.check_inside(name): inside[name]["size"] or 0
+                for name in sorted(inside)
+                if not storage.is_temporary(Path(name))
+            }
+        except ValueError as error:
+            raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
+
+    def names(self, folder: str) -> set[str]:
+        """The names of what is in a folder now, whoever put it there."""
+        with self._refusing():
+            self.files.invalidate_cache()
+            try:
+                found = self.files.ls(f"{self.root}/{folder}", detail=False)
+            except FileNotFoundError:
+                return set()
+        return {each.rstrip("/").rpartition("/")[2] for each in found}
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with self._refusing(), suppress(FileNotFoundError):
+            self.files.rm_file(f"{self.root}/{name}")
+
+    def fetch(self, name: str, path: Path) -> bool:
+        """Copies a file of any size here; False where the store has none of that name."""
+        storage.make_folder(path.parent)
+        with self._refusing():
+            try:
+                self.files.get_file(f"{self.root}/{name}", str(path))
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if storage.is_full(error):  # the disk here, not the store
+                    storage.forget(path)
+                    raise storage.refusal(error, path.parent) from error
+                raise
+        return True
+
+    def complete(self, folder: Path) -> None:
+        """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
+        seal = (folder / SEAL).read_bytes()
+        if "file" in self._protocols:  # elsewhere a file is there or not
+            storage.remove_temporaries(Path(self.root))  # what workers that were killed had half-written
+        if self.read(SEAL) == seal:
+            return
+        document: dict[str, Any] = read_document(folder)
+        for name in (DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), SEAL):
+            self._copy(folder / name, name)
+
+    def _copy(self, path: Path, name: str) -> None:
+        """A file of any size, in pieces."""
+        if "file" in self._protocols:
+            with path.open("rb") as file:
+                storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
+            return
+        with self._refusing():
+            self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+            self.files.put_file(str(path), f"{self.root}/{name}")
+
+    def note(self, folder: Path) -> None:
+        if stored_at(folder) != self.url:
+            storage.publish({folder / ELSEWHERE: self.url.encode()})
+
+
+class StoredFolder(RunFolder):
+    """A run folder whose ledger is here and whose samples' files are in an object store."""
+
+    def __init__(self, path: Path, document: Mapping[str, Any], store: ObjectStore):
+        super().__init__(path, document)
+        self._store = store
+
+    def sha256_of(self, name: str) -> str:
+        content = self._store.read(name)
+        return "" if content is None else hashlib.sha256(content).hexdigest()
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        self._store.publish(files)
+
+
+def open_folder(path: Path, document: Mapping[str, Any]) -> RunFolder:
+    """A run folder open for writing, wherever the files of its samples are."""
+    url = stored_at(path)
+    return StoredFolder(path, document, ObjectStore(url)) if url else RunFolder(path, document)
+
+
+class StoreCopy:
+    """The files of a run in an object store that this process has read, in `folder` or in one that goes with this
+    object.
+    """
+
+    def __init__(self, url: str, folder: Path | None = None):
+        self.store = ObjectStore(url)
+        self._elsewhere = "choose another --out" if folder else "name a folder on a larger disk with TMPDIR"
+        if folder is not None:
+            self.folder = folder
+            return
+        place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
+        self.folder = place / (url.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
+        weakref.finalize(self, _discard, place, os.getpid())
+
+    def state(self) -> Path:
+        """The folder, once it has what tells of the samples."""
+        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT):
+            content = self.store.read(name)
+            if content is not None:
+                storage.publish({self.folder / name: content})
+        return self.folder
+
+    def samples(self, rows: Iterable[Row]) -> Path:
+        """The folder, once it has the files of these rows."""
+        wanted = {name for row in rows for name, _ in row.files.values()}
+        for name in sorted(wanted):
+            self._require(name)
+        return self.folder
+
+    def whole(self, on_file: Callable[[], object] = lambda: None) -> Path:
+        """The folder, once it has every file of the run, run.json and seal after the others."""
+        sizes = self.store.sizes()
+        self.check_room(sizes)
+        there = sizes.keys()
+        last = there & {DOCUMENT, SEAL}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for names in (there - last, last):
+                for _ in pool.map(self._require, names):
+                    on_file()
+        return self.folder
+
+    def check_room(self, sizes: Mapping[str, int]) -> None:
+        """Refuses a disk that cannot hold the files of these sizes that are not here yet."""
+        left = sum(size for name, size in sizes.items() if not (self.folder / name).exists())
+        if left > (free := storage.free_bytes(self.folder.absolute())):
+            raise Missing(
+                f"{self.folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+                f"Free some space, or {self._elsewhere}.",
+            )
+
+    def _require(self, name: str) -> None:
+        if self.bring(name) is None:
+            raise Missing(f"{self.store.url}: {documents.quoted(name)} is not there", to_see_damage(self.store.url))
+
+    def bring(self, name: str) -> Path | None:
+        """The copy of a file, None where the store has none of that name."""
+        path = self.folder / name
+        if path.exists():
+            return path
+        # other threads, and other processes, may bring the same file to the same folder
+        part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
+        if not self.store.fetch(name, part):
+            storage.forget(part)
+            return None
+        storage.move(part, path)
+        return path
+
+
+class StoredReview:
+    """The marks of a run in an object store, where nobody can hold a list while changing it: each mark of a sample is a
+    file of its own, so that no reviewer undoes what others mark. The lists are written after them.
+    """
+
+    def __init__(self, store: ObjectStore):
+        self._store = store
+
+    def read(self) -> dict[str, str]:
+        found = review.of_lists({mark: self._store.read(name) or b"" for mark, name in REVIEW.items()})
+        names = self._store.names(SINGLE_MARKS)
+        for mark in (REMOVED, *review.MARKS):  # of two who mark one at once, whoever marks it bad counts
+            ids = [name.removesuffix(f".{mark}") for name in names if name.endswith(f".{mark}")]
+            found |= {id: mark for id in ids if review.ID.fullmatch(id)}
+        return {id: mark for id, mark in found.items() if mark != REMOVED}
+
+    def change(self, marks: Mapping[str, str]) -> None:
+        names = self._store.names(SINGLE_MARKS)
+        new = {f"{id}.{mark or REMOVED}" for id, mark in marks.items()}
+        old = {f"{id}.{mark}" for id in marks for mark in (REMOVED, *review.MARKS)} & names
+        for name in sorted(old - new):  # first, or two who mark one at once could remove each other's mark
+            self._store.remove(f"{SINGLE_MARKS}/{name}")
+        self._store.publish({f"{SINGLE_MARKS}/{name}": b"" for name in sorted(new)})
+        found = None
+        while (there := self.read()) != found:  # again where others have marked samples in the meantime
+            found = there
+            self._store.publish({REVIEW[mark]: content for mark, content in review.lists_of(found).items()})
+
+
+def _discard(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a forked one leaves it to the first
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Callable[[], object]) -> None:
+    """Copies a finished run into a folder that is empty or that a killed copying began; `on_begin` gets the number of
+    its files, and `on_file` is called after each. A folder that has all of the run stays as it is.
+    """
+    folder, store, begun = copies.folder, copies.store, copies.folder / COPYING
+    document = store.read(DOCUMENT)
+    if document is None:
+        raise unfinished(store.url)
+    if begun.exists():
+        is_other = storage.read(begun, LONGEST) != store.url.encode()
+    elif (folder / DOCUMENT).exists():
+        is_other = storage.sha256_of(folder / DOCUMENT) != hashlib.sha256(document).hexdigest()
+        if not is_other:
+            return
+    else:
+        is_other = folder.exists() and any(folder.iterdir())
+    if is_other:
+        raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
+    sizes = store.sizes()
+    if begun.exists():
+        _forget_older(folder, store, sizes)
+    copies.check_room(sizes)
+    storage.publish({begun: store.url.encode()})
+    on_begin(len(sizes))
+    copies.whole(on_file)
+    storage.remove(begun)
+
+
+def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) -> None:
+    """Removes the files of a copying that was killed which the store has in another form now, as of a run that grew."""
+    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}")
+    digests = found if isinstance(found, dict) else {}
+    for name, size in sizes.items():
+        path = folder / name
+        if path.exists() and (
+            name in REVIEW.values()  # which is not sealed
+            or path.stat().st_size != size
+            or (name in digests and storage.sha256_of(path) != digests[name])
+        ):
+            storage.remove(path)
+
+
+def unfinished(url: str) -> Refused:
+    """What a command says of a URL where no finished run is."""
+    return Refused(
+        f"{url}: holds no {DOCUMENT}, so it is not a finished run",
+        "Check the address; of a run in progress name the folder that its --out names.",
+    )
+
+
+def refuse_made_of_url(path: Path) -> None:
+    """Refuses the path that a command for folders made of the URL of a run, which has one slash after the colon."""
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/(?=[^/])", str(path)):
+        url = f"{found[1]}:{'///' if found[1] == 'file' else '//'}{str(path)[found.end() :]}"
+        raise Refused(
+            f"{url}: a run in an object store, expected a run folder on this machine",
+            f"Copy it here first with: python -m datasetdm_fast.gallery {quote(url)} --out DIR",
+        )
+
+
+def refuse_stored(path: Path) -> None:
+    """Refuses a run folder whose samples are in an object store, for commands that read or change their files here."""
+    if (path / ELSEWHERE).exists():
+        raise Refused(
+            f"{path}: its samples are in an object store",
+            f"Copy the run with: python -m datasetdm_fast.gallery {quote(path)} --out COPY",
+        )
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a run is named by the URL of an object store."""
+    return "://" in str(place)
+
+
+def copy_of(place: str | Path) -> StoreCopy | None:
+    """What reads the files of samples of a run that has them in an object store; None where they are in its folder."""
+    url = str(place) if is_url(place) else stored_at(Path(place))
+    return StoreCopy(url) if url else None

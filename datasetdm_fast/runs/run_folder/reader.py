@@ -1,0 +1,423 @@
+"""Samples and labels read back from a run folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from datasetdm_fast.data import Trust
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.engine.labels import kind_of, label_files, task_of
+from datasetdm_fast.engine.labels.class_tables import ClassTable
+from datasetdm_fast.engine.labels.names import check_label
+from datasetdm_fast.engine.labels.pictures import preview
+from datasetdm_fast.engine.labels.trust import trust_of
+from datasetdm_fast.runs.run_folder import other_libraries
+from datasetdm_fast.runs.run_folder.document import (
+    DOCUMENT,
+    LEDGER,
+    read_document,
+    sides,
+    table_of,
+    to_see_damage,
+    without_ledger,
+)
+from datasetdm_fast.runs.run_folder.goal import goal_of
+from datasetdm_fast.runs.run_folder.kept import read_kept
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, refuse_made_of_url
+from datasetdm_fast.runs.run_folder.score_table import passing
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+
+OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
+SHOWN = 6  # samples in a notebook's view of a run
+Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample of a run folder; image and labels are read when they are asked for."""
+
+    row: Row
+    folder: Path
+    document: Mapping[str, Any]
+    copies: StoreCopy | None = None  # of files that are in an object store
+    class_table: ClassTable | None = None  # the words of --class-table that its run was made with
+
+    @property
+    def id(self) -> str:
+        return self.row.request.id
+
+    @property
+    def run(self) -> str:
+        """The folder or the URL of its run."""
+        return self.copies.store.url if self.copies else str(self.folder)
+
+    @property
+    def prompt(self) -> str:
+        return self.row.request.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.row.request.seed
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.row.request.classes
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.row.recipe
+
+    @property
+    def trust(self) -> Trust:
+        """Whether its labels fit its prompt and one another: as it was judged when it was made, else as it is judged
+        now.
+        """
+        if self.row.trust is not None:
+            return self.row.trust
+        labels = {task: self.label(task) for task in self.row.labels}
+        with self._naming_damage():
+            return trust_of(self.classes, labels, self.prompt, self.class_table)
+
+    @property
+    def image(self) -> np.ndarray:  # [H, W, 3] uint8
+        with self._naming_damage():
+            return np.array(images.read_image(self._place() / self.row.files["image"][0]))
+
+    def __repr__(self) -> str:
+        labels = ", ".join(self.row.labels)
+        return f"<StoredSample {self.id} of {self.folder}: {self.prompt!r}, seed {self.seed}, labels {labels}>"
+
+    def _repr_html_(self) -> str:
+        image = self.image
+        labels = [(self._label_picture(task, image), task) for task in self.row.labels]
+        return preview([(image, f"{self.id}: {self.prompt}"), *labels])
+
+    def _label_picture(self, task: str, image: np.ndarray) -> Image.Image:
+        """What a reader sees of a label; a class has the colour of the run's files in all of them."""
+        kind = kind_of(task)
+        if not kind.is_map:
+            return kind.picture(self.label(task), image)
+        with self._naming_damage():
+            return images.read_image(self._place() / self.row.files[kind.roles[0]][0])
+
+    if TYPE_CHECKING:  # what `__getattr__` gives
+
+        @property
+        def semantic(self) -> SemanticMap | None: ...
+        @property
+        def instances(self) -> Instances | None: ...
+        @property
+        def depth(self) -> DepthMap | None: ...
+        @property
+        def keypoints(self) -> Keypoints | None: ...
+        @property
+        def open_vocabulary(self) -> SemanticMap | None: ...
+        @property
+        def attention(self) -> SemanticMap | None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
+        it.
+        """
+        return self.label(task_of(name))
+
+    def label(self, task: str) -> Any:
+        """The label of a task, None where the run did not make it."""
+        if task not in self.row.labels:
+            check_label(task)
+            return None
+        files = {role: name for role, (name, _) in self.row.files.items()}
+        with self._naming_damage():
+            table = {**self.document["labels"][task], "size": sides(self.document, self.row.recipe)}
+            return label_files.decode(task, self._place(), files, self.row.labels[task], table)
+
+    def _place(self) -> Path:
+        """The folder in which the files of the sample are."""
+        return self.copies.samples([self.row]) if self.copies else self.folder
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Refuses what has not the form it was written in."""
+        try:
+            yield
+        except (Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
+            raise Refused(
+                f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})",
+                to_see_damage(self.run),
+            ) from error
+
+
+class Run(AbstractContextManager["Run"]):
+    """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was
+    opened.
+    """
+
+    def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
+        self.copies = copy_of(path)
+        self.path = self.copies.state() if self.copies and is_url(path) else Path(path)
+        document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
+        if document is None:
+            refuse_made_of_url(self.path)
+            alike = "" if self.path.exists() else storage.named_alike(self.path)
+            raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
+        if not (self.path / LEDGER).exists():
+            raise without_ledger(self.path, document)
+        self.document: dict[str, Any] = document
+        self._ledger: Ledger | None = None
+        self._owner = os.getpid()
+        self._indices = self._rows().indices(DOUBTFUL if doubtful else DONE)
+        if kept and (decided := read_kept(self.path)) is not None:
+            self._indices = sorted(set(self._indices) & set(decided.kept))
+
+    def _rows(self) -> Ledger:
+        # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own; and
+        # another process may have dropped samples or made more, which a connection to a finished run does not notice.
+        if self._ledger is None or self._owner != os.getpid() or self._ledger.is_outdated():
+            self._ledger, self._owner = Ledger(self.path / LEDGER, read_only=True), os.getpid()
+        return self._ledger
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ledger": None}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.document["config"]["task"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all labels, each at the place of its number; empty in runs made before labels shared one
+        table.
+        """
+        return tuple(self.document.get("classes", ()))
+
+    @cached_property
+    def _class_table(self) -> ClassTable | None:  # one for all samples, as matchers are kept by their table
+        return table_of(self.document)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no sample of the plan is missing."""
+        goal = goal_of(self.document["config"], self.document["plan"]["number"])
+        return goal.is_reached(goal.tally(self._rows()))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[StoredSample]:
+        return (self[k] for k in range(len(self)))
+
+    def rows(self, parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        """The rows of all samples in one pass, with these parts; see Ledger.rows."""
+        wanted = set(self._indices)
+        return (row for row in self._rows().rows(parts=parts) if row.request.index in wanted)
+
+    @overload
+    def __getitem__(self, key: slice) -> Run: ...
+
+    @overload
+    def __getitem__(self, key: int | str) -> StoredSample: ...
+
+    def __getitem__(self, key: int | str | slice) -> StoredSample | Run:
+        """The sample at a position, the one with an id such as "00000003", or a run of those in a slice."""
+        if isinstance(key, slice):
+            if key.step is not None and key.step < 0:
+                raise Refused(f"{self.path}: the samples of a run have one order", "Use reversed(run) for the other.")
+            return self._narrowed(self._indices[key])
+        index = self._index(key)
+        row = self._rows().row(index)
+        if row is None:
+            raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
+        return StoredSample(row, self.path, self.document, self.copies, self._class_table)
+
+    def _narrowed(self, indices: Sequence[int]) -> Run:
+        """The same run with only these samples; it has a connection of its own to the ledger."""
+        fewer = copy.copy(self)
+        fewer._ledger, fewer._indices = None, sorted(indices)
+        return fewer
+
+    def where(
+        self,
+        condition: str = "",
+        *,
+        classes: Sequence[str] = (),
+        trusted: bool | None = None,
+        test: Callable[[StoredSample], bool] | None = None,
+    ) -> Run:
+        """The samples that pass: a condition on scores as `filter --where` takes it, a prompt that names one of some
+        classes, labels to be trusted or not, and a test of each sample.
+        """
+        if isinstance(classes, str):
+            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        classes = tuple(classes)  # of an iterator, too
+        known = self.document["plan"].get("words", classes)
+        for word in classes:
+            if word not in known:
+                raise Refused(
+                    f"classes: no prompt of {self.path} was searched for {word!r}{nearest(word, known)}",
+                    f"Choose from {', '.join(known) or 'none'}.",
+                )
+        chosen = self._indices
+        if condition:
+            passes = set(passing(self.path, condition).kept)
+            chosen = [index for index in chosen if index in passes]
+        if classes:
+            wanted = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}
+            chosen = [index for index in chosen if index in wanted]
+        fewer = self._narrowed(chosen)
+        if trusted is None and test is None:
+            return fewer
+        left = [
+            sample.row.request.index
+            for sample in fewer
+            if trusted in (None, sample.trust.is_trusted) and (test is None or test(sample))
+        ]
+        return self._narrowed(left)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {len(self)} sample{'s' * (len(self) != 1)}, labels {', '.join(self.tasks)}>"
+
+    def _repr_html_(self) -> str:
+        shown = [self[k] for k in range(min(len(self), SHOWN))]
+        return preview([(sample.image, f"{sample.id}: {sample.prompt}") for sample in shown], repr(self))
+
+    def position(self, id: str) -> int:
+        """The position of the sample with an id."""
+        index = int(id) if id.isdecimal() and len(id) <= 18 else -1
+        place = bisect_left(self._indices, index)
+        if self._indices[place : place + 1] != [index]:
+            raise KeyError(f"{self.path}: no sample has the id {id!r}")
+        return place
+
+    def _index(self, key: int | str) -> int:
+        if isinstance(key, str):
+            return self._indices[self.position(key)]
+        try:
+            return self._indices[key]
+        except IndexError:
+            raise IndexError(f"{self.path}: position {key} is outside of {len(self)} samples") from None
+
+    def as_dataset(self, task: str | Sequence[str], transform: Transform | None = None) -> TaskDataset:
+        """The run as a map-style torch data set: (image, label) for one task, (image, {task: label}) for several.
+
+        `transform` takes both and gives what the data set gives of them.
+        """
+        if not isinstance(task, Collection):
+            raise Refused(
+                f"task: {task!r} was given, expected a label or several labels", "Give one, such as 'semantic'."
+            )
+        for one in (task,) if isinstance(task, str) else task:
+            if one not in self.tasks:
+                raise Refused(
+                    f"{self.path}: has no labels for {one!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
+                )
+        return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
+
+    @property
+    def _tables(self) -> dict[str, Any]:
+        return {task: self.document["labels"][task] for task in self.tasks}
+
+    def to_supervision(self) -> Any:
+        """The instances as supervision's DetectionDataset, where that library is installed."""
+        return other_libraries.supervision_dataset(self, self._tables)
+
+    def to_fiftyone(self, name: str | None = None) -> Any:
+        """All labels as FiftyOne's Dataset of this name, where that library is installed."""
+        return other_libraries.fiftyone_dataset(self, self._tables, name)
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class TaskDataset:
+    """Pairs of image and label as torch tensors; with `collate`, a torch DataLoader batches every kind of them.
+
+    Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres;
+    instance a dict with masks [N, H, W] bool, boxes [N, 4] float32 (left, top, right, bottom), labels [N] int64, scores
+    [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P]. Classes have the numbers of
+    `Run.classes`. Of several tasks, a dict of their labels.
+    """
+
+    run: Run
+    task: str | tuple[str, ...]
+    transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def __getitem__(self, position: int | str | slice) -> Any:
+        """The pair at a position or of an id; of a slice, the data set of these samples."""
+        import torch
+
+        if isinstance(position, slice):
+            return replace(self, run=self.run[position])
+        sample = self.run[position]
+        image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
+        labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
+        label = labels[self.task] if isinstance(self.task, str) else labels
+        return (image, label) if self.transform is None else self.transform(image, label)
+
+    @staticmethod
+    def collate(pairs: Sequence[Any]) -> Any:
+        """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list
+        of one a pair; to be given to a DataLoader as `collate_fn`.
+        """
+        return _batched(list(pairs))
+
+
+def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
+    import torch
+
+    label = sample.label(task)
+    if label is None:
+        raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
+    parts = kind_of(task).arrays(label, sample.document["labels"][task])
+    if isinstance(parts, np.ndarray):
+        return torch.from_numpy(parts)
+    return {name: torch.from_numpy(value) for name, value in parts.items()}
+
+
+def _batched(values: list[Any]) -> Any:
+    import torch
+
+    first = values[0]
+    if isinstance(first, dict) and OF_THINGS in first:
+        return values  # each image has its own number of them
+    if isinstance(first, dict):
+        return {name: _batched([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_batched(list(column)) for column in zip(*values, strict=True))
+    if isinstance(first, torch.Tensor) and len({value.shape for value in values}) == 1:
+        return torch.stack(values)
+    return values
+
+
+def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:
+    """A run folder, or the URL of a run in an object store, for reading; with `kept`, without the samples that the last
+    filter left out; with `doubtful`, those that `generate --keep trusted` or `--accept` set aside, in place of them.
+    """
+    return Run(path, kept=kept, doubtful=doubtful)

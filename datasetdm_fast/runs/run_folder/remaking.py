@@ -1,0 +1,42 @@
+"""Which sample of a run folder is to be made again, as --only names it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.runs.run_folder.document import LEDGER, differences, maker, read_document
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+
+LONGEST_ID = 18  # digits
+
+
+def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample; a folder that another command than this made (empty for generate) and an id
+    that no sample has are refused.
+    """
+    stored = read_document(folder)
+    if stored is None or not (folder / LEDGER).exists():
+        raise Refused(f"--only {id}: {folder} is not a run folder", "Name the folder with --out.")
+    if stored.get("command", "") != command:
+        raise Refused(
+            f"--only {id}: {folder} was not made by {command or 'generate'}",
+            f"Make it again with: {maker(stored)} --out {quote(folder)} --only {id}",
+        )
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        row = ledger.row(int(id)) if id.isdecimal() and len(id) <= LONGEST_ID else None
+    if row is None:
+        raise Refused(
+            f"--only {id}: no sample of {folder} has this id", "Use an id from samples.jsonl, for example 00000003."
+        )
+    return stored, row
+
+
+def check_given(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses settings given beside --only that are not those of the run folder, which decide what is made again."""
+    found = [line for name in sorted(given) for line in differences(stored.get(name), given[name], name)]
+    if found:
+        raise Refused(
+            f"{folder}: it holds a run with other settings ({'; '.join(found)})",
+            "Drop these flags: --only takes them from the run folder.",
+        )

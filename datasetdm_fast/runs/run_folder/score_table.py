@@ -1,0 +1,114 @@
+"""The scores that samples of a run folder were given, and the samples that a condition on them lets pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.kept import Kept
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.where import parse_where
+
+HASH = "hash"  # a score that no condition can use
+NEAR = 2  # bits by which the hashes of duplicates differ at most
+BITS = 64  # of a hash
+SCORES = {  # name -> what it says
+    "score": "mean confidence of the decoders in their labels, 0 to 1",
+    "trust": "1 if the labels agree with the prompt and with one another, 0 if the sample is doubtful",
+    "agreement": "share of the pixels of things to which two kinds of labels give the same class, 0 to 1",
+    "presence": "share of the classes named in the prompt that the labels show, 0 to 1",
+    "sharpness": "variance of the Laplacian of the image's brightness (of 0 to 255)",
+    "distance": f"bits of the image's {BITS}-bit hash that differ from the nearest earlier sample",
+    "duplicate": f"1 if that distance is at most {NEAR}, else 0",
+    "stability": "share of the pixels of things whose class stays the same with two other noises, 0 to 1",
+    "clip": "cosine similarity of image and prompt by the CLIP model of --clip",
+}
+OF_NETWORKS = ("clip", "stability")  # scores that are only made where a flag of their name asks for them
+ABSENT = {  # a score that no sample has -> what to do about it
+    "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
+    "stability": "Add --stability: the model of the run then computes it.",
+    "clip": "Add --clip DIR, the folder of a CLIP model, to compute it.",
+}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of all samples of a run."""
+
+    indices: list[int]
+    classes: list[tuple[str, ...]]  # words of each prompt
+    values: dict[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
+
+
+def read_scores(folder: Path, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
+    """These scores of all samples of a run folder."""
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        words = ledger.class_words()
+        indices, classes = [index for index, _ in words], [named for _, named in words]
+        place = {index: k for k, index in enumerate(indices)}
+        values = {}
+        for name in names:
+            column = np.full(len(indices), np.nan)
+            found = [
+                (place[index], value)
+                for index, value in ledger.scores("distance" if name == "duplicate" else name)
+                if index in place and isinstance(value, (int, float))
+            ]
+            if found:
+                places, told = zip(*found, strict=True)
+                column[list(places)] = told
+            values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
+    return ScoreTable(indices, classes, values)
+
+
+def add_distances(ledger: Ledger, since: float = inf) -> None:
+    """Gives samples the distances that they lack, and renews those from the index `since` on, where samples have left
+    the data set or come back.
+    """
+    there, shown = dict(ledger.scores("distance")), set(ledger.indices())
+    hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
+    first = next((k for k, (index, _) in enumerate(hashes) if index not in there or index >= since), len(hashes))
+    bits = nearest(np.array([value for _, value in hashes], np.int64), first)
+    found = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
+    if changed := [(index, "distance", distance) for index, distance in found if there.get(index) != distance]:
+        ledger.add_scores(changed, replaces=True)
+
+
+def nearest(hashes: np.ndarray, first: int) -> np.ndarray:
+    """Bits by which each hash [N] int64 from the place `first` on differs from the nearest before it."""
+    found, block = [], 64
+    for start in range(first, len(hashes), block):
+        stop = min(start + block, len(hashes))
+        bits = np.bitwise_count((hashes[start:stop, None] ^ hashes[None, :stop]).view(np.uint64))
+        bits[np.arange(stop)[None] >= np.arange(start, stop)[:, None]] = BITS
+        found.append(bits.min(1))
+    return np.concatenate(found) if found else np.zeros(0, np.uint8)
+
+
+def absent(folder: Path, name: str) -> Refused:
+    return Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
+
+
+def passing(folder: Path, where: str) -> Kept:
+    """Which samples of a run folder the condition keeps, and why not the others."""
+    condition, names = parse_where(where, tuple(SCORES))
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        if not ledger.score_names():
+            raise Refused(
+                f"--where: the samples of {folder} have no scores yet",
+                f"Score them first: python -m datasetdm_fast.filter {quote(folder)}",
+            )
+    table = read_scores(folder, names)
+    for name in names:
+        if np.isnan(table.values[name]).all():
+            raise absent(folder, name)
+    passes = condition.passes(table.values)
+    return Kept(
+        where,
+        tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
+        {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},
+    )

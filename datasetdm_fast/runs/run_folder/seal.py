@@ -1,0 +1,122 @@
+"""The seal of a finished run: digests of every file that is not a sample's own."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
+from datasetdm_fast.runs.run_folder.indexes import writers
+from datasetdm_fast.runs.run_folder.kept import KEPT, read_kept
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+
+QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
+
+
+def remove_queue(folder: Path) -> None:
+    """Removes the work queue of a run that no process works on."""
+    for name in (QUEUE, f"{QUEUE}-journal"):
+        storage.remove(folder / name)
+
+
+SPLIT = "split.json"  # which part of the data set each sample is in, where that was decided
+OWN = "this"  # the line of the seal that is about the other lines
+# digests of what is no sample's own file; empty from before the first change until everything is in place
+SEAL = "state/seal.json"
+LARGEST_SEAL = 2**28  # bytes, about 4 of them a sample
+ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
+
+
+def index_files(document: Mapping[str, Any]) -> list[str]:
+    """The files of a run folder that are rebuilt from the ledger, those of the gallery aside."""
+    return list(writers(document))
+
+
+def rebuilt_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
+    """The same with what is there of the gallery, its pictures of single samples aside."""
+    return [*index_files(document), *gallery.written(folder)]
+
+
+def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether every index file is there and shows the rows of the ledger."""
+    is_there = ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
+    return is_there and not gallery.missing(folder, ledger, has_samples=not (folder / ELSEWHERE).exists())
+
+
+def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether nothing is left to be done for a folder whose samples are complete."""
+    return has_indexes(folder, document, ledger) and is_sealed(folder) and (folder / LOCK).exists()
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The digests that the seal of a folder holds, its own line among them; none while the run goes on."""
+    return documents.read_object(folder / SEAL, most=LARGEST_SEAL)
+
+
+def seal(
+    folder: Path, document: Mapping[str, Any], known: Mapping[str, str] = MappingProxyType({}), removed: str = ""
+) -> None:
+    """Writes down the digests of run.json, ledger and index files, by which an audit notices changes; those in `known`
+    are taken over, and a file that is to be `removed` has none.
+    """
+    there = [name for name in (KEPT, SPLIT) if name != removed and (folder / name).exists()]
+    names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *there]
+    digests = {name: storage.sha256_of(folder / name) for name in names}
+    storage.publish({folder / SEAL: sealed({**digests, **known})})
+
+
+def damaged(folder: Path) -> dict[str, tuple[str, str]]:
+    """The sealed files of a folder that are not as they were written, each with the digest then and now."""
+    found = {name: (digest, storage.sha256_of(folder / name)) for name, digest in read_seal(folder).items()}
+    return {name: pair for name, pair in found.items() if name != OWN and pair[0] != pair[1]}
+
+
+def sealed(digests: Mapping[str, str]) -> bytes:
+    """The seal of these digests, which has one of its own."""
+    return pretty({**digests, OWN: hashlib.sha256(pretty(digests)).hexdigest()})
+
+
+def unseal(folder: Path) -> None:
+    """Takes the digests back before the first change, so that a run killed during it is not called damaged."""
+    if is_sealed(folder):
+        storage.publish({folder / SEAL: pretty({})})
+
+
+@contextmanager
+def resealed(folder: Path, document: Mapping[str, Any], removed: str = "") -> Iterator[None]:
+    """Within the block, which no other process enters, a file of the run folder is replaced; what was sealed is sealed
+    again after it, files that were damaged before as they were then: an audit still notices. A finished run whose seal
+    a killed process took back is sealed as well. A file that is to be `removed` is, last, so that a process that was
+    killed can be repeated.
+    """
+    with locks.locked(folder / LOCK):
+        was_sealed = is_sealed(folder)
+        is_late = not was_sealed and _is_settled(folder, document)
+        before = damaged(folder) if was_sealed else {}
+        unseal(folder)
+        yield
+        before.pop(removed, None)
+        known = {name: old for name, (old, new) in before.items() if storage.sha256_of(folder / name) == new}
+        if is_late:  # a filter may have been killed before it marked the page
+            gallery.mark(folder, document, None if removed == KEPT else read_kept(folder))
+        if was_sealed or is_late:
+            seal(folder, document, known, removed)
+        if removed:
+            storage.remove(folder / removed)
+
+
+def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Whether only the seal of a run that nobody works in is left to be written."""
+    if not (folder / LEDGER).exists():
+        return False
+    with Ledger(folder / LEDGER) as ledger:
+        return has_indexes(folder, document, ledger) and ledger.settle()
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(pretty({}))

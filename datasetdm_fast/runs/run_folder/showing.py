@@ -1,0 +1,129 @@
+"""The page and the index files of a run at any time: finished, stopped or in progress."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import locks
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, described, without_ledger
+from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
+from datasetdm_fast.runs.run_folder.rebuilding import rebuild
+from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
+
+MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """A run whose page shows every committed sample."""
+
+    folder: Path  # where the page is
+    samples: int  # of the data set
+    aside: int  # beside it, which the page shows as well
+    planned: int
+    copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
+
+
+def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
+    """A run, by its folder or the URL of a finished one in an object store, with its page, which is written anew where
+    it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else;
+    a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone.
+    """
+    copies = copy_of(place)
+    folder = Path(place)
+    if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
+        copies, folder = None, copies.store.disk
+    elif copies and copies.store.disk and is_url(place):
+        raise unfinished(str(place))
+    elif copies and not is_served:
+        raise Refused(
+            f"{place}: no browser opens a page whose samples are in an object store",
+            "Add --serve, or copy the run here with --out DIR.",
+        )
+    elif copies and is_url(place):
+        folder = copies.state()
+        if not (folder / DOCUMENT).exists():
+            raise unfinished(copies.store.url)
+        if not is_dry:
+            copies.store.note(folder)
+    document = _write_page(folder, is_dry=is_dry)
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        there, aside = ledger.count(), ledger.count(DOUBTFUL)
+    return ShownRun(folder, there, aside, document["plan"]["number"], copies)
+
+
+def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
+    """run.json of a run folder that has its page now, unless the run is dry."""
+    document = described(folder)
+    if not (folder / LEDGER).exists():
+        if is_sealed(folder):
+            raise without_ledger(folder, document)
+        raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
+    if not is_shown and is_held(folder):
+        write_so_far(folder)
+    elif not is_shown:
+        with RunFolder(folder, document) as opened:
+            opened.rebuild()
+    return document
+
+
+def write_so_far(folder: Path) -> None:
+    """Writes page and index files of the samples that a run in progress has committed; not where it has just ended."""
+    document = described(folder)
+    with gallery.held(folder), refusing_rows(folder):
+        if is_sealed(folder):
+            return
+        with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
+            rebuild(folder, document, ledger, is_in_progress=True)
+
+
+class ShownSoFar(AbstractContextManager):
+    """Within the block page and index files of a run in progress are written anew every so many minutes, in a thread;
+    where they take long, less often, so that they cost no more than MOST_SHARE of the time.
+    """
+
+    def __init__(self, folder: Path, minutes: float, on_message: Callable[[str], None]):
+        """`on_message` hears why they could not be written; 0 minutes write nothing."""
+        self._folder, self._seconds, self._on_message = folder, 60 * minutes, on_message
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="page", daemon=True)
+
+    def __enter__(self) -> "ShownSoFar":
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def _write(self) -> None:
+        seconds = self._seconds
+        while not self._is_over.wait(seconds):
+            begin = time.monotonic()
+            try:
+                if (self._folder / LEDGER).exists():
+                    write_so_far(self._folder)
+            except (Refused, Missing) as stop:  # the run itself goes on, and its end tells what then still stands
+                self._on_message(f"the page of the samples so far was not written: {stop.cause}")
+            seconds = max(self._seconds, (time.monotonic() - begin) / MOST_SHARE)
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if self._seconds:
+            self._thread.join()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process makes samples of the run."""
+    try:
+        with locks.locked(folder / LOCK):
+            return False
+    except Refused:
+        return True

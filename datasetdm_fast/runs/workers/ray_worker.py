@@ -1,0 +1,149 @@
+"""What runs on the machines of a Ray cluster: the queue of a run as an actor beside the driver, and the workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.runs.jobs.job import Job, adopt, compose
+from datasetdm_fast.runs.jobs.prompts import PromptSource
+from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
+from datasetdm_fast.version import __version__
+from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
+from datasetdm_fast.runs.workers.spawn import reported
+from datasetdm_fast.runs.workers.worker import Compare, Worker
+
+SECONDS_BETWEEN_TRIES = 0.5  # to learn what the driver has found in the run folder
+
+
+class Coordinator(WorkQueue):
+    """The queue of a run on a cluster, in memory: whatever Ray can carry may be reported."""
+
+    def __init__(self):
+        super().__init__()
+        self._session: Mapping[str, Any] | None = None
+        self._wanted: Set[int] = frozenset()
+        self._planner = ""  # the process that makes the plan
+        self._reports: list[list[Any]] = []
+        self._may_grow = False
+
+    def open(
+        self,
+        batches: Sequence[int],
+        wanted: Set[int],
+        document: Mapping[str, Any],
+        *,
+        may_grow: bool = False,
+    ) -> None:
+        """What the driver has found in the run folder: what is missing, in which batches, and run.json. A queue that
+        `may_grow` is complete once the driver has no batch to add.
+        """
+        self._may_grow, self._wanted = may_grow, wanted
+        self.fill(batches, max(wanted, default=-1))
+        self._session = document
+
+    def is_complete(self) -> bool:
+        return super().is_complete() and not self._may_grow
+
+    def is_all_made(self) -> bool:
+        """Whether all batches are made, and the driver is to say whether the run has come to need others."""
+        return self._may_grow and super().is_complete()
+
+    def grow(self, batches: Sequence[int], wanted: Set[int]) -> None:
+        """Adds the batches of the samples that the run has come to want; without any it is complete."""
+        with self.alone():
+            self._may_grow, self._wanted = bool(batches), wanted
+            if batches:
+                self.execute("UPDATE session SET last = ?", max(wanted))
+                self._add(batches)
+
+    def wanted(self, first: int, stop: int) -> set[int]:
+        """The samples from `first` to before `stop` that the driver still lacked when it filled the queue."""
+        return {index for index in range(first, stop) if index in self._wanted}
+
+    def session(self) -> Mapping[str, Any] | None:
+        """run.json; None before the run folder is open."""
+        return self._session
+
+    def is_planner(self, owner: Owner) -> bool:
+        """Whether this process is to make the plan now, as nobody else at work is about to; True once."""
+        if self._planner in {known.name for known in self.owners()}:
+            return False
+        self._planner = owner.name
+        return True
+
+    def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
+        batch = super().take(owner, is_fresh=is_fresh)
+        if batch is not None and self.failures(batch, DIED):
+            self.report(owner.slot, "said", f"batch {batch} is begun again, the process that had it has ended")
+        return batch
+
+    def give_back(self, batch: int, owner: Owner, reason: str) -> None:
+        if reason == NOT_FINITE:
+            self.report(owner.slot, "said", f"batch {batch} has numbers that are not finite, it is made again")
+        super().give_back(batch, owner, reason)
+
+    def report(self, slot: int, kind: str, *content: Any) -> None:
+        self._reports.append([slot, kind, *content])
+
+    def reports(self) -> list[list[Any]]:
+        found, self._reports = self._reports, []
+        return found
+
+
+class RemoteQueue:
+    """The queue behind an actor: what is called here is done there, and waited for."""
+
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        import ray
+
+        method = getattr(self._actor, name)
+        return lambda *arguments, **options: ray.get(method.remote(*arguments, **options))
+
+
+@dataclass(frozen=True)
+class RayWorkerSetup:
+    """What a worker receives at its start."""
+
+    config: RunConfig
+    source: PromptSource
+    document: Mapping[str, Any] | None  # run.json, where it is known
+    describe: Callable[[Job], list[str]]
+    on_start: Callable[[], None] | None  # called before anything else
+    compare: Compare | None
+    coordinator: Any
+    folder: str = field(default_factory=os.getcwd)  # from where relative paths are meant
+
+
+class RayWorker:
+    """An actor that works through the queue."""
+
+    def work(self, setup: RayWorkerSetup, owner: Owner) -> None:
+        with suppress(OSError):  # a machine without that folder needs paths that are not relative to it
+            os.chdir(setup.folder)
+        if setup.on_start:
+            setup.on_start()
+        queue = RemoteQueue(setup.coordinator)
+        queue.enter(owner)
+        with reported(queue, owner):
+            job = compose(setup.config, setup.source, setup.document)
+            while (session := queue.session()) is None and not queue.is_over():
+                if queue.is_planner(owner):
+                    queue.report(owner.slot, "planned", replace(job, engine=None), __version__, setup.describe(job))
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            if session is None:
+                return
+            queue.report(owner.slot, "ready", [])
+            folder = PublishingFolder(setup.config, session, queue.wanted, partial(queue.report, owner.slot, "rows"))
+            say = partial(queue.report, owner.slot, "said")
+            compare = setup.compare and partial(setup.compare, on_message=say)
+            Worker(adopt(job, session), folder, queue, owner, has_ledger=False, compare=compare).work()

@@ -1,0 +1,280 @@
+"""Several processes for one run: a GPU each, or a share of the cores. They only meet in the queue, so one that ends or
+hangs is replaced alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.command_line.ending import report
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
+from datasetdm_fast.runs.jobs.job import prepare
+from datasetdm_fast.runs.jobs.result import Result, close
+from datasetdm_fast.runs.jobs.settings import count_images
+from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_folder.folder import clean
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.heartbeat import Silence
+from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
+from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join
+
+MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
+LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
+SECONDS_BETWEEN_POLLS = 0.1  # of queue and processes
+SECONDS_TO_END = 1.0  # processes have once everything is committed
+# Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL =
+# 9).
+_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
+_BOOT = _WITH_PARENT + "from datasetdm_fast.runs.workers.spawn import enter; enter()"
+
+
+def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Result:
+    """The run, made by one process a place."""
+    folder, begin = Path(config.out), time.perf_counter()
+    if "torch" in sys.modules:  # engines that were compared before: the first process would lack their memory
+        from datasetdm_fast.engine.engines.memory import release
+
+        release()
+    storage.make_folder(folder / "state")
+    with locks.locked(folder / LOCK):
+        clean(folder)
+        try:
+            with closing(WorkQueue(folder / seal.QUEUE)) as queue:
+                supervisor = SpawningSupervisor(config, places, callbacks)
+                supervisor.work(queue, len(places))
+        finally:  # a finished run that refuses to go on stays as it was
+            clean(folder)
+        return close(folder, count_images(config), supervisor.committed, begin)
+
+
+@contextmanager
+def reported(queue: WorkQueue, owner: Owner) -> Iterator[None]:
+    """Within the block a process of the run ends with whatever is refused, and its supervisor hears of it."""
+    try:
+        yield
+    except (Refused, Missing, GateFailed) as stop:
+        queue.report(owner.slot, "refused", type(stop).__name__, stop.cause, stop.remedy)
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        sys.exit(report(error))
+
+
+@dataclass
+class Rank:
+    """A place and the process that fills it now."""
+
+    slot: int
+    owner: Owner | None = None
+    process: Any = None
+    starts: int = 0
+    deaths: int = 0  # in a row
+    next_start: float = 0.0  # when to start the next process
+    is_ready: bool = False
+    last_words: str = ""
+
+
+class Supervisor(ABC):
+    """Starts the processes of a run, receives what they report, replaces and ends them."""
+
+    queue: WorkQueue
+    ranks: list[Rank]
+
+    def __init__(self, out: str, callbacks: Callbacks):
+        self.out, self.callbacks, self.silence = out, callbacks, Silence(callbacks.patience)
+        self.committed = 0
+        self.was_ready = self.is_stopping = False
+
+    @abstractmethod
+    def start(self, owner: Owner) -> Any:
+        """A process that makes batches of the queue under this name. Its `ended()` says in words how it has ended, with
+        none where it was done, and is None while it runs; `kill()` ends it at once.
+        """
+
+    def work(self, queue: WorkQueue, count: int) -> None:
+        """Has so many processes work through the queue; returns once every batch is committed, or, when it is to stop,
+        once every process has finished what it had begun.
+        """
+        self.queue, self.ranks = queue, [Rank(slot) for slot in range(count)]
+        for rank in self.ranks:
+            self._enter(rank)
+        try:
+            while not queue.is_complete() and (self._running() or not self.is_stopping):
+                if self.callbacks.is_stopping():
+                    self._stop()
+                else:
+                    self._fill_places()
+                self._receive()
+                self._end_silent()
+                time.sleep(SECONDS_BETWEEN_POLLS)
+            end = time.monotonic() + SECONDS_TO_END
+            # What a comparison finds counts also where the others have made the rest of the run in the meantime.
+            while self._running() and (self._is_comparing() or time.monotonic() < end):
+                self._receive()
+                self._end_silent()
+                time.sleep(SECONDS_BETWEEN_POLLS)
+        finally:
+            for rank in self._running():
+                rank.process.kill()
+        with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
+            self._hear()
+
+    def _is_comparing(self) -> bool:
+        return self.callbacks.compare is not None and not self.callbacks.is_stopping()
+
+    def _running(self) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.process]
+
+    def _enter(self, rank: Rank) -> None:
+        """Adds a place's next process to the queue, where others see from then on that it will be there."""
+        rank.starts, rank.is_ready = rank.starts + 1, False
+        rank.owner = Owner(f"rank {rank.slot}, process {rank.starts}", rank.slot)
+        self.queue.enter(rank.owner)
+
+    def _fill_places(self) -> None:
+        if all(rank.deaths == MOST_DEATHS for rank in self.ranks):
+            words = "; ".join(dict.fromkeys(rank.last_words for rank in self.ranks))
+            raise Missing(
+                f"{self.out}: every process of the run ended {MOST_DEATHS} times in a row ({words})",
+                "Fix that and run the same command again: it resumes.",
+            )
+        for rank in self.ranks:
+            if not rank.process and rank.deaths < MOST_DEATHS and time.monotonic() >= rank.next_start:
+                rank.process = self.start(rank.owner)
+
+    def _stop(self) -> None:
+        if not self.is_stopping:
+            self.is_stopping = True
+            self.queue.stop()
+        for rank in self._running():
+            if not rank.is_ready:  # it has nothing to finish
+                rank.process.kill()
+
+    def _receive(self) -> None:
+        """Deals with what has been reported, and with processes that have ended."""
+        endings = [(rank, rank.process.ended()) for rank in self._running()]
+        self._hear()  # among it everything that those have said
+        for rank, how in endings:
+            if how is not None:
+                self._leave(rank, how)
+
+    def _hear(self) -> None:
+        for slot, kind, *content in self.queue.reports():
+            self.handle(self.ranks[slot], kind, *content)
+
+    def handle(self, rank: Rank, kind: str, *content: Any) -> None:
+        if kind == "ready":
+            rank.is_ready = True
+            if not self.was_ready:
+                self.was_ready = True
+                for line in content[0]:
+                    self.callbacks.on_message(line)
+        elif kind == "said":
+            self.callbacks.on_message(*content)
+        elif kind == "committed":
+            rank.deaths = 0
+            self.committed += content[0]
+            self.callbacks.on_commit(content[0])
+        elif kind == "refused":
+            name, cause, remedy = content
+            rank.last_words = cause
+            # What keeps the first process from starting keeps all of them; a disk that is full is full for all. But a
+            # GPU that has vanished concerns one.
+            if name != "Missing" or rank.is_ready or not self.was_ready:
+                raise REFUSALS[name](cause, remedy)
+
+    def _leave(self, rank: Rank, how: str) -> None:
+        rank.process, lost = None, self.queue.leave(rank.owner, DIED)
+        if self.is_stopping or not how:
+            return
+        rank.deaths += 1
+        rank.next_start = time.monotonic() + min(2.0 ** (rank.deaths - 1) - 1, LONGEST_WAIT)
+        rank.last_words = rank.last_words or how
+        then = f"is not replaced any more, after {MOST_DEATHS} deaths in a row"
+        if rank.deaths < MOST_DEATHS:
+            self._enter(rank)
+            then = "is replaced"
+        self.callbacks.on_message(f"rank {rank.slot} {how}, {lost} batches went back, it {then}")
+
+    def _end_silent(self) -> None:
+        """Ends processes that give no sign of life; they are then replaced like others that ended."""
+        for owner, seconds in self.silence.too_long(self.queue.owners()).items():
+            if process := self.ranks[owner.slot].process:
+                self.callbacks.on_message(f"rank {owner.slot} has given no sign of life for {seconds:.0f} s")
+                process.kill()
+
+
+class SpawnedProcess(subprocess.Popen):
+    """A process of the run on this machine."""
+
+    def ended(self) -> str | None:
+        code = self.poll()
+        if not code:
+            return None if code is None else ""
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def kill(self) -> None:
+        super().kill()
+        self.wait()
+
+
+class SpawningSupervisor(Supervisor):
+    """Starts the processes of a run on this machine."""
+
+    def __init__(self, config: RunConfig, places: Sequence[Place], callbacks: Callbacks):
+        super().__init__(config.out, callbacks)
+        self.config, self.places = config, places
+
+    def start(self, owner: Owner) -> SpawnedProcess:
+        place = self.places[owner.slot]
+        config = replace(self.config, threads=place.threads, quiet=True, gpus="", ranks=0)
+        path = os.pathsep.join(path for path in sys.path if path)
+        process = SpawnedProcess(
+            [sys.executable, "-P", "-c", _BOOT],
+            env={**os.environ, "PYTHONPATH": path, **place.environment},
+            stdin=subprocess.PIPE,
+            stdout=2,  # the standard output of a command holds its result alone
+        )
+        with suppress(BrokenPipeError):  # it has just ended
+            told = self.callbacks
+            pickle.dump((config, owner, told.describe, told.on_start, told.compare), process.stdin)
+            process.stdin.flush()
+        return process
+
+
+def enter() -> None:
+    """One process of the run, from its start to its end; its standard input lasts as long as its parent."""
+    # a terminal sends them to all of the group; the parent alone decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    config, owner, describe, on_start, compare = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    if on_start:
+        on_start()
+    with closing(WorkQueue(Path(config.out) / seal.QUEUE)) as queue, reported(queue, owner):
+        job, folder = join(prepare(config), queue)
+        with folder:
+            queue.report(owner.slot, "ready", describe(job))
+            on_commit, say = (partial(queue.report, owner.slot, kind) for kind in ("committed", "said"))
+            compare = compare and partial(compare, on_message=say)
+            Worker(job, folder, queue, owner, on_commit, compare=compare).work()
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
+    os._exit(1)

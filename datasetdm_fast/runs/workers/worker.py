@@ -1,0 +1,203 @@
+"""The work of one process of a run: it takes batches from the queue, makes them and reports them, and decides what
+becomes of a batch that failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.disk import sqlite
+from datasetdm_fast.runs.jobs import run
+from datasetdm_fast.runs.jobs.job import Job, adopt
+from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
+from datasetdm_fast.runs.run_folder.document import read_document
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.goal import counts_by_class
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
+from datasetdm_fast.runs.workers.heartbeat import USUAL, Patience
+from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
+
+MOST_FAILURES = 3  # deaths of processes while they made a batch, after which it is quarantined
+SECONDS_BETWEEN_BEATS = 1.0  # signs of life
+SECONDS_BETWEEN_TRIES = 0.2  # to take a batch where there is none
+LATE_FACTOR = 2.0  # average times of a batch after which that of another process is made a second time
+LEAST_LATE_SECONDS = 5.0
+
+
+# from a job, and on_message, on_unet_call and sharing by name, what is called with samples before they are committed
+Compare = Callable[..., Callable[[list[Sample | SetAside]], None]]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """How a launcher and whoever starts a run hear of each other."""
+
+    describe: Callable[[Job], list[str]]  # lines about a job, for the screen
+    on_message: Callable[[str], None] = lambda line: None  # of every line for the screen
+    on_commit: Callable[[int], None] = lambda count: None  # of the samples of every commit
+    is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
+    on_start: Callable[[], None] | None = None  # called by every process before anything else
+    patience: Patience = USUAL
+    compare: Compare | None = None
+
+
+def join(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
+    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and
+    fills the queue.
+    """
+    with queue.alone():
+        stored = read_document(job.folder)
+        if stored is not None:
+            job = adopt(job, stored)
+        folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
+        if queue.last() is None:
+            wanted = run.Quota(job, folder.ledger).lacking()
+            queue.fill(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
+    return job, folder
+
+
+class Worker:
+    """Makes batches of a queue; `on_commit` hears of the samples that were committed here first, `on_idle` is called
+    while there is nothing to take.
+
+    `folder` is the run folder, or what has its `write`, `unseal`, `commit`, `draw_sheets` and `ledger` on a machine
+    that has none. There `has_ledger` is false, and whoever has the ledger adds the batches that make up for doubtful
+    samples.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        queue: WorkQueue,
+        owner: Owner,
+        on_commit: Callable[[int], None] = lambda count: None,
+        on_idle: Callable[[], object] = lambda: None,
+        is_stopping: Callable[[], bool] = lambda: False,
+        *,
+        has_ledger: bool = True,
+        compare: Compare | None = None,
+    ):
+        self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
+        self.makes_up = job.makes_up and has_ledger
+        self.counts_by_class = counts_by_class(job.document["config"]) and has_ledger
+        self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
+        self.last_beat, self.made = 0.0, 0
+        self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
+        self.before_commit = (
+            compare(job, on_unet_call=self._beat, sharing=self._sharing) if compare else lambda results: None
+        )
+
+    def _sharing(self) -> int:
+        """How many processes make the run; 0 for all but the one that compares samples, that of the lowest slot."""
+        slots = [owner.slot for owner in self.queue.owners()]
+        return len(slots) if self.owner.slot == min(slots, default=0) else 0
+
+    def work(self) -> None:
+        """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
+        self.queue.enter(self.owner)
+        while not self.is_stopping() and self._turn():
+            pass
+        self.queue.leave(self.owner)
+
+    def _beat(self, *, is_idle: bool = False) -> None:
+        """To be called where work goes on, or there is none; now and then this is a sign of life."""
+        if time.monotonic() - self.last_beat >= SECONDS_BETWEEN_BEATS:
+            self.last_beat = time.monotonic()
+            self.queue.beat(self.owner.name, is_idle=is_idle)
+
+    def _turn(self) -> bool:
+        """Makes what can be taken now, or waits a little; False where nothing will be left to be taken."""
+        begin = time.monotonic()
+        if (batch := self.queue.take(self.owner)) is not None:
+            self._make(chain([batch], self._fresh()))
+            self.seconds += time.monotonic() - begin
+        elif (batch := self.queue.take(self.owner, is_fresh=False)) is not None:
+            self._retry(batch)
+        elif self.queue.is_over():
+            return False
+        else:
+            self._beat(is_idle=True)
+            self.on_idle()
+            if (batch := self._late()) is not None:
+                self._make([batch])
+            else:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        return True
+
+    def _fresh(self) -> Iterator[int]:
+        """Batches that have not failed, until there is none or it is time to stop."""
+        while not self.is_stopping() and (batch := self.queue.take(self.owner)) is not None:
+            yield batch
+
+    def _retry(self, batch: int) -> None:
+        """Makes a batch that was begun before alone, so that another failure has one reason, or quarantines it."""
+        if len(self.queue.failures(batch, DIED)) < MOST_FAILURES:
+            self._make([batch])
+            return
+        reason = f"{MOST_FAILURES} processes ended while they made its batch"
+        with BackgroundWriter(self.folder, self._committed) as writer:
+            planned = self.job.plan.batch(batch)
+            self._put(writer, planned, [SetAside(request, reason) for request in planned.requests])
+
+    def _late(self) -> int | None:
+        """A batch another process has been busy with for far too long, which this one now makes as well: whoever is
+        first commits the same bytes.
+        """
+        if not self.count:
+            return None
+        return self.queue.help(self.owner, max(LEAST_LATE_SECONDS, LATE_FACTOR * self.seconds / self.count))
+
+    def _make(self, batches: Iterable[int]) -> None:
+        plan = self.job.plan
+        with BackgroundWriter(self.folder, self._committed) as writer:
+            for batch, results in run.made(self.job, (plan.batch(k) for k in batches), self._beat):
+                self.count += 1
+                if self._is_doubtful(batch.index, results):
+                    self.queue.give_back(batch.index, self.owner, NOT_FINITE)
+                else:
+                    self._put(writer, batch, results)
+
+    def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
+        if kept := self._wanted(batch.index, results):
+            self.before_commit(kept)
+            writer.put(kept, run.facts_of(self.job.recipe, batch))
+        else:
+            self._finish(batch.index)
+
+    def _committed(self, rows: list[Row]) -> None:
+        self._beat()
+        if self._finish(rows[0].request.index // self.job.plan.batch_size):
+            self.made += len(rows)
+            self.on_commit(sum(row.status != DOUBTFUL for row in rows))
+
+    def _finish(self, batch: int) -> bool:
+        return self.queue.finish(batch, self._more) if self.makes_up else self.queue.finish(batch)
+
+    def _more(self) -> list[int]:
+        return run.in_order(run.Quota(self.job, self.folder.ledger).lacking(), self.job.plan.batch_size)
+
+    def _wanted(self, batch: int, results: list[Sample | SetAside]) -> list[Sample | SetAside]:
+        """The results that the run lacks."""
+        size, ledger = self.job.plan.batch_size, self.folder.ledger
+        first, stop = batch * size, (batch + 1) * size
+        if self.makes_up:
+            return run.Quota(self.job, ledger, first, stop).taken(results)
+        if self.counts_by_class:  # a batch holds samples of classes that have enough
+            wants = run.Quota(self.job, ledger, first, stop).wants
+            results = [result for result in results if wants(result.request.index)]
+        missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
+        return [result for result in results if result.request.index in missing]
+
+    def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
+        """Whether numbers that are not finite may be the fault of this process's device: then another one is to make
+        the batch, and what it makes counts.
+        """
+        if not any(isinstance(result, SetAside) for result in results):
+            return False
+        others = {owner.slot for owner in self.queue.owners()} - {self.owner.slot}
+        return bool(others) and not set(self.queue.failures(batch, NOT_FINITE)) - {self.owner.slot}

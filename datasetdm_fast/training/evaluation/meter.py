@@ -1,0 +1,167 @@
+"""One meter per task: fed predictions and truth image by image, read as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.errors import Refused
+
+BLOCK = 256  # images that are looked at together
+
+FIGURES = {
+    "miou": "mIoU",
+    "seen": "mIoU of seen classes",
+    "unseen": "mIoU of unseen classes",
+    "harmonic": "harmonic mIoU",
+    "in_common": "mIoU of classes in common",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "absrel": "AbsRel",
+    "rmse": "RMSE (m)",
+    "delta_1.25": "delta < 1.25",
+    "delta_1.25_2": "delta < 1.25^2",
+    "delta_1.25_3": "delta < 1.25^3",
+    "pck": "PCK@0.1",
+    "oks_ap": "OKS-AP",
+    "oks_ap50": "OKS-AP50",
+}  # what people call the figures that files name by a key
+
+
+def figure_name(key: str) -> str:
+    """A figure as people call it."""
+    return FIGURES.get(key, key.replace("_", " "))
+
+
+class Meter:
+    """What every task's figures share."""
+
+    each = "per_class"
+    figure = ""  # of learning curves
+    held_out_figure = ""  # by which a training keeps its best weights
+    student_figure = ""  # by which students are compared
+    less_is_better = False
+    shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
+
+    @cached_property
+    def things(self) -> list[int]:
+        """How many things each image shows that `add` has kept; whoever adds an image says so here."""
+        return []
+
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Meter:
+        """The meter of a decoder on a data set; refuses a decoder that cannot be compared with it."""
+        return cls(source)
+
+    @classmethod
+    def reading(cls, config: DecoderConfig) -> DecoderConfig:
+        """How the answers of a decoder are to be read."""
+        return config
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns of the figure named `each`."""
+        return ()
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)  # what `add` has kept, an entry an image
+
+    def counts_hits(self, figure: str) -> bool:
+        """Whether a figure is a share of what was to be found, of which a few images may show no miss."""
+        return True
+
+    @property
+    def telling(self) -> int:
+        """How many images have something to find."""
+        return self.count
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN for classes not shown."""
+        raise NotImplementedError
+
+    def result(self) -> dict:
+        """Every figure over all images for which they show something to find, and those of each class there is; empty
+        where they show nothing to find.
+        """
+        if not self.count:
+            return {}
+        found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
+        single = {name: float(value) for name, value in found.items() if name != self.each and np.isfinite(value)}
+        if not single:
+            return {}
+        return single | ({self.each: self.named(found[self.each])} if self.each in found else {})
+
+    def not_shown(self, result: Mapping[str, Any]) -> list[str]:
+        """The classes or joints that have no figure in a result, as no image shows them."""
+        return [name for name in self.columns if name not in result.get(self.each, {})]
+
+    def by_things(self) -> dict[str, dict[str, float]]:
+        """The figures of `shown_by_things` over the images with 1, 2, 3 ... things, and how many images these are."""
+        found = {}
+        for count in sorted(set(self.things) - {0}) if self.shown_by_things else ():
+            chosen = np.array(self.things) == count
+            figures = self.figures(chosen[None].astype(np.float64))
+            values = {name: float(np.nan_to_num(figures[name][0])) for name in self.shown_by_things}
+            found[str(count)] = {"images": int(chosen.sum()), **values}
+        return found
+
+    def draws(self, number: int, seed: int = 0) -> dict[str, np.ndarray]:
+        """The figures [number] of as many bootstrap draws: images with replacement, as many as there are."""
+        random = np.random.default_rng(seed)
+        weights = random.multinomial(self.count, np.full(self.count, 1 / self.count), size=number).astype(np.float64)
+        return self.figures(weights)
+
+    def shown(self) -> np.ndarray:
+        """How many images show each class or joint."""
+        blocks = range(0, self.count, BLOCK)
+        alone = (np.eye(min(BLOCK, self.count - start), self.count, start) for start in blocks)
+        return sum(np.isfinite(self.figures(weights)[self.each]).sum(0) for weights in alone)
+
+    def named(self, values: np.ndarray) -> dict[str, Any]:
+        """What there is a figure of, by name."""
+        return {name: value.tolist() for name, value in zip(self.columns, values) if np.isfinite(value).all()}
+
+
+def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
+    """For each number a decoder may say, the number of the same name in the data set, -1 where it has none."""
+    table = np.full(max(length, len(said)), -1, np.int64)
+    table[: len(said)] = [known.index(name) if name in known else -1 for name in said]
+    return table
+
+
+def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses to compare answers and truth that have no name in common."""
+    if known and not set(said) & set(known):
+        shown = ", ".join(said[:5]), ", ".join(known[:5])
+        raise Refused(
+            f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common",
+            "Evaluate on data with the decoder's classes.",
+        )
+
+
+def check_count(meter: Meter) -> dict:
+    """The result; figures of no image are refused, as where all that there is of truth is ignored, or no image shows a
+    person.
+    """
+    if not (found := meter.result()):
+        raise nothing_shown()
+    return found
+
+
+def nothing_shown() -> Refused:
+    """The refusal of images of which there is nothing to tell."""
+    return Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is a number."""
+    is_there = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(is_there, values, 0).sum(-1) / is_there.sum(-1)

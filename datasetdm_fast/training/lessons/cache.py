@@ -1,0 +1,295 @@
+"""Captures of labelled images on the disk in half precision, so that an epoch reads instead of running the UNet.
+
+One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any
+training that looks at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32
+bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Capture
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.sampling.inversion import POSTERIOR, invert
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.stages import Level
+from datasetdm_fast.training.lessons.views import Views
+
+DIGEST = 32  # bytes
+SHARE = 0.5  # of the free disk that more captures may take where nobody says
+DAY = 86400.0  # seconds, after which a half-written shard has no writer any more
+UNUSED = 30  # days without a training that needs it, after which the next one deletes a shard
+SHARD = re.compile(r"[0-9a-f]{64}\.f16")
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How an image is brought into the network."""
+
+    timestep: int = 0
+    latent: str = "mean"  # or sample, of the autoencoder's posterior
+    ddim_steps: int = 0  # 0 = drawn noise
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.latent == "sample"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One view's levels end to end; a level is its cells, a cell all features and then all maps."""
+
+    shapes: tuple[tuple[int, int], ...]  # per level: cells, channels
+    features: tuple[int, ...]  # channels that are features
+
+    @classmethod
+    def of(cls, levels: Sequence[Level]) -> Self:
+        """The layout of the captures of a UNet with these levels."""
+        return cls(
+            tuple((level.side**2, level.channels) for level in levels),
+            tuple(2 * sum(level.features) for level in levels),
+        )
+
+    @property
+    def numbers(self) -> int:
+        """Of one view."""
+        return sum(cells * channels for cells, channels in self.shapes)
+
+    def joined(self, capture: Capture) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels] fp32, free to be trained on; a 1x1 projection is one product with it."""
+        levels = []
+        for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
+            parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [
+                one.permute(0, 2, 1, 3).flatten(2) for one in maps
+            ]
+            levels.append(torch.cat([part.float() for part in parts], 2))
+            assert levels[-1].shape[1:] == shape, (
+                f"captured {list(levels[-1].shape[1:])}, the levels promise {list(shape)}"
+            )
+        return tuple(levels)
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The same of rows [B, numbers] fp16."""
+        parts = rows.split([cells * channels for cells, channels in self.shapes], 1)
+        return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
+
+
+class RecomputedCaptures:
+    is_stored = False
+
+    def __init__(self, engine, views: Views, inversion: Inversion):
+        self.engine, self.views, self.inversion = engine, views, inversion
+        self.layout = Layout.of(engine.model.levels)
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels]."""
+        items = [self.views.item(view) for view in views]
+        seeds = [self.views.seed(view) for view in views]
+        return self.layout.joined(capture(self.engine, self.views, items, seeds, self.inversion))
+
+
+class StoredCaptures:
+    is_stored = True
+
+    def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device):
+        self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device
+        self._opened = lru_cache(512)(self._open)
+
+    def _open(self, image: int) -> np.ndarray:
+        return np.memmap(self.paths[image], np.float16, "r", shape=(self.draws, self.layout.numbers))
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        # Read where a GPU can fetch them from, so that the host goes on.
+        is_queued = self.device.type == "cuda"
+        rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
+        try:
+            np.stack([self._opened(view // self.draws)[view % self.draws] for view in views], out=rows.numpy())
+        except OSError as error:
+            raise storage.refusal(error, error.filename or "captures") from error
+        return self.layout.unpack(rows.to(self.device, non_blocking=is_queued))
+
+
+def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
+    return invert(
+        engine,
+        views.pixels(items),
+        views.captions(items),
+        inversion.timestep,
+        seeds,
+        is_raw=True,
+        is_sampled=inversion.is_sampled,
+        ddim_steps=inversion.ddim_steps,
+    )
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Whether the captures of some views fit on the disk, decided before anything is made."""
+
+    folder: Path
+    bytes: int
+    budget: int
+    is_stored: bool
+    held: int = 0  # bytes of all captures that the folder holds so far, those of earlier trainings too
+
+    def __str__(self) -> str:
+        size, room = self.bytes / 1e9, self.budget / 1e9
+        if not self.is_stored and not self.budget:
+            return "features and maps made anew at every step"
+        if self.is_stored:
+            so_far = f"; {self.held / 1e9:.3g} GB lie there so far" if self.held > self.bytes else ""
+            most = f"at most {size:.3g} GB of the {room:.3g} GB allowed"
+            return f"features and maps kept in {self.folder}: {most}{so_far}"
+        why = f"{size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
+        return f"features and maps made anew at every step: {why}"
+
+
+def plan(
+    folder: Path,
+    levels: Sequence[Level],
+    count: int,
+    mode: str,
+    gigabytes: float = 0.0,
+    kept: Callable[[], int] = lambda: 0,
+) -> CachePlan:
+    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = what is kept of them and half of what is
+    free. `kept` counts these bytes, which takes time, and is called only where it decides.
+    """
+    size = count * Layout.of(levels).numbers * 2
+    if mode == "off":
+        return CachePlan(folder, size, 0, False)
+    budget = int(gigabytes * 1e9) if gigabytes else int(storage.free_bytes(folder.absolute()) * SHARE)
+    if size > budget and not gigabytes:
+        budget += kept()
+    if mode == "disk" and size > budget:
+        raise Refused(
+            f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
+            f"{folder}",
+            "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
+        )
+    return CachePlan(folder, size, budget, size <= budget, _held(folder))
+
+
+def _held(folder: Path) -> int:
+    """Bytes of all captures in a folder."""
+    total = 0
+    for shard in folder.glob("*.f16"):
+        with suppress(OSError):  # which another process takes away
+            total += shard.stat().st_size
+    return total
+
+
+def kept_bytes(engine, views: Views, inversion: Inversion, folder: Path) -> int:
+    """Bytes that the captures of these views take already."""
+    size = views.looks.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
+    paths = (path for path, _, _ in _shards(engine, views, inversion, folder))
+    return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
+
+
+def stored(
+    engine,
+    views: Views,
+    inversion: Inversion,
+    folder: Path,
+    share: tuple[int, int] = (0, 1),
+    batch_size: int = 12,
+    progress: Callable[[int], None] = lambda views: None,
+) -> StoredCaptures:
+    """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
+    layout, draws, paths = Layout.of(engine.model.levels), views.looks.draws, []
+    for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
+        paths.append(path)
+        _mark_used(path)
+        if image % share[1] == share[0]:
+            if not _is_whole(path, draws * layout.numbers * 2):
+                content = _made(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
+                storage.publish({path: [content, hashlib.sha256(content).digest()]})
+            progress(draws)
+    _sweep(folder)
+    return StoredCaptures(paths, layout, draws, engine.device)
+
+
+def _shards(engine, views: Views, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
+    """The file of every image's captures, what is looked at, and the seeds of its noise."""
+    draws = views.looks.draws
+    kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
+    layout = asdict(Layout.of(engine.model.levels))
+    common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": layout}
+    common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
+    identity = json.dumps(common, sort_keys=True, default=str)
+    for image in range(len(views.numbers)):
+        items = views.items(image)
+        seeds = [views.seed(image * draws + draw) for draw in range(draws)]
+        yield folder / f"{_key(identity, views, items, seeds)}.f16", items, seeds
+
+
+def _made(
+    engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int
+) -> np.ndarray:
+    rows: list[np.ndarray] = []
+    while (start := sum(map(len, rows))) < len(items):
+        part = slice(start, start + batch_size)
+        try:
+            levels = layout.joined(capture(engine, views, items[part], seeds[part], inversion))
+            rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
+        except torch.OutOfMemoryError as error:
+            if len(items[part]) == 1:
+                raise Missing(
+                    "memory: the GPU does not have enough memory for the features and maps of one image",
+                    "Choose a smaller --size, or free its memory.",
+                ) from error
+            batch_size = -(-len(items[part]) // 2)
+    joined = np.concatenate(rows)
+    if not np.isfinite(joined).all():
+        raise Refused(
+            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values exceed half precision",
+            "Use --cache off, which keeps them in fp32.",
+        )
+    return joined
+
+
+def _key(identity: str, views: Views, items: Sequence, seeds: Sequence[int]) -> str:
+    digest = hashlib.sha256(identity.encode())
+    digest.update(json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode())
+    digest.update(views.pixels(items).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        if path.stat().st_size != size + DIGEST:
+            return False
+        content = np.memmap(path, np.uint8, "r")
+    except OSError:
+        return False
+    return hashlib.sha256(content[:size]).digest() == content[size:].tobytes()
+
+
+def _mark_used(path: Path) -> None:
+    with suppress(OSError):  # not there yet, or of another user
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left half-written, and shards that no training has needed for a long time."""
+    now = time.time()
+    for path in folder.glob("*"):
+        with suppress(OSError):  # another process was faster
+            found = path.stat()
+            is_left = storage.is_temporary(path) and now - found.st_mtime > DAY
+            is_unused = SHARD.fullmatch(path.name) and now - max(found.st_atime, found.st_mtime) > UNUSED * DAY
+            if is_left or is_unused:
+                path.unlink()

@@ -1,0 +1,146 @@
+"""Readers of labelled images, one per file; `open_data("coco:PATH[val]", size)` picks by the word before the colon."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.scenes.worlds import WORLDS
+from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.plugins import Registry
+from datasetdm_fast.training.readers import demo
+from datasetdm_fast.training.readers.celebamask import CelebAMask
+from datasetdm_fast.training.readers.cityscapes import Cityscapes
+from datasetdm_fast.training.readers.coco import Coco
+from datasetdm_fast.training.readers.cvat import Cvat
+from datasetdm_fast.training.readers.deepfashion import DeepFashion
+from datasetdm_fast.training.readers.folder import PARTS, Folder
+from datasetdm_fast.training.readers.hf import HuggingFace
+from datasetdm_fast.training.readers.kitti import Kitti
+from datasetdm_fast.training.readers.labelme import LabelMe
+from datasetdm_fast.training.readers.lvis import Lvis
+from datasetdm_fast.training.readers.mask import Masks
+from datasetdm_fast.training.readers.nyu import Nyu
+from datasetdm_fast.training.readers.run import RunSamples
+from datasetdm_fast.training.readers.vkitti2 import VirtualKitti
+from datasetdm_fast.training.readers.voc import Voc
+from datasetdm_fast.training.readers.yolo import Yolo
+from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
+
+__all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
+
+# kind -> reader(path, split, size, tasks); the worlds alone have no path
+OWN_READERS = {
+    "run": RunSamples,
+    "voc": Voc,
+    "coco": Coco,
+    "lvis": Lvis,
+    "cityscapes": Cityscapes,
+    "nyu": Nyu,
+    "kitti": Kitti,
+    "vkitti2": VirtualKitti,
+    "deepfashion-mm": DeepFashion,
+    "celebamask-hq": CelebAMask,
+    "yolo-seg": Yolo,
+    "labelme": LabelMe,
+    "cvat": Cvat,
+    "mask": Masks,
+    "folder": Folder,
+    "hf": HuggingFace,
+}
+READERS = Registry("readers", OWN_READERS)
+ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
+ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED"
+
+
+def is_read(spec: str, path: Path) -> bool:
+    """Whether the reader of an address may take files in the folder `path` for the data set's."""
+    if not (address := _parts(spec)):
+        return False
+    kind, data, split = address
+    data, path = data.resolve(), path.resolve()
+    if not path.is_relative_to(data):
+        return False
+    first = path.relative_to(data).parts[:1]
+    return kind != "folder" or not first or first[0] in (*PARTS, split)
+
+
+def folders_of(first: str, second: str) -> tuple[Path, Path] | None:
+    """The folders of two addresses that are alike in all but these."""
+    here, there = _parts(first), _parts(second)
+    return (here[1], there[1]) if here and there and here[::2] == there[::2] else None
+
+
+def _parts(spec: str) -> tuple[str, Path, str | None] | None:
+    """Kind, folder and split of an address; None of a world, and where no folder is named."""
+    kind, _, rest = spec.partition(":")
+    match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
+    return (kind, Path(match[1]).expanduser(), match[2]) if match else None
+
+
+def open_data(
+    spec: str,
+    size: int,
+    *,
+    tasks: Sequence[str] = (),
+    selection: Selection = EVERYTHING,
+    skip_bad: bool = False,
+    framing: str = "fit",
+) -> LabelledSource:
+    """The data set of a KIND:PATH[SPLIT] address, its images at size x size pixels; the split defaults to train.
+
+    `tasks` are those whose truth is wanted, all that the data set has where none is named.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind in WORLDS:
+        source: LabelledSource = demo.read(kind, rest, size)
+    elif kind in READERS:
+        match = ADDRESSED.fullmatch(rest)
+        if not match:
+            raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
+        try:
+            found = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
+            source = READERS.checked(kind, found, LabelledSource)
+        except Missing as stop:
+            if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
+                raise
+            raise Refused(stop.cause, stop.remedy) from stop
+        except OSError as error:
+            stop = storage.refusal(error, error.filename or rest)
+            raise Refused(stop.cause, stop.remedy) from error
+        except Refused as stop:
+            if stop.remedy == reading.MEND:  # nothing was skipped yet that --skip-bad could skip
+                raise Refused(stop.cause, reading.MEND_FIRST) from stop
+            raise
+        except Exception as error:
+            if kind not in READERS.others:
+                raise
+            raise READERS.failed(kind, error, "fails") from error
+    else:
+        known = (*WORLDS, *READERS.names)
+        if not rest and Path(spec).expanduser().is_dir():
+            raise Refused(
+                f"--data {spec}: the kind of this data set is missing",
+                f"Write folder:{spec} for images/ with masks/ or depth/, run:{spec} for a run; kinds: "
+                f"{', '.join(known)}.",
+            )
+        raise Refused(
+            f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
+            f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
+        )
+    for name in (*source.classes, *source.thing_classes, *source.joints):
+        if not documents.is_unicode(name):
+            raise Refused(f"--data {spec}: the class or joint {name!r} is not valid Unicode", "Correct its name.")
+    if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
+        raise Refused(f"--data {spec}: no ground truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
+    if not len(source):
+        raise Refused(
+            f"--data {spec}: no image has ground truth for {', '.join(tasks or source.tasks)}",
+            "Name other data, or another task.",
+        )
+    source.skip_bad, source.framing = skip_bad, framing
+    return selected(source, selection)

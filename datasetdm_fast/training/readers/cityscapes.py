@@ -1,0 +1,78 @@
+"""cityscapes:PATH[SPLIT]: leftImg8bit and gtFine, 19 classes by train id."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
+
+CITYSCAPES_CLASSES = table("cityscapes").names
+TRAIN_IDS = dict(
+    zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19))
+)  # label id -> train id
+MOST_LABELS = 34  # label ids 0 to 33, and -1 for number plates, which a PNG cannot hold
+FIRST_THING = 11
+THOUSAND = 1000  # an instance is so many times its label id and a number
+
+
+class Cityscapes(PictureSource):
+    """Label maps by train id, else by label id as downloaded; instances where there are instanceIds files."""
+
+    classes = CITYSCAPES_CLASSES
+    thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]
+    rule = framing.RULES["cityscapes"]
+    captions_name_all = True
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path, folder = path, path / "leftImg8bit" / split
+        self.images = [image for image in reading.listing(folder, "_leftimg8bit.png")]
+        self.truth = path / "gtFine" / split
+        has_things = self._beside(self.images[0], "instanceIds").exists()
+        self.tasks = ("semantic", *(("instance",) if has_things else ()), "open-vocabulary")
+        super().__init__(size, len(self.images))
+
+    def _beside(self, image: Path, kind: str) -> Path:
+        return self.truth / image.parent.name / f"{image.name.removesuffix('_leftImg8bit.png')}_gtFine_{kind}.png"
+
+    def picture(self, record: int) -> Picture:
+        path = self.images[record]
+        image = reading.colour_image(path)
+        labels = self._labels(path, image.shape)
+        things = self._things(path, image.shape) if "instance" in self.tasks else {}
+        named = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORED)
+        return Picture(path.stem, image, named, labels, **things)
+
+    def photo_of(self, names: Sequence[str]) -> str:
+        said = ",".join(self.called.get(name, name) for name in names)
+        return f"a photo of a {said}, the urban street"
+
+    def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+        train_ids = self._beside(path, "labelTrainIds")
+        if train_ids.exists() or not (label_ids := self._beside(path, "labelIds")).exists():
+            return reading.label_map(train_ids, shape, self.classes)
+        found = reading.numbers(label_ids, shape)
+        reading.check_numbers(label_ids, found, MOST_LABELS)
+        table = np.full(256, IGNORED, np.uint8)
+        table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
+        return table[found]
+
+    def _things(self, path: Path, shape: tuple[int, ...]) -> dict[str, list]:
+        """Things, and as crowds the groups of things that could not be told apart, which have a label id alone."""
+        numbers = self._beside(path, "instanceIds")
+        found = reading.numbers(numbers, shape)
+        things: dict[str, list] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        for k in np.unique(found):
+            label_id = int(k) // THOUSAND if k >= THOUSAND else int(k)
+            if k >= THOUSAND and label_id >= MOST_LABELS:
+                raise reading.bad(numbers, f"the unknown class {label_id} of instance {k}")
+            kind = TRAIN_IDS.get(label_id, -1) - FIRST_THING
+            if kind >= 0:
+                which = ("masks", "mask_classes") if k >= THOUSAND else ("crowds", "crowd_classes")
+                things[which[0]].append(partial(np.equal, found, k))
+                things[which[1]].append(kind)
+        return things

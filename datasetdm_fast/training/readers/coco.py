@@ -1,0 +1,341 @@
+"""coco:PATH[SPLIT]: COCO's instances and keypoints; annotations are read from their file image by image."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource, largest
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.foreign.json_stream import JsonStream
+from datasetdm_fast.training.truth.shapes import MOST_CORNERS, rasterised
+
+KINDS = ("instances", "person_keypoints")  # of annotation files
+IMAGE_FORM = {"id": int, "height": int, "width": int}
+SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
+IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
+ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
+
+
+class Annotations:
+    """One annotation file: its images, its categories, and where in it each annotation stands. An image without any
+    shows nothing, also where all do.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.stream = path, JsonStream(path)
+        self.images: dict[int, dict[str, Any]] = {}
+        self.categories: dict[int, str] = {}
+        self.joints: tuple[str, ...] = ()
+        self.limbs: tuple[tuple[int, int], ...] = ()
+        self.bad: dict[int, str] = {}  # image id -> what is wrong with an annotation of it
+        rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
+        areas, crowds = array("d"), array("b")
+        for key, value, start, end in self.stream:
+            try:
+                if key == "images":
+                    documents.check_form(value, IMAGE_FORM)
+                    documents.check_form(
+                        {name: value.get(name, []) for name in SEARCHED}, dict.fromkeys(SEARCHED, [int])
+                    )
+                    if value["id"] in self.images:
+                        raise ValueError(f"the id {value['id']} occurs twice")
+                    self.images[value["id"]] = {name: value[name] for name in IMAGE_FIELDS if name in value}
+                    for name in SEARCHED:  # which may be long lists
+                        if name in value:
+                            self.images[value["id"]][name] = array("i", value[name])
+                elif key == "categories":
+                    self._add_category(value)
+                elif key == "annotations":
+                    documents.check_form(value, ANNOTATION_FORM)
+                    documents.check_form(value.get("area", 0), float, "area")
+                    if not all(-(2**63) <= value[name] < 2**63 for name in ANNOTATION_FORM):
+                        raise ValueError("an id of more than 64 bits")
+                    for name, number in zip(
+                        rows,
+                        (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value)),
+                    ):
+                        rows[name].append(number)
+                    areas.append(value.get("area", 0))
+                    crowds.append(_is_crowd(value))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise reading.bad(path, f"{key}, byte {start}: {error}") from error
+        is_annotated = "annotations" in self.stream.keys  # an empty list says that the images show nothing
+        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
+            if not there:
+                raise reading.bad(path, f"no {what} in it")
+        self.rows = {
+            name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64)
+            for name, column in rows.items()
+        }
+        self.areas, self.crowds = np.array(areas), np.array(crowds, bool)
+        self.order = np.argsort(self.rows["image"], kind="stable")
+        self.sorted_images = self.rows["image"][self.order]
+        self._check_ids()
+
+    def _add_category(self, value: Any) -> None:
+        documents.check_form(value, {"id": int, "name": str})
+        if value["id"] in self.categories or value["name"] in self.categories.values():
+            raise ValueError(f"the category {documents.quoted(value['name'])} occurs twice")
+        self.categories[value["id"]] = value["name"]
+        if "keypoints" in value:
+            documents.check_form(value["keypoints"], [str], "keypoints")
+            self.joints = tuple(value["keypoints"])
+            self.limbs = _limbs(value.get("skeleton"), len(self.joints))
+
+    def _check_ids(self) -> None:
+        """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
+        ids = np.sort(self.rows["id"])
+        if len(twice := ids[1:][ids[1:] == ids[:-1]]):
+            raise reading.bad(self.path, f"the annotation id {twice[0]} occurs twice")
+        known = np.isin(self.rows["category"], list(self.categories))
+        for row in np.flatnonzero(~known):
+            self.bad[int(self.rows["image"][row])] = (
+                f"annotation {self.rows['id'][row]} has the unknown category {self.rows['category'][row]}"
+            )
+        stray = np.flatnonzero(~np.isin(self.rows["image"], list(self.images)))
+        if len(stray):
+            raise reading.bad(
+                self.path,
+                f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}",
+            )
+
+    def of(self, image: int) -> np.ndarray:
+        """The rows of an image's annotations, in the file's order."""
+        return self.order[
+            np.searchsorted(self.sorted_images, image) : np.searchsorted(self.sorted_images, image, "right")
+        ]
+
+    def read(self, row: int) -> dict[str, Any]:
+        return self.stream.at(int(self.rows["start"][row]), int(self.rows["end"][row]))
+
+
+class Coco(PictureSource):
+    """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017; or all of them
+    without the year.
+
+    Asked for pose alone, each item is one person in the middle of a square; otherwise it is an image.
+    """
+
+    joints = COCO_JOINTS
+    limbs = COCO_LIMBS
+    rule = framing.RULES["coco"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path = path
+        stems = (split,) if any(letter.isdigit() for letter in split) else (f"{split}2017", split)
+        files = {stem: [path / "annotations" / f"{kind}_{stem}.json" for kind in KINDS] for stem in stems}
+        stem = next((stem for stem in stems if any(file.exists() for file in files[stem])), stems[0])
+        things, persons = files[stem]
+        is_pose_alone = tasks == ("pose",)
+        has_persons = persons.exists() and (not tasks or "pose" in tasks)
+        has_things = not is_pose_alone and (things.exists() or not has_persons)
+        if is_pose_alone and not has_persons:
+            reading.first_there(persons)
+        self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
+        self._open(
+            Annotations(reading.first_there(things)) if has_things else None,
+            Annotations(persons) if has_persons else None,
+            size,
+            is_pose_alone,
+        )
+
+    def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
+        self.things, self.persons, self.shows_persons = things, persons, is_pose_alone
+        if things:
+            ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
+            self.numbers = {category: k for k, category in enumerate(ids)}
+            self.thing_classes = tuple(things.categories[category] for category in ids)
+            self.captions_name_all = True
+            self.classes = ("background", *self.thing_classes) if len(ids) < MOST_SEMANTIC else ()
+            self.tasks = (*(("semantic",) if self.classes else ()), "instance", "open-vocabulary")
+        if persons:
+            self.tasks += ("pose",)
+            self.joints = persons.joints or COCO_JOINTS
+            self.limbs = COCO_LIMBS if self.joints == COCO_JOINTS else persons.limbs
+        first = things or persons
+        self.images = sorted(first.images)
+        # a person is a row of the keypoint file
+        self.people = np.flatnonzero((persons.rows["count"] > 0) & ~persons.crowds) if is_pose_alone else None
+        if is_pose_alone:
+            self.people = self.people[np.argsort(persons.rows["image"][self.people], kind="stable")]
+        super().__init__(size, len(self.images) if self.people is None else len(self.people))
+
+    def name(self, record: int) -> str:
+        try:
+            return str(self.image_path(self._image_of(record)))
+        except Refused:  # its file name is what is wrong with it
+            return f"image {self._image_of(record)}"
+
+    def _image_of(self, record: int) -> int:
+        return self.images[record] if self.people is None else int(self.persons.rows["image"][self.people[record]])
+
+    def origins(self, record: int) -> tuple[str, ...]:
+        """The image, where each item is one of its persons."""
+        return () if self.people is None else (str(self._image_of(record)),)
+
+    def image_path(self, image: int) -> Path:
+        first = self.things or self.persons
+        said = first.images[image].get("file_name")
+        if not isinstance(said, str):
+            raise reading.bad(first.path, f"image {image} has no file_name")
+        return reading.inside(self.folder, said, first.path)
+
+    def picture(self, record: int) -> Picture:
+        image, first = self._image_of(record), self.things or self.persons
+        path, said = self.image_path(image), first.images[image]
+        for source in (self.things, self.persons):
+            if source and image in source.bad:
+                raise reading.bad(source.path, source.bad[image])
+        entry, sides = f"its entry in {first.path.name}", (said["width"], said["height"])
+        pixels = reading.colour_image(path, reading.as_sized(entry, lambda: sides))
+        if pixels.shape[:2] != (said["height"], said["width"]):
+            raise reading.bad(
+                path,
+                f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x "
+                f"{said['height']}",
+            )
+        fields: dict[str, Any] = {"caption": self.photo_of(["person"])}
+        if self.things:
+            fields |= self._things(image, pixels.shape[:2])
+        if self.persons:
+            rows = self.persons.of(image) if self.people is None else [self.people[record]]
+            fields |= self._joints(rows)
+        suffix = "" if self.people is None else f"_{self.persons.rows['id'][self.people[record]]}"
+        return Picture(f"{path.stem}{suffix}", pixels, **fields)
+
+    def _things(self, image: int, shape: tuple[int, int]) -> dict[str, Any]:
+        found = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        for row in self.things.of(image):
+            if (kind := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
+                continue
+            value = self.things.read(row)
+            try:
+                make = _mask_maker(value.get("segmentation"), shape)
+            except ValueError as error:
+                raise reading.bad(
+                    self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}"
+                ) from error
+            which = ("crowds", "crowd_classes") if self.things.crowds[row] else ("masks", "mask_classes")
+            found[which[0]].append(make)
+            found[which[1]].append(kind)
+        return found | {"caption": tuple(self.thing_classes[k] for k in sorted(set(found["mask_classes"])))}
+
+    def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
+        points, boxes, areas = [], [], []
+        for row in rows:
+            if not self.persons.rows["count"][row] or self.persons.crowds[row]:
+                continue
+            value = self.persons.read(row)
+            try:
+                documents.check_form(value, {"keypoints": [float], "bbox": [float]})
+                if len(value["keypoints"]) != 3 * len(self.joints) or len(value["bbox"]) != 4:
+                    raise ValueError(
+                        f"{len(value['keypoints'])} numbers for {len(self.joints)} joints, {len(value['bbox'])} for "
+                        "a box"
+                    )
+                joints = np.array(value["keypoints"], np.float64).reshape(-1, 3)
+                if (
+                    not np.isin(joints[:, 2], (0, 1, 2)).all()
+                    or np.abs(joints).max() > 1e6
+                    or np.abs(value["bbox"]).max() > 1e6
+                ):
+                    raise ValueError("a joint or box out of range")
+            except ValueError as error:
+                raise reading.bad(self.persons.path, f"annotation {self.persons.rows['id'][row]}: {error}") from error
+            joints[:, :2] += 0.5  # COCO counts from the middle of the first pixel
+            points.append(joints)
+            boxes.append(value["bbox"])
+            areas.append(self.persons.areas[row] or value["bbox"][2] * value["bbox"][3])
+        count = len(self.joints)
+        return {
+            "keypoints": np.array(points, np.float32).reshape(-1, count, 3),
+            "keypoint_boxes": np.array(boxes, np.float32).reshape(-1, 4),
+            "keypoint_areas": np.array(areas, np.float32),
+            "person": tuple(boxes[0]) if self.people is not None and boxes else None,
+        }
+
+    def areas(self, record: int) -> dict[str, int]:
+        if self.things is None:
+            return {"person": 1}
+        if not self.things.areas.any():  # the file tells none
+            return super().areas(record)
+        rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
+        kinds = {row: self.numbers.get(int(self.things.rows["category"][row])) for row in rows}
+        named = ((row, self.thing_classes[kind]) for row, kind in kinds.items() if kind is not None)
+        return largest((name, int(self.things.areas[row])) for row, name in named)
+
+    def is_centred(self, record: int) -> bool:
+        """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""
+        if self.people is None:
+            return True
+        found = self._joints([self.people[record]])
+        seen = found["keypoints"][0][:, 2] > 0
+        x, y, width, height = found["keypoint_boxes"][0]
+        side = max(width, height) * framing.PERSON_MARGIN
+        away = found["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
+        nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
+        return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
+
+
+def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
+    """The limbs of a category, whose joints COCO counts from 1; none where they join no joints, as only drawings need
+    them.
+    """
+    try:
+        documents.check_form(skeleton, [[int]])
+        pairs = tuple((a - 1, b - 1) for a, b in skeleton)
+    except ValueError:
+        return ()
+    return pairs if all(0 <= end < joints for pair in pairs for end in pair) else ()
+
+
+def _is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is of many things; where it is neither said nor denied, it is of one."""
+    said = annotation.get("iscrowd") or 0
+    if said not in (0, 1):
+        raise ValueError(f"iscrowd is {documents.quoted(said)}, expected 0 or 1")
+    return bool(said)
+
+
+def _joints_in_sight(annotation: dict[str, Any]) -> int:
+    """As the file counts them, else as it lists them: many programs leave the count out."""
+    said, listed = annotation.get("num_keypoints"), annotation.get("keypoints")
+    documents.check_form(said or 0, int, "num_keypoints")
+    if said is None and isinstance(listed, list):
+        return sum(isinstance(value, (int, float)) and value > 0 for value in listed[2::3])
+    return said or 0
+
+
+def _mask_maker(segmentation: Any, shape: tuple[int, int]):
+    """What makes the mask of a polygon list or a run-length string that was checked to fit the image."""
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != list(shape):
+            raise ValueError(
+                f"an RLE of size {documents.quoted(segmentation.get('size'))}, but its image has {list(shape)}"
+            )
+        mask_rle.run_lengths(segmentation)
+        return partial(mask_rle.decode, segmentation)
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError("no segmentation")
+    documents.check_form(segmentation, [[float]], "segmentation")
+    if sum(map(len, segmentation)) > 2 * MOST_CORNERS or any(
+        len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+    ):
+        raise ValueError("a polygon of fewer than three corners, of half a corner or of too many")
+    height, width = shape
+    for polygon in segmentation:
+        if not all(-width <= x <= 2 * width for x in polygon[::2]) or not all(
+            -height <= y <= 2 * height for y in polygon[1::2]
+        ):
+            raise ValueError("a polygon far outside its image")
+    return partial(rasterised, segmentation, shape)

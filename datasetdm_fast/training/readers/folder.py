@@ -1,0 +1,76 @@
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit) or both, and classes.txt."""
+
+from pathlib import Path
+from types import NoneType
+
+from datasetdm_fast.engine.labels.depth import UNITS, unit_of
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+
+CLASSES = "Write one class name per line there, in the order of the numbers in the masks."
+PARTS = "images", "masks", "semantic", "depth"
+
+
+class Folder(PictureSource):
+    """images, masks or semantic, depth in PATH or PATH/SPLIT. captions.json may be there, a caption for each file name
+    or name without its ending, and there or in PATH max_depth.txt with the farthest depth in metres, which decides the
+    unit of depth files as in a run folder.
+    """
+
+    rule = framing.RULES["voc"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        if split != "train" and not (path / split).is_dir():
+            raise reading.no_split(path, split)
+        whole, path = path, path / split if (path / split).is_dir() else path
+        self.path = path
+        self.images = reading.listing(path / "images", *reading.PICTURES, *reading.OTHER_PICTURES)
+        self.ids = reading.names_of(path / "images", self.images)
+        self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
+        self.depths = path / "depth"
+        has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
+        if not has_maps and not has_depth:
+            raise reading.bad(path, "neither masks nor depth beside images")
+        if has_maps:
+            files = (folder / "classes.txt" for folder in (path, path.parent))
+            self.classes = reading.class_file(reading.first_there(*files, remedy=CLASSES))
+            if len(self.classes) > IGNORED:
+                raise reading.bad(
+                    path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"
+                )
+            self.thing_classes = reading.without_background(self.classes)
+        if has_depth:
+            farthest = [folder / "max_depth.txt" for folder in (path, whole)]
+            self.max_depth = reading.farthest_depth(next((file for file in farthest if file.exists()), farthest[0]))
+            self.depth_steps = UNITS[unit_of(self.max_depth)]
+        self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
+        captions = path / "captions.json"
+        self.captions = {}
+        if captions.exists():
+            self.captions = documents.read_object(captions, most=reading.LARGEST_LIST, remedy=reading.CAPTIONS)
+        if self.captions and all(self._said(record) is None for record in range(len(self.images))):
+            raise Refused(
+                f"{captions}: names none of the images in {path / 'images'}",
+                f"Name them by their paths there, such as {documents.quoted(self.ids[0])}.",
+            )
+        self.captions_name_all = not self.captions
+        super().__init__(size, len(self.images))
+
+    def _said(self, record: int) -> object:
+        """What captions.json says of an image, by its file name or without the ending."""
+        name = self.ids[record]
+        return self.captions.get(f"{name}{self.images[record].suffix}", self.captions.get(name))
+
+    def picture(self, record: int) -> Picture:
+        path, name = self.images[record], self.ids[record]
+        maps, depths = (reading.beside(folder, name, ".png") for folder in (self.maps, self.depths))
+        image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
+        labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
+        depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
+        caption = self._said(record)
+        if not isinstance(caption, (str, NoneType)):
+            raise reading.bad(self.path / "captions.json", f"the caption of {name} is not a text")
+        return Picture(name, image, self.things_in(labels) if caption is None else caption, labels, depth=depth)

@@ -1,0 +1,264 @@
+"""hf:PATH[SPLIT]: a folder in one of Hugging Face's layouts, with an image and a label or depth map in each row."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.labels.depth import LARGEST_STEP, UNITS, unit_of
+from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.pose import TO_EDGE
+from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.training.truth import tables
+
+COLUMNS = {
+    "image": ("image", "img", "pixel_values"),
+    "label": ("label", "mask", "annotation", "segmentation", "semantic", "labels"),
+    "depth": ("depth", "depth_map"),
+    "caption": ("caption", "text", "prompt"),
+    "objects": ("objects",),
+    "people": ("people",),
+}
+TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths, joints
+TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": float, "depth_steps_of_a_metre": float}
+TABLE_FORM |= {"things": [str]}
+OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
+PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
+NOTE = "depth unit"  # of a depth map that says in which unit it is
+
+
+class HuggingFace(PictureSource):
+    """Pictures with metadata.jsonl or metadata.csv, Parquet files, or what save_to_disk wrote; columns by their usual
+    names. The numbers of a label map are named by id2label.json, {"0": name, ...}, by the features of the table, or by
+    classes.txt; max_depth.txt is as in a plain folder. What convert wrote has all of it in classes.json, and its things
+    and people in lists.
+    """
+
+    rule = framing.RULES["voc"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path, self.rows = path, tables.opened(path, split)
+        names = self.rows.columns
+        self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
+        first = self._first_row()
+        self.columns |= {what: _map_column(COLUMNS[what], names, first) for what in ("label", "depth")}
+        self.table = self._table()
+        if not self.table:  # lists of any other form
+            self.columns |= {"objects": "", "people": ""}
+        if not self.columns["image"] or not any(self.columns[what] for what in ("label", "depth", "objects", "people")):
+            raise reading.bad(
+                path,
+                f"its columns are {documents.one_line(', '.join(names))}, expected image and a map in label or depth",
+            )
+        if self.columns["label"] or self.columns["objects"]:
+            self.classes = self._classes()
+            things = self.table.get("things", self.classes)  # which earlier versions did not tell
+            self.thing_classes = tuple(n for n in reading.without_background(self.classes) if n in things)
+        if self.columns["depth"]:
+            self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
+        if self.columns["people"]:
+            self.joints, self.limbs = tuple(self.table["joints"]), tuple(map(tuple, self.table["limbs"]))
+        self.tasks = (
+            *(("semantic",) if self.classes else ()),
+            *(("instance",) if self.columns["objects"] else ()),
+            *(("open-vocabulary",) if self.classes else ()),
+            *(("depth",) if self.max_depth else ()),
+            *(("pose",) if self.columns["people"] else ()),
+        )
+        self.captions_name_all = not self.columns["caption"]
+        super().__init__(size, len(self.rows))
+
+    def _first_row(self) -> dict[str, Any]:
+        try:
+            return self.rows.row(0) if len(self.rows) else {}
+        except Refused:  # told when it is read, as it may be skipped
+            return {}
+
+    def _table(self) -> dict[str, Any]:
+        """What classes.json says, empty where there is none."""
+        path = self.path / TABLE
+        if not path.exists():
+            return {}
+        found = documents.read_object(path)
+        try:
+            documents.check_form(found, {name: form for name, form in TABLE_FORM.items() if name in found})
+            limbs = found.get("limbs", [])
+            if any(len(limb) != 2 or not all(0 <= end < len(found["joints"]) for end in limb) for limb in limbs):
+                raise ValueError("a limb that joins no two joints")
+            if not 0 <= found.get("max_depth", 0) <= LARGEST_STEP or found.get("depth_steps_of_a_metre", 1) <= 0:
+                raise ValueError("a depth out of range")
+        except (ValueError, KeyError) as error:
+            raise reading.bad(path, f"not what convert writes ({error})") from error
+        return found
+
+    def _classes(self) -> tuple[str, ...]:
+        if "id2label" in self.table:
+            return _numbered(self.path / TABLE, self.table["id2label"])
+        for folder in dict.fromkeys((self.rows.folder, self.path)):
+            if (file := folder / "id2label.json").exists():
+                return _numbered(file, documents.read_object(file))
+        if found := next(_names(self.rows.features(self.columns["label"])), ()):
+            return reading.with_background(found)
+        return reading.class_file(reading.first_there(self.path / "id2label.json", self.path / "classes.txt"))
+
+    def name(self, record: int) -> str:
+        return f"{self.path}: row {record}"
+
+    def path_of(self, record: int) -> str:
+        value = self.rows.row(record)[self.columns["image"]]
+        path = value.get("path") if isinstance(value, dict) else value
+        return path if isinstance(path, str) and path else str(record)
+
+    def picture(self, record: int) -> Picture:
+        row = self.rows.row(record)
+        maps = {what: self._map(row, what, record) for what in ("label", "depth") if self.columns[what]}
+        image = self._colours(row, record, maps)
+        labels = depth = None
+        if "label" in maps:
+            labels = maps["label"][0]
+            reading.check_numbers(self.name(record), labels, len(self.classes))
+            labels = labels.astype(np.uint8)
+        if "depth" in maps:
+            raw, steps = maps["depth"]
+            metres = raw.astype(np.float32) / steps
+            depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
+        caption = row[self.columns["caption"]] if self.columns["caption"] else None
+        if not isinstance(caption, (str, NoneType)):
+            raise reading.bad(self.name(record), "its caption is not a text")
+        lists = self._things(row, record, image.shape) | self._people(row, record)
+        said = self.things_in(labels) if caption is None else caption
+        return Picture(f"{record:08d}", image, said, labels, depth=depth, **lists)
+
+    def _things(self, row: dict[str, Any], record: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The things of a row: the sure ones are masks, the others crowds."""
+        if not self.columns["objects"]:
+            return {}
+        found: dict[str, Any] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        things = row[self.columns["objects"]]
+        try:
+            documents.check_form(things, OBJECT_FORM)
+            for number, counts, score in zip(*(things[name] for name in OBJECT_FORM), strict=True):
+                rle = {"size": list(shape[:2]), "counts": counts}
+                mask_rle.run_lengths(rle)
+                which = ("masks", "mask_classes") if score >= SHOWN_SCORE else ("crowds", "crowd_classes")
+                if not 0 <= number < len(self.classes) or self.classes[number] not in self.thing_classes:
+                    raise ValueError(f"the unknown category {number}")
+                found[which[0]].append(partial(mask_rle.decode, rle))
+                found[which[1]].append(self.thing_classes.index(self.classes[number]))
+        except (ValueError, TypeError) as error:
+            raise reading.bad(self.name(record), f"its objects are not what convert writes ({error})") from error
+        return found
+
+    def _people(self, row: dict[str, Any], record: int) -> dict[str, Any]:
+        if not self.columns["people"]:
+            return {}
+        people, count = row[self.columns["people"]], len(self.joints)
+        try:
+            documents.check_form(people, PEOPLE_FORM)
+            boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
+            said = people.get("area")  # which earlier versions did not tell
+            documents.check_form([] if said is None else said, [float], "area")
+            areas = (boxes[:, 2:].prod(1) if said is None else np.array(said, np.float32)).reshape(len(boxes))
+            points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
+        except (ValueError, TypeError) as error:
+            raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
+        points[..., :2] += TO_EDGE  # files count from the middle of the first pixel
+        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": np.maximum(areas, 1)}
+
+    def _image(self, row: dict[str, Any], what: str, record: int, holds_numbers: bool = False) -> Image.Image:
+        value = row[self.columns[what]]
+        value = {"path": value} if isinstance(value, str) else {"bytes": value} if isinstance(value, bytes) else value
+        if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
+            raise reading.bad(self.name(record), f"no picture in the column {self.columns[what]}")
+        name = f"{self.name(record)}, {self.columns[what]}"
+        given = {"most_pixels": reading.MOST_PIXELS, "holds_numbers": holds_numbers}
+        if value.get("bytes"):
+            image = images.decode_image(value["bytes"], name, **given)
+        else:
+            file = reading.inside(self.rows.folder, value["path"], name)
+            image = images.read_image(file, **given)
+        reading.check_sides(name, image.size)
+        return image
+
+    def _colours(
+        self, row: dict[str, Any], record: int, maps: Mapping[str, tuple[np.ndarray, float]]
+    ) -> np.ndarray:  # [H, W, 3] uint8
+        """The picture of a row, turned as its maps lie; maps of another size are refused."""
+        sizes = {self.columns[what]: found.shape[::-1] for what, (found, _) in maps.items()}
+        column, first = next(iter(sizes.items()), ("", ()))
+        turned = reading.as_sized(column, lambda: first) if column else None
+        image = reading.colours(f"{self.name(record)}, image", self._image(row, "image", record), turned)
+        for column, size in sizes.items():
+            if size != image.shape[1::-1]:
+                told = " x ".join(map(str, size))
+                shape = f"{image.shape[1]} x {image.shape[0]}"
+                raise reading.bad(self.name(record), f"{column} has {told} pixels, but its image has {shape}")
+        return image
+
+    def _map(self, row: dict[str, Any], what: str, record: int) -> tuple[np.ndarray, float]:
+        """The numbers of a map, and how many steps they have to the metre where they are depths: tables of numbers are
+        metres, pictures are in the unit they name or the one of a plain folder.
+        """
+        value, column, steps = row[self.columns[what]], self.columns[what], 1.0
+        if isinstance(value, (dict, str, bytes)):
+            image = self._image(row, what, record, holds_numbers=True)
+            if image.mode not in ("I", "I;16", *(() if what == "depth" else reading.EIGHT_BITS)):
+                wanted = "one number of 16 bits each" if what == "depth" else "one number each"
+                raise reading.bad(self.name(record), f"the pixels of {column} are {image.mode}, expected {wanted}")
+            found = np.asarray(image).astype(np.int32)
+            said = self.table.get("depth_steps_of_a_metre") or UNITS.get(image.info.get(NOTE, ""))
+            steps = said or UNITS[unit_of(self.max_depth)]
+        else:
+            try:
+                found = np.asarray(value, np.float32 if what == "depth" else np.int32)
+                if found.ndim != 2:
+                    raise ValueError("no rows of numbers")
+            except (TypeError, ValueError, OverflowError):
+                raise reading.bad(self.name(record), f"{column} is no table of numbers") from None
+        return found, steps
+
+
+def _map_column(known: Sequence[str], names: Sequence[str], row: Mapping[str, Any]) -> str:
+    """The first of the known columns that holds maps: a label may be the class of the whole picture."""
+    there = [name for name in known if name in names]
+    maps = [name for name in there if _may_be_map(row.get(name))]
+    return next(iter(maps or [name for name in there if not isinstance(row.get(name), (int, float))]), "")
+
+
+def _may_be_map(value: Any) -> bool:
+    """Whether a cell is a picture, the path of one, or rows of numbers; of an empty one nothing is known."""
+    is_path = isinstance(value, str) and value.lower().endswith(reading.PICTURES)
+    return value is None or is_path or isinstance(value, (bytes, dict, list))
+
+
+def _names(feature: Any) -> Iterator[tuple[str, ...]]:
+    """Class names that a feature tells, however deep in lists it stands."""
+    if isinstance(feature, dict):
+        names = feature.get("names")
+        if isinstance(names, list) and names and len(names) <= IGNORED and all(isinstance(name, str) for name in names):
+            yield tuple(names)
+        for inner in feature.values():
+            yield from _names(inner)
+    elif isinstance(feature, list):
+        for inner in feature:
+            yield from _names(inner)
+
+
+def _numbered(path: Path, found: dict[str, Any]) -> tuple[str, ...]:
+    if (
+        not found
+        or set(found) != {str(k) for k in range(len(found))}
+        or not all(isinstance(name, str) for name in found.values())
+        or len(found) > IGNORED
+    ):
+        raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
+    return reading.with_background([found[str(k)] for k in range(len(found))])

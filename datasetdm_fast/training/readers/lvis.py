@@ -1,0 +1,43 @@
+"""lvis:PATH[SPLIT]: LVIS v1 annotations over COCO's images."""
+
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.training.readers.coco import SEARCHED, Annotations, Coco
+
+
+class Lvis(Coco):
+    """lvis_v1_SPLIT.json; an image lies where its coco_url ends, below PATH or the folder beside it. It was searched
+    for the classes that it shows and those of neg_category_ids alone; one without either is left out.
+    """
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path = path
+        annotations = reading.first_there(
+            path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json"
+        )
+        self._open(Annotations(annotations), None, size, False)
+        shown = {*self.things.rows["image"].tolist()}
+        self.images = [image for image in self.images if image in shown or self._was_searched(image)]
+        self.order = range(len(self.images))
+
+    def _was_searched(self, image: int) -> bool:
+        """Whether an image without annotations says what it does not show; of another one nothing is known."""
+        said = self.things.images[image]
+        return image in self.things.bad or SEARCHED[0] not in said or not {*said[SEARCHED[0]]}.isdisjoint(self.numbers)
+
+    def picture(self, record: int) -> Picture:
+        picture, said = super().picture(record), self.things.images[self.images[record]]
+        absent, more = (tuple(self.numbers[k] for k in said.get(name, ()) if k in self.numbers) for name in SEARCHED)
+        searched = tuple(sorted({*absent, *picture.mask_classes})) if SEARCHED[0] in said else None
+        return replace(picture, searched=searched, not_exhausted=more)
+
+    def image_path(self, image: int) -> Path:
+        said = self.things.images[image].get("coco_url")
+        parts = PurePosixPath(said).parts[-2:] if isinstance(said, str) else ()
+        if len(parts) < 2:
+            raise reading.bad(self.things.path, f"image {image} has no coco_url")
+        below = reading.inside(self.path, "/".join(parts), self.things.path)
+        return below if below.exists() else reading.inside(self.path.parent, "/".join(parts), self.things.path)

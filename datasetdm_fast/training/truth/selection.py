@@ -1,0 +1,176 @@
+"""Which images of a data set are chosen, and the classes of PASCAL VOC in their order."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.config import setting
+from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.pictures.framing import UPSTREAM_SIDE
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.training.truth.image_list import listed, read_image_list
+
+VOC_CLASSES = table("voc").names
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Images are taken in order; each counts for the first class that is large enough in it and still wanted."""
+
+    per_class: int = 0  # images for each class, 0 = no limit
+    min_area: int = 0  # pixels; a class counts where it covers more
+    most: int = 0  # images in all, 0 = no limit
+    classes: tuple[str, ...] = ()  # the only ones that may be shown, apart from the background
+    is_single: bool = False  # images of one class alone
+    by_map: bool = False  # all classes of a label map count, and not things alone
+    tail: tuple[str, ...] = ()  # classes with a limit of their own
+    tail_per_class: int = 0
+    is_shuffled: bool = False
+    is_centred: bool = False  # persons whose joints lie around the centre of their box
+    min_instance: int = 0  # pixels at 512 x 512: smaller masks are dropped
+    seed: int = 42
+    images: tuple[str, ...] = ()  # the paths or ids of the only ones to choose from, in their order
+
+    @property
+    def is_everything(self) -> bool:
+        limits = self.per_class, self.min_area, self.most, self.classes, self.tail, self.images
+        return not any((*limits, self.is_single, self.is_shuffled, self.is_centred))
+
+
+EVERYTHING = Selection()
+SEEN = VOC_CLASSES[1:16]
+PRESETS = {
+    "voc": Selection(per_class=11, min_area=18000, is_single=True),
+    "voc-zero-shot": Selection(per_class=30, min_area=18000, classes=SEEN),
+    "voc-long-tail": Selection(per_class=20, min_area=18000, tail=VOC_CLASSES[11:], tail_per_class=2),
+    "cityscapes": Selection(per_class=10, min_area=10000, by_map=True),
+    "deepfashion": Selection(per_class=5),
+    "coco": Selection(per_class=50, min_area=10000, min_instance=500),
+    "lvis": Selection(per_class=1, min_area=50, min_instance=500),
+    "kitti": Selection(most=200, is_shuffled=True),
+    "vkitti2": Selection(),
+    "nyu": Selection(most=250, is_shuffled=True),
+    "coco-pose": Selection(most=800, is_centred=True),
+}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The flags of every command that reads labelled images."""
+
+    select: str = setting(
+        "",
+        "DatasetDM's selection of images for a data set: " + ", ".join(PRESETS),
+        choices=tuple(PRESETS),
+        metavar="NAME",
+    )
+    images: str = setting(
+        "",
+        "the only images to take: a file with one path or id per line, or a Python list of them as DatasetDM published",
+        metavar="FILE",
+    )
+    limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
+    min_area: int = setting(0, "smallest area in pixels for a class to count, 0 = as --select says", metavar="N")
+    limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
+    only_classes: tuple[str, ...] = setting(
+        (), "leave out images that show any other class, comma-separated", metavar="LIST"
+    )
+    framing: str = setting("fit", "crop: centre square, or DatasetDM's random crop", choices=("fit", "upstream"))
+    skip_bad: bool = setting(False, "skip and list images that cannot be read instead of stopping at the first")
+
+    def selection(self) -> Selection:
+        """The preset with what other flags change of it."""
+        for name in ("limit_per_class", "min_area", "limit_images"):
+            if getattr(self, name) < 0:
+                raise Refused(
+                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0",
+                    "Give a number, or 0 for the selection of --select, or else all.",
+                )
+        changes = {
+            "per_class": self.limit_per_class,
+            "min_area": self.min_area,
+            "most": self.limit_images,
+            "classes": self.only_classes,
+            "images": read_image_list(Path(self.images)) if self.images else (),
+        }
+        return replace(
+            PRESETS.get(self.select, EVERYTHING), **{name: value for name, value in changes.items() if value}
+        )
+
+
+def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
+    """The data set narrowed to what the selection chooses; images are read one by one, and no further than needed."""
+    source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
+    if selection.is_everything:
+        return source
+    if selection.images:
+        source = source.narrowed(listed(source, selection.images))
+    known = source.thing_classes or source.classes
+    by_class = {"--limit-per-class": selection.per_class, "--min-area": selection.min_area}
+    by_class |= {"--only-classes": selection.classes}
+    if not known and (asked := [flag for flag, value in by_class.items() if value]):
+        raise Refused(
+            f"selection: the data set names no classes, by which {asked[0]} or --select would choose images",
+            "Choose by --limit-images or --images.",
+        )
+    if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
+        raise Refused(
+            f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
+            f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
+        )
+    chosen = source.narrowed(list(_chosen(source, selection)))
+    if not len(chosen):
+        raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
+    return chosen
+
+
+def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
+    order = (
+        np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
+    )
+    mapped = source.classes if selection.by_map else ()
+    known = selection.classes or mapped or source.thing_classes or source.classes
+    measure = source.map_areas if selection.by_map else source.areas
+    limits = {name: selection.tail_per_class if name in selection.tail else selection.per_class for name in known}
+    has_limits = any(limits.values())
+    needs_areas = has_limits or selection.min_area or selection.classes or selection.is_single
+    must_read = source.skip_bad and (has_limits or selection.most)  # a bad image would take the place of another
+    counts, total = Counter(), 0
+    for index in map(int, order):
+        if selection.most and total == selection.most:
+            return
+        if has_limits and all(limits.values()) and all(counts[name] == limit for name, limit in limits.items()):
+            return
+        record = source.order[index]
+        try:
+            areas = source.guarded(measure, record) if needs_areas else {}
+            is_centred = not selection.is_centred or source.guarded(source.is_centred, record)
+        except Refused as stop:
+            if not source.skip_bad:
+                raise
+            source.skipped[source.name(record)] = stop.cause
+            continue
+        if (
+            not is_centred
+            or (selection.classes and set(areas) - set(selection.classes))
+            or (selection.is_single and len(areas) > 1)
+        ):
+            continue
+        if needs_areas:
+            fitting = (
+                name
+                for name in known
+                if areas.get(name, 0) > selection.min_area and not 0 < limits[name] <= counts[name]
+            )
+            if (name := next(fitting, None)) is None:
+                continue
+        if must_read and not source.is_readable(index):
+            continue
+        if needs_areas:
+            counts[name] += 1
+        total += 1
+        yield index
