@@ -23,7 +23,7 @@ _SAMPLING = " ".join(
 
 # file -> the tests that cover it, and (code, what replaces it, the harm)
 _BY_FILE = {
-    "generation/origin.py": (
+    "engine/loop/origin.py": (
         "test_driver.py",
         (
             "initial_noise(request.seed, 4, side, side)",
@@ -31,7 +31,7 @@ _BY_FILE = {
             "the seed decides nothing",
         ),
     ),
-    "generation/driver.py": (
+    "engine/loop/driver.py": (
         "test_driver.py test_tasks.py",
         (
             "if call in recipe.captured:",
@@ -55,7 +55,7 @@ _BY_FILE = {
             "guidance is not applied",
         ),
     ),
-    "run_folder/ledger.py": (
+    "runs/run_folder/ledger.py": (
         "test_ledger.py",
         ("INSERT OR REPLACE INTO samples", "INSERT OR IGNORE INTO samples", "a sample set aside can never be made"),
         ('self._connection.execute("ROLLBACK")', 'self._connection.execute("COMMIT")', "half of a batch is committed"),
@@ -65,22 +65,22 @@ _BY_FILE = {
         ('documents.check_inside(file["path"])', 'file["path"]', "a foreign ledger names files outside its folder"),
         ('if line != "ok"', 'if line == "ok"', "damage is not found"),
     ),
-    "run_folder/indexes/coco.py": (
+    "runs/run_folder/indexes/coco.py": (
         "test_ledger.py",
         ("number = 0", "number = -1", "pycocotools ignores the first annotation"),
         ('"image_id": row.request.index', '"image_id": number', "annotations of another image"),
         ("is_first = False", "pass", "files that no JSON reader takes"),
     ),
-    "run_folder/indexes/samples.py": (
+    "runs/run_folder/indexes/samples.py": (
         "test_ledger.py",
         ("len(record) if isinstance(record, list) else record", "record", "every mask stands there twice"),
     ),
-    "run_folder/indexes/card.py": (
+    "runs/run_folder/indexes/card.py": (
         "test_ledger.py",
         ("ledger.count()", "document['plan']['number']", "the card claims samples that are not there"),
         ('.replace("`", "\'")', "", "a model's name breaks out of its quotes"),
     ),
-    "sampling/walk.py": (
+    "engine/sampling/walk.py": (
         f"{_SAMPLING} test_guided_step.py",
         ("without + guidance *", "with_text + guidance *", "stronger guidance than asked for"),
         ("(newest - 1) % slots", "(newest + 1) % slots", "earlier outputs in the wrong order"),
@@ -91,32 +91,32 @@ _BY_FILE = {
         ),
         ("self.origin if self.schedule", "self.latents if self.schedule", "the warm-up of PLMS starts twice"),
     ),
-    "sampling/multistep.py": (
+    "engine/sampling/multistep.py": (
         _SAMPLING,
         ("min(k, 4) if k else 1", "min(k, 3) if k else 1", "a lower order than PLMS has"),
         ("37 / 24", "-37 / 24", "a wrong coefficient of Adams and Bashforth"),
         ("values[t - stride] if t >= stride", "values[t - stride] if t > stride", "the last step goes elsewhere"),
     ),
-    "sampling/ddim.py": (
+    "engine/sampling/ddim.py": (
         _SAMPLING,
         ("if time >= stride", "if time > stride", "the last step goes elsewhere"),
         ('"set_alpha_to_one", True', '"set_alpha_to_one", False', "another default than that of diffusers"),
     ),
-    "sampling/dpm_solver.py": (
+    "engine/sampling/dpm_solver.py": (
         _SAMPLING,
         ("0.5 * h /", "h /", "the second order is counted twice"),
         ("if k == len(times) - 1", "if k == len(times)", "the last step does not end at a clean image"),
     ),
-    "sampling/times.py": (
+    "engine/sampling/times.py": (
         _SAMPLING,
         ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
         ("np.linspace(0, count - 1, steps).round()", "np.linspace(0, count - 1, steps)", "timesteps off by one"),
     ),
-    "sampling/__init__.py": (
+    "engine/sampling/__init__.py": (
         _SAMPLING,
         ("steps <= len(alphas)", "steps < len(alphas)", "the largest number of steps is refused"),
     ),
-    "models/capture.py": (
+    "engine/models/capture.py": (
         "test_models.py",
         (
             "probabilities(q.chunk(2)[1], k.chunk(2)[1])",
@@ -132,19 +132,19 @@ _BY_FILE = {
             "decoders read each other's sums",
         ),
     ),
-    "models/unet_block.py": (
+    "engine/models/unet_block.py": (
         "test_blocks.py",
         ("BlockStep(resnet, slot, joins, keeps)", "BlockStep(resnet, slot, False, keeps)", "skips are left out"),
         ("hook.feature(self.entry, self.doubled(entry))", "pass", "a level lacks its first feature"),
         ("if x is not None:", "if False:", "levels lack their features"),
         ("hook.queried(block.layer, q, k)", "pass", "levels lack their maps"),
     ),
-    "decoders/packed.py": (
+    "engine/decoders/packed.py": (
         "test_decoders.py",
         ("content.contiguous(), position.contiguous()", "content.contiguous(), content.contiguous()", "positions lost"),
         ("memory[: len(self.stacked.memory)]", "memory", "decoders of few layers do not run"),
     ),
-    "tasks/instance.py": (
+    "engine/tasks/instance.py": (
         "test_tasks.py",
         ("iou > threshold", "iou >= threshold", "neighbours that touch the limit are dropped"),
         (
@@ -161,7 +161,7 @@ _BY_FILE = {
         ("scores >= config.score_threshold", "scores > config.score_threshold", "a thing at the threshold is dropped"),
         ("areas[:, None] - common", "areas[:, None]", "doubles are kept"),
     ),
-    "tasks/pose.py": (
+    "engine/tasks/pose.py": (
         "test_tasks.py",
         (
             "score >= config.score_threshold / 2",
@@ -174,21 +174,21 @@ _BY_FILE = {
         ("torch.minimum(sure_x, sure_y)", "torch.maximum(sure_x, sure_y)", "joints surer than they are"),
         ("(score * is_sure).sum(1)", "score.sum(1)", "hidden joints raise a person's score"),
     ),
-    "tasks/semantic.py": (
+    "engine/tasks/semantic.py": (
         "test_tasks.py",
         (".sum((2, 3)) < min_area", ".sum((2, 3)) <= min_area", "classes of exactly the least area vanish"),
         ("is_small[:, 0] = False", "pass", "the background vanishes"),
     ),
-    "tasks/open_vocabulary.py": (
+    "engine/tasks/open_vocabulary.py": (
         "test_tasks.py",
         ("winner + 1", "winner", "words are numbered one too low"),
         ("(probability * is_there)", "probability", "words below the threshold are found"),
     ),
-    "tasks/captions.py": (
+    "engine/tasks/captions.py": (
         "test_tasks.py",
         ("logits + (total - kept), logits)", "logits, logits)", "what is ruled out takes its probability away"),
     ),
-    "labels/semantic.py": (
+    "engine/labels/semantic.py": (
         "test_label_files.py",
         ("* 255 + 0.5)", "* 255)", "confidences are rounded down"),
         (
@@ -198,32 +198,32 @@ _BY_FILE = {
         ),
         ("number not in known and", "number > 254 and", "a class that does not exist passes the audit"),
     ),
-    "labels/instance.py": (
+    "engine/labels/instance.py": (
         "test_label_files.py",
         ('"category_id": numbers[kind]', '"category_id": numbers[kind] - 1', "categories are numbered one too low"),
         ("rounded(score, 6)", "rounded(score, 3)", "scores that are equal in files only"),
         ('0 <= item["score"] <= 1', '0 <= item["score"]', "an impossible score passes the audit"),
     ),
-    "labels/pose.py": (
+    "engine/labels/pose.py": (
         "test_label_files.py",
         ("int((visibility > 0).sum())", "int((visibility > 1).sum())", "hidden joints are not counted"),
         (") if v else (0, 0, 0)", ")", "joints that are not there have a place"),
     ),
-    "labels/depth.py": (
+    "engine/labels/depth.py": (
         "test_label_files.py",
         ("np.rint(pixels, out=pixels)", "pixels", "depths are rounded down"),
     ),
-    "agreement/gates.py": (
+    "runs/agreement/gates.py": (
         "test_verify.py",
         ("self.limit[0] and self.p99", "self.limit[0] or self.p99", "one bad sample of a hundred passes"),
         ("max(gate, MARGIN * drift)", "MARGIN * drift", "a gate stricter than the reference's own drift"),
         ("values.max(0).argmax()", "values.max(0).argmin()", "the page shows the best samples"),
     ),
-    "agreement/distances.py": (
+    "runs/agreement/distances.py": (
         "test_verify.py",
         ('nan_to_num(nan=float("inf"))', "nan_to_num(nan=0.0)", "an engine that gives NaN agrees"),
     ),
-    "agreement/verify.py": (
+    "runs/agreement/verify.py": (
         "test_verify.py",
         ('EXACT if dtype == "fp32" else ROUNDED', "ROUNDED", "an fp32 engine is judged as fp16"),
         (
@@ -261,7 +261,7 @@ _BY_FILE = {
         ("offset + length > found.st_size", "length > found.st_size", "a graph reads beyond its data"),
         ("if operator in NATIVE", "if (domain, operator) in NATIVE", "a graph loads compiled code"),
     ),
-    "workers/queue.py": (
+    "runs/workers/queue.py": (
         "test_queue.py",
         ("AND helper IS NULL", "", "one batch is made by everybody"),
         ('"=" if is_fresh else ">"', '">" if is_fresh else "="', "failed batches come first"),

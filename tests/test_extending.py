@@ -61,7 +61,8 @@ RECIPES = {
             "datasetdm_fast/training/evaluation/metrics.py": (
                 (
                     "from datasetdm_fast.training.evaluation.meter",
-                    "from datasetdm_fast.training.evaluation.edges import Edges\nfrom datasetdm_fast.training.evaluation.meter",
+                    "from datasetdm_fast.training.evaluation.edges import Edges\n"
+                    "from datasetdm_fast.training.evaluation.meter",
                 ),
                 ('    "depth": Depth,\n', '    "depth": Depth,\n    "edges": Edges,\n'),
             ),
@@ -119,7 +120,8 @@ RECIPES = {
             "datasetdm_fast/config.py": (
                 (
                     '    "ort": EngineKind(\n',
-                    '    "halves": EngineKind("datasetdm_fast.engine.engines.halves:HalvesEngine"),\n    "ort": EngineKind(\n',
+                    '    "halves": EngineKind("datasetdm_fast.engine.engines.halves:HalvesEngine"),\n'
+                    '    "ort": EngineKind(\n',
                 ),
             )
         },

@@ -24,65 +24,15 @@ MAPPED = {
 }  # folders that setup.py makes packages of the product
 FOLDERS = (PACKAGE, "kernels", "export", "bench")
 
-# From the top down: a room imports only rooms of lower rows. A room is a folder of the product, its sub-folders
-# included, or a file that lies flat.
-ROWS: tuple[tuple[str, ...], ...] = (
-    (
-        "cli",
-        "prompts",
-        "generate",
-        "edit",
-        "vary",
-        "label",
-        "splice",
-        "filter",
-        "merge",
-        "split",
-        "drop",
-        "restore",
-        "convert",
-        "train",
-        "evaluate",
-        "verify",
-        "gallery",
-        "audit",
-        "doctor",
-        "export_cli",
-        "compat",
-        "recipe",
-        "demo",
-        "bench",
-    ),
-    ("pipeline", "workers", "agreement", "compositions", "curation", "exporting"),
-    ("generation", "training", "prompting"),
-    ("engines",),
-    ("export", "lessons", "evaluation"),
-    ("readers", "tasks", "sampling"),
-    ("decoders", "loading", "truth", "run_folder", "command_line"),
-    ("models", "labels"),
-    ("foreign", "kernels"),
-    ("disk", "scenes"),
-)
-FOR_ALL = (
-    "data",
-    "config",
-    "errors",
-    "plugins",
-    "stages",
-    "version",
-)  # used by every room, and importing none but each other
-DOOR = (
-    f"{PACKAGE}.export.__main__",
-    "export_cli",
-)  # `python -m datasetdm_fast.export` hands its line to the command above
-DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-# Before the commands prompts, edit, vary, label, drop, merge, split, convert and gallery they were 38 and 224: each
-# is a room of its own and needs flags, refusals, run folder, labels and files; before the command lines of others
-# (compat), recipes and tasks of other packages 55 and 353; before a second world, which evaluate names too, 386; before
-# the rehearsal of a GPU ran edits, variants and the library, 387; before the demo's programs ended as commands do, and
-# every room that brings numbers to a GPU queued the copies by kernels/to_device.py, 389; before the end of a command
-# named the package of an extension that failed, 394.
-MOST = {"rooms": 57, "rows": 10, "arrows": 395}
+# From the top down: a storey imports only itself and storeys below it. A storey is a folder of the package; the files
+# that lie flat beside them are commands, but for those that every storey uses.
+STOREYS: tuple[str, ...] = ("commands", "training", "runs", "engine", "foundation")
+FOUNDATION = ("data", "config", "errors", "plugins", "stages", "version", "disk", "foreign")
+PLACES = {"kernels": "engine", "export": "engine", **dict.fromkeys(FOUNDATION, "foundation")}
+DOOR = (f"{PACKAGE}.export.__main__", "commands")  # `python -m datasetdm_fast.export` hands its line to the command
+# Files that only lead on: the package offers the library, and running it runs the commands.
+DOORS = {f"{PACKAGE}": "engine"}
+MOST = {"arrows": 250}
 
 
 @dataclass(frozen=True)
@@ -129,10 +79,28 @@ def arrows(root: Path, known: Mapping[str, Path]) -> Iterator[Arrow]:
                     yield Arrow(source, target, f"{path.relative_to(root)}:{node.lineno}")
 
 
-def room_of(module: str) -> str:
+def storey_of(module: str) -> str:
     parts = module.split(".")
-    name = "bench" if parts[0] == "bench" else parts[1] if len(parts) > 1 else "__init__"
-    return DOORS.get(name, name)
+    if module in DOORS:
+        return DOORS[module]
+    name = parts[0] if parts[0] == "bench" else parts[1]
+    if name in STOREYS:
+        return name
+    return PLACES.get(name, "commands")
+
+
+def room_of(module: str) -> str:
+    """The folder of a storey that a module lies in; a file that lies flat in one is a room of its own."""
+    parts = module.split(".")
+    if parts[0] == "bench" or len(parts) == 1:
+        return parts[0]
+    return ".".join(parts[1:3]) if parts[1] in STOREYS else parts[1]
+
+
+def top_of(module: str) -> str:
+    """The folder or file of the package, or the folder beside it, that a module lies in."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
 
 
 def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
@@ -163,20 +131,15 @@ def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
     return found
 
 
-def upward(every: Iterable[Arrow], rows: tuple[tuple[str, ...], ...] = ROWS) -> list[str]:
-    """Imports that name a room of their own row or of one above, and rooms that stand in no row."""
-    height = {room: len(rows) - row for row, names in enumerate(rows) for room in names} | dict.fromkeys(FOR_ALL, 0)
-    found = []
+def upward(every: Iterable[Arrow]) -> list[str]:
+    """Imports that name a storey above their own."""
+    height = {storey: len(STOREYS) - row for row, storey in enumerate(STOREYS)}
+    faults = []
     for arrow in every:
-        source, target = room_of(arrow.source), room_of(arrow.target)
-        if source == target or (arrow.source, target) == DOOR:
-            continue
-        for room in (source, target):
-            if room not in height:
-                found.append(f"{arrow.place}: {room} stands in no row of the table")
-        if height.get(source, 0) <= height.get(target, 0) and not (source in FOR_ALL and target in FOR_ALL):
-            found.append(f"{arrow.place}: {source} imports {target}, which stands no lower")
-    return found
+        source, target = storey_of(arrow.source), storey_of(arrow.target)
+        if height[source] < height[target] and (arrow.source, target) != DOOR:
+            faults.append(f"{arrow.place}: {source} imports {arrow.target}, which is of {target}")
+    return faults
 
 
 def doubled_classes(root: Path, known: Mapping[str, Path]) -> list[str]:
@@ -248,12 +211,12 @@ def survey(root: Path) -> House:
         files[arrow.source].add(arrow.target)
         if (source := room_of(arrow.source)) != (target := room_of(arrow.target)) and (arrow.source, target) != DOOR:
             rooms[source].add(target)
+    connected = {(top_of(arrow.source), top_of(arrow.target)) for arrow in every}
     of_rooms, of_files = circles(rooms), circles(files)
     up = upward(every)
     figures = {
         "rooms": len(rooms),
-        "rows": len(ROWS),
-        "arrows": sum(map(len, rooms.values())),
+        "arrows": sum(source != target for source, target in connected),
         "arrows up": len(up),
         "circles of rooms": len(of_rooms),
         "circles of files": len(of_files),
@@ -274,7 +237,7 @@ def test_every_room_imports_only_rooms_below_it(house, capsys):
     assert house.faults == []
 
 
-TREE = {"generation/a.py": "", "engines/b.py": "", "disk/c.py": "", "disk/d.py": ""}
+TREE = {"runs/a.py": "", "engine/b.py": "", "disk/c.py": "", "disk/d.py": ""}
 
 
 @pytest.fixture
@@ -288,7 +251,7 @@ def tree(tmp_path):
     for path, text in {
         **TREE,
         "__init__.py": "",
-        **{f"{room}/__init__.py": "" for room in ("generation", "engines", "disk")},
+        **{f"{room}/__init__.py": "" for room in ("runs", "engine", "disk")},
     }.items():
         write(path, text)
     return write
@@ -297,30 +260,27 @@ def tree(tmp_path):
 @pytest.mark.parametrize(
     "path, text, said",
     [
-        ("generation/a.py", "from datasetdm_fast.engine.engines import b", None),
+        ("runs/a.py", "from datasetdm_fast.engine import b", None),
         (
-            "engines/b.py",
-            "from datasetdm_fast.generation import a",
-            "engines/b.py:2: engines imports generation, which stands no lower",
+            "engine/b.py",
+            "from datasetdm_fast.runs import a",
+            "engine/b.py:2: engine imports datasetdm_fast.runs.a, which is of runs",
         ),
         (
-            "engines/b.py",
-            "def f():\n    from datasetdm_fast.generation.a import x",
-            "engines/b.py:3: engines imports generation",
+            "engine/b.py",
+            "def f():\n    from datasetdm_fast.runs.a import x",
+            "engine/b.py:3: engine imports datasetdm_fast.runs.a",
         ),
-        ("engines/b.py", "import datasetdm_fast.generation.a", "engines/b.py:2: engines imports generation"),
-        ("engines/b.py", "from ..generation import a", "engines/b.py:2: engines imports generation"),
-        (
-            "elsewhere.py",
-            "from datasetdm_fast.disk import c",
-            "elsewhere.py:2: elsewhere stands in no row of the table",
-        ),
-        ("config.py", "from datasetdm_fast.disk import c", "config.py:2: config imports disk, which stands no lower"),
+        ("engine/b.py", "import datasetdm_fast.runs.a", "engine/b.py:2: engine imports datasetdm_fast.runs.a"),
+        ("engine/b.py", "from ..runs import a", "engine/b.py:2: engine imports datasetdm_fast.runs.a"),
+        ("elsewhere.py", "from datasetdm_fast.runs import a", None),
+        ("runs/a.py", "from datasetdm_fast import elsewhere", "runs/a.py:2: runs imports datasetdm_fast.elsewhere"),
         ("disk/c.py", "class One: ...\nclass Two: ...", None),
         ("disk/c.py", "class One: ...\nclass Inner:\n    class One: ...", "class One: "),
     ],
 )
 def test_what_does_not_fit_is_named(tree, tmp_path, path, text, said):
+    tree("elsewhere.py", "")
     tree(path, text)
     faults = survey(tmp_path).faults
     assert (faults == []) if said is None else any(said in fault for fault in faults), faults
@@ -329,10 +289,10 @@ def test_what_does_not_fit_is_named(tree, tmp_path, path, text, said):
 def test_circles_are_named_file_by_file(tree, tmp_path):
     tree("disk/c.py", "from datasetdm_fast.disk.d import x")
     tree("disk/d.py", "def f():\n    from datasetdm_fast.disk import c")
-    tree("generation/a.py", "from datasetdm_fast.engine.engines import b")
-    tree("engines/b.py", "from datasetdm_fast.generation import a")
+    tree("runs/a.py", "from datasetdm_fast.engine import b")
+    tree("engine/b.py", "from datasetdm_fast.runs import a")
     found = survey(tmp_path)
-    assert found.room_circles == [["engines", "generation"]]
+    assert found.room_circles == [["engine.b", "runs.a"]]
     assert ["datasetdm_fast.disk.c", "datasetdm_fast.disk.d"] in found.file_circles and len(found.file_circles) == 2
 
 

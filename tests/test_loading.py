@@ -739,7 +739,8 @@ def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
 
 def test_a_seeded_model_is_opened_without_the_libraries_of_its_modules():
     script = (
-        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; open_engine('tiny', tasks=['depth']); "
+        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; "
+        "open_engine('tiny', tasks=['depth']); "
         "sys.exit(bool({'transformers', 'diffusers'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -442,6 +442,9 @@ def test_no_library_is_imported_before_a_student_is_chosen():
     import subprocess
     import sys
 
-    code = "import sys, datasetdm_fast.training.evaluation.settings as s; assert not {'torch', 'transformers'} & {*sys.modules}"
+    code = (
+        "import sys, datasetdm_fast.training.evaluation.settings as s; "
+        "assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert STUDENTS == ("small", *NETWORKS)

@@ -10,7 +10,7 @@ from datasetdm_fast.engine.labels.names import DECODER_NAME, LabelName
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
-DEMO = Path(__file__).parents[1] / "demo" / "decoders"
+DEMO = Path(__file__).parents[2] / "demo" / "decoders"
 FORM = "Give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth."
 
 

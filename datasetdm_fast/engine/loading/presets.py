@@ -18,7 +18,7 @@ from datasetdm_fast.engine.loading.network import ConfigFile, Network, as_filled
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
 
-DEMO = Path(__file__).parents[1] / "demo" / "model"
+DEMO = Path(__file__).parents[2] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 SHAPES = {"text_encoder": shapes.of_text_encoder, "unet": shapes.of_unet, "vae": shapes.of_vae}
 SD14 = {
