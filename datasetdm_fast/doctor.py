@@ -110,7 +110,7 @@ tell({{"problem": problem}})
 LOCKS = """
 import os
 from pathlib import Path
-from datasetdm_fast.foreign import pickles
+from datasetdm_fast.untrusted import pickles
 tell({"lacking": pickles.leave_network() + pickles.confine(Path(os.getcwd()) / "x", 0)})
 """
 

@@ -15,10 +15,10 @@ from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
+from datasetdm_fast.untrusted.documents import one_line
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine

@@ -20,10 +20,10 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_file import own_table, refuse_files
 from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.runs.prompting import balance, language_model, vocabulary
 from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
 from datasetdm_fast.runs.prompting.measures import measure
+from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")

@@ -16,7 +16,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.recipe"
 EXAMPLES = ("voc-semantic --root DATA --dry-run", "nyu-depth --root DATA --model SD --out runs/nyu")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.onnx_graph import check_onnx
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.onnx_graph import check_onnx
 
 NAME = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes of a manifest

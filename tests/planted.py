@@ -233,7 +233,7 @@ _BY_FILE = {
         ),
         ("if not is_whole:", "if True:", "what only other commands need is never compared"),
     ),
-    "foreign/documents.py": (
+    "untrusted/documents.py": (
         "test_untrusted.py",
         ('or ".." in parts', "", "files outside the folder are read"),
         ("if member.filename in seen:", "if False:", "two readers see two archives"),
@@ -245,17 +245,17 @@ _BY_FILE = {
         ("len(value) < len(pairs)", "len(value) > len(pairs)", "two readers see two settings"),
         ("_depth(value) > DEEPEST", "_depth(value) >= DEEPEST", "a file of exactly the depth is refused"),
     ),
-    "foreign/images.py": (
+    "untrusted/images.py": (
         "test_untrusted.py",
         ("width * height > most_pixels", "width * height >= most_pixels", "a picture of exactly the size is refused"),
         ('getattr(image, "n_frames", 1) > 1', 'getattr(image, "n_frames", 1) > 2', "an animation is read as an image"),
     ),
-    "foreign/tensors.py": (
+    "untrusted/tensors.py": (
         "test_untrusted.py",
         ("begin != place", "begin > place", "tensors share bytes"),
         ("place != size - 8 - length", "place > size - 8 - length", "bytes are hidden behind the tensors"),
     ),
-    "foreign/onnx_graph.py": (
+    "untrusted/onnx_graph.py": (
         "test_untrusted.py",
         ("found.st_nlink > 1", "found.st_nlink > 2", "a file linked from elsewhere is read"),
         ("offset + length > found.st_size", "length > found.st_size", "a graph reads beyond its data"),

@@ -128,7 +128,7 @@ def try_pickle(data: bytes, suffix: str = ".ckpt") -> str:
     """Through the whole door where the test is long; else through the reader that sits behind the sandbox, without the
     sandbox.
     """
-    from datasetdm_fast.foreign import pickles
+    from datasetdm_fast.untrusted import pickles
 
     path = HERE / f"evil{suffix}"
     path.write_bytes(data)
@@ -148,7 +148,7 @@ for _name, _data in CALLS.items():
 
 @case("sandbox: a checkpoint with os.system")
 def _() -> str:
-    from datasetdm_fast.foreign import pickles
+    from datasetdm_fast.untrusted import pickles
 
     (HERE / "door.ckpt").write_bytes(archive(CALLS["os.system"]))
     return str(pickles.safe_copy(HERE / "door.ckpt"))
@@ -174,7 +174,7 @@ def _() -> str:
     told = {}
     for name, attempt in tries.items():
         code = (
-            "import ctypes, os, socket, sys\nfrom pathlib import Path\nfrom datasetdm_fast.foreign import "
+            "import ctypes, os, socket, sys\nfrom pathlib import Path\nfrom datasetdm_fast.untrusted import "
             "pickles\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             f"lacking = pickles.leave_network() + pickles.confine(Path({str(desk / 'copy')!r}), 1000)\n"
             f"try:\n    result = {attempt}\nexcept BaseException as error:\n    result = type(error).__name__\n"
@@ -442,7 +442,7 @@ def _() -> str:
 
 @case("xml: an external entity")
 def _() -> str:
-    from datasetdm_fast.foreign.documents import read_xml
+    from datasetdm_fast.untrusted.documents import read_xml
 
     (HERE / "a.xml").write_text('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a>&x;</a>')
     return str(read_xml(HERE / "a.xml").text)
@@ -450,7 +450,7 @@ def _() -> str:
 
 @case("xml: a thousand million laughs")
 def _() -> str:
-    from datasetdm_fast.foreign.documents import read_xml
+    from datasetdm_fast.untrusted.documents import read_xml
 
     entities = "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 10}">' for k in range(1, 10))
     (HERE / "a.xml").write_text(f'<!DOCTYPE a [<!ENTITY a0 "ha">{entities}]><a>&a9;</a>')

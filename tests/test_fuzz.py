@@ -30,12 +30,12 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, images, onnx_graph, tensors
 from datasetdm_fast.runs.jobs.prompts import read_source
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.untrusted import documents, images, onnx_graph, tensors
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 CORPUS = Path(__file__).parent / "corpus"
@@ -105,7 +105,7 @@ def read_pickle(path: Path) -> None:
     """The reader behind the sandbox: its errors are the sandbox's to tell, but it may not write, hang or run
     anything.
     """
-    from datasetdm_fast.foreign import pickles
+    from datasetdm_fast.untrusted import pickles
 
     pickles._check_beginning(path)
     try:

@@ -22,11 +22,11 @@ import torch
 from layouts import LAYOUTS
 from rendered import write_run
 
-from datasetdm_fast import foreign
+from datasetdm_fast import untrusted
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
-ROOM = Path(foreign.__file__).parent
+ROOM = Path(untrusted.__file__).parent
 # What runs in the confined process, which cannot be watched from here: tests/proofs.py tries each of its locks.
 CONFINED = {
     f"pickles.{name}"

@@ -33,7 +33,6 @@ from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.split import Split, write_split
@@ -42,6 +41,7 @@ from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.training.truth import tables
 from datasetdm_fast.training.truth.augment import Augmentation, look
+from datasetdm_fast.untrusted.json_stream import JsonStream
 
 SIZE = 64
 
@@ -1712,7 +1712,7 @@ def test_a_damaged_hugging_face_folder_is_refused(copied):
 
 @pytest.mark.parametrize("window", [16, 64, 1000, 2**20])
 def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatch, window):
-    from datasetdm_fast.foreign import json_stream
+    from datasetdm_fast.untrusted import json_stream
 
     monkeypatch.setattr(json_stream, "WINDOW", window)
     document = {

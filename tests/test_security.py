@@ -18,7 +18,7 @@ def test_every_guard_is_listed_with_a_test_that_exists():
     rows = ROW.findall((ROOT / "SECURITY.md").read_text())
     guards = {
         f"{path.stem}.{name}"
-        for path in (ROOT / "datasetdm_fast/foreign").glob("*.py")
+        for path in (ROOT / "datasetdm_fast/untrusted").glob("*.py")
         for name in defined(path)
         if not name.startswith("_")
     }

@@ -179,7 +179,7 @@ def loaded_once(monkeypatch, model, tmp_path_factory):
         return folder / f"{path.stem}.safetensors"
 
     monkeypatch.setattr("datasetdm_fast.engine.loading.load_model", lambda name, **_: model)
-    monkeypatch.setattr("datasetdm_fast.foreign.pickles.safe_copy", converted)
+    monkeypatch.setattr("datasetdm_fast.untrusted.pickles.safe_copy", converted)
 
 
 def write(path: Path, text: str) -> None:

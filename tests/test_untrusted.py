@@ -14,8 +14,8 @@ from proofs import external, message, onnx_model
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, images, onnx_graph
-from datasetdm_fast.foreign.tensors import MOST_TENSORS, check_safetensors
+from datasetdm_fast.untrusted import documents, images, onnx_graph
+from datasetdm_fast.untrusted.tensors import MOST_TENSORS, check_safetensors
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from functools import wraps
 
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.plugins import loaded_packages, place_in_package
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it

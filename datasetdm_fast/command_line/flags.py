@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.config import RunConfig, flags_of
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
 DESCRIBE = "--describe-flags"

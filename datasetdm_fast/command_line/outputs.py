@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.untrusted.documents import quoted
 
 LONGEST_PART = 255 - 32  # bytes of a name between two slashes, less what a file has added while it is written
 LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside

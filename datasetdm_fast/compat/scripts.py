@@ -17,7 +17,7 @@ from datasetdm_fast.config import PROFILES
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines import ENGINE_NAMES
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
 FLAGS = ("model", "engine", "dtype", "device", "profile", "steps", "limit")

@@ -27,12 +27,12 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.runs.jobs.job import finished, prepare
 from datasetdm_fast.runs.jobs.run import run
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.jobs.result import Result

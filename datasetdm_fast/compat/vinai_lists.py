@@ -12,8 +12,8 @@ from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loop.class_prompts import further_words, listed
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.runs.jobs.prompts import LARGEST_FILE, GivenPrompt, PromptSource, check_line
+from datasetdm_fast.untrusted import documents
 
 KINDS = ("voc", "coco")
 FORM = {"filename": str, "caption": str, "class_prompt": str}

@@ -19,7 +19,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes

@@ -24,7 +24,6 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.pictures.reading import photo_of
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
 from datasetdm_fast.training.held_out import answers, are_enough, split
 from datasetdm_fast.training.lessons import cache
@@ -38,6 +37,7 @@ from datasetdm_fast.training.readers import is_read, open_data
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining, read_state
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
+from datasetdm_fast.untrusted import documents
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 LISTED = 20  # bad images that are named

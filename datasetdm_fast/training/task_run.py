@@ -28,7 +28,6 @@ from datasetdm_fast.engine.engines.device import multiplies_bf16
 from datasetdm_fast.engine.engines.memory import keep_freed
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import check_form, one_line
 from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.meter import Meter
@@ -40,6 +39,7 @@ from datasetdm_fast.training.readers import folders_of
 from datasetdm_fast.training.schedule import TrainingSchedule
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.word_heads import WordHeads
+from datasetdm_fast.untrusted.documents import check_form, one_line
 
 LOCK, PAGE = ".lock", "page.html"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training

@@ -24,7 +24,7 @@ from datasetdm_fast.compat.showlab.showing import SHOWERS, Shower, show
 from datasetdm_fast.compat.showlab.splicing import SPLICERS, Splicer, splice
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train, shown
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
 RUNNER = "datasetdm_fast.compat.scripts"  # of `run`, which runs a script of a checkout itself

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 LARGEST_SCRIPT = 2**20  # bytes
 LARGEST_PROMPTS = 2**26

@@ -14,9 +14,9 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.runs.jobs.prompts import GivenPrompt, PromptSource
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.json_stream import JsonStream
 
 RUN = ".run"  # of a line's output: the run folder beside its files
 SAID_OTHERWISE = {"mouse": "computer mouse"}  # by DatasetDM's generator and in the names of its prompt files

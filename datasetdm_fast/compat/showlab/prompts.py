@@ -8,7 +8,7 @@ from pathlib import Path
 from datasetdm_fast.compat.showlab.checkout import Script, prompt_lines
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 TEMPLATES_BELOW = 0.3  # random numbers up to it take the template, others a line of the list
 GENERAL = "general.txt"

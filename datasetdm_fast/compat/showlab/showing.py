@@ -15,7 +15,7 @@ from datasetdm_fast.compat.showlab.splicing import HOLDER, contours_in
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.pictures import masked
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 
 LEAST_SCORE = 0.6  # of an instance that is drawn
 ROOM_STEPS = 256  # of a file of rooms, at the end of the colours

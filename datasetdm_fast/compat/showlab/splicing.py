@@ -14,8 +14,8 @@ from datasetdm_fast.compat.showlab.files import encoded
 from datasetdm_fast.compat.showlab.lines import Flag, Line
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.runs.run_folder.document import pretty
+from datasetdm_fast.untrusted import documents, images
 
 HOLDER = "DataDiffusion"  # of all outputs, in the checkout
 PLAN = ".splicing.json"  # of an output: what it is made of

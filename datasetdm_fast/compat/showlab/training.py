@@ -10,7 +10,7 @@ from datasetdm_fast.compat.showlab.lines import Flag, Line
 from datasetdm_fast.compat.showlab.order import model_of
 from datasetdm_fast.compat.showlab.scripts import OURS
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 CHECKPOINT = "latest_checkpoint.pth"
 RUN = ".train"  # of a checkpoint's folder: what `train` writes

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from datasetdm_fast.compat.showlab_modules import session
 from datasetdm_fast.engine.labels.pictures import masked
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 
 JPEG_QUALITY = 95
 

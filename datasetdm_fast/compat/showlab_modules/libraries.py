@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasetdm_fast.compat.showlab import drawing
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 
 def seed_everything(seed: int | None = None, workers: bool = False) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasetdm_fast.compat.showlab.drawing import filled
 from datasetdm_fast.compat.showlab_modules import session
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 
 COLOUR, UNCHANGED = 1, -1  # how a file is read
 SWAPPED = 4  # of cvtColor: the first and the last channel change places, whichever of both is red

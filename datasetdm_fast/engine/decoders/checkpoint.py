@@ -19,9 +19,9 @@ from datasetdm_fast.engine.decoders.pose import HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
+from datasetdm_fast.untrusted import pickles, tensors
 
 __all__ = [
     "Decoder",

@@ -10,8 +10,8 @@ from typing import Any
 from datasetdm_fast.config import FROM_DECODER, OUTLINES, TASKS
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.stages import LEVELS, Level, levels
+from datasetdm_fast.untrusted import documents
 
 MEND = "Correct that setting, train the decoder again, or name another with --decoder."
 FORMAT = 1  # of config.json; without one it is the first

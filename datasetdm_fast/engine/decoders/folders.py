@@ -8,7 +8,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.names import DECODER_NAME, LabelName
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 DEMO = Path(__file__).parents[2] / "demo" / "decoders"
 FORM = "Give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth."

@@ -23,9 +23,9 @@ from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.engine.labels.class_tables import table
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.foreign import documents, pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import LEVELS, Level
+from datasetdm_fast.untrusted import documents, pickles, tensors
 
 SUFFIXES = (".pth", ".pt")
 SIDE_FILE = "unused.safetensors"  # beside model.safetensors: what upstream saves and never reads

@@ -8,7 +8,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.foreign.json_stream import JsonStream
+from datasetdm_fast.untrusted.json_stream import JsonStream
 
 LARGEST_TABLE = 2**22  # bytes
 NAME_A_TABLE = "Name the annotation file of LVIS or COCO, or a CSV file."

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 FOLDER = Path(__file__).parent / "class_tables"
 TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo", "hard")

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels.image_files import with_text
 from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
 from datasetdm_fast.engine.labels.pictures import depth_picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.untrusted.documents import quoted
 
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 

@@ -9,7 +9,7 @@ from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.pose import PERSON, PoseKind
 from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 
 def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:

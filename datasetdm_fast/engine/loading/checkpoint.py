@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.tensors import check_safetensors
+from datasetdm_fast.untrusted.tensors import check_safetensors
 
 NAME = "checkpoint.safetensors"
 

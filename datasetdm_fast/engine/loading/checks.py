@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, tensors
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.untrusted import documents, tensors
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 SUPPORTED = (

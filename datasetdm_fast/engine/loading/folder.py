@@ -37,8 +37,8 @@ from datasetdm_fast.engine.loading.network import ConfigFile, Network, tensors_o
 from datasetdm_fast.engine.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, pickles
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.untrusted import documents, pickles
 
 # diffusers' pipeline of Stable Diffusion puts these right in the scheduler of old folders: the offset is 1, and samples
 # are not clipped.

@@ -20,7 +20,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.provenance import digest
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, tensors
+from datasetdm_fast.untrusted import documents, tensors
 
 # how files begin the names of a network's layers -> the network
 NETWORKS = {"lora_unet_": "unet", "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder"}

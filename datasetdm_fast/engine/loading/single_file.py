@@ -30,8 +30,8 @@ from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, pickles
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.untrusted import documents, pickles
 
 
 def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: bool = False) -> Model:

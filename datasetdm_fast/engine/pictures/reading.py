@@ -14,7 +14,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.depth import LARGEST_STEP
 from datasetdm_fast.engine.pictures.labelled import IGNORED, MEND
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192

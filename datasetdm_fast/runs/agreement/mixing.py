@@ -13,7 +13,7 @@ import numpy as np
 from datasetdm_fast.runs.agreement.distances import image_distance
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.data import Batch, Sample
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.engine.labels import kind_of, label_files

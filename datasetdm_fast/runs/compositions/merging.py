@@ -12,8 +12,8 @@ from datasetdm_fast.runs.compositions.source import begun, check_filter, decisiv
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, damaged, engines_of, read_document, sides

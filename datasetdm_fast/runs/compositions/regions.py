@@ -13,7 +13,7 @@ from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.runs.run_folder.document import LEDGER

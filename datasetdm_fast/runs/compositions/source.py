@@ -10,7 +10,7 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,

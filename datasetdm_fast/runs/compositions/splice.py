@@ -18,8 +18,8 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.images import MOST_PIXELS
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import MOST_PIXELS
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Placement

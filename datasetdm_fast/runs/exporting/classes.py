@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.untrusted.documents import quoted
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
 

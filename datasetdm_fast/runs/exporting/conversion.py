@@ -21,7 +21,7 @@ from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, united
 from datasetdm_fast.runs.exporting.format import Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.exporting.view import RunView, SampleView
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.labels import LABEL_KINDS, OWN_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.plugins import named

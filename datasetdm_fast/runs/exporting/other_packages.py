@@ -11,7 +11,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import Linked, SampleView
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 
 def checked(name: str, format: Any) -> Format:

@@ -15,7 +15,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting.classes import BACKGROUND, IGNORED, PERSON, Classes, Renaming, class_names, lookup
 from datasetdm_fast.runs.exporting.settings import ExportSettings
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.image_files import image_bytes

@@ -12,7 +12,7 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import images
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.image_files import picture_bytes
 from datasetdm_fast.engine.labels.kind import GalleryLayer

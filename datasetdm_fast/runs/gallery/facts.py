@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.colours import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer

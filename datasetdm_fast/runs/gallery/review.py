@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import in_turn
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 MARKS = ("good", "bad")
 LARGEST_LIST = 2**28  # bytes

@@ -20,7 +20,7 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row, canonical
 

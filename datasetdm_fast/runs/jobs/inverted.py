@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of, listed
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.runs.jobs import prompts
 from datasetdm_fast.engine.loop.class_prompts import check_class_prompt

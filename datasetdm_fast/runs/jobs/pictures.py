@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.runs.jobs import prompts
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.engine.pictures import framing, reading

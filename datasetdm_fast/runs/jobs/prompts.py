@@ -12,7 +12,7 @@ from typing import NamedTuple
 from datasetdm_fast.config import DEMO_PROMPTS, RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.labels.class_file import own_table, refuse_files

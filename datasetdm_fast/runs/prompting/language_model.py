@@ -21,7 +21,7 @@ from urllib import error, parse, request
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign.documents import one_line
+from datasetdm_fast.untrusted.documents import one_line
 from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.runs.prompting.grammar import Sentence

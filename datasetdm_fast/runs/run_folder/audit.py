@@ -13,7 +13,7 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder import seal

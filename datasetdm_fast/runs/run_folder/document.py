@@ -9,7 +9,7 @@ from typing import Any
 from datasetdm_fast.config import LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.numbering import check_numbers, check_palette

@@ -14,8 +14,8 @@ from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.engine.labels import label_files
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder import seal

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.errors import quote, refusing_form
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 KEPT = "state/kept.json"
 LARGEST_KEPT = 2**28  # bytes

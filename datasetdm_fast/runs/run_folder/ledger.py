@@ -15,7 +15,7 @@ from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 TEXTS = {  # where a row's recipe holds texts of its request
     "negative_prompt": "negative",

@@ -20,7 +20,7 @@ from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.runs.gallery import review

@@ -17,7 +17,7 @@ import numpy as np
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import kind_of, label_files, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label

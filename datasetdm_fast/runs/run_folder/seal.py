@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.runs.run_folder.indexes import writers

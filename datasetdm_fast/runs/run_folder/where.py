@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 LONGEST = 2000  # characters
 DEEPEST = 20  # parentheses and nots

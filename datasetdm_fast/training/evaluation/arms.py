@@ -27,7 +27,6 @@ from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.training.evaluation.answering import answered, is_map, scored
 from datasetdm_fast.training.evaluation.course import Course, NetworkTraining, taught
 from datasetdm_fast.training.evaluation.examples import Examples
@@ -36,6 +35,7 @@ from datasetdm_fast.training.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.training.evaluation.networks.weights import build, check_folder
 from datasetdm_fast.training.evaluation.student_data import IGNORED, Vocabulary
 from datasetdm_fast.training.evaluation.worth import compared, t95, verdict
+from datasetdm_fast.untrusted import documents
 
 TAUGHT_BY = "taught by"  # heads the arms of a table
 ARMS = {"real": ("real",), "synthetic": ("run",), "both": ("real", "run")}  # name -> the sets it is taught by

@@ -10,7 +10,6 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.plugins import Registry
 from datasetdm_fast.training.readers import demo
 from datasetdm_fast.training.readers.celebamask import CelebAMask
@@ -30,6 +29,7 @@ from datasetdm_fast.training.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.training.readers.voc import Voc
 from datasetdm_fast.training.readers.yolo import Yolo
 from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
+from datasetdm_fast.untrusted import documents
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 

@@ -15,9 +15,9 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource, largest
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.training.truth.shapes import MOST_CORNERS, rasterised
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.json_stream import JsonStream
 
 KINDS = ("instances", "person_keypoints")  # of annotation files
 IMAGE_FORM = {"id": int, "height": int, "width": int}

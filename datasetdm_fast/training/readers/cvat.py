@@ -9,8 +9,8 @@ import numpy as np
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.training.truth import shapes
+from datasetdm_fast.untrusted import documents
 
 LARGEST_TASK = 64 * 2**20  # bytes
 NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes, and of labels, that bound none

@@ -8,7 +8,7 @@ from datasetdm_fast.engine.labels.class_tables import table
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 DEEPFASHION_CLASSES = table("deepfashion").names
 

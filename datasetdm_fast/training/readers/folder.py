@@ -8,7 +8,7 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 CLASSES = "Write one class name per line there, in the order of the numbers in the masks."
 PARTS = "images", "masks", "semantic", "depth"

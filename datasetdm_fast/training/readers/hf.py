@@ -17,8 +17,8 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.training.truth import tables
+from datasetdm_fast.untrusted import documents, images
 
 COLUMNS = {
     "image": ("image", "img", "pixel_values"),

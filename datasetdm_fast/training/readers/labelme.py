@@ -13,8 +13,8 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.training.truth import shapes
+from datasetdm_fast.untrusted import documents, images
 
 LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
 FORM = {"shapes": [{"label": str, "points": [[float]]}], "imagePath": str, "imageHeight": int, "imageWidth": int}

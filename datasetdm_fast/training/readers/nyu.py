@@ -6,7 +6,7 @@ from pathlib import Path
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
 SCENE = re.compile(r"(.+_\d+)[a-z]*")

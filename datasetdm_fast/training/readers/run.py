@@ -15,11 +15,11 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.split import origins, part_of, read_split
+from datasetdm_fast.untrusted import documents
 
 # the first that a run has tells the class of every pixel, where LABEL names none
 MAPS = ("semantic", "open-vocabulary", ATTENTION)

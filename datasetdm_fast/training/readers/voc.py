@@ -9,8 +9,8 @@ import numpy as np
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.training.truth.selection import VOC_CLASSES
+from datasetdm_fast.untrusted import documents
 
 
 class Voc(PictureSource):

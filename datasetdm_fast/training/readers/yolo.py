@@ -7,8 +7,8 @@ from pathlib import Path
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
-from datasetdm_fast.foreign import documents
 from datasetdm_fast.training.truth.shapes import rasterised
+from datasetdm_fast.untrusted import documents
 
 
 class Yolo(PictureSource):

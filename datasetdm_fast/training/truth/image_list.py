@@ -9,7 +9,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 LARGEST_IMAGE_LIST = 16 * 2**20  # bytes
 BETWEEN = "', '"  # paths of a Python list that was cut up by hand, as DatasetDM's COCO lists were

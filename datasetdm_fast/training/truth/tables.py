@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
     import pyarrow

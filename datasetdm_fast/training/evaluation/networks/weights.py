@@ -11,10 +11,10 @@ from torch import nn
 
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.tensors import check_safetensors
 from datasetdm_fast.training.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.training.evaluation.student_data import Vocabulary
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.tensors import check_safetensors
 
 REMEDY = "Name a folder with the config.json and model.safetensors of this network."
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, check_inside, quoted
+from datasetdm_fast.untrusted.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, check_inside, quoted
 
 LARGEST_ONNX = 2**31 - 1  # bytes of the graph itself, protobuf's own limit
 MOST_NODES = 2_000_000  # messages of one ONNX graph

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import GET_AGAIN, LONGEST_NAME, parse_json, quoted
+from datasetdm_fast.untrusted.documents import GET_AGAIN, LONGEST_NAME, parse_json, quoted
 
 LARGEST_HEADER = 16 * 2**20  # bytes of a safetensors header
 MOST_TENSORS = 20_000

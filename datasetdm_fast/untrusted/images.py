@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import GET_AGAIN, reason_of
+from datasetdm_fast.untrusted.documents import GET_AGAIN, reason_of
 
 LARGEST_IMAGE_FILE = 64 * 2**20
 BIT_DEPTH = 24  # the byte of a PNG file that tells the bits of a pixel's channel

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents
-from datasetdm_fast.foreign.tensors import LARGEST_HEADER, check_safetensors
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.tensors import LARGEST_HEADER, check_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def _check_beginning(path: Path) -> int:
 def _run(source: Path, target: Path, size: int) -> None:
     paths = [entry for entry in sys.path if os.path.isabs(entry)]
     call = f"child({str(source.resolve())!r}, {str(target.resolve())!r})"
-    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.foreign.pickles import child; {call}"
+    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.untrusted.pickles import child; {call}"
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     environment = {
         "PATH": os.defpath,

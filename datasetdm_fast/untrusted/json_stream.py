@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents
+from datasetdm_fast.untrusted import documents
 
 LARGEST_STREAM = 4 * 2**30  # bytes; LVIS has 1.1 GB
 WINDOW = 4 * 2**20  # bytes looked at together
