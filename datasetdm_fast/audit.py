@@ -10,9 +10,10 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused, quote
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.check import audit_export, exports_of
 from datasetdm_fast.runs.exporting.target import DOCUMENT as EXPORT
 from datasetdm_fast.runs.run_folder.audit import Report, audit
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if report.findings:
         places = len({finding.place for finding in report.findings})
         raise GateFailed(
-            f"{report.path}: {counted(len(report.findings), 'finding')} in {counted(places, 'file')}",
+            f"{report.path}: {count_noun(len(report.findings), 'finding')} in {count_noun(places, 'file')}",
             "Each line above, or in --json, ends with its remedy.",
         )
     if not config.json:

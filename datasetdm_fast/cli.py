@@ -5,8 +5,7 @@ from importlib import import_module
 
 from datasetdm_fast.command_line.completion import completion
 from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import nearest
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.version import __version__
 
 # name -> (module with main(arguments) -> exit code, what it does)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting import checkpoints
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.run_folder.document import EXPORTS
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     conversion = _opened(settings, folder)
     for source in conversion.sources:
         if not source.run.is_complete:
-            there = counted(len(source.run), "sample")
+            there = count_noun(len(source.run), "sample")
             say(settings, f"{source.run.path}: not finished; what is there is converted: {there}")
     for path in conversion.unsplit:
         say(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         if unknown := format.unknown(conversion.plan):
             say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
     if settings.dry_run:
-        would = f"{counted(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
+        would = f"{count_noun(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
         facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
         conversion.close()
         told = f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}"
@@ -73,16 +74,15 @@ def main(arguments: Sequence[str]) -> int:
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,
     ):
-        threads = settings.threads or cores()
+        threads = settings.threads or count_cores()
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
     if not result.is_complete:
         print(f"{folder}: not complete; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
-    told = (
-        f"{counted(result.samples, 'sample')} ({splits}) as {', '.join(settings.to)}, {counted(result.files, 'file')}"
-    )
+    samples, files = count_noun(result.samples, "sample"), count_noun(result.files, "file")
+    told = f"{samples} ({splits}) as {', '.join(settings.to)}, {files}"
     say(settings, f"{folder}: complete, {told}; nothing to do" if conversion.is_complete else f"{folder}: {told}")
     facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
     put(settings, {**facts, "splits": conversion.splits}, str(folder))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
@@ -60,7 +61,7 @@ def _decoders(config: EvaluateConfig) -> int:
     pairs = naming.pairs(config.class_names, sources.values())
     if config.dry_run:
         images = {address: len(source) for address, source in sources.items()}
-        told = [f"{address}: {counted(count, 'image')} would be judged" for address, count in images.items()]
+        told = [f"{address}: {count_noun(count, 'image')} would be judged" for address, count in images.items()]
         return planned(config, {"images": images}, "\n".join(told))
     engine, found, skipped = _engine(config, config.decoder), {}, {}
     for address, source in sources.items():
@@ -143,7 +144,9 @@ def _curve(config: EvaluateConfig) -> int:
         _check_enough(counts[-1], there, address)
     if config.dry_run:
         trained = config.repeats * len(counts)
-        told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
+        told = (
+            f"{count_noun(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
+        )
         return planned(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
     from datasetdm_fast.engine.engines import build_engine
     from datasetdm_fast.training.evaluation.measure import check_shown, measure
@@ -312,7 +315,7 @@ def _network(config: EvaluateConfig) -> int:
 
 def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str], seeds: int, folder: str = "") -> int:
     """The exit code of a dry run of students of some kinds, whose checkpoints `folder` would keep."""
-    each, judged = counted(seeds, "student"), counted(images, "image")
+    each, judged = count_noun(seeds, "student"), count_noun(images, "image")
     told = f"{each} for each of {', '.join(kinds)} would be taught and judged on {judged}"
     facts = {"students": seeds * len(kinds), "images": images, **({"path": folder} if folder else {})}
     return planned(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
@@ -359,7 +362,7 @@ def _end(config: EvaluateConfig, result: dict, skipped: dict[str, str], text: st
     if skipped and not config.quiet:
         reasons = (f"  {one_line(reason)}" for reason in skipped.values())
         verb = "was" if len(skipped) == 1 else "were"
-        print(f"{counted(len(skipped), 'image')} {verb} skipped:", *reasons, sep="\n", file=sys.stderr)
+        print(f"{count_noun(len(skipped), 'image')} {verb} skipped:", *reasons, sep="\n", file=sys.stderr)
     return 0
 
 
@@ -378,7 +381,7 @@ def table(result: dict[str, dict], level: float) -> str:
             own = bounds.get(each, {})
             rows += [(task, f"  {name}", value, own.get(name)) for name, value in found.get(each, {}).items()]
         for count, own in found.get("by_things", {}).items():
-            shown = f"of {counted(int(count), 'thing')}, {counted(own['images'], 'image')}"
+            shown = f"of {count_noun(int(count), 'thing')}, {count_noun(own['images'], 'image')}"
             values = [(figure_name(name), value) for name, value in own.items() if name != "images"]
             rows += [(task, f"  {name} {shown}", value, None) for name, value in values]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))

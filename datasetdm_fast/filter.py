@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.curation.filtering import Bin
@@ -76,14 +77,14 @@ def main(arguments: Sequence[str]) -> int:
                 f"--dry-run: {left} samples have no scores yet", "Score them first: run the command without --where."
             )
         if config.dry_run:
-            told = f"{config.run}: {counted(left, 'sample')} would be scored"
+            told = f"{config.run}: {count_noun(left, 'sample')} would be scored"
             return planned(config, {"path": config.run, "scored": left}, config.run, told)
         networks = _networks(config, run, clip)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
                 run,
                 networks,
-                config.threads or cores(),
+                config.threads or count_cores(),
                 progress.on_commit,
                 interruption.is_stopping,
             )

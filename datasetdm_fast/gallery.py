@@ -9,10 +9,11 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery import PAGE, server
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
 from datasetdm_fast.runs.run_folder.showing import ShownRun, show
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         _copy(config)
     is_copied = config.dry_run and config.out != ""
     run = show(place, is_served=config.serve or is_copied, is_dry=config.dry_run)
-    told = f"{place}: {run.samples} of {counted(run.planned, 'sample')}"
+    told = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
     told += f", and {run.aside} set aside" if run.aside else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}

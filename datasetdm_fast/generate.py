@@ -9,14 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say, unfinished
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import GateFailed, Refused, quote
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.agreement.during import RepeatedComparison
 from datasetdm_fast.runs.jobs.defaults import with_folder, with_labels
 from datasetdm_fast.runs.jobs.job import Job, count_rows, finished, in_all, may_differ, measures, prepare, refill
@@ -124,7 +125,7 @@ def _nothing_to_do(config: RunConfig, result: Result) -> int:
     """The exit code of a run that was finished before."""
     if config.store and not config.dry_run:
         object_store.ObjectStore(config.store).complete(result.path)
-    say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
+    say(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
     return _end(config, result)
 
 
@@ -204,10 +205,10 @@ def _mixed(config: RunConfig, job: Job) -> Job:
     if failed := [row.measure for row in rows if not row.is_passed]:
         raise GateFailed(
             f"{job.folder}: {job.engine.name} does not reproduce its samples, {', '.join(failed)} beyond "
-            f"the limit in {counted(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
+            f"the limit in {count_noun(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
             "Continue with the engine that started it, or choose another --out.",
         )
-    say(config, f"mixed      {job.engine.name} makes {counted(len(indices), 'sample')} again as they are there")
+    say(config, f"mixed      {job.engine.name} makes {count_noun(len(indices), 'sample')} again as they are there")
     job, entries = mixing.mixed(job, rows, len(indices))
     note(job.folder, "mixed", entries)
     return job
@@ -220,7 +221,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
     earlier = (stored or job.document).get("verified")
     if before.holds(earlier, job.engine, number):
-        say(config, f"verified   {counted(earlier['number'], 'sample')} agreed before, with this engine and device")
+        say(config, f"verified   {count_noun(earlier['number'], 'sample')} agreed before, with this engine and device")
         return job
     calls = before.calls_of(job, number)
     with _calls_bar("verify", calls, config.quiet) as on_unet_call:
@@ -233,7 +234,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {counted(number, 'sample')}")
+    say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {count_noun(number, 'sample')}")
     facts = before.kept(verdict, job.engine)
     if stored is not None:
         note(job.folder, "verified", facts)
@@ -284,8 +285,8 @@ def _end(config: RunConfig, result: Result, by: str = "") -> int:
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
     put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
-        made = f"{counted(result.made, 'image')}{by} in {duration(result.seconds)}"
+        closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
+        made = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
         speed = f"{made} ({closing}), {rate:.3g} images per second"
         say(config, f"{speed}; look at {_page(config, result)}")
     if result.told:
@@ -308,7 +309,7 @@ def _convert(config: RunConfig, result: Result) -> None:
     """Writes the formats that were asked for; the same line goes on with them where it was interrupted."""
     from datasetdm_fast.runs.exporting.conversion import export_run
 
-    found = export_run(result.path, config.format, config.threads or cores())
+    found = export_run(result.path, config.format, config.threads or count_cores())
     say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
 
 

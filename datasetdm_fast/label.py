@@ -8,9 +8,10 @@ from functools import partial
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import LabelConfig
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.runs.jobs.run import run
 from datasetdm_fast.runs.jobs.settings import check_settings, spelled_out
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return remade(config, config.out, config.only, partial(remake, job, config.only))
     left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
     told = [
-        f"{left} of {counted(job.plan.number, 'picture')}, {counted(calls, 'UNet call')} each; labels: "
+        f"{left} of {count_noun(job.plan.number, 'picture')}, {count_noun(calls, 'UNet call')} each; labels: "
         f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
         *([f"captions: {captions}"] if (captions := unnamed(job)) else []),
     ]
@@ -56,10 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     put(config, {"path": config.out, **facts, "complete": result.is_complete}, config.out)
-    say(
-        config,
-        f"{counted(result.made, 'picture')} in {duration(result.seconds)}; look at {result.path}/gallery/index.html",
-    )
+    pictures = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
+    say(config, f"{pictures}; look at {result.path}/gallery/index.html")
     result.check()
     if not result.is_complete:
         unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}", "pictures")

@@ -12,10 +12,11 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 
 PROG = "python -m datasetdm_fast.merge"
 EXAMPLES = ("runs/day runs/night --out runs/all",)
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     number, there = len(merging.places), begin(merging, folder)
     if config.dry_run:
         merging.close()
-        told = f"{folder}: would have {counted(number, 'sample')}, {there} are there, {merging.duplicates} are left out"
+        told = (
+            f"{folder}: would have {count_noun(number, 'sample')}, {there} are there, {merging.duplicates} are left out"
+        )
         facts = {"path": config.out, "number": number, "done": there, "duplicates": merging.duplicates}
         return planned(config, facts, config.out, told)
     with Interruption(config.quiet) as interruption, ImageProgress(number - there, config.quiet) as progress:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
-        say(config, f"{folder}: complete with {counted(done, 'sample')}{more}" + ("" if made else ", nothing to do"))
+        say(config, f"{folder}: complete with {count_noun(done, 'sample')}{more}" + ("" if made else ", nothing to do"))
     facts = {"number": number, "done": done, "made": made, "duplicates": merging.duplicates}
     put(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code(0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import nearest, parse
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import dry_run_setting, setting
@@ -19,7 +19,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_file import own_table, refuse_files
 from datasetdm_fast.engine.scenes.worlds import WORLDS
-from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.errors import Missing, Refused, nearest, quote
 from datasetdm_fast.runs.prompting import balance, language_model, vocabulary
 from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
 from datasetdm_fast.runs.prompting.measures import measure

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 
 PROG = "python -m datasetdm_fast.restore"
 EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = None if config.all else dropping.read_ids(config.ids, config.file)
     aside = len(dropping.set_aside(run) & set(wanted or ()))
     ids = [f"{index:08d}" for index in dropping.restore(run, wanted, is_dry=config.dry_run)]
-    told = f"{config.run}: {counted(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
+    told = f"{config.run}: {count_noun(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
     told += dropping.told_aside(aside)
     facts = {"path": config.run, "restored": ids}
     if config.dry_run:

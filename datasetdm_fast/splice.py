@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun, format_duration
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.compositions.splice import Splicing
@@ -78,9 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     left = config.number - there
     left = min(left, config.limit or left)
     if config.dry_run:
-        told = f"{folder}: {left} of {counted(config.number, 'image')} would be made"
+        told = f"{folder}: {left} of {count_noun(config.number, 'image')} would be made"
         return planned(config, {"path": config.out, "number": config.number, "done": there}, config.out, told)
-    threads = config.threads or 2 * cores()  # half of them wait for the disk
+    threads = config.threads or 2 * count_cores()  # half of them wait for the disk
     with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
         options = {"limit": config.limit, "threads": threads, "on_commit": progress.on_commit}
         made, seconds = run(splicing, folder, is_stopping=interruption.is_stopping, **options)
@@ -89,12 +90,12 @@ def main(arguments: Sequence[str]) -> int:
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
     put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
     if made:
-        speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
+        speed = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
         say(config, f"{speed}; look at {folder}/gallery/index.html")
     if done < config.number:
         unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
     elif not made:
-        say(config, f"{folder}: complete with {counted(done, 'sample')}, nothing to do")
+        say(config, f"{folder}: complete with {count_noun(done, 'sample')}, nothing to do")
     return interruption.exit_code(0)
 
 

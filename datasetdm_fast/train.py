@@ -14,8 +14,9 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import StepProgress, counted
+from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, say
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.settings import TrainConfig
 
 PROG = "python -m datasetdm_fast.train"
@@ -140,16 +141,16 @@ def _lines(config: TrainConfig, task: str, result: dict[str, Any], folds: dict[s
     from datasetdm_fast.training.held_out import cautions
 
     if folds:
-        images = counted(folds["images"], "image")
+        images = count_noun(folds["images"], "image")
         yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
-    steps, count = counted(result["steps"], "step"), result["held_out_images"]
+    steps, count = count_noun(result["steps"], "step"), result["held_out_images"]
     if result.get("stopped_early"):
         steps += f", stopped early, weights of step {result.get('weights_of_step')}"
     if not result["held_out"]:
         yield f"{task}: {steps}"
     else:
         bounds = result.get("held_out_intervals", {})
-        yield f"{task}: {steps}; {_figures(counted(count, 'held-out image'), result['held_out'], bounds)}"
+        yield f"{task}: {steps}; {_figures(count_noun(count, 'held-out image'), result['held_out'], bounds)}"
     yield from (f"  {note}" for note in cautions(result, bool(folds)))
     yield f"  look at {config.out}/{task}/training/page.html"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.command_line.telling import planned, say
 from datasetdm_fast.config import (
     ENGINE_NAMES,
@@ -25,6 +25,7 @@ from datasetdm_fast.config import (
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.settings import LARGEST_BATCH
 from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
 from datasetdm_fast.runs.run_folder.folder import note
@@ -88,9 +89,8 @@ def main(arguments: Sequence[str]) -> int:
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
     if config.dry_run:
         facts = {"number": len(requests), "calls": calls, "engine": config.engine, "against": config.against}
-        told = (
-            f"{counted(len(requests), 'image')} of {config.engine} and {config.against}, {counted(calls, 'UNet call')}"
-        )
+        images = count_noun(len(requests), "image")
+        told = f"{images} of {config.engine} and {config.against}, {count_noun(calls, 'UNet call')}"
         places = ", ".join(place for place in (config.html, config.run and f"run.json of {config.run}") if place)
         return planned(config, facts, told, *([f"the verdict would be written to {places}"] if places else []))
     with tqdm(total=calls, unit="call", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
@@ -207,7 +207,7 @@ def table(verdict) -> str:
     said = "agree" if verdict.agrees else "DISAGREE"
     sides = [f"{side['engine']} ({side['dtype']}, {side['device_name']})" for side in (verdict.engine, verdict.against)]
     lines.append(
-        f"{' and '.join(sides)} {said} on {counted(verdict.facts['number'], 'image')} of {verdict.facts['model']}, "
+        f"{' and '.join(sides)} {said} on {count_noun(verdict.facts['number'], 'image')} of {verdict.facts['model']}, "
         f"{verdict.facts['calls']} calls each"
     )
     return "\n".join(lines)

@@ -18,12 +18,13 @@ from datasetdm_fast.command_line import progress
 from datasetdm_fast.command_line.completion import SHELLS
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig
@@ -273,8 +274,8 @@ def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, 
 
 
 def test_one_of_a_thing_is_in_the_singular():
-    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
-    assert counted(1, "batch", "batches") == "1 batch" and counted(3, "batch", "batches") == "3 batches"
+    assert [count_noun(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert count_noun(1, "batch", "batches") == "1 batch" and count_noun(3, "batch", "batches") == "3 batches"
 
 
 def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):

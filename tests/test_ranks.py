@@ -218,7 +218,7 @@ def test_gpus_and_ranks_are_not_mixed():
 @pytest.mark.parametrize(("ranks_asked", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (3, 16, 4), (8, 4, 1)])
 def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(devices, "cores", lambda: cores)
+    monkeypatch.setattr(devices, "count_cores", lambda: cores)
     assert [place.threads for place in devices.places(RunConfig(ranks=ranks_asked))] == [threads] * ranks_asked
     assert devices.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
 

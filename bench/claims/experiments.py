@@ -13,7 +13,7 @@ from typing import Any
 from bench.claims import sets
 from bench.claims.rows import CLAIMS, row_of
 from bench.claims.students import Arm, Figures, StudentStore, TestSet
-from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.training.evaluation import student_data
 from datasetdm_fast.training.evaluation.student import StudentSchedule
@@ -47,7 +47,7 @@ class Experiments:
 
     def __init__(self, folder: Path, scale: sets.Scale, say: Callable[[str], None], processes: int = 0):
         self.folder, self.scale, self.say = folder, scale, say
-        self.processes = processes or min(cores(), MOST_PROCESSES)
+        self.processes = processes or min(count_cores(), MOST_PROCESSES)
         self.store = StudentStore(folder / "students", say, self.processes)
         self.schedule = StudentSchedule(steps=scale.steps)
         self.vocabulary = student_data.vocabulary_of(sets.scenes(sets.LABELLED, 1, SIDE))

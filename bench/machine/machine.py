@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.machine.nvml import Nvml
-from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     common = {"kind": device.type, "commit": commit(), "versions": versions}
-    common |= {"cores": cores(), "threads": torch.get_num_threads()}
+    common |= {"cores": count_cores(), "threads": torch.get_num_threads()}
     common["openmp"] = {name: os.environ[name] for name in OPENMP if name in os.environ}
     if device.type == "cpu":
         told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

@@ -32,9 +32,9 @@ from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.messages import count_noun
 
 PROG = "python -m bench report"
 PAGES = ("README.md", "bench/README.md", "docs/*.md")
@@ -158,7 +158,7 @@ def summary(found: Documents, charts: str) -> str:
             )
             facts += f"of neighbouring rounds, at least {min(counts, default=0)}."
             if len(steady) < len(rows):
-                left = counted(len(rows) - len(steady), "row")
+                left = count_noun(len(rows) - len(steady), "row")
                 facts += f" Omitted because the machine was busy or the rounds differed: {left}."
             calls = found[suite]["setting"]["calls"]
             usual = next((row.get("dtype", "fp32") for row in rows if row["peer"] == OURS), "fp32")

@@ -5,6 +5,8 @@ import sys
 import time
 from contextlib import AbstractContextManager
 
+from datasetdm_fast.messages import count_noun, format_duration
+
 SECONDS_PER_LINE = 10.0
 
 
@@ -52,7 +54,7 @@ class ImageProgress(Progress):
 
     @property
     def _title(self) -> str:
-        return f"{self._images_done}/{counted(self._images, 'image')}"
+        return f"{self._images_done}/{count_noun(self._images, 'image')}"
 
     def on_unet_call(self, count: int = 1) -> None:
         self._calls_done += count
@@ -62,7 +64,7 @@ class ImageProgress(Progress):
             self._bar.total = self.total
             self._bar.update(count)
         elif self.is_line_due():
-            left = duration(self.seconds_left(self._calls_done))
+            left = format_duration(self.seconds_left(self._calls_done))
             self.print(f"{self._title}, {self._calls_done / max(self.total, 1):.0%}, about {left} left")
 
     def on_commit(self, count: int) -> None:
@@ -92,12 +94,16 @@ class StepProgress(Progress):
         steps_timed = step - self._first_step
         each = (time.monotonic() - self._begin) / max(steps_timed, 1)
         is_later = self._later and steps_timed
-        later = f", {duration(each * (self.total - step + self._later))} with what follows" if is_later else ""
+        later = f", {format_duration(each * (self.total - step + self._later))} with what follows" if is_later else ""
         if self._bar:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}{later}")
         elif self.is_line_due() or step == self.total:
-            left = f", about {duration(each * (self.total - step))} left" if steps_timed and step < self.total else ""
+            left = (
+                f", about {format_duration(each * (self.total - step))} left"
+                if steps_timed and step < self.total
+                else ""
+            )
             self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}{left}{later}")
 
 
@@ -110,23 +116,11 @@ class PromptProgress(Progress):
     def on_reply(self, done: int, requests: int) -> None:
         if self._bar:
             self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(counted(requests, "request"))
+            self._bar.set_postfix_str(count_noun(requests, "request"))
         elif self.is_line_due() or done == self.total:
-            self.print(f"{done}/{self.total} prompts, {counted(requests, 'request')}")
-
-
-def counted(count: int, noun: str, several: str = "") -> str:
-    """A count and what is counted, in the singular for one; `several` is the plural where it does not end in s."""
-    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
+            self.print(f"{done}/{self.total} prompts, {count_noun(requests, 'request')}")
 
 
 def shows_bar(is_quiet: bool) -> bool:
     """Whether progress is shown as a bar: on a terminal, unless TQDM_DISABLE says no."""
     return not is_quiet and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

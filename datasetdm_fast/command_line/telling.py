@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.messages import count_noun
 
 NOTHING_WRITTEN = "--dry-run: nothing is written"
 
@@ -53,7 +53,7 @@ def remade(settings: TellingSettings, folder: str, id: str, remake: Callable[[],
             settings, facts, folder, f"sample {id}: would be made again, its missing or damaged files written"
         )
     written = remake()
-    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
+    told = f"{count_noun(len(written), 'file')} written" if written else "every byte as it was"
     say(settings, f"sample {id}: made again, {told}")
     put(settings, facts | {"written": written}, folder)
     return 0

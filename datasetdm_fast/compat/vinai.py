@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -23,6 +22,7 @@ from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import PRESETS
@@ -291,7 +291,7 @@ def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
         }
         storage.publish({path: data for path, data in files.items() if not _holds(path, data)})
 
-    with open_run(run_folder) as found, ThreadPoolExecutor(cores()) as threads:
+    with open_run(run_folder) as found, ThreadPoolExecutor(count_cores()) as threads:
         for folder, _ in places:
             storage.make_folder(out / folder)
         for _ in threads.map(written, found):

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.tensorrt import flavours, plans
 from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, cached_plans, say
 from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.messages import count_noun
 
 
 def build(config: ExportConfig) -> None:
@@ -131,7 +131,7 @@ def prune(config: ExportConfig) -> None:
     for path, reason in removed:
         print(f"{path}: {reason.removeprefix(f'{path} ')}")
     done = "would be" if config.dry_run else "is" if len(removed) == 1 else "are"
-    say(f"{counted(len(removed), 'file')} {done} deleted")
+    say(f"{count_noun(len(removed), 'file')} {done} deleted")
 
 
 def _folders(out: str) -> list[PlanFolder]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.untrusted import documents
 
 NAME = "data.json"
@@ -165,7 +165,7 @@ def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
 def _listed(names: set[str]) -> str:
     """The first of some names, and how many more there are."""
     ordered = sorted(names)
-    more = f" and {counted(len(ordered) - 1, 'more image')}" if len(ordered) > 1 else ""
+    more = f" and {count_noun(len(ordered) - 1, 'more image')}" if len(ordered) > 1 else ""
     return f"{documents.one_line(ordered[0])}{more}" if ordered else ""
 
 
@@ -195,8 +195,8 @@ def framed(framing: Mapping[str, Any]) -> str:
         return ""
     if framing["framing"] == PERSON:
         each = "each in the middle of a square" if pictures > 1 else "in the middle of a square"
-        return f"{counted(pictures, 'person')}, {each} that is cut out and scaled to that"
-    of_all = counted(pictures, "picture")
+        return f"{count_noun(pictures, 'person')}, {each} that is cut out and scaled to that"
+    of_all = count_noun(pictures, "picture")
     which = f"all {of_all} are" if scaled == pictures > 1 else f"{scaled} of {of_all} {'is' if scaled == 1 else 'are'}"
     square = "a square that DatasetDM's rule draws" if framing["framing"] == "upstream" else "the square in the middle"
     some = f", {cut} of them cut to {square}" if cut else ""

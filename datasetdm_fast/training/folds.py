@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.command_line.progress import StepProgress, counted
+from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
 from datasetdm_fast.training.evaluation.intervals import intervals
@@ -45,7 +46,7 @@ def count_of(session: TrainingSession) -> int:
         apart = held_out.unrelated(session.source, session.numbers) if is_wanted else 0
         return min(held_out.FOLDS, apart) if apart > 1 else 0
     if int(asked) > images:
-        told = counted(images, "image")
+        told = count_noun(images, "image")
         raise Refused(f"--folds: {asked} folds of {told}", "Ask for no more folds than there are images.")
     return int(asked)
 
@@ -61,7 +62,7 @@ def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int)
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
         min(found, key=len).extend(members[group])
     if not all(found):
-        told = counted(len(members), "picture")
+        told = count_noun(len(members), "picture")
         raise Refused(f"--folds: {folds} folds of {told}", "Ask for no more folds than pictures.")
     return [sorted(fold) for fold in found]
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, fold
@@ -17,6 +16,7 @@ from datasetdm_fast.engine.engines.device import allow_tf32
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.split import groups
 from datasetdm_fast.training.evaluation.meter import Meter
 from datasetdm_fast.training.evaluation.metrics import METRICS
@@ -117,7 +117,7 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
     found, images = [], result["held_out_images"]
     if result.get("step_chosen_on_held_out"):
         found.append("the step of the weights was chosen on the same images, so that other images will score lower")
-    few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
+    few = f"{count_noun(images, 'image is', 'images are')} too few for a figure to rely on"
     apart = result.get("unrelated_images", images + result["images"])  # results of earlier versions lack it
     if not images and has_folds:
         found.append("no image was held out to measure it: see the figures of cross-validation")

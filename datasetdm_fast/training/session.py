@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.progress import counted, duration
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
@@ -24,6 +23,7 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.pictures.reading import photo_of
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
 from datasetdm_fast.training.held_out import answers, are_enough, split
 from datasetdm_fast.training.lessons import cache
@@ -200,14 +200,14 @@ class TrainingSession:
         config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
         self.say(f"data       {config.data}")
         self.say(
-            f"images     {len(learnt)} to learn from in {counted(config.draws, 'view')} each, {len(held)} held out, "
+            f"images     {len(learnt)} to learn from in {count_noun(config.draws, 'view')} each, {len(held)} held out, "
             f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
         )
         self.say(f"captures   {self.cache_plan(next(iter(plans)))}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
-            what = f"{plan.decoder.kind} decoder, {counted(steps, 'step')} of {counted(batch, 'view')}"
+            what = f"{plan.decoder.kind} decoder, {count_noun(steps, 'step')} of {count_noun(batch, 'view')}"
             self.say(f"{task:<10} {what}{self._patience()}{done}")
         if folds:
             self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
@@ -233,7 +233,7 @@ class TrainingSession:
             of_fold = round(steps / learnt * (images - held if are_enough(held) else images))
         whole = folds * of_fold + (0 if is_finished else steps)
         each = log.seconds_of_step(Path(self.config.out) / task / "training")
-        time_of_all = f", about {duration(each * whole)} by the steps that were taken" if each else ""
+        time_of_all = f", about {format_duration(each * whole)} by the steps that were taken" if each else ""
         return f"{whole} steps in all, {whole / steps:.2g} times those of one decoder{time_of_all}"
 
     @cached_property
@@ -270,7 +270,7 @@ class TrainingSession:
             if time.monotonic() - told >= SECONDS_PER_LINE:
                 told = time.monotonic()
                 share = done * self.ranks.world / count
-                left = duration((told - began) * max(1 / share - 1, 0))
+                left = format_duration((told - began) * max(1 / share - 1, 0))
                 self.say(f"captures {min(share, 1):.0%}, about {left} left")
 
         try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.showlab.demo import Demo
 from datasetdm_fast.compat.showlab.files import Answer, jpeg
@@ -24,6 +24,7 @@ from datasetdm_fast.compat.showlab.showing import SHOWERS, Shower, show
 from datasetdm_fast.compat.showlab.splicing import SPLICERS, Splicer, splice
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train, shown
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
@@ -107,7 +108,7 @@ def generate(plan: Planned, line: Line, again: str) -> int:
     order, names = plan.order, plan.names
     stored = generating.begun(order, plan.folders)
     if result := generating.already(order, stored, names):
-        _say(line, f"{order.out}: complete with {counted(result.done, 'image')}, nothing to do")
+        _say(line, f"{order.out}: complete with {count_noun(result.done, 'image')}, nothing to do")
         return _end(line, order.out, result)
     job = generating.prepare(order, plan.filed, stored)
     _say(line, *telling.rows(order, job))
@@ -128,9 +129,8 @@ def generate(plan: Planned, line: Line, again: str) -> int:
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
         )
-    _say(
-        line, f"{counted(result.made, 'image')} in {duration(result.seconds)}; look at {result.path}/gallery/index.html"
-    )
+    images = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}"
+    _say(line, f"{images}; look at {result.path}/gallery/index.html")
     code = _end(line, order.out, result)
     if not result.is_complete:
         unfinished(result.done, result.number, f"go on with: {again}", "images")
@@ -208,7 +208,7 @@ def _make_again(arguments: Sequence[str]) -> int:
     job = generating.prepare(plan.order, plan.filed, stored)
     written = generating.remake(plan.order, job, values["--only"])
     print(
-        f"sample {values['--only']}: made again, {counted(len(written), 'file')} of the run folder written",
+        f"sample {values['--only']}: made again, {count_noun(len(written), 'file')} of the run folder written",
         file=sys.stderr,
     )
     print(folder, flush=True)

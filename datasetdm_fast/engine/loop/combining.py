@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 
 FORM = re.compile(r"(?P<label>\S+) within (?P<mask>\S+?):(?P<word>[^:]+)")
 EXAMPLE = 'Write for example --combine "semantic within instance:person".'

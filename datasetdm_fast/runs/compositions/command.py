@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
@@ -29,12 +30,12 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     folder = Path(settings.out)
     redrawing = cls(redraw.drawn_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := redraw.finished(redrawing, folder):
-        say(settings, f"{folder}: complete with {counted(result.done, 'sample')}, nothing to do")
+        say(settings, f"{folder}: complete with {count_noun(result.done, 'sample')}, nothing to do")
         return _end(settings, result)
     job = redraw.prepare(redrawing, folder)
     if settings.dry_run:
         facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
-        told = f"{folder}: {job.images_left} of {counted(job.plan.number, 'image')} would be made"
+        told = f"{folder}: {job.images_left} of {count_noun(job.plan.number, 'image')} would be made"
         return planned(settings, facts, settings.out, redrawing.told, told)
     say(settings, redrawing.told)
     interruption = Interruption(settings.quiet)
@@ -89,7 +90,7 @@ def _end(settings: RedrawSettings, result: Result) -> int:
     facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
     put(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        speed = f"{counted(result.made, 'image')} in {duration(result.seconds)}, {rate:.3g} images per second"
+        speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}, {rate:.3g} images per second"
         say(settings, f"{speed}; look at {result.path}/gallery/index.html")
     if result.doubtful:
         say(settings, result.doubts)

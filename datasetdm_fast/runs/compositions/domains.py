@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from datasetdm_fast.command_line.flags import nearest
+from datasetdm_fast.errors import nearest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.engine.scenes.world import WHERE
 

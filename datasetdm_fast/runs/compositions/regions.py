@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.command_line.flags import nearest
+from datasetdm_fast.errors import nearest
 from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.disk import storage

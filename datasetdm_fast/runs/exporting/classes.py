@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.command_line.flags import nearest
+from datasetdm_fast.errors import nearest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted.documents import quoted
 from datasetdm_fast.engine.labels import kind_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, images
@@ -53,7 +53,7 @@ class Pictures:
 
     def check(self) -> None:
         """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
-        pool = ThreadPoolExecutor(cores())
+        pool = ThreadPoolExecutor(count_cores())
         try:
             for _ in pool.map(_check, self.paths):
                 pass

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -38,9 +38,9 @@ class Result:
         if not self.doubtful:
             return ""
         if self.accept:
-            return f"accepted: {counted(self.done, 'sample')}; not accepted, in {self.path}/{ASIDE}: {self.doubtful}"
+            return f"accepted: {count_noun(self.done, 'sample')}; not accepted, in {self.path}/{ASIDE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
-            return f"trusted: {counted(self.done, 'sample')}; doubtful, in {self.path}/{ASIDE}: {self.doubtful}"
+            return f"trusted: {count_noun(self.done, 'sample')}; doubtful, in {self.path}/{ASIDE}: {self.doubtful}"
         return f"{self.doubts}: --keep trusted --refill replaces {'it' if self.doubtful == 1 else 'them'}"
 
     @property

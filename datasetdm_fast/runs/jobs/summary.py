@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from datasetdm_fast.command_line.progress import counted, duration
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.runs.jobs.job import Job
 
@@ -29,10 +29,10 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "prompts": unnamed(job),
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
-        "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
+        "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
-        "time": f"about {duration(call * calls_left(job) * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "time": f"about {format_duration(call * calls_left(job) * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
     }

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.engines.hardware import choose, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
@@ -61,7 +61,7 @@ def places(config: RunConfig) -> list[Place]:
             raise Refused(
                 f"--gpus {config.gpus} --device {config.device}: they name different devices", "Give one of the two."
             )
-        threads = config.threads or max(cores() // len(chosen), 1)
+        threads = config.threads or max(count_cores() // len(chosen), 1)
         return [Place({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": str(threads)}, threads) for name in chosen]
     threads = config.threads or share_of_cores(config.ranks) if config.ranks else 0
     return [Place({"OMP_NUM_THREADS": str(threads)}, threads)] * config.ranks
@@ -76,5 +76,5 @@ def _check_one_of_two(config: RunConfig) -> None:
 def share_of_cores(ranks: int) -> int:
     """Threads of each of so many processes, a power of two."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    most = min(max(cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else cores())
+    most = min(max(count_cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else count_cores())
     return _power_of_two(most)

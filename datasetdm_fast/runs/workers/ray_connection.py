@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasetdm_fast.command_line.cores import cores
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
 
@@ -67,7 +67,7 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         raise Missing(
             f"--cluster {config.cluster}: {error}", "Install it with: pip install 'datasetdm-fast[ray]'"
         ) from error
-    own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    own = {"num_cpus": max(count_cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
     options = {} if address else {**own, "_node_ip_address": "127.0.0.1"}
     try:
         try:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasetdm_fast.command_line.flags import nearest
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.training.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.training.evaluation.student_data import Vocabulary
 from datasetdm_fast.untrusted import documents

@@ -1,0 +1,13 @@
+"""Counts and durations as messages write them."""
+
+
+def count_noun(count: int, noun: str, several: str = "") -> str:
+    """A count and what is counted, in the singular for one; `several` is the plural where it does not end in s."""
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
