@@ -197,7 +197,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SetAside:
+class Quarantined:
     """A request whose images or labels did not come out as numbers; it is recorded, never written."""
 
     request: Request

@@ -43,7 +43,7 @@ _BY_FILE = {
         ("first = first & other", "first = first | other", "an image with a NaN label is kept"),
         (".flatten(1).all(1)", ".flatten(1).any(1)", "an image with one NaN pixel is kept"),
         ("if not flags[b]]", "if not flags[0]]", "one broken image sets its whole batch aside"),
-        ("again(*both) if isinstance(both[0], SetAside) else both[0]", "both[1]", "sound images are replaced too"),
+        ("again(*both) if isinstance(both[0], Quarantined) else both[0]", "both[1]", "sound images are replaced too"),
         (
             "captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)",
             "raw",

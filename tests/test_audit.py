@@ -16,7 +16,7 @@ from rendered import rendered as render
 
 from datasetdm_fast import audit as command
 from datasetdm_fast import gallery, split
-from datasetdm_fast.data import Request, SetAside
+from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.source import digests_of
@@ -151,7 +151,7 @@ def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
 
 def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
     with RunFolder(tmp_path / "run", document(3)) as folder:
-        folder.add([render(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
+        folder.add([render(0), Quarantined(Request(1, "a ball", 1), "NaN")], {})
         storage.publish({tmp_path / "run/images/00000002.png": b"of the batch that was killed"})
         assert audit.audit(tmp_path / "run").findings == []  # while it is being written
     assert command.main([str(tmp_path / "run")]) == 0

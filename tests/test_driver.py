@@ -8,7 +8,7 @@ import torch
 from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast.config import TASKS, RunConfig
-from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
@@ -146,7 +146,7 @@ def test_batches_do_not_mix_images(size):
 
 def test_samples_that_are_not_finite_are_set_aside_alone():
     found = samples(StubEngine(), requests("a ball", "broken", "a tree"))
-    assert [type(result) for result in found] == [Sample, SetAside, Sample]
+    assert [type(result) for result in found] == [Sample, Quarantined, Sample]
     assert "latents" in found[1].reason and "semantic" in found[1].reason
     assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
 
@@ -162,7 +162,7 @@ def test_what_there_is_no_memory_to_make_again_is_set_aside_and_the_run_goes_on(
     engine = Narrow("features")
     engine.fp32_fallback = lambda: raised(error)
     found = samples(engine, requests("a heavy ball", "a cube"), sampler="ddim", steps=2)
-    assert isinstance(found[0], SetAside) and isinstance(found[1], Sample)
+    assert isinstance(found[0], Quarantined) and isinstance(found[1], Sample)
     assert found[0].reason.endswith("; there is not enough memory for another attempt in fp32")
     engine.fp32_fallback = lambda: raised(Missing("a library is not there", "Install it."))
     with pytest.raises(Missing, match="library"):
@@ -213,7 +213,7 @@ class Narrow(StubEngine):
 def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
     asked = requests("a ball", "heavy", "heavy broken", "a tree")
     plain, found = samples(StubEngine(), asked), samples(Narrow(where), asked)
-    assert [type(result) for result in found] == [Sample, Sample, SetAside, Sample]
+    assert [type(result) for result in found] == [Sample, Sample, Quarantined, Sample]
     assert where in found[1].provenance["retried"] and "retried" not in found[0].provenance
     assert (found[1].image == plain[1].image).all() and (
         found[1].annotations["depth"].metres == plain[1].annotations["depth"].metres

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.data import SetAside
+from datasetdm_fast.data import Quarantined
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder import events
@@ -27,7 +27,7 @@ def test_a_run_tells_its_start_plan_progress_warnings_and_end(tmp_path, monkeypa
     with RunFolder(run, document(3)) as folder:
         assert not (run / EVENTS).exists()  # before the first change
         broken = replace(rendered(1).request, index=1)
-        folder.add([rendered(0), SetAside(broken, "a NaN")], {})
+        folder.add([rendered(0), Quarantined(broken, "a NaN")], {})
     assert [line["event"] for line in told(run)] == ["start", "plan", "warning", "progress"]
     assert told(run)[2]["sample"] == "00000001" and told(run)[2]["reason"] == "a NaN"
     with RunFolder(run, document(3)) as folder:  # the same line again

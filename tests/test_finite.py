@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from datasetdm_fast.data import Batch, ProjectedCapture, Request, Sample, SetAside
+from datasetdm_fast.data import Batch, ProjectedCapture, Quarantined, Request, Sample
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
@@ -118,7 +118,7 @@ def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     drawn = driver.SampledBatch(whole.latents.clone(), {call: own})
     plant(drawn, value)
     found = studio.label(BATCH, drawn)
-    assert [type(result) for result in found] == [Sample, SetAside, Sample]
+    assert [type(result) for result in found] == [Sample, Quarantined, Sample]
     point = plant.__name__.removeprefix("at_")
     named = set(found[1].reason.removeprefix("NaN or infinite values in ").split(", "))
     assert point in named and named <= {"latents": {"latents", "image"}, "features": {"features", *TASKS}}.get(

@@ -16,7 +16,7 @@ from datasetdm_fast.kernels import OPS
 
 RECORDED = Path(__file__).parent / "golden" / "interface.json"
 NOUNS = ("Request", "Batch", "Capture", "ProjectedCapture", "AttentionSums", "SemanticMap", "Instances", "DepthMap")
-NOUNS += ("Keypoints", "Annotation", "Trust", "Sample", "SetAside")
+NOUNS += ("Keypoints", "Annotation", "Trust", "Sample", "Quarantined")
 
 
 def signature(function: Any) -> str:

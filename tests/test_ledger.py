@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside, Trust
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, SemanticMap, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import label_files
@@ -399,7 +399,7 @@ def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tm
 
 def test_the_card_counts_what_is_there(tmp_path):
     with RunFolder(tmp_path / "run", document(5)) as folder:
-        folder.add([rendered(0), rendered(1), SetAside(Request(2, "a ball", 2), "NaN")], {})
+        folder.add([rendered(0), rendered(1), Quarantined(Request(2, "a ball", 2), "NaN")], {})
         folder.rebuild()
     card = (tmp_path / "run" / "README.md").read_text()
     assert card.count("2 of 5 images of 64 × 64 pixels") == 1 and "Quarantined (`NaN`): `00000002`." in card
@@ -492,7 +492,7 @@ def test_two_writers_are_refused(tmp_path):
 
 def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
     with RunFolder(tmp_path / "run", document(2)) as folder:
-        folder.add([rendered(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
+        folder.add([rendered(0), Quarantined(Request(1, "a ball", 1), "NaN")], {})
         folder.rebuild()
         assert folder.ledger.indices() == [0] and folder.ledger.indices("set-aside") == [1]
     assert (

@@ -29,7 +29,7 @@ from test_ranks import still_running, tree
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, generate
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import SetAside
+from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import sheets
@@ -495,7 +495,7 @@ def test_a_place_that_was_at_fault_costs_a_second_attempt_and_nothing_else(monke
     monkeypatch.setattr(
         driver,
         "generate",
-        lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches),
+        lambda batches, *rest: ((batch, [Quarantined(one, "NaN") for one in batch.requests]) for batch in batches),
     )
     assert work(made, queue, tmp_path / "out", 0) == []
     monkeypatch.setattr(driver, "generate", generate)

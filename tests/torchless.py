@@ -11,7 +11,7 @@ import numpy as np
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside, Trust
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.recipe import Recipe
@@ -64,10 +64,10 @@ class Engine:
         return {"engine": "torchless", "dtype": "fp32", "device": "cpu"}
 
 
-def drawn(request: Request, tasks) -> Sample | SetAside:
+def drawn(request: Request, tasks) -> Sample | Quarantined:
     """A sample that depends on its request alone; a prompt with the word `broken` is set aside."""
     if "broken" in request.prompt:
-        return SetAside(request, "NaN or infinite values in latents")
+        return Quarantined(request, "NaN or infinite values in latents")
     bits = np.random.Philox(key=request.seed).random_raw(16)
     y, x = np.mgrid[:SIDE, :SIDE]
     wave = (x * int(bits[0] % 7) + y * int(bits[1] % 7)) // 4 + int(bits[2] % 256)

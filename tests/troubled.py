@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import torchless
 
-from datasetdm_fast.data import SetAside
+from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import GateFailed
 
@@ -40,7 +40,7 @@ def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
                 if trouble == "hangs":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 if trouble == "nan":
-                    results = [SetAside(result.request, "NaN or infinite values in latents") for result in results]
+                    results = [Quarantined(result.request, "NaN or infinite values in latents") for result in results]
             troubled.count += 1
             yield batch, results
 

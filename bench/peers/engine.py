@@ -9,7 +9,7 @@ import torch
 
 from bench.peers.samples import noise_of
 from bench.setting import Setting
-from datasetdm_fast.data import Batch, Request, Sample, SetAside
+from datasetdm_fast.data import Batch, Quarantined, Request, Sample
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.driver import generate
@@ -29,7 +29,7 @@ class EnginePeer:
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         ((_, results),) = generate([Batch(0, tuple(requests))], self.engine, self.recipe)
         for result in results:
-            if isinstance(result, SetAside):
+            if isinstance(result, Quarantined):
                 cause = f"{self.engine.name}: sample {result.request.id} was quarantined: {result.reason}"
                 raise GateFailed(cause, "nothing was timed")
         return results

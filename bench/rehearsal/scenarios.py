@@ -31,7 +31,7 @@ from datasetdm_fast.config import (
     LabellerKind,
     RunConfig,
 )
-from datasetdm_fast.data import Annotation, Batch, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.labels import LABEL_KINDS, names
@@ -203,7 +203,7 @@ def retry(machine: Machine) -> int:
     class Second(driver.BatchGenerator):
         """What makes a batch in fp32 is an engine's first batch, and in one thread."""
 
-        def make(self, batch: Batch) -> list[Sample | SetAside]:
+        def make(self, batch: Batch) -> list[Sample | Quarantined]:
             with machine.of(self.engine.precision), machine.within("batch 0"):
                 timeline.thread.work = "labels"
                 made = super().make(batch)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
-from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.labels import kind_of, task_of
@@ -418,7 +418,7 @@ class Pipeline:
             if results is None:
                 return
             for result in results:
-                if isinstance(result, SetAside):
+                if isinstance(result, Quarantined):
                     raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
                 yield result
 

@@ -16,7 +16,7 @@ import numpy as np
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.compat.showlab.checkout import present
 from datasetdm_fast.compat.showlab.order import RUN, Order
-from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loop import driver
@@ -71,7 +71,7 @@ class FilingGenerator(driver.BatchGenerator):
             self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
         self._moving = MovingNorms(self.engine.decoders) if order.line["strict"] else None
 
-    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | Quarantined]:
         if self._moving:
             item = self.order.items[batch.requests[0].index]
             self._moving.be_at(item.process, item.place)
@@ -84,7 +84,7 @@ class FilingGenerator(driver.BatchGenerator):
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
         drawn: driver.SampledBatch,
-    ) -> list[Sample | SetAside]:
+    ) -> list[Sample | Quarantined]:
         results = super().collected(batch, images, raw, checks, drawn)
         return [self._with_files(one, b, raw) if isinstance(one, Sample) else one for b, one in enumerate(results)]
 
@@ -106,7 +106,7 @@ class SingleGenerator(FilingGenerator):
         sample = super().sample
         return [sample(one) for one in singles(batch)]
 
-    def label(self, batch: Batch, drawn: list[driver.SampledBatch]) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: list[driver.SampledBatch]) -> list[Sample | Quarantined]:
         label = super().label
         return [result for one, own in zip(singles(batch), drawn, strict=True) for result in label(one, own)]
 
@@ -244,7 +244,7 @@ def make(order: Order, job: Job, names: Callable[[int], list[str]], **callbacks:
     return result
 
 
-def put_files(out: Path, results: Sequence[Sample | SetAside]) -> None:
+def put_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
     """Writes the files of samples below the output."""
     storage.publish(
         {out / name: content for one in results if isinstance(one, FiledSample) for name, content in one.files.items()}
@@ -258,7 +258,7 @@ def remake(order: Order, job: Job, id: str) -> list[str]:
         batch = job.plan.batch(row.request.index // job.plan.batch_size)
         ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
         result = next(one for one in results if one.request.index == row.request.index)
-        if isinstance(result, SetAside):
+        if isinstance(result, Quarantined):
             raise GateFailed(f"sample {id}: {result.reason}; nothing was written", "Try another --dtype.")
         put_files(order.out, [result])
         return folder.renew(row, replace(result, provenance={**result.provenance, **facts_of(job.recipe, batch)}))

@@ -15,10 +15,10 @@ from datasetdm_fast.data import (
     Capture,
     Instances,
     ProjectedCapture,
+    Quarantined,
     Request,
     Sample,
     SemanticMap,
-    SetAside,
 )
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
@@ -50,7 +50,7 @@ def generate(
     recipe: Recipe,
     on_unet_call: Callable[[], None] = lambda: None,
     make: Callable[..., BatchGenerator] | None = None,
-) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside.
     `on_unet_call` hears of every UNet call that is over; `make` builds what samples a batch, a BatchGenerator where
     nobody says.
@@ -59,7 +59,7 @@ def generate(
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
         generator = in_own_precision()(make)(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
-            if any(isinstance(result, SetAside) for result in results):
+            if any(isinstance(result, Quarantined) for result in results):
                 results = retried(batch, results, engine, lambda wide: make(wide, recipe, calls.queued), label_stream)
             yield batch, results
 
@@ -67,11 +67,11 @@ def generate(
 @in_own_precision()
 def retried(
     batch: Batch,
-    results: list[Sample | SetAside],
+    results: list[Sample | Quarantined],
     engine: Engine,
     make: Callable[[Engine], BatchGenerator],
     label_stream: LabelStream,
-) -> list[Sample | SetAside]:
+) -> list[Sample | Quarantined]:
     """The results with those that are set aside made once more in fp32, as far as there is memory for that."""
     try:
         if (wide := engine.fp32_fallback()) is None:
@@ -85,14 +85,15 @@ def retried(
             raise
         lacking = "there is not enough memory for another attempt in fp32"
         return [
-            SetAside(one.request, f"{one.reason}; {lacking}") if isinstance(one, SetAside) else one for one in results
+            Quarantined(one.request, f"{one.reason}; {lacking}") if isinstance(one, Quarantined) else one
+            for one in results
         ]
-    return [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
+    return [again(*both) if isinstance(both[0], Quarantined) else both[0] for both in zip(results, second, strict=True)]
 
 
 def side_by_side(
     generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream
-) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch, sampled while `label_stream` makes the labels and images of the one before; where the next batch is
     refused, those before it come first.
     """
@@ -111,10 +112,10 @@ def side_by_side(
     yield from label_stream.rest()
 
 
-def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
+def again(first: Quarantined, second: Sample | Quarantined) -> Sample | Quarantined:
     """The second attempt, which says that it is one."""
-    if isinstance(second, SetAside):
-        return SetAside(second.request, f"{second.reason}, in fp32 too")
+    if isinstance(second, Quarantined):
+        return Quarantined(second.request, f"{second.reason}, in fp32 too")
     return replace(second, provenance={**second.provenance, "retried": f"fp32 after {first.reason}"})
 
 
@@ -142,7 +143,7 @@ class BatchGenerator:
         self.words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
         self._negatives: dict[str, Tensor] = {}
 
-    def make(self, batch: Batch) -> list[Sample | SetAside]:
+    def make(self, batch: Batch) -> list[Sample | Quarantined]:
         return self.label(batch, self.sample(batch))
 
     def sample(self, batch: Batch) -> SampledBatch:
@@ -209,7 +210,7 @@ class BatchGenerator:
             return self._negatives[requests[0].negative].expand(len(requests), -1, -1)
         return torch.cat([self._negatives[request.negative] for request in requests])
 
-    def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | Quarantined]:
         """Annotations, image and post-processing; `drawn` loses its captures on the way, but for those of labellers."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         works, decoded = [self._annotating(task, drawn, requests) for task in recipe.decoded], None
@@ -249,7 +250,7 @@ class BatchGenerator:
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
         drawn: SampledBatch,
-    ) -> list[Sample | SetAside]:
+    ) -> list[Sample | Quarantined]:
         """The results of a batch, from what its decoders answered; other generators may take more from that."""
         return collect(batch, images, raw, checks, self.engine, self.recipe, drawn)
 
@@ -270,7 +271,7 @@ def collect(
     engine: Engine,
     recipe: Recipe,
     drawn: SampledBatch,
-) -> list[Sample | SetAside]:
+) -> list[Sample | Quarantined]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
 
@@ -298,11 +299,11 @@ def collect(
         labels[ATTENTION] = attention_labels(batch.requests, drawn.averages, engine, recipe)
     if recipe.foreign:
         labels |= foreign_labels(batch, images, drawn, engine, recipe)
-    results: list[Sample | SetAside] = []
+    results: list[Sample | Quarantined] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
         if where:
-            results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
+            results.append(Quarantined(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
             found = combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
             made = Sample(request, pixels[b], found, {**recipe.facts, **engine.adjustments})

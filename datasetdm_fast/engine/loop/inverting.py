@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.class_prompts import columns
@@ -63,7 +63,7 @@ class InvertingGenerator(driver.BatchGenerator):
             self.on_unet_call()
         return driver.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
 
-    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | Quarantined]:
         names = self.pictures.names
         return [
             replace(one, provenance={**one.provenance, "picture": names[one.request.index]})
@@ -80,14 +80,14 @@ class TilingGenerator(InvertingGenerator):
         super().__init__(*arguments, **chosen)
         self.together = together
 
-    def sample(self, batch: Batch) -> list[Sample | SetAside]:
+    def sample(self, batch: Batch) -> list[Sample | Quarantined]:
         """The labelled pictures: the captures of many tiles would not fit beside each other."""
         return [self._picture(request) for request in batch.requests]
 
-    def label(self, batch: Batch, drawn: list[Sample | SetAside]) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: list[Sample | Quarantined]) -> list[Sample | Quarantined]:
         return drawn
 
-    def _picture(self, request: Request) -> Sample | SetAside:
+    def _picture(self, request: Request) -> Sample | Quarantined:
         image, size = self.pictures.whole(request.index), self.recipe.size
         tiling = Tiling.of(image.shape[:2], size)
         picture = Picture("", image, "")
@@ -100,7 +100,7 @@ class TilingGenerator(InvertingGenerator):
         for start in range(0, len(squares), self.together):
             results, own = self._tiles(request, squares[start : start + self.together])
             for one in results:
-                if isinstance(one, SetAside):
+                if isinstance(one, Quarantined):
                     return one
             found += results
             maps += own
@@ -108,7 +108,9 @@ class TilingGenerator(InvertingGenerator):
         provenance = {**found[0].provenance, "picture": self.pictures.names[request.index], "sides": list(tiling.sides)}
         return driver.judged(Sample(request, image, labels, provenance | {"tiles": len(squares)}), self.recipe)
 
-    def _tiles(self, request: Request, squares: Sequence[np.ndarray]) -> tuple[list[Sample | SetAside], list[Tensor]]:
+    def _tiles(
+        self, request: Request, squares: Sequence[np.ndarray]
+    ) -> tuple[list[Sample | Quarantined], list[Tensor]]:
         """Some tiles labelled, each as a picture of its own, and their maps of attention."""
         import numpy as np
         import torch

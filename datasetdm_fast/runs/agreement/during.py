@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import REFERENCE
-from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.data import Sample, Quarantined
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.jobs.job import Job
 
@@ -43,7 +43,7 @@ class RepeatedComparison:
         self.held = ExitStack()
         self.reference: Engine | None = None
 
-    def __call__(self, results: Sequence[Sample | SetAside]) -> None:
+    def __call__(self, results: Sequence[Sample | Quarantined]) -> None:
         """Takes note of samples that are about to be written; a GateFailed where the newest does not agree."""
         self.made += len(results) * self.sharing()  # the others make as many in the same time
         start = time.perf_counter()

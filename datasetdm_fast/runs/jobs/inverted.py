@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of, listed
-from datasetdm_fast.data import SetAside
+from datasetdm_fast.data import Quarantined
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.loop import driver
@@ -243,7 +243,7 @@ def remake(job: Job, id: str) -> list[str]:
         batch = job.plan.batch(row.request.index // job.plan.batch_size)
         ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
         result = next(one for one in results if one.request.index == row.request.index)
-        if isinstance(result, SetAside):
+        if isinstance(result, Quarantined):
             raise GateFailed(
                 f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype."
             )

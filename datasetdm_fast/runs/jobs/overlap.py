@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.data import Sample, Quarantined
 from datasetdm_fast.runs.run_folder.ledger import Row
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class BackgroundWriter(AbstractContextManager):
         self._waiting: deque[Future] = deque()
         self._is_whole = True
 
-    def put(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
+    def put(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
         """Hands over one batch, waiting where too many are under way already."""
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > WRITERS + 1):
             self._waiting.popleft().result()

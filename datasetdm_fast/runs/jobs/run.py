@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.data import Batch, Sample, Quarantined
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.engine.loop import driver
@@ -34,7 +34,7 @@ def run(
     on_commit: Callable[[int], None] = lambda count: None,
     on_unet_call: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
-    before_commit: Callable[[list[Sample | SetAside]], None] = lambda results: None,
+    before_commit: Callable[[list[Sample | Quarantined]], None] = lambda results: None,
 ) -> Result:
     """Makes the missing samples batch by batch; `on_commit` hears of commits, `is_stopping` is asked after each.
     `before_commit` is given what is about to be committed.
@@ -63,7 +63,7 @@ def run(
 
 def made(
     job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
-) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch with its samples, in order; those that the run sets aside have their reason."""
     rule = acceptance_of(job.document)
     for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
@@ -112,7 +112,7 @@ class Quota:
         wanted = (index for index in self._goal.wanted(self._aside) if index not in self._there)
         return list(islice(wanted, self._left))
 
-    def taken(self, results: Iterable[Sample | SetAside]) -> list[Sample | SetAside]:
+    def taken(self, results: Iterable[Sample | Quarantined]) -> list[Sample | Quarantined]:
         """The results of a batch that belong to the run, which are there from now on."""
         found = []
         for result in results:
@@ -184,7 +184,7 @@ def remake(task: Remake) -> list[str]:
     """Makes one sample of a run folder again, and returns the files that had to be written anew."""
     ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
     result = results[task.place]
-    if isinstance(result, SetAside):
+    if isinstance(result, Quarantined):
         raise GateFailed(
             f"sample {result.request.id}: {result.reason}; nothing was written",
             "Try another --dtype in a run of its own.",

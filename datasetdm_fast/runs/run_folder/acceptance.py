@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.data import Sample, Quarantined
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import LabelKind, Table
@@ -37,7 +37,7 @@ class Acceptance:
         values = {name: np.array([SCORERS[name](made)], np.float64) for name in self.names}
         return "" if self.condition.passes(values)[0] else self.condition.reason(values, 0)
 
-    def judged(self, results: Sequence[Sample | SetAside]) -> list[Sample | SetAside]:
+    def judged(self, results: Sequence[Sample | Quarantined]) -> list[Sample | Quarantined]:
         """The results of a batch, each sample with the reason why it is set aside, if any."""
         return [replace(one, aside=self.reason(one)) if isinstance(one, Sample) else one for one in results]
 

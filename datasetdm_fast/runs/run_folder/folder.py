@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.data import Sample, Quarantined
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
@@ -84,7 +84,7 @@ class RunFolder(AbstractContextManager):
             self._closing.close()
             raise
 
-    def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
+    def add(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
         self.unseal()
         self.commit(self.write(results, recipe))
@@ -103,7 +103,7 @@ class RunFolder(AbstractContextManager):
         """Draws the thumbnail sheets that these rows complete, which closing the run then need not."""
         gallery.draw_early(self.path, self.ledger, committed)
 
-    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+    def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
         return write_samples(results, recipe, self.document, into(self.path))
 
@@ -228,7 +228,7 @@ class RunFolder(AbstractContextManager):
 
 
 def write_samples(
-    results: Sequence[Sample | SetAside],
+    results: Sequence[Sample | Quarantined],
     recipe: Mapping[str, Any],
     document: Mapping[str, Any],
     publish: Publish,
@@ -239,7 +239,7 @@ def write_samples(
     config, thumbnails = document["config"], {}
     made: list[tuple[Row, label_files.Files]] = []
     for result in results:
-        if isinstance(result, SetAside):
+        if isinstance(result, Quarantined):
             made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
             continue
         place = ASIDE if result.aside else ""

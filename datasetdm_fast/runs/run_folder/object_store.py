@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.data import Sample, Quarantined
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
@@ -56,7 +56,7 @@ class PublishingFolder:
     def unseal(self) -> None:
         """Done by whoever has the ledger."""
 
-    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+    def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
 
     def draw_sheets(self, committed: Sequence[Row]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.data import Batch, Sample, Quarantined
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.runs.jobs import run
 from datasetdm_fast.runs.jobs.job import Job, adopt
@@ -29,7 +29,7 @@ LEAST_LATE_SECONDS = 5.0
 
 
 # from a job, and on_message, on_unet_call and sharing by name, what is called with samples before they are committed
-Compare = Callable[..., Callable[[list[Sample | SetAside]], None]]
+Compare = Callable[..., Callable[[list[Sample | Quarantined]], None]]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Worker:
         reason = f"{MOST_FAILURES} processes ended while they made its batch"
         with BackgroundWriter(self.folder, self._committed) as writer:
             planned = self.job.plan.batch(batch)
-            self._put(writer, planned, [SetAside(request, reason) for request in planned.requests])
+            self._put(writer, planned, [Quarantined(request, reason) for request in planned.requests])
 
     def _late(self) -> int | None:
         """A batch another process has been busy with for far too long, which this one now makes as well: whoever is
@@ -162,7 +162,7 @@ class Worker:
                 else:
                     self._put(writer, batch, results)
 
-    def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
+    def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | Quarantined]) -> None:
         if kept := self._wanted(batch.index, results):
             self.before_commit(kept)
             writer.put(kept, run.facts_of(self.job.recipe, batch))
@@ -181,7 +181,7 @@ class Worker:
     def _more(self) -> list[int]:
         return run.in_order(run.Quota(self.job, self.folder.ledger).lacking(), self.job.plan.batch_size)
 
-    def _wanted(self, batch: int, results: list[Sample | SetAside]) -> list[Sample | SetAside]:
+    def _wanted(self, batch: int, results: list[Sample | Quarantined]) -> list[Sample | Quarantined]:
         """The results that the run lacks."""
         size, ledger = self.job.plan.batch_size, self.folder.ledger
         first, stop = batch * size, (batch + 1) * size
@@ -193,11 +193,11 @@ class Worker:
         missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
         return [result for result in results if result.request.index in missing]
 
-    def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
+    def _is_doubtful(self, batch: int, results: list[Sample | Quarantined]) -> bool:
         """Whether numbers that are not finite may be the fault of this process's device: then another one is to make
         the batch, and what it makes counts.
         """
-        if not any(isinstance(result, SetAside) for result in results):
+        if not any(isinstance(result, Quarantined) for result in results):
             return False
         others = {owner.slot for owner in self.queue.owners()} - {self.owner.slot}
         return bool(others) and not set(self.queue.failures(batch, NOT_FINITE)) - {self.owner.slot}
