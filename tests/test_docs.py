@@ -18,7 +18,11 @@ ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- /rooms -->)", re.DOTALL)
 ARCHITECTURE = HERE / "docs" / "architecture.md"
 OUTSIDE = ("kernels", "export", "bench")  # rooms that lie at the top of the checkout
 PAGES = sorted(
-    [*(HERE / name for name in ("README.md", "SECURITY.md", "bench/README.md")), *(HERE / "docs").glob("*.md")]
+    [
+        *(HERE / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
+        *(HERE / "bench").glob("*/README.md"),
+        *(HERE / "docs").glob("*.md"),
+    ]
 )
 README_LINES = 150
 LONGEST_LINE = 120

@@ -1,4 +1,4 @@
-"""demo.judge: what its nets see of a picture is held against the caption thing by thing."""
+"""bench.world.judge: what its nets see of a picture is held against the caption thing by thing."""
 
 import json
 from dataclasses import replace
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench.world import judge, judge_labels, judge_net
+from bench.world.distance import frechet
+from bench.world.things_seen import follows, shares, things_seen
 from datasetdm_fast.data import SemanticMap, Trust
-from datasetdm_fast.demo import judge, judge_labels, judge_net
-from datasetdm_fast.demo.distance import frechet
-from datasetdm_fast.demo.things_seen import follows, shares, things_seen
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Refused

@@ -100,7 +100,7 @@ def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
         assert model.name == "demo" and model.size == 128 and model.unet.dtype == torch.float32
         assert model.licence != UNKNOWN_LICENCE
     monkeypatch.setattr(presets, "DEMO", tmp_path / "nowhere")
-    with pytest.raises(Missing, match="demo.train"):
+    with pytest.raises(Missing, match="demo model is not there"):
         load_model("demo")
 
 

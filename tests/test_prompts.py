@@ -3,15 +3,14 @@ import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from datasetdm_fast import demo
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
+from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
@@ -128,7 +127,7 @@ def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
     path.write_text(
         "an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light"
     )
-    tokenizer = OwnTokenizer(Path(demo.__file__).parent / "model" / "tokenizer")
+    tokenizer = OwnTokenizer(DEMO / "tokenizer")
     source = prompts.read_source(RunConfig(prompts=str(path)))
     with pytest.raises(Refused, match="tokens, at most 77") as stop:
         make_plan(source, tokenizer, number=1, seed=0, batch_size=1, words=())

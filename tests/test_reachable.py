@@ -1,7 +1,7 @@
 """What no command and no library call reaches: `python tests/test_reachable.py [ROOT]` prints the figures and every
 unreached function, class, constant, method, property, field, form of an operation and name bound to C++.
 
-Definitions are read with `ast` and followed from the commands, the programs of `demo` and `compat` and the library
+Definitions are read with `ast` and followed from the commands, the programs of `compat` and the library
 surface. A method is reached where its class is and its name occurs in reached code; a form of an operation where the
 table of forms names it or product code calls it, so that tests and bench keep nothing alive.
 """
@@ -35,7 +35,7 @@ ALLOWED = {
     f"{PACKAGE}._C.take_times": "the bench tells by it what a call spends its time on",
     f"{PACKAGE}.compat.showlab_modules.*": "scripts of DatasetDM call their methods and read their fields",
     f"{PACKAGE}.*._repr_html_": "notebooks show values by it",
-    f"{PACKAGE}.run_folder.gallery.server.Handler.do_*": "the library's server calls them by the method of a request",
+    f"{PACKAGE}.runs.gallery.server.Handler.do_*": "the library's server calls them by the method of a request",
 }
 
 
@@ -373,10 +373,7 @@ class Search:
         for name in self.modules:
             if name in (f"{PACKAGE}.cli", f"{PACKAGE}.__main__"):
                 self._program(name)
-            if (
-                name.startswith((f"{PACKAGE}.demo.", f"{PACKAGE}.compat."))
-                and "__main__" in self.modules[name].definitions
-            ):
+            if name.startswith(f"{PACKAGE}.compat.") and "__main__" in self.modules[name].definitions:
                 self._program(name)
             if name in {f"{PACKAGE}.{word}" for word in SURFACE} | {PACKAGE}:
                 for word, one in self.modules[name].definitions.items():
@@ -385,11 +382,11 @@ class Search:
                         self.library.add(one.full)
         if main := self.modules.get(f"{PACKAGE}.cli", Module("")).definitions.get("main"):
             self._reach(main)
-        if library := self.modules.get(f"{PACKAGE}.pipeline"):
+        if library := self.modules.get(f"{PACKAGE}.engine.pipeline"):
             for node in ast.walk(library.tree):
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                     for word in ast.literal_eval(node.value):
-                        self.use(f"{PACKAGE}.pipeline.{word}")
+                        self.use(f"{PACKAGE}.engine.pipeline.{word}")
                         self.library.add(library.bindings[word])
 
     def _members(self) -> None:

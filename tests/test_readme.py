@@ -27,6 +27,7 @@ from datasetdm_fast.generate import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
+    *(ROOT / "bench").glob("*/README.md"),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 README = PAGES[0].read_text(encoding="utf-8")
@@ -169,7 +170,7 @@ def check(words: list[str]) -> None:
         subprocess.run([ROOT / program, *rest, "--dry-run"], check=True, capture_output=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # demo.teach runs train as a program
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # bench.world.teach runs train as a program
 @pytest.mark.parametrize("page, line", LINES, ids=lambda value: str(value))
 def test_every_command_line_is_accepted(page, line, parse_only, capsys):
     check(shlex.split(line, comments=True))
@@ -239,7 +240,7 @@ def test_commands_of_a_page_run_in_its_order(name, demo_run, tmp_path, monkeypat
     Image.new("L", (128, 128), 255).save("mask.png")
     for words in shell_lines(ROOT / "docs" / f"{name}.md"):
         program, rest = words[2].removeprefix("datasetdm_fast."), words[3:]
-        if "--serve" in rest or program == "demo.judge_labels" or {"--balance", "--llm-url", "--llm-command"} & {*rest}:
+        if program.startswith("bench.") or {"--serve", "--balance", "--llm-url", "--llm-command"} & {*rest}:
             continue  # these need a browser, minutes of training, another's data or a language model
         code = run_module(f"datasetdm_fast.{program}", [*rest, *SMALL.get(program, ())])
         assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err}"

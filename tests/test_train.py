@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from skips import IS_LONG, long_test
 
+from bench.world import teach
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
-from datasetdm_fast.demo import teach
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines import build_engine

@@ -159,7 +159,7 @@ def test_a_hard_scene_costs_a_few_times_a_demo_scene():
 
 
 @pytest.mark.parametrize("kind", WORLDS)
-@pytest.mark.parametrize("first, owner", [(JUDGES.start - 2, "demo.judge"), (TRAIN_SEEDS + 5, "the diffusion model")])
+@pytest.mark.parametrize("first, owner", [(JUDGES.start - 2, "world.judge"), (TRAIN_SEEDS + 5, "the diffusion model")])
 def test_seeds_of_the_judges_and_of_the_diffusion_model_are_refused(kind, first, owner):
     with pytest.raises(Refused, match=f"these seeds belong to .*{owner}"):
         open_data(f"{kind}:9@{first}", 64)
@@ -178,7 +178,7 @@ def test_hard_scenes_are_read_as_labelled_images():
 def test_a_model_of_the_hard_world_begins_with_what_the_demo_model_knows(tmp_path):
     from transformers import CLIPTokenizer
 
-    from datasetdm_fast.demo.train import SHIPPED, build_models
+    from bench.world.train import SHIPPED, build_models
 
     ours = build_tokenizer(tmp_path / "hard", WORLDS["hard"])
     theirs = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")

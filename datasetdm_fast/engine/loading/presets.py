@@ -171,6 +171,6 @@ def _demo(part: str = "") -> Path:
     if not DEMO.is_dir():
         raise Missing(
             f"model: the demo model is not there, {DEMO} does not exist",
-            f"Train it: python -m datasetdm_fast.demo.train --out {DEMO}; or name another with --model.",
+            "Install the package again, or name another model with --model.",
         )
     return DEMO / part

@@ -12,7 +12,7 @@ JUDGES = range(2_000_000, 5_000_000)  # of the nets that judge generated images,
 LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first of these: to learn from, be tested on, ask for
 TRAIN_SEEDS = 10_000_000  # scenes from here on teach a diffusion model; below are those of decoders and evaluation
 TAUGHT = range(TRAIN_SEEDS, 100_000_000)
-OWNERS = {"the nets of demo.judge": JUDGES, "the diffusion model": TAUGHT}
+OWNERS = {"the nets of bench.world.judge": JUDGES, "the diffusion model": TAUGHT}
 
 
 @dataclass(frozen=True)

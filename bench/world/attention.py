@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.attention --out DIR: how accurate are the demo model's labels from attention?
+"""python -m bench.world.attention --out DIR: how accurate are the demo model's labels from attention?
 
 They are compared with the predictions of a small segmentation network trained only on renders, on pictures of one or
 two things: IoU of the named things by default, without self-attention, with the class prompts of other pictures, and of
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.world.judge_net import classes_in, kept_judge
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import AttentionSums, Request
-from datasetdm_fast.demo.judge_net import classes_in, kept_judge
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.pictures import painted
@@ -132,7 +132,7 @@ def renamed(labels: np.ndarray, own: Request, other: Request) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.world.attention", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--number", type=int, default=200, help="pictures")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps of a picture")

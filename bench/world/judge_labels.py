@@ -1,6 +1,6 @@
-"""python -m datasetdm_fast.demo.judge_labels RUN --judged DIR: how accurate are the labels of generated pictures?
+"""python -m bench.world.judge_labels RUN --judged DIR: how accurate are the labels of generated pictures?
 
-The labels of a run are compared with the predictions of the segmentation network of demo.judge, which was trained only
+The labels of a run are compared with the predictions of the segmentation network of judge.py, which was trained only
 on renders, for all samples and for the trusted ones; those of renders with ground truth. For a run of vary it reports
 for each domain how well the pictures still fit the label maps. Prints a table and JSON.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.world.judge_net import STEPS, Judge, kept_judge, probabilities
+from bench.world.things_seen import ENOUGH
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
-from datasetdm_fast.demo.judge_net import STEPS, Judge, kept_judge, probabilities
-from datasetdm_fast.demo.things_seen import ENOUGH
 from datasetdm_fast.engine.engines.opening import open_engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.trust import named_map, trust_of
@@ -158,10 +158,10 @@ def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge_labels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.world.judge_labels", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--judged", type=Path, required=True, help="folder of demo.judge; if it has no network, one is trained"
+        "--judged", type=Path, required=True, help="folder of bench.world.judge; if it has no network, one is trained"
     )
     parser.add_argument("--renders", type=int, default=500, help="renders to compare with")
     parser.add_argument("--judge-steps", type=int, default=STEPS, help="training steps of the network")

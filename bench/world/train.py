@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.train --out DIR: the diffusion model of a world, from random weights or from those of
+"""python -m bench.world.train --out DIR: the diffusion model of a world, from random weights or from those of
 another model; the same command resumes.
 
 Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from bench.world.optimiser import Average, Muon, matrices
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.demo.optimiser import Average, Muon, matrices
 from datasetdm_fast.engine.engines.device import half_of
+from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.engine.scenes.tokenizer import TOKENS, build_tokenizer
 from datasetdm_fast.engine.scenes.worlds import TRAIN_SEEDS, WORLDS, World
 
 SIZE, SEED = 128, 20261120
-SHIPPED = Path(__file__).parent / "model"
+SHIPPED = presets.DEMO
 
 
 def build_models(
@@ -281,7 +282,7 @@ def export(folder: Path, tokenizer_folder: Path, autoencoder, unet, text, factor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.world.train", description=__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work"
     )

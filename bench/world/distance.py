@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.demo.judge_net import Judge, batches
+from bench.world.judge_net import Judge, batches
 
 
 @torch.inference_mode()

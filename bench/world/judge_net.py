@@ -1,4 +1,4 @@
-"""The nets of demo.judge: small segmentation nets that have only ever seen renders of a world."""
+"""The nets of bench.world.judge: small segmentation nets that have only ever seen renders of a world."""
 
 import io
 import os

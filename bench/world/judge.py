@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.judge --out DIR: do the pictures of a world's model show what their captions say?
+"""python -m bench.world.judge --out DIR: do the pictures of a world's model show what their captions say?
 
 Two small segmentation networks trained only on renders, one for kinds and one for colours, look for the named things in
 generated pictures, with their own captions and with those of others, and in renders of the same scenes, which shows the
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.world.distance import features, frechet
+from bench.world.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, held_out_miou, kept_judge
+from bench.world.things_seen import SeenThing, shares, things_seen
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.demo.distance import features, frechet
-from datasetdm_fast.demo.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, held_out_miou, kept_judge
-from datasetdm_fast.demo.things_seen import SeenThing, shares, things_seen
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
@@ -120,7 +120,7 @@ def tables(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.world.judge", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--model", default="demo", help="demo, or a diffusers folder")
     parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="world that the model was trained on")

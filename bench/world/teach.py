@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.teach --out DIR: the five demo decoders, trained on 100 rendered, labelled scenes.
+"""python -m bench.world.teach --out DIR: the five demo decoders, trained on 100 rendered, labelled scenes.
 
 It is `python -m datasetdm_fast.train` with the settings of the decoders that ship with the package, and takes all of
 its flags; `--world hard` uses scenes of the harder world. `--words DIR` trains no decoder: it only learns from the same
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         learn_words(Path(given[1]))
         return 0
     parser = argparse.ArgumentParser(
-        prog="python -m datasetdm_fast.demo.teach",
+        prog="python -m bench.world.teach",
         description=__doc__,
         epilog="`python -m datasetdm_fast.train --help` lists the other flags.",
         allow_abbrev=False,

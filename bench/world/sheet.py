@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.sheet RUN --out FILE.png: samples of a run side by side, each with its labels below
+"""python -m bench.world.sheet RUN --out FILE.png: samples of a run side by side, each with its labels below
 it.
 """
 
@@ -78,7 +78,7 @@ def sheet(samples: list[StoredSample], side: int) -> Image.Image:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.sheet", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.world.sheet", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ids", default="", help="positions, comma-separated; default: the first eight")

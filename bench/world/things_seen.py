@@ -1,4 +1,4 @@
-"""What the nets of demo.judge see in a picture, thing by thing, beside the things its caption names."""
+"""What the nets of bench.world.judge see in a picture, thing by thing, beside the things its caption names."""
 
 from collections import Counter
 from collections.abc import Sequence
