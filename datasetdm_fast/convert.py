@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -58,18 +58,18 @@ def main(arguments: Sequence[str]) -> int:
     for source in conversion.sources:
         if not source.run.is_complete:
             there = count_noun(len(source.run), "sample")
-            say(settings, f"{source.run.path}: not finished; what is there is converted: {there}")
+            print_lines(settings, f"{source.run.path}: not finished; what is there is converted: {there}")
     for path in conversion.unsplit:
-        say(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
+        print_lines(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
     for name, format in conversion.formats.items():
         if unknown := format.unknown(conversion.plan):
-            say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
+            print_lines(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
     if settings.dry_run:
         would = f"{count_noun(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
         facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
         conversion.close()
         told = f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}"
-        return planned(settings, facts, str(folder), told)
+        return print_plan(settings, facts, str(folder), told)
     with (
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,
@@ -83,9 +83,11 @@ def main(arguments: Sequence[str]) -> int:
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     samples, files = count_noun(result.samples, "sample"), count_noun(result.files, "file")
     told = f"{samples} ({splits}) as {', '.join(settings.to)}, {files}"
-    say(settings, f"{folder}: complete, {told}; nothing to do" if conversion.is_complete else f"{folder}: {told}")
+    print_lines(
+        settings, f"{folder}: complete, {told}; nothing to do" if conversion.is_complete else f"{folder}: {told}"
+    )
     facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
-    put(settings, {**facts, "splits": conversion.splits}, str(folder))
+    print_result(settings, {**facts, "splits": conversion.splits}, str(folder))
     return interruption.exit_code(0)
 
 

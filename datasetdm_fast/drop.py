@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
@@ -53,11 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     told += dropping.told_aside(len(aside))
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
     if config.dry_run:
-        return planned(config, facts, "\n".join(ids), told)
-    say(config, told)
+        return print_plan(config, facts, "\n".join(ids), told)
+    print_lines(config, told)
     if ids and (exports := dropping.exports_of(run)):
-        say(config, f"{exports}: was made before and is as it was; delete it and convert again")
-    put(config, facts, config.run)
+        print_lines(config, f"{exports}: was made before and is as it was; delete it and convert again")
+    print_result(config, facts, config.run)
     return 0
 
 

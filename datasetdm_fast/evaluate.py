@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.output import print_plan
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -62,7 +62,7 @@ def _decoders(config: EvaluateConfig) -> int:
     if config.dry_run:
         images = {address: len(source) for address, source in sources.items()}
         told = [f"{address}: {count_noun(count, 'image')} would be judged" for address, count in images.items()]
-        return planned(config, {"images": images}, "\n".join(told))
+        return print_plan(config, {"images": images}, "\n".join(told))
     engine, found, skipped = _engine(config, config.decoder), {}, {}
     for address, source in sources.items():
         found[address], own = _judged(replace(config, data=address), engine, source.tasks, pairs)
@@ -147,7 +147,7 @@ def _curve(config: EvaluateConfig) -> int:
         told = (
             f"{count_noun(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
         )
-        return planned(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
+        return print_plan(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
     from datasetdm_fast.engine.engines import build_engine
     from datasetdm_fast.training.evaluation.measure import check_shown, measure
     from datasetdm_fast.training.session import train_on
@@ -318,7 +318,7 @@ def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str],
     each, judged = count_noun(seeds, "student"), count_noun(images, "image")
     told = f"{each} for each of {', '.join(kinds)} would be taught and judged on {judged}"
     facts = {"students": seeds * len(kinds), "images": images, **({"path": folder} if folder else {})}
-    return planned(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
+    return print_plan(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
 
 
 def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):

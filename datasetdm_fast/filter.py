@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         if config.dry_run:
             told = f"{config.run}: {count_noun(left, 'sample')} would be scored"
-            return planned(config, {"path": config.run, "scored": left}, config.run, told)
+            return print_plan(config, {"path": config.run, "scored": left}, config.run, told)
         networks = _networks(config, run, clip)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
@@ -125,9 +125,9 @@ def _undo(config: FilterConfig) -> int:
     facts = {"path": config.run, "restored": count}
     if config.dry_run:
         told = f"{config.run}: all samples would be kept again, {count} are left out"
-        return planned(config, facts, config.run, told)
-    say(config, f"{config.run}: all samples are kept again, {count} had been left out")
-    put(config, facts, config.run)
+        return print_plan(config, facts, config.run, told)
+    print_lines(config, f"{config.run}: all samples are kept again, {count} had been left out")
+    print_result(config, facts, config.run)
     return 0
 
 
@@ -138,7 +138,9 @@ def _keep(config: FilterConfig, run: Run) -> int:
     decided = filtering.decide(run, config.where, is_dry=config.dry_run)
     total = len(decided.kept) + len(decided.left_out)
     others = f"; {config.run}/state/kept.json says why the others are not" if decided.left_out else ""
-    say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else f'are kept{others}'}")
+    print_lines(
+        config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else f'are kept{others}'}"
+    )
     table = read_scores(run.path, ())
     kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
     left = Counter(
@@ -146,12 +148,12 @@ def _keep(config: FilterConfig, run: Run) -> int:
     )
     if every:
         told = ", ".join(f"{word} {left[word]} of {count}" for word, count in every.most_common())
-        say(config, f"of each class: {told}")
+        print_lines(config, f"of each class: {told}")
     facts = {"path": config.run, "where": decided.where, "kept": len(decided.kept), "left_out": len(decided.left_out)}
     facts["classes"] = {word: [left[word], count] for word, count in every.items()}
     if config.dry_run:
-        return planned(config, facts, config.run)
-    put(config, facts, config.run)
+        return print_plan(config, facts, config.run)
+    print_result(config, facts, config.run)
     return 0
 
 

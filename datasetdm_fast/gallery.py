@@ -9,8 +9,8 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -67,15 +67,15 @@ def main(arguments: Sequence[str]) -> int:
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
     if config.dry_run:
-        return planned(config, facts, page, f"{told}, which the page would show")
-    say(config, told)
+        return print_plan(config, facts, page, f"{told}, which the page would show")
+    print_lines(config, told)
     if not config.serve:
-        put(config, facts, page)
+        print_result(config, facts, page)
         return 0
     against = _served(config.against, show(config.against, is_served=True)) if config.against else None
-    with server.opened(_served(place, run), config.port, lambda line: say(config, line), against) as serving:
-        put(config, facts | {"address": serving.address}, serving.address)
-        say(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
+    with server.opened(_served(place, run), config.port, lambda line: print_lines(config, line), against) as serving:
+        print_result(config, facts | {"address": serving.address}, serving.address)
+        print_lines(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         try:
             serving.serve_forever()
         except KeyboardInterrupt:

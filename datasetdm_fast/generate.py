@@ -12,8 +12,14 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import (
+    NOTHING_WRITTEN,
+    print_lines,
+    print_result,
+    print_unfinished,
+    remake_sample,
+)
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say, unfinished
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import GateFailed, Refused, quote
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
         check_not_exported(Path(config.out))
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
-        say(config, f"loading    {config.model}")
+        print_lines(config, f"loading    {config.model}")
     if config.dry_run:
         return _plan_alone(config)
     interruption = Interruption(config.quiet)
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     code = _end(config, result, by=" by this process" if peer else "")
     if not result.is_complete:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}".rstrip()
-        unfinished(result.done, result.number, remedy)
+        print_unfinished(result.done, result.number, remedy)
     return interruption.exit_code(code)
 
 
@@ -125,22 +131,22 @@ def _nothing_to_do(config: RunConfig, result: Result) -> int:
     """The exit code of a run that was finished before."""
     if config.store and not config.dry_run:
         object_store.ObjectStore(config.store).complete(result.path)
-    say(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+    print_lines(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
     return _end(config, result)
 
 
 def _plan_alone(config: RunConfig) -> int:
     """The exit code of a dry run, once it has shown what would be made."""
     job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
-    say(config, *table(job))
+    print_lines(config, *table(job))
     _show_plan(job)
-    say(config, NOTHING_WRITTEN)
+    print_lines(config, NOTHING_WRITTEN)
     return 0
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     job = _decided(config, races=True)
-    say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size, calls_left(job))))
+    print_lines(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size, calls_left(job))))
     if config.verify:
         job = _verified(config, job)
     compare = _comparison(config)
@@ -198,7 +204,7 @@ def _mixed(config: RunConfig, job: Job) -> Job:
     from datasetdm_fast.runs.agreement import mixing
 
     indices = mixing.chosen(job)
-    say(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
+    print_lines(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
     calls = -(-len(indices) // job.plan.batch_size) * len(job.recipe.schedule)
     with _calls_bar("compare", calls, config.quiet) as on_unet_call:
         rows = mixing.compared(job, indices, on_unet_call) if indices else []
@@ -208,7 +214,9 @@ def _mixed(config: RunConfig, job: Job) -> Job:
             f"the limit in {count_noun(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
             "Continue with the engine that started it, or choose another --out.",
         )
-    say(config, f"mixed      {job.engine.name} makes {count_noun(len(indices), 'sample')} again as they are there")
+    print_lines(
+        config, f"mixed      {job.engine.name} makes {count_noun(len(indices), 'sample')} again as they are there"
+    )
     job, entries = mixing.mixed(job, rows, len(indices))
     note(job.folder, "mixed", entries)
     return job
@@ -221,7 +229,9 @@ def _verified(config: RunConfig, job: Job) -> Job:
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
     earlier = (stored or job.document).get("verified")
     if before.holds(earlier, job.engine, number):
-        say(config, f"verified   {count_noun(earlier['number'], 'sample')} agreed before, with this engine and device")
+        print_lines(
+            config, f"verified   {count_noun(earlier['number'], 'sample')} agreed before, with this engine and device"
+        )
         return job
     calls = before.calls_of(job, number)
     with _calls_bar("verify", calls, config.quiet) as on_unet_call:
@@ -234,7 +244,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {count_noun(number, 'sample')}")
+    print_lines(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {count_noun(number, 'sample')}")
     facts = before.kept(verdict, job.engine)
     if stored is not None:
         note(job.folder, "verified", facts)
@@ -275,7 +285,7 @@ def _run_together(
 
 def _make_again(config: RunConfig, given: set[str]) -> int:
     task = prepare_remake(config, given)
-    return remade(config, str(task.folder), task.row.request.id, partial(remake, task))
+    return remake_sample(config, str(task.folder), task.row.request.id, partial(remake, task))
 
 
 def _end(config: RunConfig, result: Result, by: str = "") -> int:
@@ -283,14 +293,14 @@ def _end(config: RunConfig, result: Result, by: str = "") -> int:
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
-    put(config, {"path": str(result.path), **facts}, str(result.path))
+    print_result(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
         made = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
         speed = f"{made} ({closing}), {rate:.3g} images per second"
-        say(config, f"{speed}; look at {_page(config, result)}")
+        print_lines(config, f"{speed}; look at {_page(config, result)}")
     if result.told:
-        say(config, result.told)
+        print_lines(config, result.told)
     if config.format and result.is_complete and not config.dry_run:
         _convert(config, result)
     result.check()
@@ -310,7 +320,9 @@ def _convert(config: RunConfig, result: Result) -> None:
     from datasetdm_fast.runs.exporting.conversion import export_run
 
     found = export_run(result.path, config.format, config.threads or count_cores())
-    say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
+    print_lines(
+        config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files"
+    )
 
 
 def _show_plan(job: Job) -> None:

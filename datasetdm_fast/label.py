@@ -8,8 +8,8 @@ from functools import partial
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     check_settings(config)
     job = prepare(config)
     if config.only:
-        return remade(config, config.out, config.only, partial(remake, job, config.only))
+        return remake_sample(config, config.out, config.only, partial(remake, job, config.only))
     left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
     told = [
         f"{left} of {count_noun(job.plan.number, 'picture')}, {count_noun(calls, 'UNet call')} each; labels: "
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     ]
     if config.dry_run:
         facts = {"path": config.out, "number": job.plan.number, "done": job.done, "tasks": list(job.recipe.tasks)}
-        return planned(config, facts, config.out, *told)
-    say(config, *told)
+        return print_plan(config, facts, config.out, *told)
+    print_lines(config, *told)
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(left, config.quiet, job.plan.batch_size, calls) as progress,
@@ -56,12 +56,12 @@ def main(arguments: Sequence[str]) -> int:
             is_stopping=interruption.is_stopping,
         )
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    put(config, {"path": config.out, **facts, "complete": result.is_complete}, config.out)
+    print_result(config, {"path": config.out, **facts, "complete": result.is_complete}, config.out)
     pictures = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
-    say(config, f"{pictures}; look at {result.path}/gallery/index.html")
+    print_lines(config, f"{pictures}; look at {result.path}/gallery/index.html")
     result.check()
     if not result.is_complete:
-        unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}", "pictures")
+        print_unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}", "pictures")
     return interruption.exit_code(0)
 
 

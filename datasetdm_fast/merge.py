@@ -12,8 +12,8 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(config.out)
     if config.only:
         sample = to_remake(folder, config.only, {"kept": config.kept} if "kept" in given else {})
-        return remade(config, config.out, config.only, partial(remake, folder, *sample, config.runs))
+        return remake_sample(config, config.out, config.only, partial(remake, folder, *sample, config.runs))
     if len(config.runs) < 2:
         told = "one run" if config.runs else "no run"
         raise Refused(f"{PROG}: {told} was named, expected two or more", "Name the run folders to be merged.")
@@ -58,19 +58,21 @@ def main(arguments: Sequence[str]) -> int:
             f"{folder}: would have {count_noun(number, 'sample')}, {there} are there, {merging.duplicates} are left out"
         )
         facts = {"path": config.out, "number": number, "done": there, "duplicates": merging.duplicates}
-        return planned(config, facts, config.out, told)
+        return print_plan(config, facts, config.out, told)
     with Interruption(config.quiet) as interruption, ImageProgress(number - there, config.quiet) as progress:
         options = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
         made = run(merging, folder, is_copied=config.copy, **options)
     merging.close()
     done = there + made
     if done < number:
-        unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
-        say(config, f"{folder}: complete with {count_noun(done, 'sample')}{more}" + ("" if made else ", nothing to do"))
+        print_lines(
+            config, f"{folder}: complete with {count_noun(done, 'sample')}{more}" + ("" if made else ", nothing to do")
+        )
     facts = {"number": number, "done": done, "made": made, "duplicates": merging.duplicates}
-    put(config, {"path": config.out, **facts, "complete": done == number}, config.out)
+    print_result(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code(0)
 
 

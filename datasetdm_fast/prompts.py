@@ -12,8 +12,8 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.output import print_plan
 from datasetdm_fast.command_line.progress import PromptProgress
-from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     total = sum(counts.values())
     if config.dry_run:
         told = "\n".join(f"{name:24} {count:8,}" for name, count in counts.items())
-        return planned(config, {"out": config.out, "classes": counts, "asked_for": total}, told)
+        return print_plan(config, {"out": config.out, "classes": counts, "asked_for": total}, told)
     reasons: Counter[str] = Counter()
     if config.llm_url or config.llm_command:
         sentences, reasons = _asked(config, grammar.classes, counts)

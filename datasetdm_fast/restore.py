@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -46,9 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     told += dropping.told_aside(aside)
     facts = {"path": config.run, "restored": ids}
     if config.dry_run:
-        return planned(config, facts, "\n".join(ids), told)
-    say(config, told)
-    put(config, facts, config.run)
+        return print_plan(config, facts, "\n".join(ids), told)
+    print_lines(config, told)
+    print_result(config, facts, config.run)
     return 0
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(config.out)
         asked = {name: getattr(config, name) for name in CONFIG_FORM if name in given}
         sample = to_remake(folder, config.only, asked)
-        return remade(config, config.out, config.only, partial(remake, folder, *sample, config.run))
+        return remake_sample(config, config.out, config.only, partial(remake, folder, *sample, config.run))
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
     from datasetdm_fast.runs.compositions.splice import begin, run
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     left = min(left, config.limit or left)
     if config.dry_run:
         told = f"{folder}: {left} of {count_noun(config.number, 'image')} would be made"
-        return planned(config, {"path": config.out, "number": config.number, "done": there}, config.out, told)
+        return print_plan(config, {"path": config.out, "number": config.number, "done": there}, config.out, told)
     threads = config.threads or 2 * count_cores()  # half of them wait for the disk
     with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
         options = {"limit": config.limit, "threads": threads, "on_commit": progress.on_commit}
@@ -88,14 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     done = there + made
     rate = round(made / seconds, 4) if made else 0.0
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
-    put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
+    print_result(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
     if made:
         speed = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
-        say(config, f"{speed}; look at {folder}/gallery/index.html")
+        print_lines(config, f"{speed}; look at {folder}/gallery/index.html")
     if done < config.number:
-        unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
     elif not made:
-        say(config, f"{folder}: complete with {count_noun(done, 'sample')}, nothing to do")
+        print_lines(config, f"{folder}: complete with {count_noun(done, 'sample')}, nothing to do")
     return interruption.exit_code(0)
 
 

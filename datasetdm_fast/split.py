@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
@@ -107,9 +107,9 @@ def main(arguments: Sequence[str]) -> int:
 def _end(config: SplitConfig, counts: dict[str, int], line: str) -> int:
     facts = {"path": config.run, "parts": counts}
     if config.dry_run:
-        return planned(config, facts, config.run, line)
-    say(config, line)
-    put(config, facts, config.run)
+        return print_plan(config, facts, config.run, line)
+    print_lines(config, line)
+    print_result(config, facts, config.run)
     return 0
 
 

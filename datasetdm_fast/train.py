@@ -14,8 +14,8 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines
 from datasetdm_fast.command_line.progress import StepProgress
-from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, say
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.settings import TrainConfig
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         session.announce(plans, results, count)
         if config.dry_run:
             if ranks.is_first:
-                say(config, NOTHING_WRITTEN)
+                print_lines(config, NOTHING_WRITTEN)
             return 0
         for task in results if ranks.is_first else ():
             if results[task] is not None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.command_line.telling import planned, say
 from datasetdm_fast.config import (
     ENGINE_NAMES,
     TASKS,
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         images = count_noun(len(requests), "image")
         told = f"{images} of {config.engine} and {config.against}, {count_noun(calls, 'UNet call')}"
         places = ", ".join(place for place in (config.html, config.run and f"run.json of {config.run}") if place)
-        return planned(config, facts, told, *([f"the verdict would be written to {places}"] if places else []))
+        return print_plan(config, facts, told, *([f"the verdict would be written to {places}"] if places else []))
     with tqdm(total=calls, unit="call", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1), is_whole=True)
     print(table(verdict), file=sys.stderr if config.json else sys.stdout)
@@ -130,7 +130,7 @@ def _prepared(config: VerifyConfig):
     prompts.check_classes(config.classes)
     if config.task:
         settings.check_tasks(config.task)
-    say(config, f"loading {config.model} for {config.engine} and {config.against}")
+    print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(
         engine=config.against,

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.cores import count_cores
@@ -318,7 +318,7 @@ def _end(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[s
     print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
     if not result.is_complete:
         remedy = f"go on with: {PROG} {shlex.join(arguments)}"
-        unfinished(result.done, result.number, remedy)
+        print_unfinished(result.done, result.number, remedy)
     result.check()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.command_line.telling import planned
+from datasetdm_fast.command_line.output import print_plan
 from datasetdm_fast.config import FLAVOURS, ModelSettings, OutputSettings, setting
 from datasetdm_fast.export.staging import say
 
@@ -76,4 +76,4 @@ class ExportConfig(ModelSettings, OutputSettings):
         from datasetdm_fast.export.onnx.to_onnx import chosen_stages
 
         names = chosen_stages(decoders, self.raw_capture, None, None)
-        planned(self, {"path": self.out, "stages": list(names)}, self.out, f"{kind} of {', '.join(names)}")
+        print_plan(self, {"path": self.out, "stages": list(names)}, self.out, f"{kind} of {', '.join(names)}")

@@ -13,8 +13,8 @@ import numpy as np
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.telling import unfinished
 from datasetdm_fast.compat.showlab.demo import Demo
 from datasetdm_fast.compat.showlab.files import Answer, jpeg
 from datasetdm_fast.compat.showlab.lines import Line, read_line
@@ -133,7 +133,7 @@ def generate(plan: Planned, line: Line, again: str) -> int:
     _say(line, f"{images}; look at {result.path}/gallery/index.html")
     code = _end(line, order.out, result)
     if not result.is_complete:
-        unfinished(result.done, result.number, f"go on with: {again}", "images")
+        print_unfinished(result.done, result.number, f"go on with: {again}", "images")
     return interruption.exit_code(code)
 
 

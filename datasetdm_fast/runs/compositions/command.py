@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.command_line.telling import planned, put, remade, say, unfinished
+from datasetdm_fast.command_line.output import print_plan, print_result, remake_sample, print_lines, print_unfinished
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
@@ -30,19 +30,19 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     folder = Path(settings.out)
     redrawing = cls(redraw.drawn_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := redraw.finished(redrawing, folder):
-        say(settings, f"{folder}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+        print_lines(settings, f"{folder}: complete with {count_noun(result.done, 'sample')}, nothing to do")
         return _end(settings, result)
     job = redraw.prepare(redrawing, folder)
     if settings.dry_run:
         facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
         told = f"{folder}: {job.images_left} of {count_noun(job.plan.number, 'image')} would be made"
-        return planned(settings, facts, settings.out, redrawing.told, told)
-    say(settings, redrawing.told)
+        return print_plan(settings, facts, settings.out, redrawing.told, told)
+    print_lines(settings, redrawing.told)
     interruption = Interruption(settings.quiet)
     result = _run(job, interruption)
     code = _end(settings, result)
     if not result.is_complete:
-        unfinished(result.done, result.number, f"go on with: {prog} {shlex.join(arguments)}")
+        print_unfinished(result.done, result.number, f"go on with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(code)
 
 
@@ -68,7 +68,7 @@ def make_again(cls: type[Redrawing], settings: RedrawSettings, given: Collection
             f"Drop {flags}.",
         )
     task = prepare_remake(cls, settings)
-    return remade(settings, settings.out, task.row.request.id, partial(remake, task))
+    return remake_sample(settings, settings.out, task.row.request.id, partial(remake, task))
 
 
 def without_run(settings: RedrawSettings, given: Collection[str]) -> Refused:
@@ -88,11 +88,11 @@ def _end(settings: RedrawSettings, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
-    put(settings, {"path": str(result.path), **facts}, str(result.path))
+    print_result(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}, {rate:.3g} images per second"
-        say(settings, f"{speed}; look at {result.path}/gallery/index.html")
+        print_lines(settings, f"{speed}; look at {result.path}/gallery/index.html")
     if result.doubtful:
-        say(settings, result.doubts)
+        print_lines(settings, result.doubts)
     result.check()
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.command_line.output import print_plan, print_result, print_lines
 from datasetdm_fast.config import UPSTREAM_KINDS, dry_run_setting, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote
@@ -79,9 +79,9 @@ def run(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, CheckpointConfig, PROG, __doc__, EXAMPLES)
     facts = convert(config)
     if config.dry_run:
-        return planned(config, facts, facts["path"], f"{facts['path']}: would be written", facts["told"])
-    say(config, facts["told"])
-    put(config, facts, facts["path"])
+        return print_plan(config, facts, facts["path"], f"{facts['path']}: would be written", facts["told"])
+    print_lines(config, facts["told"])
+    print_result(config, facts, facts["path"])
     return 0
 
 
