@@ -21,8 +21,8 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 from datasetdm_fast.engine.loop.plan import make_plan
-from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
-from datasetdm_fast.runs.jobs import job, prompts
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
+from datasetdm_fast.runs.jobs import prompt_files
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
@@ -82,8 +82,8 @@ def open_setting(
         checkpoint.check_fits(decoder, loaded.levels, task, loaded.text_width)
     reference = build_engine("torch", loaded, folded, device=str(target))
     recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
-    source = prompts.read_source(RunConfig(model="demo"))
-    words = job.class_words(reference, TASKS, ())
+    source = prompt_files.read_source(RunConfig(model="demo"))
+    words = prompt_words(reference, TASKS, ())
     plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
     trained = {task: decoder.to(target) for task, decoder in trained.items()}
     return Setting(reference, trained, recipe, tuple(plan), target, quick)

@@ -117,6 +117,7 @@ OWN_SAMPLERS = {  # name -> module that ends with its SAMPLER
 SAMPLERS = Registry("samplers", OWN_SAMPLERS)  # of other packages, the records themselves
 # diffusers' class -> sampler
 SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
+INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 PROFILES = ("0.3.0", "0.14.0")
 OWN_FORMATS = {  # name -> module:format
     "coco": "datasetdm_fast.runs.exporting.coco:COCO",

@@ -24,9 +24,9 @@ from datasetdm_fast.config import (
 )
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.names import by_task
+from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.settings import LARGEST_BATCH
 from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
 from datasetdm_fast.runs.run_folder.folder import note
 
@@ -114,9 +114,10 @@ def main(arguments: Sequence[str]) -> int:
 def _prepared(config: VerifyConfig):
     """Both engines over one model, the recipe, and the requests."""
     from datasetdm_fast.engine.engines import build_engine, check_engine, opening
+    from datasetdm_fast.engine.loop import checks, prompts
     from datasetdm_fast.engine.loop.plan import make_plan
-    from datasetdm_fast.engine.loop.recipe import make_recipe
-    from datasetdm_fast.runs.jobs import job, prompts, settings
+    from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
+    from datasetdm_fast.runs.jobs import prompt_files
 
     plans = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile}
@@ -125,11 +126,11 @@ def _prepared(config: VerifyConfig):
         own |= plans
     check_engine(config.against, **of_reference)
     check_engine(config.engine, **own)
-    settings.check_numbers(threads=config.threads)
-    settings.check_seed(config.seed, config.number)
+    checks.check_numbers(threads=config.threads)
+    checks.check_seed(config.seed, config.number)
     prompts.check_classes(config.classes)
     if config.task:
-        settings.check_tasks(config.task)
+        checks.check_tasks(config.task)
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(
@@ -156,8 +157,8 @@ def _prepared(config: VerifyConfig):
     tasks = tuple(by_task(reference.decoders))
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = make_recipe(reference, tasks, **chosen)
-    words = recipe.words or job.class_words(reference, tasks, config.classes)
-    source = prompts.read_source(RunConfig(model="demo", prompts=config.prompts, classes=config.classes))
+    words = recipe.words or prompt_words(reference, tasks, config.classes)
+    source = prompt_files.read_source(RunConfig(model="demo", prompts=config.prompts, classes=config.classes))
     plan = make_plan(
         source,
         reference.model.tokenizer,

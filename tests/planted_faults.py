@@ -30,7 +30,12 @@ class Fault(NamedTuple):
 
 FAST, GPU, DRIVER, LABELS = (
     f"datasetdm_fast.{name}"
-    for name in ("engines.fast.base", "engines.fast.on_gpu", "generation.driver", "generation.overlap")
+    for name in (
+        "engine.engines.fast.base",
+        "engine.engines.fast.on_gpu",
+        "engine.loop.driver",
+        "engine.loop.label_stream",
+    )
 )
 FAULTS = {
     "images decoded by other threads": Fault(
@@ -443,13 +448,13 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "a call that is over by an event of another GPU": Fault(
-        f"{LABELS}:FinishedCalls.queued",
+        f"{LABELS}:FinishedCalls.on_queued",
         "torch.cuda.current_stream(self._device)",
         "torch.cuda.current_stream()",
         {"device": "cuda:1"},
     ),
     "an event that is never recorded": Fault(
-        f"{LABELS}:FinishedCalls.queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
+        f"{LABELS}:FinishedCalls.on_queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
     ),
     "latents by way of another GPU": Fault(
         f"{FAST}:FastEngine._latents",

@@ -459,7 +459,8 @@ def _() -> str:
 
 @case("prompts: a shell behind a pipe")
 def _() -> str:
-    from datasetdm_fast.runs.jobs.prompts import read_prompts, split_prompts
+    from datasetdm_fast.engine.loop.prompts import split_prompts
+    from datasetdm_fast.runs.jobs.prompt_files import read_prompts
 
     for given in (
         f"pipe:{TOUCH}",

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.indexes import card, statistics
 from datasetdm_fast.runs.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of

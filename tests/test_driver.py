@@ -14,12 +14,12 @@ from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.label_stream import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job, run
-from datasetdm_fast.runs.jobs.overlap import FinishedCalls
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 
@@ -493,10 +493,10 @@ def test_a_gpus_calls_are_counted_when_they_are_over(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     with FinishedCalls(torch.device("cuda", 0), lambda: heard.append(1)) as calls:
         for _ in range(3):
-            calls.queued()
+            calls.on_queued()
         assert heard == []
         over.set()
     assert heard == [1, 1, 1]
     with FinishedCalls(torch.device("cpu"), lambda: heard.append(2)) as calls:
-        calls.queued()
+        calls.on_queued()
         assert heard[-1] == 2

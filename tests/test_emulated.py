@@ -19,11 +19,11 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, base, on_cpu
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.plan import make_plan
-from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify
 from datasetdm_fast.runs.agreement.gates import EXACT
-from datasetdm_fast.runs.jobs import job, prompts
+from datasetdm_fast.runs.jobs import prompt_files
 
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 HALVES = (torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def judged(reference, dtype: str, number: int, steps: int) -> verify.Verdict:
         own = FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu", ops=plain)
         engine = emulated(own, has_tf32=True)
         recipe = make_recipe(reference, TASKS, steps=steps, profile="0.14.0")
-        words, source = job.class_words(reference, TASKS, ()), prompts.read_source(RunConfig(model="demo"))
+        words, source = prompt_words(reference, TASKS, ()), prompt_files.read_source(RunConfig(model="demo"))
         tokenizer = reference.model.tokenizer
         plan = make_plan(source, tokenizer, number=number, seed=0, batch_size=number, words=words)
         return verify.verify(engine, reference, [plan.request(k) for k in range(number)], recipe, number)

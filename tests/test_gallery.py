@@ -14,7 +14,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
-from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
+from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.run_folder import showing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder

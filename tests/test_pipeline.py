@@ -29,9 +29,9 @@ from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decod
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import load_model, lora
 from datasetdm_fast.engine.loop.driver import side_by_side
+from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.jobs.overlap import LabelStream
 from datasetdm_fast.stages import LEVELS
 
 

@@ -12,9 +12,10 @@ from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.jobs import prompts, settings
+from datasetdm_fast.runs.jobs import prompt_files, settings
 from datasetdm_fast.runs.jobs.pictures import open_pictures
 
 
@@ -27,7 +28,7 @@ class Tokenizer:
 
 def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
     settings = RunConfig(number=number, batch_size=batch_size, seed=seed, **config)
-    source = prompts.read_source(settings)
+    source = prompt_files.read_source(settings)
     return make_plan(
         source,
         Tokenizer(),
@@ -40,7 +41,7 @@ def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
 
 
 def test_layer_needs_no_torch():
-    modules = ("generation.prompts", "run_folder", "run_folder.ledger", "run_folder.gallery")
+    modules = ("engine.loop.prompts", "runs.run_folder", "runs.run_folder.ledger", "runs.gallery")
     imports = "; ".join(f"import datasetdm_fast.{name}" for name in modules)
     code = f"import sys; {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -75,7 +76,7 @@ def test_demo_captions_are_a_function_of_the_seed():
 
 def test_other_models_need_prompts():
     with pytest.raises(Refused, match="no prompts"):
-        prompts.read_source(RunConfig(model="tiny"))
+        prompt_files.read_source(RunConfig(model="tiny"))
 
 
 def test_per_class_is_balanced_and_varied():
@@ -128,7 +129,7 @@ def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
         "an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light"
     )
     tokenizer = OwnTokenizer(DEMO / "tokenizer")
-    source = prompts.read_source(RunConfig(prompts=str(path)))
+    source = prompt_files.read_source(RunConfig(prompts=str(path)))
     with pytest.raises(Refused, match="tokens, at most 77") as stop:
         make_plan(source, tokenizer, number=1, seed=0, batch_size=1, words=())
     assert "datasetdm_fast.prompts --set demo" in stop.value.remedy
@@ -137,7 +138,7 @@ def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
 def test_a_file_of_nearly_the_same_name_is_told(tmp_path):
     (tmp_path / "prompts.txt").write_text("a ball")
     with pytest.raises(Refused, match=r"\(did you mean prompts.txt\?\)"):
-        prompts.read_prompts(str(tmp_path / "promts.txt"))
+        prompt_files.read_prompts(str(tmp_path / "promts.txt"))
     with pytest.raises(Missing, match=r"\(did you mean prompts.txt\?\)"):
         find_decoders(tmp_path / "prompt.txt")
     with pytest.raises(Refused, match=r"\(did you mean prompts.txt\?\)"):
@@ -147,12 +148,12 @@ def test_a_file_of_nearly_the_same_name_is_told(tmp_path):
 @pytest.mark.parametrize("name", ["missing.txt", "folder/with/no/prompts"])
 def test_what_looks_like_a_file_must_be_one(name):
     with pytest.raises(Refused, match="cannot be read"):
-        prompts.read_prompts(name)
+        prompt_files.read_prompts(name)
 
 
 def test_a_folder_is_no_prompt_file(tmp_path):
     with pytest.raises(Refused, match="cannot be read"):
-        prompts.read_prompts(str(tmp_path))
+        prompt_files.read_prompts(str(tmp_path))
 
 
 def test_text_keeps_unusual_characters(tmp_path):
@@ -178,13 +179,13 @@ def test_truncation_cuts_before_a_word_that_does_not_fit():
         (Tokenizer,),
         {"__call__": lambda self, prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt, 1])},
     )
-    assert prompts.fit("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
-    assert prompts.fit("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
+    assert prompts.fit_prompt("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
+    assert prompts.fit_prompt("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
 
 
 def test_the_tokenizer_cuts_where_another_work_leaves_it_to_it():
     long = "a ball " + "word " * 100 + "cube"
-    given = prompts.GivenPrompt(1, long, negative="fog " * 90)
+    given = prompts.PromptLine(1, long, negative="fog " * 90)
     source = prompts.PromptSource((given,), "list", (), 0, "dataset-diffusion", tokenizer_cuts=True)
     request = make_plan(source, Tokenizer(), number=1, seed=0, batch_size=1, words=("cube",)).request(0)
     assert (request.prompt, request.negative, request.classes) == (long, given.negative, ("cube",))
@@ -226,17 +227,17 @@ def test_too_long_class_words_are_refused():
 
 def test_per_class_and_prompts_exclude_each_other():
     with pytest.raises(Refused, match="combined"):
-        prompts.read_source(RunConfig(classes=("ball",), per_class=2, prompts="a ball"))
+        prompt_files.read_source(RunConfig(classes=("ball",), per_class=2, prompts="a ball"))
     with pytest.raises(Refused, match="no classes"):
-        prompts.read_source(RunConfig(per_class=2))
+        prompt_files.read_source(RunConfig(per_class=2))
 
 
 def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("a ball\n")
-    digests = {prompts.read_source(RunConfig(prompts=str(tmp_path / name))).digest for name in ("a.txt", "b.txt")}
-    assert len(digests | {prompts.read_source(RunConfig(prompts="a ball")).digest}) == 1
-    assert prompts.read_source(RunConfig(prompts="a cube")).digest not in digests
+    digests = {prompt_files.read_source(RunConfig(prompts=str(tmp_path / name))).digest for name in ("a.txt", "b.txt")}
+    assert len(digests | {prompt_files.read_source(RunConfig(prompts="a ball")).digest}) == 1
+    assert prompt_files.read_source(RunConfig(prompts="a cube")).digest not in digests
 
 
 def test_json_lines_bring_classes_and_seeds(tmp_path):
@@ -247,12 +248,12 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
         {"prompt": "a scene", "classes": []},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    source = prompts.read_source(RunConfig(prompts=str(path)))
+    source = prompt_files.read_source(RunConfig(prompts=str(path)))
     assert source.listed == ("ball",) and source.classes == ()
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2, words=("star", "ball"))
     assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (7, ())]
     assert plan.has_seeds
-    assert source.digest != prompts.read_source(RunConfig(prompts="two of them")).digest
+    assert source.digest != prompt_files.read_source(RunConfig(prompts="two of them")).digest
 
 
 def test_classes_of_a_line_may_be_spelled_in_another_way(tmp_path):
@@ -260,7 +261,9 @@ def test_classes_of_a_line_may_be_spelled_in_another_way(tmp_path):
     path, words = tmp_path / "list.jsonl", ("ball", "fire_hydrant", "Möwe", "cube", "Cube")
     listed = [["Ball"], ["Fire Hydrant"], [unicodedata.normalize("NFD", "Möwe")], ["Cube"], ["dog"]]
     path.write_text("".join(json.dumps({"prompt": "a\r\nscene", "classes": one}) + "\n" for one in listed))
-    plan = make_plan(prompts.read_source(RunConfig(prompts=str(path))), Tokenizer(), number=5, seed=0, batch_size=5)
+    plan = make_plan(
+        prompt_files.read_source(RunConfig(prompts=str(path))), Tokenizer(), number=5, seed=0, batch_size=5
+    )
     plan = replace(plan, words=words)
     assert [request.classes for request in plan] == [("ball",), ("fire_hydrant",), ("Möwe",), ("Cube",), ()]
     assert {request.prompt for request in plan} == {"a scene"}
@@ -270,16 +273,16 @@ def test_negative_prompts_are_those_of_the_run_or_of_the_line(tmp_path):
     path = tmp_path / "list.jsonl"
     lines = [{"prompt": "a ball"}, {"prompt": "a cone", "negative": "fog"}, {"prompt": "a star", "negative": ""}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    source = prompts.read_source(RunConfig(prompts=str(path), negative_prompt="dataset-diffusion"))
+    source = prompt_files.read_source(RunConfig(prompts=str(path), negative_prompt="dataset-diffusion"))
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2)
     assert [request.negative for request in plan] == [prompts.NEGATIVE_PROMPTS["dataset-diffusion"], "fog", ""]
     assert len(plan.request(0).negative.split(",")) == 21
     plain = tmp_path / "plain.jsonl"
     plain.write_text("\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines))
-    assert source.digest != prompts.read_source(RunConfig(prompts=str(plain))).digest
+    assert source.digest != prompt_files.read_source(RunConfig(prompts=str(plain))).digest
     for bad, message in ((("x " * 90), "--negative-prompt: 9[0-9] tokens"), ("a\0b", "control characters")):
         with pytest.raises(Refused, match=message):
-            wrong = prompts.read_source(RunConfig(prompts="a ball", negative_prompt=bad))
+            wrong = prompt_files.read_source(RunConfig(prompts="a ball", negative_prompt=bad))
             make_plan(wrong, Tokenizer(), number=1, seed=0, batch_size=1)
     assert RunConfig().identity() == {**RunConfig().identity(), **RunConfig(negative_prompt="").identity()}
     assert RunConfig(negative_prompt="fog").identity()["negative_prompt"] == "fog"
@@ -289,7 +292,7 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
     (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
     (tmp_path / "general.txt").write_text("a quiet street\n")
     (tmp_path / "knife.txt").write_text("")
-    source = prompts.read_source(RunConfig(prompts=str(tmp_path)))
+    source = prompt_files.read_source(RunConfig(prompts=str(tmp_path)))
     assert [(prompt.text, prompt.classes) for prompt in source.lines] == [
         ("something with feathers", ("bird",)),
         ("an old owl", ("bird",)),
@@ -322,7 +325,7 @@ def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(Refused, match="line 2(?! line)|empty") as stop:
-        prompts.read_source(RunConfig(prompts=str(path)))
+        prompt_files.read_source(RunConfig(prompts=str(path)))
     assert "checksum" not in stop.value.remedy and "None" not in stop.value.cause
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.decoders.checkpoint import Decoder
 from datasetdm_fast.engine.loop.driver import outlined_labels
+from datasetdm_fast.engine.loop.prompts import Tokenizer
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times
-from datasetdm_fast.runs.jobs.prompts import Tokenizer
 from datasetdm_fast.stages import FACTOR
 
 

@@ -19,8 +19,8 @@ from bench.setting import seeded_decoders
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.kernels.case import BATCH
-from datasetdm_fast.runs.jobs.overlap import LabelStream
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
 LONGEST = 45

@@ -20,6 +20,7 @@ import torch
 
 from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
 from datasetdm_fast.engine.engines import cuda_graph
+from datasetdm_fast.engine.loop import label_stream
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -332,7 +333,6 @@ class DeferredPool:
 @contextmanager
 def deferred_pools(timeline: Timeline) -> Iterator[None]:
     """Every ThreadPoolExecutor runs its work in this thread, as if in threads of its own."""
-    from datasetdm_fast.runs.jobs import overlap
 
     pools: dict[int, DeferredPool] = timeline.pools
 
@@ -357,6 +357,6 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
     with (
         mock.patch.object(ThreadPoolExecutor, "submit", submit),
         mock.patch.object(ThreadPoolExecutor, "shutdown", shutdown),
-        mock.patch.object(overlap, "wait", wait),
+        mock.patch.object(label_stream, "wait", wait),
     ):
         yield

@@ -35,8 +35,9 @@ from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, Semantic
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.labels import LABEL_KINDS, names
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
+from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.engine.tasks.to_host import to_host
@@ -47,7 +48,6 @@ from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
 from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs import inverted, job
-from datasetdm_fast.runs.jobs.pictures import in_memory
 from datasetdm_fast.runs.jobs.run import run
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
@@ -81,9 +81,9 @@ def label(machine: Machine) -> int:
     """Labels of pictures that exist, by a decoder and by attention."""
     engine = machine.engine("depth")
     recipe = machine.recipe(engine, ("depth", ATTENTION), classes=WORDS)
-    pictures = in_memory([blank(engine.model.size) for _ in range(machine.batch * machine.batches)])
-    recipe = inverted.inverting(recipe, engine, (100, 300))
-    return machine.made(engine, recipe, inverted.generator_of(recipe, pictures))
+    pictures = pictures_in_memory([blank(engine.model.size) for _ in range(machine.batch * machine.batches)])
+    recipe = inverting.inversion_recipe(recipe, engine, (100, 300))
+    return machine.made(engine, recipe, inverting.inversion_generator(recipe, pictures))
 
 
 def tiles(machine: Machine) -> int:
@@ -115,9 +115,9 @@ def labeller(machine: Machine) -> int:
     ):
         recipe = machine.recipe(engine, ("depth", "bright"))
         found = machine.made(engine, recipe)
-        pictures = in_memory([blank(engine.model.size)] * machine.batch * machine.batches)
-        recipe = inverted.inverting(recipe, engine, ())
-        return found + machine.made(engine, recipe, inverted.generator_of(recipe, pictures))
+        pictures = pictures_in_memory([blank(engine.model.size)] * machine.batch * machine.batches)
+        recipe = inverting.inversion_recipe(recipe, engine, ())
+        return found + machine.made(engine, recipe, inverting.inversion_generator(recipe, pictures))
 
 
 class Bright(Labeller):

@@ -30,9 +30,9 @@ from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.jobs import job, prompts, settings
+from datasetdm_fast.runs.jobs import job, prompt_files, settings
 from datasetdm_fast.runs.jobs import run as generation
-from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
+from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.stages import FACTOR
@@ -123,7 +123,7 @@ def memory_folder() -> tempfile.TemporaryDirectory:
 
 def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
     config = RunConfig(out=str(folder), number=number, task=recipe.tasks, prompts="a ball", batch_size=BATCH)
-    source = prompts.read_source(config)
+    source = prompt_files.read_source(config)
     plan = make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=BATCH)
     document = job.describe(settings.identity(config, source), plan, engine, recipe, {})
     return job.Job(config, plan, engine, recipe, document, 0)

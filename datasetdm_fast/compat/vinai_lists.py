@@ -11,8 +11,9 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loop.class_prompts import further_words, listed
+from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource, check_line
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.runs.jobs.prompts import LARGEST_FILE, GivenPrompt, PromptSource, check_line
+from datasetdm_fast.runs.jobs.prompt_files import LARGEST_FILE
 from datasetdm_fast.untrusted import documents
 
 KINDS = ("voc", "coco")
@@ -25,7 +26,7 @@ class PromptList:
     """A part of a list: prompts in their order, and the names of their files without the ending."""
 
     kind: str  # of KINDS
-    prompts: tuple[GivenPrompt, ...]
+    prompts: tuple[PromptLine, ...]
     names: tuple[str, ...]
     length: int  # of the whole list
     first: int  # place of the part in it
@@ -88,7 +89,7 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
         text = check_line(entries[place]["caption"], f"{where}: caption")
         if not text:
             raise Refused(f"{where}: the caption is empty", "Say what the picture shows.")
-        prompts.append(GivenPrompt(place + 1, text, classes, class_prompt=words if classes else ""))
+        prompts.append(PromptLine(place + 1, text, classes, class_prompt=words if classes else ""))
     return PromptList(kind, tuple(prompts), tuple(names[first:stop]), len(entries), first)
 
 

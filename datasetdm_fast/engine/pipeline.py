@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
+from datasetdm_fast.config import LABELS, UNDECODED
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
@@ -21,14 +21,13 @@ from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import preview
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import diffusing, driver
+from datasetdm_fast.engine.loop import checks, diffusing, driver, inverting, prompts
 from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
-from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe
+from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
+from datasetdm_fast.engine.loop.prompts import check_classes, check_line
+from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
+from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs import job, prompts, settings
-from datasetdm_fast.runs.jobs.inverted import generator_of, inverting, said
-from datasetdm_fast.runs.jobs.pictures import in_memory
-from datasetdm_fast.runs.jobs.prompts import check_classes, check_line
 from datasetdm_fast.runs.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
 from datasetdm_fast.stages import FACTOR, LEVELS
 
@@ -180,9 +179,9 @@ class Pipeline:
         **choices: Any,
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
-        given = _CheckedFirst(settings.texts_of("prompts", prompts))
+        given = _CheckedFirst(checks.as_texts("prompts", prompts))
         _check_several(seeds)
-        settings.check_batch_size(batch_size)
+        checks.check_batch_size(batch_size)
         if not isinstance(seeds, Sized | None):
             raise Refused(f"seeds: {seeds!r} has no length, expected one per prompt", "Write list(seeds).")
         if seeds is not None and len(seeds) != len(given):
@@ -226,8 +225,8 @@ class Pipeline:
         """
         _check_several(seeds)
         chosen = self._chosen(tasks)
-        settings.check_numbers(steps=steps, guidance=guidance, seed=seed)
-        settings.check_batch_size(batch_size)
+        checks.check_numbers(steps=steps, guidance=guidance, seed=seed)
+        checks.check_batch_size(batch_size)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -239,9 +238,9 @@ class Pipeline:
             ask=ask,
             **attention,
         )
-        given = settings.texts_of("prompts", prompts)
+        given = checks.as_texts("prompts", prompts)
         if not isinstance(negative_prompt, str | None):
-            settings.texts_of("negative_prompt", negative_prompt)
+            checks.as_texts("negative_prompt", negative_prompt)
         requests = self._requests(
             given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
@@ -287,8 +286,8 @@ class Pipeline:
         diffusing.check_sides(height, width, self.engine.model.size)
         texts, negatives = diffusing.listed(prompt, negative_prompt, num_images_per_prompt)
         chosen = self._chosen(tasks)
-        settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
-        settings.check_batch_size(batch_size)
+        checks.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
+        checks.check_batch_size(batch_size)
         recipe, words = self._recipe(
             chosen,
             classes,
@@ -319,7 +318,7 @@ class Pipeline:
         *,
         tasks: Sequence[str] | None = None,
         classes: Sequence[str] = (),
-        timesteps: Sequence[int] = tuple(map(int, LabelConfig.timesteps)),
+        timesteps: Sequence[int] = inverting.TIMESTEPS,
         seed: int = 0,
         batch_size: int = 0,
         **choices: Any,
@@ -334,23 +333,23 @@ class Pipeline:
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
         is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
-        given = [images] if is_one else list(settings.each_of("images", images, "an image or several images"))
-        pictures = in_memory(given)
-        texts = [prompts] * len(given) if isinstance(prompts, str) else list(settings.texts_of("prompts", prompts))
+        given = [images] if is_one else list(checks.check_iterable("images", images, "an image or several images"))
+        pictures = pictures_in_memory(given)
+        texts = [prompts] * len(given) if isinstance(prompts, str) else list(checks.as_texts("prompts", prompts))
         if len(texts) != len(given):
             raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
         chosen = self._chosen(tasks)
-        settings.check_numbers(seed=seed)
-        settings.check_batch_size(batch_size)
+        checks.check_numbers(seed=seed)
+        checks.check_batch_size(batch_size)
         recipe, words = self._recipe(chosen, classes, **choices)
-        recipe = inverting(recipe, self.engine, timesteps)
+        recipe = inversion_recipe(recipe, self.engine, timesteps)
         requests = []
         for place, text in enumerate(texts):
-            line = said(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
-            request = Request(place, line.text, settings.check_seed(seed + place), line.classes or ())
+            line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
+            request = Request(place, line.text, checks.check_seed(seed + place), line.classes or ())
             requests.append(_checked(request, recipe, self.engine.model.tokenizer))
         batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
-        return Output(list(self._samples(batches, recipe, generator_of(recipe, pictures))))
+        return Output(list(self._samples(batches, recipe, inversion_generator(recipe, pictures))))
 
     @in_own_precision()
     def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
@@ -358,10 +357,10 @@ class Pipeline:
         words = check_classes(_several("classes", classes, "words"))
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
-        settings.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
-        settings.check_numbers(**{name: choices[name] for name in settings.LEAST_SETTINGS if name in choices})
+        checks.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
+        checks.check_numbers(**{name: choices[name] for name in checks.LEAST_SETTINGS if name in choices})
         recipe = make_recipe(self.engine, tasks, classes=words, **choices)
-        words = recipe.words or job.class_words(self.engine, tasks, words)
+        words = recipe.words or prompt_words(self.engine, tasks, words)
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         return replace(recipe, facts=facts), words
 
@@ -369,7 +368,7 @@ class Pipeline:
         """The labels that were asked for, all that there is a decoder for where none were named."""
         tasks = self.tasks if given is None else _several("tasks", given, "labels")
         if tasks:
-            settings.check_tasks(tasks, LABELS)
+            checks.check_tasks(tasks, LABELS)
         for task in tasks:
             if task not in UNDECODED and task not in self.engine.decoders:
                 raise Refused(
@@ -404,9 +403,9 @@ class Pipeline:
                 raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit(line.text, tokenizer, where, words, truncate=truncate, own=table)
+            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, own=table)
             unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
-            yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)
+            yield Request(index, text, checks.check_seed(seed), find_classes(text, words, table), unwanted)
 
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
@@ -470,10 +469,10 @@ class Pipeline:
                 f"timestep: {timestep} is no whole number within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
-        text, seed = _line(prompt, "prompt"), settings.check_seed(seed)
-        words = prompts.fit(text, self.engine.model.tokenizer, "prompt")
+        text, seed = _line(prompt, "prompt"), checks.check_seed(seed)
+        words = prompts.fit_prompt(text, self.engine.model.tokenizer, "prompt")
         if image is None:
-            settings.check_numbers(steps=steps, guidance=guidance)
+            checks.check_numbers(steps=steps, guidance=guidance)
             with self._turn:
                 capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
         else:
@@ -535,11 +534,9 @@ class _CheckedFirst(list[str]):
 
 def _check_options(size: int, options: dict[str, Any]) -> None:
     """Refuses a size and options of engines that are none, before anything is read."""
-    settings.check_size(size)
-    settings.check_choices(
-        **{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options}
-    )
-    settings.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
+    checks.check_size(size)
+    checks.check_choices(**{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options})
+    checks.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
 
 
 def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
@@ -547,7 +544,7 @@ def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple
     if isinstance(given, kinds):
         text = str(given)
         raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
-    found = tuple(settings.each_of(name, given, f"a sequence of {expected}"))
+    found = tuple(checks.check_iterable(name, given, f"a sequence of {expected}"))
     for one in found:
         if not isinstance(one, kinds):
             raise Refused(f"{name}: {one!r} is not a text", f"Give a sequence of {expected}.")
@@ -559,7 +556,7 @@ def _check_several(seeds: object) -> None:
     if isinstance(seeds, Number):
         raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
     if seeds is not None:
-        settings.each_of("seeds", seeds, "one per prompt")
+        checks.check_iterable("seeds", seeds, "one per prompt")
 
 
 def _check_text(given: object, where: str) -> None:

@@ -24,6 +24,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import NAME, FileInfo, Manifest
@@ -32,7 +33,7 @@ from datasetdm_fast.export.onnx.eight_bits import GRAPH, WATCHED, layers_read, q
 from datasetdm_fast.export.staging import alone
 from datasetdm_fast.runs.agreement import gates, observe
 from datasetdm_fast.runs.agreement.distances import free_running_distances
-from datasetdm_fast.runs.jobs import prompts as texts
+from datasetdm_fast.runs.jobs import prompt_files as texts
 
 RECORD = "calibration.json"
 BATCH = 4
@@ -174,5 +175,5 @@ def table(drift: Sequence[Mapping[str, Any]]) -> str:
 def read_prompts(given: str, model: Model) -> tuple[str, ...]:
     """The prompts to calibrate on, each of a length the model takes."""
     name, text = texts.read_prompts(given)
-    lines = texts.split_prompts(text, name)
-    return tuple(texts.fit(prompt.text, model.tokenizer, f"{name} line {prompt.line}") for prompt in lines)
+    lines = prompts.split_prompts(text, name)
+    return tuple(prompts.fit_prompt(prompt.text, model.tokenizer, f"{name} line {prompt.line}") for prompt in lines)

@@ -9,7 +9,7 @@ from datasetdm_fast.export_cli.settings import EXAMPLES, PROG, ExportConfig
 
 def run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
-    from datasetdm_fast.runs.jobs.settings import check_size
+    from datasetdm_fast.engine.loop.checks import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
     _check(config)

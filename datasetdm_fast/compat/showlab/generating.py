@@ -21,12 +21,12 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.plan import Plan
+from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import (
     Job,
     adopt,
     check_room,
-    class_words,
     count_rows,
     describe,
     moved,
@@ -182,7 +182,7 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
     )
     check_decoder(order, engine.decoders)
     recipe = recipe_of(config, engine, order.words)
-    words = recipe.words or class_words(engine, config.task, ())
+    words = recipe.words or prompt_words(engine, config.task, ())
     size = config.batch_size or (
         stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), len(order.items))
     )

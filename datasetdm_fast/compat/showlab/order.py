@@ -13,8 +13,8 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loading import PRESETS
+from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.prompts import GivenPrompt, PromptSource
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
@@ -51,10 +51,10 @@ class Order:
     def run_folder(self) -> Path:
         return self.out / RUN
 
-    def given(self, item: prompts.Item) -> GivenPrompt:
+    def given(self, item: prompts.Item) -> PromptLine:
         """The prompt of an image, the class its label is asked for and its seed."""
         named = tuple(each.word for each in self.classes if each.file == item.name) if self.names_classes else ()
-        return GivenPrompt(0, item.prompt, named, item.seed)
+        return PromptLine(0, item.prompt, named, item.seed)
 
     @property
     def source(self) -> PromptSource:

@@ -7,8 +7,8 @@ from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, known, spoken
 from datasetdm_fast.engine.labels.words import mentioned
+from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten, token_limit
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.prompts import Tokenizer, count_tokens, shown, token_limit
 from datasetdm_fast.stages import LEVELS
 
 FIRST_WORD_ALONE = ("hot dog", "teddy bear", "hair drier")  # of these Dataset Diffusion reads one word
@@ -108,7 +108,7 @@ def check_class_prompt(
     for text in () if tokenizer_cuts else (words, recipe.text(request, words)):
         if (count := count_tokens(text, tokenizer)) > limit:
             raise Refused(
-                f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shown(text)}",
+                f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shorten(text)}",
                 "Shorten it, or ask for fewer classes.",
             )
     found = columns(words, asked, tokenizer, by_words=bool(recipe.parity), own=own)
@@ -142,7 +142,7 @@ def columns(
         found = listed(text, phrases | {name: [parts(form) for form in further_words(name, own)] for name in lacking})
     if lacking := absent(found):
         raise Refused(
-            f"class prompt {shown(words)}: does not hold the class word {shown(spoken(lacking, own)[0])}",
+            f"class prompt {shorten(words)}: does not hold the class word {shorten(spoken(lacking, own)[0])}",
             "Name every class of the prompt in it.",
         )
     if by_words:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.config import SCHEDULERS
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.checks import as_texts
 from datasetdm_fast.engine.loop.origin import Beginning, FromNoise
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.settings import texts_of
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ def listed(
     """A prompt for every image, and as many negative prompts; each prompt is there so many times, one after another."""
     if not isinstance(each, Integral) or each < 1:
         raise Refused(f"num_images_per_prompt: {each!r} is no whole number from 1 on", "Give 1 or more.")
-    prompts = list(texts_of("prompt", prompt))
+    prompts = list(as_texts("prompt", prompt))
     if not prompts:
         raise Refused("prompt: none was given", "Give at least one.")
     if isinstance(negative, str | None):
         negatives = [negative or ""] * len(prompts)
     else:
-        negatives = list(texts_of("negative_prompt", negative))
+        negatives = list(as_texts("negative_prompt", negative))
     if len(negatives) != len(prompts):
         raise Refused(
             f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."

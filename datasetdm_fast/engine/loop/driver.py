@@ -26,7 +26,7 @@ from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, witho
 from datasetdm_fast.engine.labels.words import mentioned
 from datasetdm_fast.engine.loop.class_prompts import columns
 from datasetdm_fast.engine.loop.combining import combined
-from datasetdm_fast.runs.jobs.overlap import FinishedCalls, LabelStream
+from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.engines.lanes import Lanes
     from datasetdm_fast.engine.labels.class_tables import ClassTable
+    from datasetdm_fast.engine.loop.prompts import Tokenizer
     from datasetdm_fast.engine.loop.recipe import Recipe
-    from datasetdm_fast.runs.jobs.prompts import Tokenizer
 
 # Of the images whose raw outputs are read at once: each query has a mask of their size.
 READ_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}
@@ -57,10 +57,12 @@ def generate(
     """
     make = make or BatchGenerator
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
-        generator = in_own_precision()(make)(engine, recipe, calls.queued)
+        generator = in_own_precision()(make)(engine, recipe, calls.on_queued)
         for batch, results in side_by_side(generator, batches, label_stream):
             if any(isinstance(result, Quarantined) for result in results):
-                results = retried(batch, results, engine, lambda wide: make(wide, recipe, calls.queued), label_stream)
+                results = retried(
+                    batch, results, engine, lambda wide: make(wide, recipe, calls.on_queued), label_stream
+                )
             yield batch, results
 
 

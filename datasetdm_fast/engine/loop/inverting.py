@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol
 
-from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.config import ATTENTION, INVERSION
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample, SemanticMap
+from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
+from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.class_prompts import columns
-from datasetdm_fast.engine.pictures import framing
+from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
+from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of
+from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from datasetdm_fast.runs.jobs.pictures import GivenPictures, Pictures
+    from datasetdm_fast.engine.engines.engine import Engine
+
+TRAINING_STEPS = 1000  # of every model
+TIMESTEPS = (100, 200, 300, 400)  # noise levels at which labels are read from the attention of a picture
+
+
+class PictureSource(Protocol):
+    """Pictures by their index; what is read tile by tile also has `whole`."""
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        ...
 
 
 class InvertingGenerator(driver.BatchGenerator):
     """Brings pictures back: noise is added at the decoders' timestep, and at several for the attention."""
 
-    def __init__(self, *arguments: Any, pictures: Pictures | GivenPictures, timesteps: Sequence[int], capture: int):
+    def __init__(self, *arguments: Any, pictures: PictureSource, timesteps: Sequence[int], capture: int):
         super().__init__(*arguments)
         self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
 
@@ -141,3 +159,52 @@ class TilingGenerator(InvertingGenerator):
             limits = self.recipe.attention.threshold, self.recipe.attention.uncertainty
             return joined_label(tiling, maps, numbers, labels[0].classes, *limits)
         return (joined_map if isinstance(labels[0], SemanticMap) else joined_instances)(tiling, labels)
+
+
+def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
+    """A recipe of generate as one of pictures that are brought back: at these timesteps where labels are read from
+    attention, and at the decoders' own.
+    """
+    from datasetdm_fast.engine.sampling.inversion import capture_timestep
+
+    timesteps = list(timesteps) if recipe.attention else []
+    training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
+    is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
+    if recipe.attention and not (timesteps and is_whole):
+        raise Refused(
+            f"timesteps: {documents.quoted(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
+            "Choose some of the model's training timesteps, such as 100, 300 and 500.",
+        )
+    timesteps = list(map(int, timesteps))
+    configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
+    read = {task: config for task, config in configs.items() if task in recipe.captures}
+    facts = {
+        **recipe.facts,
+        "sampler": INVERSION,
+        "steps": len(timesteps),
+        "calls": len(timesteps) + bool(read),
+        "capture_timestep": capture_timestep(read) if read else 0,
+        "timesteps": timesteps,
+    }
+    return replace(recipe, facts=facts)
+
+
+def inversion_generator(
+    recipe: Recipe, pictures: PictureSource, together: int = 0
+) -> Callable[..., InvertingGenerator]:
+    """What brings these pictures back by such a recipe; with `together`, so many tiles of a picture at once."""
+    facts = recipe.facts
+    chosen = {"pictures": pictures, "timesteps": tuple(facts["timesteps"]), "capture": facts["capture_timestep"]}
+    if together:
+        return partial(TilingGenerator, together=together, **chosen)
+    return partial(InvertingGenerator, **chosen)
+
+
+def picture_prompt(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> PromptLine:
+    """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
+    if caption:
+        return PromptLine(
+            0, fit_prompt(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
+        )
+    text = reading.photo_of(spoken(recipe.words, recipe.table))
+    return PromptLine(0, fit_prompt(text, engine.model.tokenizer, "--classes"), recipe.words)

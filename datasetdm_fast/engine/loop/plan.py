@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, name_key, spoken
 from datasetdm_fast.engine.labels.words import find_classes, with_article
-from datasetdm_fast.engine.scenes.world import sample_scene
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.prompts import (
-    GivenPrompt,
+from datasetdm_fast.engine.loop.prompts import (
+    PromptLine,
     PromptSource,
     Tokenizer,
     count_tokens,
-    fit,
     fit_negative,
-    shown,
+    fit_prompt,
+    shorten,
     token_limit,
 )
-from datasetdm_fast.runs.run_folder.goal import place
+from datasetdm_fast.engine.scenes.world import sample_scene
+from datasetdm_fast.errors import Refused
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
 OPENINGS = ("a photo of", "a picture of", "a scene with")
@@ -30,7 +29,7 @@ class Plan:
     """Every image of a run, a pure function of the settings: sample k has prompt k in turn and seed run seed + k,
     unless its prompt brings a seed."""
 
-    prompt: Callable[[int], GivenPrompt]
+    prompt: Callable[[int], PromptLine]
     words: tuple[str, ...]  # class words looked for in the prompts
     number: int
     seed: int
@@ -88,21 +87,21 @@ def make_plan(
         for word in spoken(source.classes, source.table):
             if (count := count_tokens(longest.format(word), tokenizer)) > (most := token_limit(tokenizer)):
                 raise Refused(
-                    f"--classes: {shown(word)} makes a prompt of {count} tokens, at most {most} fit",
+                    f"--classes: {shorten(word)} makes a prompt of {count} tokens, at most {most} fit",
                     "Use a shorter name for the class.",
                 )
     negative = fit_negative(source.negative, tokenizer, "--negative-prompt", truncate=truncate)
     prompts = tuple(_fitting(given, source, tokenizer, words, truncate) for given in source.lines)
     names = spoken(chosen, source.table)
 
-    def prompt(index: int) -> GivenPrompt:
+    def prompt(index: int) -> PromptLine:
         if chosen:
-            kind, turn = place(index, source.per_class if is_by_class else 1, len(chosen))
+            kind, turn = class_and_turn(index, source.per_class if is_by_class else 1, len(chosen))
             text = template(names[kind], turn)
-            return GivenPrompt(0, text, (*find_classes(text, words, source.table), chosen[kind]))
+            return PromptLine(0, text, (*find_classes(text, words, source.table), chosen[kind]))
         if prompts:
             return prompts[index % len(prompts)]
-        return GivenPrompt(0, sample_scene(DEMO_SCENES + seed + index).caption)
+        return PromptLine(0, sample_scene(DEMO_SCENES + seed + index).caption)
 
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
@@ -118,15 +117,15 @@ def make_plan(
 
 
 def _fitting(
-    given: GivenPrompt, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
-) -> GivenPrompt:
+    given: PromptLine, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
+) -> PromptLine:
     """The prompt and its negative one where the text encoder takes them whole, or its tokenizer is to cut them."""
     if source.tokenizer_cuts:
         return given
     where = f"{given.file or source.name} line {given.line}"
     # Labels of a prompt that brings its class prompt are read from that one alone.
     named = () if given.class_prompt else words
-    text = fit(given.text, tokenizer, where, named, truncate=truncate, own=source.table)
+    text = fit_prompt(given.text, tokenizer, where, named, truncate=truncate, own=source.table)
     if given.negative is None:
         return given._replace(text=text)
     return given._replace(
@@ -146,3 +145,10 @@ def template(word: str, turn: int) -> str:
     opening = OPENINGS[turn % len(OPENINGS)]
     surroundings = SURROUNDINGS[turn // len(OPENINGS) % len(SURROUNDINGS)]
     return f"{opening} {with_article(word)}{surroundings}"
+
+
+def class_and_turn(index: int, number: int, classes: int) -> tuple[int, int]:
+    """The class of an index where a run counts `number` samples of each, and which of its samples that is."""
+    block, inside = divmod(index, number)
+    turn, kind = divmod(block, classes)
+    return kind, turn * number + inside

@@ -13,11 +13,11 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.class_prompts import AttentionRecipe, attention_recipe
 from datasetdm_fast.engine.loop.combining import Combination, check_words, parse_combinations
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs import prompts
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -214,3 +214,17 @@ def capture_calls(schedule: Schedule, wanted: Mapping[str, int | None]) -> dict[
         else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
         for label, timestep in wanted.items()
     }
+
+
+def prompt_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """The words looked for in prompts: those given, else the names the decoders know."""
+    tasks = [task for task in tasks if task not in UNDECODED]
+    known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
+    if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
+        for word in classes:
+            if word not in known:
+                raise Refused(
+                    f"--classes: no decoder of this run knows {word!r}, they know {', '.join(known)}",
+                    "Choose from these, or add --task open-vocabulary, which takes any word.",
+                )
+    return tuple(classes) or tuple(known)

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.runs.agreement.verify import Verdict, verify
 from datasetdm_fast.config import REFERENCE
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loop.origin import FROM_NOISE
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.plans import COMPILED
+from datasetdm_fast.runs.agreement.verify import Verdict, verify
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.engine.loop.origin import FROM_NOISE
-from datasetdm_fast.engine.loading.provenance import digest
 from datasetdm_fast.version import __version__
 
 MEASURED = 4  # samples that --dtype auto compares

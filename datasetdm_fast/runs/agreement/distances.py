@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.runs.agreement.observe import Observation
 from datasetdm_fast.data import AttentionSums
+from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.runs.agreement.observe import Observation
 from datasetdm_fast.stages import FACTOR
 
 TINY = 1e-30

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import REFERENCE
-from datasetdm_fast.data import Sample, Quarantined
+from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.jobs.job import Job
 
@@ -64,8 +64,8 @@ class RepeatedComparison:
 
     def _failed(self, index: int) -> tuple[list[str], int]:
         """The measures in which a sample does not agree, and how many there are."""
-        from datasetdm_fast.runs.agreement import before
         from datasetdm_fast.engine.engines.memory import free_bytes, weight_bytes
+        from datasetdm_fast.runs.agreement import before
 
         if self.reference is None:
             self.reference = self.held.enter_context(before.reference_of(self.job))

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.data import Batch, Sample
+from datasetdm_fast.engine.labels import kind_of, label_files
+from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.runs.agreement.distances import image_distance
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
-from datasetdm_fast.data import Batch, Sample
-from datasetdm_fast.untrusted import images
-from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import into
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.untrusted import images
 
 SAMPLES = 8  # of the run that are made again, spread evenly over what it holds
 FAR = 1e9  # the distance of a sample that did not come out finite

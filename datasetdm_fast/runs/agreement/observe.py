@@ -16,9 +16,9 @@ from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCap
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loop.driver import BatchGenerator, attention_labels, outlined_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.sampling.schedule import Schedule
+from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from datasetdm_fast.runs.agreement.observe import Observation
-from datasetdm_fast.runs.agreement.verify import Verdict
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.image_files import image_bytes, picture_bytes
+from datasetdm_fast.runs.agreement.observe import Observation
+from datasetdm_fast.runs.agreement.verify import Verdict
 
 SHOWN = 4  # worst samples on the page
 STYLE = (

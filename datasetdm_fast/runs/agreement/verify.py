@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
+from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.runs.agreement.distances import (
     averaged_distance,
     encoded_distance,
@@ -16,9 +19,6 @@ from datasetdm_fast.runs.agreement.distances import (
 )
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.runs.agreement.observe import SHAKES, Observation, Rounded, observe
-from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
-from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.version import __version__
 
 

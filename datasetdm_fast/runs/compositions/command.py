@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.command_line.output import print_plan, print_result, remake_sample, print_lines, print_unfinished
-from datasetdm_fast.runs.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.compositions.settings import RedrawSettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.compositions.redraw import Redrawing

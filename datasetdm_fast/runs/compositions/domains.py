@@ -3,9 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from datasetdm_fast.errors import nearest
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.engine.scenes.world import WHERE
+from datasetdm_fast.errors import Refused, nearest
 
 DOMAINS = {  # name -> what a prompt ends with
     **WHERE,

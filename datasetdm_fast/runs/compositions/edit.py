@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.data import Annotation, Instances, Request, Sample
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.labels import kind_of, mask_rle
+from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.words import replaced_text
+from datasetdm_fast.engine.loop.checks import check_seed
+from datasetdm_fast.engine.loop.origin import Beginning
+from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions import regions
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.compositions.source import Source, Tile
-from datasetdm_fast.data import Annotation, Instances, Request, Sample
-from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.engine.loop.origin import Beginning
-from datasetdm_fast.runs.jobs.prompts import GivenPrompt, check_line
-from datasetdm_fast.runs.jobs.settings import check_seed
-from datasetdm_fast.engine.labels import kind_of, mask_rle
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
-from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.runs.run_folder.document import table_of
 
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ class Edits(Redrawing):
     def place(self, index: int) -> int:
         return self.places[index]
 
-    def prompt(self, index: int) -> GivenPrompt:
+    def prompt(self, index: int) -> PromptLine:
         request, settings = self.requests[self.place(index)], self.settings
         text, word = settings.prompt, self._word(request.index)
         if word and not settings.alone:
             words = dict.fromkeys((*self.source.document["plan"].get("words", ()), word))
             text = replaced_text(request.prompt, word, text, tuple(words), table_of(self.source.document)) or text
         seed = request.seed if settings.seed < 0 else settings.seed + index
-        return GivenPrompt(0, text, None, seed, negative=request.negative)
+        return PromptLine(0, text, None, seed, negative=request.negative)
 
     def _word(self, source: int) -> str:
         """The class of what is drawn anew of a sample of the source, if it has one."""

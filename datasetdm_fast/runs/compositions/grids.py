@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
-from datasetdm_fast.engine.labels.kind import Placement
 
 MOST = 8  # pictures of a side
 

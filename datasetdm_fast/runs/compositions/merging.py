@@ -8,14 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.runs.compositions.source import begun, check_filter, decisive, digests_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.untrusted import documents
-from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
+from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.runs.compositions.source import begun, check_filter, decisive, digests_of
 from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, damaged, engines_of, read_document, sides
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.kept import KEPT
@@ -25,6 +23,8 @@ from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
 from datasetdm_fast.runs.run_folder.seal import is_sealed
 from datasetdm_fast.runs.run_folder.split import origins
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together

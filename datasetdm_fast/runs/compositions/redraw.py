@@ -9,20 +9,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from datasetdm_fast.runs.compositions.settings import RedrawSettings
-from datasetdm_fast.runs.compositions.source import Source, Tile, decisive, source_path
 from datasetdm_fast.config import EngineSettings, RunConfig, flags_of, listed
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs import job, prompts
-from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.origin import Beginning, drawn_noise
 from datasetdm_fast.engine.loop.plan import Plan
-from datasetdm_fast.runs.jobs.prompts import GivenPrompt
+from datasetdm_fast.engine.loop.prompts import PromptLine
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.compositions.settings import RedrawSettings
+from datasetdm_fast.runs.compositions.source import Source, Tile, decisive, source_path
+from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Remake
-from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.runs.run_folder.remaking import remakable
 
@@ -96,7 +97,7 @@ class Redrawing(ABC):
         """The position in the source of the sample that image `index` is made from."""
 
     @abstractmethod
-    def prompt(self, index: int) -> GivenPrompt:
+    def prompt(self, index: int) -> PromptLine:
         """Prompt, seed and class words of an image."""
 
     @abstractmethod
@@ -165,7 +166,7 @@ class Redrawing(ABC):
     def check_words(self, engine: Engine) -> None:
         """Refuses prompts that the model cannot take."""
         for index in range(self.number):
-            prompts.fit(self.prompt(index).text, engine.model.tokenizer, f"image {index:08d}")
+            prompts.fit_prompt(self.prompt(index).text, engine.model.tokenizer, f"image {index:08d}")
 
     @classmethod
     def restored(cls, source: Source, settings: RedrawSettings, config: Mapping[str, Any]) -> Self:

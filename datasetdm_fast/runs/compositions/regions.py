@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.errors import nearest
-from datasetdm_fast.runs.compositions.settings import EditSettings
-from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
 from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.runs.compositions.settings import EditSettings
+from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.indexes.coco import numbered
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.untrusted import images
 
 WHITE = 128  # grey values from it on belong to the region of a mask file
 LONGEST_MASK = 2**18  # letters of the run lengths of a mask file, which run.json holds

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     LEDGER,
@@ -27,6 +26,7 @@ from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.seal import index_files, is_sealed, read_seal
+from datasetdm_fast.untrusted import images
 
 KEPT_DECODED = 64 * 2**20  # bytes of pixels of samples that are used again soon
 SEVERAL_SIZES = ("label", "merge")  # commands that make runs whose pictures may have sizes of their own

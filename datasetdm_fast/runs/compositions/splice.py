@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.runs.compositions.grids import Grid, drawn, parse_grids
-from datasetdm_fast.runs.compositions.source import Source, Tile, begun, decisive, source_path
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
-from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted import documents
-from datasetdm_fast.untrusted.images import MOST_PIXELS
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.label_files import Files
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.compositions.grids import Grid, drawn, parse_grids
+from datasetdm_fast.runs.compositions.source import Source, Tile, begun, decisive, source_path
 from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
 from datasetdm_fast.runs.run_folder.split import origins
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import MOST_PIXELS
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together, fewer where they are large:

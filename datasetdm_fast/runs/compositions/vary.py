@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.data import Annotation, Instances, Request, Sample
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.labels import by_kind, kind_of
+from datasetdm_fast.engine.labels.kind import LabelKind
+from datasetdm_fast.engine.loop.origin import Beginning
+from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.domains import DOMAINS, check_domains, moved
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings
 from datasetdm_fast.runs.compositions.source import Source
-from datasetdm_fast.data import Annotation, Instances, Request, Sample
-from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.engine.loop.origin import Beginning
-from datasetdm_fast.runs.jobs.prompts import GivenPrompt, count_tokens
-from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.engine.labels.kind import LabelKind
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -54,9 +54,9 @@ class Variants(Redrawing):
     def domain(self, index: int) -> str:
         return self.settings.domain[index % len(self.settings.domain)]
 
-    def prompt(self, index: int) -> GivenPrompt:
+    def prompt(self, index: int) -> PromptLine:
         request = self.requests[self.place(index)]
-        return GivenPrompt(
+        return PromptLine(
             0,
             moved(request.prompt, self.domain(index)),
             request.classes,

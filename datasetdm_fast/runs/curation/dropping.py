@@ -6,16 +6,16 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.runs.curation.filtering import check_all_scored
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.runs.curation.filtering import check_all_scored
 from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.score_table import add_distances
+from datasetdm_fast.untrusted import documents
 
 BLOCK = 64  # samples moved together
 LARGEST_LIST = 64 * 2**20  # bytes

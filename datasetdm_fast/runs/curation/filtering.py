@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.curation.scores import scored
 from datasetdm_fast.runs.curation.stability import Stability
-from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import LEDGER, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder, keep
 from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.engine.labels.trust import named_map
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import check_same
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.sample_scores import agreement

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.labels.semantic import count_pixels
 from datasetdm_fast.runs.exporting.classes import IGNORED, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.engine.labels.semantic import count_pixels
 
 FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 

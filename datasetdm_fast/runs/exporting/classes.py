@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.errors import nearest
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted.documents import quoted
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.untrusted.documents import quoted
 
 BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.json_lists import document
 from datasetdm_fast.runs.exporting.rings import is_hole, joined, rings
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing, SampleView
-from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.version import __version__
 
 YEAR = "2017"

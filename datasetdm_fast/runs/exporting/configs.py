@@ -5,12 +5,12 @@ from pprint import pformat
 from typing import Any
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.labels.colours import colour, palette
+from datasetdm_fast.engine.labels.words import mirrored_names
 from datasetdm_fast.runs.exporting.coco import YEAR, CocoFormat
 from datasetdm_fast.runs.exporting.depth import NyuFormat, lines, published_split
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.engine.labels.colours import colour, palette
-from datasetdm_fast.engine.labels.words import mirrored_names
 
 SIGMA = 0.05  # of a joint, where nobody measured how far apart people place it
 WIDTH = 120

@@ -15,21 +15,21 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels import LABEL_KINDS, OWN_KINDS
+from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
+from datasetdm_fast.plugins import named
 from datasetdm_fast.runs.exporting import other_packages, target
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, united
 from datasetdm_fast.runs.exporting.format import Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.exporting.view import RunView, SampleView
-from datasetdm_fast.untrusted import documents
-from datasetdm_fast.engine.labels import LABEL_KINDS, OWN_KINDS
-from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.plugins import named
 from datasetdm_fast.runs.run_folder.document import EXPORTS, table_of, to_see_damage
 from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.split import origins, part_of, read_split
+from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples published and committed together

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.labels.class_tables import table
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.engine.labels.class_tables import table
 from datasetdm_fast.runs.run_folder.ledger import canonical
 
 NUMBERS = {name: number for number, name in enumerate(table("deepfashion").names)}

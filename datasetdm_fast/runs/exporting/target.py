@@ -13,8 +13,8 @@ from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused, refusing_form
 from datasetdm_fast.runs.exporting.view import Linked
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs.run_folder.document import EXPORTS, check_same, pretty, run_around
+from datasetdm_fast.untrusted import documents
 
 DOCUMENT = "export.json"  # what the export is of; "complete" once nothing is left to be done
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them

@@ -12,18 +12,18 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.exporting.classes import BACKGROUND, IGNORED, PERSON, Classes, Renaming, class_names, lookup
-from datasetdm_fast.runs.exporting.settings import ExportSettings
-from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.labels.pose import MIDDLE, TO_EDGE
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.runs.exporting.classes import BACKGROUND, IGNORED, PERSON, Classes, Renaming, class_names, lookup
+from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.run_folder.document import runs_of, sides, to_see_damage
 from datasetdm_fast.runs.run_folder.reader import StoredSample
+from datasetdm_fast.untrusted import images
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasetdm_fast import _C
+from datasetdm_fast.engine.labels.class_tables import table
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.maps import class_map, numbered_things
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.engine.labels.class_tables import table
 
 ROOT = "VOCdevkit/VOC2012"
 MOST_OBJECTS = 254  # of a picture, what 8 bits tell beside nothing and the border

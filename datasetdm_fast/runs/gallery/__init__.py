@@ -16,7 +16,6 @@ from typing import Any
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.gallery.drawn import draw_missing, drawn_layer, picture_name, pictures, tracings
 from datasetdm_fast.runs.gallery.facts import RunFacts, layers_of, script
@@ -27,6 +26,7 @@ from datasetdm_fast.runs.gallery.sheets import (
     thumbnail,
     thumbnail_name,
 )
+from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.kept import Kept, read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted import images
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.image_files import picture_bytes
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.names import own_stem
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import ASIDE
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row
+from datasetdm_fast.untrusted import images
 
 BLOCK = 64  # pictures published at once
 

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.colours import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import LabelName, by_task
-from datasetdm_fast.runs.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.gallery.drawn import traced
+from datasetdm_fast.runs.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
+from datasetdm_fast.untrusted import documents
 
 SAFE = 2**53  # below it a script's numbers are exact
 LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown

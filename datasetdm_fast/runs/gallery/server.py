@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs.gallery import review
+from datasetdm_fast.untrusted import documents
 
 LOOPBACK = "127.0.0.1"
 NAMES = (LOOPBACK, "localhost")  # by which a browser of this machine may ask: any other name is a page of another site

@@ -20,9 +20,9 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row, canonical
+from datasetdm_fast.untrusted import documents, images
 
 SIDE, COLUMNS, ROWS = 128, 10, 5  # pixels of a thumbnail's longer side, thumbnails of a sheet
 GROUP = COLUMNS * ROWS  # samples of a sheet: those of the indices GROUP * k to GROUP * (k + 1) - 1

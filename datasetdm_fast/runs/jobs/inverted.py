@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from math import ceil
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of, listed
+from datasetdm_fast.config import INVERSION, LABELLER_KINDS, LabelConfig, flags_of, listed
 from datasetdm_fast.data import Quarantined
-from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.untrusted import documents
-from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.engine.labels.class_file import own_table
+from datasetdm_fast.engine.labels.class_tables import digest_of
+from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.tiles import Tiling
+from datasetdm_fast.engine.loop import driver, prompts
 from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
-from datasetdm_fast.engine.loop.inverting import InvertingGenerator, TilingGenerator
+from datasetdm_fast.engine.loop.inverting import TRAINING_STEPS, inversion_generator, inversion_recipe, picture_prompt
+from datasetdm_fast.engine.loop.plan import Plan
+from datasetdm_fast.engine.loop.recipe import prompt_words
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import (
     Job,
     adopt,
     check_room,
-    class_words,
     count_rows,
     describe,
     engine_of,
@@ -30,26 +31,17 @@ from datasetdm_fast.runs.jobs.job import (
     recipe_of,
     row_facts,
 )
-from datasetdm_fast.runs.jobs.pictures import GivenPictures, Pictures, open_pictures
-from datasetdm_fast.engine.loop.plan import Plan
-from datasetdm_fast.runs.jobs.prompts import GivenPrompt, fit
-from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of
+from datasetdm_fast.runs.jobs.pictures import Pictures, open_pictures
 from datasetdm_fast.runs.jobs.run import facts_of
-from datasetdm_fast.engine.labels.class_tables import digest_of, spoken
-from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.engine.labels.tiles import Tiling
-from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.runs.run_folder.document import INVERSION, LEDGER, check_same, made_by, read_document, table_of
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, read_document, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
-from datasetdm_fast.engine.pictures import reading
-from datasetdm_fast.engine.labels.class_file import own_table
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engine.engines.engine import Engine
+    pass
 
-TRAINING_STEPS = 1000  # of every model
 MOVABLE = ("model", "decoder", "class_table")  # settings of a run whose files may lie elsewhere now
 WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
 
@@ -106,10 +98,10 @@ def prepare(config: LabelConfig) -> Job:
     engine, decoders = engine_of(config, stored)
     table = own_table(config.class_table) if config.class_table else table_of(stored or {}) if config.only else None
     recipe = recipe_of(config, engine, prompts.check_classes(config.classes), table=table)
-    words = recipe.words or class_words(engine, recipe.decoded, prompts.check_classes(config.classes))
-    recipe = inverting(recipe, engine, timesteps)
+    words = recipe.words or prompt_words(engine, recipe.decoded, prompts.check_classes(config.classes))
+    recipe = inversion_recipe(recipe, engine, timesteps)
     number, names = len(pictures.paths), pictures.names
-    lines = [said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
+    lines = [picture_prompt(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
     tiles = [len(Tiling.of(each, recipe.size).corners) for each in sides]
     before = (stored["composition"].get("together") if tiles else stored["plan"]["batch_size"]) if stored else 0
     together = config.batch_size or before or min(engine.suggested_batch(), sum(tiles) or number)
@@ -125,7 +117,7 @@ def prepare(config: LabelConfig) -> Job:
     composition = _composition(config, pictures, together if tiles else 0, recipe.size)
     document = describe({**identity, "sampler": INVERSION}, plan, engine, recipe, decoders)
     document |= {"command": "label", "composition": composition}
-    generator = generator_of(recipe, pictures, together if tiles else 0)
+    generator = inversion_generator(recipe, pictures, together if tiles else 0)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
     if words and not recipe.asks_all:
         unnamed = [name for name, line in zip(names, lines) if pictures.captions.get(name) and not line.classes]
@@ -174,45 +166,6 @@ def _check_stored(job: Job, stored: Mapping[str, Any]) -> None:
         )
 
 
-def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
-    """A recipe of generate as one of pictures that are brought back: at these timesteps where labels are read from
-    attention, and at the decoders' own.
-    """
-    from datasetdm_fast.engine.sampling.inversion import capture_timestep
-
-    timesteps = list(timesteps) if recipe.attention else []
-    training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
-    is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
-    if recipe.attention and not (timesteps and is_whole):
-        raise Refused(
-            f"timesteps: {documents.quoted(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
-            "Choose some of the model's training timesteps, such as 100, 300 and 500.",
-        )
-    timesteps = list(map(int, timesteps))
-    configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
-    read = {task: config for task, config in configs.items() if task in recipe.captures}
-    facts = {
-        **recipe.facts,
-        "sampler": INVERSION,
-        "steps": len(timesteps),
-        "calls": len(timesteps) + bool(read),
-        "capture_timestep": capture_timestep(read) if read else 0,
-        "timesteps": timesteps,
-    }
-    return replace(recipe, facts=facts)
-
-
-def generator_of(
-    recipe: Recipe, pictures: Pictures | GivenPictures, together: int = 0
-) -> Callable[..., InvertingGenerator]:
-    """What brings these pictures back by such a recipe; with `together`, so many tiles of a picture at once."""
-    facts = recipe.facts
-    chosen = {"pictures": pictures, "timesteps": tuple(facts["timesteps"]), "capture": facts["capture_timestep"]}
-    if together:
-        return partial(TilingGenerator, together=together, **chosen)
-    return partial(InvertingGenerator, **chosen)
-
-
 def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
     """Noise levels of the attention."""
     for text in given:
@@ -224,16 +177,6 @@ def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
     if not given:
         raise Refused("--timesteps: there are none", "Write --timesteps 100,300,500.")
     return tuple(map(int, given))
-
-
-def said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> GivenPrompt:
-    """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
-    if caption:
-        return GivenPrompt(
-            0, fit(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
-        )
-    text = reading.photo_of(spoken(recipe.words, recipe.table))
-    return GivenPrompt(0, fit(text, engine.model.tokenizer, "--classes"), recipe.words)
 
 
 def remake(job: Job, id: str) -> list[str]:

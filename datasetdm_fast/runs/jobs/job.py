@@ -18,21 +18,22 @@ from datasetdm_fast.config import (
     RunConfig,
 )
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs.jobs import prompts, racing
-from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
-from datasetdm_fast.engine.loop.plan import Plan, make_plan
-from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
-from datasetdm_fast.runs.jobs.result import Result, result_of
-from datasetdm_fast.runs.jobs.settings import check_settings, count_images, identity
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.colours import OURS, OWN
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.numbering import coloured, laid_out, numbered
+from datasetdm_fast.engine.loop import prompts
+from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
+from datasetdm_fast.engine.loop.plan import Plan, make_plan
+from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
+from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.runs.jobs import prompt_files, racing
+from datasetdm_fast.runs.jobs.result import Result, result_of
+from datasetdm_fast.runs.jobs.settings import check_settings, count_images, identity
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
 from datasetdm_fast.runs.run_folder.document import (
     FORMAT,
@@ -58,20 +59,6 @@ COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide
 # whose versions engines name
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "openvino")
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
-
-
-def class_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
-    """The words looked for in prompts: those given, else the names the decoders know."""
-    tasks = [task for task in tasks if task not in UNDECODED]
-    known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
-    if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
-        for word in classes:
-            if word not in known:
-                raise Refused(
-                    f"--classes: no decoder of this run knows {word!r}, they know {', '.join(known)}",
-                    "Choose from these, or add --task open-vocabulary, which takes any word.",
-                )
-    return tuple(classes) or tuple(known)
 
 
 @dataclass(frozen=True)
@@ -133,7 +120,7 @@ def finished(config: RunConfig, *, is_alone: bool = True, source: prompts.Prompt
     Index files that are not up to date are rebuilt here, unless other processes may be about to do it.
     """
     check_settings(config)
-    source, folder = source or prompts.read_source(config), Path(config.out)
+    source, folder = source or prompt_files.read_source(config), Path(config.out)
     stored = read_document(folder)
     if stored is None:
         return None
@@ -244,7 +231,7 @@ def refill(config: RunConfig) -> None:
         if config.keep != "trusted":
             raise Refused(f"--refill: {config.out} holds no samples yet", "Drop the flag.")
         return
-    wanted = compared_identity(config, prompts.read_source(config), stored)
+    wanted = compared_identity(config, prompt_files.read_source(config), stored)
     check_config(Path(config.out), stored, wanted | {"keep": stored["config"].get("keep")})
     wanted |= {name: stored["config"][name] for name in GROWING if name in stored["config"]}  # it grows afterwards
     with Ledger(Path(config.out) / LEDGER, read_only=True) as ledger:
@@ -307,7 +294,7 @@ def prepare(
     """
     check_settings(config)
     stored = read_document(Path(config.out))
-    job = compose(config, source or prompts.read_source(config), stored, races=races, dtype=dtype)
+    job = compose(config, source or prompt_files.read_source(config), stored, races=races, dtype=dtype)
     if stored is not None:
         job = replace(adopt(job, stored, mixes=mixes), done=count_rows(config))
     check_room(job)
@@ -325,7 +312,7 @@ def compose(
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
     engine, decoders = engine_of(config, stored, dtype)
     recipe = recipe_of(config, engine, source.classes or source.listed, table=source.table)
-    words = recipe.words or class_words(engine, config.task, source.classes)
+    words = recipe.words or prompt_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free; a run that grows may have had too
     # few images for a larger one.
     size = stored["plan"]["batch_size"] if stored else 0
@@ -382,7 +369,7 @@ def unnamed_refusal(source: prompts.PromptSource, plan: Plan, unnamed: Sequence[
     return Refused(
         f"{source.name}: {len(unnamed)} of {count} prompts name none of the class words "
         f"{', '.join(plan.words[:8])}{' ...' if len(plan.words) > 8 else ''}: "
-        + "; ".join(prompts.shown(prompt) for prompt in unnamed[:3]),
+        + "; ".join(prompts.shorten(prompt) for prompt in unnamed[:3]),
         'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
     )
 

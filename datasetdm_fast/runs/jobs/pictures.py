@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.loop import prompts
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.pictures.in_memory import crop_square
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted import documents, images
-from datasetdm_fast.runs.jobs import prompts
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
 LARGEST_CAPTIONS = 64 * 2**20  # bytes
 NAME_PICTURES = "Name a folder of PNG or JPEG files."
@@ -45,7 +44,7 @@ class Pictures:
 
     def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
         """The largest square in the middle of a picture."""
-        return square(self.whole(index), size)
+        return crop_square(self.whole(index), size)
 
     def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
         with _to_be_mended():
@@ -83,20 +82,6 @@ class Pictures:
         return f"sha256:{whole.hexdigest()}"
 
 
-@dataclass(frozen=True)
-class GivenPictures:
-    """Pictures in memory, whose names are their places."""
-
-    images: Sequence[np.ndarray]  # each [H, W, 3] uint8
-
-    @property
-    def names(self) -> list[str]:
-        return [str(place) for place in range(len(self.images))]
-
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        return square(self.images[index], size)
-
-
 def _check(path: Path) -> None:
     """Refuses a file that is no picture to be labelled; of a large JPEG only a smaller image is decoded."""
     with _to_be_mended():
@@ -113,55 +98,6 @@ def _to_be_mended() -> Iterator[None]:
         yield
     except Refused as stop:
         raise Refused(stop.cause, "Repair it, or take it out of the folder.") from stop
-
-
-def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
-    """Images of a caller, checked."""
-    return GivenPictures([_pixels(image, place) for place, image in enumerate(images)])
-
-
-def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
-    """The pixels of an image of a caller, checked."""
-    import numpy as np
-
-    pixels = _of_pillow(image, place) if hasattr(image, "getbands") else np.array(image)
-    if pixels.dtype.kind in "OSU":
-        raise Refused(
-            f"image {place}: {image!r} is not an image", "Give an array of RGB in uint8, or an image of Pillow."
-        )
-    is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
-    if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
-        raise Refused(
-            f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
-            f"at least {reading.LEAST_SIDE}",
-            "Give an array of RGB in uint8, or an image of Pillow.",
-        )
-    return pixels
-
-
-def _of_pillow(image: Image, place: int) -> np.ndarray:
-    """An image of Pillow as viewers show it and as the pictures of a folder are read."""
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off what is above 255
-        raise Refused(
-            f"image {place}: its pixels are {image.mode}, expected an 8-bit picture",
-            "Scale its values to 0 to 255 first.",
-        )
-    try:
-        image.load()
-    except Exception as error:  # Pillow's readers raise nearly anything
-        raise Refused(
-            f"image {place}: it cannot be decoded ({documents.reason_of(error)})", "Get its file again."
-        ) from error
-    eight = image if image.mode in reading.COLOURS else image.convert("RGB")
-    try:
-        return reading.colours(f"image {place}", eight, reading.as_shown)
-    except Refused as stop:
-        raise Refused(stop.cause, "Give another image.") from stop
-
-
-def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
-    """The largest square in the middle of an image [H, W, 3] uint8."""
-    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
 
 
 def open_pictures(folder: str, captions: str) -> Pictures:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasetdm_fast.messages import count_noun
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Batch, Sample, Quarantined
+from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.runs.jobs import prompts
+from datasetdm_fast.engine.loop import driver, prompts
 from datasetdm_fast.engine.loop.driver import word_slots
-from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
-from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
 from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
+from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
 from datasetdm_fast.runs.jobs.result import Result, closed
 from datasetdm_fast.runs.jobs.settings import identity
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of

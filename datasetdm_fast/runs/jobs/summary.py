@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
 
 MOST_WORDS = 10  # class words that are listed

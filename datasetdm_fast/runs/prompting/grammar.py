@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, known
 from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
-from datasetdm_fast.runs.prompting import vocabulary as v
 from datasetdm_fast.engine.scenes.worlds import WORLDS, World
+from datasetdm_fast.runs.prompting import vocabulary as v
 
 TRIES = 200  # sentences drawn until one names the wanted classes and no others
 OWN_NAME = 0.5  # share of nouns that are the name of the class, where it has other words

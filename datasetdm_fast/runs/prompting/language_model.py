@@ -20,11 +20,11 @@ from typing import Any
 from urllib import error, parse, request
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted.documents import one_line
 from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.prompting.grammar import Sentence
+from datasetdm_fast.untrusted.documents import one_line
 
 KEY_VARIABLES = ("DATASETDM_LLM_KEY", "OPENAI_API_KEY")
 LARGEST_REPLY = 2**20  # bytes

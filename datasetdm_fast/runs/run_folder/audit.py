@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
+from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import (
@@ -36,6 +35,7 @@ from datasetdm_fast.runs.run_folder.document import (
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.untrusted import documents, images
 
 # What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
 # writes it there.

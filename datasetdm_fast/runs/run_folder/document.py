@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import LABELS, MOST_TRIES
+from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
-from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.numbering import check_numbers, check_palette
+from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
+from datasetdm_fast.untrusted import documents, images
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 # In the first each row of the ledger holds its whole recipe, and no outline; before the third every label numbers its
@@ -31,7 +31,6 @@ COMMANDS = (
     "merge",
     "compat.showlab",
 )  # that make run folders, and single samples of them again
-INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from datasetdm_fast.data import Sample, Quarantined
+from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.untrusted import documents
-from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import (
@@ -37,6 +35,8 @@ from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 from datasetdm_fast.runs.run_folder.rebuilding import rebuild
 from datasetdm_fast.runs.run_folder.seal import SEAL, has_indexes, is_sealed, unseal
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
 SECONDS_BETWEEN_TRIES = 0.2

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.runs.run_folder.document import most_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
@@ -28,7 +29,7 @@ class Goal:
 
     def place(self, index: int) -> tuple[int, int]:
         """The class of an index, and which of its samples that is."""
-        return place(index, self.number, len(self.names))
+        return class_and_turn(index, self.number, len(self.names))
 
     def stop(self, aside: int) -> int:
         """How many samples of a class are to be made where so many of them are set aside."""
@@ -55,13 +56,6 @@ class Goal:
             for name, there, aside in zip(self.names, tally.there, tally.aside, strict=True)
             if there - aside < self.number and there >= self.most
         }
-
-
-def place(index: int, number: int, classes: int) -> tuple[int, int]:
-    """The class of an index where a run counts `number` samples of each, and which of its samples that is."""
-    block, inside = divmod(index, number)
-    turn, kind = divmod(block, classes)
-    return kind, turn * number + inside
 
 
 def counts_by_class(config: Mapping[str, Any]) -> bool:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Sample, Quarantined
+from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
-from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
+from datasetdm_fast.untrusted import documents
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL

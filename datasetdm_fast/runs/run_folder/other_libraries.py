@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from datasetdm_fast.data import Instances, Keypoints
-from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.ledger import Row
 
 Tables = Mapping[str, Table]  # of each label of a run, as run.json has them

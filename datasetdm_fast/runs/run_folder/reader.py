@@ -16,13 +16,12 @@ import numpy as np
 
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.untrusted import documents, images
 from datasetdm_fast.engine.labels import kind_of, label_files, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import preview
 from datasetdm_fast.engine.labels.trust import trust_of
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.runs.run_folder import other_libraries
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
@@ -38,6 +37,7 @@ from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, refuse_made_of_url
 from datasetdm_fast.runs.run_folder.score_table import passing
+from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,12 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.kept import KEPT, read_kept
 from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.untrusted import documents
 
 QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote, refusing_form
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.seal import SPLIT, resealed
+from datasetdm_fast.untrusted import documents
 
 LARGEST_SPLIT = 2**28  # bytes
 SPLIT_FORM = {"seed": int, "by_source": bool, "parts": dict}

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasetdm_fast.cores import count_cores
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Missing, Refused
 
 PORT = 6379  # of a head node, where none is named

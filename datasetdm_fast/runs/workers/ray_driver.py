@@ -17,7 +17,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import REFUSALS, Missing
 from datasetdm_fast.runs.jobs import result
 from datasetdm_fast.runs.jobs.job import Job, adopt, check_room, count_rows
-from datasetdm_fast.runs.jobs.prompts import read_source
+from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Quota, in_order
 from datasetdm_fast.runs.jobs.settings import count_images
@@ -25,13 +25,13 @@ from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, clean
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL
-from datasetdm_fast.version import __version__
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import Owner
 from datasetdm_fast.runs.workers.ray_connection import first_line, joined
 from datasetdm_fast.runs.workers.ray_worker import Coordinator, RayWorker, RayWorkerSetup, RemoteQueue
 from datasetdm_fast.runs.workers.spawn import Rank, Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.version import __version__
 
 NOTHING_HERE = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
 

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.runs.jobs.job import Job, adopt, compose
-from datasetdm_fast.runs.jobs.prompts import PromptSource
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
-from datasetdm_fast.version import __version__
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 from datasetdm_fast.runs.workers.spawn import reported
 from datasetdm_fast.runs.workers.worker import Compare, Worker
+from datasetdm_fast.version import __version__
 
 SECONDS_BETWEEN_TRIES = 0.5  # to learn what the driver has found in the run folder
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from datasetdm_fast.data import Batch, Sample, Quarantined
+from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.runs.jobs import run
+from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.jobs.job import Job, adopt
-from datasetdm_fast.runs.jobs.overlap import BackgroundWriter
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class

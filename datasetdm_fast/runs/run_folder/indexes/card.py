@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, RunConfig, flags_of
+from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION, RunConfig, flags_of
 from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.runs.run_folder.document import (
     ASIDE,
-    INVERSION,
     engine_names,
     engines_of,
     maker,

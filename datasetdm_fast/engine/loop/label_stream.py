@@ -1,23 +1,17 @@
-"""Work beside the sampler: labels on a stream of their own, files and rows in threads, all in order."""
+"""Work on a GPU beside the sampler: labels on a stream of their own, and U-Net calls that are reported when over."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Sample, Quarantined
-from datasetdm_fast.runs.run_folder.ledger import Row
-
 if TYPE_CHECKING:
     import torch
 
-    from datasetdm_fast.runs.run_folder.folder import RunFolder
-
 AHEAD = 2  # batches that wait for their labels; each holds its latents and captures on the GPU
-WRITERS = 2  # threads that encode and write, a batch each
 
 
 class LabelStream(AbstractContextManager):
@@ -85,7 +79,7 @@ class FinishedCalls:
         self._pool = ThreadPoolExecutor(1, "calls") if device.type == "cuda" else None
         self._waiting: deque[Future] = deque()
 
-    def queued(self) -> None:
+    def on_queued(self) -> None:
         """The call that this thread has just queued is waited for by another thread."""
         if self._pool is None:
             self._on_unet_call()
@@ -94,11 +88,11 @@ class FinishedCalls:
 
         over = torch.cuda.Event(blocking=True)
         over.record(torch.cuda.current_stream(self._device))
-        self._waiting.append(self._pool.submit(self._finished, over))
+        self._waiting.append(self._pool.submit(self._report, over))
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft().result()
 
-    def _finished(self, over: torch.cuda.Event) -> None:
+    def _report(self, over: torch.cuda.Event) -> None:
         over.synchronize()
         self._on_unet_call()
 
@@ -108,41 +102,3 @@ class FinishedCalls:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=kind is not None)
-
-
-class BackgroundWriter(AbstractContextManager):
-    """Encodes and writes batches in threads and commits their rows in order; `committed` hears of every commit.
-
-    Leaving the block waits for all of it; after an error nothing more is begun.
-    """
-
-    def __init__(self, folder: RunFolder, committed: Callable[[list[Row]], None]):
-        folder.unseal()
-        self._folder, self._committed = folder, committed
-        self._writers, self._committer = ThreadPoolExecutor(WRITERS, "writer"), ThreadPoolExecutor(1, "committer")
-        self._waiting: deque[Future] = deque()
-        self._is_whole = True
-
-    def put(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
-        """Hands over one batch, waiting where too many are under way already."""
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > WRITERS + 1):
-            self._waiting.popleft().result()
-        written = self._writers.submit(self._folder.write, results, recipe)
-        self._waiting.append(self._committer.submit(self._commit, written))
-
-    def _commit(self, written: Future[list[Row]]) -> None:
-        is_whole, self._is_whole = self._is_whole, False
-        rows = written.result()
-        if is_whole:  # after a batch that could not be written nothing more is added
-            self._folder.commit(rows)
-            self._committed(rows)
-            self._folder.draw_sheets(rows)
-            self._is_whole = True
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while self._waiting and kind is None:
-                self._waiting.popleft().result()
-        finally:
-            for pool in (self._writers, self._committer):
-                pool.shutdown(cancel_futures=True)

@@ -1,0 +1,196 @@
+"""Prompts as a run has them: checked, counted in tokens, and cut where that is wished for."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from datasetdm_fast.config import DEMO_PROMPTS
+from datasetdm_fast.engine.labels.class_file import refuse_files
+from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
+from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.untrusted import documents
+
+LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
+MOST_PIECES = 3  # tokens of a word, on average, where a tokenizer knows the language of a prompt
+NEGATIVE_PROMPTS = {
+    # Dataset Diffusion's text, letter by letter: two of its commas have no space after them.
+    "dataset-diffusion": "ugly, tiling, poorly drawn hands, poorly drawn feet, poorly drawn face,out of frame, "
+    "extra limbs, disfigured, deformed, body out of frame, bad anatomy,watermark, signature, cut off, low contrast, "
+    "underexposed, overexposed, bad art, beginner, amateur, distorted face"
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+Tokenizer = Callable[..., object]
+
+
+class PromptLine(NamedTuple):
+    """One prompt of a list; a list of JSON lines may also say which classes it names and which seed it has."""
+
+    line: int  # from 1
+    text: str
+    classes: tuple[str, ...] | None = None  # None: those found in the text
+    seed: int | None = None  # None: the run's seed plus the number of the image
+    file: str = ""  # of a folder of lists
+    negative: str | None = None  # None: that of the run
+    class_prompt: str = ""  # empty: made of the class words
+
+
+def _identity(prompt: PromptLine) -> str:
+    """All that decides the image, in the fewest words: lists that bring no more have the digest they always had."""
+    ways = [[prompt.text], [prompt.classes, prompt.seed], [prompt.negative], [prompt.class_prompt or None]]
+    while len(ways) > 1 and ways[-1] == [None] * len(ways[-1]):
+        ways.pop()
+    return prompt.text if len(ways) == 1 else json.dumps([value for way in ways for value in way])
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Prompts as they were given, not yet measured in tokens."""
+
+    lines: tuple[PromptLine, ...]  # empty: the demo world's captions, or templates
+    name: str  # for messages: the file, or --prompts
+    classes: tuple[str, ...]
+    per_class: int
+    negative: str = ""  # what --negative-prompt said
+    is_part: bool = False  # of a longer list: batches have the size that was asked for, whatever the part's length
+    table: ClassTable | None = None  # the words of --class-table
+    tokenizer_cuts: bool = False  # prompts of any length are taken, and cut as diffusers does: also within a word
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The classes that the prompts themselves bring, in the order they first come up."""
+        return tuple(dict.fromkeys(name for prompt in self.lines for name in prompt.classes or ()))
+
+    @property
+    def digest(self) -> str:
+        text = "\n".join(map(_identity, self.lines)) or ("templates" if self.per_class else DEMO_PROMPTS)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    seen = set()
+    refuse_files(classes)
+    for word in classes:
+        if not word.strip():
+            raise Refused(
+                "--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube"
+            )
+        if _CONTROL.search(word) or not documents.is_unicode(word):
+            raise Refused(f"--classes: {shorten(word)} holds control characters or invalid UTF-8", "Use plain words.")
+        key = " ".join(word.lower().split())
+        if key in seen:
+            raise Refused(f"--classes: {shorten(word)} is named twice", "Name each class once.")
+        seen.add(key)
+    return tuple(" ".join(word.split()) for word in classes)
+
+
+def split_prompts(text: str, name: str, *, truncate: bool = False, first: int = 1) -> tuple[PromptLine, ...]:
+    """One prompt a line, the first of which has the number `first`; empty lines are skipped."""
+    lines = []
+    for number, line in enumerate(text.split("\n"), first):
+        if bad := _CONTROL.search(line.rstrip("\r")):
+            what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
+            raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
+        prompt = line.strip()
+        if not documents.is_unicode(prompt):
+            raise Refused(f"{name} line {number}: {shorten(prompt)} is not valid Unicode", "Write the prompt in UTF-8.")
+        if (size := len(prompt.encode())) > LONGEST_LINE and not truncate:
+            raise Refused(
+                f"{name} line {number}: {size} bytes, at most {LONGEST_LINE} are read",
+                "Shorten it, or pass --truncate-prompts.",
+            )
+        if prompt:
+            lines.append(PromptLine(number, prompt))
+    if not lines:
+        raise Refused(f"{name}: holds no prompt", "Write one prompt per line.")
+    return tuple(lines)
+
+
+def check_line(text: str, where: str) -> str:
+    """A text that is no list of prompts, on one line."""
+    line = " ".join(text.splitlines())
+    if _CONTROL.search(line) or not documents.is_unicode(line):
+        raise Refused(f"{where}: {shorten(line)} holds control characters or invalid UTF-8", "Use plain words.")
+    return line.strip()
+
+
+def fit_negative(given: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
+    """The text of the unconditional half, by its name in NEGATIVE_PROMPTS or as it was given, where it fits; one that
+    has a name stays whole, as its author leaves it to the tokenizer to cut it.
+    """
+    text = NEGATIVE_PROMPTS.get(given, given)
+    return text if text in NEGATIVE_PROMPTS.values() else fit_prompt(text, tokenizer, where, truncate=truncate)
+
+
+def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, own: ClassTable | None = None) -> None:
+    for word in spoken(classes, own):
+        count = count_tokens(word, tokenizer)
+        if count > token_limit(tokenizer):
+            raise Refused(
+                f"--classes: {shorten(word)} has {count} tokens, at most {token_limit(tokenizer)} fit",
+                "Use a shorter name for the class.",
+            )
+
+
+def token_limit(tokenizer: Tokenizer) -> int:
+    return min(tokenizer.model_max_length, 77)
+
+
+def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
+    """Tokens of a prompt, its start and end marks among them."""
+    return len(tokenizer(prompt, truncation=False).input_ids)
+
+
+def fit_prompt(
+    prompt: str,
+    tokenizer: Tokenizer,
+    where: str,
+    words: Sequence[str] = (),
+    *,
+    truncate: bool | None = None,
+    own: ClassTable | None = None,
+) -> str:
+    """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words. None
+    stands for a command without that flag.
+    """
+    limit = token_limit(tokenizer)
+    head = prompt[:LONGEST_LINE]
+    count = count_tokens(head, tokenizer)
+    if count <= limit and head == prompt:
+        return prompt
+    if not truncate:
+        remedy = "Shorten it." if truncate is None else "Shorten it, or pass --truncate-prompts."
+        if count > MOST_PIECES * len(head.split()):
+            remedy = (
+                "The model's tokenizer knows few of its words. For the demo model write prompts with "
+                "python -m datasetdm_fast.prompts --set demo; others need another --model."
+            )
+        raise Refused(f"{where}: {count} tokens, at most {limit} fit_prompt: {shorten(prompt)}", remedy)
+    shortest, longest = 0, len(head)
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        shortest, longest = (
+            (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
+        )
+    kept = head[:shortest]
+    is_inside_word = not prompt[shortest : shortest + 1].isspace() and not kept[-1:].isspace()
+    if is_inside_word and re.search(r"\s", kept):
+        kept = kept.rsplit(None, 1)[0]
+    kept = kept.strip()
+    lost = [word for word in find_classes(prompt, words, own) if word not in find_classes(kept, words, own)]
+    if lost or not kept:
+        what = (
+            f"cutting it to {limit} tokens would lose the class word {shorten(lost[0])}"
+            if lost
+            else f"nothing of it fits into {limit} tokens"
+        )
+        raise Refused(f"{where}: {what}: {shorten(prompt)}", "Name the classes earlier in the prompt.")
+    return kept
+
+
+def shorten(text: str) -> str:
+    """The text for a message: short, and nothing in it can steer a terminal."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")

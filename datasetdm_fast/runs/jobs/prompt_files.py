@@ -1,0 +1,139 @@
+"""The prompts of a run, read from its settings, files and folders."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels.class_file import own_table
+from datasetdm_fast.engine.loop.prompts import (
+    PromptLine,
+    PromptSource,
+    check_classes,
+    check_line,
+    shorten,
+    split_prompts,
+)
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.untrusted import documents
+
+LARGEST_FILE = 256 * 2**20  # bytes
+LINES = 'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed": 7}; only prompt is needed.'
+
+
+def read_source(config: RunConfig) -> PromptSource:
+    """The prompts of a run, checked as far as that needs no tokenizer."""
+    table = own_table(config.class_table) if config.class_table else None
+    return replace(_read_source(config), negative=check_line(config.negative_prompt, "--negative-prompt"), table=table)
+
+
+def _read_source(config: RunConfig) -> PromptSource:
+    classes = check_classes(config.classes)
+    if config.per_class:
+        if not classes:
+            raise Refused(
+                f"--per-class {config.per_class}: there are no classes to make prompts for",
+                "Name them: --classes ball,cube",
+            )
+        if config.prompts:
+            raise Refused(
+                "--per-class makes its own prompts, so it cannot be combined with --prompts", "Drop one of the two."
+            )
+        return PromptSource((), "--classes", classes, config.per_class)
+    if config.prompts:
+        lines, name = read_list(config.prompts, truncate=config.truncate_prompts)
+        return PromptSource(lines, name, classes, 0)
+    if config.model != "demo":
+        raise Refused(
+            f"--model {config.model}: no prompts were given, and only the demo model has captions of its own",
+            "Add --prompts FILE, or --classes with --per-class.",
+        )
+    return PromptSource((), "the demo world", classes, 0)
+
+
+def read_list(given: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, ...], str]:
+    """The prompts of a text, a file or a folder, and the name to call them by."""
+    path = _as_path(given)
+    if path is not None and path.is_dir():
+        return _read_folder(path, truncate), str(path)
+    name, text = read_prompts(given)
+    if path is not None and text.lstrip().startswith("{"):
+        return parse_lines(text, name, truncate=truncate), name
+    return split_prompts(text, name, truncate=truncate), name
+
+
+def _read_folder(folder: Path, truncate: bool) -> tuple[PromptLine, ...]:
+    """DatasetDM's layout: a file a class, named after it; general.txt names no class. Empty files are skipped."""
+    found = []
+    for path in sorted(folder.glob("*.txt")):
+        name, text = read_prompts(str(path))
+        classes = () if path.stem == "general" else check_classes([path.stem])
+        for prompt in split_prompts(text, name, truncate=truncate) if text.strip() else ():
+            found.append(prompt._replace(classes=classes, file=name))
+    if not found:
+        raise Refused(f"{folder}: holds no prompt", "It needs files named CLASS.txt with one prompt per line.")
+    return tuple(found)
+
+
+def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[PromptLine, ...]:
+    """Prompts from JSON lines such as those of `prompts` or of a run's samples.jsonl; other keys are left alone."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        value = documents.parse_json(line, where, LINES)
+        try:
+            documents.check_form(value, {"prompt": str})
+            for key in ("negative", "class_prompt"):
+                documents.check_form(value.get(key, ""), str, key)
+            documents.check_form(value.get("classes", []), [str], "classes")
+            seed = value.get("seed")
+            if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+                raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
+        except ValueError as error:
+            raise Refused(f"{where}: {error}", LINES) from error
+        if not value["prompt"].strip():
+            raise Refused(f"{where}: holds no prompt", LINES)
+        (only,) = split_prompts(re.sub("\r?\n", " ", value["prompt"]), name, truncate=truncate, first=number)
+        classes = check_classes(value["classes"]) if "classes" in value else None
+        negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None
+        words = check_line(value.get("class_prompt", ""), f"{where}: class_prompt")
+        found.append(PromptLine(number, only.text, classes, seed, negative=negative, class_prompt=words))
+    return tuple(found)
+
+
+def read_prompts(given: str) -> tuple[str, str]:
+    """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
+    path = _as_path(given)
+    if path is None:
+        if not documents.is_unicode(given):
+            raise Refused(f"--prompts: {shorten(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
+        return "--prompts", given
+    try:
+        data = storage.read(path, LARGEST_FILE)
+    except Missing as error:
+        raise Refused(
+            f"{path}: the prompt file cannot be read ({getattr(error.__cause__, 'strerror', '')})"
+            f"{'' if path.exists() else storage.named_alike(path)}",
+            "Name a readable file with one prompt per line, or give the prompt itself.",
+        ) from error
+    try:
+        return str(path), data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise Refused(f"{path} line {line}: not valid UTF-8", "Save the file as UTF-8.") from error
+
+
+def _as_path(given: str) -> Path | None:
+    """The file `given` means: one that is there, or a word that can only be meant as one."""
+    path = Path(given)
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):
+        return None
+    looks_like_file = not re.search(r"\s", given) and (os.sep in given or re.search(r"\.[A-Za-z0-9]{1,5}$", given))
+    return path if looks_like_file else None
