@@ -328,7 +328,7 @@ FAULTS = {
         {"scenario": "verify"},
     ),
     "captures copied while a thread waits": Fault(
-        "datasetdm_fast.training.lessons.cache:StoredCaptures.batch",
+        "datasetdm_fast.training.captures.cache:StoredCaptures.batch",
         "pin_memory=is_queued",
         "pin_memory=False",
         {"scenario": "training"},
@@ -441,7 +441,7 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "rows that are filled again while they are copied": Fault(
-        "datasetdm_fast.training.lessons.cache:StoredCaptures.batch",
+        "datasetdm_fast.training.captures.cache:StoredCaptures.batch",
         "rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
         "rows = vars(self).setdefault(str(len(views)), "
         "torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",

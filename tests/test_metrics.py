@@ -15,7 +15,7 @@ from datasetdm_fast.training.evaluation.intervals import expanded, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.truth.augment import mirrored
+from datasetdm_fast.training.truth.augment import mirror
 
 SIZE = 64
 
@@ -379,7 +379,7 @@ def test_a_crowd_of_every_class_hides_what_is_found_of_any(source):
         truth = replace(item, masks=item.masks[1:], mask_classes=kinds[1:], **crowds)
         numbered = Examples(source, student_data.vocabulary_of(source), "instance")._numbered(truth)
         meter = METRICS["instance"](source)
-        meter.add(mirrored(mirrored(numbered, source), source), found)
+        meter.add(mirror(mirror(numbered, source), source), found)
         figures[kind] = meter.result()["ap"]
     assert figures[EVERY_CLASS] == pytest.approx(1) and figures[2] < 0.9
 

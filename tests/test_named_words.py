@@ -115,16 +115,18 @@ def test_heads_that_do_not_fit_are_refused(config, heads):
         DecoderConfig.from_json(json.dumps(json.loads(config.to_json()) | {"word_heads": heads}))
 
 
-class Lessons:
+class OneHeadViews:
     """Images of two things, whose words attend in head 13 alone."""
 
     def __init__(self, config, is_told=True):
         self.config, self.is_told = config, is_told
         self.captures = SimpleNamespace(batch=self.batch, layout=SimpleNamespace(features=(0,) * 4))
-        self.views = SimpleNamespace(
-            looks=SimpleNamespace(draws=1), item=lambda view: view, captions=self.captions, target=self.target
-        )
-        self.count = 15
+
+    def first_views(self, most_images):
+        return range(15)
+
+    def item(self, view):
+        return view
 
     def captions(self, views):
         return ["a ball beside a cone" if view % 2 else "a cone beside a ball" for view in views]
@@ -148,9 +150,9 @@ class Lessons:
 
 
 def test_a_training_learns_which_head_tells_words(config):
-    heads = word_heads.learnt(Lessons(config), config, Tokenizer())
+    heads = word_heads.learnt(OneHeadViews(config), config, Tokenizer())
     assert heads.right == 1 and heads.masks == 30 and max(heads.shares) == heads.shares[13] > 0.5
     assert heads.given_to(config).word_heads == heads.shares and not any(heads.shares[:12])
-    nothing = word_heads.learnt(Lessons(config, is_told=False), config, Tokenizer())
+    nothing = word_heads.learnt(OneHeadViews(config, is_told=False), config, Tokenizer())
     assert nothing.shares == () and nothing.given_to(config) is config
-    assert word_heads.learnt(Lessons(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()
+    assert word_heads.learnt(OneHeadViews(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()

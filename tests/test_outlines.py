@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,10 @@ from datasetdm_fast.engine.tasks.outlines import outlined
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training import outlines
+from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.truth.augment import Augmentation
 
 REACH = 4
 
@@ -268,6 +269,5 @@ class Answers:
 def test_a_training_chooses_the_outlines_that_are_nearer_the_truth(moved, flags, found):
     source = open_data("demo:4@910100", 128, tasks=("semantic",))
     decoder = Answers(source, "semantic", moved)
-    views = SimpleNamespace(item=lambda view: source[view // 3], source=source, looks=SimpleNamespace(draws=3))
-    lessons = SimpleNamespace(count=12, views=views)
-    assert outlines.chosen(TrainConfig(**flags), decoder.config, lessons, decoder.answers).outlines == found
+    views = TrainingViews(source, range(4), "semantic", ViewSettings(draws=3, augmentation=Augmentation()))
+    assert outlines.chosen(TrainConfig(**flags), decoder.config, views, decoder.answers).outlines == found

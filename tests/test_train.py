@@ -712,8 +712,8 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
 
     def stopping(training, *rest):  # as Ctrl-C does between two folds
         assert not any(one() for one in kept)  # captures and targets of a fold are given back before the next begins
-        kept.append(weakref.ref(training.lessons))
-        taught.append([training.lessons.views.source.order[k] for k in training.lessons.views.numbers])
+        kept.append(weakref.ref(training.captures))
+        taught.append([training.captures.views.source.order[k] for k in training.captures.views.numbers])
         return None if len(taught) == 2 else real(training, *rest)
 
     with monkeypatch.context() as patch:

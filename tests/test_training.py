@@ -24,12 +24,12 @@ from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.training import session
+from datasetdm_fast.training.captures import cache
+from datasetdm_fast.training.captures.cache import Inversion, Layout
+from datasetdm_fast.training.captures.targets import TargetMemory, target_of
+from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.held_out import split
-from datasetdm_fast.training.lessons import cache
-from datasetdm_fast.training.lessons.cache import Inversion, Layout
-from datasetdm_fast.training.lessons.targets import TargetMemory, target
-from datasetdm_fast.training.lessons.views import Looks, Views, check_quirks
-from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
+from datasetdm_fast.training.loop import Trainer, TrainingSchedule, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks, joined
@@ -40,13 +40,13 @@ from datasetdm_fast.training.task_run import TaskTraining
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
-    cropped,
-    lit,
-    look,
-    mirrored,
+    augment,
+    crop,
+    mirror,
     mirrored_names,
-    pasted,
-    turned,
+    paste,
+    relight,
+    rotate,
 )
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
@@ -67,9 +67,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("captures")
 
 
-def lessons(engine, source, task, folder, draws=2, **looks) -> TrainingViews:
-    views = Views(source, range(len(source)), task, Looks(draws=draws, **looks))
-    return TrainingViews(cache.stored(engine, views, Inversion(1), folder), views)
+def training_views(engine, source, task, folder, draws=2, **settings) -> TrainingViews:
+    views = TrainingViews(source, range(len(source)), task, ViewSettings(draws=draws, **settings))
+    return views.with_captures(cache.stored(engine, views, Inversion(1), folder))
 
 
 def config_of(engine, source, task, timestep=1, **changes) -> DecoderConfig:
@@ -163,8 +163,8 @@ def test_a_word_that_is_not_there_is_one_the_picture_was_searched_for(source):
     there, every = set(item.mask_classes.tolist()), set(range(count))
     searched = there | {min(every - there)}
     for told, expected in ((None, every), (tuple(searched), searched)):
-        found = target(source, replace(item, searched=told), "open-vocabulary")
-        kept = TargetMemory(2 * found.bytes).kept(found)
+        found = target_of(source, replace(item, searched=told), "open-vocabulary")
+        kept = TargetMemory(2 * found.bytes).copy(found)
         asked = {asked_word(kept, count, torch.Generator().manual_seed(seed)) for seed in range(400)}
         assert there < asked == expected
 
@@ -174,7 +174,7 @@ def test_small_depth_decoders_learn_by_relative_error(engine, source, is_relativ
     preset = "default" if is_relative else "upstream"
     taught = recipe("depth", source, engine.model.levels, 16, 0, 8, preset=preset)
     assert taught.schedule.is_relative is is_relative
-    item = target(source, source[0], "depth")
+    item = target_of(source, source[0], "depth")
     metres = torch.full((1, 1, *item.depth.shape), 2.0)
     loss = losses.relative_error if is_relative else losses.scale_invariant_log
     found = loss_of(taught.config, {"depth": metres}, [item], [], taught.schedule)
@@ -267,12 +267,12 @@ def test_left_becomes_right_in_a_mirror(source):
         "left_foot",
     ]
     item = next(item for item in open_data("demo:40@0", 64) if len(item.keypoints))
-    plain, other = (target(source, one, "pose") for one in (item, mirrored(item, source)))
+    plain, other = (target_of(source, one, "pose") for one in (item, mirror(item, source)))
     hand, across = source.joints.index("left_hand"), source.joints.index("right_hand")
     assert other.points[hand].tolist() == pytest.approx(
         [64 - plain.points[across, 0].item(), plain.points[across, 1].item()]
     )
-    again = mirrored(mirrored(item, source), source)
+    again = mirror(mirror(item, source), source)
     for name in ("image", "semantic", "masks", "depth", "keypoint_boxes"):
         assert np.allclose(getattr(again, name), getattr(item, name))
 
@@ -284,13 +284,13 @@ def test_classes_with_a_side_change_places_in_a_mirror():
     labels = np.array([[0, 1, 2, 255], [3, 4, 5, 0]], np.uint8)
     said = "a photo of a left eye, a Left Ear on the left, a bright thing, two right eyes"
     item = Labelled("", np.zeros((2, 4, 3), np.uint8), said, labels, labels[None] == 1, np.array([0]))
-    found = mirrored(item, source)
+    found = mirror(item, source)
     assert found.semantic.tolist() == [[255, 5, 3, 0], [0, 2, 4, 1]] and found.mask_classes.tolist() == [2]
     assert found.caption == "a photo of a right eye, a Right Ear on the left, a bright thing, two left eyes"
-    assert mirrored(found, source).caption == said
+    assert mirror(found, source).caption == said
     source.classes = ("background", "lefthand", "righthand")
     source.thing_classes = source.classes[1:]
-    assert mirrored(replace(item, caption="a lefthand"), source).caption == "a righthand"
+    assert mirror(replace(item, caption="a lefthand"), source).caption == "a righthand"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_name_whose_other_side_is_another_ones_stays():
 
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):
     item = next(item for item in open_data("demo:40@0", 64) if len(item.keypoints))
-    found = turned(item, 90)
+    found = rotate(item, 90)
     apart = found.image.astype(int) - np.rot90(item.image, -1)
     assert np.abs(apart).max() <= 1 and np.array_equal(found.semantic, np.rot90(item.semantic, -1))
     assert np.array_equal(found.masks, np.rot90(item.masks, -1, (1, 2))) and np.array_equal(
@@ -331,7 +331,7 @@ def test_a_quarter_turn_turns_the_truth_with_the_image(source):
 
 
 def test_what_is_turned_in_from_outside_is_unknown(source):
-    found = turned(source[0], 45)
+    found = rotate(source[0], 45)
     assert (
         found.semantic[0, 0] == 255
         and found.depth[0, 0] == 0
@@ -342,15 +342,15 @@ def test_what_is_turned_in_from_outside_is_unknown(source):
 
 def test_another_light_changes_the_image_alone_and_by_its_seed(source):
     how = Augmentation(light=1.0)
-    first, again, other = (look(source, 0, how, draw, 0, source.__getitem__) for draw in (0, 0, 1))
+    first, again, other = (augment(source, 0, how, draw, 0, source.__getitem__) for draw in (0, 0, 1))
     assert np.array_equal(first.image, again.image) and not np.array_equal(first.image, other.image)
     assert np.array_equal(first.semantic, source[0].semantic)
-    assert np.array_equal(lit(source[0].image, 0.0, np.random.default_rng(0)), source[0].image)
+    assert np.array_equal(relight(source[0].image, 0.0, np.random.default_rng(0)), source[0].image)
 
 
 def test_things_are_pasted_with_their_truth_and_their_names(source):
     item, other = source[0], source[2]  # a cone and a person, a star and a tree
-    found = pasted(item, other, source, 1.0, np.random.default_rng(0))
+    found = paste(item, other, source, 1.0, np.random.default_rng(0))
     over = other.masks.any(0)
     assert np.array_equal(found.image[over], other.image[over]) and np.array_equal(found.depth[over], other.depth[over])
     assert np.array_equal(found.image[~over], item.image[~over])
@@ -358,20 +358,20 @@ def test_things_are_pasted_with_their_truth_and_their_names(source):
     names = [source.thing_classes[k] for k in found.mask_classes]
     assert {"star", "tree"} < set(names) and (found.masks.sum(0) <= 1).all() and found.masks.any((1, 2)).all()
     assert found.caption == f"{item.caption}, a star, a tree"
-    unmasked = pasted(replace(item, masks=None), replace(other, masks=None), source, 1.0, np.random.default_rng(0))
+    unmasked = paste(replace(item, masks=None), replace(other, masks=None), source, 1.0, np.random.default_rng(0))
     assert np.array_equal(unmasked.image[over], other.image[over])
 
 
 def test_a_covered_joint_is_hidden(source):
     item = next(item for item in source if len(item.keypoints))
     whole = replace(item, masks=np.ones((1, *item.image.shape[:2]), bool), mask_classes=np.array([0]))
-    found = pasted(item, whole, source, 1.0, np.random.default_rng(0))
+    found = paste(item, whole, source, 1.0, np.random.default_rng(0))
     assert (found.keypoints[..., 2] <= 1).all() and np.array_equal(found.keypoints[..., :2], item.keypoints[..., :2])
 
 
 def test_a_crop_moves_truth_and_image_alike(source):
     item = source[0]
-    found = cropped(item, 2.0, 1.0, 0.0)
+    found = crop(item, 2.0, 1.0, 0.0)
     assert np.array_equal(found.semantic, item.semantic[:32, 32:].repeat(2, 0).repeat(2, 1))
     places = (item.keypoints[..., :2] - (32, 0)) * 2
     assert np.allclose(found.keypoints[..., :2], places, atol=1e-4)
@@ -389,8 +389,8 @@ def test_a_person_out_of_sight_leaves_the_others_to_be_learnt(source):
         keypoint_boxes=np.float32([[0, 40, 20, 20], [45, 45, 10, 10]]),
         keypoint_areas=np.float32([400, 100]),
     )
-    for found in (cropped(both, 2.0, 1.0, 1.0), turned(cropped(both, 2.0, 1.0, 1.0), 10.0)):
-        learnt = target(source, found, "pose")
+    for found in (crop(both, 2.0, 1.0, 1.0), rotate(crop(both, 2.0, 1.0, 1.0), 10.0)):
+        learnt = target_of(source, found, "pose")
         assert len(found.keypoints) == len(found.keypoint_boxes) == len(found.keypoint_areas) == 1
         assert learnt.weights.any() and np.allclose(learnt.points, found.keypoints[0, :, :2])
 
@@ -403,11 +403,11 @@ def test_strong_looks_paste_only_what_is_learnt_from(source):
         return source[number]
 
     for draw in range(12):
-        look(source, 1, AUGMENTATIONS["strong"], draw, 0, read, (1, 2))
+        augment(source, 1, AUGMENTATIONS["strong"], draw, 0, read, (1, 2))
     assert set(asked) == {1, 2}
-    first = look(source, 1, AUGMENTATIONS["strong"], 0, 0, read, (1, 2))
+    first = augment(source, 1, AUGMENTATIONS["strong"], 0, 0, read, (1, 2))
     assert np.array_equal(first.image, source[1].image) and first.caption == source[1].caption
-    deep = look(source, 1, AUGMENTATIONS["strong-depth"], 2, 0, source.__getitem__, (1,))
+    deep = augment(source, 1, AUGMENTATIONS["strong-depth"], 2, 0, source.__getitem__, (1,))
     assert np.array_equal(deep.depth, source[1].depth) and not np.array_equal(deep.image, source[1].image)
 
 
@@ -420,20 +420,20 @@ def test_a_word_that_only_a_crowd_shows_is_not_asked_for_as_absent(source):
     crowd = replace(item, crowds=item.masks[[0, 0, 0]], crowd_classes=np.array([shown, other, EVERY_CLASS]))
     everything = set(range(len(source.thing_classes)))
     for searched, left in ((None, everything - {other}), ((shown, other), {shown})):
-        found = target(source, replace(crowd, searched=searched), "open-vocabulary")
+        found = target_of(source, replace(crowd, searched=searched), "open-vocabulary")
         asked = {asked_word(found, len(everything), torch.Generator().manual_seed(seed)) for seed in range(400)}
         assert {*found.searched.tolist()} == left and asked == left | {int(kind) for kind in item.mask_classes}
-    assert not len(target(source, item, "open-vocabulary").searched)
+    assert not len(target_of(source, item, "open-vocabulary").searched)
 
 
 def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
-    views = Views(source, [0, 1], "semantic", Looks(draws=8, captions="mixed"))
+    views = TrainingViews(source, [0, 1], "semantic", ViewSettings(draws=8, captions="mixed"))
     said = [bool(views.item(view).caption) for view in range(len(views))]
     assert said == [True, True, True, False] * 4
     assert views.captions(views.items(1)) == [source[1].caption] * 3 + [""] + [source[1].caption] * 3 + [""]
 
 
-@pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.is_drawn])
+@pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.has_crops])
 def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
     class Drawn(LabelledSource):
         joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
@@ -446,13 +446,13 @@ def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
     data = Drawn(64, 3)
     data.asked = []
     for draw in (0, 1, 0):
-        look(data, 2, AUGMENTATIONS[name], draw, 7, source.__getitem__)
+        augment(data, 2, AUGMENTATIONS[name], draw, 7, source.__getitem__)
     assert data.asked[0] == data.asked[2] != data.asked[1] and {number for number, _ in data.asked} == {2}
 
 
 def test_the_cache_holds_what_an_inversion_gives(engine, source, folder):
-    held = lessons(engine, source, "semantic", folder)
-    assert held.views.seed(5) == 5 and np.array_equal(held.views.item(5).image, source[2].image[:, ::-1])
+    held = training_views(engine, source, "semantic", folder)
+    assert held.seed(5) == 5 and np.array_equal(held.item(5).image, source[2].image[:, ::-1])
     pixels = torch.from_numpy(source[2].image[:, ::-1].copy())[None]
     fresh = invert(engine, pixels, [source[2].caption], 1, [5], is_raw=True)
     for a, b in zip(Layout.of(engine.model.levels).joined(fresh), held.captures.batch([5])):
@@ -460,9 +460,9 @@ def test_the_cache_holds_what_an_inversion_gives(engine, source, folder):
 
 
 def test_truth_is_kept_as_it_is_until_its_memory_is_full(source):
-    made = [target(source, item, "instance") for item in source]
+    made = [target_of(source, item, "instance") for item in source]
     memory = TargetMemory(sum(one.bytes for one in made[:2]) + 2 * 5 * 8)
-    kept = [memory.kept(one) for one in made]
+    kept = [memory.copy(one) for one in made]
     assert kept[0] and kept[1] and kept[3] is None
     for one, own in zip(made[:2], kept):
         for field in fields(one):
@@ -482,10 +482,10 @@ def test_a_projected_view_is_what_the_decoder_makes_of_its_capture(engine, sourc
 
 
 def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engine, source, tmp_path):
-    all_of_them = lessons(engine, source, "semantic", tmp_path)
+    all_of_them = training_views(engine, source, "semantic", tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.f16")}
     times = {path: path.stat().st_mtime_ns for path in before}
-    views = Views(source, [1, 2], "pose", Looks(draws=2))
+    views = TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2))
     few = cache.stored(engine, views, Inversion(1), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.f16")} == times and len(times) == 4
     assert torch.equal(few.batch([0])[0], all_of_them.captures.batch([2])[0])
@@ -497,21 +497,21 @@ def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engin
 
 def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, source, tmp_path):
     long_ago = time.time() - 86400 * 31
-    lessons(engine, source, "semantic", tmp_path)
+    training_views(engine, source, "semantic", tmp_path)
     shards = sorted(tmp_path.glob("*.f16"))
     others = [tmp_path / "notes.txt", tmp_path / "of another program.f16"]
     for path in others:
         path.write_bytes(b"not ours")
     for path in (*shards, *others):
         os.utime(path, (long_ago, long_ago))
-    few = cache.stored(engine, Views(source, [1, 2], "pose", Looks(draws=2)), Inversion(1), tmp_path)
+    few = cache.stored(engine, TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2)), Inversion(1), tmp_path)
     assert sorted(tmp_path.glob("*.f16")) == sorted([*few.paths, others[1]]) and len(shards) == 4
     assert {path.stat().st_mtime for path in few.paths} == {long_ago} and others[0].exists()  # used, not made again
 
 
 @pytest.mark.parametrize("change", [{"timestep": 2}, {"latent": "sample"}, {"ddim_steps": 2}])
 def test_another_inversion_has_other_shards(engine, source, folder, change):
-    views = Views(source, [0], "depth", Looks(draws=1))
+    views = TrainingViews(source, [0], "depth", ViewSettings(draws=1))
     plain, other = (cache.stored(engine, views, how, folder) for how in (Inversion(1), replace(Inversion(1), **change)))
     assert plain.paths != other.paths
     assert not torch.equal(plain.batch([0])[3], other.batch([0])[3])
@@ -545,7 +545,7 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
 
 def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path, monkeypatch):
     """Beside half of the free disk; those of other data that lie there do not make room."""
-    own, other = (Views(source, numbers, "semantic", Looks(draws=2)) for numbers in ([0, 1], [2, 3]))
+    own, other = (TrainingViews(source, numbers, "semantic", ViewSettings(draws=2)) for numbers in ([0, 1], [2, 3]))
     cache.stored(engine, own, Inversion(1), tmp_path)
     assert cache.kept_bytes(engine, own, Inversion(1), tmp_path) == sum(
         path.stat().st_size for path in tmp_path.glob("*.f16")
@@ -585,7 +585,7 @@ def test_a_quirk_is_shown_to_its_task_alone(source, quirk, task):
     index = next(k for k in range(4) if source[k].id == item.id)
     other = "pose" if task != "pose" else "depth"
     with_it, without, elsewhere = (
-        Views(source, range(4), t, Looks(draws=1, quirks=check_quirks(q, source, [t])))
+        TrainingViews(source, range(4), t, ViewSettings(draws=1, quirks=frozenset(q)))
         for t, q in ((task, [quirk]), (task, []), (other, [quirk]))
     )
     plain = without.pixels([item]).float()
@@ -600,7 +600,7 @@ def test_a_quirk_is_shown_to_its_task_alone(source, quirk, task):
 
 
 def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder):
-    held, words = lessons(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
+    held, words = training_views(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
     heard = []
     for quirk in (False, True):
         schedule = TrainingSchedule(steps=1, batch_size=8, points=32, first_word_only=quirk, parts=1)
@@ -612,7 +612,7 @@ def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_few_steps_lower_the_loss(engine, source, folder, task):
-    held, words = lessons(engine, source, task, folder), words_of(engine, source, task)
+    held, words = training_views(engine, source, task, folder), words_of(engine, source, task)
     schedule = TrainingSchedule(steps=45, batch_size=4, rate=6e-3, points=128, dropout=0.0)
     trainer = Trainer(config_of(engine, source, task), schedule, held, words)
     found = [trainer.step() for _ in range(schedule.steps)]
@@ -621,7 +621,7 @@ def test_a_few_steps_lower_the_loss(engine, source, folder, task):
 
 
 def test_the_same_seed_fits_the_same_decoder_and_leaves_torchs_own_numbers_alone(engine, source, folder):
-    held, config = lessons(engine, source, "depth", folder), config_of(engine, source, "depth")
+    held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
     torch.manual_seed(11)
     first = fit(config, held, TrainingSchedule(steps=3, batch_size=2))
     after = torch.rand(1)
@@ -634,7 +634,7 @@ def test_the_same_seed_fits_the_same_decoder_and_leaves_torchs_own_numbers_alone
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
-    held, words = lessons(engine, source, task, folder), words_of(engine, source, task)
+    held, words = training_views(engine, source, task, folder), words_of(engine, source, task)
     curves = []
     for parts in (1, 3):
         trainer = Trainer(
@@ -667,14 +667,14 @@ class ThreadRanks(Ranks):
 
 @pytest.mark.parametrize("task", ["instance", "open-vocabulary"])
 def test_processes_learn_together_where_only_some_of_them_see_things(engine, source, folder, monkeypatch, task):
-    held, config = lessons(engine, source, task, folder), config_of(engine, source, task)
-    words, inner = words_of(engine, source, task), Views.target
+    held, config = training_views(engine, source, task, folder), config_of(engine, source, task)
+    words, inner = words_of(engine, source, task), TrainingViews.target
 
     def emptied(views, view):
         found = inner(views, view)
         return found if view % 2 else replace(found, classes=found.classes[:0], masks=found.masks[:0])
 
-    monkeypatch.setattr(Views, "target", emptied)
+    monkeypatch.setattr(TrainingViews, "target", emptied)
     schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"is_ahead": False}
     alone = Trainer(config, schedule, held, words, **given)
     board, meeting = [None, None], threading.Barrier(2)
@@ -708,7 +708,7 @@ def test_processes_stop_together_while_captures_are_made(engine, source, tmp_pat
 @pytest.mark.parametrize("task", ["semantic", "pose"])
 def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, folder, task):
     held, config, schedule = (
-        lessons(engine, source, task, folder),
+        training_views(engine, source, task, folder),
         config_of(engine, source, task),
         TrainingSchedule(steps=6, batch_size=3, points=64),
     )
@@ -728,7 +728,7 @@ def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, folder, dtype):
     held, schedule = (
-        lessons(engine, source, "pose", folder),
+        training_views(engine, source, "pose", folder),
         TrainingSchedule(steps=24, batch_size=4, warmup=1, dropout=0.0),
     )
     curves = []
@@ -744,7 +744,7 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, tas
     trainer = Trainer(
         config_of(engine, source, task),
         TrainingSchedule(steps=2, batch_size=2),
-        lessons(engine, source, task, folder),
+        training_views(engine, source, task, folder),
         is_ahead=False,
     )
     torch.nn.init.constant_(trainer.trained[-1], float("nan"))
@@ -766,7 +766,7 @@ def test_upstreams_recipe(engine, source, folder):
         0.0,
     )
     trainer = Trainer(
-        config_of(engine, source, "semantic"), found, lessons(engine, source, "semantic", folder), is_ahead=False
+        config_of(engine, source, "semantic"), found, training_views(engine, source, "semantic", folder), is_ahead=False
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, 0, 10, preset="upstream").schedule.decay_every == 4000
@@ -783,7 +783,7 @@ def test_upstreams_recipe(engine, source, folder):
 
 
 def test_simcc_learns_too(engine, source, folder):
-    held = lessons(engine, source, "pose", folder)
+    held = training_views(engine, source, "pose", folder)
     config = replace(config_of(engine, source, "pose", pose_head="simcc"), upscale=0)
     trainer = Trainer(config, TrainingSchedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, is_ahead=False)
     found = [trainer.step() for _ in range(30)]
@@ -801,9 +801,9 @@ def test_narrow_arithmetic_divides_by_norms_of_fp32():
 
 def test_captures_made_anew_are_not_read_by_a_thread(engine, source):
     """The thread would use the engine while the training uses the GPU."""
-    views = Views(source, range(4), "depth", Looks(draws=1))
-    lessons = TrainingViews(cache.RecomputedCaptures(engine, views, Inversion(1)), views)
-    trainer = Trainer(config_of(engine, source, "depth"), TrainingSchedule(steps=1, batch_size=2), lessons)
+    views = TrainingViews(source, range(4), "depth", ViewSettings(draws=1))
+    views = views.with_captures(cache.RecomputedCaptures(engine, views, Inversion(1)))
+    trainer = Trainer(config_of(engine, source, "depth"), TrainingSchedule(steps=1, batch_size=2), views)
     assert trainer._reader is None
 
 
@@ -824,7 +824,7 @@ class SmallGpu:
 
 
 def test_captures_are_made_in_smaller_batches_where_memory_runs_out(engine, source, tmp_path):
-    views = Views(source, range(1), "depth", Looks(draws=5))
+    views = TrainingViews(source, range(1), "depth", ViewSettings(draws=5))
     whole = cache.stored(engine, views, Inversion(1), tmp_path / "whole")
     small = SmallGpu(engine, 2)
     parts = cache.stored(small, views, Inversion(1), tmp_path / "parts")
@@ -837,7 +837,7 @@ def test_captures_are_made_in_smaller_batches_where_memory_runs_out(engine, sour
 
 def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, source, folder, monkeypatch):
     schedule = TrainingSchedule(steps=1, batch_size=6, parts=2)
-    trainer = Trainer(config_of(engine, source, "depth"), schedule, lessons(engine, source, "depth", folder))
+    trainer = Trainer(config_of(engine, source, "depth"), schedule, training_views(engine, source, "depth", folder))
 
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -22,11 +22,11 @@ from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
 from datasetdm_fast.engine.decoders import checkpoint as decoders
 from datasetdm_fast.engine.loading import checkpoint as states
 from datasetdm_fast.training import held_out, session, task_run
+from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.evaluation import arms, course
 from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.training.evaluation.measure import measure
 from datasetdm_fast.training.evaluation.networks import open_network
-from datasetdm_fast.training.lessons import cache
 from datasetdm_fast.training.loop import DTYPES, Trainer
 from datasetdm_fast.training.processes import SOLO, Ranks, joined
 from datasetdm_fast.training.readers import open_data

@@ -17,9 +17,9 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.training.lessons import cache
-from datasetdm_fast.training.lessons.views import Looks, Views
-from datasetdm_fast.training.loop import Trainer, TrainingViews
+from datasetdm_fast.training.captures import cache
+from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.loop import Trainer
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import recipe
 
@@ -44,7 +44,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     """
     engine = build_engine(config.engine, load_model(config.model), {})
     source = open_data(f"demo:{config.images}@1000", engine.model.size)
-    views = Views(source, range(config.images), config.task, Looks(draws=DRAWS))
+    views = TrainingViews(source, range(config.images), config.task, ViewSettings(draws=DRAWS))
     inversion = cache.Inversion(engine.model.defaults.capture)
     is_open = config.task == "open-vocabulary"
     words = engine.encode_classes(spoken(source.thing_classes)).float().clone() if is_open else None
@@ -57,7 +57,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
         sources = {"anew": cache.RecomputedCaptures(engine, views, inversion), "kept": stored}
         check(sources)
         for name, one in sources.items():
-            trainer = Trainer(found.config, found.schedule, TrainingViews(one, views), words, is_ahead=False)
+            trainer = Trainer(found.config, found.schedule, views.with_captures(one), words, is_ahead=False)
             trainer.step()
             calls[f"epoch_{name}"] = lambda trainer=trainer: [trainer.step() for _ in batches]
             calls[f"captures_{name}"] = lambda one=one: [one.batch(batch) for batch in batches]

@@ -22,9 +22,9 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.split import groups
 from datasetdm_fast.training import held_out, task_run
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import Ranks
 from datasetdm_fast.training.session import TrainingSession
@@ -109,7 +109,7 @@ def run(
             decoder = load_decoder(folder / "training" / f"folds-{count}" / str(number))
             given = (plan.words, model.size, session.engine.device, model.tokenizer)
             for view, label in enumerate(held_out.answers(decoder, views, *given)):
-                meter.add(views.views.item(view), label)
+                meter.add(views.item(view), label)
     document = None
     if ranks.is_first:
         document = {

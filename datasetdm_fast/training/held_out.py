@@ -18,9 +18,10 @@ from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.split import groups
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.meter import Meter
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.loop import TrainingViews, projected
+from datasetdm_fast.training.loop import projected
 
 LEAST_IMAGES = 10  # images below which none is held out
 FOLDS = 5  # of `--folds auto`
@@ -70,17 +71,17 @@ def answers(
     """What a decoder in training says about each view, or some of them, as it would once loaded."""
     ready = fold(copy.deepcopy(decoder)).to(device)
     config, found = METRICS[ready.config.task].reading(ready.config), []
-    asked = lessons.views.source.thing_classes if words is not None else ()
+    asked = lessons.source.thing_classes if words is not None else ()
     with torch.inference_mode():
-        chosen = range(lessons.count) if views is None else views
+        chosen = range(len(lessons)) if views is None else views
         for start in range(0, len(chosen), batch_size):
             some = chosen[start : start + batch_size]
             text = None if words is None else words.to(device)[None].expand(len(some), -1, -1)
             levels = [level.to(device) for level in lessons.captures.batch(some)]
             allow_tf32(device, False)  # what an engine that made them in another precision has just set
             raw = ready(projected(ready, levels), text)
-            items = [lessons.views.item(view) for view in some]
-            raw = held_to(raw, config, lessons.views.captions(items), asked, tokenizer=tokenizer)
+            items = [lessons.item(view) for view in some]
+            raw = held_to(raw, config, lessons.captions(items), asked, tokenizer=tokenizer)
             words_asked = {"words": asked} if asked else {}
             found += read_labels(raw, (item.image for item in items), config, size, **words_asked)
     return found
@@ -88,16 +89,16 @@ def answers(
 
 def score(task: str, lessons: TrainingViews, found: Sequence[Annotation], views: Sequence[int] | None = None) -> Meter:
     """The meter of a task after all views, or some of them."""
-    meter = METRICS[task](lessons.views.source)
-    for view, label in zip(range(lessons.count) if views is None else views, found, strict=True):
-        meter.add(lessons.views.item(view), label)
+    meter = METRICS[task](lessons.source)
+    for view, label in zip(range(len(lessons)) if views is None else views, found, strict=True):
+        meter.add(lessons.item(view), label)
     return meter
 
 
 def classes_shown(learnt: TrainingViews) -> int:
     """How many classes the images show that a decoder learns from."""
-    draws = learnt.views.looks.draws
-    return len({int(k) for image in range(learnt.images) for k in learnt.views.target(image * draws).classes})
+    draws = learnt.settings.draws
+    return len({int(k) for image in range(len(learnt.numbers)) for k in learnt.target(image * draws).classes})
 
 
 def unrelated(source: LabelledSource, numbers: Sequence[int]) -> int:

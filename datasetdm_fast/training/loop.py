@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import lru_cache
 
 import numpy as np
@@ -25,9 +25,9 @@ from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.stages import LEVELS
-from datasetdm_fast.training.lessons.cache import Layout, RecomputedCaptures, StoredCaptures
-from datasetdm_fast.training.lessons.targets import TrainingTarget
-from datasetdm_fast.training.lessons.views import Views
+from datasetdm_fast.training.captures.cache import Layout
+from datasetdm_fast.training.captures.targets import TrainingTarget
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import answer_of, asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks
@@ -37,22 +37,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLING = 8  # power iterations that bring a spectral norm to averaged weights
 
 
-@dataclass(frozen=True)
-class TrainingViews:
-    """What is learnt from: views and their captures, numbered alike."""
-
-    captures: StoredCaptures | RecomputedCaptures
-    views: Views
-
-    @property
-    def count(self) -> int:
-        return len(self.views)
-
-    @property
-    def images(self) -> int:
-        return len(self.views.numbers)
-
-
 class Trainer:
     """A decoder on its way, with everything its next step depends on."""
 
@@ -60,7 +44,7 @@ class Trainer:
         self,
         config: DecoderConfig,
         schedule: TrainingSchedule,
-        lessons: TrainingViews,
+        training_views: TrainingViews,
         words: Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: str = "fp32",
@@ -70,7 +54,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
             self.decoder = build_decoder(config, plain).train().to(device)
-        self.schedule, self.lessons, self.ranks = schedule, lessons, ranks
+        self.schedule, self.training_views, self.ranks = schedule, training_views, ranks
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.words = None if words is None else words.clone().float().to(device)
         if config.text_centre:
@@ -84,7 +68,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.done = 0
         self._order = lru_cache(2)(self._permutation)
-        is_ahead = lessons.captures.is_stored if is_ahead is None else is_ahead
+        is_ahead = training_views.captures.is_stored if is_ahead is None else is_ahead
         self._reader = ThreadPoolExecutor(1, "captures") if is_ahead else None
         self._next: tuple[int, Future] | None = None
 
@@ -93,17 +77,17 @@ class Trainer:
         places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
         found = []
         for place in places:
-            turn, position = divmod(step * self.schedule.batch_size + place, self.lessons.count)
+            turn, position = divmod(step * self.schedule.batch_size + place, len(self.training_views))
             found.append((place, int(self._order(turn)[position])))
         return found
 
     def _permutation(self, turn: int) -> Tensor:
-        return torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn))
+        return torch.randperm(len(self.training_views), generator=generator(self.schedule.seed, "turn", turn))
 
     def _read(self, views: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
         parts = [[view for _, view in part] for part in self._parts(views)]
-        return [self.lessons.captures.batch(part) for part in parts], [
-            self.lessons.views.target(view) for _, view in views
+        return [self.training_views.captures.batch(part) for part in parts], [
+            self.training_views.target(view) for _, view in views
         ]
 
     def _parts(self, views: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
@@ -147,7 +131,7 @@ class Trainer:
         allow_tf32(self.device, self.dtype is not torch.float32)  # what an engine of another precision has just set
         choose_by_shape(self.device)
         generators = [generator(schedule.seed, step, place) for place, _ in views]
-        layout, share = self.lessons.captures.layout, schedule.dropout
+        layout, share = self.training_views.captures.layout, schedule.dropout
         # which feature channels of all levels each view does not see
         hidden = [torch.rand(sum(layout.features), generator=source) < share for source in generators if share]
         asked = (
@@ -278,13 +262,13 @@ class Trainer:
 
 def fit(
     config: DecoderConfig,
-    lessons: TrainingViews,
+    training_views: TrainingViews,
     schedule: TrainingSchedule,
     words: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """A trained decoder; `words` [K, D] are class embeddings for open vocabulary."""
-    trainer = Trainer(config, schedule, lessons, words, device)
+    trainer = Trainer(config, schedule, training_views, words, device)
     try:
         while trainer.done < schedule.steps:
             trainer.step()

@@ -8,8 +8,8 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.tasks.outlines import outlined
 from datasetdm_fast.training import held_out
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.loop import TrainingViews
 from datasetdm_fast.training.settings import TrainConfig
 
 MOST_IMAGES = 100  # that are looked at
@@ -27,11 +27,10 @@ def chosen(
     """
     if config.outlines != "auto" or config.preset == "upstream":
         return own if config.outlines == "auto" else replace(own, outlines=config.outlines)
-    draws = lessons.views.looks.draws
-    views = range(0, min(lessons.count, MOST_IMAGES * draws), draws)
+    views = lessons.first_views(MOST_IMAGES)
     plain = answers(views)
     following = replace(own, outlines=FROM_IMAGE)
-    redrawn = outlined(plain, (lessons.views.item(view).image for view in views), following)
+    redrawn = outlined(plain, (lessons.item(view).image for view in views), following)
     name = METRICS[own.task].figure
     before, after = (held_out.score(own.task, lessons, labels, views).result().get(name) for labels in (plain, redrawn))
     is_nearer = before is not None and after is not None and held_out.is_better(own.task, after, before)

@@ -18,9 +18,9 @@ from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.loop import TrainingViews
 
 SHOWN = 12  # images of the page
 FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"
@@ -82,7 +82,7 @@ def page(
     if views is not None:
         body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
         body += _legend(task, source)
-        body += [_views(task, source, views.views.item(view), found[view]) for view in range(min(views.count, SHOWN))]
+        body += [_views(task, source, views.item(view), found[view]) for view in range(min(len(views), SHOWN))]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -25,12 +25,12 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
+from datasetdm_fast.training.captures import cache
+from datasetdm_fast.training.captures.cache import Inversion
+from datasetdm_fast.training.captures.targets import check_truth
+from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
 from datasetdm_fast.training.held_out import answers, are_enough, split
-from datasetdm_fast.training.lessons import cache
-from datasetdm_fast.training.lessons.cache import Inversion
-from datasetdm_fast.training.lessons.targets import check_shown, check_truth
-from datasetdm_fast.training.lessons.views import Looks, Views, check_quirks
-from datasetdm_fast.training.loop import TrainingViews, fit
+from datasetdm_fast.training.loop import fit
 from datasetdm_fast.training.page import SHOWN
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import is_read, open_data
@@ -72,7 +72,7 @@ class TrainingSession:
         learnt, held = self.parts
         return self._cache_plan(self._looked_at(task, learnt), self._looked_at(task, held, 1))
 
-    def _cache_plan(self, *parts: Views) -> cache.CachePlan:
+    def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
         config, engine = self.config, self.engine
         folder = Path(config.cache_dir) if config.cache_dir else cache_folder() / "captures"
 
@@ -88,12 +88,12 @@ class TrainingSession:
         latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
         return Inversion(self.timestep, latent, config.ddim_steps if config.inversion == "ddim" else 0)
 
-    def _looked_at(self, task: str, numbers: Sequence[int], draws: int = 0) -> Views:
+    def _looked_at(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
         """Views of some items: as they are learnt from, or so many draws of each as it is."""
         config = self.config
         augment = AUGMENTATIONS["none"] if draws else _augmentation(config, task)
-        looks = Looks(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
-        return Views(self.source, numbers, task, looks)
+        settings = ViewSettings(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
+        return TrainingViews(self.source, numbers, task, settings)
 
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
@@ -104,7 +104,7 @@ class TrainingSession:
             preset=config.preset,
             pose_head=config.pose_head,
             reader=config.data.partition(":")[0],
-            is_varied=_augmentation(config, task).is_varying,
+            is_varied=_augmentation(config, task).is_recoloured,
         )
         words = (
             engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()
@@ -164,7 +164,8 @@ class TrainingSession:
         """A picture whose caption is made of its labels and of which looks leave something out, or that shows a crowd
         where words are asked for; empty if there is none.
         """
-        is_changed = _augmentation(self.config, task).changes_what_is_shown
+        how = _augmentation(self.config, task)
+        is_changed = how.has_crops or how.rotated or how.zoom > 1 or how.pasted
         for index in self.numbers:
             item, is_captioned = self.source[index], self.config.captions != "none"
             is_named = is_captioned and item.named is not None
@@ -185,7 +186,7 @@ class TrainingSession:
         ranks, views, inversion = self.ranks, self._looked_at(task, numbers, draws), self._inversion
         plan = plan or self._cache_plan(views)
         if not plan.is_stored:
-            return TrainingViews(cache.RecomputedCaptures(self.engine, views, inversion), views)
+            return views.with_captures(cache.RecomputedCaptures(self.engine, views, inversion))
         share = (ranks.rank, ranks.world)
         found = None
         try:
@@ -194,7 +195,7 @@ class TrainingSession:
             pass  # told to the others below, who wait for this share
         if ranks.any(found is None):
             raise _Stopped
-        return TrainingViews(found, views)
+        return views.with_captures(found)
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
         config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
@@ -392,8 +393,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     if config.skip_bad:
         source = source.readable()
     for task in config.task:
-        check_truth(source, source[0], task, config.data)
-        check_shown(source, task, config.data)
+        check_truth(source, task, config.data)
     check_quirks(config.quirks, source, config.task)
     steps = model.scheduler.get("num_train_timesteps", 1000)
     if config.timestep >= steps:

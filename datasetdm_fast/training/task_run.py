@@ -29,11 +29,12 @@ from datasetdm_fast.engine.engines.memory import keep_freed
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import data_record, held_out, outlines, page, word_heads
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.meter import Meter
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.log import Log, log_lines
-from datasetdm_fast.training.loop import Trainer, TrainingViews
+from datasetdm_fast.training.loop import Trainer
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import folders_of
 from datasetdm_fast.training.schedule import TrainingSchedule
@@ -244,7 +245,7 @@ class _StartedTraining:
     def _is_choosing(self) -> bool:
         """Whether the held-out images are enough to choose by: of a few, chance picks weights of far too early."""
         held = self.training.held
-        return held is not None and held_out.are_enough(held.images)
+        return held is not None and held_out.are_enough(len(held.numbers))
 
     def look(self) -> float | None:
         """The held-out figure now, None where all truth of these images is ignored; the weights are kept where it is
@@ -292,14 +293,14 @@ class _StartedTraining:
         save_decoder(decoder, training.folder, storage=training.config.storage)
         found, meter = _judged(training, decoder) if held else ([], None)
         figures = meter.result() if meter else {}
-        source, numbers = training.lessons.views.source, training.lessons.views.numbers
+        source, numbers = training.lessons.source, training.lessons.numbers
         classes = held_out.classes_shown(training.lessons) if meter and meter.columns else 0
         result = {
             "task": training.task,
-            "images": training.lessons.images,
+            "images": len(training.lessons.numbers),
             "framing": dict(training.framing),
-            "held_out_images": held.images if held else 0,
-            "unrelated_images": held_out.unrelated(source, [*numbers, *(held.views.numbers if held else ())]),
+            "held_out_images": len(held.numbers) if held else 0,
+            "unrelated_images": held_out.unrelated(source, [*numbers, *(held.numbers if held else ())]),
             "steps": done,
             "stopped_early": done < training.plan.schedule.steps,
             "weights_of_step": self.numbers["step"] if is_chosen else done,
@@ -369,5 +370,5 @@ def _page(
     facts |= {"outlines of labels": f"of the {whose}"} if (whose := result.get("outlines")) else {}
     facts |= {"command": training.command} if training.command else {}
     cautions = held_out.cautions(result, bool(training.folds))
-    given = (training.lessons.views.source, facts, result, log_lines(training.state), cautions, training.folds)
+    given = (training.lessons.source, facts, result, log_lines(training.state), cautions, training.folds)
     return page.page(training.task, *given, views, found, training.shown)

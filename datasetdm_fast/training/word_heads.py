@@ -10,7 +10,7 @@ from torch import Tensor
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.words import token_places
 from datasetdm_fast.engine.tasks.named_words import LEAST_MEAN
-from datasetdm_fast.training.loop import TrainingViews
+from datasetdm_fast.training.captures.views import TrainingViews
 
 MOST_IMAGES = 400  # of which masks are looked at
 LEAST_MASKS = 20  # below which nothing is learnt
@@ -64,16 +64,15 @@ def _masks(lessons: TrainingViews, config: DecoderConfig, tokenizer: Callable[..
     def count(text: str) -> int:
         return len(tokenizer(text, truncation=False).input_ids) - 2
 
-    views, draws = lessons.views, lessons.views.looks.draws
-    for view in range(0, min(lessons.count, MOST_IMAGES * draws), draws):
-        (caption,) = views.captions([views.item(view)])
+    for view in lessons.first_views(MOST_IMAGES):
+        (caption,) = lessons.captions([lessons.item(view)])
         places = token_places(caption, config.named, count, config.levels[0].tokens, config.table)
         if len(places) < 2:
             continue
         levels, names = _attention(lessons, config, view), list(places)
         seen = [torch.stack([maps[..., list(own)].mean(-1) for own in places.values()], 1) for maps in levels]
         overall = torch.cat([maps.mean(2) for maps in seen])
-        target = views.target(view)
+        target = lessons.target(view)
         for number, mask in zip(target.classes.tolist(), target.masks):
             if config.classes[number] not in names:
                 continue

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, Label
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.training.evaluation.student_data import BACKGROUND, IGNORED, Vocabulary, vocabulary_of
-from datasetdm_fast.training.truth.augment import lit, mirrored
+from datasetdm_fast.training.truth.augment import mirror, relight
 
 MOST_BYTES = 2**30  # of decoded images that are kept in memory
 LIGHT = 0.5  # chance of each change of light
@@ -133,8 +133,8 @@ class Examples:
         left, top = random.uniform(min(slack, 0), max(slack, 0), 2)
         item = framing.framed(_as_picture(item), framing.Window(left, top, scale), side)
         if random.random() < 0.5:
-            item = mirrored(item, self.names)
-        return replace(item, image=lit(item.image, LIGHT, random))
+            item = mirror(item, self.names)
+        return replace(item, image=relight(item.image, LIGHT, random))
 
 
 def _as_picture(item: Labelled) -> Picture:

@@ -1,4 +1,4 @@
-"""Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, pasted into, drawn from a seed
+"""Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, pasted into, sampled from a seed
 alone.
 """
 
@@ -21,31 +21,21 @@ GREY = np.float32([0.299, 0.587, 0.114])
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a look may stray from the image."""
+    """Augmentation settings of the views of an image."""
 
-    is_drawn: bool = False  # each look is another scale and crop, by the rule of its data set
-    flip: bool = False  # every second draw is mirrored
-    turned: float = 0.0  # share of turned views
+    has_crops: bool = False  # each view is another scale and crop, by the rule of its data set
+    flip: bool = False  # every second view is mirrored
+    rotated: float = 0.0  # share of rotated views
     rotation: float = 0.0  # degrees, the standard deviation; twice as many at most
     light: float = 0.0  # chance of each of: brightness and contrast, gamma, hue and saturation
-    zoom: float = 1.0  # of a crop, at most; every second view is one
-    pasted: float = 0.0  # chance of things of another image over this one, and of each of its things
+    zoom: float = 1.0  # largest zoom of a crop; every second view is cropped
+    pasted: float = 0.0  # chance of pasting things of another image, and of each of its things
     is_recoloured: bool = False  # other saturation, tint, contrast, brightness, some noise
-
-    @property
-    def is_varying(self) -> bool:
-        """Whether hardly two looks are alike."""
-        return self.is_recoloured
-
-    @property
-    def changes_what_is_shown(self) -> bool:
-        """Whether a look may show other things than the image."""
-        return bool(self.is_drawn or self.turned or self.zoom > 1 or self.pasted)
 
 
 STRONG = Augmentation(flip=True, zoom=1.7, pasted=0.5, is_recoloured=True)
-CROP, CROP_AND_FLIP = Augmentation(is_drawn=True), Augmentation(is_drawn=True, flip=True)
-ROAD = Augmentation(is_drawn=True, flip=True, light=0.5)
+CROP, CROP_AND_FLIP = Augmentation(has_crops=True), Augmentation(has_crops=True, flip=True)
+ROAD = Augmentation(has_crops=True, flip=True, light=0.5)
 AUGMENTATIONS = {
     "none": Augmentation(),
     "flip": Augmentation(flip=True),
@@ -59,52 +49,53 @@ AUGMENTATIONS = {
     "kitti": ROAD,
     "vkitti2": ROAD,
     "nyu": ROAD,
-    "coco-pose": Augmentation(is_drawn=True, flip=True, turned=0.6, rotation=40.0),
+    "coco-pose": Augmentation(has_crops=True, flip=True, rotated=0.6, rotation=40.0),
 }
 
 
-def look(
+def augment(
     source: LabelledSource,
     number: int,
-    how: Augmentation,
+    settings: Augmentation,
     draw: int,
     seed: int,
     read: Callable[[int], Labelled],
     others: Sequence[int] = (),
 ) -> Labelled:
-    """Look number `draw` at an item of a data set, whose items `read` gives; things are pasted from `others`."""
-    generator = np.random.default_rng([seed, number, draw])
-    item = source.drawn(number, int(generator.integers(2**31))) if how.is_drawn else read(number)
-    if generator.random() < how.turned:
-        item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
-    if how.flip and draw % 2:
-        item = mirrored(item, source)
-    if draw or not how.is_varying:  # else as it is, for what is learnt of the first looks
-        item = _varied(item, source, how, generator, read, others)
+    """View number `draw` of an item of a data set, whose items `read` returns; things are pasted from `others`."""
+    random = np.random.default_rng([seed, number, draw])
+    item = source.drawn(number, int(random.integers(2**31))) if settings.has_crops else read(number)
+    if random.random() < settings.rotated:
+        most = 2 * settings.rotation
+        item = rotate(item, float(np.clip(random.normal() * settings.rotation, -most, most)))
+    if settings.flip and draw % 2:
+        item = mirror(item, source)
+    if draw or not settings.is_recoloured:  # the first view of strong augmentation is the image itself
+        item = _vary(item, source, settings, random, read, others)
     return source.captioned(item)
 
 
-def _varied(
+def _vary(
     item: Labelled,
     source: LabelledSource,
-    how: Augmentation,
-    generator: np.random.Generator,
+    settings: Augmentation,
+    random: np.random.Generator,
     read: Callable[[int], Labelled],
     others: Sequence[int],
 ) -> Labelled:
-    """With a thing of another item, cropped, in other colours and in other light, as drawn by the generator."""
-    if how.pasted and generator.random() < how.pasted:
-        other = read(others[int(generator.integers(len(others)))])
-        other = mirrored(other, source) if how.flip and generator.random() < 0.5 else other
-        item = pasted(item, other, source, how.pasted, generator)
-    if how.zoom > 1 and generator.random() < 0.5:
-        item = cropped(item, how.zoom ** generator.random(), *generator.random(2))
-    if how.is_recoloured:
-        item = replace(item, image=recoloured(item.image, generator))
-    return replace(item, image=lit(item.image, how.light, generator)) if how.light else item
+    """The item with things of another item, cropped, recoloured and relit, each by chance."""
+    if settings.pasted and random.random() < settings.pasted:
+        other = read(others[int(random.integers(len(others)))])
+        other = mirror(other, source) if settings.flip and random.random() < 0.5 else other
+        item = paste(item, other, source, settings.pasted, random)
+    if settings.zoom > 1 and random.random() < 0.5:
+        item = crop(item, settings.zoom ** random.random(), *random.random(2))
+    if settings.is_recoloured:
+        item = replace(item, image=recolour(item.image, random))
+    return replace(item, image=relight(item.image, settings.light, random)) if settings.light else item
 
 
-def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
+def mirror(item: Labelled, source: LabelledSource) -> Labelled:
     """Left and right exchanged, in the names of joints and classes too, and of the classes that the caption names."""
     width = item.image.shape[1]
     planes = ("semantic", "masks", "crowds", "depth")
@@ -129,41 +120,41 @@ def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
     return replace(item, image=item.image[:, ::-1], caption=caption, **changes)
 
 
-def turned(item: Labelled, angle: float) -> Labelled:
+def rotate(item: Labelled, angle: float) -> Labelled:
     """The image rotated about its middle by `angle` degrees; pixels from outside are black and unknown in the truth."""
     size = item.image.shape[0]
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     back = np.array([[c, s], [-s, c]])  # from the new picture to the old one
-    return warped(item, back, np.full(2, size / 2) - back @ np.full(2, size / 2))
+    return warp(item, back, np.full(2, size / 2) - back @ np.full(2, size / 2))
 
 
-def cropped(item: Labelled, zoom: float, x: float, y: float) -> Labelled:
+def crop(item: Labelled, zoom: float, x: float, y: float) -> Labelled:
     """A part of the image at its size; x and y in 0..1 move the part from one end of the image to the other."""
     size = item.image.shape[0]
-    return warped(item, np.eye(2) / zoom, np.array([x, y]) * (size - size / zoom))
+    return warp(item, np.eye(2) / zoom, np.array([x, y]) * (size - size / zoom))
 
 
-def warped(item: Labelled, back: np.ndarray, origin: np.ndarray) -> Labelled:
+def warp(item: Labelled, back: np.ndarray, origin: np.ndarray) -> Labelled:
     """The image that shows at (x, y) what the item has at `back` (x, y) + `origin`; what lies outside is black and
     unknown in the truth.
     """
     size, forth = item.image.shape[0], np.linalg.inv(back).T
     numbers = (*back[0], origin[0], *back[1], origin[1])
 
-    def moved(plane: np.ndarray, fill: float, how: Image.Resampling = Image.Resampling.NEAREST) -> np.ndarray:
+    def move(plane: np.ndarray, fill: float, how: Image.Resampling = Image.Resampling.NEAREST) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(plane))
         return np.array(image.transform((size, size), Image.Transform.AFFINE, numbers, how, fillcolor=fill))
 
-    changes = {"image": np.stack([moved(item.image[..., k], 0, Image.Resampling.BILINEAR) for k in range(3)], -1)}
+    changes = {"image": np.stack([move(item.image[..., k], 0, Image.Resampling.BILINEAR) for k in range(3)], -1)}
     if item.semantic is not None:
-        changes["semantic"] = moved(item.semantic, IGNORE)
+        changes["semantic"] = move(item.semantic, IGNORE)
     for name in ("masks", "crowds"):
         if (masks := getattr(item, name, None)) is not None:
-            changes[name] = np.array([moved(mask.astype(np.uint8), 0) > 0 for mask in masks], bool).reshape(
+            changes[name] = np.array([move(mask.astype(np.uint8), 0) > 0 for mask in masks], bool).reshape(
                 -1, size, size
             )
     if item.depth is not None:
-        changes["depth"] = moved(item.depth.astype(np.float32), 0.0)
+        changes["depth"] = move(item.depth.astype(np.float32), 0.0)
     if item.keypoints is not None:
         places = (item.keypoints[..., :2] - origin) @ forth
         inside = ((places >= 0) & (places < size)).all(-1)
@@ -184,8 +175,8 @@ def _without_empty(item: Labelled) -> Labelled:
     """The item without masks and persons of which nothing is left."""
     changes = {}
     if item.masks is not None:
-        kept = item.masks.any((1, 2))
-        changes = {"masks": item.masks[kept], "mask_classes": np.asarray(item.mask_classes)[kept]}
+        left = item.masks.any((1, 2))
+        changes = {"masks": item.masks[left], "mask_classes": np.asarray(item.mask_classes)[left]}
     if item.keypoints is not None:
         seen = (item.keypoints[..., 2] > 0).any(1)
         fields = ("keypoints", "keypoint_boxes", "keypoint_areas")
@@ -193,7 +184,7 @@ def _without_empty(item: Labelled) -> Labelled:
     return replace(item, **changes)
 
 
-def pasted(
+def paste(
     item: Labelled, other: Labelled, source: LabelledSource, chance: float, generator: np.random.Generator
 ) -> Labelled:
     """Things of another image over this one, each by a chance, in truth and caption too; where joints are known, no
@@ -227,13 +218,13 @@ def pasted(
         changes["named"] = tuple(dict.fromkeys((*item.named, *(name for name, _ in things))))
     elif item.caption:
         named = dict.fromkeys(name for name, _ in things)
-        said = find_classes(item.caption, tuple(named), source.class_table)
-        words = spoken([name for name in named if name not in said], source.class_table)
+        present = find_classes(item.caption, tuple(named), source.class_table)
+        words = spoken([name for name in named if name not in present], source.class_table)
         changes["caption"] = ", ".join([item.caption, *map(with_article, words)])
     return _without_empty(replace(item, image=np.where(over[..., None], other.image, item.image), **changes))
 
 
-def recoloured(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def recolour(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """The image with other saturation, tint, contrast and brightness, and some noise."""
     pixels = image.astype(np.float32) / 255
     grey = (pixels * GREY).sum(2, keepdims=True)
@@ -244,7 +235,7 @@ def recoloured(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return ((pixels + noise).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def lit(image: np.ndarray, chance: float, generator: np.random.Generator) -> np.ndarray:
+def relight(image: np.ndarray, chance: float, generator: np.random.Generator) -> np.ndarray:
     """The image under another light, in the ranges of the usual photometric augmentations."""
     pixels = image.astype(np.float32) / 255
     if generator.random() < chance:

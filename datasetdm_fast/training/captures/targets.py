@@ -1,4 +1,4 @@
-"""What a decoder should have said about a labelled image, as tensors."""
+"""Training targets: the truth of a labelled image as tensors."""
 
 import mmap
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 
-ALIGNED = 8  # bytes
+ALIGNMENT = 8  # bytes
 DTYPES = {
     "classes": np.int64,
     "masks": bool,
@@ -40,63 +40,59 @@ class TrainingTarget:
 
 
 class TargetMemory:
-    """Room for the truth of many views apart from the heap, which small blocks that stay would leave in pieces, too
-    small for the tensors of the next step. Pages count once they are written.
+    """Memory for cached targets outside of the heap: small blocks that stay would fragment it, until the tensors of the
+    next step do not fit. Pages count once they are written.
     """
 
     def __init__(self, size: int):
         self._bytes, self._used = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8), 0
 
-    def kept(self, target: TrainingTarget) -> TrainingTarget | None:
-        """The same truth in this memory, None where it does not fit any more."""
-        if self._used + target.bytes + ALIGNED * len(fields(target)) > len(self._bytes):
+    def copy(self, target: TrainingTarget) -> TrainingTarget | None:
+        """A copy of the target in this memory, None where it no longer fits."""
+        if self._used + target.bytes + ALIGNMENT * len(fields(target)) > len(self._bytes):
             return None
-        return TrainingTarget(*map(self._copied, (getattr(target, field.name) for field in fields(target))))
+        return TrainingTarget(*map(self._copy, (getattr(target, field.name) for field in fields(target))))
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _copy(self, tensor: Tensor) -> Tensor:
         room = self._bytes[self._used : self._used + tensor.nbytes]
-        self._used += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) -> None:
-    """Refuses a data set that does not hold what the task is taught by."""
-    taught = TASKS[task]
-    if all(getattr(item, name) is None for name in taught.needs):
+def check_truth(source: LabelledSource, task: str, spec: str) -> None:
+    """Refuses a data set without the truth that a task is trained with, or none of whose images shows any; reads up to
+    the first image that does.
+    """
+    kind, first = TASKS[task], source[0]
+    if all(getattr(first, name) is None for name in kind.needs):
         raise Refused(
-            f"--data {spec}: item {item.id} has no {' and no '.join(taught.needs)}, which {task} needs for training",
+            f"--data {spec}: item {first.id} has no {' and no '.join(kind.needs)}, which {task} needs for training",
             "Choose another --task, or other data.",
         )
-    if taught.names and not getattr(source, taught.names):
+    if kind.names and not getattr(source, kind.names):
         raise Refused(
-            f"--data {spec}: the data set names no {taught.names}, which {task} needs",
+            f"--data {spec}: the data set names no {kind.names}, which {task} needs",
             "Choose another --task, or other data.",
         )
-
-
-def check_shown(source: LabelledSource, task: str, spec: str) -> None:
-    """Refuses a data set none of whose images shows what the task is taught by; reads up to the first that does."""
-    taught = TASKS[task]
-    if not any(taught.is_shown(source, _arrays(source, item, task)) for item in source):
-        wanted = taught.wanted.format(farthest=source.max_depth)
+    if not any(kind.is_shown(source, _arrays(source, item, task)) for item in source):
         raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {wanted}",
+            f"--data {spec}: none of {len(source)} images shows {kind.wanted.format(farthest=source.max_depth)}",
             "Check the labels: their class numbers, or the unit of depth.",
         )
 
 
-def target(source: LabelledSource, item: Labelled, task: str, one_class: int | None = None) -> TrainingTarget:
-    """The truth of an item; `one_class` gives every mask that id."""
+def target_of(source: LabelledSource, item: Labelled, task: str, class_id: int | None = None) -> TrainingTarget:
+    """The target of an item; `class_id` replaces the id of every mask."""
     arrays = _arrays(source, item, task)
-    if one_class is not None:
-        arrays["classes"] = np.full_like(arrays["classes"], one_class)
+    if class_id is not None:
+        arrays["classes"] = np.full_like(arrays["classes"], class_id)
     return TrainingTarget(
         **{name: torch.from_numpy(np.array(array, DTYPES[name], order="C")) for name, array in arrays.items()}
     )
 
 
-def _searched(source: LabelledSource, item: Labelled) -> Sequence[int]:
-    """The classes of which nothing is there where no mask is of them, none: all. A crowd may be of its class."""
+def _searched_classes(source: LabelledSource, item: Labelled) -> Sequence[int]:
+    """The classes that are absent where no mask is of them, none: all. A crowd may be of its class."""
     crowds, things = (() if kinds is None else kinds for kinds in (item.crowd_classes, item.mask_classes))
     unclear = {int(kind) for kind in crowds}.difference(int(kind) for kind in things)
     if not unclear:
@@ -105,7 +101,7 @@ def _searched(source: LabelledSource, item: Labelled) -> Sequence[int]:
 
 
 def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.ndarray]:
-    """Every field of a target, those the task does not fill without content."""
+    """Every field of a target, empty where the task does not fill it."""
     joints = len(source.joints)
     return {
         "classes": np.zeros(0, np.int64),
@@ -113,6 +109,6 @@ def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.n
         "depth": np.zeros((1, 1), np.float32),
         "points": np.zeros((joints, 2), np.float32),
         "weights": np.zeros(joints, np.float32),
-        "searched": np.array(_searched(source, item), np.int64),
+        "searched": np.array(_searched_classes(source, item), np.int64),
         **TASKS[task].target(source, item),
     }

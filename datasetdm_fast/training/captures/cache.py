@@ -26,7 +26,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.sampling.inversion import POSTERIOR, invert
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import Level
-from datasetdm_fast.training.lessons.views import Views
+from datasetdm_fast.training.captures.views import TrainingViews
 
 DIGEST = 32  # bytes
 SHARE = 0.5  # of the free disk that more captures may take where nobody says
@@ -90,7 +90,7 @@ class Layout:
 class RecomputedCaptures:
     is_stored = False
 
-    def __init__(self, engine, views: Views, inversion: Inversion):
+    def __init__(self, engine, views: TrainingViews, inversion: Inversion):
         self.engine, self.views, self.inversion = engine, views, inversion
         self.layout = Layout.of(engine.model.levels)
 
@@ -122,7 +122,7 @@ class StoredCaptures:
         return self.layout.unpack(rows.to(self.device, non_blocking=is_queued))
 
 
-def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
+def capture(engine, views: TrainingViews, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
     return invert(
         engine,
         views.pixels(items),
@@ -192,16 +192,16 @@ def _held(folder: Path) -> int:
     return total
 
 
-def kept_bytes(engine, views: Views, inversion: Inversion, folder: Path) -> int:
+def kept_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:
     """Bytes that the captures of these views take already."""
-    size = views.looks.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
+    size = views.settings.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
     paths = (path for path, _, _ in _shards(engine, views, inversion, folder))
     return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
 
 
 def stored(
     engine,
-    views: Views,
+    views: TrainingViews,
     inversion: Inversion,
     folder: Path,
     share: tuple[int, int] = (0, 1),
@@ -209,7 +209,7 @@ def stored(
     progress: Callable[[int], None] = lambda views: None,
 ) -> StoredCaptures:
     """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
-    layout, draws, paths = Layout.of(engine.model.levels), views.looks.draws, []
+    layout, draws, paths = Layout.of(engine.model.levels), views.settings.draws, []
     for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
         paths.append(path)
         _mark_used(path)
@@ -222,9 +222,9 @@ def stored(
     return StoredCaptures(paths, layout, draws, engine.device)
 
 
-def _shards(engine, views: Views, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
+def _shards(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
     """The file of every image's captures, what is looked at, and the seeds of its noise."""
-    draws = views.looks.draws
+    draws = views.settings.draws
     kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
     layout = asdict(Layout.of(engine.model.levels))
     common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": layout}
@@ -237,7 +237,13 @@ def _shards(engine, views: Views, inversion: Inversion, folder: Path) -> Iterato
 
 
 def _made(
-    engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int
+    engine,
+    views: TrainingViews,
+    items: Sequence,
+    seeds: Sequence[int],
+    inversion: Inversion,
+    layout: Layout,
+    batch_size: int,
 ) -> np.ndarray:
     rows: list[np.ndarray] = []
     while (start := sum(map(len, rows))) < len(items):
@@ -261,7 +267,7 @@ def _made(
     return joined
 
 
-def _key(identity: str, views: Views, items: Sequence, seeds: Sequence[int]) -> str:
+def _key(identity: str, views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> str:
     digest = hashlib.sha256(identity.encode())
     digest.update(json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode())
     digest.update(views.pixels(items).numpy().tobytes())

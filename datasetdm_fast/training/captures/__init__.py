@@ -1,0 +1,1 @@
+"""Training views: augmented images with their cached captures and their targets."""

@@ -1,0 +1,122 @@
+"""Training views: every image of a data set in several augmented draws, with noise seed, captures and target."""
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.captures.targets import TargetMemory, TrainingTarget, target_of
+from datasetdm_fast.training.truth.augment import Augmentation, augment
+
+TARGET_BYTES = 2**29  # of targets cached in memory; those beyond are computed each time
+MUTE_PERIOD = 4  # with mixed captions, every fourth view has none
+CACHED_ITEMS = 128  # labelled images cached in memory
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How images become training views."""
+
+    draws: int = 12  # augmented views of each image
+    augmentation: Augmentation = Augmentation(flip=True)
+    captions: str = "true"  # or none, or mixed: every fourth view has none
+    seed: int = 0
+    quirks: frozenset[str] = frozenset()
+
+
+class Captures(Protocol):
+    """Captures of views: read from the cache, or recomputed."""
+
+    is_stored: bool
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels]."""
+
+
+class TrainingViews:
+    """View v is draw v % draws of image v // draws."""
+
+    captures: Captures
+
+    def __init__(self, source: LabelledSource, numbers: Sequence[int], task: str, settings: ViewSettings):
+        self.source, self.numbers, self.task, self.settings = source, tuple(numbers), task, settings
+        self._targets: dict[int, TrainingTarget] = {}
+        self._read = lru_cache(CACHED_ITEMS)(source.__getitem__)
+        self._memory, self._lock = TargetMemory(TARGET_BYTES), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.numbers) * self.settings.draws
+
+    def with_captures(self, captures: Captures) -> Self:
+        """These views with captures, which are numbered alike."""
+        views = copy.copy(self)
+        views.captures = captures
+        return views
+
+    def first_views(self, most_images: int) -> range:
+        """The first view of each image, of so many images at most."""
+        draws = self.settings.draws
+        return range(0, min(len(self), most_images * draws), draws)
+
+    def item(self, view: int) -> Labelled:
+        """The augmented image of a view, with its truth."""
+        settings = self.settings
+        number, draw = self.numbers[view // settings.draws], view % settings.draws
+        item = augment(self.source, number, settings.augmentation, draw, settings.seed, self._read, self.numbers)
+        is_mixed = settings.captions == "mixed" and draw % MUTE_PERIOD == MUTE_PERIOD - 1
+        return replace(item, caption="") if settings.captions == "none" or is_mixed else item
+
+    def items(self, image: int) -> list[Labelled]:
+        return [self.item(image * self.settings.draws + draw) for draw in range(self.settings.draws)]
+
+    def seed(self, view: int) -> int:
+        """The seed of a view's noise: it depends on the place in the data set, not on the number of images chosen."""
+        draws = self.settings.draws
+        return self.settings.seed + self.numbers[view // draws] * draws + view % draws
+
+    def pixels(self, items: Sequence[Labelled]) -> Tensor:
+        """[B, H, W, 3] in 0..255, as the autoencoder receives them."""
+        images = torch.from_numpy(np.stack([np.ascontiguousarray(item.image) for item in items]))
+        if self.has_quirk("Q14"):
+            images = images.flip(-1)
+        return images.float() / 2 + 127.5 if self.has_quirk("Q13") else images
+
+    def captions(self, items: Sequence[Labelled]) -> list[str]:
+        if self.has_quirk("Q13"):
+            return ["a photo of "] * len(items)
+        if self.has_quirk("Q12"):
+            return [f"a photo of {self.source.thing_classes[1]},"] * len(items)
+        return [item.caption for item in items]
+
+    def has_quirk(self, quirk: str) -> bool:
+        """Whether one of upstream's mistakes is repeated for this task."""
+        return quirk in self.settings.quirks and quirk in TASKS[self.task].quirks
+
+    def target(self, view: int) -> TrainingTarget:
+        with self._lock:
+            if view in self._targets:
+                return self._targets[view]
+        target = target_of(self.source, self.item(view), self.task, 1 if self.has_quirk("Q12") else None)
+        with self._lock:
+            if copied := self._memory.copy(target):
+                self._targets[view] = copied
+        return target
+
+
+def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[str]) -> None:
+    """Refuses quirks that the data cannot show."""
+    is_requested = "Q12" in quirks and any("Q12" in TASKS[task].quirks for task in tasks)
+    if is_requested and len(source.thing_classes) < 2:
+        raise Refused(
+            f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",
+            "Leave Q12 out.",
+        )

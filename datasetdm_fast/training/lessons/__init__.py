@@ -1,1 +1,0 @@
-"""Turning labelled images into captures and training targets."""
