@@ -6,19 +6,35 @@ from typing import Any
 
 from datasetdm_fast.plugins import Registry
 
-OWN_TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
-
 
 @dataclass(frozen=True)
 class TaskKind:
-    """Where the classes of another package's task are, each as module:class."""
+    """The three classes of a task, each as module:class; they are imported on first use."""
 
     label: str  # a LabelKind: files, pictures and distances of its labels
     task: str  # a Task: from a decoder's raw tensors to labels, and how it is taught
     meter: str  # a Meter: the figures
 
 
-TASK_KINDS = Registry("tasks", dict.fromkeys(OWN_TASKS), TaskKind)
+_LABELS, _TASKS, _METERS = (
+    f"datasetdm_fast.{room}" for room in ("engine.labels", "engine.tasks", "training.evaluation")
+)
+OWN_TASKS = {
+    "semantic": TaskKind(
+        f"{_LABELS}.semantic:SemanticKind", f"{_TASKS}.semantic:SemanticTask", f"{_METERS}.metrics:Semantic"
+    ),
+    "instance": TaskKind(
+        f"{_LABELS}.instance:InstanceKind", f"{_TASKS}.instance:InstanceTask", f"{_METERS}.metrics:Instance"
+    ),
+    "depth": TaskKind(f"{_LABELS}.depth:DepthKind", f"{_TASKS}.depth:DepthTask", f"{_METERS}.metrics:Depth"),
+    "pose": TaskKind(f"{_LABELS}.pose:PoseKind", f"{_TASKS}.pose:PoseTask", f"{_METERS}.metrics:Pose"),
+    "open-vocabulary": TaskKind(
+        f"{_LABELS}.open_vocabulary:OpenVocabularyKind",
+        f"{_TASKS}.open_vocabulary:OpenVocabularyTask",
+        f"{_METERS}.metrics:OpenVocabulary",
+    ),
+}
+TASK_KINDS = Registry("tasks", OWN_TASKS, TaskKind)
 TASKS = TASK_KINDS.names
 ATTENTION = "attention"  # labels read from the attention of the calls that draw an image
 DECODER = "decoder"
@@ -27,13 +43,14 @@ FROM_DECODER, FROM_IMAGE = OUTLINES = ("decoder", "image")  # where labels have 
 
 @dataclass(frozen=True)
 class LabellerKind:
-    """Where the classes of another package's labeller are, each as module:class."""
+    """The two classes of a labeller, each as module:class; they are imported on first use."""
 
     label: str  # a LabelKind: files, pictures and distances of its labels
     labeller: str  # a Labeller: what reads them
 
 
-LABELLER_KINDS = Registry("labellers", dict.fromkeys((DECODER, ATTENTION)), LabellerKind, taken=TASKS)
+OWN_LABELLERS = {DECODER: None, ATTENTION: LabellerKind(f"{_LABELS}.attention:AttentionKind", "")}  # ours are built in
+LABELLER_KINDS = Registry("labellers", OWN_LABELLERS, LabellerKind, reserved=TASKS)
 LABELLERS = LABELLER_KINDS.names
 UNDECODED = tuple(name for name in LABELLERS if name != DECODER)  # labels that no decoder reads, called as what does
 LABELS = (*TASKS, *UNDECODED)

@@ -1,7 +1,7 @@
 """Extensions from other packages, found by their entry points and loaded when they are selected."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from traceback import walk_tb
@@ -22,14 +22,14 @@ def extending_packages() -> dict[str, EntryPoint]:
     """An entry of each package with extensions, by the name of the module that it is imported as."""
     packages: dict[str, EntryPoint] = {}
     for group in (group for group in entry_points().groups if group.startswith(GROUP)):
-        packages |= {found.value.partition(":")[0].partition(".")[0]: found for found in entry_points(group=group)}
+        packages |= {entry.value.partition(":")[0].partition(".")[0]: entry for entry in entry_points(group=group)}
     packages.pop("datasetdm_fast", None)
     return packages
 
 
 def loaded_packages() -> list[str]:
     """Names and versions of the packages whose extensions have been loaded, which are those that were selected."""
-    return sorted({package_of(found) for module, found in extending_packages().items() if module in sys.modules})
+    return sorted({package_of(entry) for module, entry in extending_packages().items() if module in sys.modules})
 
 
 def place_in_package(error: BaseException) -> str:
@@ -37,29 +37,31 @@ def place_in_package(error: BaseException) -> str:
     packages, place = extending_packages(), ""
     for frame, _ in walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__", ""))
-        if (found := packages.get(module.partition(".")[0])) is not None:
-            place = f"{module}.{frame.f_code.co_qualname} of the package {package_of(found)}"
+        if (entry := packages.get(module.partition(".")[0])) is not None:
+            place = f"{module}.{frame.f_code.co_qualname} of the package {package_of(entry)}"
     return place
 
 
-def package_of(found: EntryPoint) -> str:
+def package_of(entry: EntryPoint) -> str:
     """Name and version of the package that registers an entry."""
-    return f"{found.dist.name} {found.dist.version}" if found.dist else found.value
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
-class Registry(dict):
+class Registry(dict[str, Any]):
     """The entries of this package by name, followed by those that installed packages register under one kind.
 
     `names` and `in` know the names of other packages; their code runs when an entry is read. Ours take precedence
     if both use the same name.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, Any], wanted: type | None = None, taken: Collection[str] = ()):
-        """Entries of other packages must be of type `wanted`; names in `taken` are reserved for ours."""
-        super().__init__(own)
-        self.kind, self.wanted = kind, wanted
+    def __init__(
+        self, kind: str, builtin: Mapping[str, Any], required: type | None = None, reserved: Collection[str] = ()
+    ):
+        """Entries of other packages must be of type `required`, and have no name that is `reserved` for ours."""
+        super().__init__(builtin)
+        self.kind, self.required = kind, required
         self.others: dict[str, EntryPoint] = {
-            found.name: found for found in entry_points(group=GROUP + kind) if found.name not in {*own, *taken}
+            entry.name: entry for entry in entry_points(group=GROUP + kind) if entry.name not in {*builtin, *reserved}
         }
 
     @property
@@ -72,78 +74,97 @@ class Registry(dict):
     def __missing__(self, name: str) -> Any:
         if name not in self.others:
             raise KeyError(name)
-        self[name] = loaded = self.checked(name, self.loaded(name, self.others[name].load), self.wanted)
-        return loaded
+        self[name] = entry = self.check_type(name, self.guard(name, self.others[name].load), self.required)
+        return entry
 
     def _where(self, name: str) -> str:
-        found = self.others[name]
-        return f"{self.kind}: {name!r} of the package {found.dist.name if found.dist else found.value}"
+        entry = self.others[name]
+        return f"{self.kind}: {name!r} of the package {entry.dist.name if entry.dist else entry.value}"
 
     def package(self, name: str) -> str:
         """Name and version of the package that registers an entry."""
         return package_of(self.others[name])
 
-    def loaded(self, name: str, load: Callable[[], Any], failure: str = "does not load") -> Any:
-        """The result of `load` for the entry of another package; if it fails, a Missing that names the package."""
+    def guard(self, name: str, call: Callable[[], Any], failure: str = "does not load") -> Any:
+        """The result of `call`, which runs code of another package; if that fails, a Missing names the package."""
         try:
-            return load()
-        except tuple(REFUSALS.values()):  # it says what to do, or uses code of ours that does
+            return call()
+        except tuple(REFUSALS.values()):  # its message already has a remedy
             raise
         except (Exception, SystemExit) as error:  # code of others fails in any way
-            raise self.failed(name, error, failure) from error
+            raise self.failure(name, error, failure) from error
 
-    def failed(self, name: str, error: BaseException, failure: str) -> Missing:
-        """What is said where code of another package has raised an error."""
-        told = (str(error).splitlines() or [""])[0]
+    def failure(self, name: str, error: BaseException, failure: str) -> Missing:
+        """The error for a user whose package has raised `error`."""
+        message = (str(error).splitlines() or [""])[0]
         return Missing(
-            f"{self._where(name)} {failure} ({type(error).__name__}: {told})", "Update that package, or remove it."
+            f"{self._where(name)} {failure} ({type(error).__name__}: {message})", "Update that package, or remove it."
         )
 
-    def checked(self, name: str, loaded: Any, wanted: type | None) -> Any:
-        """The entry of another package, which must be of type `wanted`; our entries are not checked."""
-        if name in self.others and wanted and not isinstance(loaded, wanted):
+    def check_type(self, name: str, entry: Any, required: type | None) -> Any:
+        """The entry of another package, which must be of type `required`; our entries are not checked."""
+        if name in self.others and required and not isinstance(entry, required):
             raise Missing(
-                f"{self._where(name)} is a {type(loaded).__name__}, expected a {wanted.__name__}",
+                f"{self._where(name)} is a {type(entry).__name__}, expected a {required.__name__}",
                 "Update that package, or remove it.",
             )
-        return loaded
+        return entry
 
 
-class PartTable(dict):
-    """One part of every label by its name: ours, followed by those that other packages register."""
+class PartTable(Mapping[str, Any]):
+    """One part of the entries of some registries by name: a class that is named there and imported on first use.
+
+    Parts of other packages are among `names`; iteration skips them until they are loaded.
+    """
 
     def __init__(
         self,
-        own: Mapping[str, Any],
-        part: str,
-        wanted: type,
+        field: str,
+        required: type,
         *registries: Registry,
-        make: Callable[[Any], Any] = lambda it: it,
+        order: Sequence[str] = (),
+        make: Callable[[Any], Any] = lambda part: part,
     ):
-        """`part` is the field of an entry that gives the module:name of a subclass of `wanted`, which `make`
-        converts.
+        """`field` of an entry gives the module:name of a subclass of `required`, which `make` converts. `order` is
+        that of our names, by default that of the registries.
         """
-        super().__init__(own)
-        self.part, self.wanted, self.make = part, wanted, make
+        self.field, self.required, self.make = field, required, make
+        builtin = {
+            name: registry
+            for registry in registries
+            for name, entry in registry.items()
+            if entry and name not in registry.others
+        }
+        self.builtin = {name: builtin[name] for name in sorted(builtin, key=[*order, *builtin].index)}
         self.others = {name: registry for registry in registries for name in registry.others}
+        self._loaded: dict[str, Any] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return *(name for name in self if name not in self.others), *sorted(self.others)
+        return *self.builtin, *sorted(self.others)
 
-    def run(self, name: str, call: Callable[[], Any], failure: str) -> Any:
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.builtin, *(name for name in self._loaded if name not in self.builtin)])
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            if name in self.builtin:
+                self._loaded[name] = self._load(self.builtin[name][name])
+            else:
+                entry = self.others[name][name]
+                self._loaded[name] = self.others[name].guard(name, lambda: self._load(entry))
+        return self._loaded[name]
+
+    def _load(self, entry: Any) -> Any:
+        place = getattr(entry, self.field)
+        part = named(place)
+        if not (isinstance(part, type) and issubclass(part, self.required)):
+            raise TypeError(f"{place} is no subclass of {self.required.__name__}")
+        return self.make(part)
+
+    def guard(self, name: str, call: Callable[[], Any], failure: str) -> Any:
         """The result of `call`, which uses a part; if that of another package fails, a Missing names the package."""
-        return self.others[name].loaded(name, call, failure) if name in self.others else call()
-
-    def __missing__(self, name: str) -> Any:
-        registry = self.others[name]
-        place = getattr(registry[name], self.part)
-
-        def made() -> Any:
-            found = named(place)
-            if not (isinstance(found, type) and issubclass(found, self.wanted)):
-                raise TypeError(f"{place} is no subclass of {self.wanted.__name__}")
-            return self.make(found)
-
-        self[name] = part = registry.loaded(name, made)
-        return part
+        return self.others[name].guard(name, call, failure) if name in self.others else call()

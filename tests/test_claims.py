@@ -20,7 +20,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Tru
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.scenes.worlds import WORLDS
-from datasetdm_fast.engine.tasks import OWN_TASKS
+from datasetdm_fast.engine.tasks import TASKS as TASK_PARTS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation import student_data, student_views, worth
 from datasetdm_fast.training.evaluation.student import Student, StudentSchedule, answers, shares, teach
@@ -230,7 +230,7 @@ def test_a_small_thing_lies_on_a_large_one_whichever_is_listed_first():
         found = student_data.real([nested], SOURCE, VOCABULARY)
         assert (found.instance[0, 10:15, 10:15] == 1 + order.index(0)).all()
         assert (found.semantic[0, 10:15, 10:15] == VOCABULARY.classes.index("ball")).all()
-        shown = OWN_TASKS["open-vocabulary"].truth(SOURCE, nested).labels
+        shown = TASK_PARTS["open-vocabulary"].truth(SOURCE, nested).labels
         assert (shown[20:30, 20:30] == ball + 1).all() and shown[40, 40] == cone + 1
 
 

@@ -49,26 +49,15 @@ RECIPES = {
             "datasetdm_fast/training/evaluation/edges.py",
         ),
         edits={
-            "datasetdm_fast/config.py": (('"pose", "open-vocabulary")\n', '"pose", "open-vocabulary", "edges")\n'),),
-            "datasetdm_fast/engine/labels/__init__.py": (
-                ("import attention, depth, instance", "import attention, depth, edges, instance"),
-                ('    "pose": pose.PoseKind(),\n', '    "pose": pose.PoseKind(),\n    "edges": edges.EdgesKind(),\n'),
-            ),
-            "datasetdm_fast/engine/tasks/__init__.py": (
-                ("import depth, instance", "import depth, edges, instance"),
-                ('    "pose": pose.PoseTask(),\n', '    "pose": pose.PoseTask(),\n    "edges": edges.EdgesTask(),\n'),
-            ),
-            "datasetdm_fast/training/evaluation/metrics.py": (
+            "datasetdm_fast/config.py": (
                 (
-                    "from datasetdm_fast.training.evaluation.meter",
-                    "from datasetdm_fast.training.evaluation.edges import Edges\n"
-                    "from datasetdm_fast.training.evaluation.meter",
+                    '    "open-vocabulary": TaskKind(\n',
+                    '    "edges": TaskKind(f"{_LABELS}.edges:EdgesKind", f"{_TASKS}.edges:EdgesTask", '
+                    'f"{_METERS}.edges:Edges"),\n    "open-vocabulary": TaskKind(\n',
                 ),
-                ('    "depth": Depth,\n', '    "depth": Depth,\n    "edges": Edges,\n'),
-            ),
+            )
         },
-        most_files=7,
-        most_edited=2,
+        most_files=4,
     ),
     "A reader": Recipe(
         files=("datasetdm_fast/training/readers/pairs.py",),

@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import Pipeline, data, engines, open_run, stages
+from datasetdm_fast import Pipeline, data, open_run, stages
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.pipeline import DiffusionOutput, Output, Run
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput

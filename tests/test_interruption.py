@@ -120,7 +120,7 @@ def test_a_signal_while_an_extension_loads_is_no_fault_of_it():
     before = "from datasetdm_fast.config import ENGINES; from importlib.metadata import EntryPoint"
     body = """ENGINES.others['slow'] = EntryPoint('slow', 'slow:SLOW', 'datasetdm_fast.engine.engines')
     print('ready', flush=True)
-    ENGINES.loaded('slow', lambda: time.sleep(60))"""
+    ENGINES.guard('slow', lambda: time.sleep(60))"""
     process = started(body, before)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

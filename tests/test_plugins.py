@@ -184,7 +184,7 @@ DEEP = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Deep")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
-POINTS = """[datasetdm_fast.engine.engines]
+POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
 short = foreign_things:SHORT
 flagged = foreign_things:FLAGGED
@@ -196,7 +196,7 @@ picky = foreign_things:PICKY
 ends = foreign_end:ENGINE
 torch = foreign_things:NOTHING
 
-[datasetdm_fast.training.readers]
+[datasetdm_fast.readers]
 scenes = foreign_things:scenes
 pages = foreign_things:pages
 rows = foreign_things:rows
@@ -207,7 +207,7 @@ uneven = foreign_things:UNEVEN
 wrong-sampler = foreign_things:scenes
 ddim = foreign_things:NOTHING
 
-[datasetdm_fast.engine.tasks]
+[datasetdm_fast.tasks]
 edges = foreign_things:EDGES
 bad-edges = foreign_things:TORN
 mixed-edges = foreign_things:MIXED

@@ -47,7 +47,7 @@ def build_engine(
 
 def _of(name: str, call: Callable[[], Any]) -> Any:
     """What `call` gives; where code of another package fails, that package is named."""
-    return ENGINES.loaded(name, call) if name in ENGINES.others else call()
+    return ENGINES.guard(name, call) if name in ENGINES.others else call()
 
 
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
@@ -58,7 +58,7 @@ def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str
     given = EngineSettings(**options)
     if unknown := [option for option in chosen.options if not hasattr(usual, option)]:
         error = ValueError(f"there is no flag for its option {unknown[0]!r}")
-        raise ENGINES.failed(name, error, "does not load")
+        raise ENGINES.failure(name, error, "does not load")
     for kind in (kind for other, kind in ENGINES.items() if other not in ENGINES.others):
         for option, refusal in kind.options.items():
             value = getattr(given, option)

@@ -3,22 +3,15 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
-from datasetdm_fast.config import LABELLER_KINDS, TASK_KINDS
-from datasetdm_fast.engine.labels import attention, depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, TASK_KINDS
 from datasetdm_fast.engine.labels.kind import LabelKind
 from datasetdm_fast.engine.labels.names import LabelName, ordered
 from datasetdm_fast.errors import nearest
 from datasetdm_fast.plugins import PartTable
 
-OWN_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
-    "instance": instance.InstanceKind(),
-    "semantic": semantic.SemanticKind(),
-    "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
-    "attention": attention.AttentionKind(),
-    "depth": depth.DepthKind(),
-    "pose": pose.PoseKind(),
-}
-LABEL_KINDS = PartTable(OWN_KINDS, "label", LabelKind, TASK_KINDS, LABELLER_KINDS, make=lambda kind: kind())
+# a gallery opens with the first of them that its run has
+GALLERY_ORDER = ("instance", "semantic", "open-vocabulary", ATTENTION, "depth", "pose")
+LABEL_KINDS = PartTable("label", LabelKind, TASK_KINDS, LABELLER_KINDS, order=GALLERY_ORDER, make=lambda kind: kind())
 
 
 @lru_cache(1024)

@@ -27,7 +27,7 @@ def encode(
     files: Files = {"image": (f"{folder}images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
-        contents, records[task] = LABEL_KINDS.run(
+        contents, records[task] = LABEL_KINDS.guard(
             task_of_label(task),
             partial(kind_of(task).encode, annotation, sample.annotations, tables[task]),
             "cannot store a label",

@@ -157,7 +157,7 @@ def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
         return kind_of(label).table(found.get(label), recipe.size, recipe.words)
 
     return {
-        label: LABELLER_KINDS.loaded(label, partial(table, label), "does not say what its labels are")
+        label: LABELLER_KINDS.guard(label, partial(table, label), "does not say what its labels are")
         if label in LABELLER_KINDS.others
         else table(label)
         for label in recipe.tasks

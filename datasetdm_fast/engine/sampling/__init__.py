@@ -43,7 +43,7 @@ def make_schedule(
         )
     if sampler in SAMPLERS.others:
         make = partial(checked_calls, chosen, scheduler, alphas, steps, prediction, profile)
-        times, updates = SAMPLERS.loaded(sampler, make, "fails")
+        times, updates = SAMPLERS.guard(sampler, make, "fails")
     else:
         times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
     shift = chosen.shifts.get(profile, 0)
@@ -55,6 +55,6 @@ def open_sampler(name: str) -> Sampler:
     """The record of a sampler, which is one of SAMPLERS."""
     found = SAMPLERS[name]
     sampler: Sampler = (
-        import_module(found).SAMPLER if isinstance(found, str) else SAMPLERS.checked(name, found, Sampler)
+        import_module(found).SAMPLER if isinstance(found, str) else SAMPLERS.check_type(name, found, Sampler)
     )
     return sampler

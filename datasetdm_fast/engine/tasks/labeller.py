@@ -67,8 +67,8 @@ class Labeller(ABC):
 def open_labeller(name: str, device: torch.device) -> Labeller:
     """The labeller that another package registers under a name, built once a device."""
     place = LABELLER_KINDS[name].labeller
-    labeller = LABELLER_KINDS.loaded(name, lambda: named(place)(device))
-    found: Labeller = LABELLER_KINDS.checked(name, labeller, Labeller)
+    labeller = LABELLER_KINDS.guard(name, lambda: named(place)(device))
+    found: Labeller = LABELLER_KINDS.check_type(name, labeller, Labeller)
     return found
 
 
@@ -85,7 +85,7 @@ def labels_of(name: str, device: torch.device, given: LabellerInput) -> list[Ann
             check_label(label, given.images.shape[1:3], table)
         return found
 
-    answer: list[Annotation] = LABELLER_KINDS.loaded(name, answered, "fails on a batch")
+    answer: list[Annotation] = LABELLER_KINDS.guard(name, answered, "fails on a batch")
     return answer
 
 

@@ -15,7 +15,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import LABEL_KINDS, OWN_KINDS
+from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.plugins import named
@@ -119,8 +119,8 @@ def labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:
         task: [name for own in kinds for name in labels if task_of_label(name) == own] for task, kinds in TASKS.items()
     }
     for name in labels:
-        if (other := task_of_label(name)) not in OWN_KINDS:
-            stored = [task for task in TASKS if isinstance(LABEL_KINDS[other], type(OWN_KINDS[task]))]
+        if (other := task_of_label(name)) in LABEL_KINDS.others:
+            stored = [task for task in TASKS if isinstance(LABEL_KINDS[other], type(LABEL_KINDS[task]))]
             for task in (*stored, other):
                 found.setdefault(task, []).append(name)
     return {task: names for task, names in found.items() if names}

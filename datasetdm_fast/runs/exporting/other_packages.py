@@ -16,10 +16,10 @@ from datasetdm_fast.untrusted import documents
 
 def checked(name: str, format: Any) -> Format:
     """The format that a package registers under a name."""
-    found: Format = EXPORT_FORMATS.checked(name, format, Format)
+    found: Format = EXPORT_FORMATS.check_type(name, format, Format)
     if any(isinstance(group, str) for group in found.needs):
         error = TypeError(f"needs is {found.needs!r}, expected groups of tasks such as (('semantic',), ('depth',))")
-        raise EXPORT_FORMATS.failed(name, error, "does not load")
+        raise EXPORT_FORMATS.failure(name, error, "does not load")
     return found
 
 
@@ -35,7 +35,7 @@ def converted(name: str, format: Format, view: SampleView, plan: ExportPlan) -> 
         json.dumps(entry)
         return files, entry
 
-    found: tuple[Files, Entry] = EXPORT_FORMATS.loaded(name, made, f"fails on sample {view.stored.id}")
+    found: tuple[Files, Entry] = EXPORT_FORMATS.guard(name, made, f"fails on sample {view.stored.id}")
     return found
 
 
@@ -46,7 +46,7 @@ def shared(name: str, format: Format, plan: ExportPlan, samples: AllSamples) -> 
         files = dict(format.shared(plan, samples))
         return {documents.check_inside(path): _chunks(name, path, content) for path, content in files.items()}
 
-    found: dict[str, Iterable[bytes]] = EXPORT_FORMATS.loaded(name, made, "fails on the files of all samples")
+    found: dict[str, Iterable[bytes]] = EXPORT_FORMATS.guard(name, made, "fails on the files of all samples")
     return found
 
 
@@ -59,7 +59,7 @@ def _chunks(name: str, path: str, content: bytes | Iterable[bytes]) -> Iterator[
             raise TypeError(f"a chunk is a {type(found).__name__}, expected bytes")
         return found
 
-    while (found := EXPORT_FORMATS.loaded(name, chunk, f"fails on its file {path}")) is not None:
+    while (found := EXPORT_FORMATS.guard(name, chunk, f"fails on its file {path}")) is not None:
         yield found
 
 

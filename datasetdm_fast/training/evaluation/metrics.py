@@ -17,7 +17,6 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.training.evaluation.meter import Meter, check_names, mean, translation
-from datasetdm_fast.training.evaluation.ranking import Instance, Pose
 
 BACKGROUND = ("background", "none")
 
@@ -158,11 +157,4 @@ class Depth(Meter):
         return dict(zip(("absrel", "rmse", "delta_1.25", "delta_1.25_2", "delta_1.25_3"), means.T))
 
 
-OWN_METRICS = {
-    "semantic": Semantic,
-    "instance": Instance,
-    "depth": Depth,
-    "pose": Pose,
-    "open-vocabulary": OpenVocabulary,
-}
-METRICS = PartTable(OWN_METRICS, "meter", Meter, TASK_KINDS)
+METRICS = PartTable("meter", Meter, TASK_KINDS)

@@ -104,7 +104,7 @@ def open_data(
             raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
         try:
             found = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
-            source = READERS.checked(kind, found, LabelledSource)
+            source = READERS.check_type(kind, found, LabelledSource)
         except Missing as stop:
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
@@ -119,7 +119,7 @@ def open_data(
         except Exception as error:
             if kind not in READERS.others:
                 raise
-            raise READERS.failed(kind, error, "fails") from error
+            raise READERS.failure(kind, error, "fails") from error
     else:
         known = (*WORLDS, *READERS.names)
         if not rest and Path(spec).expanduser().is_dir():

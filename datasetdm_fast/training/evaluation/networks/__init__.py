@@ -27,4 +27,4 @@ def open_network(name: str) -> StudentNetwork:
     from datasetdm_fast.training.evaluation.networks.network import StudentNetwork
 
     found = NETWORKS[name]
-    return import_module(found).NETWORK if isinstance(found, str) else NETWORKS.checked(name, found, StudentNetwork)
+    return import_module(found).NETWORK if isinstance(found, str) else NETWORKS.check_type(name, found, StudentNetwork)
