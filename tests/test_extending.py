@@ -240,10 +240,11 @@ def is_data(name: str) -> bool:
 def copy_with_all(root: Path) -> None:
     """A copy of the package in which every recipe was carried out, as it lies in a checkout."""
     for folder in FOLDERS:
-        shutil.copytree(HERE / folder, root / folder)
+        shutil.copytree(HERE / folder, root / folder, symlinks=True)
     shutil.copy(_C.__file__, root / "datasetdm_fast")
     for folder in FOLDERS[1:]:
-        (root / "datasetdm_fast" / folder).symlink_to(root / folder)
+        if not (root / "datasetdm_fast" / folder).is_symlink():
+            (root / "datasetdm_fast" / folder).symlink_to(root / folder)
     for recipe in RECIPES.values():
         carried_out(recipe, root)
 
