@@ -18,7 +18,7 @@ from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_file import own_table, refuse_files
-from datasetdm_fast.engine.scenes.worlds import WORLDS
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing, Refused, nearest, quote
 from datasetdm_fast.runs.prompting import balance, language_model, vocabulary
 from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
@@ -27,7 +27,7 @@ from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
-SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", *WORLDS)
+SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
 MOST_PROMPTS = 10_000_000
 LARGEST_COUNTS = 2**24  # bytes
 COUNTS = 'Write a whole number for each class: {"cat": 40, "dog": 25}.'
@@ -125,9 +125,8 @@ def _grammar(config: PromptsConfig, is_set_given: bool) -> Grammar | DemoGrammar
         return PlaceGrammar(_chosen(config.classes, vocabulary.ROOMS), vocabulary.ROOM, config.seed)
     if config.set == "kitti":
         return PlaceGrammar(_chosen(config.classes, vocabulary.STREETS), vocabulary.SCENERY, config.seed)
-    if config.set in WORLDS:
-        world = WORLDS[config.set]
-        return DemoGrammar(_chosen(config.classes, world.things), config.seed, world)
+    if config.set == "demo":
+        return DemoGrammar(_chosen(config.classes, world.THINGS), config.seed)
     if config.set == "pose":
         return Grammar(_chosen(config.classes, ("person",)), config.seed)
     names = tuple(name for name in class_tables.table(config.set).names if name != "background")

@@ -15,11 +15,11 @@ from skips import long_test
 from bench.claims import labels, page, rows, search, sets, training_free, tuned, tuned_page
 from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
+from bench.world.worlds import WORLDS
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.engine.tasks import TASKS as TASK_PARTS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation import student_data, student_views, worth

@@ -20,7 +20,7 @@ OUTSIDE = ("kernels", "export", "bench")  # rooms that lie at the top of the che
 PAGES = sorted(
     [
         *(HERE / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
-        *(HERE / "bench").glob("*/README.md"),
+        *(HERE / "bench").glob("**/README.md"),
         *(HERE / "docs").glob("*.md"),
     ]
 )

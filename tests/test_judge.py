@@ -10,9 +10,9 @@ import torch
 from bench.world import judge, judge_labels, judge_net
 from bench.world.distance import frechet
 from bench.world.things_seen import follows, shares, things_seen
+from bench.world.worlds import WORLDS
 from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Refused
 
 COLOURS = tuple(world.COLOURS)

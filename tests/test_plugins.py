@@ -29,7 +29,7 @@ CODE = """
 from dataclasses import replace
 from datasetdm_fast.config import EngineKind, TaskKind
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.training.readers import demo
+from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.engine.sampling.ddim import ddim
 from datasetdm_fast.engine.sampling.schedule import Sampler
 
@@ -63,7 +63,7 @@ def refuse(provider):
     raise Missing("picky: no licence here", "Buy one.")
 
 def scenes(path, split, size, tasks):
-    return demo.read("demo", path.name, size)
+    return DemoWorld.read(path, split, size, tasks)
 
 def pages(path, split, size, tasks):
     return {}["page"]

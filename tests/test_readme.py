@@ -27,7 +27,7 @@ from datasetdm_fast.generate import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
-    *(ROOT / "bench").glob("*/README.md"),
+    *(ROOT / "bench").glob("**/README.md"),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 README = PAGES[0].read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def parse_only(monkeypatch):
 
 def run_module(name: str, words: list[str]) -> int:
     """The exit code of `python -m NAME WORDS`."""
-    programs = ("bench", "datasetdm_fast.export", "datasetdm_fast.compat.showlab")
+    programs = ("bench", "bench.world", "datasetdm_fast.export", "datasetdm_fast.compat.showlab")
     module = import_module(f"{name}.__main__" if name in programs else name)
     try:
         return run_command(module.dispatch, words) if name == "bench" else module.main(words)

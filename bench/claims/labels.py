@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options import chosen, say
+from bench.world.worlds import WORLDS, World, register
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
-from datasetdm_fast.engine.scenes.worlds import WORLDS, World
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class LabelsConfig:
 
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, LabelsConfig, PROG, __doc__)
+    register()
     counts = config.counts()
     import torch
 

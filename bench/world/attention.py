@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bench.world.judge_net import classes_in, kept_judge
+from bench.world.worlds import ASKED
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.engine.engines import build_engine
@@ -27,7 +28,6 @@ from datasetdm_fast.engine.loop.class_prompts import columns
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.scenes.worlds import ASKED
 from datasetdm_fast.engine.tasks.attention import UNCERTAIN, class_maps, label_maps
 from datasetdm_fast.stages import FACTOR
 

@@ -24,6 +24,7 @@ from PIL import Image
 from bench.world.distance import features, frechet
 from bench.world.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, held_out_miou, kept_judge
 from bench.world.things_seen import SeenThing, shares, things_seen
+from bench.world.worlds import ASKED, HELD_OUT, WORLDS, World
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import build_engine
@@ -31,7 +32,6 @@ from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes.world import TableTop
-from datasetdm_fast.engine.scenes.worlds import ASKED, HELD_OUT, WORLDS, World
 
 MOST = 4  # things that a caption names
 OTHERS = 4  # sets of captions of other pictures

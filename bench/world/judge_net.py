@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.world.worlds import HELD_OUT, LEARN, WORLDS, World
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.scenes.world import View
-from datasetdm_fast.engine.scenes.worlds import HELD_OUT, LEARN, WORLDS, World
 
 RENDERS, STEPS, TESTED = 2_000, 1_200, 320  # scenes to learn from, optimiser steps, scenes to be tested on
 

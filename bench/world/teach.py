@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.world.worlds import WORLDS, register
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.engine.scenes.worlds import WORLDS
 
 SETTINGS = {
     "--model": "demo",
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--words stands alone")
     settings = SETTINGS | {"--data": SETTINGS["--data"].replace("demo", options.world)}
     settings |= {flag: value for flag, value in vars(options).items() if flag in SETTINGS}
+    register()
     sys.argv[1:] = [*(word for pair in settings.items() for word in pair), *given]
     try:
         runpy.run_module("datasetdm_fast.train", run_name="__main__", alter_sys=True)

@@ -21,11 +21,12 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bench.world.optimiser import Average, Muon, matrices
+from bench.world.tokenizer import TOKENS, build_tokenizer
+from bench.world.worlds import TRAIN_SEEDS, WORLDS, World
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine.engines.device import half_of
 from datasetdm_fast.engine.loading import presets
-from datasetdm_fast.engine.scenes.tokenizer import TOKENS, build_tokenizer
-from datasetdm_fast.engine.scenes.worlds import TRAIN_SEEDS, WORLDS, World
+from datasetdm_fast.engine.scenes.world import TableTop, join_names
 
 SIZE, SEED = 128, 20261120
 SHIPPED = presets.DEMO
@@ -62,6 +63,15 @@ def copy_text(start: Path, tokenizer: CLIPTokenizer, text: CLIPTextModel) -> Non
     rows[own] = given.get_input_embeddings().weight.detach()[old]
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     text.load_state_dict(state | {name: rows})
+
+
+def loosen_caption(scene: TableTop, rng: np.random.Generator) -> str:
+    """The caption in looser words: a colour, the table or the hour may be left out."""
+    names = [thing.name if rng.random() < 0.8 else f"a {thing.kind}" for thing in scene.things]
+    start = str(rng.choice(["", "", "a photo of ", "a picture of ", "a scene with "]))
+    between = str(rng.choice([" and ", " beside ", " next to ", " near ", " with "]))
+    place = f" on a {scene.table} table" if rng.random() < 0.6 else ""
+    return start + join_names(names, between) + place + (scene.where if rng.random() < 0.7 else "")
 
 
 def store(value: object, path: Path) -> None:
@@ -248,7 +258,7 @@ def train_diffusion(
         generator = torch.Generator().manual_seed(SEED + run.step)
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         rng = np.random.default_rng([SEED, run.step])
-        retold = [scenes[k].caption if rng.random() < 0.6 else scenes[k].retold(rng) for k in chosen]
+        retold = [scenes[k].caption if rng.random() < 0.6 else loosen_caption(scenes[k], rng) for k in chosen]
         captions = ["" if rng.random() < 0.1 else caption for caption in retold]
         options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
         tokens = tokenizer(captions, **options).input_ids.to(device)

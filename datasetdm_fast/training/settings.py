@@ -52,7 +52,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
 
     data: str = setting(
         "demo:100",
-        "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED",
+        "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED",
         metavar="DATA",
     )
     task: tuple[str, ...] = setting(

@@ -15,7 +15,7 @@ from typing import Any
 from datasetdm_fast.untrusted import documents
 
 FOLDER = Path(__file__).parent / "class_tables"
-TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo", "hard")
+TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo")
 COLUMNS = ["number", "name", "say", "colour", "words"]
 
 

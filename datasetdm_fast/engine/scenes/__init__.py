@@ -1,1 +1,1 @@
-"""The procedural worlds whose ground truth is known: scenes, their labels, and the tokenizer of their captions."""
+"""The demo world, whose ground truth is known: scenes by seed, and their labels."""

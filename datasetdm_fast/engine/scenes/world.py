@@ -48,7 +48,7 @@ class Thing:
         return f"{'an' if self.colour == 'orange' else 'a'} {self.colour} {self.kind}"
 
 
-def _listed(names: list[str], between: str = " and ") -> str:
+def join_names(names: list[str], between: str = " and ") -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + between + names[-1]
 
 
@@ -67,15 +67,7 @@ class TableTop:
 
     @property
     def caption(self) -> str:
-        return f"{_listed([thing.name for thing in self.things])} on a {self.table} table{self.where}"
-
-    def retold(self, rng: np.random.Generator) -> str:
-        """The caption in looser words: a colour, the table or the hour may go unsaid."""
-        names = [thing.name if rng.random() < 0.8 else f"a {thing.kind}" for thing in self.things]
-        start = str(rng.choice(["", "", "a photo of ", "a picture of ", "a scene with "]))
-        between = str(rng.choice([" and ", " beside ", " next to ", " near ", " with "]))
-        place = f" on a {self.table} table" if rng.random() < 0.6 else ""
-        return start + _listed(names, between) + place + (self.where if rng.random() < 0.7 else "")
+        return f"{join_names([thing.name for thing in self.things])} on a {self.table} table{self.where}"
 
 
 @dataclass(frozen=True)

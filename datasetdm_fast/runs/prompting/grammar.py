@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, known
 from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
-from datasetdm_fast.engine.scenes.worlds import WORLDS, World
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.prompting import vocabulary as v
 
 TRIES = 200  # sentences drawn until one names the wanted classes and no others
@@ -63,21 +63,20 @@ class Grammar:
 
 
 class DemoGrammar:
-    """Captions of a world that name a class: the words its model knows."""
+    """Captions of the demo world that name a class: the words its model knows."""
 
     LIGHTS = ("", " at night", " at sunset", " in fog")
 
-    def __init__(self, classes: Sequence[str] = (), seed: int = 0, world: World = WORLDS["demo"]):
-        self.classes, self.seed, self.world = tuple(classes) or world.things, seed, world
-        self.lights = (*self.LIGHTS, *(said for said in world.domains.values() if said not in self.LIGHTS))
+    def __init__(self, classes: Sequence[str] = (), seed: int = 0):
+        self.classes, self.seed = tuple(classes) or world.THINGS, seed
 
     def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
-        draw, world = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}"), self.world
+        draw = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}")
         kinds = [name, *beside]
         if not beside and draw.random() < 0.4:
-            kinds.append(draw.choice(world.things))
-        things = " and ".join(with_article(f"{draw.choice(tuple(world.colours))} {kind}") for kind in kinds)
-        prompt = f"{things} on {with_article(f'{draw.choice(tuple(world.tables))} table')}{draw.choice(self.lights)}"
+            kinds.append(draw.choice(world.THINGS))
+        things = " and ".join(with_article(f"{draw.choice(tuple(world.COLOURS))} {kind}") for kind in kinds)
+        prompt = f"{things} on {with_article(f'{draw.choice(tuple(world.TABLES))} table')}{draw.choice(self.LIGHTS)}"
         return Sentence(prompt, find_classes(prompt, self.classes), name)
 
 

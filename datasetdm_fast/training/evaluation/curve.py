@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.intervals import expanded
 from datasetdm_fast.training.evaluation.meter import check_count, figure_name
 from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.readers import RENDERED_KINDS
 
 MORE = 50  # labels that the forecast adds
 FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
@@ -117,7 +117,7 @@ def parse_counts(words: Sequence[str]) -> list[int]:
 def to_learn_from(data: str, learn_from: str, most: int) -> str:
     """The address of the images that teach: not those that judge."""
     if not learn_from:
-        if (kind := data.partition(":")[0]) in WORLDS:
+        if (kind := data.partition(":")[0]) in RENDERED_KINDS:
             if not most:
                 raise Refused("--real 0: there is no end of rendered scenes", "Give the number of them to learn from.")
             learn_from = f"{kind}:{most}@1000"
@@ -142,7 +142,7 @@ def _place(address: str) -> tuple[str, Path, str]:
 
 def _share_scenes(*addresses: str) -> bool:
     """Whether two addresses of rendered scenes name some of the same."""
-    found = [re.fullmatch(rf"({'|'.join(WORLDS)}):(\d+)(?:@(\d+))?", address) for address in addresses]
+    found = [re.fullmatch(rf"({'|'.join(RENDERED_KINDS)}):(\d+)(?:@(\d+))?", address) for address in addresses]
     if not all(found) or found[0][1] != found[1][1]:
         return False
     (first, end), (other, other_end) = ((int(match[3] or 0), int(match[3] or 0) + int(match[2])) for match in found)

@@ -21,7 +21,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
 
     data: str = setting(
         "demo:500@900000",
-        "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several, "
+        "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED; several, "
         "comma-separated, are evaluated one after the other",
         metavar="DATA",
     )

@@ -8,15 +8,14 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.engine.scenes.worlds import WORLDS
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.plugins import Registry
-from datasetdm_fast.training.readers import demo
 from datasetdm_fast.training.readers.celebamask import CelebAMask
 from datasetdm_fast.training.readers.cityscapes import Cityscapes
 from datasetdm_fast.training.readers.coco import Coco
 from datasetdm_fast.training.readers.cvat import Cvat
 from datasetdm_fast.training.readers.deepfashion import DeepFashion
+from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.training.readers.folder import PARTS, Folder
 from datasetdm_fast.training.readers.hf import HuggingFace
 from datasetdm_fast.training.readers.kitti import Kitti
@@ -33,8 +32,9 @@ from datasetdm_fast.untrusted import documents
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 
-# kind -> reader(path, split, size, tasks); the worlds alone have no path
+# kind -> reader(path, split, size, tasks)
 OWN_READERS = {
+    "demo": DemoWorld.read,
     "run": RunSamples,
     "voc": Voc,
     "coco": Coco,
@@ -53,8 +53,9 @@ OWN_READERS = {
     "hf": HuggingFace,
 }
 READERS = Registry("readers", OWN_READERS)
+RENDERED_KINDS = {"demo"}  # whose addresses are COUNT@FIRST_SEED and name no folder
 ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
-ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED"
+ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
 
 
 def is_read(spec: str, path: Path) -> bool:
@@ -76,9 +77,9 @@ def folders_of(first: str, second: str) -> tuple[Path, Path] | None:
 
 
 def _parts(spec: str) -> tuple[str, Path, str | None] | None:
-    """Kind, folder and split of an address; None of a world, and where no folder is named."""
+    """Kind, folder and split of an address; None of rendered scenes, and where no folder is named."""
     kind, _, rest = spec.partition(":")
-    match = None if kind in WORLDS else ADDRESSED.fullmatch(rest)
+    match = None if kind in RENDERED_KINDS else ADDRESSED.fullmatch(rest)
     return (kind, Path(match[1]).expanduser(), match[2]) if match else None
 
 
@@ -96,15 +97,13 @@ def open_data(
     `tasks` are those whose truth is wanted, all that the data set has where none is named.
     """
     kind, _, rest = spec.partition(":")
-    if kind in WORLDS:
-        source: LabelledSource = demo.read(kind, rest, size)
-    elif kind in READERS:
+    if kind in READERS:
         match = ADDRESSED.fullmatch(rest)
         if not match:
             raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
         try:
             found = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
-            source = READERS.check_type(kind, found, LabelledSource)
+            source: LabelledSource = READERS.check_type(kind, found, LabelledSource)
         except Missing as stop:
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
@@ -121,7 +120,7 @@ def open_data(
                 raise
             raise READERS.failure(kind, error, "fails") from error
     else:
-        known = (*WORLDS, *READERS.names)
+        known = READERS.names
         if not rest and Path(spec).expanduser().is_dir():
             raise Refused(
                 f"--data {spec}: the kind of this data set is missing",

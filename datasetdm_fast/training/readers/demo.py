@@ -1,35 +1,60 @@
-"""demo:COUNT@FIRST_SEED and hard:COUNT@FIRST_SEED: rendered scenes of a world with complete truth."""
+"""demo:COUNT@FIRST_SEED: rendered scenes of the demo world with complete truth."""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.pictures.pictures import largest
-from datasetdm_fast.engine.scenes.worlds import WORLDS, World, owner_of
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+
+# Scenes that no decoder learns from or is evaluated on, as these have learned from them.
+RESERVED_SEEDS = {
+    "the networks of bench.world.judge": range(2_000_000, 5_000_000),
+    "the diffusion model": range(10_000_000, 100_000_000),
+}
 
 
 class DemoWorld(LabelledSource):
+    kind = "demo"
     tasks = TASKS
     is_rendered = captions_name_all = True
+    classes, thing_classes = world.CLASSES, world.THINGS
+    joints, limbs, max_depth = world.JOINTS, world.LIMBS, world.MAX_DEPTH
+    render_view = staticmethod(world.view)  # of a seed, at so many pixels
 
-    def __init__(self, count: int, first: int, size: int, world: World = WORLDS["demo"]):
-        self.first, self.world = first, world
-        self.classes, self.thing_classes = world.classes, world.things
-        self.joints, self.limbs, self.max_depth = world.joints, world.limbs, world.max_depth
+    def __init__(self, count: int, first: int, size: int):
+        self.first = first
         super().__init__(size, count)
 
+    @classmethod
+    def read(cls, path: Path, split: str, size: int, tasks: Sequence[str]) -> Self:
+        """The scenes of an address; refuses seeds that the models of this world have learned from."""
+        match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", str(path))
+        kind, address = cls.kind, f"{cls.kind}:{path}"
+        if not match or int(match[1]) == 0:
+            raise Refused(f"--data {address}: expected {kind}:COUNT@FIRST_SEED", f"For example {kind}:500@900000.")
+        count, first = int(match[1]), int(match[2] or 0)
+        for owner, seeds in RESERVED_SEEDS.items():
+            if first < seeds.stop and seeds.start < first + count:
+                cause = f"--data {address}: some of these seeds belong to {owner}"
+                raise Refused(cause, "Use others, for example 900000.")
+        return cls(count, first, size)
+
     def name(self, record: int) -> str:
-        return f"{self.world.name} scene {self.first + record}"
+        return f"{self.kind} scene {self.first + record}"
 
     def path_of(self, record: int) -> str:
         return str(self.first + record)
 
     def load(self, record: int, seed: int | None) -> Labelled:
         """A scene drawn at the model's size: there is nothing to crop, whatever the seed."""
-        view = self.world.view(self.first + record, self.size)
+        view = self.render_view(self.first + record, self.size)
         present = [k for k in np.unique(view.instance) if k]
         masks = (
             np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
@@ -52,7 +77,7 @@ class DemoWorld(LabelledSource):
         )
 
     def areas(self, record: int) -> dict[str, int]:
-        view = self.world.view(self.first + record, self.size)
+        view = self.render_view(self.first + record, self.size)
         counts = np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:].tolist()
         return largest((thing.kind, pixels) for thing, pixels in zip(view.scene.things, counts) if pixels)
 
@@ -60,13 +85,3 @@ class DemoWorld(LabelledSource):
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
-
-
-def read(kind: str, rest: str, size: int) -> DemoWorld:
-    match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", rest)
-    if not match or int(match[1]) == 0:
-        raise Refused(f"--data {kind}:{rest}: expected {kind}:COUNT@FIRST_SEED", f"For example {kind}:500@900000.")
-    count, first = int(match[1]), int(match[2] or 0)
-    if owner := owner_of(range(first, first + count)):
-        raise Refused(f"--data {kind}:{rest}: some of these seeds belong to {owner}", "Use others, for example 900000.")
-    return DemoWorld(count, first, size, WORLDS[kind])

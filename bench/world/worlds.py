@@ -1,18 +1,17 @@
-"""The worlds by name, and which scene seeds are whose."""
+"""The demo world and the harder one by name, the reader of the second, and the seeds that models learn from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from bench.world.hard import render as hard_render
+from bench.world.hard import scene as hard
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.scenes.hard import render as hard_render
-from datasetdm_fast.engine.scenes.hard import scene as hard
 from datasetdm_fast.engine.scenes.world import TableTop, View
+from datasetdm_fast.training.readers import READERS, RENDERED_KINDS
+from datasetdm_fast.training.readers.demo import DemoWorld
 
-JUDGES = range(2_000_000, 5_000_000)  # of the nets that judge generated images, and of what they ask for
-LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first of these: to learn from, be tested on, ask for
-TRAIN_SEEDS = 10_000_000  # scenes from here on teach a diffusion model; below are those of decoders and evaluation
-TAUGHT = range(TRAIN_SEEDS, 100_000_000)
-OWNERS = {"the nets of bench.world.judge": JUDGES, "the diffusion model": TAUGHT}
+LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first seeds: of what a judge learns, its test, its requests
+TRAIN_SEEDS = 10_000_000  # first seed of the scenes that a diffusion model learns from
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class World:
     view: Callable[[int, int], View]  # of a seed, at so many pixels
     render: Callable[..., View]  # of a scene
     words: tuple[str, ...] = ()  # of its captions, beside the names above
-    joints: tuple[str, ...] = world.JOINTS
-    limbs: tuple[tuple[int, int], ...] = world.LIMBS
 
 
 WORLDS = {
@@ -46,6 +43,13 @@ WORLDS = {
 }  # fmt: skip
 
 
-def owner_of(seeds: range) -> str | None:
-    """Who learns from, or is judged by, scenes of these seeds: None where it is nobody."""
-    return next((name for name, own in OWNERS.items() if seeds.start < own.stop and own.start < seeds.stop), None)
+class HardWorld(DemoWorld):
+    kind = "hard"
+    classes, thing_classes, max_depth = hard.CLASSES, hard.THINGS, hard.MAX_DEPTH
+    render_view = staticmethod(hard_render.view)
+
+
+def register() -> None:
+    """Makes hard:COUNT@FIRST_SEED an address of labelled images in this process, as demo:COUNT@FIRST_SEED is."""
+    READERS["hard"] = HardWorld.read
+    RENDERED_KINDS.add("hard")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from bench.world.hard.scene import HardThing
 from datasetdm_fast.engine.scenes import shapes
-from datasetdm_fast.engine.scenes.hard.scene import HardThing
 
 MAIN, SECOND, DARK, LIGHT, WOOD, SKIN, LEAF, GLOW, DEEP = range(9)  # colours of parts
 FAR_OUTSIDE = 9.0

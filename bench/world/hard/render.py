@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from datasetdm_fast.engine.scenes.hard.kinds import figure
-from datasetdm_fast.engine.scenes.hard.scene import CLASSES, WIDTHS, HardScene, HardThing, Patch, Print, sample_scene
-from datasetdm_fast.engine.scenes.hard.surfaces import opacity, painted, patterned, plane
+from bench.world.hard.kinds import figure
+from bench.world.hard.scene import CLASSES, WIDTHS, HardScene, HardThing, Patch, Print, sample_scene
+from bench.world.hard.surfaces import opacity, painted, patterned, plane
 from datasetdm_fast.engine.scenes.shapes import joints
 from datasetdm_fast.engine.scenes.world import View, mark_visible, weather
 

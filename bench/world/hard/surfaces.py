@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from datasetdm_fast.engine.scenes.hard.kinds import MAIN, Figure
-from datasetdm_fast.engine.scenes.hard.scene import Colour, HardThing
+from bench.world.hard.kinds import MAIN, Figure
+from bench.world.hard.scene import Colour, HardThing
 
 Array = np.ndarray
 GLASS = 0.6  # of a glass thing's own colour; the rest shows through

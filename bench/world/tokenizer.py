@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from datasetdm_fast.engine.scenes.worlds import WORLDS, World
+from bench.world.worlds import WORLDS, World
 
 TOKENS = 77
 WORDS = (

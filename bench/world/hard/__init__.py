@@ -1,0 +1,1 @@
+"""Scenes of the harder world, read as hard:COUNT@FIRST_SEED."""
