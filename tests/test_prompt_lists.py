@@ -16,8 +16,9 @@ from datasetdm_fast import prompts
 from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.runs.prompting import balance, language_model, measures, vocabulary
+from datasetdm_fast.runs.prompting import balance, endpoints, language_model, measures
 from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
+from datasetdm_fast.runs.prompting.vocabulary import read_vocabulary
 
 SECRET = "canary-5b1f0c77"
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
@@ -40,8 +41,9 @@ def test_a_class_has_500_different_sentences_that_name_it_and_no_other(name):
 
 
 def test_sentences_about_places_mean_no_class():
-    for places, category in ((vocabulary.ROOMS, vocabulary.ROOM), (vocabulary.STREETS, vocabulary.SCENERY)):
-        grammar = PlaceGrammar(places, category)
+    phrases = read_vocabulary()
+    for places, category in ((phrases.rooms, "room"), (phrases.streets, "scenery")):
+        grammar = PlaceGrammar(places, phrases.categories[category])
         found = [grammar.sentence(places[0], number).prompt for number in range(520)]
         assert len(set(found)) >= 500 and all(places[0] in prompt for prompt in found)
 
@@ -58,7 +60,7 @@ def test_demo_sentences_use_the_words_its_model_knows():
 
 def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
     names = [word for word in class_tables.table("voc").names if word != "background"]
-    found = balance.sentences(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
+    found = balance.build_list(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
     assert measures.measure(found)["near_duplicates"] <= 0.02
     assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
 
@@ -66,7 +68,7 @@ def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
 def test_near_duplicates_are_those_of_the_plain_definition():
     prompts_ = [Grammar(["dog"]).sentence("dog", number).prompt for number in range(60)]
     prompts_ += [prompt + " today" for prompt in prompts_[:7]] + prompts_[:3]
-    pieces = [measures._pieces(prompt) for prompt in prompts_]
+    pieces = [measures._shingles(prompt) for prompt in prompts_]
     plain = [
         k
         for k, one in enumerate(pieces)
@@ -83,18 +85,18 @@ def test_distinct_2_counts_pairs_of_words():
 def test_every_class_comes_up_exactly_as_often_as_planned_with_pairs_too():
     counts = {"cat": 7, "dog": 31, "car": 0, "bus": 12}
     for share in (0.0, 0.5, 1.0):
-        plan = list(balance.planned(counts, share, seed=3))
+        plan = list(balance.plan_classes(counts, share, seed=3))
         assert Counter(name for names in plan for name in names) == {k: v for k, v in counts.items() if v}
     assert any(len(names) == 2 for names in plan)
 
 
 def test_classes_are_spread_over_the_list():
-    plan = [names[0] for names in balance.planned({"cat": 100, "dog": 10}, 0.0, 0)]
+    plan = [names[0] for names in balance.plan_classes({"cat": 100, "dog": 10}, 0.0, 0)]
     assert [Counter(plan[k : k + 55])["dog"] for k in (0, 55)] == [5, 5]
 
 
 def test_balance_asks_for_what_rare_classes_lack():
-    assert balance.lacking({"cat": 10, "dog": 4}, ("cat", "dog", "bus")) == {"cat": 0, "dog": 6, "bus": 10}
+    assert balance.count_missing_images({"cat": 10, "dog": 4}, ("cat", "dog", "bus")) == {"cat": 0, "dog": 6, "bus": 10}
 
 
 def test_the_command_balances_a_labelled_data_set(tmp_path):
@@ -162,11 +164,11 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         (["--classes", "caf\udce9"], "'caf\\udce9' is not valid Unicode"),
         (["--classes", "classes.txt"], "--classes: 'classes.txt' names a file, expected class words"),
         (["--per-class", "-1"], "--per-class -1: expected 0 to"),
-        (["--pairs", "1.5"], "--pairs 1.5: expected a share"),
-        (["--per-class", "2", "--balance", "demo:3"], "--per-class and --balance: each sets"),
+        (["--pairs", "1.5"], "--pairs 1.5: expected 0 to 1"),
+        (["--per-class", "2", "--balance", "demo:3"], "--balance and --per-class: each sets"),
         (["--llm-url", "ftp://x", "--llm-model", "m"], "not the address of an endpoint"),
         (["--llm-url", "http://u:p@host/v1", "--llm-model", "m"], "contains a user name, a password"),
-        (["--llm-url", "https://host/v1"], "the name of the model is missing"),
+        (["--llm-url", "https://host/v1"], "--llm-url and --llm-model: one needs the other"),
         (["--llm-command", "'"], "--llm-command"),
         (["--llm-command", ""], ""),
         (["--class-table", "nowhere.csv"], "nowhere.csv"),
@@ -177,7 +179,7 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         ),
         (["--target-counts", "nowhere.json"], "nowhere.json"),
         (["--balance", "coco"], "--balance coco: no folder named"),
-        (["--classes", "cat,dog", "--balance", "demo:1@5"], "--balance demo:1@5: no image shows a class of this list"),
+        (["--classes", "cat,dog", "--balance", "demo:1@5"], "--balance: no image shows a class of this list"),
         (["--classes", "cone,person", "--balance", "demo:1@5"], "every class of this list is in as many images"),
         (["--out", "."], "is a folder"),
     ],
@@ -193,7 +195,7 @@ def test_wrong_lines_are_refused_in_a_sentence(line, told, capsys, tmp_path, mon
 def test_a_prompt_of_two_classes_is_used_once_whichever_is_named_first():
     replies = iter(["a small owl beside a tall lamp", "a tall lamp beside a small owl"][place] for place in (0, 0, 1))
     plan = [("owl", "lamp"), ("lamp", "owl")]
-    found, reasons = language_model.written(
+    found, reasons = language_model.collect_sentences(
         plan, ["owl", "lamp"], lambda _: json.dumps([next(replies)]), lambda _: None
     )
     assert [sentence.prompt for sentence in found] == [
@@ -305,8 +307,8 @@ def endpoint(monkeypatch):
     server.seen, server.ended, server.behave = [], threading.Event(), good
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setattr(language_model, "SECONDS", 0.6)
-    monkeypatch.setattr(language_model, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(endpoints, "SECONDS", 0.6)
+    monkeypatch.setattr(endpoints, "LONGEST_WAIT", 0.01)
     yield server
     server.ended.set()
     server.shutdown()
@@ -368,9 +370,15 @@ def test_a_bad_endpoint_ends_in_fewer_prompts_or_in_exit_code_3(name, endpoint, 
 
 
 def test_a_prompt_that_names_another_class_of_the_list_is_left_out():
-    assert language_model.why_not("a dog and a cat on a porch", ("dog",), ("dog", "cat"), ()) == "names another class"
-    assert language_model.why_not("a dog and a cat on a porch", ("dog", "cat"), ("dog", "cat"), ()) == ""
-    assert language_model.why_not("A dog  on a porch", ("dog",), ("dog",), ["a dog on a porch"]) == "is there twice"
+    assert (
+        language_model.rejection_reason("a dog and a cat on a porch", ("dog",), ("dog", "cat"), ())
+        == "names another class"
+    )
+    assert language_model.rejection_reason("a dog and a cat on a porch", ("dog", "cat"), ("dog", "cat"), ()) == ""
+    assert (
+        language_model.rejection_reason("A dog  on a porch", ("dog",), ("dog",), ["a dog on a porch"])
+        == "is there twice"
+    )
 
 
 def test_the_number_of_requests_is_bounded_with_those_of_the_file(endpoint, tmp_path, capsys):
@@ -437,7 +445,7 @@ def test_the_folder_of_the_list_need_not_be_there(tmp_path):
 
 
 def test_a_program_that_hangs_is_ended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(language_model, "SECONDS", 0.5)
+    monkeypatch.setattr(endpoints, "SECONDS", 0.5)
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
     start = time.monotonic()
     assert prompts.main([*line, "--llm-command", "sleep 100"]) == 3 and time.monotonic() - start < 10
@@ -465,3 +473,10 @@ def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert rows(out)[0]["prompt"] == "a dog number 1 on a porch at night" and len(rows(out)) == 3
+
+
+def test_without_the_library_an_endpoint_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    line = ["--llm-url", "https://host/v1", "--llm-model", "m", "--out", str(tmp_path / "list")]
+    assert prompts.main(line) == 3
+    assert "--llm-url: httpx2 is not installed\nInstall datasetdm-fast[prompts]." in capsys.readouterr().err

@@ -61,9 +61,19 @@ def parse(
     for field in flags_of(cls):
         if (kind := field.metadata.get("output")) and getattr(config, field.name):
             check_output(_flag(field.name), getattr(config, field.name), kind)
-        if (most := field.metadata.get("most")) and (value := getattr(config, field.name)) > most:
-            raise Refused(f"{_flag(field.name)} {value}: expected at most {most}", "Choose another number.")
+        if isinstance(value := getattr(config, field.name), int | float):
+            _check_range(_flag(field.name), value, field.metadata.get("least"), field.metadata.get("most"))
     return config, set(values)
+
+
+def _check_range(flag: str, value: float, least: float | None, most: float | None) -> None:
+    """Refuses a number outside of a range, of which either end may be open."""
+    if (least is None or value >= least) and (most is None or value <= most):
+        return
+    expected = (
+        f"at most {most:,}" if least is None else f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
+    )
+    raise Refused(f"{flag} {value}: expected {expected}", "Choose another number.")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

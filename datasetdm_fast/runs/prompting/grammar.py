@@ -1,64 +1,78 @@
-"""Sentences for a class, drawn from the phrases of its category: the same seed, class and number, the same sentence."""
+"""Sentences for a class from the phrases of its category: the same seed, class and number give the same sentence."""
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.class_file import refuse_files
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, known
 from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.prompting import vocabulary as v
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.runs.prompting.vocabulary import Category, read_vocabulary
+from datasetdm_fast.untrusted import documents
 
-TRIES = 200  # sentences drawn until one names the wanted classes and no others
-OWN_NAME = 0.5  # share of nouns that are the name of the class, where it has other words
+SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
+MOST_TRIES = 200  # sentences sampled until one names the requested classes and no others
+CLASS_NAME_SHARE = 0.5  # of nouns that are the name of the class, where it has other words
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A prompt, the classes that it names, and the class or place it was made for."""
+    """A prompt, the classes that it names, and the class or place that it was made for."""
 
     prompt: str
     classes: tuple[str, ...]
     group: str
 
 
+class SentenceGrammar(Protocol):
+    """Sentences for each of `classes`."""
+
+    classes: tuple[str, ...]
+
+    def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
+        """The number-th sentence of a class, with other classes in the same picture."""
+
+
 class Grammar:
-    """Sentences for the classes of one set; a sentence names the classes asked for, and no other class of the set."""
+    """Sentences for the classes of one set; a sentence names the requested classes, and no other class of the set."""
 
-    def __init__(self, classes: Sequence[str], seed: int = 0, own: ClassTable | None = None):
-        self.classes, self.seed, self.own = tuple(classes), seed, own
-        self.words = dict(zip(self.classes, known(self.classes, own)[0]))
+    def __init__(self, classes: Sequence[str], seed: int = 0, table: ClassTable | None = None):
+        self.classes, self.seed, self.table = tuple(classes), seed, table
+        self.words = dict(zip(self.classes, known(self.classes, table)[0]))
+        self.vocabulary = read_vocabulary()
 
-    def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
-        """The number-th sentence of a class, with further classes in the same picture."""
-        draw = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}")
-        wanted = {name, *beside}
-        for _ in range(TRIES):
-            prompt = self._drawn(draw, self.words[name], [self.words[other] for other in beside])
-            if set(found := find_classes(prompt, self.classes, self.own)) == wanted:
-                return Sentence(prompt, found, name)
-        plain = " and ".join(with_article(self.words[one].say) for one in (name, *beside))
-        return Sentence(f"a photo of {plain}", tuple(one for one in self.classes if one in wanted), name)
+    def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
+        dice = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(others)}")
+        requested = {name, *others}
+        for _ in range(MOST_TRIES):
+            prompt = self._sample(dice, name, others)
+            if set(classes := find_classes(prompt, self.classes, self.table)) == requested:
+                return Sentence(prompt, classes, name)
+        plain = " and ".join(with_article(self.words[word].say) for word in (name, *others))
+        return Sentence(f"a photo of {plain}", tuple(word for word in self.classes if word in requested), name)
 
-    def _drawn(self, draw: random.Random, word: ClassWord, beside: Sequence[ClassWord]) -> str:
-        category = v.CATEGORIES.get(word.say, v.THING)
-        thing = self._noun_phrase(draw, word, category)
-        if beside:
-            others = [self._noun_phrase(draw, one, v.CATEGORIES.get(one.say, v.THING)) for one in beside]
-            thing = (
-                f"{thing} {draw.choice(('next to', 'beside', 'and', 'near', 'in front of', 'behind'))} "
-                + " and ".join(others)
-            )
-        return _arranged(draw, thing, category)
+    def _sample(self, dice: random.Random, name: str, others: Sequence[str]) -> str:
+        thing = self._noun_phrase(dice, self.words[name])
+        if others:
+            more = [self._noun_phrase(dice, self.words[other]) for other in others]
+            relation = dice.choice(("next to", "beside", "and", "near", "in front of", "behind"))
+            thing = f"{thing} {relation} {' and '.join(more)}"
+        return _compose(dice, thing, self.vocabulary.category_of(self.words[name].say))
 
-    def _noun_phrase(self, draw: random.Random, word: ClassWord, category: v.Category) -> str:
-        kinds = [kind for kind in word.words if not kind.startswith("~") and kind not in v.NO_KIND]
-        noun = word.say if not kinds or draw.random() < OWN_NAME else draw.choice(kinds)
-        look = f"{draw.choice(category.looks)} " if draw.random() < 0.6 else ""
-        if noun in v.WITHOUT_ARTICLE:
+    def _noun_phrase(self, dice: random.Random, word: ClassWord) -> str:
+        phrases = self.vocabulary
+        kinds = [kind for kind in word.words if not kind.startswith("~") and kind not in phrases.not_a_kind]
+        noun = word.say if not kinds or dice.random() < CLASS_NAME_SHARE else dice.choice(kinds)
+        look = f"{dice.choice(phrases.category_of(word.say).adjectives)} " if dice.random() < 0.6 else ""
+        if noun in phrases.without_article:
             return f"{look}{noun}"
-        if draw.random() < 0.3:
-            return f"{draw.choice(v.NUMBERS)} {look}{plural(noun)}"
+        if dice.random() < 0.3:
+            return f"{dice.choice(phrases.numbers)} {look}{plural(noun)}"
         return with_article(f"{look}{noun}")
 
 
@@ -70,41 +84,83 @@ class DemoGrammar:
     def __init__(self, classes: Sequence[str] = (), seed: int = 0):
         self.classes, self.seed = tuple(classes) or world.THINGS, seed
 
-    def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
-        draw = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}")
-        kinds = [name, *beside]
-        if not beside and draw.random() < 0.4:
-            kinds.append(draw.choice(world.THINGS))
-        things = " and ".join(with_article(f"{draw.choice(tuple(world.COLOURS))} {kind}") for kind in kinds)
-        prompt = f"{things} on {with_article(f'{draw.choice(tuple(world.TABLES))} table')}{draw.choice(self.LIGHTS)}"
+    def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
+        dice, kinds = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(others)}"), [name, *others]
+        if not others and dice.random() < 0.4:
+            kinds.append(dice.choice(world.THINGS))
+        things = " and ".join(with_article(f"{dice.choice(tuple(world.COLOURS))} {kind}") for kind in kinds)
+        prompt = f"{things} on {with_article(f'{dice.choice(tuple(world.TABLES))} table')}{dice.choice(self.LIGHTS)}"
         return Sentence(prompt, find_classes(prompt, self.classes), name)
 
 
 class PlaceGrammar:
-    """Sentences about places, for decoders of depth: no class is meant."""
+    """Sentences about places, for decoders of depth; they name no class."""
 
-    def __init__(self, places: Sequence[str], category: v.Category, seed: int = 0):
+    def __init__(self, places: Sequence[str], category: Category, seed: int = 0):
         self.classes, self.category, self.seed = tuple(places), category, seed
 
-    def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
-        draw = random.Random(f"{self.seed}/{name}/{number}")
-        thing = with_article(f"{draw.choice(self.category.looks)} {name}")
-        return Sentence(_arranged(draw, thing, self.category), (), name)
+    def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
+        dice = random.Random(f"{self.seed}/{name}/{number}")
+        thing = with_article(f"{dice.choice(self.category.adjectives)} {name}")
+        return Sentence(_compose(dice, thing, self.category), (), name)
 
 
-def _arranged(draw: random.Random, thing: str, category: v.Category) -> str:
-    """The thing with what it does, where, in which light and seen how, in one of several orders."""
-    state, place = draw.choice(category.states), draw.choice(category.places)
-    light = draw.choice(v.INDOOR_LIGHT if category.is_indoors else v.OUTDOOR_LIGHT + v.WEATHER)
-    view, seen = draw.choice(v.VIEWS), draw.choice(v.VIEWPOINTS)
+def _compose(dice: random.Random, thing: str, category: Category) -> str:
+    """A sentence of a thing with what it does, its place, the light and the viewpoint, in one of several orders."""
+    phrases = read_vocabulary()
+    state, place = dice.choice(category.states), dice.choice(category.places)
+    light = dice.choice(phrases.indoor_light if category.is_indoors else phrases.outdoor_light + phrases.weather)
+    view, viewpoint = dice.choice(phrases.views), dice.choice(phrases.viewpoints)
     forms = (
-        lambda: f"{view} {thing} {state} {place}, {light}",
-        lambda: f"{view} {thing} {place}, {state}, {seen}",
-        lambda: f"{thing} {state} {place} {light}",
-        lambda: f"{place}, {thing} {state}, {light}",
-        lambda: f"{light}, {thing} {place}, {state}",
-        lambda: f"{view} {thing}, {seen}, {state} {place} {light}",
-        lambda: f"{thing} {place}, {seen}, {light}",
-        lambda: f"{view} {thing} {light}, {state}",
+        f"{view} {thing} {state} {place}, {light}",
+        f"{view} {thing} {place}, {state}, {viewpoint}",
+        f"{thing} {state} {place} {light}",
+        f"{place}, {thing} {state}, {light}",
+        f"{light}, {thing} {place}, {state}",
+        f"{view} {thing}, {viewpoint}, {state} {place} {light}",
+        f"{thing} {place}, {viewpoint}, {light}",
+        f"{view} {thing} {light}, {state}",
     )
-    return draw.choice(forms)()
+    return dice.choice(forms)
+
+
+def open_grammar(
+    name: str, classes: Sequence[str] = (), seed: int = 0, table: ClassTable | None = None
+) -> SentenceGrammar:
+    """The grammar of a set of classes, or of some of them; without a name, that of a table or of any words."""
+    phrases = read_vocabulary()
+    if name == "demo":
+        return DemoGrammar(_select(classes, world.THINGS), seed)
+    if name == "nyu":
+        return PlaceGrammar(_select(classes, phrases.rooms), phrases.categories["room"], seed)
+    if name == "kitti":
+        return PlaceGrammar(_select(classes, phrases.streets), phrases.categories["scenery"], seed)
+    if name == "pose":
+        return Grammar(_select(classes, ("person",)), seed)
+    if name:
+        names = class_tables.table(name).names
+        return Grammar(_select(classes, [word for word in names if word != "background"]), seed)
+    return Grammar(_select(classes, table.names) if table else classes, seed, table)
+
+
+def _select(requested: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The requested classes, all by default; refuses those that are not among the names."""
+    for name in requested:
+        if name not in names:
+            raise Refused(
+                f"--classes: {name!r} is not in this set{nearest(name, names)}", f"It has {', '.join(names)}."
+            )
+    return tuple(requested) or tuple(names)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuses what is no class word: the name of a file, and text that is no Unicode."""
+    refuse_files(words)
+    for word in words:
+        if not documents.is_unicode(word):
+            raise Refused(f"--classes: {word!r} is not valid Unicode", "Write the class words in UTF-8.")
+
+
+def to_lines(sentences: Sequence[Sentence]) -> str:
+    """A list of prompts as generate reads it, one JSON object per line."""
+    return "".join(json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)

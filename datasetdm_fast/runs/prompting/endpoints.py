@@ -1,0 +1,185 @@
+"""Where a language model is reached: an OpenAI-compatible endpoint, or a local program."""
+
+import asyncio
+import ipaddress
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from urllib import parse
+
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.untrusted.documents import one_line
+
+KEY_VARIABLES = ("DATASETDM_LLM_KEY", "OPENAI_API_KEY")
+LARGEST_REPLY = 2**20  # bytes
+SECONDS = 120.0  # for one reply
+MOST_TRIES = 4  # of one request
+LONGEST_WAIT = 30.0  # seconds before a retry
+REMEDY = "then run the same command again; the replies so far are kept."
+
+Ask = Callable[[str], str]  # the text of a request -> the text of the reply
+
+
+class UnusableReply(Exception):
+    """A reply that cannot be used; the message is the reason that is counted."""
+
+
+def read_key(environment: Mapping[str, str]) -> str:
+    """The key of the endpoint; it comes from the environment alone, where no process list shows it."""
+    return next((environment[name].strip() for name in KEY_VARIABLES if environment.get(name, "").strip()), "")
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint; a request is retried after growing delays where it is busy or silent."""
+
+    def __init__(self, url: str, model: str, key: str, sleep: Callable[[float], None] = time.sleep):
+        self.url, self.model, self.key, self.sleep = check_url(url, key), model, key, sleep
+        try:
+            import httpx2
+        except ImportError as error:
+            raise Missing("--llm-url: httpx2 is not installed", "Install datasetdm-fast[prompts].") from error
+        self._library = httpx2
+
+    def __call__(self, text: str) -> str:
+        for attempt in range(MOST_TRIES):
+            wait = 2.0**attempt
+            try:
+                status, headers, body = asyncio.run(asyncio.wait_for(self._post(text), SECONDS))
+            except TimeoutError:  # also of a reply that comes in drops
+                problem = f"cannot be reached or broke off (no whole reply within {SECONDS:.0f} s)"
+            except self._library.HTTPError as error:
+                problem = f"cannot be reached or broke off ({one_line(str(error) or type(error).__name__)})"
+            else:
+                if status == 200:
+                    return _content(body)
+                problem = f"answered with status {status}"
+                if 300 <= status < 400:  # a redirect would carry the key to another host
+                    problem = "answered with a redirect, which is not followed"
+                if status != 429 and status < 500:
+                    break
+                if re.fullmatch(r"\d{1,4}", seconds := headers.get("Retry-After", "")):
+                    wait = float(seconds)
+            if attempt + 1 < MOST_TRIES:
+                self.sleep(min(wait, LONGEST_WAIT))
+        shown = problem.replace(self.key, "***") if self.key else problem
+        raise Missing(f"--llm-url {self.url}: {shown}", f"Check address, model and key, {REMEDY}")
+
+    async def _post(self, text: str) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the reply."""
+        body, headers = {"model": self.model, "messages": [{"role": "user", "content": text}]}, {}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        # a proxy would get what is meant for this machine, the key of an unencrypted request among it
+        is_proxied = not _is_loopback(parse.urlsplit(self.url).hostname or "")
+        async with (
+            self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS) as client,
+            client.stream("POST", self.url, json=body, headers=headers) as reply,
+        ):
+            content = b""
+            async for chunk in reply.aiter_bytes():
+                content += chunk
+                if len(content) > LARGEST_REPLY:
+                    raise UnusableReply("the reply is longer than 1 MiB")
+            return reply.status_code, reply.headers, content
+
+
+def open_model(url: str, model: str, line: str, key: str) -> Ask | None:
+    """The language model of an endpoint, or the program of a command line; None where neither is given."""
+    if url and line:
+        raise Refused("--llm-url and --llm-command: two ways to ask a language model", "Keep one of them.")
+    if bool(url) != bool(model):
+        raise Refused(
+            "--llm-url and --llm-model: one needs the other", "Add --llm-url https://HOST/v1 --llm-model NAME."
+        )
+    return Endpoint(url, model, key) if url else Program(line) if line else None
+
+
+def check_url(url: str, key: str) -> str:
+    """The address of the endpoint's chat completions."""
+    try:
+        parts = parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        host = ""
+    if not host or parts.scheme not in ("http", "https"):
+        raise Refused(f"--llm-url {one_line(url)}: not the address of an endpoint", "Write https://HOST/v1.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise Refused(
+            "--llm-url: it contains a user name, a password or a query",
+            f"Write https://HOST/v1 and set {KEY_VARIABLES[0]} in the environment.",
+        )
+    if key and parts.scheme == "http" and not _is_loopback(host):
+        raise Refused(f"--llm-url {one_line(url)}: the key would travel unencrypted", "Use https.")
+    path = parts.path.rstrip("/")
+    ending = "" if path.endswith("/chat/completions") else "/chat/completions"
+    return f"{parts.scheme}://{parts.netloc}{path}{ending}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _content(body: bytes) -> str:
+    """The text of a reply in OpenAI's form."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        content = None
+    if not isinstance(content, str):
+        raise UnusableReply("the endpoint's answer has another form than OpenAI's")
+    return content
+
+
+class Program:
+    """A local program that reads a request on stdin and writes the reply to stdout."""
+
+    def __init__(self, line: str):
+        try:
+            self.arguments = shlex.split(line)
+        except ValueError as error:
+            raise Refused(
+                f"--llm-command: {error}", 'Quote it as a shell would: --llm-command "my-model --short".'
+            ) from None
+        if not self.arguments:
+            raise Refused("--llm-command: names no program", 'For example --llm-command "my-model --short".')
+
+    def __call__(self, text: str) -> str:
+        try:
+            process = subprocess.Popen(
+                self.arguments,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name not in KEY_VARIABLES},
+            )
+        except OSError as error:
+            raise Missing(
+                f"--llm-command {self.arguments[0]}: cannot be started ({error.strerror})",
+                "Name a program that is installed.",
+            ) from error
+        try:
+            reply, errors = process.communicate(text.encode(), timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise self._failure(f"did not answer within {SECONDS:g} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode:
+            last = one_line(errors.decode(errors="replace").strip().rpartition("\n")[2])
+            raise self._failure(f"ended with an error{f' ({last})' if last else ''}")
+        if len(reply) > LARGEST_REPLY:
+            raise UnusableReply("the reply is longer than 1 MiB")
+        return reply.decode(errors="replace")
+
+    def _failure(self, how: str) -> Missing:
+        return Missing(f"--llm-command {self.arguments[0]}: {how}", f"Try the program by hand, {REMEDY}")
