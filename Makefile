@@ -1,5 +1,7 @@
 # make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.1 GB
-# make test   every test                    make lint   what the style asks for, and types of the public surface
+# make check  lint, types and the core tests: under a minute on two cores
+# make test   every test                    make lint   the linter, the formatter and the types
+# make docs   the documentation site in site/; its libraries go into an environment of their own
 # make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset, learnt from by
 #                 models of transformers, and the gallery in Chromium: 8 minutes
@@ -22,7 +24,7 @@ BUILT := $(VENV)/.datasetdm-built
 # A spinning OpenMP pool starves its neighbours as soon as there are more threads than cores.
 QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: venv demo test consumers soak mutants lint clean
+.PHONY: venv demo check test docs consumers soak mutants lint clean
 venv: $(BUILT) $(TESTING)
 
 # torch comes first and by itself, so that pip takes the build the machine offers; nothing of the locks exchanges it, nor the
@@ -51,6 +53,18 @@ demo: $(BUILT)
 
 test: venv
 	$(QUIET_CORES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+check: lint
+	$(QUIET_CORES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m core
+
+DOCS := $(VENV)-docs
+$(DOCS)/.installed: docs/site/requirements.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
 
 # What reads exports asks for other versions than the product, so it has an environment of its own, without the product.
 CONSUMERS := $(VENV)-consumers
@@ -86,4 +100,4 @@ lint: venv
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf .venv .venv-consumers build datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache
+	rm -rf .venv .venv-consumers .venv-docs build site datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache

@@ -1,75 +1,47 @@
-"""The pages say what is there: the table of rooms is the code's own, generated pages are those of the sources, links
-lead somewhere, lines fit.
+"""The pages match the sources: generated pages, links, lines that fit, the order of the site.
 
-`python tests/test_docs.py` writes the table of rooms in docs/architecture.md, and the generated pages.
+`python tests/test_docs.py` writes docs/flags.md and docs/files.md.
 """
 
 import ast
 import doctest
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 
-import generated_pages
 import pytest
-from test_layers import FOR_ALL, HERE, PACKAGE, ROWS
+import yaml
+from test_layers import HERE, PACKAGE
 
-ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- /rooms -->)", re.DOTALL)
-ARCHITECTURE = HERE / "docs" / "architecture.md"
-OUTSIDE = ("kernels", "export", "bench")  # rooms that lie at the top of the checkout
+sys.path.insert(0, str(HERE / "docs" / "site"))  # where the site's own programs lie
+import pages  # noqa: E402
+
 PAGES = sorted(
     [
-        *(HERE / name for name in ("README.md", "SECURITY.md", "bench/README.md")),
-        *(HERE / "bench").glob("**/README.md"),
+        *(HERE / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")),
+        *(HERE / "bench").glob("*/**/README.md"),
         *(HERE / "docs").glob("*.md"),
     ]
 )
-README_LINES = 150
+README_LINES = 100
 LONGEST_LINE = 120
 
 
-def room_path(room: str) -> Path:
-    folder = HERE / room if room in OUTSIDE else HERE / PACKAGE / room
-    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-
-
-def sentence(path: Path) -> str:
-    """The first paragraph of a file's docstring, without the command line that it may begin with."""
-    words = " ".join(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0].split())
-    return re.sub(r"^python -m [\w.]+( [^:]+)?: ", "", words)
-
-
-def room_table() -> str:
-    """The rooms from the top row down, then the modules that all may import."""
-    lines = ["| row | room | what it is for |", "|---|---|---|"]
-    for row, rooms in zip(range(len(ROWS), -1, -1), (*ROWS, FOR_ALL), strict=True):
-        for room in rooms:
-            path = room_path(room)
-            place = path.parent if path.name == "__init__.py" else path
-            name = place.relative_to(HERE).as_posix() + ("/" if place.is_dir() else "")
-            lines.append(f"| {row} | `{name}` | {sentence(path).replace('|', '&#124;')} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_table_of_rooms_is_that_of_the_code():
-    written = ROOMS.search(ARCHITECTURE.read_text(encoding="utf-8"))[0].splitlines()[1:-1]
-    assert written == room_table().splitlines(), "run `python tests/test_docs.py`"
-
-
-@pytest.mark.parametrize("name", generated_pages.PAGES)
+@pytest.mark.parametrize("name", pages.PAGES)
 def test_generated_pages_are_those_of_the_sources(name):
     written = (HERE / "docs" / name).read_text(encoding="utf-8")
-    assert written.splitlines() == generated_pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
+    assert written.splitlines() == pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
 
 
-@pytest.mark.parametrize("path", generated_pages.sources(), ids=lambda path: path.relative_to(HERE).as_posix())
+@pytest.mark.parametrize("path", pages.sources(), ids=lambda path: path.relative_to(HERE).as_posix())
 def test_every_refusal_says_what_to_do(path):
-    assert [cause for _, cause, remedy in generated_pages.stops(path) if not remedy] == []
+    assert [cause for _, cause, remedy in pages.stops(path) if not remedy] == []
     short = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
-        and getattr(node.func, "attr", getattr(node.func, "id", "")) in generated_pages.STOPS
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in pages.STOPS
         and (len(node.args) + len(node.keywords) != 2 or any(isinstance(one, ast.Starred) for one in node.args))
     ]
     assert short == [], "a refusal has a cause and a remedy"
@@ -77,8 +49,8 @@ def test_every_refusal_says_what_to_do(path):
 
 def test_the_page_of_refusals_follows_names_of_remedies():
     told = {}
-    for path in generated_pages.sources():
-        told |= {cause: remedy for _, cause, remedy in generated_pages.stops(path)}
+    for path in pages.sources():
+        told |= {cause: remedy for _, cause, remedy in pages.stops(path)}
     again, sampler = "Get the file again and compare its checksum.", "Choose one of these with --sampler."
     assert told["sampler: SAMPLER is none of NAMES"] == sampler  # written in the call
     assert told["PATH: not an ONNX file (it names no operator set)"] == again  # a constant of another module
@@ -135,8 +107,16 @@ def test_the_readme_is_short_and_leads_to_every_page():
         assert page.name == "README.md" or f"]({page.relative_to(HERE).as_posix()}" in text, page.name
 
 
+def test_the_site_has_every_page():
+    config = yaml.safe_load((HERE / "mkdocs.yml").read_text(encoding="utf-8"))
+    entries = config["nav"]
+    named = set(re.findall(r"[\w-]+\.md", str(entries)))
+    assert len(entries) == 10 and named >= {path.name for path in (HERE / "docs").glob("*.md")}
+    assert named - {path.name for path in (HERE / "docs").glob("*.md")} == {
+        *("messages.md", "notebook.md", "bench.md", "contributing.md", "changelog.md", "security.md")
+    }
+
+
 if __name__ == "__main__":
-    page = ARCHITECTURE.read_text(encoding="utf-8")
-    ARCHITECTURE.write_text(ROOMS.sub(lambda match: match[1] + room_table() + match[2], page), encoding="utf-8")
-    for name, text in generated_pages.PAGES.items():
+    for name, text in pages.PAGES.items():
         (HERE / "docs" / name).write_text(text(), encoding="utf-8")

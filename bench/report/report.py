@@ -51,11 +51,20 @@ SHORT = {  # columns of the peers that the front page shows, and their headings 
 }
 DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
+NO_FULL_SIZE = "Not measured yet: `python -m bench sd14`."
 NOT_TUNED = "Not measured yet: `python -m bench claims --tuned`."
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 FULL_SIZE = cpu_suite(FULL_SIZE_MODEL)
 FULL_SIZE_COLUMNS = ("method", "precision", "s/image", "s/UNet call", "share of peak", "memory", "load")
 FULL_SIZE_COLUMNS += ("our speed-up", "in a UNet call")
+FRONT_COLUMNS = {
+    "method": "method",
+    "precision": "precision",
+    "s/UNet call": "s/U-Net call",
+    "share of peak": "share of peak matmul throughput",
+    "memory": "memory",
+    "in a UNet call": "speed-up of datasetdm_fast",
+}
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
@@ -296,7 +305,18 @@ def full_size(found: Documents, charts: str) -> str:
     for document in (found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")):
         rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
         tables.append(f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}")
-    return "\n\n".join(tables) or "Not measured yet: `python -m bench sd14`."
+    return "\n\n".join(tables) or NO_FULL_SIZE
+
+
+def front(found: Documents, charts: str) -> str:
+    """Our row and that of each peer at the size of Stable Diffusion 1.4, as README shows them."""
+    table, rows, sources = narrowed(MEASUREMENTS["peers"].tables[0], FRONT_COLUMNS), [], []
+    for document in (found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")):
+        head, lines = table.cells([row for row in rows_of(document, "peers") if row["status"] != "absent"])
+        device = " ".join(document["machine"]["device"].replace("(R)", "").split()[:2]).strip(",")
+        rows += [[device, *line] for line in lines]
+        sources.append(f"{source(document)}.")
+    return "\n\n".join([markdown((["CPU", *head], rows)), *sources]) if rows else NO_FULL_SIZE
 
 
 def tuned_front(found: Documents, charts: str) -> str:
@@ -327,6 +347,7 @@ def training_free_row(found: Documents, charts: str) -> str:
 
 
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
+    "front": front,
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),

@@ -1,5 +1,5 @@
-"""Pages that are made of the sources: docs/files.md of the schemas in datasetdm_fast/schemas, docs/flags.md of what the
-commands say of their flags, docs/refusals.md of every sentence with which a command ends.
+"""Pages that are generated from the sources: docs/flags.md from the commands' flags and docs/files.md from the schemas,
+which `python tests/test_docs.py` writes, and messages.md of the site from every message with which a command ends.
 """
 
 import ast
@@ -14,10 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line.flags import DESCRIBE
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "datasetdm_fast" / "schemas"
 FILES_OPENING = """# Files
 
@@ -121,6 +118,9 @@ def folded(line: str, width: int = 110) -> str:
 
 def flags_page() -> str:
     """docs/flags.md."""
+    from datasetdm_fast.cli import COMMANDS  # the site is built where only its own libraries are installed
+    from datasetdm_fast.command_line.flags import DESCRIBE
+
     parts = [FLAGS_OPENING]
     for name, (module, sentence) in COMMANDS.items():
         described = io.StringIO()
@@ -142,7 +142,7 @@ def flags_page() -> str:
     return "".join(parts).rstrip() + "\n"
 
 
-REFUSALS_OPENING = """# When it does not work
+MESSAGES_OPENING = """# Messages
 
 All messages with which a command ends with exit code 2 (`Refused`: bad input or usage), 3 (`Missing`: a requirement is
 missing) or 4 (`GateFailed`: the work was done, but a check failed), and what to do about each. Words in capitals stand
@@ -151,7 +151,7 @@ part of your message without names of your own; every message has its own anchor
 that is a bug in this package: the message names a report file.
 
 """
-PASSED_ON = "As this page says of the sentence that it repeats."
+PASSED_ON = "See the entry for the message it quotes."
 STOPS = {"Refused": 2, "Missing": 3, "NotInstalled": 3, "GateFailed": 4}
 SOURCES = ("datasetdm_fast", "export", "kernels")
 
@@ -377,8 +377,8 @@ def anchor_of(sentence: str) -> str:
     return f"r-{hashlib.sha256(sentence.encode()).hexdigest()[:8]}"
 
 
-def refusals_page() -> str:
-    """docs/refusals.md."""
+def messages_page() -> str:
+    """messages.md of the site."""
     rooms: dict[str, dict[str, str]] = {}
     for path in sources():
         place = path.relative_to(ROOT / "datasetdm_fast" if path.is_relative_to(ROOT / "datasetdm_fast") else ROOT)
@@ -387,7 +387,7 @@ def refusals_page() -> str:
             name = anchor_of(cause)
             row = f'| <a id="{name}"></a>{cell(cause)} | {cell(remedy)} | {code} |'.replace("`", "'")
             room.setdefault(name, row)
-    parts = [REFUSALS_OPENING]
+    parts = [MESSAGES_OPENING]
     for name, rows in sorted(rooms.items()):
         if rows:
             parts.append(f"## {name}\n\n| message | what to do | exit code |\n|---|---|---:|\n")
@@ -395,4 +395,4 @@ def refusals_page() -> str:
     return "".join(parts).rstrip() + "\n"
 
 
-PAGES = {"files.md": files_page, "flags.md": flags_page, "refusals.md": refusals_page}
+PAGES = {"files.md": files_page, "flags.md": flags_page}
