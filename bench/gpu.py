@@ -9,8 +9,8 @@ from pathlib import Path
 from bench.options import SuiteConfig, check_numbers, chosen
 from bench.run import SECONDS
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench gpu"
 LAST = ("diffusers-compiled", "tensorrt", "ort")  # they build for minutes, so they come when all else is stored

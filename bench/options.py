@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.config import setting
 from datasetdm_fast.engine.engines.start import before_torch
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import setting
 
 FULL_SIZE_MODEL = "random-sd14"  # Stable Diffusion 1.4 with seeded weights
 

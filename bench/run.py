@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.options import SuiteConfig, check_numbers, chosen
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench"
 SECONDS = {True: 8.0, False: 35.0}  # quick or not: for the rounds of one race, of which there are five at least

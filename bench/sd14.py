@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.options import FULL_SIZE_MODEL, SuiteConfig, check_numbers, chosen
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench sd14"
 NAMES = ("diffusers-1", "ort-1", "openvino-1", "ours-bf16", "openvino-bf16")  # each in turn with ours

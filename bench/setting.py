@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bench.machine.work import image_flops, stage_flops
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders import checkpoint, seeded
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, for_inference
@@ -23,6 +22,7 @@ from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.runs.jobs import prompt_files
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls

@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ENGINES, setting
+from datasetdm_fast.config import ENGINES
+from datasetdm_fast.settings import setting
 from datasetdm_fast.version import __version__
 
 EXAMPLES = ("--json",)

@@ -8,8 +8,8 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.drop"
 EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dry-run')

@@ -11,12 +11,12 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery import PAGE, server
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
 from datasetdm_fast.runs.run_folder.showing import ShownRun, show
+from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.gallery"
 EXAMPLES = (

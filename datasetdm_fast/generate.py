@@ -20,7 +20,7 @@ from datasetdm_fast.command_line.output import (
     remake_sample,
 )
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.config import HALF, REFERENCE, RunConfig
+from datasetdm_fast.config import HALF, REFERENCE
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.messages import count_noun, format_duration
@@ -30,6 +30,7 @@ from datasetdm_fast.runs.jobs.job import Job, count_rows, finished, in_all, may_
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import prepare_remake, remake, run
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images, spelled_out
 from datasetdm_fast.runs.jobs.summary import calls_left, table
 from datasetdm_fast.runs.run_folder import object_store

@@ -14,9 +14,9 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.merge"
 EXAMPLES = ("runs/day runs/night --out runs/all",)

@@ -13,9 +13,9 @@ from typing import Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.settings import dry_run_setting, setting
 from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.recipe"

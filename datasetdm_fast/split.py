@@ -13,8 +13,8 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.split"
 EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")

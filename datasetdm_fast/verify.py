@@ -12,23 +12,16 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.config import (
-    ENGINE_NAMES,
-    TASKS,
-    EngineSettings,
-    ModelSettings,
-    OutputSettings,
-    RunConfig,
-    SamplingSettings,
-    setting,
-)
+from datasetdm_fast.config import ENGINE_NAMES, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
 from datasetdm_fast.runs.run_folder.folder import note
+from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, SamplingSettings, setting
 
 PROG = "python -m datasetdm_fast.verify"
 EXAMPLES = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from stub_engine import CONFIGS, StubEngine
 
-from datasetdm_fast.config import TASKS, RunConfig
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.class_tables import ClassWord
@@ -20,6 +20,7 @@ from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 

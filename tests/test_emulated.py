@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, base, on_cpu
@@ -24,6 +23,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify
 from datasetdm_fast.runs.agreement.gates import EXACT
 from datasetdm_fast.runs.jobs import prompt_files
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 HALVES = (torch.float16, torch.bfloat16)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import get_annotations
 from pathlib import Path
 
@@ -14,46 +15,47 @@ import pytest
 
 from datasetdm_fast import cli
 from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line import progress
+from datasetdm_fast.command_line import flags, progress
 from datasetdm_fast.command_line.completion import SHELLS
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig
 from datasetdm_fast.version import __version__
 
+parse_run = partial(flags.parse, cls=RunConfig)
+
 
 def test_no_flags_give_the_defaults():
-    assert parse([]) == (RunConfig(), set())
+    assert parse_run([]) == (RunConfig(), set())
 
 
 def test_hyphens_and_underscores_name_the_same_flag():
     for line in (["--batch-size", "4"], ["--batch_size", "4"], ["--batch_size=4"], ["--batch-size=4"]):
-        config, given = parse(line)
+        config, given = parse_run(line)
         assert config.batch_size == 4 and given == {"batch_size"}
 
 
 def test_values_keep_their_underscores_and_equals_signs():
-    assert parse(["--prompts=a_b = c_d"])[0].prompts == "a_b = c_d"
-    assert parse(["--out", "my_run"])[0].out == "my_run"
+    assert parse_run(["--prompts=a_b = c_d"])[0].prompts == "a_b = c_d"
+    assert parse_run(["--out", "my_run"])[0].out == "my_run"
 
 
 @pytest.mark.parametrize("line", [["--run", "RUN"], ["--run=RUN"]])
 def test_a_setting_that_has_no_flag_is_not_suggested_as_one(line):
     with pytest.raises(Refused, match="gallery: --run is not a flag"):
-        parse(line, GalleryConfig, "gallery")
+        flags.parse(line, GalleryConfig, "gallery")
 
 
 def test_every_type_is_read():
-    config, given = parse(
+    config, given = parse_run(
         [
             "--task",
             "depth, semantic,depth",
@@ -98,13 +100,13 @@ WRONG = [
 
 def test_flags_may_stand_between_what_needs_none():
     for line in (["runs/demo", "--dry-run", "3", "7"], ["--dry-run", "runs/demo", "3", "7"]):
-        config, _ = parse(line, DropConfig)
+        config, _ = flags.parse(line, DropConfig)
         assert config.dry_run and (config.run, config.ids) == ("runs/demo", ("3", "7"))
 
 
 @pytest.mark.parametrize(("line", "said"), WRONG)
 def test_wrong_lines_end_in_two_lines_and_exit_2(line, said, capsys):
-    assert run_command(lambda arguments: parse(arguments) and None, line) == 2
+    assert run_command(lambda arguments: parse_run(arguments) and None, line) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 2
     assert said in err.splitlines()[0] and "--help" in err.splitlines()[1]
@@ -113,7 +115,7 @@ def test_wrong_lines_end_in_two_lines_and_exit_2(line, said, capsys):
 def test_a_yaml_file_lies_under_the_flags(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("seed: 3\nbatch-size: 2\nguidance: 1e-1\ntask: [depth, pose]\nclasses: a, b\nquiet: true\n")
-    config, given = parse(["--config", str(file), "--seed", "9", "--no-quiet"])
+    config, given = parse_run(["--config", str(file), "--seed", "9", "--no-quiet"])
     assert (config.seed, config.batch_size, config.guidance, config.quiet) == (9, 2, 0.1, False)
     assert config.task == ("depth", "pose") and config.classes == ("a", "b")
     assert given == {"seed", "batch_size", "guidance", "task", "classes", "quiet"}
@@ -122,18 +124,18 @@ def test_a_yaml_file_lies_under_the_flags(tmp_path):
 @pytest.mark.parametrize("text, value", [("010", 10), ("-1", -1), ("+7", 7), ("08", 8)])
 def test_whole_numbers_of_a_yaml_file_are_decimal(text, value, tmp_path):
     (tmp_path / "run.yaml").write_text(f"seed: {text}\n")
-    assert parse(["--config", str(tmp_path / "run.yaml")])[0].seed == value
+    assert parse_run(["--config", str(tmp_path / "run.yaml")])[0].seed == value
 
 
 @pytest.mark.parametrize("text, value", [("7.5", 7.5), (".5", 0.5), ("5.", 5.0), ("1e-1", 0.1), ("+2.5e+1", 25.0)])
 def test_fractions_of_a_yaml_file_are_decimal(text, value, tmp_path):
     (tmp_path / "run.yaml").write_text(f"guidance: {text}\n")
-    assert parse(["--config", str(tmp_path / "run.yaml")])[0].guidance == value
+    assert parse_run(["--config", str(tmp_path / "run.yaml")])[0].guidance == value
 
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path):
     (tmp_path / "run.yaml").write_text("# nothing yet\n")
-    assert parse(["--config", str(tmp_path / "run.yaml")]) == (RunConfig(), set())
+    assert parse_run(["--config", str(tmp_path / "run.yaml")]) == (RunConfig(), set())
 
 
 WRONG_YAML = [
@@ -168,13 +170,13 @@ def test_wrong_yaml_is_refused(text, said, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(Refused) as refusal:
-        parse(["--config", str(file)])
+        parse_run(["--config", str(file)])
     assert said in refusal.value.cause and refusal.value.remedy
 
 
 def test_a_missing_yaml_file_is_refused(tmp_path):
     with pytest.raises(Refused, match="cannot be read"):
-        parse(["--config", str(tmp_path / "none.yaml")])
+        parse_run(["--config", str(tmp_path / "none.yaml")])
 
 
 @dataclass(frozen=True)
@@ -184,18 +186,18 @@ class Other:
 
 
 def test_another_dataclass_makes_another_command(capsys):
-    assert parse(["--data", "demo:5@9"], Other, prog="datasetdm-fast evaluate") == (Other("demo:5@9"), {"data"})
+    assert flags.parse(["--data", "demo:5@9"], Other, prog="datasetdm-fast evaluate") == (Other("demo:5@9"), {"data"})
     with pytest.raises(Refused, match="datasetdm-fast evaluate: --data is missing"):
-        parse([], Other, prog="datasetdm-fast evaluate")
-    assert run_command(lambda arguments: parse(arguments, Other) and None, ["--help"]) == 0
+        flags.parse([], Other, prog="datasetdm-fast evaluate")
+    assert run_command(lambda arguments: flags.parse(arguments, Other) and None, ["--help"]) == 0
     assert "100% means all (default: 0.5)" in capsys.readouterr().out
 
 
 def test_help_names_every_setting(capsys):
-    assert run_command(lambda arguments: parse(arguments) and None, ["--help"]) == 0
+    assert run_command(lambda arguments: parse_run(arguments) and None, ["--help"]) == 0
     shown = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in shown for name in RunConfig.__dataclass_fields__)
-    assert run_command(lambda arguments: parse(arguments) and None, ["--version"]) == 0
+    assert run_command(lambda arguments: parse_run(arguments) and None, ["--version"]) == 0
     assert capsys.readouterr().out == f"datasetdm-fast {__version__}\n"
 
 
@@ -429,8 +431,8 @@ def test_a_name_too_long_for_a_file_ends_in_two_lines(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "code", "said"),
     [
-        ("labels.words", 2, "a part of the library, not a command"),
-        ("generation", 2, "a part of the library, not a command"),
+        ("engine.labels.words", 2, "a part of the library, not a command"),
+        ("engine.loop", 2, "a part of the library, not a command"),
         ("no_such", 1, "No module named"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
-from datasetdm_fast.config import TASKS, RunConfig
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import opening
@@ -18,6 +18,7 @@ from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.defaults import with_labels
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -16,10 +16,10 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.interruption import ENDED
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import LOCK
 from datasetdm_fast.runs.workers import heartbeat, launched
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Silence

@@ -27,7 +27,19 @@ FOLDERS = (PACKAGE, "kernels", "export", "bench")
 # From the top down: a storey imports only itself and storeys below it. A storey is a folder of the package; the files
 # that lie flat beside them are commands, but for those that every storey uses.
 STOREYS: tuple[str, ...] = ("commands", "training", "runs", "engine", "foundation")
-FOUNDATION = ("cores", "messages", "data", "config", "errors", "plugins", "stages", "version", "disk", "untrusted")
+FOUNDATION = (
+    "cores",
+    "messages",
+    "data",
+    "config",
+    "settings",
+    "errors",
+    "plugins",
+    "stages",
+    "version",
+    "disk",
+    "untrusted",
+)
 PLACES = {"kernels": "engine", "export": "engine", **dict.fromkeys(FOUNDATION, "foundation")}
 DOOR = (f"{PACKAGE}.export.__main__", "commands")  # `python -m datasetdm_fast.export` hands its line to the command
 # Files that only lead on: the package offers the library, and running it runs the commands.

@@ -23,7 +23,6 @@ from stub_engine import StubEngine
 from test_loading import pipeline as in_diffusers
 
 from datasetdm_fast import Pipeline, generate, label, open_run
-from datasetdm_fast.config import EngineSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engine.engines import opening
@@ -32,6 +31,7 @@ from datasetdm_fast.engine.loop.driver import side_by_side
 from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
 
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.presets import DEMO
@@ -17,6 +16,7 @@ from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files, settings
 from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 
 class Tokenizer:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from datasetdm_fast import generate
-from datasetdm_fast.config import HALF, RunConfig
+from datasetdm_fast.config import HALF
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Missing, Refused
@@ -17,6 +17,7 @@ from datasetdm_fast.runs.agreement import before
 from datasetdm_fast.runs.agreement.gates import GateRow
 from datasetdm_fast.runs.agreement.verify import Verdict
 from datasetdm_fast.runs.jobs import job, racing
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 
 @pytest.fixture(scope="module")

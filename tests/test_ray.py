@@ -28,12 +28,12 @@ from test_ranks import still_running, tree
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, generate
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder import document, object_store, seal, showing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder, write_samples

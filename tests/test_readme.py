@@ -23,6 +23,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab.__main__ import SCRIPTS
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.generate import main
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -249,7 +250,7 @@ def test_commands_of_a_page_run_in_its_order(name, demo_run, tmp_path, monkeypat
 def test_the_settings_file_is_accepted(tmp_path):
     (example,) = blocks((ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), "yaml")
     (tmp_path / "run.yaml").write_text(example)
-    config, given = parse(["--config", str(tmp_path / "run.yaml")])
+    config, given = parse(["--config", str(tmp_path / "run.yaml")], RunConfig)
     assert config.number == 1000 and given == {"prompts", "number", "task", "out"}
 
 

@@ -14,11 +14,11 @@ from test_ledger import tree
 from torchless import DOUBT
 
 from datasetdm_fast import drop, filter, generate, restore
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.runs.curation import scores
 from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from bench.options import chosen, say
 from bench.world.worlds import WORLDS, World, register
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import setting
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.run_folder.reader import Run

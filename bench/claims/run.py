@@ -14,8 +14,8 @@ from typing import Any
 
 from bench.options import chosen, say
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench claims"
 

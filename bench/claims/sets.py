@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
+from datasetdm_fast.config import DEMO_DEFAULTS
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders, save_decoder
@@ -28,6 +28,7 @@ from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.training.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.training.readers.demo import DemoWorld

@@ -18,12 +18,13 @@ from bench.claims.experiments import Experiments
 from bench.claims.rows import spread
 from bench.claims.students import Arm, Figures, TestSet
 from bench.report.tables import Row, Table, markdown, text
-from datasetdm_fast.config import ATTENTION, RunConfig
+from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.training.evaluation import student_data
 from datasetdm_fast.training.evaluation.student import answers

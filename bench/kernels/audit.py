@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from bench.kernels.sass import asked, spoilt_of
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.settings import setting
 
 SHARED_LIMIT = {
     "80": 163 * 1024,

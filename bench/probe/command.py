@@ -14,8 +14,8 @@ from typing import Any
 
 from bench.options import check_numbers, chosen, say
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench probe"
 OPERATIONS = ("attention", "convolutions", "upsampling", "products", "norms")

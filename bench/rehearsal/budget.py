@@ -15,11 +15,11 @@ from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
 SLACK = 1.0005  # of rounding

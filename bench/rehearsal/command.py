@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.options import check_numbers, say
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.settings import setting
 
 if TYPE_CHECKING:
     from bench.rehearsal.kernels import Compilable, NotedLaunch

@@ -21,16 +21,7 @@ from torch import Tensor
 from bench.rehearsal import teaching
 from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine
 from bench.rehearsal.timeline import LOAD
-from datasetdm_fast.config import (
-    ATTENTION,
-    LABELLER_KINDS,
-    LABELS,
-    SAMPLERS,
-    UNDECODED,
-    LabelConfig,
-    LabellerKind,
-    RunConfig,
-)
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, UNDECODED, LabellerKind
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
@@ -49,6 +40,7 @@ from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs import inverted, job
 from datasetdm_fast.runs.jobs.run import run
+from datasetdm_fast.runs.jobs.run_settings import LabelConfig, RunConfig
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
 

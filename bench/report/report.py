@@ -32,9 +32,9 @@ from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.settings import setting
 
 PROG = "python -m bench report"
 PAGES = ("README.md", "bench/README.md", "docs/*.md")

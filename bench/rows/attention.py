@@ -11,13 +11,14 @@ from typing import Any
 from bench.machine.measure import distance, interleaved
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import ATTENTION, ENGINES, setting
+from datasetdm_fast.config import ATTENTION, ENGINES
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.settings import setting
 
 CLASSES = ("ball", "cube", "cone")
 REQUESTS = (("a red ball and a blue cube", ("ball", "cube")), ("a yellow cone", ("cone",)), ("a cube", ("cube",)))

@@ -12,11 +12,12 @@ from typing import Any
 
 from bench.machine.measure import distance, interleaved, meter
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import TASKS, setting
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.settings import setting
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.loop import Trainer

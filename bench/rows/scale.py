@@ -22,7 +22,6 @@ from bench.machine.machine import ROOT
 from bench.machine.measure import interleaved, mib, status
 from bench.report.tables import Cell, Row, Table, count, figure, memory, number, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import label_files
@@ -33,6 +32,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.jobs import job, prompt_files, settings
 from datasetdm_fast.runs.jobs import run as generation
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.stages import FACTOR

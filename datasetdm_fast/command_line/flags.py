@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.config import RunConfig, flags_of
 from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.settings import flags_of
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
@@ -23,7 +23,7 @@ Converter = Callable[[str], Any]
 
 def parse(
     arguments: Sequence[str],
-    cls: type[Config] = RunConfig,
+    cls: type[Config],
     prog: str = "datasetdm-fast generate",
     description: str | None = None,
     examples: Sequence[str] = (),

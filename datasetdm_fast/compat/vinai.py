@@ -21,7 +21,7 @@ from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
-from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
+from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
@@ -29,9 +29,11 @@ from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
 from datasetdm_fast.runs.jobs.job import finished, prepare
 from datasetdm_fast.runs.jobs.run import run
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
+from datasetdm_fast.settings import setting
 from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:

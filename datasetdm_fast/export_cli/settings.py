@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasetdm_fast.command_line.output import print_plan
-from datasetdm_fast.config import FLAVOURS, ModelSettings, OutputSettings, setting
+from datasetdm_fast.config import FLAVOURS
 from datasetdm_fast.export.staging import say
+from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.export"
 EXAMPLES = (

@@ -2,18 +2,9 @@
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import (
-    ENGINE_NAMES,
-    OUTLINES,
-    SEEDS,
-    TASKS,
-    CommandSettings,
-    EngineSettings,
-    ModelSettings,
-    OutputSettings,
-    setting,
-)
+from datasetdm_fast.config import ENGINE_NAMES, OUTLINES, SEEDS, TASKS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.truth.selection import DataSettings
 
 AUGMENTATIONS = (

@@ -9,12 +9,12 @@ from datasetdm_fast.compat.showlab import prompts
 from datasetdm_fast.compat.showlab.checkout import Script, present, read_settings
 from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.compat.showlab.scripts import Generator
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 

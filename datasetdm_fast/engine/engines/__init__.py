@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind, EngineSettings
+from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import named
+from datasetdm_fast.settings import EngineSettings
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
+from datasetdm_fast.settings import flags_of
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.compositions.redraw import Redrawing

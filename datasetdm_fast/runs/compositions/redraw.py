@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from datasetdm_fast.config import EngineSettings, RunConfig, flags_of, listed
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.names import LabelName
@@ -24,8 +23,10 @@ from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Remake
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.runs.run_folder.remaking import remakable
+from datasetdm_fast.settings import EngineSettings, flags_of, json_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ class Redrawing(ABC):
 
     def own_settings(self) -> dict[str, Any]:
         """The settings of the command that decide the bytes, as run.json has them."""
-        return listed(self.settings.identity())
+        return json_values(self.settings.identity())
 
     @property
     def config(self) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import CommandSettings, EngineSettings, dry_run_setting, setting
 from datasetdm_fast.engine.loop.checks import check_batch_size, check_numbers
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import CommandSettings, EngineSettings, dry_run_setting, setting
 
 LABEL_CHOICES = ("source", "predicted", "agreeing")
 OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()

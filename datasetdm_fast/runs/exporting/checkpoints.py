@@ -10,9 +10,10 @@ from typing import Any
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.config import UPSTREAM_KINDS, dry_run_setting, setting
+from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (

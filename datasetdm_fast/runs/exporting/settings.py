@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, dry_run_setting, listed, setting
+from datasetdm_fast.config import EXPORT_FORMATS, LABELS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import CommandSettings, dry_run_setting, json_values, setting
 
 PARTS = ("joined", "split")
 LEAST_QUALITY, BEST_QUALITY = 75, 100
@@ -83,4 +84,4 @@ class ExportSettings(CommandSettings):
 
     def described(self) -> dict[str, Any]:
         """The settings that decide the bytes, as an export keeps them."""
-        return listed(self.identity())
+        return json_values(self.identity())

@@ -7,10 +7,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from datasetdm_fast.config import RunConfig, flags_of
 from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
 from datasetdm_fast.engine.labels.names import by_task
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import GROWING
+from datasetdm_fast.settings import flags_of
 
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import INVERSION, LABELLER_KINDS, LabelConfig, flags_of, listed
+from datasetdm_fast.config import INVERSION, LABELLER_KINDS
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.labels.class_tables import digest_of
@@ -33,10 +33,12 @@ from datasetdm_fast.runs.jobs.job import (
 )
 from datasetdm_fast.runs.jobs.pictures import Pictures, open_pictures
 from datasetdm_fast.runs.jobs.run import facts_of
+from datasetdm_fast.runs.jobs.run_settings import LabelConfig
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, read_document, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.settings import flags_of, json_values
 from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def as_stored(config: LabelConfig, given: Collection[str]) -> LabelConfig:
     source = stored["composition"]["source"]
     decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
     asked = {name: getattr(config, name) for name in decisive if name in given and name not in MOVABLE}
-    check_given(Path(config.out), *map(listed, (decisive | stored["config"], asked)))
+    check_given(Path(config.out), *map(json_values, (decisive | stored["config"], asked)))
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     kept.pop("class_table", None)  # the run folder holds its words
@@ -111,7 +113,7 @@ def prepare(config: LabelConfig) -> Job:
     if recipe.attention is not None:
         for request in plan:
             check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
-    identity = listed(config.identity())
+    identity = json_values(config.identity())
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)
     composition = _composition(config, pictures, together if tiles else 0, recipe.size)

@@ -7,16 +7,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import (
-    ATTENTION,
-    ENGINES,
-    HALF,
-    LABELLER_KINDS,
-    TASK_KINDS,
-    UNDECODED,
-    LabelConfig,
-    RunConfig,
-)
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, LABELLER_KINDS, TASK_KINDS, UNDECODED
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
@@ -33,6 +24,7 @@ from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe,
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.jobs import prompt_files, racing
 from datasetdm_fast.runs.jobs.result import Result, result_of
+from datasetdm_fast.runs.jobs.run_settings import LabelConfig, RunConfig
 from datasetdm_fast.runs.jobs.settings import check_settings, count_images, identity
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
 from datasetdm_fast.runs.run_folder.document import (

@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.loop.prompts import (
@@ -17,6 +16,7 @@ from datasetdm_fast.engine.loop.prompts import (
     split_prompts,
 )
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
 LARGEST_FILE = 256 * 2**20  # bytes

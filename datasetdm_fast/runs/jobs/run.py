@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop import driver, prompts
@@ -17,6 +16,7 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
 from datasetdm_fast.runs.jobs.result import Result, closed
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import identity
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.document import check_same, table_of

@@ -4,15 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasetdm_fast.config import (
-    ATTENTION,
-    DECODER,
-    LABELS,
-    PARITIES,
-    UNDECODED,
-    RunConfig,
-    listed,
-)
+from datasetdm_fast.config import ATTENTION, DECODER, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.class_file import listed_words
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
@@ -29,8 +21,10 @@ from datasetdm_fast.engine.loop.checks import (
 )
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
 from datasetdm_fast.runs.run_folder.document import most_samples, sets_aside
+from datasetdm_fast.settings import json_values
 
 MOST_MINUTES = 1_000_000  # of a setting; two years
 
@@ -117,7 +111,7 @@ def count_images(config: RunConfig) -> int:
 
 def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
-    values = listed(config.identity())
+    values = json_values(config.identity())
     if source.table is not None:
         values["class_table"] = class_tables.digest_of(source.table, config.classes)
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.runs.prompting.balance import MOST_PROMPTS
 from datasetdm_fast.runs.prompting.grammar import SETS
+from datasetdm_fast.settings import dry_run_setting, setting
 
 
 @dataclass(frozen=True)

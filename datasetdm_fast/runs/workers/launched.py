@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.engine.engines.hardware import visible_gpus
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import prepare
 from datasetdm_fast.runs.jobs.result import Result, close, look
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import REFUSALS, Missing
 from datasetdm_fast.runs.jobs import result
 from datasetdm_fast.runs.jobs.job import Job, adopt, check_room, count_rows
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Quota, in_order
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document

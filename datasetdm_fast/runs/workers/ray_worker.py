@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.runs.jobs.job import Job, adopt, compose
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 from datasetdm_fast.runs.workers.spawn import reported

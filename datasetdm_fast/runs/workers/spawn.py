@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.ending import report
-from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs.job import prepare
 from datasetdm_fast.runs.jobs.result import Result, close
+from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import SEEDS, TASKS, EngineSettings, ModelSettings, OutputSettings, setting
+from datasetdm_fast.config import SEEDS, TASKS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.evaluation.networks import BUILT_IN, MULTIPLE, NETWORKS, STUDENTS
 from datasetdm_fast.training.truth.selection import DataSettings
 

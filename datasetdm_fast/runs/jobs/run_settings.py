@@ -1,0 +1,307 @@
+"""Settings of the runs that generate and label make, in groups."""
+
+from dataclasses import dataclass
+
+from datasetdm_fast.config import (
+    EXPORT_FORMATS,
+    LABELLER_KINDS,
+    LABELLERS,
+    LABELS,
+    MOST_TRIES,
+    PARITIES,
+)
+from datasetdm_fast.settings import (
+    MOST_THREADS,
+    CommandSettings,
+    EngineSettings,
+    ModelSettings,
+    OutputSettings,
+    SamplingSettings,
+    setting,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
+    FLAGS = (
+        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
+        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
+        "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
+        "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
+        "device provider streams engines trt_flavour"
+    ).split()
+
+    lora: tuple[str, ...] = setting(
+        (),
+        "low-rank adapters to fuse into the model, comma-separated, each FILE or FILE:SCALE",
+        identity="if given",
+        metavar="LIST",
+    )
+    task: tuple[str, ...] = setting(
+        ("semantic", "instance", "depth", "pose"),
+        "labels to make, comma-separated, by default all that the decoders of --decoder make: "
+        + ", ".join(LABELS)
+        + "; TASK:NAME takes the decoder in the folder NAME, so that a task may have several",
+        choices=LABELS,
+        has_names=True,
+        metavar="LIST",
+    )
+    combine: tuple[str, ...] = setting(
+        (),
+        'keep a label only where another shows a class, comma-separated, each as "semantic within instance:person"',
+        metavar="LIST",
+        identity="if given",
+    )
+    labeller: tuple[str, ...] = setting(
+        (),
+        "what makes the labels, comma-separated: decoder, those of --task; attention, the class words of the prompts "
+        "without any decoder; a labeller that another package registers, by its name"
+        + (f": {', '.join(sorted(LABELLER_KINDS.others))}" if LABELLER_KINDS.others else ""),
+        identity=False,
+        choices=LABELLERS,
+        metavar="LIST",
+    )
+    ask: str = setting(
+        "named",
+        "class words for which a picture gets labels: those its prompt names, or all of --classes",
+        identity="if given",
+        choices=("named", "all"),
+    )
+    exponent: int = setting(
+        -1,
+        "with --labeller attention: times a class's map is multiplied by the self-attention, -1 = the model's default",
+        identity="if given",
+        metavar="N",
+    )
+    threshold: float = setting(
+        0.0,
+        "with --labeller attention: minimum value of a class, 0 = the model's default",
+        identity="if given",
+        metavar="X",
+    )
+    uncertainty: float = setting(
+        0.0,
+        "with --labeller attention: values from here to the threshold become 255, 0 = the model's default",
+        identity="if given",
+        metavar="X",
+    )
+    self_cells: int = setting(
+        0,
+        "with --labeller attention: cells per side of the self-attention that is read, 0 = the model's default",
+        identity="if given",
+        metavar="N",
+    )
+    cross_cells: int = setting(
+        0,
+        "with --labeller attention: cells per side of the cross-attention that is read, 0 = the model's default",
+        identity="if given",
+        metavar="N",
+    )
+    parity: str = setting(
+        "",
+        "with --labeller attention: word positions, noise and settings of another project, for comparison: "
+        "dataset-diffusion",
+        identity="if given",
+        choices=("", *PARITIES),
+        metavar="PROJECT",
+    )
+    classes: tuple[str, ...] = setting(
+        (),
+        "class words, comma-separated, or the name of a set (voc, coco, cityscapes, deepfashion, demo): for "
+        "open-vocabulary labels, labels from attention and --per-class",
+        metavar="LIST",
+    )
+    class_table: str = setting(
+        "",
+        "class words of your own: a CSV file (number,name,say,words), or an annotation file of LVIS or COCO; --classes "
+        "then chooses some of them",
+        identity="if given",
+        metavar="FILE",
+    )
+    negative_prompt: str = setting(
+        "",
+        "text that images are steered away from, used in the unconditional half; dataset-diffusion: the text of that "
+        "project",
+        identity="if given",
+        metavar="TEXT",
+    )
+    allow_unnamed: bool = setting(
+        False, "accept prompts that name none of the class words; their label maps are empty", identity=False
+    )
+    truncate_prompts: bool = setting(
+        False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
+    )
+    number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N")
+    per_class: int = setting(
+        0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
+    )
+    keep: str = setting(
+        "all",
+        "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
+        "more until it has --number trusted ones",
+        choices=("all", "trusted"),
+        identity="if given",
+    )
+    accept: str = setting(
+        "",
+        'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are set aside, '
+        "and the run makes more until --number samples meet it, or with --per-class that many of every class",
+        metavar="COND",
+        identity="if given",
+    )
+    most_tries: int = setting(
+        MOST_TRIES,
+        "with --keep trusted or --accept: maximum number of samples made per requested one, for each class if the run "
+        "counts by class",
+        metavar="N",
+        identity="if given",
+    )
+    refill: bool = setting(
+        False,
+        "replace dropped samples by new ones; with --keep trusted also set aside and replace the doubtful samples of a "
+        "run that kept all",
+        identity=False,
+    )
+    ignore_below: float = setting(
+        0.0,
+        "pixels of label maps are 255 where the decoder's confidence is below this, 0 to 1",
+        metavar="SHARE",
+        identity="if given",
+    )
+    ignore: str = setting(
+        "nothing",
+        "disagreeing: pixels of label maps are 255 where two labels differ or the prompt does not name the thing",
+        choices=("nothing", "disagreeing"),
+        identity="if given",
+    )
+    batch_size: int = setting(
+        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
+    )
+    image_format: str = setting("png", "image files", choices=("png", "jpg"))
+    palette: str = setting(
+        "ours",
+        "colours of the label maps: ours, those of a data set that has all of their classes, or with --class-table "
+        "those of that table",
+        choices=("ours", "voc", "cityscapes", "coco", "table"),
+        identity="if given",
+    )
+    format: tuple[str, ...] = setting(
+        (),
+        "formats that the finished run is converted to, in its folder exports: " + ", ".join(EXPORT_FORMATS.names),
+        identity=False,
+        choices=EXPORT_FORMATS.names,
+        metavar="LIST",
+    )
+    out: str = setting(
+        "runs/demo",
+        "run folder; if only other settings are given, a folder in runs/ that is named after them",
+        identity=False,
+        metavar="RUN",
+        output="folder",
+    )
+    only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
+    resume: str = setting(
+        "auto",
+        "auto: resume an existing run folder with the same settings; never: refuse it",
+        identity=False,
+        choices=("auto", "never"),
+    )
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
+    verify: int = setting(
+        0,
+        "before the run, compare the first N samples with those of the reference engine; if they do not agree, nothing "
+        "is written",
+        identity=False,
+        metavar="N",
+    )
+    verify_anyway: bool = setting(
+        False, "with --verify: run even if they do not agree, and record that", identity=False
+    )
+    mixed: str = setting(
+        "verified",
+        "verified: another engine, dtype, device or version may continue a run folder, once it has made some of the "
+        "stored samples again and their images and labels agree; no: it is refused, and so is another --batch-size",
+        identity=False,
+        choices=("verified", "no"),
+    )
+    verify_every: int = setting(
+        0,
+        "after every N samples compare the newest with the reference engine, less often after the first time if that "
+        "would take over 1 % of the time; of several processes one does it; if it does not agree, the run stops; "
+        "0 = never",
+        identity=False,
+        metavar="N",
+    )
+    page_every: float = setting(
+        5.0,
+        "minutes between updates of the page and index files of a run in progress, less often if that would take over "
+        "1 % of the time; 0 = only at the end",
+        identity=False,
+        metavar="MINUTES",
+    )
+    threads: int = setting(
+        0,
+        "CPU threads of a process, 0 = all cores, divided among the ranks",
+        identity=False,
+        metavar="N",
+        most=MOST_THREADS,
+    )
+    gpus: str = setting(
+        "",
+        "GPUs to use, one process each: all, how many, or a list such as 0,2,5",
+        identity=False,
+        metavar="all|N|LIST",
+    )
+    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
+    cluster: str = setting(
+        "",
+        "run on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
+        identity=False,
+        metavar="ray[://HEAD]",
+    )
+    store: str = setting(
+        "",
+        "with --cluster: fsspec URL for the data set, such as s3://bucket/run; --out keeps the ledger",
+        identity=False,
+        metavar="URL",
+    )
+    make_bucket: bool = setting(False, "create the bucket of --store where there is none", identity=False)
+    dtype: str = setting(
+        "auto",
+        "precision of the fast engines; auto is fp32 on a CPU and fp16 on a GPU, and in a new run of 100 images or "
+        "more bf16 or fp16 where the device has it and four samples agree with the reference, else fp32; tf32 is fp32 "
+        "with TF32 convolutions on a GPU, fp8 only with --engine trt",
+        choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8"),
+    )
+
+
+@dataclass(frozen=True)
+class LabelConfig(RunConfig):
+    FLAGS = (
+        "images captions tiles model decoder outlines task labeller classes class_table exponent threshold uncertainty "
+        "self_cells cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
+        "allow_download json quiet threads dtype compile device"
+    ).split()
+
+    images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)
+    captions: str = setting(
+        "",
+        'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every picture is searched for '
+        "all words of --classes",
+        identity=False,
+        metavar="FILE",
+    )
+    tiles: bool = setting(
+        False,
+        "read pictures larger than the model tile by tile, each overlapping the next, and join the labels at the "
+        "picture's own size; not for depth and pose",
+        identity="if given",
+    )
+    ask: str = "named"
+    timesteps: tuple[str, ...] = setting(
+        ("100", "200", "300", "400"), "with --labeller attention: noise levels, a UNet call each", metavar="LIST"
+    )
+    seed: int = setting(0, "seed of the noise of picture 0; picture k has seed + k", metavar="N")
+    out: str = setting("runs/labelled", "run folder", identity=False, metavar="RUN", output="folder")
+    only: str = setting("", "label this one picture of the run folder again", identity=False, metavar="ID")

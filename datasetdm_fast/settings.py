@@ -1,0 +1,160 @@
+"""Settings of commands: typed dataclasses that define the flags, the YAML file and run.json at once."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS
+
+MOST_THREADS = 1024
+
+
+def setting(
+    default,
+    help: str,
+    *,
+    identity: bool | str = True,
+    choices: Collection[str] = (),
+    metavar: str | None = None,
+    positional: bool = False,
+    output: str = "",
+    has_names: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+):
+    """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
+    With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
+    a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
+    names what is written. With `has_names` a choice may be followed by a colon and a name. A number below `least`
+    or beyond `most` is refused.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "identity": identity,
+            "choices": tuple(choices),
+            "metavar": metavar,
+            "positional": positional,
+            "output": output,
+            "has_names": has_names,
+            "least": least,
+            "most": most,
+        },
+    )
+
+
+def flags_of(cls: type) -> list[Field]:
+    """The settings of a command in the order of its --help: those that it names in FLAGS, or all."""
+    known = {field.name: field for field in fields(cls)}
+    return [known[name] for name in getattr(cls, "FLAGS", known)]
+
+
+def json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+class CommandSettings:
+    """Settings mixed from the groups below; one that FLAGS does not name is no flag of the command and keeps its
+    default.
+    """
+
+    FLAGS: list[str]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the bytes of what is made."""
+        values = {flag: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
+        return {
+            flag.name: value
+            for flag, value in values.items()
+            if flag.metadata["identity"] is True or value != flag.default
+        }
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
+    decoder: str = setting(
+        "demo",
+        "folder of trained decoders, one sub-folder each, a checkpoint FILE.pth of DatasetDM, or several with commas "
+        "between them; random-sd14 and tiny have decoders of random weights",
+        metavar="DIR",
+    )
+    outlines: str = setting(
+        "auto",
+        "outlines of labels: those of the decoder's masks, or outlines that follow the colours of the image near them; "
+        "auto: as each decoder's configuration says",
+        identity="if given",
+        choices=("auto", *OUTLINES),
+    )
+    size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
+    allow_download: bool = setting(
+        False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
+    )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
+    dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
+    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N", most=MOST_THREADS)
+    compile: bool = setting(
+        False, "compile the fast engine's U-Net with torch.compile, which takes minutes before the first image"
+    )
+    provider: str = setting(
+        "auto", "execution provider of ONNX Runtime for --engine ort", identity=False, choices=PROVIDERS
+    )
+    streams: int = setting(
+        0,
+        "with --engine openvino: slices of a batch that run at once, each on its share of the threads; 0 = all of them",
+        identity=False,
+        metavar="N",
+    )
+    engines: str = setting(
+        "",
+        "folder of exported stages and plans for --engine trt; default: a cache",
+        identity=False,
+        metavar="ENGINES",
+        output="folder",
+    )
+    trt_flavour: str = setting(
+        "auto", "TensorRT variant to use where both are installed", identity=False, choices=FLAVOURS
+    )
+
+    def engine_choices(self) -> dict[str, Any]:
+        """All of these by name, as open_engine takes them."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(EngineSettings)}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What images are made of, and in which steps."""
+
+    prompts: str = setting(
+        "",
+        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
+        "captions of the demo world",
+        metavar="FILE|TEXT",
+    )
+    classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
+    seed: int = setting(0, "seed of image 0; image k has seed + k, of which the last 32 bits count", metavar="N")
+    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
+    guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
+    sampler: str = setting("pndm", "sampler", choices=SAMPLERS.names)
+    profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
+
+
+def dry_run_setting() -> Any:
+    """The flag of every command that writes."""
+    return setting(False, "show what would be done, and write nothing", identity=False)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    dry_run: bool = dry_run_setting()
+    json: bool = setting(False, "machine-readable result on stdout", identity=False)
+    quiet: bool = setting(False, "show no progress", identity=False)
