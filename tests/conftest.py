@@ -25,10 +25,14 @@ sys.dont_write_bytecode = False
 # Modules make no garbage, and what they hold would be looked through again and again: until all tests are collected.
 gc.disable()
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import skips  # noqa: E402
 
 from datasetdm_fast import _C  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "site"))  # whose programs are tested, too
 
 # Read by Triton where a kernel is decorated, so before any kernel file is imported; with a GPU the kernels run there.
 if not _C.cuda_device_count():

@@ -6,16 +6,13 @@
 import ast
 import doctest
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
 from test_layers import HERE, PACKAGE
-
-sys.path.insert(0, str(HERE / "docs" / "site"))  # where the site's own programs lie
-import pages  # noqa: E402
 
 PAGES = sorted(
     [

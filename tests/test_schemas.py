@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generated_pages import SCHEMAS, schema
 from jsonschema import Draft202012Validator
+from pages import SCHEMAS, schema
 from PIL import Image
 from rendered import write_run
 
