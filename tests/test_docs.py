@@ -12,7 +12,7 @@ from pathlib import Path
 import pages
 import pytest
 import yaml
-from test_layers import HERE, PACKAGE
+from layers import HERE, PACKAGE
 
 PAGES = sorted(
     [

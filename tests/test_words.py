@@ -11,11 +11,12 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_layers import HERE, modules, storey_of
+from layers import HERE, modules, storey_of
 
 RULES = tomllib.loads((Path(__file__).with_name("words.toml")).read_text(encoding="utf-8"))
 WORDS: dict[str, str] = RULES["words"]
@@ -67,6 +68,7 @@ def findings(path: Path) -> Iterator[Finding]:
                 yield Finding(node.lineno, node.name, 'the docstring begins with "The same"')
 
 
+@cache
 def places(root: Path = HERE) -> dict[str, list[tuple[Path, Finding]]]:
     """The findings of each storey of the product."""
     by_storey: dict[str, list[tuple[Path, Finding]]] = {}

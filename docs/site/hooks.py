@@ -81,7 +81,7 @@ def sentence(path: Path) -> str:
 def room_table() -> str:
     """The storeys from the top down, and in each its rooms: folders, and files that lie flat in it."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from test_layers import PACKAGE, STOREYS, modules, room_of, storey_of
+    from layers import PACKAGE, STOREYS, modules, room_of, storey_of
 
     rooms: dict[str, dict[str, Path]] = {storey: {} for storey in STOREYS}
     for module, path in modules(ROOT).items():
