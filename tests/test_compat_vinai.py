@@ -109,14 +109,12 @@ def test_every_listed_word_has_its_own_place(prompts):
         (["gen_data", "--work-dir", "OUT"], 2, "--sd-path is missing"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "none.json"], 3, "--json-path: none.json is not there"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--self-res", "64"], 2, "--self-res 64: this"),
-        (["train_mmseg_voc", "--repeats", "1"], 2, "--repeats 1: expected 2 or more"),
         (["gen_data", "--sd-path", "SD", "--work-dir", "OUT", "--json-path", "LIST"], 3, "--sd-path: SD is not there"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--treshold", "1"], 2, "did you mean --threshold?"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--threshold", "0.4"], 2, "--uncertainty-threshold 0.5"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--start", "5"], 2, "it has 5"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--data-type", "coco"], 2, "a class of coco"),
         (["gen_data_voc", "--sd-path", "demo"], 3, "data/prompts/voc_prompts.json"),
-        (["train_mmseg_voc"], 3, "data/gen_voc/.run"),
     ],
 )
 def test_bad_lines_write_nothing(prompts, line, code, said, tmp_path, monkeypatch, capsys):
@@ -156,10 +154,3 @@ def test_what_does_not_fit_is_cut_by_the_tokenizer(tmp_path, capsys):
     assert (
         "its class prompt has a class at word 77, at most 76 words are read" in said[0] and "at most 77 fit" in said[2]
     )
-
-
-def test_training_is_told_as_lines(whole, capsys):
-    assert vinai.main(["train_mmseg_voc.sh", "--work-dir", str(whole), "--dry-run"]) == 0
-    student, config = capsys.readouterr().err.splitlines()
-    assert "--only-synthetic --self-train" in student and "'voc:data/VOCdevkit/VOC2012[val]'" in student
-    assert config.endswith("--to mmseg")

@@ -31,13 +31,10 @@ from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import (
     contours,
     demo,
-    drawing,
     files,
     generating,
     order,
-    showing,
-    splicing,
-    telling,
+    summary,
     training,
 )
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
@@ -190,7 +187,7 @@ def write(path: Path, text: str) -> None:
 def ordered(root: Path, script: str, *arguments: str) -> order.Order:
     generator = GENERATORS[f"parallel_generate_{script}"]
     flags = ["--root", str(root), "--model", "demo", *arguments]
-    return order.order_of(generator, command.read_line(command.PROG, generator.name, "", generator.flags, flags, {}))
+    return generator.order(command.read_line(command.PROG, generator, flags))
 
 
 def test_prompts_stay_whole_for_the_tokenizer_to_cut(root, model):
@@ -259,7 +256,7 @@ def test_prompts_of_the_other_generators(root, script, flags, first, count):
     if script == "Instance_COCO_AnyClass":
         assert found.items[64].stem == "computer mouse_200064"
         assert found.items[43].prompt == "picture of knife"  # it has no line, so nothing is drawn for it
-        assert found.given(found.items[64]).classes == ("mouse",)
+        assert found.prompts[64].classes == ("mouse",)
     assert found.guidance == 5.0 and ordered(root, "Semantic_VOC_AnyClass").guidance == 7.0
 
 
@@ -269,7 +266,7 @@ def test_prompts_of_the_other_generators(root, script, flags, first, count):
 def answer(raw, kind="coco", side=64, **changes):
     network, settings = checkpoints.KINDS[kind]
     pixels = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
-    return files.Answer(pixels, raw, upstream(network, **settings), **changes)
+    return files.Output(pixels, raw, upstream(network, **settings), **changes)
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -281,23 +278,23 @@ def test_files_follow_upstreams_rules():
     draw = lambda *shape: torch.randn(*shape, generator=numbers)  # noqa: E731
     raw = {"pred_logits": 3 * draw(12, 20), "pred_masks": 4 * draw(12, 4, 4)}
     masks = resize(raw["pred_masks"][None], 64)
-    mapped = decoded(files.semantic(answer(raw, "cityscapes"))["png"])
+    mapped = decoded(files.write_class_map(answer(raw, "cityscapes"))["png"])
     assert (mapped == upstream_rules.labels(raw["pred_logits"][None], masks, 5000 * (64 / 512) ** 2)[0].numpy()).all()
     assert len(np.unique(mapped)) > 2
     raw = {"pred_logits": draw(20, 3), "pred_masks": 4 * draw(20, 4, 4)}
     expected = upstream_rules.mask(raw["pred_logits"][None], resize(raw["pred_masks"][None], 64), 7)[0].numpy()
-    found = decoded(files.one_class(answer(raw, "voc", class_id=7))["png"])
+    found = decoded(files.write_class_mask(answer(raw, "voc", class_id=7))["png"])
     assert (found == expected).all() and found.max() == 7
     maps = draw(17, 8, 8)
     points, is_written = upstream_rules.keypoints(maps[None], 64)
-    line = files.heatmap_pose(answer({"heatmaps": maps}, "pose"))["txt"].decode()
+    line = files.write_heatmap_joints(answer({"heatmaps": maps}, "pose"))["txt"].decode()
     assert np.allclose([float(x) for x in line.split(",")], points[0][is_written[0]].flatten())
-    assert len(files.heatmap_pose(answer({"heatmaps": maps}, "pose", is_fixed=True))["txt"].split(b",")) == 51
-    assert files.heatmap_pose(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose"))["txt"] == b"\n"
+    assert len(files.write_heatmap_joints(answer({"heatmaps": maps}, "pose", is_fixed=True))["txt"].split(b",")) == 51
+    assert files.write_heatmap_joints(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose"))["txt"] == b"\n"
     metres = 12 * torch.rand(1, 64, 64, generator=numbers)
-    coarse = decoded(files.depth(answer({"depth": metres}, "nyu"))["png"])
+    coarse = decoded(files.write_depth(answer({"depth": metres}, "nyu"))["png"])
     assert (coarse == upstream_rules.depth_bytes(metres[0].numpy(), 10)).all() and coarse.max() == 255
-    fine = decoded(files.depth(answer({"depth": metres}, "nyu", is_fixed=True))["png"])
+    fine = decoded(files.write_depth(answer({"depth": metres}, "nyu", is_fixed=True))["png"])
     assert fine.dtype == np.uint16 and (fine == np.rint(metres[0].numpy() * 1000)).all()
 
 
@@ -307,17 +304,17 @@ def test_contour_lines():
     masks[0, 10:20, 5:30], masks[0, 40:50, 5:30], masks[1, 3, 7] = 9, 9, 9
     raw = {"pred_logits": torch.full((3, 81), -20.0), "pred_masks": masks}
     raw["pred_logits"][0, 4], raw["pred_logits"][1, 0], raw["pred_logits"][2, 2] = 1.0, 2.0, 3.0
-    lines = files.instances(answer(raw))["txt"].decode().splitlines()
+    lines = files.write_contours(answer(raw))["txt"].decode().splitlines()
     # sorted, as PyTorch's topk promises no order
     assert sorted(line.rpartition(",")[0] for line in lines) == ["5,40,5,49,29,49,29,40,4", "7,3,0"]
     assert all(0.4 <= float(line.rpartition(",")[2]) <= 1 for line in lines)
-    mended = files.instances(answer(raw, class_id=3, is_fixed=True))["txt"].decode().splitlines()
+    mended = files.write_contours(answer(raw, class_id=3, is_fixed=True))["txt"].decode().splitlines()
     assert sorted(line.rpartition(",")[0] for line in mended) == [
         "5,10,5,19,29,19,29,10,2",
         "5,40,5,49,29,49,29,40,2",
         "7,3,2",
     ]
-    assert files.instances(answer({**raw, "pred_logits": torch.zeros(3, 81)}))["txt"] == b""
+    assert files.write_contours(answer({**raw, "pred_logits": torch.zeros(3, 81)}))["txt"] == b""
 
 
 # ---- runs
@@ -427,9 +424,9 @@ def test_strict_norms_move_from_image_to_image(root, model):
     for _ in range(3):
         for module in modules:
             module.normalised()
-    norms.be_at(0, 3)
+    norms.move_to(0, 3)
     assert all(torch.equal(a, b) for a, b in zip(moving.state_dict().values(), counted.state_dict().values()))
-    norms.be_at(1, 0)
+    norms.move_to(1, 0)
     assert torch.equal(moving.state_dict()["mid_feature_mix_conv.conv1.u0"], state["mid_feature_mix_conv.conv1.u0"])
 
 
@@ -440,9 +437,9 @@ def test_strict_norms_move_from_image_to_image(root, model):
     "arguments, code, said",
     [
         (("parallel_generate_Depth_NYY",), 2, "did you mean parallel_generate_Depth_NYU?"),
-        (("train",), 2, "no generator of DatasetDM reads"),
+        (("train",), 2, "unknown script 'train'"),
         ((*NYU, "--numbr_data", "3"), 2, "did you mean --number_data?"),
-        ((*NYU, "--n_each_class", "3"), 2, "--n_each_class is a flag of"),
+        ((*NYU, "--n_each_class", "3"), 2, "unknown flag --n_each_class"),
         ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a number of 1 or more"),
         ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 gives too few images"),
         ((*NYU, "--thread_num", "1", "--number_data", "2", "--grounding_ckpt", "pose.pth"), 2, "do not fit this depth"),
@@ -529,15 +526,15 @@ def test_flags_without_effect_are_named(root, model):
         ("parallel_generate_Semantic_Medical_CT", "--config, --prompt"),
         ("train_depth_NYU", "--batch_size"),
     ):
-        line = command.read_line("", script, "", command.SCRIPTS[script].flags, given[script], {})
-        assert list(telling.ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
+        line = command.read_line("", command.SCRIPTS[script], given[script])
+        assert list(summary.rows_of_ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
 
 
 def test_the_table_counts_processes_and_what_they_leave_over(root):
     engine = types.SimpleNamespace(name="fast", model=types.SimpleNamespace(name="demo"))
     job = types.SimpleNamespace(engine=engine, plan=types.SimpleNamespace(batch_size=4))
     flags = ("Depth_NYU", "--number_data", "7", "--thread_num", "3", "--prompt_root", f"{PROMPTS}/NYU")
-    plain, whole = ("\n".join(telling.rows(ordered(root, *flags, *more), job)) for more in ((), ("--all",)))
+    plain, whole = ("\n".join(summary.rows(ordered(root, *flags, *more), job)) for more in ((), ("--all",)))
     assert "6 images, seeds 200000 to 200009: those of --thread_num 3 processes" in plain
     assert "--number_data 7: 1 left over by 3 processes; --all makes them" in plain and "guidance 5;" in plain
     assert "7 images, seeds 200000 to 200012: those of --thread_num 3 processes" in whole and "left over" not in whole
@@ -549,17 +546,17 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
 
 
-# ---- the demo and the vis scripts
+# ---- the demo and the trainers
 
 
 def test_the_demo_draws_seven_labels_of_each_picture(root):
     """One pass: all of its decoders stand in one run. Every process would draw the same seeds."""
     script = demo.Demo()
     flags = ["--root", str(root), "--model", "demo", "--number_data", "6", "--thread_num", "2", "--open_word", "kite"]
-    line = command.read_line("", script.name, "", script.flags, flags, {})
+    line = command.read_line("", script, flags)
     ours, python = script.order(line), random.Random(42)
     assert [item.seed for item in ours.items] == [python.randint(1, 1000000) for _ in range(3)]
-    assert len(ours.config.task) == 7 and ours.given(ours.items[0]).classes == ("kite",) and ours.guidance == 5.0
+    assert len(ours.config.task) == 7 and ours.prompts[0].classes == ("kite",) and ours.guidance == 5.0
     numbers = torch.Generator().manual_seed(3)
     raw, configs = {}, {}
     for label, kind, _ in demo.LABELS.values():
@@ -576,114 +573,8 @@ def test_the_demo_draws_seven_labels_of_each_picture(root):
 
 def test_colours_of_depth():
     ends = np.array([[0.0, 0.5, 1.0, 2.0]])
-    assert drawing.jet(ends)[0].tolist() == [[0, 0, 128], [128, 255, 128], [128, 0, 0], [128, 0, 0]]
-    assert drawing.near_to_far(ends)[0, [0, 2]].tolist() == [[252, 253, 191], [0, 0, 4]]
-
-
-@pytest.mark.parametrize("script", ["vis_COCO", "vis_VOC", "vis_KITTI"])
-def test_vis_scripts_draw_the_labels_of_an_output(tmp_path, script, capsys):
-    contour_output(tmp_path / "DataDiffusion/in")
-    for folder in ("Mask", "Annotation"):
-        for k in range(2):
-            (tmp_path / "DataDiffusion/in" / folder).mkdir(exist_ok=True)
-            Image.fromarray(np.full((512, 512), 3, np.uint8)).save(tmp_path / f"DataDiffusion/in/{folder}/dog_{k}.png")
-    write(tmp_path / "DataDiffusion/in/Mask/dog_0.txt", "100,100,100,400,400,400,400,100,0,0.9\n9,9,0,0.1\n")
-    assert command.main([script, "--root", str(tmp_path), "--input_root", "in", "--quiet"]) == 0
-    drawn = sorted((tmp_path / "DataDiffusion/Vis").iterdir())
-    beside = ["image_dog_0.jpg", "image_dog_1.jpg"] if script == "vis_KITTI" else []
-    labelled = [f"dog_{k}.jpg" for k in range(4 if script == "vis_COCO" else 2)]
-    assert [path.name for path in drawn] == labelled + beside
-    first = decoded(drawn[0].read_bytes()).astype(int)
-    assert first[250, 250].sum() > 60 or script == "vis_KITTI"
-    assert (first[50, 50].max() < 10) == (script == "vis_COCO")
-
-
-# ---- splicers and trainers
-
-
-def contour_output(folder: Path) -> None:
-    """An output of four images with a contour each."""
-    for k in range(4):
-        (folder / "Image").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((512, 512, 3), 50 * k, np.uint8)).save(folder / f"Image/dog_{k}.jpg")
-        write(folder / f"Mask/dog_{k}.txt", f"{k},1,{k},5,9,5,1,0.5\n")
-
-
-def test_contours_move_with_their_images(tmp_path, capsys):
-    contour_output(tmp_path / "DataDiffusion/in")
-    line = ["splicing_augmentation_coco", "--root", str(tmp_path), "--input_root", "in", "--quiet"]
-    small = splicing.Splicer("splicing_augmentation_coco", (2, 1, 1, 0, 0, 0, 0), "Mask", ".txt")
-
-    def made(out, *flags):
-        read = command.read_line("", small.name, "", small.flags, [*line[1:], "--out_root", out, *flags], {})
-        return splicing.splice(small, read, lambda: False)[1:]
-
-    assert made("whole") == (4, 0) and made("whole") == (0, 0)
-    assert made("parts", "--limit", "3") == (3, 1) and made("parts", "--limit", "3") == (1, 0)
-    holder = tmp_path / "DataDiffusion"
-    assert tree(holder / "parts") == tree(holder / "whole")
-    names = {name for name in tree(holder / "whole") if name.startswith("Image")}
-    assert names == {f"Image/splicing_{k}.jpg" for k in (0, 1, 15001, 35001)}
-    with Image.open(holder / "whole/Image/splicing_15001.jpg") as picture:
-        assert picture.size == (1024, 1024)
-        grey = np.array(picture.convert("L")).astype(int)
-    for place, text in enumerate((holder / "whole/Mask/splicing_15001.txt").read_text().splitlines()):
-        row, column = divmod(place, 2)
-        k = round(grey[512 * row + 99, 512 * column + 99] / 50)
-        moved = (k + 512 * column, 1 + 512 * row, k + 512 * column, 5 + 512 * row, 9 + 512 * column, 5 + 512 * row)
-        assert text == f"{','.join(map(str, moved))},1,0.5"
-    assert command.main([*line, "--out_root", "whole", "--seed", "3"]) == 2
-    assert "pictures of another command" in capsys.readouterr().err
-    assert command.main([*line, "--out_root", "new", "--input_root", "none"]) == 3
-
-
-def test_contours_move_by_the_size_of_their_images(tmp_path):
-    """The demo model's have 128 pixels."""
-    write(tmp_path / "Mask/dog.txt", "1,2,9,2,1,9,4,0.5\n")
-    (tmp_path / "Image").mkdir()
-    Image.fromarray(np.zeros((128, 128, 3), np.uint8)).save(tmp_path / "Image/dog.jpg")
-    coco, pair = splicing.SPLICERS["splicing_augmentation_coco"], ("dog", "dog")
-    image, label = splicing.spliced(coco, tmp_path, splicing.Tiles(0, (pair, pair)), is_single=False)
-    assert decoded(image).shape[:2] == (256, 256)
-    assert label.decode().splitlines()[1:3] == ["129,2,137,2,129,9,4,0.5", "1,130,9,130,1,137,4,0.5"]
-
-
-@pytest.mark.parametrize(
-    "text", [b"\n", b"dog\n", b"1,2,3,1,0.9\n", b"99999999999999999999,1,1,0.9\n", b"\xff,1,1,0.9\n"]
-)
-def test_what_is_no_contour_is_named_with_its_file(text, tmp_path, capsys):
-    contour_output(tmp_path / "DataDiffusion/in")
-    for k in range(4):
-        (tmp_path / f"DataDiffusion/in/Mask/dog_{k}.txt").write_bytes(text)
-    line = ["--root", str(tmp_path), "--input_root", "in", "--out_root", "out", "--quiet"]
-    for script in ("splicing_augmentation_coco", "vis_COCO"):
-        assert command.main([script, *line]) == 2
-        assert "is not a contour" in capsys.readouterr().err
-
-
-def test_depth_of_16_bits_is_spliced_and_shown_as_it_is(tmp_path):
-    """The generators write it with --fixed: millimetres in rooms, steps of 1/256 m in streets."""
-    for folder, shape, kind in (("Image", (8, 8, 3), "jpg"), ("Annotation", (8, 8), "png")):
-        (tmp_path / folder).mkdir()
-        dtype = np.uint8 if kind == "jpg" else np.uint16
-        Image.fromarray(np.full(shape, 0 if kind == "jpg" else 5000, dtype)).save(tmp_path / folder / f"a.{kind}")
-    rooms = splicing.SPLICERS["splicing_augmentation_NYU"]
-    _, label = splicing.spliced(rooms, tmp_path, splicing.Tiles(0, (("a", "a"),)), is_single=False)
-    assert decoded(label).shape == (8, 16) and (decoded(label) == 5000).all()
-    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "half.png")
-    for name, number in (("vis_NYU", 5000), ("vis_KITTI", 40 * 256)):
-        Image.fromarray(np.full((8, 8), number, np.uint16)).save(tmp_path / "fine.png")
-        drawn = [np.array(showing.SHOWERS[name].draw(None, tmp_path / f"{each}.png")) for each in ("half", "fine")]
-        assert (drawn[0] == drawn[1]).all(), name
-
-
-def test_ids_of_splices():
-    coco = splicing.SPLICERS["splicing_augmentation_coco"]
-    grids = splicing.grids_of(coco, 7, fixed=False)
-    assert len(grids) == 93000 - 10000 and max(grids) == 88000  # 65001 to 75000 are written twice, last by 6 x 6
-    assert grids[65001] == 6 and grids[64999] == 5
-    assert list(splicing.grids_of(coco, 1, fixed=True)) == list(range(93000))
-    assert len(splicing.grids_of(coco, 1, fixed=False)) == 15000
+    assert demo.jet(ends)[0].tolist() == [[0, 0, 128], [128, 255, 128], [128, 0, 0], [128, 0, 0]]
+    assert demo.near_to_far(ends)[0, [0, 2]].tolist() == [[252, 253, 191], [0, 0, 4]]
 
 
 @pytest.mark.parametrize(
@@ -705,7 +596,7 @@ def test_a_trainers_line_becomes_one_of_train(tmp_path, script, config, data, fl
         write(tmp_path / "c.yaml", f"DATASETS:\n  dataset: VOC\n  {config}\n")
         line += ["--config", "c.yaml"]
     trainer = training.TRAINERS[script]
-    words = training.line_of_train(trainer, command.read_line("", script, "", trainer.flags, line, {}))
+    words = training.line_of_train(trainer, command.read_line("", trainer, line))
     read, _ = parse(words, TrainConfig)
     read.check()
     assert words[1] == data.format(tmp_path) and flags in " ".join(words) or set(flags.split()) <= set(words)
@@ -725,7 +616,7 @@ def test_what_a_trainer_leaves_is_a_checkpoint(root, tmp_path):
         write_bytes(tmp_path / "checkpoint/one/.train/depth" / name, content)
     trainer = training.TRAINERS["train_depth_NYU"]
     read = ["--root", str(tmp_path), "--save_name", "one"]
-    path = training.checkpoint_of(trainer, command.read_line("", trainer.name, "", trainer.flags, read, {}))
+    path = training.checkpoint_of(trainer, command.read_line("", trainer, read))
     assert path == tmp_path / "checkpoint/one/latest_checkpoint.pth"
     ours, theirs = (torch.load(one, weights_only=True) for one in (path, root / "nyu.pth"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -861,8 +752,8 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     folder = root / PROMPTS / prompts
     flags = ["--root", checkout, "--model", "demo", "--thread_num", str(processes), f"--{generator.count}", str(count)]
     flags += ["--prompt_root", str(folder), "--config", str(root / f"config/{config}.yaml") if config else ""]
-    line = command.read_line(command.PROG, name, "", generator.flags, flags, {})
-    ours = order.order_of(generator, line)
+    line = command.read_line("", generator, flags)
+    ours = generator.order(line)
     options = types.SimpleNamespace(**line.values)
     options.outdir, options.grounding_ckpt = str(tmp_path / "theirs"), "none"
     with upstreams_script(root, name, kind, monkeypatch) as (module, drawn):
@@ -877,7 +768,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     made = {}
     for index, item in wanted:
         raw = {generator.task: {key: value[0] for key, value in raw_of(kind, item.seed).items()}}
-        made |= command.files_of(generator, ours, index, picture_of(item.seed), raw, decoder)
+        made |= generator.files(ours, index, picture_of(item.seed), raw, decoder)
     theirs = tree(tmp_path / "theirs")
     assert made.keys() == theirs.keys()
     for path, content in made.items():

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.compat.vinai gen_data: the command lines of Dataset Diffusion, run by this engine."""
+"""python -m datasetdm_fast.compat.vinai gen_data: the command lines of Dataset Diffusion, run by this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -89,49 +88,20 @@ class GenDataConfig:
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 
-    def path(self, given: str) -> Path:
-        return Path(self.root) / given
+    def path(self, name: str) -> Path:
+        """The path in a setting; a relative one starts from --root."""
+        return Path(self.root) / getattr(self, name)
 
     def check(self) -> None:
         for name in ("work_dir", "sd_path"):
             if not getattr(self, name):
-                raise Refused(
-                    f"--{name.replace('_', '-')} is missing", f"Add it; {PROG} gen_data --help says what it is."
-                )
-        for name, least in (("batch_size", 1), ("start", -1), ("end", -1)):
-            if getattr(self, name) < least:
-                raise Refused(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more",
-                    "Choose another number, or leave it out.",
-                )
-        for name in ("threshold", "uncertainty_threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                raise Refused(
-                    f"--{name.replace('_', '-')} {getattr(self, name):g}: expected more than 0 and at most 1",
-                    f"For example --{name.replace('_', '-')} 0.5.",
-                )
-        if self.uncertainty_threshold > self.threshold:
+                raise Refused(f"--{name.replace('_', '-')} is missing", f"Add it; see {PROG} gen_data --help.")
+        if not 0 < self.uncertainty_threshold <= self.threshold <= 1:
             raise Refused(
-                f"--uncertainty-threshold {self.uncertainty_threshold:g}: expected at most --threshold, "
-                f"{self.threshold:g}",
+                f"--uncertainty-threshold {self.uncertainty_threshold:g} --threshold {self.threshold:g}: expected "
+                "numbers from 0 to 1, of which the second is not smaller",
                 "Give both, such as --threshold 0.6 --uncertainty-threshold 0.5.",
             )
-
-
-@dataclass(frozen=True)
-class TrainMmsegConfig:
-    work_dir: str = setting("", "folder that gen_data wrote", metavar="OUT")
-    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="DATA")
-    student: str = setting("deeplabv3plus", "network to train", choices=("segformer", "deeplabv3plus", "mask2former"))
-    weights: str = setting("", "local folder of transformers from whose weights the network starts", metavar="DIR")
-    steps: int = setting(0, "training steps; default: 20000 for VOC, 40000 for COCO", metavar="N")
-    batch_size: int = setting(8, "images per batch", metavar="N")
-    repeats: int = setting(3, "students, each with another seed", metavar="N")
-    tta: bool = setting(False, "score the mean over six scales and their mirror images")
-    root: str = setting("", "folder that relative paths start from; default: the current one", metavar="DIR")
-    device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    dry_run: bool = setting(False, "print the commands that would be run")
-    quiet: bool = setting(False, "show no progress")
 
 
 @command
@@ -142,22 +112,22 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: {PROG} SCRIPT [flags]; SCRIPT --help lists its flags\n\nscripts: {', '.join(SCRIPTS)}")
         return 0
     if name not in SCRIPTS:
-        said = f"unknown script {arguments[0]!r}{nearest(name, SCRIPTS)}" if name else "no script is named"
-        raise Refused(f"{PROG}: {said}", f"Scripts: {', '.join(SCRIPTS)}.")
+        cause = f"unknown script {arguments[0]!r}{nearest(name, SCRIPTS)}" if name else "no script is named"
+        raise Refused(f"{PROG}: {cause}", f"Scripts: {', '.join(SCRIPTS)}.")
     return SCRIPTS[name](arguments[1:])
 
 
-def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object) -> int:
-    """Images and masks of a prompt list; `usual` are the settings that the named shell script gives."""
-    config, given = parse(arguments, GenDataConfig, f"{PROG} {script}", __doc__, EXAMPLES)
-    config = replace(config, **{name: value for name, value in usual.items() if name not in given})
+def gen_data(arguments: Sequence[str], script: str = "gen_data", **defaults: object) -> int:
+    """Makes images and masks of a prompt list; `defaults` are the settings in the shell script of that name."""
+    config, named = parse(arguments, GenDataConfig, f"{PROG} {script}", __doc__, EXAMPLES)
+    config = replace(config, **{name: value for name, value in defaults.items() if name not in named})
     config.check()
-    prompts = read_list(config.path(config.json_path), config.data_type, config.start, config.end)
+    path = config.path("json_path")
+    prompts = read_list(path, config.data_type, config.start, config.end)
     settings = _run_config(config, prompts)
-    out = config.path(config.work_dir)
+    out = config.path("work_dir")
     check_output("--work-dir", str(out), "folder")
     _check_folder(out, Path(settings.out), prompts)
-    path = config.path(config.json_path)
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
     interruption = Interruption(config.quiet)
     with renamed_flags(OTHER_FLAGS):
@@ -165,7 +135,7 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     if result is None:
         _check_model(config)
     if not config.quiet:
-        print(*_told(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
+        print(*_summary(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
     if result is None:
         with renamed_flags(OTHER_FLAGS):
             job = prepare(settings, source=source)
@@ -180,16 +150,16 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     if config.dry_run:
         return 0
     write_data_set(Path(settings.out), out, prompts)
-    _end(config, result, out, [script, *arguments])
+    _print_result(config, result, out, [script, *arguments])
     return interruption.exit_code(0)
 
 
 def _run_config(config: GenDataConfig, prompts: PromptList) -> RunConfig:
     """The run whose samples are the images and masks of this part of the list."""
-    model = config.path(config.sd_path)
+    model = config.path("sd_path")
     part = "" if prompts.is_whole else f"-{prompts.first}-{prompts.first + len(prompts.prompts)}"
-    same = "batch_size steps threshold engine dtype device threads limit json quiet dry_run".split()
-    settings = PARITIES[PARITY] | {name: getattr(config, name) for name in same}
+    shared = "batch_size steps threshold engine dtype device threads limit json quiet dry_run".split()
+    settings = PARITIES[PARITY] | {name: getattr(config, name) for name in shared}
     return RunConfig(
         **settings
         | {
@@ -199,20 +169,20 @@ def _run_config(config: GenDataConfig, prompts: PromptList) -> RunConfig:
             "sampler": _sampler(model),
             "parity": "" if config.corrected else PARITY,
             "number": len(prompts.prompts),
-            # One generator begins anew with a part; seeds of their own count through the whole list.
+            # The one generator of all images starts again with a part; seeds of images count through the whole list.
             "seed": config.seed + (prompts.first if config.corrected else 0),
             "truncate_prompts": True,
             "allow_unnamed": True,
             "uncertainty": config.uncertainty_threshold,
             "self_cells": config.self_res,
             "cross_cells": config.cross_res,
-            "out": str(config.path(config.work_dir) / (RUN + part)),
+            "out": str(config.path("work_dir") / (RUN + part)),
         }
     )
 
 
 def _check_model(config: GenDataConfig) -> None:
-    model = config.path(config.sd_path)
+    model = config.path("sd_path")
     if config.sd_path not in PRESETS and not model.exists():
         raise Missing(f"--sd-path: {model} is not there{storage.named_alike(model)}", "Name Stable Diffusion's folder.")
 
@@ -220,19 +190,19 @@ def _check_model(config: GenDataConfig) -> None:
 def _sampler(model: Path) -> str:
     """The sampler that the model folder names, as its pipeline would take it."""
     path = model / "scheduler" / "scheduler_config.json"
-    named = documents.read_object(path).get("_class_name", "PNDMScheduler") if path.is_file() else "PNDMScheduler"
-    if named not in SCHEDULERS:
+    scheduler = documents.read_object(path).get("_class_name", "PNDMScheduler") if path.is_file() else "PNDMScheduler"
+    if scheduler not in SCHEDULERS:
         raise Refused(
-            f"{path}: the scheduler {documents.quoted(named)} is none of {', '.join(SCHEDULERS)}",
+            f"{path}: the scheduler {documents.quoted(scheduler)} is none of {', '.join(SCHEDULERS)}",
             "Put one of these there; --sd-path may name a copy of the folder with links to its weights.",
         )
-    return SCHEDULERS[named]
+    return SCHEDULERS[scheduler]
 
 
 def _check_folder(out: Path, run_folder: Path, prompts: PromptList) -> None:
-    """Refuses images that no run of this command made, and entries of which another run in this folder has images."""
-    others = [found for name in ("image", "mask") if (out / name).is_dir() for found in (out / name).iterdir()]
-    if others and not any((found / DOCUMENT).is_file() for found in out.glob(RUN + "*")):
+    """Refuses a folder with images of another program, and entries whose images another run in it has."""
+    others = [path for name in ("image", "mask") if (out / name).is_dir() for path in (out / name).iterdir()]
+    if others and not any((path / DOCUMENT).is_file() for path in out.glob(RUN + "*")):
         raise Refused(
             f"--work-dir {out}: holds {others[0].relative_to(out)}, which no run of {run_folder.name} made",
             "Choose another folder.",
@@ -253,8 +223,8 @@ def _entries(first: int, last: int) -> str:
     return f"entry {first}" if first == last else f"entries {first} to {last}"
 
 
-def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
-    """The settings, and which of the original's behaviour is kept, corrected and omitted, a line each."""
+def _summary(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
+    """The settings, and what of the original's behaviour stays, is corrected and omitted, a line each."""
     noise = "--seed + k for image k of the list" if config.corrected else "one generator for all images of this command"
     places = "all tokens of a word" if config.corrected else "word positions"
     entries = _entries(prompts.first, prompts.first + len(prompts.prompts) - 1)
@@ -285,18 +255,18 @@ def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
     places = (("image", "jpg"), ("mask", "png"))
     storage.remove_parts_of(out / folder / f"{name}.{end}" for folder, end in places for name in prompts.names)
 
-    def written(sample: StoredSample) -> None:
+    def write(sample: StoredSample) -> None:
         name = prompts.names[sample.row.request.index]
         files = {
-            out / "image" / f"{name}.jpg": _encoded(sample.image, "JPEG"),
-            out / "mask" / f"{name}.png": _encoded(sample.label(ATTENTION).labels, "PNG", colours),
+            out / "image" / f"{name}.jpg": _encode(sample.image, "JPEG"),
+            out / "mask" / f"{name}.png": _encode(sample.label(ATTENTION).labels, "PNG", colours),
         }
         storage.publish({path: data for path, data in files.items() if not _holds(path, data)})
 
-    with open_run(run_folder) as found, ThreadPoolExecutor(count_cores()) as threads:
+    with open_run(run_folder) as samples, ThreadPoolExecutor(count_cores()) as threads:
         for folder, _ in places:
             storage.make_folder(out / folder)
-        for _ in threads.map(written, found):
+        for _ in threads.map(write, samples):
             pass
 
 
@@ -304,7 +274,7 @@ def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
-def _encoded(pixels, form: str, colours: bytes = b"") -> bytes:
+def _encode(pixels, form: str, colours: bytes = b"") -> bytes:
     """The file that Pillow writes with its own settings, as the original does."""
     from PIL import Image
 
@@ -315,47 +285,12 @@ def _encoded(pixels, form: str, colours: bytes = b"") -> bytes:
     return data.getvalue()
 
 
-def _end(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[str]) -> None:
+def _print_result(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[str]) -> None:
     facts = {"number": result.number, "done": result.done, "made": result.made, "complete": result.is_complete}
     print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
     if not result.is_complete:
-        remedy = f"go on with: {PROG} {shlex.join(arguments)}"
-        print_unfinished(result.done, result.number, remedy)
+        print_unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}")
     result.check()
-
-
-def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> int:
-    """The steps of a training script: a student, a second one by the labels of the first, and a config of mmseg."""
-    config, _ = parse(
-        arguments,
-        TrainMmsegConfig,
-        f"{PROG} train_mmseg_{kind}",
-        "Train a student on the output of gen_data and a second on its labels of them, and score both on real images.",
-    )
-    if config.repeats < 2:
-        raise Refused(
-            f"--repeats {config.repeats}: expected 2 or more", "Leave it out for 3: a mean is of several students."
-        )
-    root = Path(config.root)
-    out = root / (config.work_dir or f"data/gen_{kind}")
-    parts = sorted(path for path in out.glob(RUN + "*") if (path / DOCUMENT).is_file())
-    if not parts:
-        raise Missing(f"{out / RUN}: there is no run folder", f"Make it with {PROG} gen_data_{kind} --sd-path SD.")
-    whole, lines = parts[0], []
-    if len(parts) > 1 and whole.name != RUN:
-        whole = out / ".merged"
-        lines.append(["merge", *map(str, parts), "--out", str(whole), *(["--quiet"] if config.quiet else ())])
-    student = ["--student", config.student, "--run", str(whole), "--only-synthetic", "--self-train"]
-    student += ["--data", config.data or f"{kind}:{root / real}[val]", "--steps", str(config.steps or steps)]
-    student += ["--batch-size", str(config.batch_size), "--repeats", str(config.repeats), "--device", config.device]
-    student += [*(["--weights", config.weights] if config.weights else ()), *(["--tta"] if config.tta else ())]
-    lines.append(["evaluate", *student, "--out", str(out / ".students"), *(["--quiet"] if config.quiet else ())])
-    lines.append(["convert", str(whole), "--to", "mmseg", *(["--quiet"] if config.quiet else ())])
-    for line in lines:
-        print(f"python -m datasetdm_fast.{shlex.join(line)}", file=sys.stderr)
-        if not config.dry_run and (code := import_module(f"datasetdm_fast.{line[0]}").main(line[1:])):
-            return code
-    return 0
 
 
 def gen_data_voc(arguments: Sequence[str]) -> int:
@@ -363,25 +298,15 @@ def gen_data_voc(arguments: Sequence[str]) -> int:
 
 
 def gen_data_coco(arguments: Sequence[str]) -> int:
-    """The script passes no --data-type, and so took COCO's prompts for VOC's."""
-    usual = {"work_dir": "data/gen_coco", "json_path": "data/prompts/coco_prompts.json"}
-    return gen_data(arguments, "gen_data_coco", **usual, batch_size=4, data_type="coco")
-
-
-def train_mmseg_voc(arguments: Sequence[str]) -> int:
-    return train_mmseg(arguments, "voc", 20000, "data/VOCdevkit/VOC2012")
-
-
-def train_mmseg_coco(arguments: Sequence[str]) -> int:
-    return train_mmseg(arguments, "coco", 40000, "data/coco")
+    """The original passes no --data-type, and so reads COCO's prompts as VOC's."""
+    defaults = {"work_dir": "data/gen_coco", "json_path": "data/prompts/coco_prompts.json"}
+    return gen_data(arguments, "gen_data_coco", **defaults, batch_size=4, data_type="coco")
 
 
 SCRIPTS: dict[str, Callable[[Sequence[str]], int]] = {
     "gen_data": gen_data,
     "gen_data_voc": gen_data_voc,
     "gen_data_coco": gen_data_coco,
-    "train_mmseg_voc": train_mmseg_voc,
-    "train_mmseg_coco": train_mmseg_coco,
 }
 
 if __name__ == "__main__":

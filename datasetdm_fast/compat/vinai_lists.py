@@ -51,7 +51,7 @@ def classes_of(kind: str) -> tuple[str, ...]:
 
 
 def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
-    """The entries from `start` to before `end` (-1: the last included); an empty `kind` is found from the class
+    """The entries from `start` to before `end` (-1: the last included); an empty `kind` is inferred from the class
     prompts.
     """
     if not storage.is_there(path):
@@ -94,28 +94,28 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
 
 
 def _phrases(name: str) -> list[list[str]]:
-    """How a class prompt lists a class: by its name, as a person says it, or "tv monitor"."""
-    said = dict.fromkeys((name, *spoken((name,))))
-    said |= dict.fromkeys(word for word in further_words(name, None) if word.replace(" ", "") == name)
-    return [each.split() for each in said]
+    """How a class prompt lists a class: by its name, as it is spoken, or as in "tv monitor"."""
+    phrases = dict.fromkeys((name, *spoken((name,))))
+    phrases |= dict.fromkeys(word for word in further_words(name, None) if word.replace(" ", "") == name)
+    return [each.split() for each in phrases]
 
 
 def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str) -> tuple[str, ...]:
     """The classes that a class prompt lists; every word of it must belong to one."""
     words = text.lower().split()
-    found = listed(words, known)
-    covered = {at + k for _, at, length in found for k in range(length)}
+    matches = listed(words, known)
+    covered = {at + k for _, at, length in matches for k in range(length)}
     if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
         raise Refused(
             f"{where}: {documents.quoted(words[other])} of its class prompt is not a class of {kind}"
             f"{nearest(words[other], known)}",
             f"Name classes of {kind} alone, or choose another --data-type.",
         )
-    return tuple(dict.fromkeys(name for name, _, _ in found))
+    return tuple(dict.fromkeys(name for name, _, _ in matches))
 
 
 def _kind_of(texts: Sequence[str]) -> str:
-    """The first data set whose classes are all that the class prompts list, else the first."""
+    """The first data set that has all classes of the class prompts, else the first."""
     for kind in KINDS:
         known = {name: _phrases(name) for name in classes_of(kind)}
         try:

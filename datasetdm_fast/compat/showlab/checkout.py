@@ -1,4 +1,4 @@
-"""What lies in a user's checkout of DatasetDM: texts that its scripts hold, prompt files, configurations."""
+"""Files of a user's checkout of DatasetDM: texts in its scripts, prompt files, configurations."""
 
 import ast
 import io
@@ -15,11 +15,11 @@ from datasetdm_fast.untrusted import documents
 LARGEST_SCRIPT = 2**20  # bytes
 LARGEST_PROMPTS = 2**26
 FUNCTION = "sub_processor"  # of a generator's process
-AGAIN = "Get the file again from a checkout of DatasetDM."
+GET_AGAIN = "Get the file again from a checkout of DatasetDM."
 
 
-def present(path: Path, what: str, remedy: str) -> Path:
-    """The path where something of that name is there."""
+def check_present(path: Path, what: str, remedy: str) -> Path:
+    """The path; a missing one is refused."""
     if not storage.is_there(path):
         raise Missing(f"{what}: {path} is not there{storage.named_alike(path)}", remedy)
     return path
@@ -34,27 +34,27 @@ class Script:
     @cached_property
     def _assigned(self) -> dict[str, list[ast.expr]]:
         """Every expression that the script's process assigns to a name, in the order of the lines."""
-        text = storage.read(present(self.path, "DatasetDM's script", ROOT_REMEDY), LARGEST_SCRIPT)
+        text = storage.read(check_present(self.path, "DatasetDM's script", ROOT_REMEDY), LARGEST_SCRIPT)
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise Refused(f"{self.path}: not readable as Python ({type(error).__name__})", AGAIN) from error
+            raise Refused(f"{self.path}: not readable as Python ({type(error).__name__})", GET_AGAIN) from error
         process = next(
             (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == FUNCTION), None
         )
-        found: dict[str, list[ast.expr]] = {}
+        values: dict[str, list[ast.expr]] = {}
         for node in _walk(process) if process else ():
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                found.setdefault(node.targets[0].id, []).append(node.value)
-        return found
+                values.setdefault(node.targets[0].id, []).append(node.value)
+        return values
 
     def texts(self, name: str, place: int = 0) -> list[str]:
         """A list of texts that is assigned to a name and not empty; of several the one at `place`."""
         values = [self._plain(each) for each in self._assigned.get(name, ()) if isinstance(each, ast.List)]
-        found = [each for each in values if each and all(isinstance(text, str) for text in each)]
-        if len(found) <= place:
-            raise Refused(f"{self.path}: {FUNCTION} assigns no list of texts to {name}", AGAIN)
-        return found[place]
+        lists = [each for each in values if each and all(isinstance(text, str) for text in each)]
+        if len(lists) <= place:
+            raise Refused(f"{self.path}: {FUNCTION} assigns no list of texts to {name}", GET_AGAIN)
+        return lists[place]
 
     def lists(self, name: str) -> dict[str, list[str]]:
         """A dictionary of lists of texts that is assigned to a name."""
@@ -63,29 +63,29 @@ class Script:
             documents.check_form(value, dict, name)
             documents.check_form(value, dict.fromkeys(value, [str]), name)
         except ValueError as error:
-            raise Refused(f"{self.path}: {error}", AGAIN) from error
+            raise Refused(f"{self.path}: {error}", GET_AGAIN) from error
         return value
 
     def template(self, argument: str = "") -> str:
-        """The sentence of a prompt: the one into which `argument` (a name, or a function that is called) is put, or
-        without an argument the last one that stands alone.
+        """The sentence of a prompt: the last that is formatted with `argument` (a name or a called function), or
+        without an argument the last plain text.
         """
-        found = []
+        sentences = []
         for each in self._assigned.get("prompts", ()):
             inner = each.elts[0] if isinstance(each, ast.List) and len(each.elts) == 1 else None
             if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "format":
-                put = inner.args[0].func if inner.args and isinstance(inner.args[0], ast.Call) else inner.args[0]
+                value = inner.args[0].func if inner.args and isinstance(inner.args[0], ast.Call) else inner.args[0]
                 sentence = inner.func.value
-                if argument and isinstance(put, ast.Name) and put.id == argument:
-                    found.append(sentence.value if isinstance(sentence, ast.Constant) else None)
+                if argument and isinstance(value, ast.Name) and value.id == argument:
+                    sentences.append(sentence.value if isinstance(sentence, ast.Constant) else None)
             elif isinstance(inner, ast.Constant) and not argument:
-                found.append(inner.value)
-        if not found or not isinstance(found[-1], str) or (argument and found[-1].count("{}") != 1):
-            raise Refused(f"{self.path}: {FUNCTION} builds no prompt from {argument or 'a text alone'}", AGAIN)
-        return found[-1]
+                sentences.append(inner.value)
+        if not sentences or not isinstance(sentences[-1], str) or (argument and sentences[-1].count("{}") != 1):
+            raise Refused(f"{self.path}: {FUNCTION} builds no prompt from {argument or 'a text alone'}", GET_AGAIN)
+        return sentences[-1]
 
     def _plain(self, node: ast.expr) -> Any:
-        """The value of a literal, names in it resolved; None where it is none."""
+        """The value of a literal, names in it resolved; None for any other expression."""
         if isinstance(node, ast.Name):
             return next((self._plain(each) for each in self._assigned.get(node.id, ()) if each is not node), None)
         if isinstance(node, ast.List):
@@ -105,9 +105,9 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
         yield from _walk(child)
 
 
-def prompt_lines(path: Path) -> list[str]:
+def read_prompt_lines(path: Path) -> list[str]:
     """The lines of a prompt file as DatasetDM reads them: empty ones count, spaces stay."""
-    data = storage.read(present(path, "prompts", "Name the folder with --prompt_root."), LARGEST_PROMPTS)
+    data = storage.read(check_present(path, "prompts", "Name the folder with --prompt_root."), LARGEST_PROMPTS)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -118,8 +118,8 @@ def prompt_lines(path: Path) -> list[str]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of DatasetDM's configurations."""
-    present(path, "--config", "Name a file of the checkout's config folder, or leave --config out.")
-    found = documents.read_yaml(path)
-    if not isinstance(found, dict):
-        raise Refused(f"{path}: holds a {type(found).__name__}, expected sections of settings", "Name another file.")
-    return found
+    check_present(path, "--config", "Name a file of the checkout's config folder, or leave --config out.")
+    settings = documents.read_yaml(path)
+    if not isinstance(settings, dict):
+        raise Refused(f"{path}: holds a {type(settings).__name__}, expected sections of settings", "Name another file.")
+    return settings

@@ -1,6 +1,4 @@
-"""The outer borders of a mask as OpenCV finds them (Suzuki and Abe 1985): external ones alone, without the points on
-straight stretches.
-"""
+"""The external contours of a mask as OpenCV finds them (Suzuki and Abe 1985), without points on straight lines."""
 
 import numpy as np
 
@@ -15,28 +13,28 @@ def external_contours(mask: np.ndarray) -> list[np.ndarray]:
     wide = plane.shape[1]
     starts = np.flatnonzero((plane[:, 1:] == 1) & (plane[:, :-1] == 0))
     pixels = bytearray(plane.tobytes())
-    found = []
+    borders = []
     for start in starts.tolist():
         row, place = divmod(start, wide - 1)
         at = row * wide + place + 1
         if pixels[at] == 1 and not _is_inside(pixels, row * wide, at):
-            found.append(_followed(pixels, at, wide))
-    return found[::-1]
+            borders.append(_follow_border(pixels, at, wide))
+    return borders[::-1]
 
 
 def _is_inside(pixels: bytearray, row: int, at: int) -> bool:
-    """Whether the last border that is left of a pixel in its row has not been left yet."""
+    """Whether a pixel lies inside the last border to the left of it in its row."""
     return pixels.rfind(BORDER, row, at) > pixels.rfind(EXIT, row, at)
 
 
-def _followed(pixels: bytearray, start: int, wide: int) -> np.ndarray:
+def _follow_border(pixels: bytearray, start: int, wide: int) -> np.ndarray:
     """The border that begins at its first pixel in reading order, which is marked on the way."""
     steps = [down * wide + right for down, right in AROUND]
     first = _first_from(pixels, start, steps, 4, -1)
     if first is None:
         pixels[start] = EXIT
         return _points([start], wide)
-    kept, at, came, before = [], start, first, None
+    corners, at, came, before = [], start, first, None
     while True:
         ahead, passed = came, False
         while True:  # counter-clockwise around the pixel, from the one after where the border came from
@@ -49,11 +47,11 @@ def _followed(pixels: bytearray, start: int, wide: int) -> np.ndarray:
         elif pixels[at] == 1:
             pixels[at] = BORDER
         if ahead != before:
-            kept.append(at)
+            corners.append(at)
             before = ahead
         following = at + steps[ahead]
         if following == start and at == start + steps[first]:
-            return _points(kept, wide)
+            return _points(corners, wide)
         at, came = following, (ahead + 4) % 8
 
 
@@ -69,6 +67,6 @@ def _points(places: list[int], wide: int) -> np.ndarray:
 
 def largest_contour(mask: np.ndarray) -> np.ndarray | None:
     """The external contour with the largest bounding box, of equal ones the first; None of an empty mask."""
-    found = external_contours(mask)
-    areas = [int(np.prod(np.ptp(points, axis=0) + 1)) for points in found]
-    return found[areas.index(max(areas))] if found else None
+    contours = external_contours(mask)
+    areas = [int(np.prod(np.ptp(points, axis=0) + 1)) for points in contours]
+    return contours[areas.index(max(areas))] if contours else None

@@ -1,16 +1,19 @@
-"""parallel_demo: one picture with all seven labels, out of one diffusion pass."""
+"""parallel_demo: drawings of seven labels of one picture, from one diffusion pass."""
 
 import random
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
-from datasetdm_fast.compat.showlab import drawing, files
-from datasetdm_fast.compat.showlab.files import Answer, encoded, jpeg
-from datasetdm_fast.compat.showlab.lines import Flag, Line
-from datasetdm_fast.compat.showlab.order import ClassName, Order, check_counts
+from datasetdm_fast.compat.showlab import files
+from datasetdm_fast.compat.showlab.files import Output, encode, jpeg
+from datasetdm_fast.compat.showlab.lines import COMMON, NO_EFFECT, OURS, PROMPTS, Flag, Line
+from datasetdm_fast.compat.showlab.order import ClassName, Order, read_counts
 from datasetdm_fast.compat.showlab.prompts import Item
-from datasetdm_fast.compat.showlab.scripts import COMMON, NO_EFFECT, OURS, PROMPTS
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.colours import colour_in
+from datasetdm_fast.engine.labels.pictures import HEAT, masked, skeletons
 from datasetdm_fast.errors import Refused
 
 LARGEST_SEED = 1_000_000
@@ -27,7 +30,7 @@ LABELS = {
 ENDINGS = ("VKITTI2_depth", "NYU_depth", "instance", "open_world", "semantic", "deepfashion", "human_pose")
 BRIGHTEST = {"vkitti2": 10.0, "nyu": 10.0}  # metres at the end of the colours
 LEAST_HEIGHT = 0.2  # of a joint that is drawn
-ALPHA = 0.5
+ALPHA = 0.5  # of a label map over its picture
 SENTENCE = "a photo of a lion on a mountain top at sunset"
 FLAGS = (
     *COMMON,
@@ -47,52 +50,71 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Demo:
-    """The script, beside those that make one kind of label."""
+    """The script beside those that make one kind of label."""
 
     name: str = "parallel_demo"
-    told: str = "Pictures of one prompt with seven labels each, from one diffusion pass."
+    description: str = "Pictures of one prompt with seven labels each, from one diffusion pass."
     flags: tuple[Flag, ...] = FLAGS
     folders: tuple[str, ...] = ("",)  # its files lie flat in the output
 
     def order(self, line: Line) -> Order:
-        """What a line asks for; all of DatasetDM's processes draw the same seeds and write the same files."""
-        counts, word = check_counts(line, "number_data"), line["open_word"].strip()
+        """All images of a line; all of DatasetDM's processes draw the same seeds and write the same files."""
+        counts, word = read_counts(line, "number_data"), line["open_word"].strip()
         if not word:
             raise Refused("--open_word: it is empty", "Give the word to look for.")
         count = sum(share for process, share in counts.shares(whole=line["all"]) if process in (0, counts.processes))
         generator = random.Random(line["seed"])
         seeds = dict.fromkeys(generator.randint(1, LARGEST_SEED) for _ in range(count))
-        made = tuple(Item(0, place, seed, line["prompt"], "") for place, seed in enumerate(seeds))
+        items = tuple(Item(0, place, seed, line["prompt"], "") for place, seed in enumerate(seeds))
         checkpoints = {label: (kind, f"grounding_ckpt_{name}") for name, (label, kind, _) in LABELS.items()}
-        asked = (ClassName("", word, word),)
-        return Order(line, line.path("outdir"), checkpoints, 5.0, made, asked, True, (word,))
+        return Order(self, line, checkpoints, 5.0, items, (ClassName("", word, word),), True, (word,))
 
     def names(self, order: Order, index: int) -> list[str]:
+        """The files of a picture, below the output."""
         stem = order.items[index].stem
         return [f"{stem}.jpg", *(f"{stem}_{ending}.png" for ending in ENDINGS)]
 
     def files(self, order: Order, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
         """The picture and a drawing of each label."""
-        from datasetdm_fast.engine.labels.pictures import masked, skeletons
-
-        answers = {kind: Answer(pixels, raw[label], configs[label]) for label, kind, _ in LABELS.values()}
-        metres = {kind: answers[kind].raw["depth"][0].float().cpu().numpy() for kind in BRIGHTEST}
-        best, classes, _ = files.candidates(answers["coco"], 2)
-        masks, _, scores = files.candidates(answers["voc"], 1)
-        word = masks[files.best_of(scores, 1)[0]]
-        clothes = files.class_map(answers["deepfashion"], least=0) * word
-        places, heights, _ = files.joints(answers["pose"])
-        drawn = (
-            drawing.Image.fromarray(drawing.near_to_far(metres["vkitti2"] / BRIGHTEST["vkitti2"])),
-            drawing.Image.fromarray(drawing.jet(metres["nyu"] / BRIGHTEST["nyu"])),
-            masked(pixels, best, np.array(classes)),
+        outputs = {kind: Output(pixels, raw[label], configs[label]) for label, kind, _ in LABELS.values()}
+        metres = {kind: outputs[kind].raw["depth"][0].float().cpu().numpy() for kind in BRIGHTEST}
+        things, classes, _ = files.candidates(outputs["coco"], 2)
+        masks, _, scores = files.candidates(outputs["voc"], 1)
+        word = masks[files.best_indices(scores, 1)[0]]
+        clothes = files.class_map(outputs["deepfashion"], least=0) * word
+        places, heights, _ = files.joints(outputs["pose"])
+        drawings = (
+            Image.fromarray(near_to_far(metres["vkitti2"] / BRIGHTEST["vkitti2"])),
+            Image.fromarray(jet(metres["nyu"] / BRIGHTEST["nyu"])),
+            masked(pixels, things, np.array(classes)),
             masked(pixels, word[None], np.zeros(1, int)),
-            drawing.over(pixels, files.class_map(answers["cityscapes"]), "cityscapes", ALPHA),
-            drawing.over(pixels, clothes, "deepfashion", ALPHA),
-            skeletons(pixels, [(places, heights >= LEAST_HEIGHT)], answers["pose"].config.limbs),
+            over(pixels, files.class_map(outputs["cityscapes"]), "cityscapes"),
+            over(pixels, clothes, "deepfashion"),
+            skeletons(pixels, [(places, heights >= LEAST_HEIGHT)], outputs["pose"].config.limbs),
         )
-        stem = order.items[index].stem
-        found = {
-            f"{stem}_{ending}.png": encoded(picture, "PNG") for ending, picture in zip(ENDINGS, drawn, strict=True)
-        }
-        return {f"{stem}.jpg": jpeg(pixels)} | found
+        contents = [jpeg(pixels), *(encode(drawing, "PNG") for drawing in drawings)]
+        return dict(zip(self.names(order, index), contents, strict=True))
+
+
+DEMO = Demo()
+
+
+def near_to_far(share: np.ndarray) -> np.ndarray:
+    """Values 0 to 1 from light to dark, DatasetDM's magma reversed: [H, W, 3] uint8."""
+    anchors = np.array([list(bytes.fromhex(text)) for text in HEAT])
+    place = share.clip(0, 1) * (len(HEAT) - 1)
+    channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def jet(share: np.ndarray) -> np.ndarray:
+    """Values 0 to 1 from blue over green to red: [H, W, 3] uint8."""
+    distance = np.abs(4 * share.clip(0, 1)[..., None] - np.array([3, 2, 1]))
+    return ((1.5 - distance).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def over(pixels: np.ndarray, labels: np.ndarray, palette: str) -> Image.Image:
+    """A label map in the colours of a data set over its image."""
+    names = class_tables.table(palette).names
+    table = np.array([colour_in(palette, names[k] if k < len(names) else "", k) for k in range(256)], np.float32)
+    return Image.fromarray((pixels * (1 - ALPHA) + table[labels] * ALPHA).astype(np.uint8))

@@ -1,7 +1,7 @@
-"""The files that DatasetDM's generators write of an image, from its pixels and the raw answer of its decoder.
+"""The files that DatasetDM's generators write of an image, from its pixels and the raw outputs of its decoder.
 
-The arithmetic is that of its scripts, one image at a time and with the same library calls, so that equal answers give
-equal files.
+The arithmetic is that of its scripts, one image at a time and with the same library calls, so that equal
+outputs give equal files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.decoders.config import DecoderConfig
 
 SMALLEST_AREA = 5000  # evidence of a class at 512 x 512 pixels below which it is left out
-CANDIDATES = {"voc": 3, "coco": 100}  # pairs of query and class that are looked at
+CANDIDATES = {"voc": 3, "coco": 100}  # most probable pairs of query and class that are considered
 MOST_WRITTEN, LEAST_SCORE = 20, 0.4  # instances of an image
 STEPS = 256  # of 8-bit depth from 0 to the farthest
 MILLIMETRES = 1000  # steps of a metre in 16-bit depth of rooms
@@ -34,127 +34,121 @@ SOFTEST = 0.25  # of a pixel, by which a joint is moved uphill
 
 
 @dataclass(frozen=True)
-class Answer:
-    """All that the files of one image are made of."""
+class Output:
+    """Pixels and decoder outputs of one image, from which its files are made."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
     raw: Mapping[str, Tensor]  # of the image's decoder, without the batch
     config: DecoderConfig
-    class_id: int = 0  # of the class it was asked for, as the masks number it
-    is_fixed: bool = False  # whether what DatasetDM loses in files is kept
+    class_id: int = 0  # of the requested class, as the masks number it
+    is_fixed: bool = False  # whether losses of DatasetDM's files are corrected
 
     @property
     def size(self) -> int:
         return self.pixels.shape[0]
 
 
-Write = Callable[[Answer], dict[str, bytes]]  # the suffix of a file -> its content
+Write = Callable[[Output], dict[str, bytes]]  # the suffix of a file -> its content
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
     """A picture as DatasetDM saves it: PIL's default quality of 75, colours at half the resolution."""
-    return encoded(Image.fromarray(pixels), "JPEG")
+    return encode(Image.fromarray(pixels), "JPEG")
 
 
 def png(plane: np.ndarray) -> bytes:
     """A map [H, W] of 8 or 16 bits."""
-    return encoded(Image.fromarray(plane), "PNG")
+    return encode(Image.fromarray(plane), "PNG")
 
 
-def encoded(picture: Image.Image, form: str, **options: int) -> bytes:
+def encode(picture: Image.Image, form: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def at_size(masks: Tensor, size: int) -> Tensor:
+def resize_masks(masks: Tensor, size: int) -> Tensor:
     """Mask logits or heatmaps [N, m, m] at the size of the image."""
     import torch.nn.functional as F
 
     return F.interpolate(masks.float()[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
-def class_map(answer: Answer, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
-    """The class with the most evidence; those with less than `least` in all are left out, all but class 0."""
+def class_map(output: Output, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
+    """The class with the most evidence; classes with less than `least` in total are left out, except class 0."""
     import torch
 
-    logits, masks = answer.raw["pred_logits"].float(), at_size(answer.raw["pred_masks"], answer.size)
-    found = torch.einsum("qc,qhw->chw", logits.softmax(-1)[..., :-1], masks.sigmoid())
-    least *= (answer.size / AREA_SIDE) ** 2
-    for plane in found[1:]:
+    logits, masks = output.raw["pred_logits"].float(), resize_masks(output.raw["pred_masks"], output.size)
+    evidence = torch.einsum("qc,qhw->chw", logits.softmax(-1)[..., :-1], masks.sigmoid())
+    least *= (output.size / AREA_SIDE) ** 2
+    for plane in evidence[1:]:
         if (plane * (plane > 0.5)).sum() < least:
             plane.zero_()
-    return found.argmax(0).to(torch.uint8).cpu().numpy()
+    return evidence.argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def candidates(answer: Answer, count: int) -> tuple[np.ndarray, list[int], Tensor]:
+def candidates(output: Output, count: int) -> tuple[np.ndarray, list[int], Tensor]:
     """Masks [k, H, W] bool, classes and scores of the most probable pairs of query and class, in PyTorch's order."""
-    logits, masks = answer.raw["pred_logits"].float(), at_size(answer.raw["pred_masks"], answer.size)
-    inside, classes, scores = best_pairs(logits, masks, count)
-    return inside.cpu().numpy() > 0, classes.tolist(), scores
-
-
-def best_pairs(logits: Tensor, masks: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of logits [Q, C + 1] and mask logits [Q, H, W], as tensors; the masks are 0 or 1."""
-    probability = logits.softmax(-1)[:, :-1]
+    masks = resize_masks(output.raw["pred_masks"], output.size)
+    probability = output.raw["pred_logits"].float().softmax(-1)[:, :-1]
     best, places = probability.flatten().topk(min(count, probability.numel()), sorted=False)
-    chosen = masks[places // probability.shape[1]]
-    inside = (chosen > 0).float()
-    mean = (chosen.sigmoid().flatten(1) * inside.flatten(1)).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    return inside, places % probability.shape[1], best * mean
+    logits = masks[places // probability.shape[1]]
+    inside = (logits > 0).float()
+    mean = (logits.sigmoid().flatten(1) * inside.flatten(1)).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+    return inside.cpu().numpy() > 0, (places % probability.shape[1]).tolist(), best * mean
 
 
-def best_of(scores: Tensor, count: int) -> list[int]:
+def best_indices(scores: Tensor, count: int) -> list[int]:
     return heapq.nlargest(count, range(len(scores)), scores.__getitem__)
 
 
-def semantic(answer: Answer) -> dict[str, bytes]:
-    return {"png": png(class_map(answer))}
+def write_class_map(output: Output) -> dict[str, bytes]:
+    return {"png": png(class_map(output))}
 
 
-def one_class(answer: Answer) -> dict[str, bytes]:
-    """The best of three masks as the class that was asked for, 0 elsewhere."""
-    masks, _, scores = candidates(answer, CANDIDATES["voc"])
-    return {"png": png(masks[best_of(scores, 1)[0]].astype(np.uint8) * np.uint8(answer.class_id))}
+def write_class_mask(output: Output) -> dict[str, bytes]:
+    """The best of three masks, filled with the requested class; 0 elsewhere."""
+    masks, _, scores = candidates(output, CANDIDATES["voc"])
+    return {"png": png(masks[best_indices(scores, 1)[0]].astype(np.uint8) * np.uint8(output.class_id))}
 
 
-def instances(answer: Answer) -> dict[str, bytes]:
-    """A line of each instance: its contour, class and score. Where DatasetDM's losses are mended, a line of each of its
-    parts, and the class that was asked for.
+def write_contours(output: Output) -> dict[str, bytes]:
+    """A line of each instance: its contour, class and score; corrected, a line of each of its parts with the requested
+    class.
     """
-    masks, classes, scores = candidates(answer, CANDIDATES["coco"])
-    among, lines = best_of(scores, MOST_WRITTEN), []
+    masks, classes, scores = candidates(output, CANDIDATES["coco"])
+    among, lines = best_indices(scores, MOST_WRITTEN), []
     for k, (mask, number) in enumerate(zip(masks, classes)):
         if k not in among or scores[k] < LEAST_SCORE:
             continue
-        largest = None if answer.is_fixed else largest_contour(mask)
-        for contour in external_contours(mask) if answer.is_fixed else [] if largest is None else [largest]:
-            named = answer.class_id - 1 if answer.is_fixed else number
-            written = str(scores[k].cpu().numpy())
-            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{named},{written}\n")
+        largest = None if output.is_fixed else largest_contour(mask)
+        for contour in external_contours(mask) if output.is_fixed else [] if largest is None else [largest]:
+            class_id = output.class_id - 1 if output.is_fixed else number
+            score = str(scores[k].cpu().numpy())
+            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{class_id},{score}\n")
     return {"txt": "".join(lines).encode()}
 
 
-def depth(answer: Answer) -> dict[str, bytes]:
-    """Depth in 256 steps up to the farthest, rounded half to even; mended, 16 bits in the steps of the data set."""
-    metres = answer.raw["depth"][0].float().cpu().numpy()
-    if answer.is_fixed:
-        steps = MILLIMETRES if answer.config.max_depth < 2**16 / MILLIMETRES else KITTI_STEPS
+def write_depth(output: Output) -> dict[str, bytes]:
+    """Depth in 256 steps up to the farthest, rounded half to even; corrected, 16 bits in the steps of the data set."""
+    metres = output.raw["depth"][0].float().cpu().numpy()
+    if output.is_fixed:
+        steps = MILLIMETRES if output.config.max_depth < 2**16 / MILLIMETRES else KITTI_STEPS
         return {"png": png(np.rint(metres * steps).clip(0, 2**16 - 1).astype(np.uint16))}
-    return {"png": png(np.rint(metres / answer.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))}
+    return {"png": png(np.rint(metres / output.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))}
 
 
-def joints(answer: Answer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def joints(output: Output) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places [J, 2] and heights [J] of a heatmap's joints, and which of them are not within a pixel of the border."""
-    maps = at_size(answer.raw["heatmaps"], answer.size).cpu().numpy()
+    maps = resize_masks(output.raw["heatmaps"], output.size).cpu().numpy()
     flat = maps.reshape(len(maps), -1)
     heights, first = flat.max(1), flat.argmax(1)
-    places = np.stack([first % answer.size, first // answer.size], 1).astype(np.float32)
+    places = np.stack([first % output.size, first // output.size], 1).astype(np.float32)
     places *= (heights > 0)[:, None]
     is_inside = np.zeros(len(maps), bool)
     for k, (plane, (x, y)) in enumerate(zip(maps, places)):
         column, row = math.floor(x + 0.5), math.floor(y + 0.5)
-        is_inside[k] = 1 < column < answer.size - 1 and 1 < row < answer.size - 1
+        is_inside[k] = 1 < column < output.size - 1 and 1 < row < output.size - 1
         if is_inside[k]:
             right, down = (
                 plane[row, column + 1] - plane[row, column - 1],
@@ -164,25 +158,25 @@ def joints(answer: Answer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return places, heights, is_inside
 
 
-def heatmap_pose(answer: Answer) -> dict[str, bytes]:
-    """x, y and height of every joint that is not at the border; mended, of all joints."""
-    places, heights, is_inside = joints(answer)
+def write_heatmap_joints(output: Output) -> dict[str, bytes]:
+    """x, y and height of every joint that is not at the border; corrected, of all joints."""
+    places, heights, is_inside = joints(output)
     numbers = [
         str(value)
-        for (x, y), height, is_kept in zip(places, heights, is_inside)
-        if is_kept or answer.is_fixed
+        for (x, y), height, is_written in zip(places, heights, is_inside)
+        if is_written or output.is_fixed
         for value in (x, y, height)
     ]
     return {"txt": f"{','.join(numbers)}\n".encode()}
 
 
-def bins_pose(answer: Answer) -> dict[str, bytes]:
-    """The picture with its joints, which is all that DatasetDM keeps of them; mended, their places too."""
+def write_bin_joints(output: Output) -> dict[str, bytes]:
+    """The picture with its joints, all that DatasetDM stores of them; corrected, their places too."""
     from datasetdm_fast.engine.labels.pictures import skeletons
 
-    places = np.stack([answer.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
-    drawn = skeletons(answer.pixels, [(places, np.ones(len(places), bool))], answer.config.limbs)
-    found = {"png": encoded(drawn, "PNG")}
-    if answer.is_fixed:
-        found["txt"] = f"{','.join(str(float(value)) for value in places.reshape(-1))}\n".encode()
-    return found
+    places = np.stack([output.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
+    picture = skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
+    contents = {"png": encode(picture, "PNG")}
+    if output.is_fixed:
+        contents["txt"] = f"{','.join(str(float(value)) for value in places.reshape(-1))}\n".encode()
+    return contents

@@ -1,20 +1,18 @@
-"""A line of a generator becomes an ordinary run, whose samples also leave the files that DatasetDM writes."""
+"""A line of a generator as an ordinary run, which also writes the files that DatasetDM writes of every sample."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.compat.showlab.checkout import present
+from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
@@ -45,28 +43,25 @@ from datasetdm_fast.runs.run_folder.remaking import remakable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.engine.decoders.config import DecoderConfig
     from datasetdm_fast.engine.decoders.trunk import Decoder
 
 COMMAND = "compat.showlab"
-Raw = Mapping[str, Mapping[str, "Tensor"]]  # label -> the raw answer of its decoder
-# the number of an image, its pixels, raw answers, the configurations of their decoders -> files below the output
-Filed = Callable[[int, np.ndarray, Raw, Mapping[str, "DecoderConfig"]], dict[str, bytes]]
+Raw = Mapping[str, Mapping[str, "Tensor"]]  # label -> the raw outputs of its decoder
 
 
 @dataclass(frozen=True, repr=False)
 class FiledSample(Sample):
-    """A sample and the files that DatasetDM writes of it."""
+    """A sample with the files that DatasetDM writes of it."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class FilingGenerator(driver.BatchGenerator):
-    """Makes DatasetDM's files of every sample from the raw answers that its labels are made of."""
+    """Makes DatasetDM's files of every sample from the raw outputs that its labels are made of."""
 
-    def __init__(self, *arguments: Any, order: Order, filed: Filed):
+    def __init__(self, *arguments: Any, order: Order):
         super().__init__(*arguments)
-        self.order, self.filed = order, filed
+        self.order = order
         if self.words.embeddings is not None:  # of the very names, where ours are of names as they are spoken
             self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
         self._moving = MovingNorms(self.engine.decoders) if order.line["strict"] else None
@@ -74,7 +69,7 @@ class FilingGenerator(driver.BatchGenerator):
     def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | Quarantined]:
         if self._moving:
             item = self.order.items[batch.requests[0].index]
-            self._moving.be_at(item.process, item.place)
+            self._moving.move_to(item.process, item.place)
         return super().label(batch, drawn)
 
     def collected(
@@ -86,46 +81,46 @@ class FilingGenerator(driver.BatchGenerator):
         drawn: driver.SampledBatch,
     ) -> list[Sample | Quarantined]:
         results = super().collected(batch, images, raw, checks, drawn)
-        return [self._with_files(one, b, raw) if isinstance(one, Sample) else one for b, one in enumerate(results)]
+        return [self._with_files(each, b, raw) if isinstance(each, Sample) else each for b, each in enumerate(results)]
 
     def _with_files(self, sample: Sample, b: int, raw: Raw) -> FiledSample:
         configs = {label: self.engine.decoders[label].config for label in raw}
-        own = {
-            # a decoder of words answers for each word it is asked for: here the one class of the image
-            label: {name: value[b, 0] if configs[label].has_text else value[b] for name, value in answer.items()}
-            for label, answer in raw.items()
+        outputs = {
+            # an open-vocabulary decoder has outputs for each requested word: here the one class of the image
+            label: {name: value[b, 0] if configs[label].has_text else value[b] for name, value in tensors.items()}
+            for label, tensors in raw.items()
         }
-        made = self.filed(sample.request.index, sample.image, own, configs)
-        return FiledSample(**{each.name: getattr(sample, each.name) for each in fields(sample)}, files=made)
+        contents = self.order.script.files(self.order, sample.request.index, sample.image, outputs, configs)
+        return FiledSample(**{each.name: getattr(sample, each.name) for each in fields(sample)}, files=contents)
 
 
 class SingleGenerator(FilingGenerator):
-    """Samples and labels each image of a batch by itself, so that the size of batches changes no byte."""
+    """Samples and labels each image of a batch by itself, so that results do not depend on the batch size."""
 
     def sample(self, batch: Batch) -> list[driver.SampledBatch]:
         sample = super().sample
-        return [sample(one) for one in singles(batch)]
+        return [sample(single) for single in split_batch(batch)]
 
     def label(self, batch: Batch, drawn: list[driver.SampledBatch]) -> list[Sample | Quarantined]:
         label = super().label
-        return [result for one, own in zip(singles(batch), drawn, strict=True) for result in label(one, own)]
+        return [result for pair in zip(split_batch(batch), drawn, strict=True) for result in label(*pair)]
 
 
-def singles(batch: Batch) -> list[Batch]:
+def split_batch(batch: Batch) -> list[Batch]:
     """A batch as batches of one, without its padding."""
     return [Batch(batch.index, (request,)) for request in batch.requests]
 
 
 class MovingNorms:
-    """Spectral norms of decoders in training mode, which move with every image of a process."""
+    """Spectral norms of decoders in training mode, which change with every image of a process."""
 
     def __init__(self, decoders: Mapping[str, Decoder]):
         self.decoders = decoders
         self.first = {label: copy.deepcopy(decoder.state_dict()) for label, decoder in decoders.items()}
         self.next: tuple[int, int] | None = None
 
-    def be_at(self, process: int, place: int) -> None:
-        """Puts the norms where they stand before an image: they move by their weights alone, whatever is shown."""
+    def move_to(self, process: int, place: int) -> None:
+        """Sets the norms to their values before an image: these depend on the weights alone, not on other images."""
         from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 
         if self.next != (process, place):
@@ -138,7 +133,7 @@ class MovingNorms:
 
 
 def identity_of(order: Order) -> dict[str, Any]:
-    """The settings that decide the bytes of what is made, without a look at weights."""
+    """The settings that decide the bytes of the output, apart from the weights."""
     line = order.line
     choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed", "strict")}
     choices |= {"together": True} if line["together"] else {}
@@ -151,8 +146,8 @@ def _digest(value: Any) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(value).encode()).hexdigest()}"
 
 
-def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
-    """The description of the run that an output holds, if any; files of another run are refused."""
+def read_stored(order: Order) -> dict[str, Any] | None:
+    """The run.json of an output, if it has one; files of another run are refused."""
     check_output("--outdir", str(order.out), "folder")
     check_settings(order.config)
     stored = read_document(order.run_folder)
@@ -162,7 +157,7 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
             wanted["batch_size"] = stored["config"]["batch_size"]
         check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
         return stored
-    for folder in (order.out / name for name in folders):
+    for folder in (order.out / name for name in order.script.folders):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
             raise Refused(
                 f"--outdir {order.out}: {folder} holds files of another run, and nothing is overwritten",
@@ -171,11 +166,11 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
     return None
 
 
-def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job:
-    """The job of a line, checked in full; nothing is written."""
+def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
+    """The job of a line, checked in full, before anything is written."""
     config = order.config
     for _, flag in order.checkpoints.values():
-        present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
+        check_present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
     chosen = config.engine_choices()
     engine, decoders = opening.open_engine(
         config.model, config.decoder, config.task, size=config.size, strict=order.line["strict"], **chosen
@@ -186,13 +181,16 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
     size = config.batch_size or (
         stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), len(order.items))
     )
-    given, source = [order.given(item) for item in order.items], order.source
-    plan = Plan(given.__getitem__, words, len(given), config.seed, size, source.digest, len(given), has_seeds=True)
+    source = order.source
+    prompts = source.lines
+    plan = Plan(
+        prompts.__getitem__, words, len(prompts), config.seed, size, source.digest, len(prompts), has_seeds=True
+    )
     document = describe(identity_of(order), plan, engine, recipe, decoders)
     document |= {"command": COMMAND, "line": {"script": order.line.script, "values": dict(order.line.values)}}
     recipe = replace(recipe, facts=row_facts(document))
     kind = FilingGenerator if order.line["together"] else SingleGenerator
-    job = Job(config, plan, engine, recipe, document, 0, generator=partial(kind, order=order, filed=filed))
+    job = Job(config, plan, engine, recipe, document, 0, generator=partial(kind, order=order))
     if stored is not None:
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
@@ -200,54 +198,54 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
 
 
 def check_decoder(order: Order, decoders: Mapping[str, Decoder]) -> None:
-    """Refuses a decoder of other sizes than the configuration of the line says."""
+    """Refuses a decoder whose sizes differ from the configuration of the line."""
     for label, (kind, flag) in order.checkpoints.items():
         config, path = decoders[label].config, order.line.path(flag)
-        found = {"num_classes": config.logits - 1, "num_queries": config.queries} if config.has_queries else {}
+        sizes = {"num_classes": config.logits - 1, "num_queries": config.queries} if config.has_queries else {}
         if kind == "lvis":  # ours has as many as its data, whatever a configuration says
-            del found["num_classes"]
-        for name, wanted in order.expected.items():
-            if name in found and found[name] != wanted:
+            del sizes["num_classes"]
+        for name, expected in order.expected.items():
+            if name in sizes and sizes[name] != expected:
                 raise Refused(
-                    f"--config {order.line.path('config')}: {name} is {wanted:g}, and the weights in {path} have "
-                    f"{found[name]}",
+                    f"--config {order.line.path('config')}: {name} is {expected:g}, and the weights in {path} have "
+                    f"{sizes[name]}",
                     "Name the configuration they were trained with.",
                 )
 
 
-def already(order: Order, stored: Mapping[str, Any] | None, names: Callable[[int], list[str]]) -> Result | None:
+def result_if_complete(order: Order, stored: Mapping[str, Any] | None) -> Result | None:
     """The result of a line that has nothing left to do."""
-    if stored is None or missing_files(order, names):
+    if stored is None or missing_files(order):
         return None
     return settled(order.run_folder, stored, len(order.items), is_dry=order.line["dry_run"])
 
 
-def missing_files(order: Order, names: Callable[[int], list[str]]) -> list[int]:
-    """The samples that are there while one of their files below the output is not."""
+def missing_files(order: Order) -> list[int]:
+    """The samples of the run folder of which a file below the output is missing."""
     ledger = order.run_folder / LEDGER
     if not ledger.exists():
         return []
     with Ledger(ledger, read_only=True) as opened:
-        there = sorted(opened.indices(DONE))
-    return [index for index in there if not all((order.out / name).is_file() for name in names(index))]
+        indices = sorted(opened.indices(DONE))
+    return [k for k in indices if not all((order.out / name).is_file() for name in order.script.names(order, k))]
 
 
-def make(order: Order, job: Job, names: Callable[[int], list[str]], **callbacks: Any) -> Result:
-    """Makes what is missing; the files of a sample are on the disk before the sample counts as made."""
-    lost = missing_files(order, names)
-    publish = partial(put_files, order.out)
+def make(order: Order, job: Job, **callbacks: Any) -> Result:
+    """Makes missing samples and files; the files of a sample are on the disk before the sample counts as made."""
+    missing = missing_files(order)
+    publish = partial(write_files, order.out)
     result = run(job, before_commit=publish, **callbacks)
     storage.remove_temporaries(order.out, apart=order.run_folder)  # after a run that let no other process in
-    for index in sorted({k // job.plan.batch_size for k in lost}):
+    for index in sorted({k // job.plan.batch_size for k in missing}):
         ((_, results),) = driver.generate([job.plan.batch(index)], job.engine, job.recipe, make=job.generator)
-        publish([one for one in results if one.request.index in lost])
+        publish([each for each in results if each.request.index in missing])
     return result
 
 
-def put_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
+def write_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
     """Writes the files of samples below the output."""
     storage.publish(
-        {out / name: content for one in results if isinstance(one, FiledSample) for name, content in one.files.items()}
+        {out / name: data for each in results if isinstance(each, FiledSample) for name, data in each.files.items()}
     )
 
 
@@ -257,8 +255,8 @@ def remake(order: Order, job: Job, id: str) -> list[str]:
     with RunFolder(job.folder, job.document) as folder:
         batch = job.plan.batch(row.request.index // job.plan.batch_size)
         ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
-        result = next(one for one in results if one.request.index == row.request.index)
+        result = next(each for each in results if each.request.index == row.request.index)
         if isinstance(result, Quarantined):
             raise GateFailed(f"sample {id}: {result.reason}; nothing was written", "Try another --dtype.")
-        put_files(order.out, [result])
+        write_files(order.out, [result])
         return folder.renew(row, replace(result, provenance={**result.provenance, **facts_of(job.recipe, batch)}))

@@ -1,14 +1,12 @@
 """DatasetDM's trainers: each line becomes one of `train`, with DatasetDM's recipe, and its decoder a checkpoint."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasetdm_fast.compat.showlab.checkout import present, read_settings
-from datasetdm_fast.compat.showlab.lines import Flag, Line
+from datasetdm_fast.compat.showlab.checkout import check_present, read_settings
+from datasetdm_fast.compat.showlab.lines import OURS, Flag, Line
 from datasetdm_fast.compat.showlab.order import model_of
-from datasetdm_fast.compat.showlab.scripts import OURS
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.untrusted import documents
 
@@ -53,7 +51,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class TrainingScript:
-    """A script that teaches decoders of one task."""
+    """A script that trains decoders of one task."""
 
     name: str
     task: str
@@ -64,7 +62,7 @@ class TrainingScript:
     flags: tuple[Flag, ...] = FLAGS
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return f"Trains a decoder for {self.task} from labelled images of {' or '.join(self.data)}."
 
 
@@ -92,24 +90,15 @@ def line_of_train(trainer: TrainingScript, line: Line) -> list[str]:
     except ValueError as error:
         raise Refused(f"--save_name: {error}", "Name a folder in checkpoint.") from error
     data = DATA[_data_of(trainer, line)]
-    folder = present(line.root / "data" / data.folder, "data", f"Put {data.folder} there, as DatasetDM has it.")
-    made = [
-        "--data",
-        f"{data.reader}:{folder}",
-        "--select",
-        data.select,
-        "--task",
-        trainer.task,
-        "--preset",
-        "upstream",
-    ]
-    made += ["--timestep", "0", "--held-out", "0", "--accumulate", "1", "--by-name", "no", "--seed", str(line["seed"])]
-    made += ["--model", model_of(line), "--out", str(out_of(line) / RUN)]
-    made += [f"--{data.limit}", str(line["image_limitation"])] if data.limit else []
-    made += ["--quirks", trainer.quirk] if trainer.quirk else []
-    made += ["--pose-head", trainer.pose_head] if trainer.task == "pose" else []
-    made += [word for name in ("engine", "device", "threads", "steps") for word in (f"--{name}", str(line[name]))]
-    return made + [f"--{name.replace('_', '-')}" for name in ("dry_run", "quiet") if line[name]]
+    folder = check_present(line.root / "data" / data.folder, "data", f"Put {data.folder} there, as DatasetDM has it.")
+    words = ["--data", f"{data.reader}:{folder}", "--select", data.select, "--task", trainer.task]
+    words += ["--preset", "upstream", "--timestep", "0", "--held-out", "0", "--accumulate", "1", "--by-name", "no"]
+    words += ["--seed", str(line["seed"]), "--model", model_of(line), "--out", str(out_of(line) / RUN)]
+    words += [f"--{data.limit}", str(line["image_limitation"])] if data.limit else []
+    words += ["--quirks", trainer.quirk] if trainer.quirk else []
+    words += ["--pose-head", trainer.pose_head] if trainer.task == "pose" else []
+    words += [word for name in ("engine", "device", "threads", "steps") for word in (f"--{name}", str(line[name]))]
+    return words + [f"--{name.replace('_', '-')}" for name in ("dry_run", "quiet") if line[name]]
 
 
 def out_of(line: Line) -> Path:
@@ -119,8 +108,8 @@ def out_of(line: Line) -> Path:
 def _data_of(trainer: TrainingScript, line: Line) -> str:
     """The data set of a line: by --dataset in one script, by the configuration in the others."""
     if trainer.is_named_by_flag:
-        return _one_of(trainer, "--dataset", line["dataset"])
-    if "config" not in line.given or line["config"] == "./config/":
+        return _check_data(trainer, "--dataset", line["dataset"])
+    if "config" not in line.arguments or line["config"] == "./config/":
         return trainer.data[0]
     path = line.path("config")
     settings = read_settings(path)
@@ -128,16 +117,14 @@ def _data_of(trainer: TrainingScript, line: Line) -> str:
         documents.check_form(settings, {"DATASETS": {"dataset": str}})
     except ValueError as error:
         raise Refused(f"--config {path}: {error}", "Name a file of the checkout's config folder.") from error
-    found = settings["DATASETS"]
-    name = _one_of(trainer, f"--config {path}: DATASETS.dataset", found["dataset"])
-    return f"{name}{_split(found)}" if name == "VOC" else name
+    section = settings["DATASETS"]
+    name = _check_data(trainer, f"--config {path}: DATASETS.dataset", section["dataset"])
+    if name == "VOC" and section.get("is_zero") is True:
+        return "VOC zero-shot"
+    return "VOC long-tail" if name == "VOC" and section.get("long_tail") is True else name
 
 
-def _split(found: dict[str, Any]) -> str:
-    return " zero-shot" if found.get("is_zero") is True else " long-tail" if found.get("long_tail") is True else ""
-
-
-def _one_of(trainer: TrainingScript, where: str, name: str) -> str:
+def _check_data(trainer: TrainingScript, where: str, name: str) -> str:
     if name not in trainer.data:
         raise Refused(
             f"{where} is {documents.quoted(name)}, and {trainer.name} takes {' or '.join(trainer.data)}"
@@ -148,9 +135,8 @@ def _one_of(trainer: TrainingScript, where: str, name: str) -> str:
 
 
 def checkpoint_of(trainer: TrainingScript, line: Line) -> Path | None:
-    """The checkpoint that a finished training leaves, as DatasetDM names it; None where it is not finished."""
-    from datasetdm_fast.disk import storage
-    from datasetdm_fast.engine.decoders.upstream import as_checkpoint
+    """The checkpoint of a finished training, as DatasetDM names it; None of one that is not finished."""
+    from datasetdm_fast.engine.decoders.upstream import as_checkpoint  # loads torch
 
     folder, path = out_of(line) / RUN / trainer.task, out_of(line) / CHECKPOINT
     if not (folder / "config.json").is_file():
@@ -159,10 +145,3 @@ def checkpoint_of(trainer: TrainingScript, line: Line) -> Path | None:
     if not path.is_file() or storage.read(path, 2**40) != content:
         storage.publish({path: content})
     return path
-
-
-def shown(words: Sequence[str]) -> str:
-    """A line of `train` for a reader."""
-    import shlex
-
-    return f"python -m datasetdm_fast.train {shlex.join(words)}"

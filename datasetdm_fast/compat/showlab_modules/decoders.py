@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.compat.showlab_modules import session
-from datasetdm_fast.compat.showlab_modules.attention import AttentionStore, by_level
+from datasetdm_fast.compat.showlab_modules.attention import AttentionStore, split_by_level
+from datasetdm_fast.compat.showlab_modules.unet import MODELS
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
@@ -18,18 +18,17 @@ from datasetdm_fast.stages import LEVELS
 
 
 class NamedDecoder(nn.Module):
-    """A decoder that takes the features and attention of a script; it stays as it is trained, as DatasetDM leaves it:
-    its spectral norms move from image to image. Without a checkpoint it has fresh weights, to be trained.
+    """A decoder that takes the features and attention of a script. As in DatasetDM it is never put into eval mode, so
+    its spectral norms change from image to image. Without a checkpoint it has fresh weights, to be trained.
     """
 
     kind = ""
 
     def __init__(self, **settings: Any):
         super().__init__()
-        here = session.current()
-        self.levels = here.model.levels if here.has_model else SD1_LEVELS
-        if here.has_model and "queries" in settings:
-            settings |= {"text_width": here.model.text_width}
+        self.levels = MODELS[-1].levels if MODELS else SD1_LEVELS
+        if MODELS and "queries" in settings:
+            settings |= {"text_width": MODELS[-1].text_width}
         self.settings = settings
         self.place = torch.device("cpu")
         self.decoder: nn.Module | None = None
@@ -39,7 +38,7 @@ class NamedDecoder(nn.Module):
         return super().to(device)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those to train: what asks for them first makes a decoder with fresh weights."""
+        """The parameters to train; without a checkpoint the first call builds a decoder with fresh weights."""
         if self.decoder is None:
             self.decoder = build_decoder(self.config).train().to(self.place)
         return self.decoder.parameters(recurse)
@@ -49,14 +48,14 @@ class NamedDecoder(nn.Module):
         return upstream(self.kind, levels=self.levels, **self.settings)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """A checkpoint as DatasetDM saves it: with what its class has and never reads, as zeros."""
+        """A checkpoint as DatasetDM saves it; weights that its class has and never reads are zeros."""
         if self.decoder is None:
             raise RuntimeError(f"{type(self).__name__}: it has no weights yet")
         unread = {name: torch.zeros(shape) for name, shape in unused_shapes(self.decoder.config).items()}
         return {**self.decoder.state_dict(), **unread}
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Takes a checkpoint of DatasetDM, `module.` before its names or not; the widths of layers are those it has."""
+        """Loads a checkpoint of DatasetDM, with or without `module.` before its names; layer widths follow it."""
         shapes = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in state.items()}
         config = fitted(self.config, shapes)
         self.decoder = load_upstream(build_decoder(config), state, strict=True).to(self.place)
@@ -71,14 +70,14 @@ class NamedDecoder(nn.Module):
     ):
         if self.decoder is None:
             raise RuntimeError(f"{type(self).__name__}: no checkpoint was loaded into it, nor is it trained")
-        found = tuple(tuple(features[level]) for level in LEVELS)
-        cells = [level[0].shape[-2] * level[0].shape[-1] for level in found]
-        capture = Capture(found, by_level(controller.get_average_attention(), cells, len(prompts)))
+        levels = tuple(tuple(features[level]) for level in LEVELS)
+        cells = [level[0].shape[-2] * level[0].shape[-1] for level in levels]
+        capture = Capture(levels, split_by_level(controller.get_average_attention(), cells, len(prompts)))
         text = None if class_embedding is None else class_embedding[:, 0].expand(len(prompts), -1)
-        return self.answered(self.decoder(capture, text))
+        return self.unpack(self.decoder(capture, text))
 
-    def answered(self, raw: dict[str, Tensor]):
-        """The answer in the form that scripts take."""
+    def unpack(self, raw: dict[str, Tensor]) -> Any:
+        """The outputs in the form that DatasetDM's class returns."""
         return raw
 
 
@@ -92,7 +91,7 @@ class seg_decorder(NamedDecoder):
 
 
 class seg_decorder_open_word(NamedDecoder):
-    """The same for the word whose embedding is given with the features."""
+    """Masks and logits of queries for the word whose embedding is passed with the features."""
 
     kind = "open-vocabulary"
 
@@ -108,7 +107,7 @@ class Depthmodule(NamedDecoder):
     def __init__(self, max_depth: float = 10.0, **_: Any):
         super().__init__(max_depth=float(max_depth))
 
-    def answered(self, raw: dict[str, Tensor]) -> Tensor:
+    def unpack(self, raw: dict[str, Tensor]) -> Tensor:
         return raw["depth"]
 
 
@@ -120,7 +119,7 @@ class PoseModule_HeatMap(NamedDecoder):
     def __init__(self, cfg: Any = None):
         super().__init__()
 
-    def answered(self, raw: dict[str, Tensor]) -> Tensor:
+    def unpack(self, raw: dict[str, Tensor]) -> Tensor:
         return raw["heatmaps"]
 
 
@@ -132,5 +131,5 @@ class PoseModule(NamedDecoder):
     def __init__(self, cfg: Any = None):
         super().__init__()
 
-    def answered(self, raw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def unpack(self, raw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return raw["x"], raw["y"]

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from datasetdm_fast.compat.showlab_modules import session
 from datasetdm_fast.compat.showlab_modules.attention import AttentionStore
 from datasetdm_fast.compat.showlab_modules.unet import UNet2D
 from datasetdm_fast.engine.sampling.walk import guide
@@ -22,10 +21,10 @@ GAP = 0.02  # of the height, between images that are saved in one file
 
 
 def register_attention_control(model: Any, controller: AttentionStore) -> None:
-    """Gives the attention of every captured call to a controller; no module is changed."""
+    """Makes a controller collect the attention of every captured call; no module is changed."""
     unet = model if isinstance(model, UNet2D) else model.unet
     unet.controller = controller
-    controller.num_att_layers = 2 * sum(len(level.heads) for level in unet.owner.model.levels)
+    controller.num_att_layers = 2 * sum(len(level.heads) for level in unet.model.levels)
 
 
 def init_latent(
@@ -36,7 +35,7 @@ def init_latent(
     """
     shape = (1, unet.in_channels, height // CELL, width // CELL)
     if latent is None and isinstance(generator, Sequence):
-        latent = torch.cat([torch.randn(shape, generator=one) for one in generator])
+        latent = torch.cat([torch.randn(shape, generator=each) for each in generator])
     elif latent is None:
         latent = torch.randn(shape, generator=generator)
     return latent, latent.expand(batch_size, *latent.shape[1:]).to(unet.device)
@@ -69,14 +68,13 @@ def text2image(
     Both halves of guidance are always one call, so `low_resource` changes nothing.
     """
     prompt = list(prompt)
-    session.current().begin(len(prompt))
-    context = torch.cat([_encoded(tokenizer, text_encoder, texts) for texts in ([""] * len(prompt), prompt)])
+    context = torch.cat([_encode(tokenizer, text_encoder, texts) for texts in ([""] * len(prompt), prompt)])
     latent, latents = init_latent(latent, Unet, Unet.size, Unet.size, generator, len(prompt))
-    scheduler.set_timesteps(session.current().settings.steps or num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps)
     times = list(scheduler.timesteps)[-1 if Train else 0 :]
     Unet.controller = controller
     for k, time in enumerate(tqdm(times, leave=False, disable=None)):
-        noise = Unet.noise(latents, time, context.to(Unet.device), k == len(times) - 1)
+        noise = Unet.predict_noise(latents, time, context.to(Unet.device), k == len(times) - 1)
         moved = scheduler.step(guide(noise, guidance_scale), time, latents)["prev_sample"]
         latents = controller.step_callback(moved)
     return latent2image(vae, latents.to(vae.device)), latent
@@ -85,12 +83,12 @@ def text2image(
 def text2image_ldm_stable(
     model: Any, prompt: Sequence[str], controller: AttentionStore, *arguments: Any, **named: Any
 ) -> tuple[np.ndarray, Tensor]:
-    """The same from a pipeline with `unet`, `vae`, `tokenizer`, `text_encoder` and `scheduler`."""
+    """`text2image` from a pipeline with `unet`, `vae`, `tokenizer`, `text_encoder` and `scheduler`."""
     parts = model.unet, model.vae, model.tokenizer, model.text_encoder, model.scheduler
     return text2image(*parts, prompt, controller, *arguments, **named)
 
 
-def _encoded(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:  # [B, T, D]
+def _encode(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> Tensor:  # [B, T, D]
     length = tokenizer.model_max_length
     tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]

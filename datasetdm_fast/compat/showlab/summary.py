@@ -1,4 +1,4 @@
-"""What a line of a generator says before it starts: how its flags are taken, what is mended, what stays as it is."""
+"""The table at the start of a generator: how flags are interpreted, what is corrected, what stays as in DatasetDM."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ from datasetdm_fast.compat.showlab.order import Order
 from datasetdm_fast.runs.jobs.job import Job
 
 COUNTS = ("n_each_class", "number_data")
-MENDED = (
+ALWAYS_CORRECTED = (
     "batches of any size give what single images give; weights with module. before their names are read; --prompt_root "
     "takes a value"
 )
-FIXED = "class of the prompt, 16-bit depth, all joints, prompts of each process, all parts of an instance"
-KEPT = "normalisation by the statistics of each image, small classes left out of maps, JPEG of quality 75"
-KEPT_IN_FILES = (
+CORRECTED = "class of the prompt, 16-bit depth, all joints, prompts of each process, all parts of an instance"
+UNCHANGED = "normalisation by the statistics of each image, small classes left out of maps, JPEG of quality 75"
+UNCHANGED_IN_FILES = (
     "class 1 for all instances, 8-bit depth, no joints at the border, the same prompts in each process, one part of an "
     "instance (--fixed corrects these)"
 )
@@ -35,27 +35,25 @@ def rows(order: Order, job: Job) -> Iterator[str]:
         yield _row("", f"{line.path(flag)}: {label} by a decoder of {kind}")
     networks = "batches" if line["together"] else "one image at a time in the networks, batches"
     yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
-    yield from ignored(line)
-    yield _row("fixed", MENDED)
+    yield from rows_of_ignored(line)
+    yield _row("fixed", ALWAYS_CORRECTED)
     if line["fixed"]:
-        yield _row("", FIXED)
+        yield _row("", CORRECTED)
     if line["all"]:
         yield _row("", "--all: images that cannot be divided among the processes are made, too")
-    yield _row("kept", KEPT)
+    yield _row("kept", UNCHANGED)
     if not line["fixed"]:
-        yield _row("", KEPT_IN_FILES)
-    yield _row(
-        "",
-        f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile); "
-        f"{NORMS[line['strict']]}",
-    )
+        yield _row("", UNCHANGED_IN_FILES)
+    sampler = f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)"
+    yield _row("", f"{sampler}; {NORMS[line['strict']]}")
     yield _row("run", f"{order.run_folder}: gallery, audit and convert take it")
 
 
-def ignored(line: Line) -> Iterator[str]:
-    """The flags of a line that are accepted and not used."""
-    if line.idle:
-        yield _row("ignored", f"{', '.join(f'--{name}' for name in line.idle)}: without effect in DatasetDM, too")
+def rows_of_ignored(line: Line) -> Iterator[str]:
+    """The flags of a line that are accepted and have no effect."""
+    if line.ignored:
+        flags = ", ".join(f"--{name}" for name in line.ignored)
+        yield _row("ignored", f"{flags}: without effect in DatasetDM, too")
 
 
 def _row(title: str, text: str) -> str:
