@@ -5,6 +5,7 @@ progress, or of a run in an object store.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
@@ -13,9 +14,10 @@ from datasetdm_fast.command_line.output import print_lines, print_plan, print_re
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.gallery import PAGE, server
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, StoredReview, copy_of, copy_whole, is_url
-from datasetdm_fast.runs.run_folder.showing import ShownRun, show
+from datasetdm_fast.runs.gallery import drawn, review, server
+from datasetdm_fast.runs.gallery.showing import ShownRun, show
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_whole, is_url
+from datasetdm_fast.runs.run_folder.page_files import PAGE
 from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.gallery"
@@ -72,8 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     if not config.serve:
         print_result(config, facts, page)
         return 0
-    against = _served(config.against, show(config.against, is_served=True)) if config.against else None
-    with server.opened(_served(place, run), config.port, lambda line: print_lines(config, line), against) as serving:
+    against = _served_run(config.against, show(config.against, is_served=True)) if config.against else None
+    served = _served_run(place, run)
+    with server.opened(served, config.port, lambda line: print_lines(config, line), against) as serving:
         print_result(config, facts | {"address": serving.address}, serving.address)
         print_lines(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         try:
@@ -85,12 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _served(place: str, run: ShownRun) -> server.ServedRun:
+def _served_run(place: str, run: ShownRun) -> server.ServedRun:
+    served = server.ServedRun.of_folder(run.folder)
     if run.copies is None:
-        return server.ServedRun.of_folder(run.folder)
+        return served
+    served = replace(served, bring=partial(drawn.fetch_or_draw, run.copies.bring, run.folder))
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
-        return server.ServedRun(run.folder.resolve(), "", StoredReview(run.copies.store), run.copies.bring)
-    return replace(server.ServedRun.of_folder(run.folder), bring=run.copies.bring)
+        return replace(served, command_path="", review=review.StoredReview(run.copies.store))
+    return served
 
 
 def _copy(config: GalleryConfig) -> None:

@@ -25,6 +25,7 @@ from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.agreement.during import RepeatedComparison
+from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.defaults import with_folder, with_labels
 from datasetdm_fast.runs.jobs.job import Job, count_rows, finished, in_all, may_differ, measures, prepare, refill
 from datasetdm_fast.runs.jobs.racing import probe
@@ -36,7 +37,6 @@ from datasetdm_fast.runs.jobs.summary import calls_left, table
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, note
-from datasetdm_fast.runs.run_folder.showing import ShownSoFar
 from datasetdm_fast.runs.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.runs.workers.launched import LaunchedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks, Compare

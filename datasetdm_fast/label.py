@@ -11,12 +11,12 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.runs.jobs.run import run
 from datasetdm_fast.runs.jobs.run_settings import LabelConfig
 from datasetdm_fast.runs.jobs.settings import check_settings, spelled_out
 from datasetdm_fast.runs.jobs.summary import unnamed
-from datasetdm_fast.runs.run_folder.showing import ShownSoFar
 
 PROG = "python -m datasetdm_fast.label"
 EXAMPLES = (

@@ -18,6 +18,7 @@ from rendered import document, rendered
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out
@@ -390,7 +391,7 @@ def run(root: Path) -> None:
         samples = [rendered(index, SIDE) for index in (0, 3, 4)]  # with a person each
         renamed = [replace(sample, request=replace(sample.request, index=k)) for k, sample in enumerate(samples)]
         opened.add(renamed, {"batch_size": COUNT})
-        opened.rebuild()
+        finish_run(opened)
 
 
 # name -> (address before the colon, what writes it, the tasks it has truth for)

@@ -9,6 +9,7 @@ from datasetdm_fast.engine.labels.numbering import numbered
 from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import FORMAT
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -89,4 +90,4 @@ def write_run(path: Path, number: int, size: int = 64, prompts: list[str] | None
                 [rendered(k, size, prompts[k] if prompts else None) for k in range(first, min(first + 50, number))],
                 {"batch_size": 4},
             )
-        folder.rebuild()
+        finish_run(folder)

@@ -20,6 +20,7 @@ from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.source import digests_of
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
 from datasetdm_fast.runs.run_folder.events import EVENTS
@@ -140,7 +141,7 @@ def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
     for name in ("samples.jsonl", "gallery/index.html", "gallery/depth/00000001.png"):
         (spoilt / name).unlink()
     with RunFolder(spoilt, document(NUMBER)) as folder:
-        folder.rebuild()
+        finish_run(folder)
     assert places(spoilt) == []
     assert before == {
         file.relative_to(spoilt): file.read_bytes()

@@ -10,6 +10,7 @@ from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast.engine.loop import prompts
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.indexes import card, statistics
 from datasetdm_fast.runs.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
@@ -211,7 +212,7 @@ def test_bars_are_as_long_as_their_numbers():
 
 def test_a_run_without_labels_to_count_has_a_card(tmp_path):
     with RunFolder(tmp_path / "run", document(1)) as folder:
-        folder.rebuild()
+        finish_run(folder)
     assert (tmp_path / "run" / "statistics.png").stat().st_size and "0 of 1 images" in (
         tmp_path / "run" / "README.md"
     ).read_text()

@@ -29,6 +29,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.numbering import numbered
 from datasetdm_fast.runs.exporting import hf
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.training.readers import open_data
 
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     with RunFolder(path, document(NUMBER + 2, SIZE)) as folder:
         folder.add([*(rendered(k, SIZE) for k in range(NUMBER)), hard_case(NUMBER), empty(NUMBER + 1)], {})
-        folder.rebuild()
+        finish_run(folder)
     return path
 
 
@@ -268,7 +269,7 @@ def test_far_depth_is_kept_where_16_bits_hold_it_else_unknown(tmp_path):
     with RunFolder(run, described) as folder:
         labels = {**like.annotations, "depth": DepthMap(ramp, 80.0)}
         folder.add([Sample(like.request, like.image, labels)], {})
-        folder.rebuild()
+        finish_run(folder)
     out = converted(run, tmp_path / "out", "--to", "nyu,kitti,vkitti2")
     for kind, steps in (("kitti", 256), ("vkitti2", 100)):
         assert np.abs(open_data(f"{kind}:{out}/{kind}", SIZE)[0].depth - ramp).max() <= 0.5 / steps + 1 / 512 + 1e-5
@@ -402,7 +403,7 @@ def test_images_of_two_kinds_are_two_datasets_of_mmseg(tmp_path):
     for name, form in (("one", "png"), ("other", "jpg")):
         with RunFolder(tmp_path / name, document(2, SIZE, image_format=form)) as folder:
             folder.add([rendered(k, SIZE) for k in range(2)], {})
-            folder.rebuild()
+            finish_run(folder)
     runs, out = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "out"
     assert main([*runs, "--to", "mmseg", "--out", str(out), "--quiet"]) == 0
     found = runpy.run_path(str(out / "mmseg" / "dataset.py"))["datasets"]
@@ -431,7 +432,7 @@ def test_what_a_run_ignores_is_ignored_under_things_too(tmp_path, combine):
     assert things.masks[:, labels == 255].any() and things.masks[:, labels != 255].any()
     with RunFolder(tmp_path / "run", document(1, SIZE, combine=combine)) as folder:
         folder.add([replace(like, annotations=like.annotations | {"semantic": replace(truth, labels=labels)})], {})
-        folder.rebuild()
+        finish_run(folder)
     out = converted(tmp_path / "run", tmp_path / "out", "--to", "coco,voc,cityscapes", "--classes", CITY_NAMES)
     voc, city = out / "voc/VOCdevkit/VOC2012", out / "cityscapes/gtFine/train/synthetic"
     is_open = combine and combine[0].startswith("semantic")
@@ -467,7 +468,7 @@ def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
     )
     with RunFolder(tmp_path / "run", document(1, SIZE)) as folder:
         folder.add([replace(like, annotations=like.annotations | {"instance": things})], {})
-        folder.rebuild()
+        finish_run(folder)
     out = converted(tmp_path / "run", tmp_path / "out", "--to", "voc") / "voc/VOCdevkit/VOC2012/SegmentationObject"
     assert np.unique(np.asarray(Image.open(out / "00000000.png"))).tolist() == list(range(255))
 
@@ -546,7 +547,7 @@ def test_instances_called_background_are_left_out_as_that_class_of_a_map_is(tmp_
     things = replace(sample.annotations["instance"], class_ids=np.array([0, 7, 2, 7]), classes=tuple(names))
     with RunFolder(run, described) as folder:
         folder.add([replace(sample, annotations={**sample.annotations, "instance": things})], {})
-        folder.rebuild()
+        finish_run(folder)
     assert names[7] == "background"
     out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg,voc")
     (item,) = open_data(f"coco:{out}/coco", SIZE)
@@ -563,7 +564,7 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
     described |= numbered(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(0, SIZE)], {})
-        folder.rebuild()
+        finish_run(folder)
     out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg")
     assert len(open_data(f"coco:{out}/coco", SIZE).thing_classes) == 300
     for flags in (("--to", "voc"), ("--to", "cityscapes", "--classes", "class 7=car")):
@@ -578,7 +579,7 @@ def test_label_maps_that_show_too_many_classes_together_are_refused(tmp_path, ca
         described |= numbered(described["labels"])
         with RunFolder(tmp_path / name, described) as folder:
             folder.add([rendered(0, SIZE)], {})
-            folder.rebuild()
+            finish_run(folder)
     for kind in ("coco", "voc"):
         assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--to", kind, "--out", str(tmp_path / "no")]) == 2
         assert "show 400 classes in all, those of an export hold 254" in capsys.readouterr().err
@@ -806,7 +807,7 @@ def test_hostile_class_names_are_harmless(tmp_path):
     described |= numbered(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(k, SIZE) for k in range(2)], {})
-        folder.rebuild()
+        finish_run(folder)
     out = converted(run, tmp_path / "out", "--to", ",".join(set(EXPORT_FORMATS) - {"cityscapes", "deepfashion-mm"}))
     for kind in ("coco", "yolo-seg"):
         assert set(open_data(f"{kind}:{out}/{kind}", SIZE).thing_classes) == set(names)

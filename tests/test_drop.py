@@ -11,6 +11,7 @@ from skips import IS_LONG
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, edit, filter, merge, restore, splice, split, vary
 from datasetdm_fast.disk import storage
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -98,7 +99,7 @@ def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
     with RunFolder(run, document(5)) as folder:
         samples = [rendered(k) for k in range(5)]
         folder.add([replace(sample, image=samples[k // 2].image) for k, sample in enumerate(samples)], {})
-        folder.rebuild()
+        finish_run(folder)
 
     def duplicates():
         return read_scores(run, ("duplicate",)).values["duplicate"].tolist()
@@ -135,7 +136,7 @@ def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(3)) as folder:
         folder.add([rendered(0), replace(rendered(1), aside="it is blurred"), rendered(2)], {})
-        folder.rebuild()
+        finish_run(folder)
     (tmp_path / "bad.txt").write_text("00000001\n00000002\n")
     assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
     assert "1 of 2 samples is dropped; 1 is set aside and not in the data set" in capsys.readouterr().err

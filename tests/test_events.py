@@ -11,6 +11,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import events
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.events import EVENTS
@@ -32,12 +33,12 @@ def test_a_run_tells_its_start_plan_progress_warnings_and_end(tmp_path, monkeypa
     assert told(run)[2]["sample"] == "00000001" and told(run)[2]["reason"] == "a NaN"
     with RunFolder(run, document(3)) as folder:  # the same line again
         folder.add([rendered(2)], {})
-        folder.rebuild()
+        finish_run(folder)
     assert [line["event"] for line in told(run)[4:]] == ["start", "plan", "progress", "done"]
     assert told(run)[5]["done"] == 1 and told(run)[-1] | {"made": 1, "done": 2, "set_aside": 1} == told(run)[-1]
     before = (run / EVENTS).read_bytes()
     with RunFolder(run, document(3)) as folder:  # nothing is left to be done
-        folder.rebuild()
+        finish_run(folder)
     assert (run / EVENTS).read_bytes() == before and audit(run).findings == []
 
 

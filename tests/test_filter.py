@@ -21,8 +21,8 @@ from datasetdm_fast import drop, filter, generate, splice
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.curation import filtering, scores
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import sample_scores, score_table, where
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
@@ -101,7 +101,7 @@ def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, mo
 
     def killed(command):
         with monkeypatch.context() as patch:
-            patch.setattr(gallery, "mark", Mock(side_effect=KeyboardInterrupt))
+            patch.setattr("datasetdm_fast.runs.run_folder.folder.mark_left_out", Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 filter.main.__wrapped__([str(run), *command, "--quiet"])
 
@@ -123,7 +123,7 @@ def test_the_gallery_marks_what_is_left_out(run):
     assert {f"{index:08d}": reason for index, reason in told} == left_out
     (run / "gallery" / "left-out.js").unlink()  # written anew, it tells the same
     with RunFolder(run, open_run(run).document) as folder:
-        folder.rebuild()
+        finish_run(folder)
     assert (run / "gallery" / "left-out.js").read_text() == said
 
 
@@ -152,18 +152,18 @@ def test_scores_once_committed_stay(run):
         before = folder.ledger.scores("sharpness")
         folder.ledger.add_scores([(0, "sharpness", -1.0)])
         assert folder.ledger.scores("sharpness") == before
-        folder.rebuild()
+        finish_run(folder)
 
 
 def test_a_run_that_grew_gets_the_scores_that_it_lacks(tmp_path):
     path = tmp_path / "run"
     with RunFolder(path, document(6)) as folder:
         folder.add([rendered(k) for k in range(4)], {})
-        folder.rebuild()
+        finish_run(folder)
     assert filter.main([str(path), "--where", "score>0", "--quiet"]) == 0
     with RunFolder(path, document(6)) as folder:
         folder.add([rendered(k) for k in (4, 5)], {})
-        folder.rebuild()
+        finish_run(folder)
     assert len(open_run(path)) == 6 and len(open_run(path, kept=True)) == 4
     assert filter.main([str(path), "--where", "score>0", "--quiet"]) == 0
     assert len(open_run(path, kept=True)) == 6 and audit(path).findings == []
@@ -187,7 +187,7 @@ def test_a_run_whose_scoring_was_killed_at_its_very_end_is_closed_by_the_same_li
     write_run(tmp_path / "a", 6)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "rebuild", lambda folder: None)
+        patch.setattr("datasetdm_fast.runs.curation.filtering.finish_run", lambda folder: None)
         assert filter.main([str(tmp_path / "a"), "--quiet"]) == 0
     assert not is_sealed(tmp_path / "a")
     assert [filter.main([str(tmp_path / name), "--quiet"]) for name in "ab"] == [0, 0]
@@ -204,7 +204,7 @@ def test_duplicates_are_found(tmp_path):
     ]
     with RunFolder(path, document(5)) as folder:
         folder.add(twice, {})
-        folder.rebuild()
+        finish_run(folder)
     assert filter.main([str(path), "--where", "duplicate==0", "--quiet"]) == 0
     assert [sample.id[-1] for sample in open_run(path, kept=True)] == ["0", "1", "3"]
 
@@ -213,11 +213,11 @@ def test_a_sample_is_no_duplicate_of_one_that_was_dropped(tmp_path):
     path, same = tmp_path / "run", rendered(0)
     with RunFolder(path, document(3)) as folder:
         folder.add([same, rendered(1)], {})
-        folder.rebuild()
+        finish_run(folder)
     assert filter.main([str(path), "--quiet"]) == 0 and drop.main([str(path), "0", "--quiet"]) == 0
     with RunFolder(path, document(3)) as folder:
         folder.add([replace(same, request=replace(same.request, index=2))], {})
-        folder.rebuild()
+        finish_run(folder)
     assert filter.main([str(path), "--where", "duplicate == 0", "--quiet"]) == 0
     assert [sample.id for sample in open_run(path, kept=True)] == ["00000001", "00000002"]
 
@@ -459,5 +459,5 @@ def test_generate_still_finds_its_run_complete(run, monkeypatch):
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
     before = state(run)
     with RunFolder(run, open_run(run).document) as folder:
-        folder.rebuild()
+        finish_run(folder)
     assert state(run) == before and callable(generate.main)

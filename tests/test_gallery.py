@@ -11,11 +11,10 @@ from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, pictures
 from datasetdm_fast.engine.labels.numbering import numbered
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs import gallery
-from datasetdm_fast.runs.gallery import sheets
+from datasetdm_fast.runs.gallery import page, sheets, showing
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
-from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
-from datasetdm_fast.runs.run_folder import showing
+from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
@@ -48,7 +47,7 @@ def test_hostile_prompts_change_no_tag_and_come_back_whole(tmp_path):
     assert page_of(tmp_path / "a", ["a ball"] * 8) == page_of(tmp_path / "b", HOSTILE)
     assert data(tmp_path / "b" / "gallery" / "pages" / "000000.js", "page")["prompt"] == HOSTILE
     for path in (tmp_path / "b" / "gallery").rglob("*.js"):
-        if path.name not in gallery.FIXED:
+        if path.name not in page_files.FIXED:
             assert not set("<>&\u2028\u2029") & set(path.read_text(encoding="utf-8")), path
 
 
@@ -58,7 +57,7 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     sources = {source for part in policy.split("; ") for source in part.split()[1:]}
     assert sources == {"'none'", "'self'", "file:"}
-    script = "".join((gallery.HERE / name).read_text(encoding="utf-8") for name in gallery.FIXED)
+    script = "".join((page.HERE / name).read_text(encoding="utf-8") for name in page_files.FIXED)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script) and not re.search(r"<script>|<style>", text)
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
     assert not re.search(r"\son\w+=", text) and " style=" not in text
@@ -76,70 +75,51 @@ def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     before = (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns
     (tmp_path / sheets.sheet_name(1)).unlink()
     with RunFolder(tmp_path, document(53, 32)) as folder:
-        folder.rebuild()
+        finish_run(folder)
     assert (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns == before
     assert np.array_equal(np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16), sheet)
     assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
 
 
 @pytest.mark.parametrize(("size", "image_format"), [(64, "png"), (192, "png"), (256, "png"), (256, "jpg")])
-def test_sheets_are_the_same_whether_thumbnails_were_made_with_their_samples_or_later(tmp_path, size, image_format):
+def test_thumbnails_of_every_size_and_format_show_their_images(tmp_path, size, image_format):
     sheet = tmp_path / sheets.sheet_name(0)
     with RunFolder(tmp_path, document(3, size, image_format=image_format)) as folder:
         folder.add([rendered(k, size) for k in range(3)], {})
-        thumbnails = [Image.open(tmp_path / sheets.thumbnail_name(f"{k:08d}")) for k in range(3)]
-        assert [small.size for small in thumbnails] == [(min(size, 128),) * 2] * 3
-        folder.rebuild()
+        finish_run(folder)
         drawn = sheet.read_bytes()
-        assert not (tmp_path / sheets.THUMBNAILS).exists() and audit(tmp_path).findings == []
+        assert audit(tmp_path).findings == []
         sheet.unlink()
-        folder.rebuild()
+        finish_run(folder)
     assert sheet.read_bytes() == drawn
     image = np.array(Image.open(tmp_path / f"images/00000001.{image_format}").resize((128, 128), Image.Resampling.BOX))
     shown = np.array(Image.open(sheet), np.int16)[:128, 128:256]
     assert size < 128 or np.abs(shown - image).mean() < 4
 
 
-def test_full_sheets_are_drawn_while_samples_are_written_and_taken_at_the_end_where_they_still_fit(
-    tmp_path, monkeypatch
-):
+def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, monkeypatch):
     drawn = []
 
-    def noted(folder, rows, draw=sheets._drawn):
+    def noted(folder, rows, draw=sheets._draw_sheet):
         drawn.append((rows[0].request.index, len(rows)))
         return draw(folder, rows)
 
     made = [rendered(k, 32) for k in range(110)]
     write_run(tmp_path / "whole", 110, 32)
-    monkeypatch.setattr(sheets, "_drawn", noted)
+    monkeypatch.setattr(sheets, "_draw_sheet", noted)
     with RunFolder(tmp_path / "run", document(110, 32)) as folder:
-        with BackgroundWriter(folder, lambda rows: None) as writing:
-            for k in (100, 50, 0, 60, 10, 70, 20, 80, 30, 90, 40):  # as two ranks may take turns
-                writing.put(made[k : k + 10], {"batch_size": 4})
-        assert drawn == [(50, 50), (0, 50)]  # 100 to 109 fill no sheet
+        folder.add(made, {"batch_size": 4})
+        finish_run(folder)
+        assert sorted(drawn) == [(0, 50), (50, 50), (100, 10)]
         folder.add([replace(made[7], image=made[8].image)], {"batch_size": 4})
-        folder.rebuild()
-        assert sorted(drawn[2:]) == [(0, 50), (100, 10)]  # the other sheet still shows what it shall
+        finish_run(folder)
+        assert drawn[3:] == [(0, 50)]  # the other sheets still show the same images
         folder.add([made[7]], {"batch_size": 4})
-        folder.rebuild()
+        finish_run(folder)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    for name in (*map(sheets.sheet_name, range(3)), sheets.SHOWN):
+    for name in (*map(sheets.sheet_name, range(3)), page_files.SHEETS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not (run / sheets.THUMBNAILS).exists() and audit(run).findings == []
-
-
-def test_a_damaged_thumbnail_is_made_anew_of_its_image(tmp_path):
-    write_run(tmp_path / "whole", 3, 32)
-    with RunFolder(tmp_path / "run", document(3, 32)) as folder:
-        folder.add([rendered(k, 32) for k in range(3)], {"batch_size": 4})
-        for k, content in enumerate(
-            (b"\xff\xd8\xff cut off", b"", (tmp_path / "whole/images/00000002.png").read_bytes())
-        ):
-            (tmp_path / "run" / sheets.thumbnail_name(f"{k:08d}")).write_bytes(content[:200])
-        folder.rebuild()
-    assert (tmp_path / "run" / sheets.sheet_name(0)).read_bytes() == (
-        tmp_path / "whole" / sheets.sheet_name(0)
-    ).read_bytes()
+    assert audit(run).findings == []
 
 
 def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):
@@ -148,11 +128,11 @@ def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_pa
     kept, shown, known = image.read_bytes(), sheet.read_bytes(), sheets.read_shown(tmp_path)
     for content in (None, kept):
         image.unlink() if content is None else image.write_bytes(content)
-        (tmp_path / gallery.PAGE).unlink()
+        (tmp_path / page_files.PAGE).unlink()
         if content is None:
             sheet.unlink()
         with RunFolder(tmp_path, document(2, 32)) as folder:
-            folder.rebuild()
+            finish_run(folder)
         assert (sheet.read_bytes() == shown) == (content is not None)
         assert sheets.read_shown(tmp_path) == (known if content else {"0": sheets.UNKNOWN})
 
@@ -164,9 +144,9 @@ def test_a_run_that_lost_a_map_and_its_picture_is_closed_and_audit_names_both(tm
         (tmp_path / name).unlink()
     (tmp_path / "depth/00000002.png").write_bytes(b"no picture")
     (tmp_path / "gallery/depth/00000002.png").unlink()
-    (tmp_path / gallery.PAGE).unlink()
+    (tmp_path / page_files.PAGE).unlink()
     with RunFolder(tmp_path, document(3, 32)) as folder:
-        folder.rebuild()
+        finish_run(folder)
     places = {finding.place for finding in audit(tmp_path).findings}
     assert places == {*lost, "depth/00000002.png", "gallery/depth/00000002.png"}
 
@@ -181,7 +161,7 @@ def test_page_index_and_sheets_are_audited(tmp_path):
         (tmp_path / name).unlink()
         assert [finding.place for finding in audit(tmp_path).findings] == [name]
         with RunFolder(tmp_path, document(3, 32)) as folder:
-            folder.rebuild()
+            finish_run(folder)
         assert (tmp_path / name).read_bytes() == content and audit(tmp_path).findings == []
     (tmp_path / "gallery" / "pages" / "000001.js").write_bytes(b"")
     assert [finding.place for finding in audit(tmp_path).findings] == ["gallery/pages/000001.js"]
@@ -212,7 +192,7 @@ def test_a_map_tells_its_shares_of_classes_background_and_ignored_pixels_and_the
     label = SemanticMap(labels, np.ones((32, 32), np.float32), ("background", "cat", "dog"))
     with RunFolder(tmp_path, values) as folder:
         folder.add([Sample(Request(0, "a cat", 0, ()), rendered(0, 32).image, {"semantic": label})], {})
-        folder.rebuild()
+        finish_run(folder)
     run, details = data(tmp_path / "gallery/run.js", "run"), data(tmp_path / "gallery/details/000000.js", "details")
     assert details == [[0, {"semantic": [0.125, 0.25, {"1": 0.625}]}]]
     seen = Image.open(tmp_path / "semantic/00000000.png").convert("RGB")
@@ -235,7 +215,7 @@ def test_every_picture_it_names_is_there(tmp_path):
 
 
 def test_every_layer_is_drawn_in_a_way_the_page_knows():
-    script = (gallery.HERE / "gallery.js").read_text(encoding="utf-8")
+    script = (page.HERE / "gallery.js").read_text(encoding="utf-8")
     (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", script, re.DOTALL)
     layers = [layer for kind in LABEL_KINDS.values() for layer in kind.layers]
     assert {layer.drawing for layer in layers} <= set(re.findall(r"^  (\w+):", block, re.MULTILINE))
@@ -246,8 +226,8 @@ def test_every_layer_is_drawn_in_a_way_the_page_knows():
 @pytest.mark.parametrize("red, alpha, drawn", [(1, 1, 0), (0, 1, 1), (0.25, 1, 0.75), (0, 0, 0)])
 def test_uncertainty_is_drawn_over_the_picture_alone(red, alpha, drawn):
     """A picture that is not square leaves room beside it, which is transparent and black before it is coloured."""
-    page = (gallery.HERE / "index.html").read_text(encoding="utf-8")
-    weights = [float(one) for one in re.search(r'feColorMatrix values="([^"]+)"', page)[1].split()]
+    text = (page.HERE / "index.html").read_text(encoding="utf-8")
+    weights = [float(one) for one in re.search(r'feColorMatrix values="([^"]+)"', text)[1].split()]
     assert sum(w * value for w, value in zip(weights[15:], (red, red, red, alpha, 1), strict=True)) == drawn
 
 
@@ -306,7 +286,7 @@ def test_the_page_tells_the_file_names_of_pictures_that_were_labelled(tmp_path):
     names = ["a/1 <b>.png", "2.jpg"]
     with RunFolder(tmp_path / "labelled", document(2, 32)) as folder:
         folder.add([replace(rendered(k, 32), provenance={"picture": names[k]}) for k in range(2)], {})
-        folder.rebuild()
+        finish_run(folder)
     write_run(tmp_path / "drawn", 2, 32)
     assert data(tmp_path / "labelled/gallery/pages/000000.js", "page")["picture"] == names
     assert "picture" not in data(tmp_path / "drawn/gallery/pages/000000.js", "page")
@@ -325,5 +305,5 @@ def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_pat
         showing.write_so_far(tmp_path)
         told = data(tmp_path / "gallery/run.js", "run")
         assert (told["is_in_progress"], told["samples"], told["planned"]) == (True, 1, 3)
-        folder.rebuild()
+        finish_run(folder)
     assert data(tmp_path / "gallery/run.js", "run") == told | {"is_in_progress": False}

@@ -26,12 +26,14 @@ from datasetdm_fast import convert, open_run
 from datasetdm_fast import gallery as command
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.gallery import PAGE, review, server
-from datasetdm_fast.runs.run_folder import object_store, showing
+from datasetdm_fast.runs.gallery import review, server, showing
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.showing import ShownSoFar
+from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.page_files import PAGE
 from datasetdm_fast.runs.run_folder.seal import is_sealed
-from datasetdm_fast.runs.run_folder.showing import ShownSoFar
 
 pytestmark = pytest.mark.loopback
 
@@ -134,17 +136,18 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert ask(f"{HOME}review", "PUT", body, Origin=own)[0] == 204
     assert ask(f"{HOME}review", "PUT", '{"marks": [["00000000", "bad"], ["00000002", ""]]}', Origin=own)[0] == 204
     assert (run / "review" / "bad.txt").read_text() == "00000000\n00000001\n"
-    assert (run / "review" / "good.txt").read_text() == "" and review.read(run)["00000001"] == "bad"
+    assert (run / "review" / "good.txt").read_text() == "" and review.FolderReview(run).read()["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
     assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
 
 
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):
     code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.runs.gallery import review\n"
-    code += "for k in range(100):\n    review.change(Path(sys.argv[1]), {f'{2 * k + int(sys.argv[2]):08}': 'bad'})"
+    code += "marks = review.FolderReview(Path(sys.argv[1]))\n"
+    code += "for k in range(100):\n    marks.change({f'{2 * k + int(sys.argv[2]):08}': 'bad'})"
     line = [sys.executable, "-c", code, str(tmp_path)]
     assert [one.wait() for one in [subprocess.Popen([*line, number]) for number in "01"]] == [0, 0]
-    assert sorted(review.read(tmp_path)) == [f"{k:08}" for k in range(200)]
+    assert sorted(review.FolderReview(tmp_path).read()) == [f"{k:08}" for k in range(200)]
 
 
 def test_what_cannot_be_answered_is_no_error_on_the_screen(run, ask, capsys):
@@ -218,7 +221,7 @@ def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
         assert (path / "samples.jsonl").read_text().count("\n") == 4 and not is_sealed(path)
         assert '"planned":6' in (path / "gallery/run.js").read_text() and "4 of 6 images" in card(path)
         folder.add([rendered(k, 32) for k in range(4, 6)], {})
-        folder.rebuild()
+        finish_run(folder)
     write_run(tmp_path / "other", 6, 32)
     assert {p: (tmp_path / "other" / p).read_bytes() for p in names(tmp_path / "other")} == {
         p: (path / p).read_bytes() for p in names(path)
@@ -238,7 +241,7 @@ def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_pa
             folder.add([rendered(k, 32)], {"batch_size": 4})
             wait_until(lambda told=f"{k + 1} of 6 images": told in card(path))
         assert not is_sealed(path) and audit(path).findings == []
-        folder.rebuild()
+        finish_run(folder)
     assert said == [] and {p: (tmp_path / "other" / p).read_bytes() for p in names(tmp_path / "other")} == {
         p: (path / p).read_bytes() for p in names(path)
     }
@@ -255,6 +258,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(showing, "MOST_SHARE", 1.0)
     with RunFolder(path, document(1, 32)) as folder, ShownSoFar(path, 0.0005, said.append):
         folder.add([rendered(0, 32)], {})
+        (path / "gallery").mkdir()
         (path / "gallery" / "pages").write_text("in the way")
         wait_until(lambda: said)
     assert "the page of the samples so far was not written: " in said[0]
@@ -368,7 +372,7 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
     assert answers[f"{home}gallery/depth/00000001.png"][0] == 200
     assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
     assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
-    others = object_store.StoredReview(object_store.ObjectStore(bucket.url))
+    others = review.StoredReview(object_store.ObjectStore(bucket.url))
     assert others.read() == {"00000000": "bad"} | ({"00000001": "bad"} if place == "url" else {})
     at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
     marked = at_url or (folder / "review/bad.txt").read_bytes()
@@ -390,42 +394,6 @@ def test_a_disk_without_room_for_a_copy_is_told_before_it_is_made_and_not_taken_
     monkeypatch.setattr(bucket.files, "get_file", Mock(side_effect=full))
     assert audit_command.main([bucket.url]) == 3
     assert "the disk is full\nFree some space" in capsys.readouterr().err
-
-
-def test_two_reviewers_of_a_store_keep_each_others_marks(bucket, monkeypatch):
-    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n00000001\n")  # of an earlier version
-    one, other = (object_store.StoredReview(object_store.ObjectStore(bucket.url)) for _ in range(2))
-    publish, turns = object_store.ObjectStore.publish, iter(range(100))
-
-    def interrupted(store, files):
-        """Before everything that one of them writes, the other marks a sample."""
-        if store is one._store and (turn := next(turns)) < 4:
-            other.change({f"{10 + turn:08}": "good", "00000003": "good"})
-        return publish(store, files)
-
-    monkeypatch.setattr(object_store.ObjectStore, "publish", interrupted)
-    one.change({"00000000": "", "00000002": "bad", "00000003": "bad"})
-    marks = {"00000001": "bad", "00000002": "bad", "00000003": "bad"} | {f"{10 + k:08}": "good" for k in range(4)}
-    del marks["00000003"]  # which the other has marked last
-    assert one.read() == other.read() == marks | {"00000003": "good"}
-    lists = {mark: bucket.files.cat_file(f"{bucket.root}/{name}") for mark, name in object_store.REVIEW.items()}
-    assert review.of_lists(lists) == one.read()
-    assert set(object_store.ObjectStore(bucket.url).sizes()) == {"review/bad.txt", "review/good.txt"}
-
-
-def test_reviewers_of_a_store_who_mark_the_same_samples_at_once_leave_each_a_mark(bucket):
-    def mark(name, step):
-        marks = object_store.StoredReview(object_store.ObjectStore(bucket.url))
-        for k in range(0, 30)[::step]:
-            marks.change({f"{k:08}": name, f"{k + 100 * (name == 'bad'):08}": name})
-
-    threads = [threading.Thread(target=mark, args=arguments) for arguments in (("good", 1), ("bad", -1))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = object_store.StoredReview(object_store.ObjectStore(bucket.url)).read()
-    assert sorted(found) == [f"{k:08}" for k in [*range(30), *range(100, 130)]]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -542,7 +510,7 @@ def test_samples_that_are_set_aside_are_counted_apart(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(2, 32)) as folder:
         folder.add([rendered(0, 32), *(replace(rendered(k, 32), aside="it is blurred") for k in (1, 2, 3))], {})
-        folder.rebuild()
+        finish_run(folder)
     assert command.main([str(run), "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == f"{run}: 1 of 2 samples, and 3 set aside\n" and json.loads(out)["samples"] == 1

@@ -18,8 +18,8 @@ from datasetdm_fast import drop, filter
 from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.numbering import numbered
-from datasetdm_fast.runs.gallery import review, server
-from datasetdm_fast.runs.run_folder import showing
+from datasetdm_fast.runs.gallery import review, server, showing
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 NUMBER = 300
@@ -44,7 +44,7 @@ def run(chromium, tmp_path_factory):
             for s in [samples[k % 60]]
         ]
         folder.add(copies, {})
-        folder.rebuild()
+        finish_run(folder)
     return path
 
 
@@ -211,7 +211,7 @@ def test_doubtful_samples_show_that_a_filter_left_out(chromium, tmp_path):
     samples[2] = replace(samples[2], trust=Trust(reasons=("cube is missing",)))
     with RunFolder(path, document(4, 48)) as folder:
         folder.add(samples, {})
-        folder.rebuild()
+        finish_run(folder)
     assert filter.main([str(path), "--where", "trust == 1", "--quiet"]) == 0
     page = Watched(chromium).open(address(path))
     assert shown(page) == ["00000000", "00000001", "00000003"]
@@ -361,7 +361,7 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
         assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
         page.reload()
         until(page, "filled && marks.get('00000001') === 'bad'")
-        review.change(run, {"00000001": "", "00000002": "good"})  # by somebody else
+        review.FolderReview(run).change({"00000001": "", "00000002": "good"})  # by somebody else
         page.evaluate("dispatchEvent(new Event('focus'))")
         until(page, "marks.get('00000002') === 'good' && !marks.has('00000001')")
         assert page.locator("[data-mark=bad]").get_attribute("aria-pressed") == "false"
@@ -401,7 +401,7 @@ def test_a_run_without_classes_has_no_charts_of_them(chromium, tmp_path):
     values["config"]["task"] = ["depth"]
     with RunFolder(tmp_path, {**values, "classes": []}) as folder:
         folder.add([type(sample)(sample.request, sample.image, {"depth": sample.annotations["depth"]})], {})
-        folder.rebuild()
+        finish_run(folder)
     page = Watched(chromium).open(address(tmp_path))
     page.click("#counting")
     told = page.locator("#charts").inner_text()
@@ -528,7 +528,7 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
 def test_a_sample_that_the_other_run_has_set_aside_is_shown_beside_this_one(chromium, run, tmp_path):
     with RunFolder(tmp_path / "other", document(2, 48)) as folder:
         folder.add([rendered(0, 48), replace(rendered(1, 48), aside="it looks odd")], {})
-        folder.rebuild()
+        finish_run(folder)
     with at_work(served(run), 18900, print, served(tmp_path / "other")) as serving:
         page = Watched(chromium).open(serving.address + "#id=00000001&layer=semantic")
         page.click("#beside [data-way=two]")
@@ -556,7 +556,7 @@ def many_classes(path, number=110):
     label = SemanticMap(labels, np.ones((48, 48), np.float32), names)
     with RunFolder(path, values) as folder:
         folder.add([Sample(Request(0, "", 0, names[-1:]), rendered(0, 48).image, {"semantic": label})], {})
-        folder.rebuild()
+        finish_run(folder)
 
 
 def test_a_legend_of_many_classes_is_folded(chromium, tmp_path):
@@ -654,7 +654,7 @@ def test_the_page_of_a_run_in_progress_offers_the_samples_that_were_added(chromi
         assert other.locator("#summary").inner_text().startswith("6 samples so far")
         other.close()
         (tmp_path / "gallery/run.js").write_bytes(after)
-        folder.rebuild()
+        finish_run(folder)
     page.evaluate("lookForNews()")
     until(page, "by('newer').textContent === 'Show the finished run'")
     page.click("#newer")
@@ -675,7 +675,7 @@ def test_pictures_that_were_labelled_are_found_by_their_file_names(chromium, tmp
     names = ["a/Street <1>.png", "a/Room.png"]
     with RunFolder(tmp_path, document(2, 48)) as folder:
         folder.add([replace(rendered(k, 48, "a photo"), provenance={"picture": names[k]}) for k in (0, 1)], {})
-        folder.rebuild()
+        finish_run(folder)
     page = Watched(chromium).open(address(tmp_path, "#search=street"))
     assert shown(page) == ["00000000"] and page.locator(".card .told").inner_text() == f"00000000 · {names[0]}"
     page.click(".card")

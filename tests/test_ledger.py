@@ -22,11 +22,12 @@ from datasetdm_fast.engine.labels import label_files
 from datasetdm_fast.engine.labels.numbering import check_numbers, laid_out, numbered
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import check_config, check_same, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 MAPS = ("semantic", "open_vocabulary")
@@ -76,16 +77,16 @@ def row(index, **changes):
 def test_a_later_row_takes_the_place_of_an_earlier(tmp_path):
     """As where a sample that was set aside is made after all."""
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.commit([row(1, status=SET_ASIDE, reason="NaN"), row(0)])
-        assert (ledger.count(), ledger.count(SET_ASIDE), ledger.indices(SET_ASIDE)) == (1, 1, [1])
+        ledger.commit([row(1, status=QUARANTINED, reason="NaN"), row(0)])
+        assert (ledger.count(), ledger.count(QUARANTINED), ledger.indices(QUARANTINED)) == (1, 1, [1])
         ledger.commit([row(1)])
-        assert (ledger.count(), ledger.count(SET_ASIDE), ledger.indices()) == (2, 0, [0, 1])
+        assert (ledger.count(), ledger.count(QUARANTINED), ledger.indices()) == (2, 0, [0, 1])
         assert ledger.row(1) == row(1) and [found.request.index for found in ledger.rows()] == [0, 1]
 
 
 def test_a_range_of_the_ledger_begins_with_its_first_and_ends_before_its_last(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.commit([row(2), row(3, status=SET_ASIDE), row(4), row(7)])
+        ledger.commit([row(2), row(3, status=QUARANTINED), row(4), row(7)])
         assert ledger.within(3, 7) == {3, 4} and ledger.within(7, 7) == set() and ledger.within(0, 100) == {2, 3, 4, 7}
 
 
@@ -210,7 +211,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(run_path, tmp_path):
     (path / "images" / ".00000006.png.123.part").write_bytes(b"half")
     with RunFolder(path, document(12)) as folder:
         folder.add([rendered(k) for k in range(5, 12)], {"batch_size": 4})
-        folder.rebuild()
+        finish_run(folder)
     assert tree(path) == tree(run_path)
 
 
@@ -377,7 +378,7 @@ def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tm
     for number in (2, 3):  # opened twice, as where a run goes on
         with RunFolder(tmp_path / "run", old) as folder:
             folder.add([rendered(number - 1)] if number == 3 else [rendered(0), rendered(1)], {"batch_size": 4})
-            folder.rebuild()
+            finish_run(folder)
     assert read_document(tmp_path / "run")["format"] == 2 and audit(tmp_path / "run").findings == []
     assert laid_out(document(3)["labels"], old["labels"]) == old["labels"]
     with open_run(tmp_path / "run") as run:
@@ -400,7 +401,7 @@ def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tm
 def test_the_card_counts_what_is_there(tmp_path):
     with RunFolder(tmp_path / "run", document(5)) as folder:
         folder.add([rendered(0), rendered(1), Quarantined(Request(2, "a ball", 2), "NaN")], {})
-        folder.rebuild()
+        finish_run(folder)
     card = (tmp_path / "run" / "README.md").read_text()
     assert card.count("2 of 5 images of 64 × 64 pixels") == 1 and "Quarantined (`NaN`): `00000002`." in card
     made = [len(rendered(k).annotations["instance"].masks) for k in range(2)]
@@ -414,7 +415,7 @@ def test_card_quotes_no_foreign_markup(tmp_path):
     hostile |= numbered(hostile["labels"])
     with RunFolder(tmp_path / "run", hostile) as folder:
         folder.add([rendered(0)], {})
-        folder.rebuild()
+        finish_run(folder)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "<img" not in card and card.count("](") == 1 and "](statistics.png)" in card and "\n# <" not in card
     assert "- Model: `'x' # <script>`;" in card
@@ -493,7 +494,7 @@ def test_two_writers_are_refused(tmp_path):
 def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
     with RunFolder(tmp_path / "run", document(2)) as folder:
         folder.add([rendered(0), Quarantined(Request(1, "a ball", 1), "NaN")], {})
-        folder.rebuild()
+        finish_run(folder)
         assert folder.ledger.indices() == [0] and folder.ledger.indices("set-aside") == [1]
     assert (
         len(list((tmp_path / "run" / "images").iterdir())) == 1
@@ -527,7 +528,7 @@ def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
         (tmp_path / "run" / name).unlink()
     with RunFolder(tmp_path / "run", document(3)) as folder:
         assert not seal.is_indexed(folder.path, folder.document, folder.ledger)
-        folder.rebuild()
+        finish_run(folder)
         assert seal.is_indexed(folder.path, folder.document, folder.ledger)
     assert tree(tmp_path / "run") == before
 
@@ -672,15 +673,13 @@ def test_a_folder_of_format_1_opens_audits_and_resumes_in_its_form(tmp_path, run
         connection.executescript(EARLIER_SCHEMA)
     with RunFolder(path, document(12) | {"format": 1}) as folder:
         folder.add([rendered(k) for k in range(7)], LONG_RECIPE)
-    for picture in (path / "gallery" / "depth").iterdir():  # earlier versions drew them at the end
-        picture.unlink()
     with sqlite3.connect(path / "state" / "ledger.sqlite") as connection:
         recipe, files = connection.execute("SELECT recipe, files FROM samples").fetchone()
     assert json.loads(recipe) == LONG_RECIPE and set(json.loads(files)["depth"]) == {"path", "sha256", "bytes"}
     assert len(open_run(path)) == 7 and audit(path).findings == []
     with RunFolder(path, read_document(path)) as folder:
         folder.add([rendered(k) for k in range(7, 12)], LONG_RECIPE)
-        folder.rebuild()
+        finish_run(folder)
     assert audit(path).findings == [] and open_run(path)[11].meta == LONG_RECIPE
     changed = {name for name, content in tree(path).items() if content != tree(run_path)[name]}
     assert changed == {"run.json"} and len(tree(path)) == len(tree(run_path))

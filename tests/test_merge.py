@@ -12,6 +12,7 @@ from datasetdm_fast import drop, filter, open_run, restore, splice
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.merge import main
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.split import groups, origins
@@ -24,12 +25,12 @@ def runs(tmp_path_factory):
     write_run(root / "first", 6, 32)
     with RunFolder(root / "second", document(5, 32)) as folder:
         folder.add([moved(k, k + 4) for k in range(5)], {})
-        folder.rebuild()
+        finish_run(folder)
     first = list(open_run(root / "first"))
     with RunFolder(root / "varied", document(3, 32)) as folder:
         for k in range(3):
             folder.add([moved(k, k + 50)], {"source": first[k].id, "group": first[k].row.files["image"][1].sha256[:16]})
-        folder.rebuild()
+        finish_run(folder)
     return root
 
 
@@ -81,7 +82,7 @@ def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path
             samples = [moved(k, number) for k, number in enumerate(like)]
             said = [replace(each.request, prompt="a ball and a toy tree", classes=("ball",)) for each in samples]
             folder.add([replace(each, request=request) for each, request in zip(samples, said, strict=True)], {})
-            folder.rebuild()
+            finish_run(folder)
     wide, out = tmp_path / "wide", tmp_path / "all"
     line = [str(tmp_path / "one"), "--grids", "1x2", "--number", "1", "--out", str(wide), "--quiet"]
     assert splice.main(line) == 0
@@ -99,7 +100,7 @@ def test_the_engines_of_all_runs_are_named(runs, tmp_path):
     for name, told, like in (("one", {"engine": fast}, 60), ("two", {"engine": torch}, 61), ("mixed", continued, 62)):
         with RunFolder(tmp_path / name, document(1, 32) | told) as folder:
             folder.add([moved(0, like)], {})
-            folder.rebuild()
+            finish_run(folder)
     names = [["one", "two"], ["one", "mixed"], ["one two", str(runs / "first")]]
     for parts, engines in zip(names, (["fast", "torch"], ["fast", "torch"], ["fast", "torch", "renderer"])):
         out = tmp_path / " ".join(parts).replace(str(runs / "first"), "first")
@@ -164,7 +165,7 @@ def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(
     for name, described in (("longer", longer), ("other", other)):
         with RunFolder(tmp_path / name, described) as folder:
             folder.add([moved(k, 80 + k) for k in range(2)], {})
-            folder.rebuild()
+            finish_run(folder)
     out = tmp_path / "all"
     assert main([str(runs / "first"), str(tmp_path / "longer"), "--out", str(out), "--quiet"]) == 0
     assert open_run(out).document["labels"]["semantic"]["classes"] == longer["labels"]["semantic"]["classes"]
@@ -184,7 +185,7 @@ def test_tables_that_only_one_label_of_each_run_continues_are_refused(runs, tmp_
         described["classes"].append(word)
         with RunFolder(tmp_path / label, described) as folder:
             folder.add([moved(k, (80 if word == "dog" else 90) + k) for k in range(2)], {})
-            folder.rebuild()
+            finish_run(folder)
     assert main([str(tmp_path / "semantic"), str(tmp_path / "instance"), *lines]) == 2
     assert "number the classes differently" in capsys.readouterr().err and not (tmp_path / "all").exists()
 
@@ -194,7 +195,7 @@ def test_a_merged_run_has_room_for_the_settings_of_all(tmp_path):
     for name, like in (("one", 60), ("other", 70)):
         with RunFolder(tmp_path / name, document(1, 32, classes=words)) as folder:
             folder.add([moved(0, like)], {})
-            folder.rebuild()
+            finish_run(folder)
     out = tmp_path / "all"
     assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(out), "--quiet"]) == 0
     assert (out / "run.json").stat().st_size > 2**20 and audit(out).findings == []
@@ -213,7 +214,7 @@ def test_a_sample_that_was_dropped_is_not_missing(runs, tmp_path, capsys):
 def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
     with RunFolder(tmp_path / "large", document(2, 64)) as folder:
         folder.add([rendered(k, 64) for k in range(2)], {})
-        folder.rebuild()
+        finish_run(folder)
     assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
     assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
     wide = ["--grids", "1x2", "--number", "1", "--quiet"]

@@ -20,6 +20,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import packages_of
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -292,7 +293,7 @@ def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monk
         sample = rendered(len(name) + ord(name[0]), 32)
         with RunFolder(tmp_path / name, document(1, 32) | {"packages": told}) as folder:
             folder.add([replace(sample, request=replace(sample.request, index=0))], {})
-            folder.rebuild()
+            finish_run(folder)
     joined, wide = tmp_path / "joined", tmp_path / "wide"
     assert merge.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(joined), "--quiet"]) == 0
     line = ["--grids", "1x2", "--number", "1", "--resize", "--out", str(wide), "--quiet"]

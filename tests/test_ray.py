@@ -31,10 +31,11 @@ from datasetdm_fast import convert, generate
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.gallery import sheets
+from datasetdm_fast.runs.gallery import showing
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import job, run
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
-from datasetdm_fast.runs.run_folder import document, object_store, seal, showing
+from datasetdm_fast.runs.run_folder import document, object_store, page_files, seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder, write_samples
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
@@ -265,7 +266,7 @@ PROMPTS = [f"a ball {k}" if k != 5 else "broken" for k in range(SAMPLES)]
 @pytest.mark.loopback
 def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, tmp_path):
     """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as
-    there; thumbnails, which need all images in one place, are drawn by the first look at a copy.
+    there; thumbnails and pictures, which need all images in one place, are drawn by the first look at a copy.
     """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -287,9 +288,13 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         and "look at them with: python -m datasetdm_fast.gallery " in errors
     ), errors
     store, alone = tree(tmp_path / "store"), tree(tmp_path / "alone")
-    thumbnails = {sheets.SHOWN, sheets.sheet_name(0)}
+    drawn = {
+        page_files.SHEETS,
+        page_files.sheet_name(0),
+        *(name for name in alone if name.startswith("gallery/depth/")),
+    }
     other = {name for name in store.keys() & alone.keys() if store[name] != alone[name]}
-    assert alone.keys() - store.keys() == thumbnails and store.keys() <= alone.keys()
+    assert alone.keys() - store.keys() == drawn and store.keys() <= alone.keys()
     assert other == {"gallery/run.js", seal.SEAL} and b'"sheet":null' in store["gallery/run.js"]
     assert audit(tmp_path / "store", threads=1).findings == []
     showing.show(tmp_path / "store")
@@ -578,10 +583,10 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     there = fsspec.filesystem("memory")
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size
-    assert there.exists("/bucket/run/gallery/depth/00000000.png") and bucket.read("images/none.png") is None
+    assert bucket.read("images/none.png") is None
     with RunFolder(made.folder, made.document) as folder:
         folder.add([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {})
-        folder.rebuild()
+        finish_run(folder)
     bucket.complete(made.folder)
     for name in (document.DOCUMENT, document.LEDGER, seal.SEAL, *seal.rebuilt_files(made.folder, made.document)):
         assert bucket.read(name) == (made.folder / name).read_bytes(), name
@@ -632,11 +637,11 @@ def test_a_run_in_a_store_is_read_audited_and_converted_from_there(monkeypatch, 
     bucket = object_store.ObjectStore(url)
     samples = [torchless.drawn(made.plan.request(k), made.recipe.tasks) for k in range(2)]
     with RunFolder(made.folder, made.document) as folder:
-        rows = write_samples(samples, {}, made.document, bucket.publish, has_thumbnails=False)
+        rows = write_samples(samples, {}, made.document, bucket.publish)
         bucket.note(made.folder)
         folder.unseal()
         folder.ledger.commit(rows)
-        folder.rebuild()
+        finish_run(folder)
     bucket.complete(made.folder)
     name = url if place == "url" else str(made.folder)
     run = open_run(name)
@@ -668,7 +673,7 @@ def test_a_store_on_a_disk_keeps_nothing_of_workers_that_were_killed(made, tmp_p
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     with RunFolder(made.folder, made.document) as folder:
-        folder.rebuild()
+        finish_run(folder)
     object_store.ObjectStore(f"file://{tmp_path}/store").complete(made.folder)
     assert not left.exists() and (tmp_path / "store" / seal.SEAL).is_file()
 

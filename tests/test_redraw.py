@@ -31,6 +31,7 @@ from datasetdm_fast.runs.compositions import domains, regions
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import drawn_source
 from datasetdm_fast.runs.compositions.settings import EditSettings
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -382,7 +383,7 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
             names = tuple(described["labels"]["instance"]["classes"])
             found = Instances(mask, np.array([kite]), np.array([score], np.float32), names)
             folder.add([replace(sample, annotations={**sample.annotations, "instance": found})], {})
-        folder.rebuild()
+        finish_run(folder)
     settings = EditSettings(run=str(tmp_path / "run"), class_="kite", prompt="a red star")
     edits = Edits(drawn_source(tmp_path / "run", only_kept=False), settings)
     assert [edits.prompt(index).seed for index in range(edits.number)] == [1]
@@ -415,7 +416,7 @@ def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
     sample = replace(sample, request=replace(sample.request, prompt="people and a ball on a table"))
     with RunFolder(tmp_path / "run", document(1, SIDE)) as folder:
         folder.add([sample], {})
-        folder.rebuild()
+        finish_run(folder)
     for way in ({"class_": "person"}, {"box": "0,0,64,64"}):
         settings = EditSettings(run=str(tmp_path / "run"), prompt="a red star", **way)
         told = Edits(drawn_source(tmp_path / "run", only_kept=False), settings).prompt(0).text

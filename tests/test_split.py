@@ -12,6 +12,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery import review
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -80,7 +81,7 @@ def test_whoever_may_write_into_a_run_is_what_the_umask_says(tmp_path, mask, mod
     try:
         write_run(tmp_path / "run", 2, 32)
         assert main([str(tmp_path / "run"), "--quiet"]) == 0
-        review.change(tmp_path / "run", {"00000001": "bad"})
+        review.FolderReview(tmp_path / "run").change({"00000001": "bad"})
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == modes
@@ -144,7 +145,7 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
     with RunFolder(run, document(NUMBER, 32)) as folder:
         for k in range(NUMBER):
             folder.add([rendered(k, 32)], {"group": f"picture {k // 4}"})
-        folder.rebuild()
+        finish_run(folder)
     assert main([str(run), "--shares", "60,40", "--quiet"]) == 0
     parts = read_split(run).names()
     assert all(parts[k] == parts[k - k % 4] for k in range(NUMBER)) and set(parts.values()) == {"train", "val"}

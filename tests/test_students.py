@@ -20,6 +20,7 @@ from datasetdm_fast.data import Request, SemanticMap
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.training.evaluation import answering, arms, course, student_data
 from datasetdm_fast.training.evaluation.course import Course, NetworkTraining, taught
@@ -339,7 +340,7 @@ def test_the_built_in_student_says_what_of_a_run_it_cannot_learn(tmp_path, capsy
     samples = [replace(rendered(k, SIDE), request=Request(k, "a photo", k)) for k in range(2)]
     with RunFolder(path, document(2, SIDE)) as folder:
         folder.add(samples, {})
-        folder.rebuild()
+        finish_run(folder)
     line = ["--student", "small", "--data", "demo:2", "--real", "2", "--steps", "1", "--repeats", "2", "--run"]
     assert evaluate.main([*line, str(path)]) == 0
     assert "instance is left out: no prompt names a class of the data" in capsys.readouterr().err

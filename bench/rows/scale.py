@@ -29,6 +29,7 @@ from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import job, prompt_files, settings
 from datasetdm_fast.runs.jobs import run as generation
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
@@ -197,7 +198,7 @@ def closing_row(number: int) -> dict[str, Any]:
             while batch := list(islice(renamed, BATCH)):
                 writing.put(batch, recipe.facts)
         begin, worked = time.perf_counter(), time.process_time()
-        folder.rebuild()
+        finish_run(folder)
         seconds, cores = time.perf_counter() - begin, time.process_time() - worked
         ledger = (folder.path / LEDGER).stat().st_size
     costs = {"closing_ms": round(1e3 * seconds / number, 4), "closing_core_ms": round(1e3 * cores / number, 4)}

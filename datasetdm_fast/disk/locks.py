@@ -3,6 +3,7 @@
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 CACHE_VARIABLE = "DATASETDM_CACHE"
+SECONDS_BETWEEN_TRIES = 0.1
 
 
 def cache_folder() -> Path:
@@ -28,27 +30,46 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` for this process, alone or shared; the system releases it however the process ends."""
+def locked(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> Iterator[None]:
+    """Holds the lock file `path` for this process, alone or shared, once others release it, for which it waits
+    `patience` seconds at most; the system releases it however the process ends.
+    """
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    end = time.monotonic() + patience
     with storage.refusing(path):
         handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, storage.FILE_MODE)
     try:
-        try:
-            storage.syscall(
-                "lock", fcntl.flock, handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-            )
-        except BlockingIOError as error:
-            raise Refused(
-                f"{path}: another process is writing to this run folder",
-                "Wait until it has ended, or choose another folder.",
-            ) from error
-        except OSError as error:
-            raise Missing(
-                f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
-            ) from error
+        while not _try_to_lock(handle, kind, path):
+            if time.monotonic() >= end:
+                raise Refused(
+                    f"{path}: another process is writing to this run folder",
+                    "Wait until it has ended, or choose another folder.",
+                )
+            time.sleep(SECONDS_BETWEEN_TRIES)
         yield
     finally:
         os.close(handle)
+
+
+def _try_to_lock(handle: int, kind: int, path: Path) -> bool:
+    try:
+        storage.syscall("lock", fcntl.flock, handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise Missing(
+            f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
+        ) from error
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock file."""
+    try:
+        with locked(path):
+            return False
+    except Refused:
+        return True
 
 
 @contextmanager

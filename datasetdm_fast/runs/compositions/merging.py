@@ -14,6 +14,7 @@ from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.compositions.source import begun, check_filter, decisive, digests_of
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, damaged, engines_of, read_document, sides
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.kept import KEPT
@@ -273,7 +274,7 @@ def run(
             done += len(rows)
             on_commit(len(rows))
         if not is_stopping():
-            opened.rebuild()
+            finish_run(opened)
     return done
 
 
@@ -319,5 +320,5 @@ def remake(folder: Path, stored: Mapping[str, Any], row: Row, runs: Sequence[str
     with RunFolder(folder, stored) as opened:
         again, files, _ = merging.made(row.request.index)
         written = opened.restore(row, files, again.labels)
-        opened.rebuild()
+        finish_run(opened)
     return written

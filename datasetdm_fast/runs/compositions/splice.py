@@ -22,6 +22,7 @@ from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.compositions.grids import Grid, drawn, parse_grids
 from datasetdm_fast.runs.compositions.source import Source, Tile, begun, decisive, source_path
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
@@ -213,7 +214,7 @@ def run(
             opened.commit(rows)
             done += len(rows)
             on_commit(len(rows))
-        opened.rebuild()
+        finish_run(opened)
     return done, time.perf_counter() - start
 
 
@@ -238,5 +239,5 @@ def remake(folder: Path, stored: Mapping[str, Any], row: Row, source: str = "") 
     with RunFolder(folder, stored) as opened:
         again, files = splicing.made(row.request.index)
         written = opened.restore(row, files, again.labels)
-        opened.rebuild()
+        finish_run(opened)
     return written

@@ -9,6 +9,7 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.runs.curation.filtering import check_all_scored
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
@@ -83,7 +84,7 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
         with RunFolder(run.path, run.document) as folder:
             _in_blocks(chosen, folder.drop)
             add_distances(folder.ledger, since=min(wanted, default=inf))
-            folder.rebuild()
+            finish_run(folder)
     return chosen
 
 
@@ -103,7 +104,7 @@ def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> 
     with RunFolder(run.path, run.document) as folder:
         _in_blocks([dropped[index] for index in chosen], folder.bring_back)
         add_distances(folder.ledger, since=min(wanted or (0,)))
-        folder.rebuild()
+        finish_run(folder)
     return chosen
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.curation.scores import scored
 from datasetdm_fast.runs.curation.stability import Stability
-from datasetdm_fast.runs.run_folder.document import LEDGER, table_of
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder, keep
 from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -21,7 +23,6 @@ from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, add_distances, passing
 from datasetdm_fast.runs.run_folder.seal import is_indexed
-from datasetdm_fast.runs.run_folder.showing import is_held
 
 BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
@@ -117,7 +118,7 @@ def complete(
             on_commit(len(samples))
         if not is_stopping():
             add_distances(ledger)
-        folder.rebuild()
+        finish_run(folder)
 
 
 def close(run: Run) -> None:
@@ -126,7 +127,7 @@ def close(run: Run) -> None:
     """
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         is_closed = is_indexed(run.path, run.document, ledger)
-    if not is_closed and not is_held(run.path):
+    if not is_closed and not locks.is_locked(run.path / LOCK):
         complete(run, {}, 1, lambda count: None, lambda: False)
 
 

@@ -1,8 +1,6 @@
 """What the gallery's page knows: the facts of a run, the index of its samples, and the details drawn over pictures."""
 
 import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,22 +10,14 @@ from datasetdm_fast.engine.labels.colours import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import LabelName, by_task
 from datasetdm_fast.runs.gallery import sheets
-from datasetdm_fast.runs.gallery.drawn import traced
 from datasetdm_fast.runs.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
 
 SAFE = 2**53  # below it a script's numbers are exact
 LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
 NO_CLASS = ("background", "none", "")
 NO_FIGURE = "hash"  # the score of `filter` that nobody can compare with a number
-
-
-def script(kind: str, number: int, value: Any) -> bytes:
-    """A script that hands a value to the page; no string in it can end the script or be taken for a tag."""
-    text = documents.encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-    escaped = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    return f'receive("{kind}",{number},{escaped});\n'.encode()
 
 
 class RunFacts:
@@ -120,7 +110,7 @@ class RunFacts:
             [
                 row.request.index,
                 {
-                    layer.name: layer.values(row.labels[task], self.document["labels"][task], traced(layer, row, task))
+                    layer.name: layer.values(row.labels[task], self.document["labels"][task], _traced(layer, row, task))
                     for layer, task in self.layers.items()
                     if layer.values and task in row.labels
                 },
@@ -168,7 +158,7 @@ class RunFacts:
             "planned": document["plan"]["number"],
             "is_in_progress": is_in_progress,
             "sheet": {"side": sheets.SIDE, "columns": sheets.COLUMNS, "rows": sheets.ROWS} if has_sheets else None,
-            "group": sheets.GROUP,
+            "group": SHEET_SAMPLES,
             "summary": ", ".join(config["task"]),
             "facts": [
                 ["Model", document["model"]["name"]],
@@ -197,6 +187,13 @@ class RunFacts:
         }
         found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
         return [_css(each) for each in found]
+
+
+def _traced(layer: GalleryLayer, row: Row, task: str) -> Any:
+    """What was traced of a label when its sample was written; earlier versions traced nothing."""
+    if layer.trace is None or not row.labels[task]:
+        return []
+    return row.tracings[layer.name] if layer.name in row.tracings else layer.trace(row.labels[task])
 
 
 def key_of(document: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._path() != f"{self.server.prefix}review":
             return self._refuse(404)
         try:
-            marks = review.parse(documents.parse_json(content.decode(), "the marks"))
+            marks = review.parse_marks(documents.parse_json(content.decode(), "the marks"))
             with self.server.marking:
                 self.server.run.review.change(marks)
         except (ValueError, Refused):

@@ -43,7 +43,6 @@ class BackgroundWriter(AbstractContextManager):
         if is_whole:  # after a batch that could not be written nothing more is added
             self._folder.commit(rows)
             self._committed(rows)
-            self._folder.draw_sheets(rows)
             self._is_whole = True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

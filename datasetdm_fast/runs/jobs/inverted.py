@@ -36,7 +36,7 @@ from datasetdm_fast.runs.jobs.run import facts_of
 from datasetdm_fast.runs.jobs.run_settings import LabelConfig
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, read_document, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
 from datasetdm_fast.settings import flags_of, json_values
 from datasetdm_fast.untrusted import documents
@@ -137,7 +137,7 @@ def prepare(config: LabelConfig) -> Job:
 def _labelled(folder: Path) -> set[str]:
     """The names of the pictures that a run folder has rows of."""
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        rows = [*ledger.rows(DONE, SET_ASIDE, DOUBTFUL, parts=()), *ledger.dropped()]
+        rows = [*ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()), *ledger.dropped()]
     return {row.recipe["picture"] for row in rows if "picture" in row.recipe}
 
 

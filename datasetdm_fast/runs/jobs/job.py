@@ -22,6 +22,7 @@ from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import prompt_files, racing
 from datasetdm_fast.runs.jobs.result import Result, result_of
 from datasetdm_fast.runs.jobs.run_settings import LabelConfig, RunConfig
@@ -41,7 +42,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 from datasetdm_fast.runs.run_folder.score_table import add_distances
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
@@ -142,7 +143,7 @@ def settled(
         return None
     if not is_fresh and not is_dry:
         with RunFolder(folder, stored) as opened:
-            opened.rebuild()
+            finish_run(opened)
     return result
 
 
@@ -507,7 +508,7 @@ def check_rows(job: Job) -> None:
     if not (job.folder / LEDGER).exists():
         return
     with Ledger(job.folder / LEDGER, read_only=True) as ledger:
-        for row in ledger.rows(DONE, SET_ASIDE, DOUBTFUL, parts=()):
+        for row in ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()):
             planned = job.plan.request(row.request.index)
             if planned != row.request:
                 found = differences(asdict(row.request), asdict(planned))
@@ -524,7 +525,7 @@ def count_rows(config: RunConfig) -> int:
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count() + ledger.count(SET_ASIDE) + ledger.count_dropped()
+        return ledger.count() + ledger.count(QUARANTINED) + ledger.count_dropped()
 
 
 def describe(

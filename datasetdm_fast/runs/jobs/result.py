@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
@@ -90,7 +91,7 @@ def closed(folder: RunFolder, number: int, made: int, begin: float) -> Result:
     the clock of `time.perf_counter`.
     """
     closing = time.perf_counter()
-    folder.rebuild()
+    finish_run(folder)
     end = time.perf_counter()
     return result_of(folder.path, number, folder.ledger, made, seconds=end - begin, closing_seconds=end - closing)
 

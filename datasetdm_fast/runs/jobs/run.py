@@ -13,6 +13,7 @@ from datasetdm_fast.engine.loop import driver, prompts
 from datasetdm_fast.engine.loop.driver import word_slots
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
 from datasetdm_fast.runs.jobs.result import Result, closed
@@ -22,7 +23,7 @@ from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.document import check_same, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import goal_of
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import open_folder, refuse_stored
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
 
@@ -148,7 +149,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     """The sample `config.only` from its row; settings in `given` must agree with the run folder's."""
     folder = Path(config.out)
     stored, row = remakable("", folder, config.only)
-    if row.status == SET_ASIDE:
+    if row.status == QUARANTINED:
         refuse_stored(folder)
     moved = {"model", "decoder"} & set(given)  # their digests tell whether they are the same
     settings = replace(
@@ -189,8 +190,8 @@ def remake(task: Remake) -> list[str]:
             "Try another --dtype in a run of its own.",
         )
     with open_folder(task.folder, task.document) as folder:
-        if task.row.status == SET_ASIDE:
+        if task.row.status == QUARANTINED:
             folder.add(acceptance_of(task.document).judged([result]), task.row.recipe)
-            folder.rebuild()
+            finish_run(folder)
             return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
         return folder.renew(task.row, result)

@@ -14,8 +14,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs import gallery
-from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder import page_files, seal
 from datasetdm_fast.runs.run_folder.document import (
     ASIDE,
     DOCUMENT,
@@ -34,12 +33,13 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.kept import KEPT
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.untrusted import documents, images
 
 # What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
 # writes it there.
 BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", "plan.batch_size", *(f"config.{name}" for name in GROWING)}
+REWRITE = "Run the line that made it once more: it is written anew."
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,11 @@ class Report:
         return self.done + self.set_aside + self.dropped >= self.number
 
 
-def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = lambda done, number: None) -> Report:
-    """The report on a run folder, finished or not; nothing in it is changed. `seen` hears how many of how many samples
-    were checked.
+def audit(
+    folder: Path, *, threads: int = 0, on_progress: Callable[[int, int], None] = lambda done, number: None
+) -> Report:
+    """The report on a run folder, finished or not; nothing in it is changed. `on_progress` gets the
+    number of checked samples and that of all.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,7 +108,7 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
         return damaged(error)
     with ledger:
         try:
-            return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, seen)
+            return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, on_progress)
         except Refused as error:  # a page of the ledger that only reading it shows to be damaged
             return damaged(error)
 
@@ -117,12 +119,12 @@ def _audit(
     ledger: Ledger,
     findings: list[Finding],
     threads: int,
-    seen: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> Report:
     findings += [Finding(LEDGER, f"SQLite finds {line}", _restore(folder)) for line in ledger.damage()]
     noted = _noted(folder, ledger, findings)
     if (document := document or noted) is None:
-        return Report(str(folder), 0, ledger.count(), ledger.count(SET_ASIDE), 0, 0, findings)
+        return Report(str(folder), 0, ledger.count(), ledger.count(QUARANTINED), 0, 0, findings)
     findings += [
         Finding(DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
         for part in noted or {}
@@ -133,20 +135,20 @@ def _audit(
     findings += _check_seal(folder)
     known: set[str] = set()
     files = total = 0
-    done, aside = ledger.count(), ledger.indices(SET_ASIDE)
-    there = done + ledger.count(DOUBTFUL)
+    done, quarantined = ledger.count(), ledger.indices(QUARANTINED)
+    samples = done + ledger.count(DOUBTFUL)
     number, most = document["plan"]["number"], most_samples(document["config"], document["plan"]["number"])
-    findings += [_beyond(folder, index, most) for index in aside if not 0 <= index < most]
-    checked = _checked(folder, document, ledger.rows(DONE, DOUBTFUL), is_indexed, threads)
-    for k, (row, found, read) in enumerate(checked, 1):
-        findings += found
+    findings += [_beyond(folder, index, most) for index in quarantined if not 0 <= index < most]
+    for k, (row, faults, read) in enumerate(_check_rows(folder, document, ledger.rows(DONE, DOUBTFUL), threads), 1):
+        findings += faults
         known |= {path for path, _ in row.files.values()}
-        known |= {gallery.picture_name(role, row) for role in row.files if gallery.drawn_layer(role)}
         files, total = files + len(row.files), total + read
-        seen(k, there)
-    known |= gallery.expected(ledger)
-    findings += _check_strangers(folder, _own_folders(document), known)
-    return Report(str(folder), number, done, len(aside), files, total, findings, ledger.count_dropped())
+        on_progress(k, samples)
+    page = page_files.expected_files(document, ledger)
+    if is_indexed:
+        findings += _check_pictures(folder, page)
+    findings += _check_strangers(folder, _product_folders(document), known | page)
+    return Report(str(folder), number, done, len(quarantined), files, total, findings, ledger.count_dropped())
 
 
 def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
@@ -200,20 +202,19 @@ def _beyond(folder: Path, index: int, number: int) -> Finding:
 
 def _check_seal(folder: Path) -> Iterator[Finding]:
     """What differs from the digests that were written down when the run was finished."""
-    remedy = "Run the line that made it once more: it is written anew."
     if not (folder / seal.SEAL).exists():
-        yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
+        yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", REWRITE)
         return
     try:
         digests = seal.read_seal(folder)
     except (Refused, Missing) as error:
-        yield Finding(seal.SEAL, _told_of(error, folder, seal.SEAL), f"Delete it. {remedy}")
+        yield Finding(seal.SEAL, _told_of(error, folder, seal.SEAL), f"Delete it. {REWRITE}")
         return
     if not digests:  # the run goes on, or was killed
         return
     digests.pop(seal.OWN, None)
     if (folder / seal.SEAL).read_bytes() != seal.sealed(digests):
-        yield Finding(seal.SEAL, "its bytes are not those that were written", f"Delete it. {remedy}")
+        yield Finding(seal.SEAL, "its bytes are not those that were written", f"Delete it. {REWRITE}")
     log = folder / f"{LEDGER}-wal"
     if log.exists() and log.stat().st_size:
         yield Finding(
@@ -223,16 +224,29 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         found = storage.sha256_of(folder / name)
         if found != digest:
             what = "its bytes are not those that were written" if found else "is not there"
-            again = f"Delete it. {remedy}" if found else remedy
+            again = f"Delete it. {REWRITE}" if found else REWRITE
             yield Finding(name, what, {DOCUMENT: RESTORE_DOCUMENT, LEDGER: _restore(folder)}.get(name, again))
 
 
-def _own_folders(document: Mapping[str, Any]) -> list[str]:
-    """The folders whose every file is ours, those of labels that the run did not make among them."""
+def _product_folders(document: Mapping[str, Any]) -> list[str]:
+    """The folders whose every file is the product's, those of labels that the run did not make among them."""
     labels = (*LABEL_KINDS, *document["config"]["task"])
-    roles = dict.fromkeys(role for label in labels for role in kind_of(label).roles)
-    own = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
-    return [*own, *gallery.FOLDERS, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
+    roles = list(dict.fromkeys(role for label in labels for role in kind_of(label).roles))
+    folders = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
+    return [
+        *folders,
+        *page_files.page_folders([role for role in roles if page_files.layer_with_picture(role)]),
+        "state",
+    ]
+
+
+def _check_pictures(folder: Path, page: Iterable[str]) -> Iterator[Finding]:
+    """Missing pictures of the page, which the seals of earlier versions do not name."""
+    if (folder / page_files.SHEETS).exists():  # else the page was written without the samples' files
+        digests = seal.read_seal(folder) if (folder / seal.SEAL).exists() else {}
+        for name in sorted(set(page) - digests.keys()):
+            if not (folder / name).exists():
+                yield Finding(name, "is not there", REWRITE)
 
 
 def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Iterator[Finding]:
@@ -255,14 +269,14 @@ def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Itera
                 )
 
 
-def _checked(
-    folder: Path, document: Mapping[str, Any], rows: Iterable[Row], is_indexed: bool, threads: int
+def _check_rows(
+    folder: Path, document: Mapping[str, Any], rows: Iterable[Row], threads: int
 ) -> Iterator[tuple[Row, list[Finding], int]]:
     """Every row with what is wrong with its sample and the bytes read for it, a few at a time."""
     waiting: deque[tuple[Row, Future[tuple[list[Finding], int]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for row in rows:
-            waiting.append((row, pool.submit(check_sample, folder, document, row, is_indexed)))
+            waiting.append((row, pool.submit(check_sample, folder, document, row)))
             if len(waiting) > 4 * threads:
                 first, future = waiting.popleft()
                 yield first, *future.result()
@@ -270,7 +284,7 @@ def _checked(
             yield first, *future.result()
 
 
-def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed: bool) -> tuple[list[Finding], int]:
+def check_sample(folder: Path, document: Mapping[str, Any], row: Row) -> tuple[list[Finding], int]:
     """What is wrong with the files and labels of one row, and the bytes read."""
     id, config = row.request.id, document["config"]
     most = most_samples(config, document["plan"]["number"])
@@ -318,32 +332,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, document, id))
             for what in _label(task, row, arrays, document)
         ]
-    for role in row.files if is_indexed else ():
-        if gallery.drawn_layer(role):
-            findings += _check_picture(folder, row, role, arrays.get(role))
     return findings, total
-
-
-def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None) -> Iterator[Finding]:
-    """What is wrong with the picture drawn of a map; where that itself is damaged, only whether it can be one."""
-    name = gallery.picture_name(role, row)
-    try:
-        if not (folder / name).exists():
-            raise ValueError("is not there")
-        data = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
-        images.check_png(data)
-        picture = images.decode_image(data, name)
-        if pixels is None and picture.mode != "P":
-            raise ValueError(f"is no picture of a {role} map")
-        drawn = gallery.drawn_layer(role)
-        if pixels is not None and not np.array_equal(np.array(picture), np.array(drawn.picture(pixels))):
-            raise ValueError(f"does not show the {role} map of its sample")
-    except (ValueError, Missing) as error:
-        yield Finding(
-            name,
-            _told_of(error, folder, name),
-            f"Delete it and {gallery.PAGE}. Run the line that made the run once more: both are written anew.",
-        )
 
 
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.runs.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical
 from datasetdm_fast.version import __version__
 
 EVENTS = "state/events.jsonl"
@@ -40,7 +40,7 @@ class EventLog:
         """Samples that this process has just committed."""
         self._made += len(rows)
         for row in rows:
-            if row.status == SET_ASIDE:
+            if row.status == QUARANTINED:
                 self._add("warning", sample=row.request.id, reason=row.reason)
         if time.monotonic() - self._last >= SECONDS_BETWEEN:
             self._last = time.monotonic()
@@ -49,7 +49,7 @@ class EventLog:
     def end(self, ledger: Ledger) -> None:
         """What the folder holds once its index files show it."""
         if self._is_begun:
-            aside = ledger.count(SET_ASIDE)
+            aside = ledger.count(QUARANTINED)
             self._add("done", made=self._made, done=ledger.count(), set_aside=aside, doubtful=ledger.count_doubtful())
             self._is_begun = False
 

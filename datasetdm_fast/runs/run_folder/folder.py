@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import label_files
+from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import (
     ASIDE,
@@ -31,10 +29,10 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.events import EventLog
-from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
-from datasetdm_fast.runs.run_folder.rebuilding import rebuild
-from datasetdm_fast.runs.run_folder.seal import SEAL, has_indexes, is_sealed, unseal
+from datasetdm_fast.runs.run_folder.kept import KEPT, Kept
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
+from datasetdm_fast.runs.run_folder.page_files import mark_left_out
+from datasetdm_fast.runs.run_folder.seal import SEAL, is_sealed, unseal
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
@@ -58,7 +56,7 @@ class RunFolder(AbstractContextManager):
         self.document: dict[str, Any] = json.loads(
             pretty(document)
         )  # in the order of the file, which is what a later start will read
-        self._closing, self._log = ExitStack(), EventLog(path)
+        self._closing, self.log = ExitStack(), EventLog(path)
         storage.make_folder(path / "state")
         if not is_member:
             self._closing.enter_context(locks.locked(path / LOCK))
@@ -92,16 +90,12 @@ class RunFolder(AbstractContextManager):
     def unseal(self) -> None:
         """To be called before the first change."""
         unseal(self.path)
-        self._log.begin(self.document, self.ledger)
+        self.log.begin(self.document, self.ledger)
 
     def commit(self, rows: Sequence[Row]) -> None:
         """Makes rows whose files are there part of the data set, all or none."""
         self.ledger.commit(rows)
-        self._log.committed(rows)
-
-    def draw_sheets(self, committed: Sequence[Row]) -> None:
-        """Draws the thumbnail sheets that these rows complete, which closing the run then need not."""
-        gallery.draw_early(self.path, self.ledger, committed)
+        self.log.committed(rows)
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
@@ -186,39 +180,15 @@ class RunFolder(AbstractContextManager):
         for name in names:
             storage.remove(self.path / (source + name))
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """Removes files of dropped samples that a killed process left in the data set, and the other way round."""
-        rows = self.ledger.dropped()
-        for name in (
-            name
-            for row in rows
-            for role, (path, _) in row.files.items()
-            for name in (path, gallery.picture_name(role, row))
-        ):
+        names = [name for row in self.ledger.dropped() for name, _ in row.files.values()]
+        for name in names:
             storage.remove(self.path / name)
-        known = {self.path / (DROPPED + name) for row in rows for name, _ in row.files.values()}
+        known = {self.path / (DROPPED + name) for name in names}
         for path in (self.path / DROPPED).rglob("*"):
             if path.is_file() and path not in known:
                 storage.remove(path)
-
-    def rebuild(self) -> None:
-        """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
-        with gallery.held(self.path):
-            self._rebuild()
-        self._log.end(self.ledger)
-
-    def _rebuild(self) -> None:
-        if not has_indexes(self.path, self.document, self.ledger):
-            self.unseal()
-            self._remove_leftovers()
-            with refusing_rows(self.path):
-                rebuild(self.path, self.document, self.ledger)
-                gallery.remove_thumbnails(self.path)
-            self.ledger.note("indexed", "yes")
-        elif not is_sealed(self.path):  # a filter may have been killed before it marked the page
-            gallery.mark(self.path, self.document, read_kept(self.path))
-        if not is_sealed(self.path) and self.ledger.settle():
-            seal.seal(self.path, self.document)
 
     def close(self) -> None:
         self._closing.close()
@@ -232,15 +202,13 @@ def write_samples(
     recipe: Mapping[str, Any],
     document: Mapping[str, Any],
     publish: Publish,
-    *,
-    has_thumbnails: bool = True,
 ) -> list[Row]:
     """The rows of the results, once `publish` has taken all of their files; `document` is the content of run.json."""
-    config, thumbnails = document["config"], {}
+    config = document["config"]
     made: list[tuple[Row, label_files.Files]] = []
     for result in results:
         if isinstance(result, Quarantined):
-            made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
+            made.append((Row(result.request, dict(recipe), status=QUARANTINED, reason=result.reason), {}))
             continue
         place = ASIDE if result.aside else ""
         files, records = label_files.encode(result, config["image_format"], document["labels"], place)
@@ -248,30 +216,33 @@ def write_samples(
         if result.aside:
             row = replace(row, status=DOUBTFUL, reason=result.aside)
         made.append((row, files))
-        if has_thumbnails:
-            thumbnails[gallery.thumbnail_name(row.request.id)] = gallery.thumbnail(result.image, files["image"][1])
-    return publish_samples(made, publish, thumbnails)
+    return publish_samples(made, publish)
 
 
-def publish_samples(
-    made: Sequence[tuple[Row, label_files.Files]],
-    publish: Publish,
-    thumbnails: Mapping[str, bytes] = MappingProxyType({}),
-) -> list[Row]:
-    """The rows, once `publish` has taken their files and the pictures that the gallery shows of them."""
-    contents = {**thumbnails, **{name: content for _, files in made for name, content in files.values()}}
-    stored = publish(contents | {name: content for _, files in made for name, content in gallery.pictures(files)})
+def publish_samples(made: Sequence[tuple[Row, label_files.Files]], publish: Publish) -> list[Row]:
+    """The rows, once `publish` has taken their files."""
+    stored = publish({name: content for _, files in made for name, content in files.values()})
     for row, files in made:
         row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
-        row.tracings.update(gallery.tracings(row.labels))
+        row.tracings.update(trace_labels(row.labels))
     return [row for row, _ in made]
 
 
+def trace_labels(records: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page draws of labels and takes long to find for all samples together, by layer."""
+    return {
+        layer.name: layer.trace(records[task])
+        for task in records
+        for layer in kind_of(task).layers
+        if layer.trace and records[task]
+    }
+
+
 def into(folder: Path) -> Publish:
+    """Publishes files by their paths inside a folder."""
 
     def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        paths = {folder / name: content for name, content in files.items()}
-        stored = storage.publish(paths, {folder / name for name in files if gallery.is_thumbnail(name)})
+        stored = storage.publish({folder / name: content for name, content in files.items()})
         return {name: stored[folder / name] for name in files}
 
     return publish
@@ -322,7 +293,7 @@ def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> Non
     with seal.resealed(folder, document, removed="" if decided else KEPT):
         if decided:
             storage.publish({folder / KEPT: decided.content})
-        gallery.mark(folder, document, decided)
+        mark_left_out(folder, decided)
 
 
 def _check_unchanged(folder: Path) -> None:

@@ -22,7 +22,7 @@ TEXTS = {  # where a row's recipe holds texts of its request
     "class_prompt": "class_prompt",
 }
 DIGEST = "recipe"  # where a row holds the digest of a recipe that is stored once
-DONE, SET_ASIDE, DOUBTFUL = "done", "set-aside", "doubtful"
+DONE, QUARANTINED, DOUBTFUL = "done", "set-aside", "doubtful"
 _SCHEMA = """
 PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS samples (
@@ -288,13 +288,11 @@ class Ledger(AbstractContextManager):
         finally:
             self._connection.execute("END")
 
-    def indices(self, status: str = DONE) -> list[int]:
-        return [
-            index
-            for (index,) in self._connection.execute(
-                'SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,)
-            )
-        ]
+    def indices(self, *statuses: str) -> list[int]:
+        """The indices of the samples of these statuses, or of the data set."""
+        where = f"status IN ({', '.join('?' * len(statuses or (DONE,)))})"
+        statement = f'SELECT "index" FROM samples WHERE {where} ORDER BY "index"'
+        return [index for (index,) in self._connection.execute(statement, statuses or (DONE,))]
 
     def within(self, first: int, stop: int) -> set[int]:
         """The indices from `first` to before `stop` that have a row, whatever became of them."""
@@ -326,7 +324,7 @@ class Ledger(AbstractContextManager):
         statement = 'SELECT "index", reason FROM samples WHERE status = ? ORDER BY "index"'
         found: dict[str, list[int]] = {}
         with self._lock:
-            for index, reason in self._connection.execute(statement, (SET_ASIDE,)):
+            for index, reason in self._connection.execute(statement, (QUARANTINED,)):
                 found.setdefault(reason, []).append(index)
         return found
 

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
@@ -31,9 +30,6 @@ from datasetdm_fast.untrusted import documents
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
 AT_ONCE = 16  # files copied together
-REVIEW = {mark: f"review/{mark}.txt" for mark in review.MARKS}
-SINGLE_MARKS = "review/marks"  # one file for each mark of a sample in a store, which the lists of the review repeat
-REMOVED = "none"  # stands for a mark there which a list may still have
 COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
 
 
@@ -50,17 +46,13 @@ class PublishingFolder:
         commit: Callable[[list[Row]], object],
     ):
         self._document, self._wanted, self.commit, self.ledger = document, wanted, commit, self
-        self._has_thumbnails = not config.store  # which draws no sheets of them
         self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
 
     def unseal(self) -> None:
         """Done by whoever has the ledger."""
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
-        return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
-
-    def draw_sheets(self, committed: Sequence[Row]) -> None:
-        """Done at the end, by whoever has the ledger."""
+        return write_samples(results, recipe, self._document, self._publish)
 
     def within(self, first: int, stop: int) -> set[int]:
         return set(range(first, stop)) - self._wanted(first, stop)
@@ -187,11 +179,10 @@ class ObjectStore:
                 return None
 
     def sizes(self) -> dict[str, int]:
-        """Path inside the run -> bytes, of its files, apart from single marks of a review."""
+        """Path inside the run -> bytes, of its files."""
         with self._refusing():
             found = self.files.find(self.root, detail=True)
         inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
-        inside = {name: each for name, each in inside.items() if not name.startswith(f"{SINGLE_MARKS}/")}
         try:
             return {
                 documents.check_inside(name): inside[name]["size"] or 0
@@ -200,21 +191,6 @@ class ObjectStore:
             }
         except ValueError as error:
             raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
-
-    def names(self, folder: str) -> set[str]:
-        """The names of what is in a folder now, whoever put it there."""
-        with self._refusing():
-            self.files.invalidate_cache()
-            try:
-                found = self.files.ls(f"{self.root}/{folder}", detail=False)
-            except FileNotFoundError:
-                return set()
-        return {each.rstrip("/").rpartition("/")[2] for each in found}
-
-    def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
-        with self._refusing(), suppress(FileNotFoundError):
-            self.files.rm_file(f"{self.root}/{name}")
 
     def fetch(self, name: str, path: Path) -> bool:
         """Copies a file of any size here; False where the store has none of that name."""
@@ -347,35 +323,6 @@ class StoreCopy:
         return path
 
 
-class StoredReview:
-    """The marks of a run in an object store, where nobody can hold a list while changing it: each mark of a sample is a
-    file of its own, so that no reviewer undoes what others mark. The lists are written after them.
-    """
-
-    def __init__(self, store: ObjectStore):
-        self._store = store
-
-    def read(self) -> dict[str, str]:
-        found = review.of_lists({mark: self._store.read(name) or b"" for mark, name in REVIEW.items()})
-        names = self._store.names(SINGLE_MARKS)
-        for mark in (REMOVED, *review.MARKS):  # of two who mark one at once, whoever marks it bad counts
-            ids = [name.removesuffix(f".{mark}") for name in names if name.endswith(f".{mark}")]
-            found |= {id: mark for id in ids if review.ID.fullmatch(id)}
-        return {id: mark for id, mark in found.items() if mark != REMOVED}
-
-    def change(self, marks: Mapping[str, str]) -> None:
-        names = self._store.names(SINGLE_MARKS)
-        new = {f"{id}.{mark or REMOVED}" for id, mark in marks.items()}
-        old = {f"{id}.{mark}" for id in marks for mark in (REMOVED, *review.MARKS)} & names
-        for name in sorted(old - new):  # first, or two who mark one at once could remove each other's mark
-            self._store.remove(f"{SINGLE_MARKS}/{name}")
-        self._store.publish({f"{SINGLE_MARKS}/{name}": b"" for name in sorted(new)})
-        found = None
-        while (there := self.read()) != found:  # again where others have marked samples in the meantime
-            found = there
-            self._store.publish({REVIEW[mark]: content for mark, content in review.lists_of(found).items()})
-
-
 def _discard(folder: Path, process: int) -> None:
     if os.getpid() == process:  # a forked one leaves it to the first
         shutil.rmtree(folder, ignore_errors=True)
@@ -416,7 +363,7 @@ def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) ->
     for name, size in sizes.items():
         path = folder / name
         if path.exists() and (
-            name in REVIEW.values()  # which is not sealed
+            name.startswith("review/")  # which is not sealed
             or path.stat().st_size != size
             or (name in digests and storage.sha256_of(path) != digests[name])
         ):

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.runs import gallery
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.kept import KEPT, read_kept
 from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.page_files import existing_files, expected_files, mark_left_out
 from datasetdm_fast.untrusted import documents
 
 QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
@@ -33,19 +33,21 @@ ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not i
 
 
 def index_files(document: Mapping[str, Any]) -> list[str]:
-    """The files of a run folder that are rebuilt from the ledger, those of the gallery aside."""
+    """The files of a run folder that are rebuilt from the ledger, without those of the page."""
     return list(writers(document))
 
 
 def rebuilt_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
-    """The same with what is there of the gallery, its pictures of single samples aside."""
-    return [*index_files(document), *gallery.written(folder)]
+    """Index files, and the files of the page that exist."""
+    return [*index_files(document), *existing_files(folder, document)]
 
 
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
-    """Whether every index file is there and shows the rows of the ledger."""
-    is_there = ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
-    return is_there and not gallery.missing(folder, ledger, has_samples=not (folder / ELSEWHERE).exists())
+    """Whether every index file and the page exist and show the rows of the ledger."""
+    if ledger.noted("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
+        return False
+    has_samples = not (folder / ELSEWHERE).exists()
+    return expected_files(document, ledger, has_samples=has_samples) <= set(existing_files(folder, document))
 
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
@@ -103,7 +105,7 @@ def resealed(folder: Path, document: Mapping[str, Any], removed: str = "") -> It
         before.pop(removed, None)
         known = {name: old for name, (old, new) in before.items() if storage.sha256_of(folder / name) == new}
         if is_late:  # a filter may have been killed before it marked the page
-            gallery.mark(folder, document, None if removed == KEPT else read_kept(folder))
+            mark_left_out(folder, None if removed == KEPT else read_kept(folder))
         if was_sealed or is_late:
             seal(folder, document, known, removed)
         if removed:

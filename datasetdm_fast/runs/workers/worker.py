@@ -64,7 +64,7 @@ class Worker:
     """Makes batches of a queue; `on_commit` hears of the samples that were committed here first, `on_idle` is called
     while there is nothing to take.
 
-    `folder` is the run folder, or what has its `write`, `unseal`, `commit`, `draw_sheets` and `ledger` on a machine
+    `folder` is the run folder, or what has its `write`, `unseal`, `commit` and `ledger` on a machine
     that has none. There `has_ledger` is false, and whoever has the ledger adds the batches that make up for doubtful
     samples.
     """

@@ -10,12 +10,11 @@ from typing import Any
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs import gallery
+from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, described, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
-from datasetdm_fast.runs.run_folder.rebuilding import rebuild
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
@@ -69,22 +68,22 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
-    if not is_shown and is_held(folder):
+    if not is_shown and locks.is_locked(folder / LOCK):
         write_so_far(folder)
     elif not is_shown:
         with RunFolder(folder, document) as opened:
-            opened.rebuild()
+            finish_run(opened)
     return document
 
 
 def write_so_far(folder: Path) -> None:
     """Writes page and index files of the samples that a run in progress has committed; not where it has just ended."""
     document = described(folder)
-    with gallery.held(folder), refusing_rows(folder):
+    with lock_page(folder), refusing_rows(folder):
         if is_sealed(folder):
             return
         with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
-            rebuild(folder, document, ledger, is_in_progress=True)
+            write_indexes(folder, document, ledger, is_in_progress=True)
 
 
 class ShownSoFar(AbstractContextManager):
@@ -118,12 +117,3 @@ class ShownSoFar(AbstractContextManager):
         self._is_over.set()
         if self._seconds:
             self._thread.join()
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process makes samples of the run."""
-    try:
-        with locks.locked(folder / LOCK):
-            return False
-    except Refused:
-        return True
