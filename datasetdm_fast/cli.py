@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from datasetdm_fast.command_line.completion import completion
+from datasetdm_fast.command_line.completion import completion_script
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.version import __version__
@@ -32,7 +32,7 @@ COMMANDS = {
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
 }
 
-PROGRAMS = {  # the same of programs whose first word names a script of another project
+PROGRAMS = {  # likewise; their first argument names a script of another project
     "compat.showlab": ("datasetdm_fast.compat.showlab.__main__", "run the command lines of DatasetDM's own scripts"),
     "compat.vinai": ("datasetdm_fast.compat.vinai", "run the command lines of Dataset Diffusion's own scripts"),
 }
@@ -46,18 +46,17 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
         for known, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
             print(f"  {known:{max(map(len, PROGRAMS))}}  {sentence}")
-        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script")
-        print("for bash, zsh or fish.")
+        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script.")
         return 0
     if name == "--version":
         print(f"datasetdm-fast {__version__}")
         return 0
     if name == "completion":
-        print(completion(arguments[1] if len(arguments) > 1 else "", COMMANDS), end="")
+        print(completion_script(arguments[1] if len(arguments) > 1 else "", COMMANDS), end="")
         return 0
     if name not in COMMANDS and name not in PROGRAMS:
         known = (*COMMANDS, *PROGRAMS, "completion")
-        said = f"unknown command {name!r}{nearest(name, known)}" if name else "no command given"
+        cause = f"unknown command {name!r}{nearest(name, known)}" if name else "no command given"
         remedy = f"Commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
-        raise Refused(f"datasetdm-fast: {said}", remedy)
+        raise Refused(f"datasetdm-fast: {cause}", remedy)
     return import_module({**COMMANDS, **PROGRAMS}[name][0]).main(arguments[1:])

@@ -9,7 +9,7 @@ from rendered import write_run
 
 from datasetdm_fast import drop, evaluate, filter, splice
 from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line.completion import flags_of_command
+from datasetdm_fast.command_line.completion import describe_flags
 
 ONLY_READ = {"audit", "doctor"}
 ELSEWHERE = {  # command -> the test file that has its dry run
@@ -81,7 +81,7 @@ def test_more_labels_than_there_are_images_are_refused(capsys):
 
 def test_every_command_that_writes_has_dry_runs():
     flags = {
-        name: {word for flag in flags_of_command(module) for word in flag.names}
+        name: {word for flag in describe_flags(module) for word in flag["flags"]}
         for name, (module, _) in COMMANDS.items()
     }
     assert {name for name, found in flags.items() if "--dry-run" not in found} == ONLY_READ

@@ -1,12 +1,12 @@
-"""Command lines: flags made from a frozen dataclass, a YAML file under them, and the one way a command ends."""
+"""Command lines: flags made from a frozen dataclass, and a YAML file of the same settings."""
 
 import argparse
-import dataclasses
 import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -17,6 +17,7 @@ from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
 DESCRIBE = "--describe-flags"
+YES, NO = ("true", "yes", "on"), ("false", "no", "off")  # as YAML 1.1 spells them
 Config = TypeVar("Config")
 Converter = Callable[[str], Any]
 
@@ -33,36 +34,27 @@ def parse(
     A field of `cls` is one flag with `help`, `choices` and `metavar` in its metadata; without a default it is required.
     `examples` are what may stand after `prog`, for --help.
     """
-    hints = get_type_hints(cls)
-    converters = {
-        field.name: _converter(
-            hints[field.name], field.metadata.get("choices", ()), field.metadata.get("has_names", False)
-        )
-        for field in flags_of(cls)
-    }
-    parser = _build_parser(cls, hints, converters, prog, description, examples)
-    flags, unknown = parser.parse_known_intermixed_args(_hyphenate(arguments))
+    fields, hints = flags_of(cls), get_type_hints(cls)
+    converters = {field.name: _converter(field, hints[field.name]) for field in fields}
+    parser = _build_parser(fields, hints, converters, prog, description, examples)
+    options, unknown = parser.parse_known_intermixed_args(_hyphenate(arguments))
     if unknown:
-        _refuse_unknown(unknown, cls, prog)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(flags).items()}
-    path = given.pop("config", None)
-    values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
-    for field in flags_of(cls):
-        if (
-            field.name not in values
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ):
+        _refuse_unknown(unknown, fields, prog)
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    path = flags.pop("config", None)
+    values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | flags
+    for field in fields:
+        if field.name not in values and field.default is MISSING:
             raise Refused(
-                f"{prog}: {_flag(field.name)} is missing",
-                f"Add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}.",
+                f"{prog}: {_flag(field.name)} is missing", f"Add {_flag(field.name)}: {field.metadata['help']}."
             )
     config = cls(**values)
-    for field in flags_of(cls):
-        if (kind := field.metadata.get("output")) and getattr(config, field.name):
-            check_output(_flag(field.name), getattr(config, field.name), kind)
-        if isinstance(value := getattr(config, field.name), int | float):
-            _check_range(_flag(field.name), value, field.metadata.get("least"), field.metadata.get("most"))
+    for field in fields:
+        flag, value = _flag(field.name), getattr(config, field.name)
+        if value and (kind := field.metadata.get("output")):
+            check_output(flag, value, kind)
+        if isinstance(value, int | float):
+            _check_range(flag, value, field.metadata.get("least"), field.metadata.get("most"))
     return config, set(values)
 
 
@@ -86,10 +78,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Describe(argparse.Action):
-    """Prints the flags as JSON, for shells that complete them."""
+    """Prints the flags as JSON, for shell completion and the page of flags."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        found = [
+        flags = [
             {
                 "flags": [flag for flag in action.option_strings if flag.startswith("--")],
                 "metavar": action.metavar if isinstance(action.metavar, str) else "",
@@ -99,7 +91,7 @@ class _Describe(argparse.Action):
             for action in parser._actions
             if action.help != argparse.SUPPRESS
         ]
-        print(json.dumps(found))
+        print(json.dumps(flags))
         parser.exit()
 
 
@@ -112,7 +104,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(
-    cls: type,
+    fields: Sequence[Field],
     hints: dict[str, Any],
     converters: dict[str, Converter],
     prog: str,
@@ -131,20 +123,19 @@ def _build_parser(
     parser.add_argument(DESCRIBE, action=_Describe, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")
-    for field in flags_of(cls):
+    for field in fields:
         choices = field.metadata.get("choices", ())
-        options: dict[str, Any] = {"dest": field.name, "help": _help(field)}
+        options: dict[str, Any] = {"help": _help(field)}
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            shown = "{" + ",".join(choices) + "}" if choices else field.name.upper()
-            options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or shown}
+            metavar = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+            options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or metavar}
         if field.metadata.get("positional"):
-            del options["dest"]
-            several = {"nargs": "*", "type": str} if hints[field.name] == tuple[str, ...] else {"nargs": "?"}
-            parser.add_argument(field.name, **options | several)
+            options |= {"nargs": "*", "type": str} if hints[field.name] == tuple[str, ...] else {"nargs": "?"}
+            parser.add_argument(field.name, **options)
         else:
-            parser.add_argument(_flag(field.name), **options)
+            parser.add_argument(_flag(field.name), dest=field.name, **options)
     return parser
 
 
@@ -153,12 +144,12 @@ def _flag(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def _help(field: dataclasses.Field) -> str:
-    default = "" if field.default is dataclasses.MISSING else field.default
+def _help(field: Field) -> str:
+    default = "" if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    shown = "" if default == "" or isinstance(default, bool) else f" (default: {default})"
-    return (field.metadata.get("help", "") + shown).replace("%", "%%")
+    ending = "" if default == "" or isinstance(default, bool) else f" (default: {default})"
+    return (field.metadata.get("help", "") + ending).replace("%", "%%")
 
 
 def _hyphenate(arguments: Sequence[str]) -> list[str]:
@@ -170,50 +161,52 @@ def _hyphenate(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _refuse_unknown(unknown: list[str], cls: type, prog: str) -> NoReturn:
-    remedy, fields = f"Run `{prog} --help` for the flags.", flags_of(cls)
-    bare = {_flag(field.name): field.metadata["metavar"] for field in fields if field.metadata.get("positional")}
-    known = [*(flag[2:] for field in fields if (flag := _flag(field.name)) not in bare), "config", "version", "help"]
+def _refuse_unknown(unknown: list[str], fields: Sequence[Field], prog: str) -> NoReturn:
+    remedy = f"Run `{prog} --help` for the flags."
+    positional = {_flag(field.name): field.metadata["metavar"] for field in fields if field.metadata.get("positional")}
+    known = [flag[2:] for field in fields if (flag := _flag(field.name)) not in positional]
     flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise Refused(
-            f"{prog}: unexpected argument {unknown[0]!r}, every {'other ' if bare else ''}setting is a flag",
+            f"{prog}: unexpected argument {unknown[0]!r}, every {'other ' if positional else ''}setting is a flag",
             f"{remedy} Quote a value that contains spaces.",
         )
-    if flag in bare:
-        raise Refused(f"{prog}: {flag} is not a flag", f"Give {bare[flag]} without a flag before it.")
-    raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
+    if flag in positional:
+        raise Refused(f"{prog}: {flag} is not a flag", f"Give {positional[flag]} without a flag before it.")
+    suggestion = nearest(flag.lstrip("-"), [*known, "config", "version", "help"], before="--")
+    raise Refused(f"{prog}: unknown flag {flag}{suggestion}", remedy)
 
 
-def _converter(hint: Any, choices: tuple[str, ...], has_names: bool = False) -> Converter:
+def _converter(field: Field, hint: Any) -> Converter:
     """Text to a value of the field's type; a refusal is a sentence to which callers add the name."""
+    choices = field.metadata.get("choices", ())
 
-    def one(text: str) -> str:
-        choice = text.partition(":")[0] if has_names else text
+    def check_choice(text: str) -> str:
+        choice = text.partition(":")[0] if field.metadata.get("has_names") else text
         if choices and choice not in choices:
-            named = [each for each in choices if each]  # "" stands for a flag that was not given
-            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(named)}{nearest(choice, named)}")
+            known = [each for each in choices if each]  # "" is the default of a flag
+            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(known)}{nearest(choice, known)}")
         return text
 
-    def listed(text: str) -> tuple[str, ...]:
-        words = tuple(dict.fromkeys(one(word.strip()) for word in text.split(",") if word.strip()))
+    def split_list(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(check_choice(word.strip()) for word in text.split(",") if word.strip()))
         if choices and not words:
             raise argparse.ArgumentTypeError(f"the list is empty, expected one or more of {', '.join(choices)}")
         return words
 
-    return {tuple[str, ...]: listed, str: one, int: _whole, float: _finite, bool: _truth}[hint]
+    return {tuple[str, ...]: split_list, str: check_choice, int: _whole, float: _finite, bool: _truth}[hint]
 
 
 def _whole(text: str) -> int:
     try:
-        return int(_without_underscores(text))
+        return int(text.replace("_", "?"))  # Python would read 1_0 as 10
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _finite(text: str) -> float:
     try:
-        value = float(_without_underscores(text))
+        value = float(text.replace("_", "?"))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
@@ -221,36 +214,28 @@ def _finite(text: str) -> float:
     return value
 
 
-def _without_underscores(text: str) -> str:
-    """The digits of a number, which Python alone reads with underscores in between."""
-    if "_" in text:
-        raise ValueError
-    return text
-
-
 def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in (*YES, *NO):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return text.lower() in YES
 
 
 def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
+    """The settings of a YAML file, whose values are read as the text after a flag is."""
     try:
-        loaded = documents.read_yaml(path, is_strict=True)
+        loaded = documents.read_yaml(path, as_text=True)
     except Missing as stop:
         raise Refused(
             f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "Give a readable YAML file."
         ) from stop
     except Refused as stop:
         raise Refused(f"--config: {stop.cause}", stop.remedy) from stop
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict | None):
         raise Refused(
             f"--config: {path} holds a {type(loaded).__name__}, expected settings", "Write one `name: value` per line."
         )
     values = {}
-    for key, value in loaded.items():
+    for key, value in (loaded or {}).items():
         name = str(key).replace("-", "_")
         name = f"{name}_" if f"{name}_" in converters else name
         if name not in converters:
@@ -258,22 +243,12 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
             raise Refused(cause, "Settings are the long flags without the leading hyphens.")
         if name in values:
             raise Refused(f"--config: {path} has the setting {key} twice", "Keep one of the two lines.")
+        if hints[name] == tuple[str, ...] and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = ",".join(value)
         try:
-            values[name] = converters[name](_as_text(value, hints[name]))
+            if not isinstance(value, str):
+                raise argparse.ArgumentTypeError(f"{reprlib.repr(value)} has the wrong type for this setting")
+            values[name] = converters[name](value)
         except argparse.ArgumentTypeError as error:
             raise Refused(f"--config: {path}: {key}: {error}", f"Correct the line `{key}:` of {path}.") from None
     return values
-
-
-def _as_text(value: Any, hint: Any) -> str:
-    """What the user would have typed after the flag; words that YAML read as numbers or dates are refused."""
-    if (
-        hint == tuple[str, ...]
-        and isinstance(value, list)
-        and all(isinstance(item, str) and "," not in item for item in value)
-    ):
-        return ",".join(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, str) or (is_number and hint in (int, float)) or (isinstance(value, bool) and hint is bool):
-        return str(value)
-    raise argparse.ArgumentTypeError(f"{reprlib.repr(value)} has the wrong type for this setting; put text in quotes")

@@ -20,11 +20,6 @@ LARGEST_XML = 2**20
 MOST_MEMBERS = 20_000  # of one zip archive
 DEEPEST = 32  # nested lists, objects, elements or graphs
 LONGEST_NAME = 1024
-_WHOLE, _FRACTION = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_YAML_NUMBERS = {  # decimal ones alone; a float has a point or an exponent
-    _WHOLE: re.compile(r"[-+]?[0-9]+$"),
-    _FRACTION: re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-}
 _NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f\\:]")
 GET_AGAIN = "Get the file again and compare its checksum."
 
@@ -158,16 +153,16 @@ def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGA
     return value
 
 
-def read_yaml(path: Path, *, is_strict: bool = False) -> Any:
+def read_yaml(path: Path, *, as_text: bool = False) -> Any:
     """The value of a YAML file of plain values; anchors, aliases and tags are refused.
 
-    In a strict one repeated keys are refused, too, where elsewhere the last one counts, and numbers are decimal: YAML
-    1.1 reads 1:30 as 90, 010 as 8 and 1_0 as 10.
+    `as_text` leaves every scalar the text it is, where YAML 1.1 reads 1:30 as 90 and 010 as 8, and refuses repeated
+    keys, of which the last one counts otherwise.
     """
-    import yaml  # only a run with --config needs it
+    import yaml  # a run without --config does not need it
 
-    class Plain(yaml.SafeLoader):
-        deep = 0
+    class PlainLoader(yaml.BaseLoader if as_text else yaml.SafeLoader):
+        depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
@@ -175,32 +170,25 @@ def read_yaml(path: Path, *, is_strict: bool = False) -> Any:
                 raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read", event.start_mark)
             if getattr(event, "tag", None):
                 raise yaml.composer.ComposerError(None, None, "tags are not read", event.start_mark)
-            self.deep += 1
-            if self.deep > DEEPEST:
+            self.depth += 1
+            if self.depth > DEEPEST:
                 raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep", event.start_mark)
             node = super().compose_node(parent, index)
-            self.deep -= 1
+            self.depth -= 1
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen: set[str] = set()
-            for key in (key for key, _ in node.value if is_strict and isinstance(key, yaml.ScalarNode)):
-                if key.value in seen:
+            keys: set[str] = set()
+            for key in (key for key, _ in node.value if as_text and isinstance(key, yaml.ScalarNode)):
+                if key.value in keys:
                     problem = f"the key {quoted(key.value)} occurs twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
+                keys.add(key.value)
             return super().construct_mapping(node, deep)
 
-    if is_strict:
-        Plain.yaml_implicit_resolvers = {
-            first: [(tag, _YAML_NUMBERS.get(tag, pattern)) for tag, pattern in pairs]
-            for first, pairs in Plain.yaml_implicit_resolvers.items()
-        }
-        Plain.add_constructor(_WHOLE, lambda _, node: int(node.value))
-        Plain.add_constructor(_FRACTION, lambda _, node: float(node.value))
     data = storage.read(path, LARGEST_YAML)
     try:
-        return yaml.load(data.decode("utf-8-sig"), Loader=Plain)
+        return yaml.load(data.decode("utf-8-sig"), Loader=PlainLoader)
     except Exception as error:  # a value such as 2001-99-99 makes PyYAML raise whatever the value's type raises
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""

@@ -4,11 +4,9 @@ which `python tests/test_docs.py` writes, and messages.md of the site from every
 
 import ast
 import hashlib
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -119,20 +117,17 @@ def folded(line: str, width: int = 110) -> str:
 def flags_page() -> str:
     """docs/flags.md."""
     from datasetdm_fast.cli import COMMANDS  # the site is built where only its own libraries are installed
-    from datasetdm_fast.command_line.flags import DESCRIBE
+    from datasetdm_fast.command_line.completion import describe_flags
 
     parts = [FLAGS_OPENING]
     for name, (module, sentence) in COMMANDS.items():
-        described = io.StringIO()
-        with redirect_stdout(described):
-            import_module(module).main([DESCRIBE])
         parts.append(f"## {name}\n\n{sentence[0].upper()}{sentence[1:]}.\n\n")
         command = import_module(module)
         if examples := getattr(command, "EXAMPLES", ()):
             lines = [f"python -m {module.removesuffix('.__main__')} {line}" for line in examples]
             parts.append("\n".join(["```bash", *map(folded, lines), "```", "", ""]))
         rows = ["| flag | meaning |", "|---|---|"]
-        for flag in json.loads(described.getvalue()):
+        for flag in describe_flags(module):
             if flag["flags"] and flag["flags"][0] in EVERYWHERE:
                 continue
             value = f" {flag['metavar']}" if flag["takes"] and flag["flags"] else flag["metavar"]
