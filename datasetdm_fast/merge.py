@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
@@ -38,40 +37,41 @@ class MergeConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
+    config, flags = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
     if not config.out:
         raise Refused(f"{PROG}: --out is missing", "Name the run folder that is to be written.")
-    from datasetdm_fast.runs.compositions.merging import Merging, begin, open_part, remake, run, to_remake
+    from datasetdm_fast.runs.compositions.composition import count_existing, remake, write_missing
+    from datasetdm_fast.runs.compositions.merging import Merging, find_sample, reopen
+    from datasetdm_fast.runs.compositions.source import Source
 
     folder = Path(config.out)
     if config.only:
-        sample = to_remake(folder, config.only, {"kept": config.kept} if "kept" in given else {})
-        return remake_sample(config, config.out, config.only, partial(remake, folder, *sample, config.runs))
+        stored, row = find_sample(folder, config.only, {"kept": config.kept} if "kept" in flags else {})
+        return remake_sample(
+            config, config.out, config.only, lambda: remake(reopen(folder, stored, config.runs), folder, row)
+        )
     if len(config.runs) < 2:
-        told = "one run" if config.runs else "no run"
-        raise Refused(f"{PROG}: {told} was named, expected two or more", "Name the run folders to be merged.")
-    merging = Merging([open_part(Path(path), only_kept=config.kept) for path in config.runs])
-    number, there = len(merging.places), begin(merging, folder)
+        count = count_noun(len(config.runs), "run") if config.runs else "no run"
+        raise Refused(f"{PROG}: {count} named, expected two or more", "Name the run folders to be merged.")
+    merging = Merging([Source(Path(path), only_kept=config.kept) for path in config.runs])
+    number, existing = merging.number, count_existing(folder, merging.document)
     if config.dry_run:
         merging.close()
-        told = (
-            f"{folder}: would have {count_noun(number, 'sample')}, {there} are there, {merging.duplicates} are left out"
-        )
-        facts = {"path": config.out, "number": number, "done": there, "duplicates": merging.duplicates}
-        return print_plan(config, facts, config.out, told)
-    with Interruption(config.quiet) as interruption, ImageProgress(number - there, config.quiet) as progress:
-        options = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
-        made = run(merging, folder, is_copied=config.copy, **options)
+        plan = f"{existing} are there, {merging.duplicates} are left out"
+        facts = {"path": config.out, "number": number, "done": existing, "duplicates": merging.duplicates}
+        return print_plan(config, facts, config.out, f"{folder}: would have {count_noun(number, 'sample')}, {plan}")
+    with Interruption(config.quiet) as interruption, ImageProgress(number - existing, config.quiet) as progress:
+        callbacks = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
+        written = write_missing(merging, folder, is_linked=not config.copy, **callbacks)
     merging.close()
-    done = there + made
+    done = existing + written
     if done < number:
         print_unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
-        print_lines(
-            config, f"{folder}: complete with {count_noun(done, 'sample')}{more}" + ("" if made else ", nothing to do")
-        )
-    facts = {"number": number, "done": done, "made": made, "duplicates": merging.duplicates}
+        more += "" if written else ", nothing to do"
+        print_lines(config, f"{folder}: complete with {count_noun(done, 'sample')}{more}")
+    facts = {"number": number, "done": done, "made": written, "duplicates": merging.duplicates}
     print_result(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code(0)
 

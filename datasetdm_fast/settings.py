@@ -101,7 +101,7 @@ class EngineSettings:
     engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
     dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N", most=MOST_THREADS)
+    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N", least=0, most=MOST_THREADS)
     compile: bool = setting(
         False, "compile the fast engine's U-Net with torch.compile, which takes minutes before the first image"
     )

@@ -19,7 +19,7 @@ from datasetdm_fast import gallery, split
 from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.source import digests_of
+from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
@@ -267,7 +267,7 @@ def test_the_seal_of_hundreds_of_thousands_of_samples_is_read(spoilt):
     digests |= {f"gallery/details/{k:06d}.js": "" for k in range(10, 30_000)}  # files that are not there, as sealed
     (spoilt / SEAL).write_bytes(sealed(digests))
     assert (spoilt / SEAL).stat().st_size > 2**20 and places(spoilt) == []
-    assert digests_of(spoilt, read_document(spoilt))["samples.jsonl"] == digests["samples.jsonl"]
+    assert Source(spoilt).digests["samples.jsonl"] == digests["samples.jsonl"]
 
 
 def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt):

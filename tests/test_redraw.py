@@ -27,10 +27,11 @@ from datasetdm_fast.engine.labels.numbering import numbered
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import make_schedule, times, walk
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions import domains, regions
+from datasetdm_fast.runs.compositions import regions
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
-from datasetdm_fast.runs.compositions.redraw import drawn_source
+from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings
+from datasetdm_fast.runs.compositions.vary import DOMAINS, move_prompt
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -114,7 +115,7 @@ def test_outside_of_the_mask_nothing_changes(source, edited):
     for sample in new:
         old, told = run[sample.meta["source"]], sample.meta["mask"]
         mask = mask_rle.decode(told["segmentation"])
-        assert (mask == regions.grown(old.semantic.labels == old.semantic.classes.index("ball"), 4)).all()
+        assert (mask == regions.grow(old.semantic.labels == old.semantic.classes.index("ball"), 4)).all()
         assert told["sha256"] == hashlib.sha256(mask.astype(np.uint8).tobytes()).hexdigest()
         for name in ("image", "depth.metres", "semantic.labels", "semantic.confidence", "open_vocabulary.labels"):
             before, after = old, sample
@@ -142,8 +143,8 @@ def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):
     ids = {"instance:a": {0: [1, 2], 1: [3]}, "instance:b": {0: [], 1: [4, 5]}}
     monkeypatch.setattr(regions, "labels_of", lambda *_: list(ids))
     monkeypatch.setattr(regions, "annotation_ids", lambda _, label: ids[label])
-    edits = Edits(drawn_source(source, only_kept=False), EditSettings(str(source), prompt="a cube", box="0,0,64,64"))
-    new = [edits.first_new(label, index) + k for label in ids for index in range(3) for k in (0, MOST_NEW - 1)]
+    edits = Edits(open_source(source, only_kept=False), EditSettings(str(source), prompt="a cube", box="0,0,64,64"))
+    new = [edits.first_new_id(label, index) + k for label in ids for index in range(3) for k in (0, MOST_NEW - 1)]
     assert len(set(new)) == len(new) and min(new) == 6
 
 
@@ -169,7 +170,7 @@ def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     for line, sample in zip(lines, new, strict=True):
         old = run[line["source"]]
         assert line["group"] == old.row.files["image"][1].sha256[:16] and line["seed"] == old.seed
-        assert line["prompt"] == f"{old.prompt}{domains.DOMAINS[line['domain']]}" and 0.7 < line["consistency"] <= 1
+        assert line["prompt"] == f"{old.prompt}{DOMAINS[line['domain']]}" and 0.7 < line["consistency"] <= 1
         assert np.abs(sample.image.astype(int) - old.image).mean() > 3
         same = sample.semantic.labels == old.semantic.labels
         assert (sample.semantic.labels[~same] == 255).all() and same.mean() > 0.8
@@ -300,8 +301,8 @@ WRONG = [
     (vary, [], "no domain was named"),
     (vary, ["--domain", "nihgt"], "unknown domain (did you mean night?)"),
     (vary, ["--domain", "snow"], "the model demo does not know this domain"),
-    (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected a share from 0 to 1"),
-    (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
+    (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),
+    (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected 0 to 1"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
     (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),
@@ -385,11 +386,11 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
             folder.add([replace(sample, annotations={**sample.annotations, "instance": found})], {})
         finish_run(folder)
     settings = EditSettings(run=str(tmp_path / "run"), class_="kite", prompt="a red star")
-    edits = Edits(drawn_source(tmp_path / "run", only_kept=False), settings)
+    edits = Edits(open_source(tmp_path / "run", only_kept=False), settings)
     assert [edits.prompt(index).seed for index in range(edits.number)] == [1]
     assert edits.region_of(edits.tile(0)).sum() == 16 * 16
     with pytest.raises(Refused, match="--class kite: sample 00000000 does not show it"):
-        Edits(drawn_source(tmp_path / "run", only_kept=False), replace(settings, only=("00000000",)))
+        Edits(open_source(tmp_path / "run", only_kept=False), replace(settings, only=("00000000",)))
 
 
 @pytest.mark.parametrize(
@@ -419,21 +420,21 @@ def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
         finish_run(folder)
     for way in ({"class_": "person"}, {"box": "0,0,64,64"}):
         settings = EditSettings(run=str(tmp_path / "run"), prompt="a red star", **way)
-        told = Edits(drawn_source(tmp_path / "run", only_kept=False), settings).prompt(0).text
+        told = Edits(open_source(tmp_path / "run", only_kept=False), settings).prompt(0).text
         assert told == ("a red star and a ball on a table" if way.get("class_") else "a red star")
 
 
 def test_prompts_say_the_domain():
-    assert domains.moved("a dog at night.", "fog") == "a dog in fog" and domains.moved("a dog", "day") == "a dog"
+    assert move_prompt("a dog at night.", "fog") == "a dog in fog" and move_prompt("a dog", "day") == "a dog"
 
 
 def test_regions_are_grown_by_squares_and_feathered_inside():
     region = np.zeros((16, 16), bool)
     region[:5, 5:12] = True
-    assert regions.grown(region, 2).sum() == 7 * 11
+    assert regions.grow(region, 2).sum() == 7 * 11
     share = regions.weights(region, 1)
     assert (share[~region] == 0).all() and share[0, 6] == 1 and share[4, 6] == share[0, 5] == 0.5
-    assert regions.cells(region).tolist() == [[True, True], [False, False]]
+    assert regions.to_cells(region).tolist() == [[True, True], [False, False]]
 
 
 def test_labels_are_merged_and_agree():

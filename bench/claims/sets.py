@@ -21,10 +21,10 @@ from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
-from datasetdm_fast.runs.compositions.redraw import finished
+from datasetdm_fast.runs.compositions.redraw import find_result
 from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
@@ -167,9 +167,9 @@ def day_and_variants(folder: Path, count: int, seed: int, say: Callable[[str], N
         say(f"{day.out}: generating {count} images by day, and {len(ELSEWHERE)} variants of each")
         generate(job)
     settings = VarySettings(domain=ELSEWHERE, engine="fast", batch_size=SAMPLING["batch_size"], threads=1, quiet=True)
-    variants = Variants(Source(folder / "day"), settings)
-    if finished(variants, folder / "varied") is None:
-        generate(prepare_redrawing(variants, folder / "varied"))
+    variants = Variants(TileSource(folder / "day"), settings)
+    if find_result(variants, folder / "varied") is None:
+        generate(prepare_redrawing(variants, folder / "varied", settings))
     return open_run(folder / "day"), open_run(folder / "varied")
 
 

@@ -36,7 +36,7 @@ from datasetdm_fast.plugins import GROUP
 from datasetdm_fast.runs.compositions import redraw
 from datasetdm_fast.runs.compositions.edit import Edits
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs import inverted, job
 from datasetdm_fast.runs.jobs.run import run
@@ -144,7 +144,7 @@ def files(machine: Machine) -> int:
         ):
             settings = replace(chosen, run=source, out=str(folder / kind.command), steps=machine.steps)
             machine.timeline.phase = LOAD
-            found += run(redraw.prepare(kind(Source(Path(source)), settings), Path(settings.out))).done
+            found += run(redraw.prepare(kind(TileSource(Path(source)), settings), Path(settings.out), settings)).done
         return found
 
 

@@ -62,9 +62,7 @@ def _check_range(flag: str, value: float, least: float | None, most: float | Non
     """Refuses a number outside of a range, of which either end may be open."""
     if (least is None or value >= least) and (most is None or value <= most):
         return
-    expected = (
-        f"at most {most:,}" if least is None else f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
-    )
+    expected = f"{least} or more" if most is None else f"at most {most}" if least is None else f"{least} to {most}"
     raise Refused(f"{flag} {value}: expected {expected}", "Choose another number.")
 
 

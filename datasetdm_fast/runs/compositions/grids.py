@@ -1,4 +1,4 @@
-"""Grids of pictures: how they are written, which pictures a grid takes, and where each of them lies."""
+"""Grids of pictures: their notation, which samples a grid takes, and where each of them lies."""
 
 import random
 import re
@@ -42,7 +42,7 @@ class Grid:
 
 def parse_grids(texts: Sequence[str]) -> tuple[Grid, ...]:
     """Grids from texts such as 3, which is 3x3, and 1x2: one row of two pictures."""
-    found = []
+    grids = []
     for text in texts:
         match = re.fullmatch(r"(\d{1,3})(?:[xX×](\d{1,3}))?", text, re.ASCII)
         rows, columns = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -51,14 +51,14 @@ def parse_grids(texts: Sequence[str]) -> tuple[Grid, ...]:
                 f"--grids: {documents.quoted(text)} is not a grid of 2 to {MOST}x{MOST} pictures",
                 "Write 2,3,4 for 2x2, 3x3 and 4x4, or 1x2 for one row of two pictures.",
             )
-        found.append(Grid(rows, columns))
-    if not found:
+        grids.append(Grid(rows, columns))
+    if not grids:
         raise Refused("--grids: the list is empty", "Write 2,3,4 for 2x2, 3x3 and 4x4.")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(grids))
 
 
-def drawn(seed: int, cells: int, number: int) -> list[int]:
-    """The places of the samples that a grid takes, from its seed alone; none is taken twice where there are enough."""
+def sample_positions(seed: int, cells: int, number: int) -> list[int]:
+    """Positions of the samples of a grid, from its seed alone; none comes twice where there are enough."""
     dice = random.Random(f"splice {seed}")
     if cells > number:
         return [int(dice.random() * number) for _ in range(cells)]

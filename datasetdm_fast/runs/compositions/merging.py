@@ -1,103 +1,83 @@
-"""Runs become one: every sample once, numbered anew, with what it was made of; no byte of its files changes."""
+"""Runs become one: every sample once, numbered anew, with the provenance of each; no byte of its files changes."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
-from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.compositions.source import begun, check_filter, decisive, digests_of
-from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder.document import FORMAT, check_same, damaged, engines_of, read_document, sides
-from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
-from datasetdm_fast.runs.run_folder.kept import KEPT
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
+from datasetdm_fast.runs.compositions.source import Source, check_filter
+from datasetdm_fast.runs.run_folder.document import FORMAT, damaged, engines_of, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
-from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
-from datasetdm_fast.runs.run_folder.seal import is_sealed
 from datasetdm_fast.runs.run_folder.split import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.version import __version__
 
-BLOCK = 32  # samples written and committed together
 LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of another run may continue
-OWN = ("size",)  # of a label's table: the sides of its pictures, which every row tells
-
-# of the run.json of a part, what that of all repeats
-TOLD = ("config", "sampling", "model", "decoders", "engine", "mixed", "composition")
-MOST_SIDES = 6  # sizes of images that a reader is told one by one
-
-
-@dataclass(frozen=True)
-class Part:
-    """A finished run that becomes part of another."""
-
-    path: Path
-    run: Run
-    kept_digest: str
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """Digests of the files that tell every sample of the run with its labels."""
-        return digests_of(self.path, self.run.document)
+UNCOMPARED = ("size",)  # of a label's table: the sides of its pictures, which every row has
+REPEATED = ("config", "sampling", "model", "decoders", "engine", "mixed", "composition")  # of the run.json of each run
+MOST_SIDES = 6  # sizes of images that a reader sees one by one
+CONVERT = "Give the runs to convert instead: it makes one export of them, and matches classes by name."
 
 
-def open_part(path: Path, *, only_kept: bool) -> Part:
-    """A run folder to be merged."""
-    run = Run(path, kept=only_kept)
-    refuse_stored(path)
-    if not run.is_complete or not is_sealed(path):
-        raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
-    kept = storage.sha256_of(path / KEPT) if only_kept else ""
-    if only_kept and not kept:
-        raise Refused(
-            f"--kept: {path} has not been filtered",
-            f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
-        )
-    return Part(path, run, kept)
+class Merging(Composition):
+    """A merged run."""
 
-
-class Merging:
-    """A merged run that has been checked and has written nothing yet."""
-
-    def __init__(self, parts: Sequence[Part]):
-        self.parts = parts
-        first = parts[0].run.document
-        for part in parts[1:]:
-            other = part.run.document
-            for name in ("task", "image_format"):
-                if sorted(other["config"][name]) != sorted(first["config"][name]):
-                    raise Refused(
-                        f"{part.path}: its {name} is {_told(other['config'][name])}, that of {parts[0].path} is "
-                        f"{_told(first['config'][name])}",
-                        "Give both runs to convert instead: it makes one export of them.",
-                    )
-        self.labels = {task: self._table(task) for task in first["config"]["task"]}
-        self.classes = max((part.run.document.get("classes", []) for part in parts), key=len)
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        self._check_alike()
+        self.labels = {task: self._merge_table(task) for task in sources[0].document["config"]["task"]}
+        self.classes = max((source.document.get("classes", []) for source in sources), key=len)
         try:
             check_numbers(self.classes or None, self.labels)
         except ValueError as error:
             raise Refused(
-                f"{parts[0].path} and the others: their labels number the classes differently ({error})",
-                "Give the runs to convert instead: it matches classes by name.",
+                f"{sources[0].path} and the others: their labels number the classes differently ({error})", CONVERT
             ) from error
-        self.places, self.sides, self.duplicates = self._places()
+        self.places: list[tuple[int, int]] = []  # run and index of every sample, in order
+        self.sides: set[tuple[int, int]] = set()
+        self.duplicates = 0  # samples left out, as an earlier one has the same image
+        images = set()
+        for k, source in enumerate(sources):
+            for row in source.run.rows(("files",)):
+                digest = bytes.fromhex(row.files["image"][1].sha256)
+                if digest in images:
+                    self.duplicates += 1
+                else:
+                    images.add(digest)
+                    self.sides.add(sides(source.document, row.recipe))
+                    self.places.append((k, row.request.index))
+        if not self.places:
+            raise Refused(f"{sources[0].path}: holds no sample", "Name run folders with samples.")
+        self.number = len(self.places)
+        self.largest = max(height * width for height, width in self.sides)
 
-    def _table(self, task: str) -> dict[str, Any]:
-        """What run.json says of a label in all runs; lists of classes may continue one another."""
-        table = dict(self.parts[0].run.document["labels"][task])
-        for part in self.parts[1:]:
-            other = part.run.document["labels"][task]
-            for name in sorted(set(table) | set(other) - set(OWN)):
+    def _check_alike(self) -> None:
+        """Refuses runs with other labels or image files than the first."""
+        first = self.sources[0]
+        for other in self.sources[1:]:
+            for name in ("task", "image_format"):
+                values = [source.document["config"][name] for source in (other, first)]
+                if sorted(values[0]) != sorted(values[1]):
+                    shown = [", ".join(value) if isinstance(value, list) else value for value in values]
+                    raise Refused(
+                        f"{other.path}: its {name} is {shown[0]}, that of {first.path} is {shown[1]}", CONVERT
+                    )
+
+    def _merge_table(self, task: str) -> dict[str, Any]:
+        """The table of a label for all runs; lists of classes may continue one another."""
+        first = self.sources[0]
+        table = dict(first.document["labels"][task])
+        for source in self.sources[1:]:
+            other = source.document["labels"][task]
+            for name in sorted((set(table) | set(other)) - set(UNCOMPARED)):
                 ours, theirs = table.get(name), other.get(name)
                 if name in LISTS and ours is not None and theirs is not None:
                     apart = next((k for k, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), None)
@@ -105,220 +85,130 @@ class Merging:
                         table[name] = max(ours, theirs, key=len)
                         continue
                     ours, theirs = ours[apart], theirs[apart]
-                if ours != theirs and name not in OWN:
+                if ours != theirs:
                     raise Refused(
-                        f"{part.path}: {task}.{name} has {documents.quoted(theirs)} where {self.parts[0].path} has "
+                        f"{source.path}: {task}.{name} has {documents.quoted(theirs)} where {first.path} has "
                         f"{documents.quoted(ours)}",
-                        "Give both runs to convert instead: it matches classes by name.",
+                        CONVERT,
                     )
         return table
-
-    def _places(self) -> tuple[list[tuple[int, int]], set[tuple[int, int]], int]:
-        """Run and index of every sample, in order, the sides of their images, and how many were left out as their image
-        was there before.
-        """
-        found, shapes, seen, left_out = [], set(), set(), 0
-        for k, part in enumerate(self.parts):
-            for row in part.run.rows(("files",)):
-                digest = bytes.fromhex(row.files["image"][1].sha256)
-                if digest in seen:
-                    left_out += 1
-                else:
-                    seen.add(digest)
-                    shapes.add(sides(part.run.document, row.recipe))
-                    found.append((k, row.request.index))
-        if not found:
-            raise Refused(f"{self.parts[0].path}: holds no sample", "Name run folders with samples.")
-        return found, shapes, left_out
 
     @cached_property
     def document(self) -> dict[str, Any]:
         """The content of run.json."""
-        runs = [part.run.document for part in self.parts]
-        names = [part.path.resolve().name for part in self.parts]
+        runs, sources = [source.document for source in self.sources], self.sources
         first, sizes = runs[0], {run["sampling"]["size"] for run in runs}
         words = dict.fromkeys(word for run in runs for word in run["plan"].get("words", ()))
-        digests = {f"{k}/{name}": digest for k, part in enumerate(self.parts) for name, digest in part.digests.items()}
+        tables = [run.get("class_table") for run in runs]
+        packages = [run["packages"] for run in runs if "packages" in run]
+        sides = " or ".join(f"{width} × {height}" for height, width in sorted(self.sides)) + " pixels"
         return {
             "format": FORMAT,
             "command": "merge",
             "versions": {"datasetdm_fast": __version__},
             "config": {
                 **{name: first["config"][name] for name in ("task", "image_format", "sampler", "seed")},
-                "number": len(self.places),
-                "kept": [part.kept_digest for part in self.parts],
+                "number": self.number,
+                "kept": [source.filter_digest for source in sources],
             },
-            "plan": {"number": len(self.places), "batch_size": 1, "words": list(words), "seeds": "of their runs"},
+            "plan": {"number": self.number, "batch_size": 1, "words": list(words), "seeds": "of their runs"},
             "sampling": {**first["sampling"], "size": max(sizes)},
-            "model": self._models(),
-            "decoders": {task: self._decoders(task) for task in first["decoders"]},
-            "engine": self._engine(),
+            "model": self._merge_models(),
+            "decoders": {task: self._merge_decoders(task) for task in first["decoders"]},
+            "engine": self._merge_engines(),
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
-            **self._class_table(),
-            **self._packages(),
+            **({"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}),
+            **({"packages": packages[0]} if packages else {}),
             "composition": {
-                "told": f"Merged from the runs {', '.join(names)}",
-                "sides": self._sides_in_words(),
+                "told": f"Merged from the runs {', '.join(source.path.resolve().name for source in sources)}",
+                "sides": sides if len(self.sides) <= MOST_SIDES else f"{len(self.sides)} sizes",
                 "source": {
-                    "path": str(self.parts[0].path),
-                    "paths": [str(part.path) for part in self.parts],
-                    "digests": digests,
-                    "runs": [{name: run[name] for name in TOLD if name in run} for run in runs],
+                    "path": str(sources[0].path),
+                    "paths": [str(source.path) for source in sources],
+                    "digests": {
+                        f"{k}/{name}": digest
+                        for k, source in enumerate(sources)
+                        for name, digest in source.digests.items()
+                    },
+                    "runs": [{name: run[name] for name in REPEATED if name in run} for run in runs],
                 },
             },
         }
 
-    def _sides_in_words(self) -> str:
-        """Width and height of the images of all runs, for a reader."""
-        if len(self.sides) > MOST_SIDES:
-            return f"{len(self.sides)} sizes"
-        return " or ".join(f"{width} × {height}" for height, width in sorted(self.sides)) + " pixels"
-
-    def _class_table(self) -> dict[str, Any]:
-        """The user's own class words, where all runs were made with the same."""
-        tables = [part.run.document.get("class_table") for part in self.parts]
-        return {"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}
-
-    def _packages(self) -> dict[str, Any]:
-        """Packages of labels, as the first run that tells of them does."""
-        told = [part.run.document["packages"] for part in self.parts if "packages" in part.run.document]
-        return {"packages": told[0]} if told else {}
-
-    def _models(self) -> dict[str, Any]:
-        models = [part.run.document["model"] for part in self.parts]
+    def _merge_models(self) -> dict[str, Any]:
+        models = [source.document["model"] for source in self.sources]
         if all(model == models[0] for model in models):
             return models[0]
-        joined = {name: _joined(model[name] for model in models) for name in ("name", "source", "licence")}
-        return {
-            **joined,
-            "digests": {f"{k}/{n}": d for k, model in enumerate(models) for n, d in model["digests"].items()},
-        }
+        names = {name: _join(model[name] for model in models) for name in ("name", "source", "licence")}
+        digests = {f"{k}/{n}": digest for k, model in enumerate(models) for n, digest in model["digests"].items()}
+        return {**names, "digests": digests}
 
-    def _engine(self) -> dict[str, Any]:
-        engines = [engine for part in self.parts for engine in engines_of(part.run.document)]
+    def _merge_engines(self) -> dict[str, Any]:
+        engines = [engine for source in self.sources for engine in engines_of(source.document)]
         if all(engine == engines[0] for engine in engines):
             return dict(engines[0])
-        return {"engine": _joined(engine.get("engine", "") for engine in engines)}
+        return {"engine": _join(engine.get("engine", "") for engine in engines)}
 
-    def _decoders(self, task: str) -> dict[str, Any]:
-        entries = [part.run.document["decoders"].get(task, {"digest": "", "licence": "none"}) for part in self.parts]
+    def _merge_decoders(self, task: str) -> dict[str, Any]:
+        missing = {"digest": "", "licence": "none"}
+        entries = [source.document["decoders"].get(task, missing) for source in self.sources]
         if all(entry == entries[0] for entry in entries):
             return entries[0]
-        return {name: _joined(entry[name] for entry in entries) for name in ("digest", "licence")}
+        return {name: _join(entry[name] for entry in entries) for name in ("digest", "licence")}
 
-    def made(self, index: int) -> tuple[Row, Files, dict[str, Path]]:
-        """The row of a sample, which has no files yet, its files, and where each of them lies in its run."""
-        k, old = self.places[index]
-        part = self.parts[k]
-        row = part.run[f"{old:08d}"].row
+    def compose(self, index: int) -> ComposedSample:
+        k, earlier = self.places[index]
+        source = self.sources[k]
+        row = source.run[f"{earlier:08d}"].row
         files: Files = {}
-        sources = {}
+        places = {}
         for role, (name, stored) in row.files.items():
-            path = part.path / name
+            path = source.path / name
             if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
-                raise damaged(part.path, name)
+                raise damaged(source.path, name)
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
-            files[role], sources[new] = (new, content), path
-        told = {
-            "sides": list(sides(part.run.document, row.recipe)),
-            "merged": {"run": part.path.resolve().name, "id": row.request.id},
-            "origins": [*origins(part.run.document, row), f"{part.digests['samples.jsonl'][:16]}/{row.request.id}"],
+            files[role], places[new] = (new, content), path
+        provenance = {
+            "sides": list(sides(source.document, row.recipe)),
+            "merged": {"run": source.path.resolve().name, "id": row.request.id},
+            "origins": [*origins(source.document, row), f"{source.digests['samples.jsonl'][:16]}/{row.request.id}"],
         }
-        labels = {task: _without_ids(record) for task, record in row.labels.items()}
-        made = Row(replace(row.request, index=index), {**row.recipe, **told}, labels=labels, trust=row.trust)
-        return made, files, sources
+        labels = {task: _remove_ids(record) for task, record in row.labels.items()}
+        new_row = Row(replace(row.request, index=index), {**row.recipe, **provenance}, labels=labels, trust=row.trust)
+        return ComposedSample(new_row, files, places)
 
     def close(self) -> None:
-        for part in self.parts:
-            part.run.close()
+        for source in self.sources:
+            source.close()
 
 
-def _without_ids(record: Any) -> Any:
+def _remove_ids(record: Any) -> Any:
     """The record of a label whose things are numbered anew."""
     if not isinstance(record, list):
         return record
     return [{name: value for name, value in item.items() if name != "id"} for item in record]
 
 
-def _joined(texts: Iterable[str]) -> str:
+def _join(texts: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(texts))
 
 
-def _told(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def begin(merging: Merging, folder: Path) -> int:
-    """Samples that the run folder holds already; other runs are refused."""
-    return begun(folder, merging.document)
-
-
-def run(
-    merging: Merging,
-    folder: Path,
-    *,
-    is_copied: bool,
-    on_commit: Callable[[int], None] = lambda count: None,
-    is_stopping: Callable[[], bool] = lambda: False,
-) -> int:
-    """Takes over the missing samples in order, then writes the index files; how many it took."""
-    done = 0
-    with RunFolder(folder, read_document(folder) or merging.document) as opened:
-        there = opened.ledger.within(0, len(merging.places))
-        wanted = (index for index in range(len(merging.places)) if index not in there)
-        while not is_stopping() and (block := list(islice(wanted, BLOCK))):
-            rows = _write(merging, block, folder, is_copied)
-            opened.unseal()
-            opened.commit(rows)
-            done += len(rows)
-            on_commit(len(rows))
-        if not is_stopping():
-            finish_run(opened)
-    return done
-
-
-def _write(merging: Merging, block: Sequence[int], folder: Path, is_copied: bool) -> list[Row]:
-    """The rows of some samples, once their files are on the disk, as links where they can be."""
-    made = [merging.made(index) for index in block]
-    sources = {name: path for _, _, places in made for name, path in places.items()}
-    written = into(folder)
-
-    def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        linked = {
-            name: StoredFile(hashlib.sha256(content).hexdigest(), len(content))
-            for name, content in files.items()
-            if name in sources and not is_copied and storage.link(sources[name], folder / name)
-        }
-        return {**linked, **written({name: content for name, content in files.items() if name not in linked})}
-
-    return publish_samples([(row, files) for row, files, _ in made], publish)
-
-
-def to_remake(folder: Path, id: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample of a run folder that merge made, with the settings in `given`."""
+def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample of a run folder that merge made; refuses settings of another run."""
     stored, row = remakable("merge", folder, id)
-    check_given(folder, {"kept": any(stored["config"].get("kept", ()))}, given)
+    check_given(folder, {"kept": any(stored["config"].get("kept", ()))}, settings)
     return stored, row
 
 
-def remake(folder: Path, stored: Mapping[str, Any], row: Row, runs: Sequence[str] = ()) -> list[str]:
-    """Takes over one sample of a merged run again; the files that were missing or damaged. `runs` are where the
-    merged runs lie now, if they were moved.
-    """
-    paths = [Path(path) for path in runs or stored["composition"]["source"]["paths"]]
-    if len(paths) != len(stored["config"]["kept"]):
+def reopen(folder: Path, stored: Mapping[str, Any], moved_to: Sequence[str] = ()) -> Merging:
+    """The merging that a run folder was made by; `moved_to` are where its runs lie now, if they were moved."""
+    paths, filters = moved_to or stored["composition"]["source"]["paths"], stored["config"]["kept"]
+    if len(paths) != len(filters):
         raise Refused(
-            f"{folder}: was merged from {len(stored['config']['kept'])} runs, not from {len(paths)}",
+            f"{folder}: was merged from {len(filters)} runs, not from {len(paths)}",
             "Name them all, in their order, or none where they were not moved.",
         )
-    chosen = list(zip(paths, stored["config"]["kept"]))
-    for path, kept in chosen:
-        check_filter(folder, path, kept)
-    merging = Merging([open_part(path, only_kept=bool(kept)) for path, kept in chosen])
-    check_same(folder, *map(decisive, (stored, merging.document)))
-    with RunFolder(folder, stored) as opened:
-        again, files, _ = merging.made(row.request.index)
-        written = opened.restore(row, files, again.labels)
-        finish_run(opened)
-    return written
+    for path, digest in zip(paths, filters):
+        check_filter(folder, Path(path), digest)
+    return Merging([Source(Path(path), only_kept=bool(digest)) for path, digest in zip(paths, filters)])

@@ -17,15 +17,16 @@ from datasetdm_fast.engine.loop.origin import Beginning, drawn_noise
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.settings import RedrawSettings
-from datasetdm_fast.runs.compositions.source import Source, Tile, decisive, source_path
+from datasetdm_fast.runs.compositions.composition import identity_of
+from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
+from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_source
 from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Remake
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
-from datasetdm_fast.runs.run_folder.remaking import remakable
+from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.settings import EngineSettings, flags_of, json_values
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 # settings of a run that its compositions do not have: what its samples were chosen by, and which pixels it ignored
-NOT_KEPT = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below".split()
-KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in NOT_KEPT}
-CHANGED = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
+DROPPED = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below".split()
+COPIED = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in DROPPED}
+CHANGEABLE = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
 
 
-def drawn_source(path: Path, *, only_kept: bool) -> Source:
-    """A finished run whose settings tell how one model drew its samples."""
-    source = Source(path, only_kept=only_kept)
-    if not set(CHANGED) <= source.document["config"].keys():
+def open_source(path: Path, *, only_kept: bool) -> TileSource:
+    """A finished run whose samples were all drawn by one model."""
+    source = TileSource(path, only_kept=only_kept)
+    if not set(CHANGEABLE) <= source.document["config"].keys():
         raise Refused(
             f"{path}: was made by {source.document.get('command')}, so its samples were not all drawn by one model",
             "Name a run folder that generate, edit or vary has made.",
@@ -58,7 +59,7 @@ class SourceLatents:
     clean: Tensor  # [B, 4, h, w]
     noise: Tensor
 
-    def noised(self, step: int) -> Tensor:
+    def add_noise(self, step: int) -> Tensor:
         """The latents at a training step of the forward process."""
         from datasetdm_fast.engine.sampling.times import add_noise
 
@@ -68,16 +69,15 @@ class SourceLatents:
 class Redrawing(ABC):
     """Images that are made from samples of a finished run; checked in full, and nothing is written yet.
 
-    It is the origin of its run: it says what the latents begin as, and what is written of a sample that was made.
+    It is the origin of its run: it decides what the latents begin as, and what is written of a new sample.
     """
 
     command: ClassVar[str]
 
-    def __init__(self, source: Source, settings: RedrawSettings):
-        self.source, self.settings = source, settings
+    def __init__(self, source: TileSource, choice: RedrawChoice):
+        self.source, self.choice = source, choice
         self.requests = [row.request for row in source.run.rows(parts=())]  # by the position in the source
-        self.places = self._places()
-        self.digests = source.digests()
+        self.positions = self._find_positions()
 
     @property
     @abstractmethod
@@ -86,7 +86,7 @@ class Redrawing(ABC):
 
     @property
     @abstractmethod
-    def told(self) -> str:
+    def summary(self) -> str:
         """How the images were made, for a reader of the data set card."""
 
     @property
@@ -94,7 +94,7 @@ class Redrawing(ABC):
         return self.source.document["config"]["image_format"]
 
     @abstractmethod
-    def place(self, index: int) -> int:
+    def position(self, index: int) -> int:
         """The position in the source of the sample that image `index` is made from."""
 
     @abstractmethod
@@ -109,24 +109,27 @@ class Redrawing(ABC):
     def finish(self, sample: Sample) -> Sample:
         """See Origin."""
 
-    def own_settings(self) -> dict[str, Any]:
-        """The settings of the command that decide the bytes, as run.json has them."""
-        return json_values(self.settings.identity())
+    @classmethod
+    def reopen(cls, source: TileSource, choice: RedrawChoice, config: Mapping[str, Any]) -> Self:
+        """The redrawing of a run folder, of which `config` are the settings in run.json and `choice` their group."""
+        return cls(source, choice)
 
     @property
     def config(self) -> dict[str, Any]:
+        """The settings of the run in run.json."""
         source = self.source.document["config"]
-        kept = {name: value for name, value in source.items() if name in KEPT}
-        own = {"image_format": self.image_format, "kept": self.source.kept_digest}
-        if self.settings.only:  # written in one way
-            own["only"] = [self.requests[place].id for place in self.places]
-        return kept | self.own_settings() | own
+        config = {name: value for name, value in source.items() if name in COPIED}
+        config |= json_values(self.choice.identity())
+        config |= {"image_format": self.image_format, "kept": self.source.filter_digest}
+        if self.choice.only:  # written in one way
+            config["only"] = [self.requests[position].id for position in self.positions]
+        return config
 
     def tile(self, index: int) -> Tile:
-        return self.source.tile(self.place(index))
+        return self.source.tile(self.position(index))
 
     def provenance(self, index: int) -> dict[str, Any]:
-        """What a row says of the source of its image: the id there, and what all images of one source share."""
+        """The source of an image in its row: its id there, and the group of all images of one source."""
         row = self.tile(index).row
         return {"source": row.request.id, "group": row.group}
 
@@ -141,27 +144,27 @@ class Redrawing(ABC):
         noise = to_device(drawn_noise(requests, engine.model.size), clean.device)
         return SourceLatents(engine.model.scheduler, clean, noise)
 
-    def _places(self) -> list[int]:
-        """Positions in the source of the samples that are taken."""
-        if not self.settings.only:
+    def _find_positions(self) -> list[int]:
+        """Positions in the source of the requested samples."""
+        if not self.choice.only:
             return list(range(len(self.source.run)))
-        found = []
-        for id in self.settings.only:
+        positions = []
+        for id in self.choice.only:
             try:
-                found.append(self.source.run.position(id))
+                positions.append(self.source.run.position(id))
             except KeyError:
                 raise Refused(
                     f"--only {id}: no sample of {self.source.path} has this id",
                     "Use an id from samples.jsonl, for example 00000003.",
                 ) from None
-        return sorted(set(found))
+        return sorted(set(positions))
 
-    def check(self, folder: Path) -> Mapping[str, Any] | None:
-        """run.json of the run folder, None where there is none yet; other settings and another source are refused."""
+    def check_folder(self, folder: Path) -> Mapping[str, Any] | None:
+        """run.json of the run folder, None where there is none yet; refuses other settings and another source."""
         stored = read_document(folder)
         if stored is not None:
-            wanted = {"command": self.command, "config": self.config, "source": self.digests}
-            check_same(folder, decisive(stored), wanted)
+            identity = {"command": self.command, "config": self.config, "source": self.source.digests}
+            check_same(folder, identity_of(stored), identity)
         return stored
 
     def check_words(self, engine: Engine) -> None:
@@ -169,109 +172,102 @@ class Redrawing(ABC):
         for index in range(self.number):
             prompts.fit_prompt(self.prompt(index).text, engine.model.tokenizer, f"image {index:08d}")
 
-    @classmethod
-    def restored(cls, source: Source, settings: RedrawSettings, config: Mapping[str, Any]) -> Self:
-        """The one of these settings, and of what run.json holds of them."""
-        return cls(source, settings)
 
-    @classmethod
-    def resumed(cls, folder: Path, stored: Mapping[str, Any], settings: RedrawSettings) -> Self:
-        """The one that a run folder tells of; `settings` say where source and weights lie now, and the device."""
-        config = stored["config"]
-        opened = drawn_source(source_path(folder, stored, settings.run), only_kept=bool(config.get("kept")))
-        own = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config.items()
-            if name in settings.identity() and not isinstance(value, dict)
-        }
-        try:
-            restored = replace(settings, **own, kept=bool(config["kept"]))
-            restored.check()
-            return cls.restored(opened, restored, config)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
-
-
-def finished(redrawing: Redrawing, folder: Path) -> Result | None:
+def find_result(redrawing: Redrawing, folder: Path, *, is_dry: bool = False) -> Result | None:
     """The result of a run with nothing left to do, found without a network."""
-    stored = redrawing.check(folder)
-    is_dry = redrawing.settings.dry_run
+    stored = redrawing.check_folder(folder)
     return None if stored is None else job.settled(folder, stored, redrawing.number, is_dry=is_dry)
 
 
-def prepare(redrawing: Redrawing, folder: Path) -> Job:
+def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     """The job of a redrawing: engine loaded, prompts measured, run folder compared; nothing is written."""
-    stored, source, settings = redrawing.check(folder), redrawing.source.document, redrawing.settings
-    config = _run_config(redrawing, folder)
+    stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
+    config = _run_config(redrawing, folder, machine)
     engine, decoders = job.engine_of(config, stored)
     _check_weights(redrawing.source, engine, decoders)
-    # A label of another package tells nothing of the words that it was asked for: the plan of the run does.
-    words = [table["classes"][1:] for label, table in source["labels"].items() if _is_asked(label)]
-    asked = words[0] if words else source["plan"].get("words", ())
-    recipe = job.recipe_of(config, engine, asked, settings.strength, table_of(source))
+    words = tuple(source["plan"].get("words", ()))
+    # A label of another package does not tell which words were requested for it: the plan of the run does.
+    requested = [table["classes"][1:] for label, table in source["labels"].items() if _has_words(label)]
+    recipe = job.recipe_of(config, engine, requested[0] if requested else words, choice.strength, table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
-    words = tuple(source["plan"].get("words", ()))
     digest = hashlib.sha256("\n".join(redrawing.prompt(index).text for index in range(number)).encode()).hexdigest()
     plan = Plan(redrawing.prompt, words, number, 0, size, digest, number, has_seeds=True)
-    recipe = replace(recipe, origin=redrawing, facts={**recipe.facts, "strength": settings.strength})
+    recipe = replace(recipe, origin=redrawing, facts={**recipe.facts, "strength": choice.strength})
     document = job.describe(redrawing.config, plan, engine, recipe, decoders) | {
         "command": redrawing.command,
         "composition": {
-            "told": redrawing.told,
+            "told": redrawing.summary,
             "sides": f"{recipe.size} × {recipe.size} pixels",
             "source": redrawing.source.provenance,
         },
     }
-    made = Job(config, plan, engine, replace(recipe, facts=job.row_facts(document)), document, 0)
+    prepared = Job(config, plan, engine, replace(recipe, facts=job.row_facts(document)), document, 0)
     if stored is not None:
-        made = replace(job.adopt(made, stored), done=job.count_rows(config))
-    job.check_room(made)
-    return made
+        prepared = replace(job.adopt(prepared, stored), done=job.count_rows(config))
+    job.check_room(prepared)
+    return prepared
 
 
-def _is_asked(label: str) -> bool:
-    """Whether the decoder of a label was asked for words, which its table then holds after the background."""
+def _has_words(label: str) -> bool:
+    """Whether words are requested of the decoder of a label, which its table then holds after the background."""
     return LabelName.parse(label).task == "open-vocabulary"
 
 
-def _run_config(redrawing: Redrawing, folder: Path) -> RunConfig:
-    """The settings of the source, with the engine and the places of this run."""
-    names, settings = {field.name for field in fields(RunConfig)}, redrawing.settings
-    told = {
+def _run_config(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> RunConfig:
+    """The settings of the source, with the engine and the paths of this run."""
+    names, source = {field.name for field in fields(RunConfig)}, redrawing.source.document["config"]
+    stored = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in redrawing.config.items()
         if name in names and name != "only"
     }
-    own = {name: getattr(settings, name) or redrawing.source.document["config"][name] for name in CHANGED}
-    here = {field.name: getattr(settings, field.name) for field in fields(EngineSettings)}
+    places = {name: getattr(machine, name) or source[name] for name in ("model", "decoder")}
+    steps = {name: getattr(redrawing.choice, name) or source[name] for name in ("steps", "guidance")}
+    engine = {field.name: getattr(machine, field.name) for field in fields(EngineSettings)}
     return RunConfig(
-        **{**told, **here, **own},
+        **{**stored, **engine, **places, **steps},
         out=str(folder),
-        limit=settings.limit,
-        allow_download=settings.allow_download,
+        limit=machine.limit,
+        allow_download=machine.allow_download,
     )
 
 
-def _check_weights(source: Source, engine: Engine, decoders: Mapping[str, Any]) -> None:
+def _check_weights(source: TileSource, engine: Engine, decoders: Mapping[str, Any]) -> None:
     """Refuses other weights than those that made the source."""
-    digests = {"model": dict(engine.model.digests), "decoders": {name: one["digest"] for name, one in decoders.items()}}
-    known = {
+    loaded = {"model": dict(engine.model.digests), "decoders": {name: row["digest"] for name, row in decoders.items()}}
+    stored = {
         "model": source.document["model"]["digests"],
-        "decoders": {name: one["digest"] for name, one in source.document["decoders"].items()},
+        "decoders": {name: row["digest"] for name, row in source.document["decoders"].items()},
     }
-    if found := differences(known, digests):
+    if lines := differences(stored, loaded):
         raise Refused(
-            f"{source.path}: was made with other weights ({'; '.join(found)})",
+            f"{source.path}: was made with other weights ({'; '.join(lines)})",
             "Name its own weights: --model MODEL --decoder DIR.",
         )
 
 
-def prepare_remake(cls: type[Redrawing], settings: RedrawSettings) -> Remake:
-    """The one sample `settings.only` of the run folder `settings.out`, in the batch that it was made in."""
-    folder, id = Path(settings.out), ",".join(settings.only)
-    stored, row = remakable(cls.command, folder, id)
-    made = prepare(cls.resumed(folder, stored, replace(settings, only=())), folder)
-    index, place = divmod(row.request.index, made.plan.batch_size)
-    return Remake(folder, dict(stored), row, made.engine, made.recipe, made.plan.batch(index), place)
+def prepare_remake(redrawing: Redrawing, folder: Path, row: Row, machine: RedrawMachine) -> Remake:
+    """One sample of a run folder in the batch that it was made in."""
+    prepared = prepare(redrawing, folder, machine)
+    index, position = divmod(row.request.index, prepared.plan.batch_size)
+    stored = dict(read_document(folder))
+    return Remake(folder, stored, row, prepared.engine, prepared.recipe, prepared.plan.batch(index), position)
+
+
+def reopen(
+    cls: type[Redrawing], folder: Path, stored: Mapping[str, Any], choice: RedrawChoice, moved_to: str
+) -> Redrawing:
+    """The redrawing that a run folder was made by; `moved_to` is where its source lies now, if it was moved."""
+    config = stored["config"]
+    source = open_source(find_source(folder, stored, moved_to), only_kept=bool(config.get("kept")))
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.items()
+        if name in choice.identity() and not isinstance(value, dict)
+    }
+    try:
+        return cls.reopen(source, replace(choice, **{"only": (), **values}), config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error

@@ -12,8 +12,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.runs.compositions.settings import EditSettings
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.settings import EditChoice
+from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.indexes.coco import numbered
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -22,19 +22,20 @@ from datasetdm_fast.untrusted import images
 
 WHITE = 128  # grey values from it on belong to the region of a mask file
 LONGEST_MASK = 2**18  # letters of the run lengths of a mask file, which run.json holds
-WAYS = ("class_", "instance", "mask", "box")
+KINDS = ("class_", "instance", "mask", "box")
 
 
-def way_of(settings: EditSettings) -> str:
-    """Which of the four ways to name a region was taken."""
-    given = [name for name in WAYS if getattr(settings, name)]
-    if len(given) != 1:
-        told = " and ".join(f"--{name.strip('_')}" for name in given) or "the region to redraw is missing"
+def find_kind(choice: EditChoice) -> str:
+    """Which of the four flags names the region."""
+    used = [name for name in KINDS if getattr(choice, name)]
+    if len(used) != 1:
+        flags = " and ".join(f"--{name.strip('_')}" for name in used)
+        cause = f"{flags}: {len(used)} ways to name the region, expected one"
         raise Refused(
-            f"{told}: {len(given)} ways to name the region, expected one" if given else told,
+            cause if used else "the region to redraw is missing",
             "Use one of --class CLASS, --instance ID, --mask FILE and --box X0,Y0,X1,Y1.",
         )
-    return given[0]
+    return used[0]
 
 
 def read_mask(path: str, side: int) -> dict[str, Any]:
@@ -73,12 +74,12 @@ def read_box(text: str, side: int) -> np.ndarray:  # [side, side] bool
     return region
 
 
-def labels_of(source: Source, task: str) -> list[str]:
+def labels_of(source: TileSource, task: str) -> list[str]:
     """The labels of a run that decoders of this task made."""
     return [label for label in source.run.tasks if LabelName.parse(label).task == task]
 
 
-def class_task(source: Source, word: str) -> str:
+def class_task(source: TileSource, word: str) -> str:
     """The task whose labels tell where a class is: label maps before instances."""
     tables = {
         task: table["classes"]
@@ -100,28 +101,28 @@ def class_task(source: Source, word: str) -> str:
     )
 
 
-def annotation_ids(source: Source, label: str) -> dict[int, list[int]]:
+def annotation_ids(source: TileSource, label: str) -> dict[int, list[int]]:
     """The ids in its file of COCO's form of every sample's instances, by the index of the sample."""
     with Ledger(source.path / LEDGER, read_only=True) as ledger:
         return {row.request.index: ids for row, ids in numbered(label, source.document, ledger)}
 
 
-def grown(region: np.ndarray, pixels: int) -> np.ndarray:
+def grow(region: np.ndarray, pixels: int) -> np.ndarray:
     """The region with all pixels that are at most so many rows and columns away."""
-    return ~shrunk(~region, pixels)
+    return ~shrink(~region, pixels)
 
 
-def shrunk(region: np.ndarray, pixels: int) -> np.ndarray:
+def shrink(region: np.ndarray, pixels: int) -> np.ndarray:
     """The region without the pixels that are at most so many rows and columns from one outside; beyond the picture
     nothing is outside.
     """
     for _ in range(pixels):
-        for turned in (False, True):
-            whole = region.T if turned else region
+        for is_transposed in (False, True):
+            whole = region.T if is_transposed else region
             inner = whole.copy()
             inner[1:] &= whole[:-1]
             inner[:-1] &= whole[1:]
-            region = inner.T if turned else inner
+            region = inner.T if is_transposed else inner
     return region
 
 
@@ -129,19 +130,19 @@ def weights(region: np.ndarray, feather: int) -> np.ndarray:  # [H, W] fp32
     """Share of the new image: 0 outside of the region, rising inside to 1 after `feather` pixels."""
     inner, total = region, region.astype(np.float32)
     for _ in range(feather):
-        inner = shrunk(inner, 1)
+        inner = shrink(inner, 1)
         total += inner
     return total / (feather + 1)
 
 
-def cells(region: np.ndarray) -> np.ndarray:  # [h, w] bool
+def to_cells(region: np.ndarray) -> np.ndarray:  # [h, w] bool
     """The latent cells of which any pixel is in the region."""
     height, width = (side // FACTOR for side in region.shape)
     return region.reshape(height, FACTOR, width, FACTOR).any((1, 3))
 
 
-def described(region: np.ndarray) -> dict[str, Any]:
-    """What a row says of the region that was drawn anew: itself, and the SHA-256 of its pixels as bytes 0 and 1."""
+def describe(region: np.ndarray) -> dict[str, Any]:
+    """The region in the row of a sample: its run lengths, and the SHA-256 of its pixels as bytes 0 and 1."""
     encoded = mask_rle.encode(np.ascontiguousarray(region)[None])
     digest = hashlib.sha256(np.ascontiguousarray(region, np.uint8).tobytes()).hexdigest()
     return {"segmentation": dict(encoded.rles[0]), "pixels": int(encoded.areas[0]), "sha256": digest}

@@ -1,12 +1,11 @@
-"""The flags of the commands that put samples through the network again."""
+"""Settings of the commands that put samples through the network again, in groups."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasetdm_fast.engine.loop.checks import check_batch_size, check_numbers
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.settings import CommandSettings, EngineSettings, dry_run_setting, setting
+from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
+from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
 
 LABEL_CHOICES = ("source", "predicted", "agreeing")
 OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
@@ -17,58 +16,74 @@ SHARED = (
 
 
 @dataclass(frozen=True)
-class RedrawSettings(EngineSettings, CommandSettings):
-    """What edit and vary share; zeros and empty names stand for what the source was made with."""
+class RedrawChoice(CommandSettings):
+    """Which samples are made again, and in which steps; zeros stand for what the source was made with."""
 
-    run: str = setting("", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True)
     only: tuple[str, ...] = setting(
         (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
     )
-    strength: float = setting(1.0, "share of the sampling steps that is repeated, 0 to 1", metavar="S")
-    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N")
-    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G")
+    strength: float = setting(1.0, "share of the sampling steps that is repeated, 0 to 1", metavar="S", least=0, most=1)
+    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
+    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)
     batch_size: int = setting(
-        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
+        0,
+        "images per batch (changes results by rounding only); 0 = as many as fit into memory",
+        metavar="N",
+        least=0,
+        most=LARGEST_BATCH,
     )
-    out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
-    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
-    kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
-    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
-    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
-    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
-    dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "machine-readable result on stdout", identity=False)
-    quiet: bool = setting(False, "show no progress", identity=False)
-
-    def check(self) -> None:
-        """Refuses numbers that cannot be."""
-        if not 0 <= self.strength <= 1:
-            raise Refused(f"--strength {self.strength:g}: expected a share from 0 to 1", "For example --strength 0.4.")
-        check_numbers(**{name: getattr(self, name) for name in ("steps", "guidance", "limit", "threads")})
-        check_batch_size(self.batch_size)
 
 
 @dataclass(frozen=True)
-class VarySettings(RedrawSettings):
-    FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
+class RedrawMachine(EngineSettings):
+    """The engine, and where the weights lie."""
+
+    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
+    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
+    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
+
+
+@dataclass(frozen=True)
+class RedrawSettings(RedrawMachine, RedrawChoice, OutputSettings):
+    """Settings that edit and vary share."""
+
+    run: str = setting("", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True)
+    out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
+    kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
+
+
+@dataclass(frozen=True)
+class VaryChoice(RedrawChoice):
+    """The variants of a sample."""
 
     domain: tuple[str, ...] = setting(
         (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST"
-    )
-    strength: float = setting(
-        0.4, "share of the sampling steps that is repeated, 0 to 1: a larger share changes more", metavar="S"
     )
     labels: str = setting(
         "source",
         "labels of the images: the source's, those predicted on the image, or what both agree on",
         choices=LABEL_CHOICES,
     )
+    strength: float = setting(
+        0.4,
+        "share of the sampling steps that is repeated, 0 to 1: a larger share changes more",
+        metavar="S",
+        least=0,
+        most=1,
+    )
+
+
+@dataclass(frozen=True)
+class VarySettings(RedrawSettings, VaryChoice):
+    FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
+
     out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
 
 
 @dataclass(frozen=True)
-class EditSettings(RedrawSettings):
-    FLAGS = [*OF_EDIT, *SHARED]
+class EditChoice(RedrawChoice):
+    """The region of a sample that is made again, and what is drawn there."""
 
     prompt: str = setting("", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT")
     alone: bool = setting(False, "give the model only --prompt, as when no class is named")
@@ -83,7 +98,17 @@ class EditSettings(RedrawSettings):
         metavar="N",
     )
     strength: float = setting(
-        1.0, "share of the sampling steps that is repeated, 0 to 1: 1 starts from pure noise", metavar="S"
+        1.0,
+        "share of the sampling steps that is repeated, 0 to 1: 1 starts from pure noise",
+        metavar="S",
+        least=0,
+        most=1,
     )
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
+
+
+@dataclass(frozen=True)
+class EditSettings(RedrawSettings, EditChoice):
+    FLAGS = [*OF_EDIT, *SHARED]
+
     out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,53 +13,74 @@ from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.kind import LabelKind
 from datasetdm_fast.engine.loop.origin import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.domains import DOMAINS, check_domains, moved
+from datasetdm_fast.engine.scenes.world import WHERE
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.redraw import Redrawing
-from datasetdm_fast.runs.compositions.settings import VarySettings
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.settings import VaryChoice
+from datasetdm_fast.runs.compositions.source import TileSource
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
-ONE_WORD = 3  # tokens of a word that a tokenizer knows, its start and end marks among them
-CHOSEN: dict[str, Callable[[LabelKind, Any, Any], Any]] = {  # --labels -> (kind, label of the source, predicted one)
+DOMAINS = {  # name -> what a prompt ends with
+    **WHERE,
+    "dawn": " at dawn",
+    "dusk": " at dusk",
+    "rain": " in the rain",
+    "snow": " in the snow",
+    "autumn": " in autumn",
+    "winter": " in winter",
+}
+_WORDS = "|".join(re.escape(words.strip()) for words in DOMAINS.values() if words)
+DOMAIN_WORDS = re.compile(rf"\s+(?:{_WORDS})\b")
+TOKENS_OF_A_WORD = 3  # with its start and end marks, where a tokenizer knows it
+CHOSEN: dict[str, Callable[[LabelKind, Any, Any], Any]] = {  # --labels -> (kind, label of the source, predicted label)
     "source": lambda kind, source, predicted: source,
     "predicted": lambda kind, source, predicted: predicted,
     "agreeing": lambda kind, source, predicted: kind.agreeing(source, predicted),
 }
 
 
+def move_prompt(prompt: str, domain: str) -> str:
+    """The prompt with the words of this domain at its end, in place of those of others."""
+    return DOMAIN_WORDS.sub("", prompt).rstrip(" .,;") + DOMAINS[domain]
+
+
 class Variants(Redrawing):
     """Every sample in every domain: image k is sample k // domains in domain k % domains."""
 
     command = "vary"
-    settings: VarySettings
+    choice: VaryChoice
 
-    def __init__(self, source: Source, settings: VarySettings):
-        check_domains(settings.domain)
-        super().__init__(source, settings)
+    def __init__(self, source: TileSource, choice: VaryChoice):
+        names = ", ".join(DOMAINS)
+        if not choice.domain:
+            raise Refused("--domain: no domain was named", f"Choose from {names}.")
+        for name in choice.domain:
+            if name not in DOMAINS:
+                raise Refused(f"--domain {name}: unknown domain{nearest(name, DOMAINS)}", f"Choose from {names}.")
+        super().__init__(source, choice)
 
     @property
     def number(self) -> int:
-        return len(self.places) * len(self.settings.domain)
+        return len(self.positions) * len(self.choice.domain)
 
     @property
-    def told(self) -> str:
-        where = f"{', '.join(self.settings.domain)}, strength {self.settings.strength:g}"
-        return f"Varied from the run {self.source.path.resolve().name}: {where}, {self.settings.labels} labels"
+    def summary(self) -> str:
+        where = f"{', '.join(self.choice.domain)}, strength {self.choice.strength:g}"
+        return f"Varied from the run {self.source.path.resolve().name}: {where}, {self.choice.labels} labels"
 
-    def place(self, index: int) -> int:
-        return self.places[index // len(self.settings.domain)]
+    def position(self, index: int) -> int:
+        return self.positions[index // len(self.choice.domain)]
 
     def domain(self, index: int) -> str:
-        return self.settings.domain[index % len(self.settings.domain)]
+        return self.choice.domain[index % len(self.choice.domain)]
 
     def prompt(self, index: int) -> PromptLine:
-        request = self.requests[self.place(index)]
+        request = self.requests[self.position(index)]
         return PromptLine(
             0,
-            moved(request.prompt, self.domain(index)),
+            move_prompt(request.prompt, self.domain(index)),
             request.classes,
             request.seed,
             negative=request.negative,
@@ -67,8 +89,8 @@ class Variants(Redrawing):
 
     def check_words(self, engine: Engine) -> None:
         """Refuses too long prompts, and domains for which a model that knows others has no word."""
-        known = [name for name in DOMAINS if count_tokens(name, engine.model.tokenizer) == ONE_WORD]
-        for name in self.settings.domain:
+        known = [name for name in DOMAINS if count_tokens(name, engine.model.tokenizer) == TOKENS_OF_A_WORD]
+        for name in self.choice.domain:
             if known and name not in known:
                 raise Refused(
                     f"--domain {name}: the model {engine.model.name} does not know this domain",
@@ -77,27 +99,27 @@ class Variants(Redrawing):
         super().check_words(engine)
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        return Beginning(self.latents(engine, requests).noised(schedule.noise_step(0)))
+        return Beginning(self.latents(engine, requests).add_noise(schedule.noise_step(0)))
 
     def finish(self, sample: Sample) -> Sample:
         index = sample.request.index
         tile = self.tile(index)
-        truth = {task: _without_ids(self.source.label(tile, task)) for task in sample.annotations}
+        truth = {task: _remove_ids(self.source.label(tile, task)) for task in sample.annotations}
         labels = {
-            task: CHOSEN[self.settings.labels](kind_of(task), truth[task], predicted)
+            task: CHOSEN[self.choice.labels](kind_of(task), truth[task], predicted)
             for task, predicted in sample.annotations.items()
         }
-        facts = {"domain": self.domain(index), "consistency": consistency(sample.annotations, truth)}
+        facts = {"domain": self.domain(index), "consistency": measure_consistency(sample.annotations, truth)}
         provenance = {**sample.provenance, **self.provenance(index), **facts}
         return Sample(sample.request, sample.image, labels, provenance)
 
 
-def _without_ids(label: Annotation) -> Annotation:
-    """The label with its things numbered anew: those of an edited source would be there once for each domain."""
+def _remove_ids(label: Annotation) -> Annotation:
+    """The label with its things numbered anew: ids of an edited source would come once for each domain."""
     return replace(label, ids=None) if isinstance(label, Instances) else label
 
 
-def consistency(predicted: Mapping[str, Annotation], truth: Mapping[str, Annotation]) -> float | None:
+def measure_consistency(predicted: Mapping[str, Annotation], truth: Mapping[str, Annotation]) -> float | None:
     """Mean IoU of the source's labels with those predicted on the variant, by the first kind of labels that has areas,
     label maps before instances; None where there is none.
     """

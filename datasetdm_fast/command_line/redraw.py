@@ -1,0 +1,99 @@
+"""The commands edit and vary: making the missing images of a redrawing, and making one sample again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
+from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.compositions.settings import RedrawSettings
+from datasetdm_fast.settings import flags_of
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.compositions.redraw import Redrawing
+    from datasetdm_fast.runs.jobs.result import Result
+
+
+def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: Sequence[str]) -> int:
+    """The exit code of a command that makes the images of a redrawing; the same command resumes it."""
+    from datasetdm_fast.runs.compositions.redraw import find_result, open_source, prepare
+    from datasetdm_fast.runs.jobs.run import run
+
+    if not settings.run:
+        raise Refused(f"{prog}: RUN is missing", "Name the run folder whose samples are taken, such as runs/demo.")
+    folder = Path(settings.out)
+    redrawing = cls(open_source(Path(settings.run), only_kept=settings.kept), settings)
+    if result := find_result(redrawing, folder, is_dry=settings.dry_run):
+        print_lines(settings, f"{folder}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+        return _print_end(settings, result)
+    job = prepare(redrawing, folder, settings)
+    if settings.dry_run:
+        facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
+        plan = f"{folder}: {job.images_left} of {count_noun(job.plan.number, 'image')} would be made"
+        return print_plan(settings, facts, settings.out, redrawing.summary, plan)
+    print_lines(settings, redrawing.summary)
+    calls = len(job.recipe.schedule)
+    with (
+        Interruption(settings.quiet) as interruption,
+        ImageProgress(job.images_left, settings.quiet, job.plan.batch_size, calls) as progress,
+    ):
+        callbacks = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
+        result = run(job, is_stopping=interruption.is_stopping, **callbacks)
+    code = _print_end(settings, result)
+    if not result.is_complete:
+        print_unfinished(result.done, result.number, f"go on with: {prog} {shlex.join(arguments)}")
+    return interruption.exit_code(code)
+
+
+def redraw_again(cls: type[Redrawing], settings: RedrawSettings, flags: Collection[str]) -> int:
+    """The exit code of a command that makes one sample of its run folder again, by the settings of its run.json."""
+    from datasetdm_fast.runs.compositions.redraw import prepare_remake, reopen
+    from datasetdm_fast.runs.jobs.run import remake
+    from datasetdm_fast.runs.run_folder.remaking import remakable
+
+    deciding = [flag.name for flag in flags_of(type(settings)) if flag.metadata["identity"] and flag.name in flags]
+    if others := [name for name in deciding if name != "only"]:
+        raise Refused(
+            f"--only {settings.only[0]}: makes a sample of {settings.out} again, with the settings of its run.json",
+            f"Drop {_join_flags(others)}.",
+        )
+    folder = Path(settings.out)
+    stored, row = remakable(cls.command, folder, ",".join(settings.only))
+    redrawing = reopen(cls, folder, stored, settings, settings.run)
+    task = prepare_remake(redrawing, folder, row, settings)
+    return remake_sample(settings, settings.out, row.request.id, partial(remake, task))
+
+
+def check_source(settings: RedrawSettings, flags: Collection[str]) -> None:
+    """Refuses --only with `flags`, which change samples of RUN, but without RUN."""
+    if settings.only and not settings.run:
+        names = _join_flags(sorted(flags))
+        raise Refused(
+            f"--only {settings.only[0]}: with {names} it takes a sample of RUN, which is missing",
+            f"Name RUN first, or drop {names} to make the sample of {settings.out} again.",
+        )
+
+
+def _join_flags(names: Sequence[str]) -> str:
+    return ", ".join("--" + name.strip("_").replace("_", "-") for name in names)
+
+
+def _print_end(settings: RedrawSettings, result: Result) -> int:
+    rate = result.made / result.seconds if result.made else 0.0
+    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
+    facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
+    print_result(settings, {"path": str(result.path), **facts}, str(result.path))
+    if result.made:
+        speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}, {rate:.3g} images per second"
+        print_lines(settings, f"{speed}; look at {result.path}/gallery/index.html")
+    if result.doubtful:
+        print_lines(settings, result.doubts)
+    result.check()
+    return 0
