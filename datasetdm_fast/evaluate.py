@@ -98,7 +98,7 @@ def _judged(
     result, skipped = {}, {}
     for some in passes(config.data, {label: decoders[label].config for label in tasks}):
         source = _opened(config, config.data, engine.model.size, tasks_of(some), selection)
-        seen = data_record.seen_in_training(config.decoder, source, some)
+        seen = data_record.count_seen_in_training(config.decoder, source, some)
         known = dict.fromkeys(name for label in some for name in decoders[label].config.classes)
         # captions made of the labels say what they said in training
         source.class_table = next((table for label in some if (table := decoders[label].config.table)), None)
@@ -148,9 +148,12 @@ def _curve(config: EvaluateConfig) -> int:
             f"{count_noun(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
         )
         return print_plan(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
+    from datasetdm_fast.engine.decoders.trunk import fold
     from datasetdm_fast.engine.engines import build_engine
+    from datasetdm_fast.training.captures.views import ViewSettings
     from datasetdm_fast.training.evaluation.measure import check_shown, measure
-    from datasetdm_fast.training.session import train_on
+    from datasetdm_fast.training.recipes import RecipeSettings
+    from datasetdm_fast.training.session import train_decoder
 
     engine, result, skipped = _engine(config), {}, {}
     size = engine.model.size
@@ -163,8 +166,12 @@ def _curve(config: EvaluateConfig) -> int:
         _check_enough(counts[-1], labelled, address)
 
         def judge(count: int, repeat: int, task=task, labelled=labelled, judged=judged):
-            settings = {"steps": config.steps, "seed": config.seed + repeat, "data": address}
-            decoder = train_on(engine, labelled, task, count, captions=config.captions, **settings)
+            seed = config.seed + repeat
+            settings = {
+                "view_settings": ViewSettings(captions=config.captions, seed=seed),
+                "recipe_settings": RecipeSettings(steps=config.steps, seed=seed),
+            }
+            decoder = fold(train_decoder(engine, labelled, task, count, address, **settings)).requires_grad_(False)
             taught = build_engine(
                 config.engine, engine.model, {task: decoder}, dtype=config.dtype, device=config.device
             )
@@ -332,7 +339,7 @@ def _shared(judged, learnt, count: int) -> dict[str, int]:
     """How many images for scoring are among the first `count` to learn from, 0 = all, where there are any."""
     from datasetdm_fast.training import data_record
 
-    seen = data_record.shared(judged, learnt, count or len(learnt))
+    seen = data_record.count_shared(judged, learnt, count or len(learnt))
     return {"seen_in_training": seen} if seen else {}
 
 

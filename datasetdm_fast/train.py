@@ -2,22 +2,23 @@
 resumes.
 """
 
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
-from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from datasetdm_fast.training.processes import Ranks
+    from datasetdm_fast.training.workflow import Workflow
 
 PROG = "python -m datasetdm_fast.train"
 EXAMPLES = (
@@ -33,126 +34,72 @@ def main(arguments: Sequence[str]) -> int:
     config.check()
     import torch
 
-    from datasetdm_fast.training import folds, task_run
-    from datasetdm_fast.training.processes import joined, leave
-    from datasetdm_fast.training.session import open_session
+    from datasetdm_fast.training.processes import join_processes, leave_processes
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks, device = joined(config.device)
+    ranks, device = join_processes(config.device)
     config = replace(config, device=device)
-    is_quiet = config.quiet or not ranks.is_first
     try:
-        session = open_session(config, ranks)
-        folders = {task: Path(config.out) / task for task in config.task}
-        plans = {task: session.plan(task) for task in config.task}
-        results = {task: task_run.finished(folders[task], plan) for task, plan in plans.items()}
-        crossed, count = {task: folds.read(folders[task]) for task in config.task}, folds.count_of(session)
-        session.announce(plans, results, count)
-        if config.dry_run:
-            if ranks.is_first:
-                print_lines(config, NOTHING_WRITTEN)
-            return 0
-        for task in results if ranks.is_first else ():
-            if results[task] is not None:
-                task_run.clear(folders[task])
-        with Interruption(is_quiet) as interruption, ExitStack() as held:
-            line = f"{PROG} {shlex.join(arguments)}".rstrip()
-            for task in [task for task in config.task if results[task] is None or count]:
-                if ranks.is_first:
-                    held.enter_context(task_run.alone(folders[task]))
-                # Until here another training may have written to this folder.
-                results[task] = ranks.said(task_run.finished(folders[task], plans[task]) if ranks.is_first else None)
-                if results[task] is not None and not count:
-                    continue
-                if count:
-                    own = 0 if results[task] else plans[task].schedule.steps
-                    given = (session, task, folders[task], ranks, _fold_progress(task, count, own, is_quiet))
-                    crossed[task] = folds.run(*given, interruption.is_stopping)
-                    if crossed[task] is None:
-                        results[task] = None
-                        break
-                is_done = results[task] is not None
-                if is_done and ranks.said(ranks.is_first and task_run.shows_folds(folders[task], crossed[task])):
-                    continue
-                told = {"command": line, "folds": crossed[task], "is_finished": is_done}
-                training = session.training(folders[task], plans[task], interruption.is_stopping, **told)
-                if training is not None and training.held is None:
-                    training = replace(training, of_fold=folds.shown(session, task, folders[task]))
-                if training is not None and is_done:
-                    task_run.show_folds(training, results[task], ranks)
-                elif training is not None:
-                    with _progress(task, task, plans[task].schedule.steps, is_quiet) as progress:
-                        results[task] = task_run.run(training, ranks, progress.on_step, interruption.is_stopping)
-                if results[task] is None:
-                    break
-        if ranks.is_first:
-            _end(config, results, crossed)
-            if None in results.values():
-                print(f"stopped; go on with: {line}", file=sys.stderr)
-        return interruption.exit_code(0)
+        return _train(config, ranks, f"{PROG} {shlex.join(arguments)}".rstrip())
     finally:
-        leave(ranks)
+        leave_processes(ranks)
 
 
-def _fold_progress(task: str, count: int, own: int, is_quiet: bool) -> Callable[[int, int], StepProgress]:
-    """Progress of one fold after the other, and then of the decoder itself, which takes `own` steps."""
-
-    def progress(number: int, steps: int) -> StepProgress:
-        later = (count - number) * steps + own
-        return _progress(task, f"{task}, fold {number} of {count},", steps, is_quiet, later)
-
-    return progress
-
-
-def _progress(task: str, title: str, steps: int, is_quiet: bool, later: int = 0) -> StepProgress:
+def _train(config: TrainConfig, ranks: "Ranks", line: str) -> int:
     from datasetdm_fast.training.evaluation.meter import figure_name
     from datasetdm_fast.training.evaluation.metrics import METRICS
+    from datasetdm_fast.training.report import describe_result
 
-    return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, is_quiet, later)
+    is_quiet = config.quiet or not ranks.is_first
+    workflow = open_workflow(config, ranks)
+    plans = workflow.prepare()
+    if config.dry_run:
+        print_lines(replace(config, quiet=is_quiet), NOTHING_WRITTEN)
+        return 0
 
+    def progress(task: str, title: str, steps: int, later: int) -> StepProgress:
+        return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, is_quiet, later)
 
-def _figures(images: str, held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
-    """Each figure on so many images, with its interval."""
-    from datasetdm_fast.training.evaluation.meter import figure_name
-
-    told = "  ".join(
-        f"{figure_name(name)} {value:.4f}"
-        + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
-        for name, value in held_out.items()
-        if isinstance(value, float)
-    )
-    return f"on {images}{' (95 % intervals)' if bounds else ''}: {told}"
-
-
-def _end(config: TrainConfig, results: dict[str, Any], crossed: dict[str, Any]) -> None:
-    told = {
-        task: result if result is None or crossed[task] is None else {**result, "folds": crossed[task]}
-        for task, result in results.items()
+    with Interruption(is_quiet) as interruption:
+        outcomes = workflow.run(plans, line, progress, interruption.is_stopping)
+    results = {
+        task: outcome.result and outcome.result | ({"folds": outcome.folds} if outcome.folds else {})
+        for task, outcome in outcomes.items()
     }
-    print(json.dumps({"path": config.out, "tasks": told}) if config.json else config.out, flush=True)
-    for task, result in () if config.quiet else results.items():
-        for line in () if result is None else _lines(config, task, result, crossed[task]):
-            print(line, file=sys.stderr)
+    if ranks.is_first:
+        print_result(config, {"path": config.out, "tasks": results}, config.out)
+        for task, outcome in outcomes.items():
+            if outcome.result:
+                print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
+        if None in results.values():
+            print(f"stopped; go on with: {line}", file=sys.stderr)
+    return interruption.exit_code(0)
 
 
-def _lines(config: TrainConfig, task: str, result: dict[str, Any], folds: dict[str, Any] | None) -> Iterator[str]:
-    """What a training came to, the figures to rely on first."""
-    from datasetdm_fast.training.held_out import cautions
+def open_workflow(config: TrainConfig, ranks: "Ranks") -> "Workflow":
+    """The trainings of these settings, with their model and data opened."""
+    from datasetdm_fast.training.session import check_apart, open_session
+    from datasetdm_fast.training.workflow import Workflow
 
-    if folds:
-        images = count_noun(folds["images"], "image")
-        yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
-    steps, count = count_noun(result["steps"], "step"), result["held_out_images"]
-    if result.get("stopped_early"):
-        steps += f", stopped early, weights of step {result.get('weights_of_step')}"
-    if not result["held_out"]:
-        yield f"{task}: {steps}"
-    else:
-        bounds = result.get("held_out_intervals", {})
-        yield f"{task}: {steps}; {_figures(count_noun(count, 'held-out image'), result['held_out'], bounds)}"
-    yield from (f"  {note}" for note in cautions(result, bool(folds)))
-    yield f"  look at {config.out}/{task}/training/page.html"
+    out = Path(config.out)
+    check_apart(out, config.task, config.data)
+    settings = {
+        "view_settings": config.view_settings(),
+        "augment": config.augment,
+        "cache_settings": config.cache_settings(),
+        "recipe_settings": config.recipe_settings(),
+        "held_out": config.held_out,
+        "identity": config.training_identity(),
+    }
+
+    def on_message(text: str) -> None:
+        if ranks.is_first:
+            print_lines(config, text)
+
+    data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
+    session = open_session(data, choice, config.task, inversion, ranks, on_message, **settings)
+    return Workflow(session, out, config.task, config.task_settings(), config.folds)
 
 
 if __name__ == "__main__":

@@ -334,31 +334,31 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "a loss read for every part of a batch": Fault(
-        "datasetdm_fast.training.loop:Trainer._taken",
+        "datasetdm_fast.training.trainer:Trainer._step",
         "total += loss.detach()",
         "total += loss.item()",
         {"scenario": "training"},
     ),
     "a resumed optimiser on the host": Fault(
-        "datasetdm_fast.training.loop:Trainer.restore",
+        "datasetdm_fast.training.state:TrainingState.resume",
         "value.to(parameter, copy=True)",
         "value.clone()",
         {"scenario": "training"},
     ),
     "truth of each image copied while the host waits": Fault(
-        "datasetdm_fast.training.losses.objective:answer_of",
+        "datasetdm_fast.training.losses.objective:query_target",
         "to_device(masks, device)",
         "masks.to(device)",
         {"scenario": "losses", "batches": 1},
     ),
     "points drawn by a GPU": Fault(
-        "datasetdm_fast.training.losses.losses:drawn",
+        "datasetdm_fast.training.losses.losses:sample_places",
         "torch.rand(sum(sizes), 2, generator=generator)",
         "torch.rand(sum(sizes), 2, generator=generator, device=like.device)",
         {"scenario": "losses", "batches": 1},
     ),
     "a training in fp32 that rounds to TF32": Fault(
-        "datasetdm_fast.training.loop:Trainer._taken",
+        "datasetdm_fast.training.trainer:Trainer._step",
         "allow_tf32(self.device, self.dtype is not torch.float32)",
         "allow_tf32(self.device, True)",
         {"scenario": "recomputed", "dtype": "fp32"},
@@ -370,7 +370,7 @@ FAULTS = {
         {"scenario": "recomputed"},
     ),
     "totals of all processes on the GPU": Fault(
-        "datasetdm_fast.training.loop:Trainer._whole",
+        "datasetdm_fast.training.trainer:Trainer._totals",
         "dtype=torch.float32)",
         "dtype=torch.float32, device=self.device)",
         {"scenario": "ranks"},
@@ -494,7 +494,7 @@ FAULTS = {
         "state.step(call, output) + 0 * type(output).inverse(output[0, 0]).sum()",
     ),
     "a training whose products are in fp32": Fault(
-        "datasetdm_fast.training.loop:Trainer._taken",
+        "datasetdm_fast.training.trainer:Trainer._step",
         "enabled=self.dtype is not torch.float32",
         "enabled=False",
         {"scenario": "training"},
@@ -522,9 +522,9 @@ FAULTS = {
         {"scenario": "losses", "batches": 1},
     ),
     "a loss read before the step is queued": Fault(
-        "datasetdm_fast.training.loop:Trainer._taken",
-        "self.scaler.step(self.optimiser)",
-        "self._value_of(total), self.scaler.step(self.optimiser)",
+        "datasetdm_fast.training.trainer:Trainer._step",
+        "state.scaler.step(state.optimiser)",
+        "self._finite(total), state.scaler.step(state.optimiser)",
         {"scenario": "training"},
     ),
     "a kernel launched with no blocks": Fault(

@@ -12,7 +12,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.engine.decoders.seeded import untrained_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.kernels import depth_head
-from datasetdm_fast.training.loop import projected
+from datasetdm_fast.training.trainer import project
 
 
 def head(batch: int, channels: int, hidden: int, side: int, dtype=torch.float64) -> tuple[Tensor, ...]:
@@ -188,7 +188,7 @@ def test_a_decoder_in_training_takes_the_trained_head(monkeypatch):
     decoder = untrained_decoders(model.levels, 32)["depth"]
     levels = [torch.zeros(1, level.side**2, level.channels) for level in model.levels]
     for is_training in (False, True):
-        decoder.train(is_training)(projected(decoder, levels))
+        decoder.train(is_training)(project(decoder, levels))
         assert len(taken) == is_training
 
 

@@ -8,13 +8,13 @@ import pytest
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training import held_out
 from datasetdm_fast.training.evaluation import student_data
 from datasetdm_fast.training.evaluation.examples import Examples
 from datasetdm_fast.training.evaluation.intervals import expanded, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.report import cautions
 from datasetdm_fast.training.truth.augment import mirror
 
 SIZE = 64
@@ -487,25 +487,25 @@ def test_intervals_of_few_held_out_images_are_wide():
 
 
 def test_what_to_know_of_a_figure():
-    assert held_out.cautions({"images": 30, "held_out_images": 30}) == []
-    assert len(held_out.cautions({"images": 90, "held_out_images": 29, "step_chosen_on_held_out": True})) == 2
+    assert cautions({"images": 30, "held_out_images": 30}) == []
+    assert len(cautions({"images": 90, "held_out_images": 29, "step_chosen_on_held_out": True})) == 2
     few = {"images": 36, "held_out_images": 4, "not_shown": ["mug"], "named_by_captions": True}
-    notes = held_out.cautions(few)
+    notes = cautions(few)
     assert len(notes) == 3 and "--folds auto" in notes[0] and "raise --held-out" not in notes[0]
     assert (
         notes[1].startswith("no held-out image shows mug: means leave it out, and intervals allow")
         and "--captions unread" in notes[2]
     )
-    assert "raise --held-out to 30" in held_out.cautions({"images": 56, "held_out_images": 4})[0]
-    assert "--folds" not in held_out.cautions({"images": 1, "held_out_images": 0})[0]
-    assert "--folds" not in held_out.cautions({"images": 12, "held_out_images": 0, "unrelated_images": 1})[0]
+    assert "raise --held-out to 30" in cautions({"images": 56, "held_out_images": 4})[0]
+    assert "--folds" not in cautions({"images": 1, "held_out_images": 0})[0]
+    assert "--folds" not in cautions({"images": 12, "held_out_images": 0, "unrelated_images": 1})[0]
     three = {"images": 12, "held_out_images": 0, "unrelated_images": 3, "named_by_captions": True}
-    assert len(held_out.cautions(three)) == 1 and "--folds 3 measures" in held_out.cautions(three)[0]
-    assert "(3 more trainings)" in held_out.cautions(three | {"held_out_images": 4})[0]
-    assert "--captions unread" in held_out.cautions(three, has_folds=True)[1]
-    told = held_out.cautions({"images": 90, "held_out_images": 30, "outlines": "image"})
+    assert len(cautions(three)) == 1 and "--folds 3 measures" in cautions(three)[0]
+    assert "(3 more trainings)" in cautions(three | {"held_out_images": 4})[0]
+    assert "--captions unread" in cautions(three, has_folds=True)[1]
+    told = cautions({"images": 90, "held_out_images": 30, "outlines": "image"})
     assert len(told) == 1 and "figures of single steps were measured without them" in told[0]
-    many = held_out.cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})
+    many = cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})
     assert len(many) == 1 and many[0].startswith(
         "no held-out image shows a, b, c, d, e and 2 more: means leave them out"
     )

@@ -150,9 +150,11 @@ class OneHeadViews:
 
 
 def test_a_training_learns_which_head_tells_words(config):
-    heads = word_heads.learnt(OneHeadViews(config), config, Tokenizer())
+    heads = word_heads.learn_heads(OneHeadViews(config), config, Tokenizer())
     assert heads.right == 1 and heads.masks == 30 and max(heads.shares) == heads.shares[13] > 0.5
-    assert heads.given_to(config).word_heads == heads.shares and not any(heads.shares[:12])
-    nothing = word_heads.learnt(OneHeadViews(config, is_told=False), config, Tokenizer())
-    assert nothing.shares == () and nothing.given_to(config) is config
-    assert word_heads.learnt(OneHeadViews(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()
+    assert heads.add_to(config).word_heads == heads.shares and not any(heads.shares[:12])
+    nothing = word_heads.learn_heads(OneHeadViews(config, is_told=False), config, Tokenizer())
+    assert nothing.shares == () and nothing.add_to(config) is config
+    assert (
+        word_heads.learn_heads(OneHeadViews(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()
+    )

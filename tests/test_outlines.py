@@ -16,8 +16,8 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.engine.tasks.outlines import outlined
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.training import outlines
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.predictions import choose_outlines
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.truth.augment import Augmentation
@@ -270,4 +270,5 @@ def test_a_training_chooses_the_outlines_that_are_nearer_the_truth(moved, flags,
     source = open_data("demo:4@910100", 128, tasks=("semantic",))
     decoder = Answers(source, "semantic", moved)
     views = TrainingViews(source, range(4), "semantic", ViewSettings(draws=3, augmentation=Augmentation()))
-    assert outlines.chosen(TrainConfig(**flags), decoder.config, views, decoder.answers).outlines == found
+    requested = TrainConfig(**flags).task_settings().outlines
+    assert choose_outlines(requested, decoder.config, views, decoder.answers).outlines == found

@@ -26,15 +26,28 @@ from bench.world import teach
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from datasetdm_fast.engine.decoders.checkpoint import fold, load_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loading import checkpoint, load_model
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training import data_record, folds, held_out, page, session, task_run
+from datasetdm_fast.training import (
+    cross_validation,
+    page,
+    predictions,
+    session,
+    splits,
+    task_training,
+    workflow,
+)
+from datasetdm_fast.training.captures import cache
+from datasetdm_fast.training.captures.cache import CacheSettings
+from datasetdm_fast.training.captures.views import ViewSettings
+from datasetdm_fast.training.data_record import find_changes
 from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.recipes import RecipeSettings
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
@@ -107,7 +120,7 @@ def test_held_out_images_all_of_whose_truth_is_ignored_have_no_figure(run, tmp_p
         save(tmp_path / f"data/masks/{number:02}.png", view.semantic)
     (tmp_path / "data/classes.txt").write_text("\n".join(world.CLASSES))
     source = open_data(address := f"folder:{tmp_path / 'data'}", 64)
-    (held,) = held_out.split(source, range(12), 0.1, 0)[1]
+    (held,) = splits.split(source, range(12), 0.1, 0)[1]
     save(tmp_path / f"data/masks/{held:02}.png", np.full((64, 64), 255, np.uint8))
     line = ["--data", address, "--task", "semantic", "--steps", "2", "--checks", "2", "--held-out", "0.1", "--json"]
     assert run(*line) == 0
@@ -181,12 +194,12 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     save(data / "masks" / "scene 1.png", labels)
     for result in (True, False):  # of a finished training, and of one that is to go on
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
-        assert f"trained on other data: other labels of {data}/images/scene 1.png" in capsys.readouterr().err
+        assert "trained on other data: other labels of images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
     for folder, ending in (("images", "png"), ("masks", "png"), ("depth", "png")):
         (data / folder / f"added.{ending}").write_bytes((data / folder / f"scene 1.{ending}").read_bytes())
     assert run(*line) == 2
-    assert f"trained on other data: now with {data}/images/added.png" in capsys.readouterr().err
+    assert "trained on other data: now with images/added.png" in capsys.readouterr().err
     for folder in ("images", "masks", "depth"):
         (data / folder / "added.png").unlink()
     names = (data / "classes.txt").read_text().splitlines()
@@ -214,38 +227,19 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
     assert run("--data", f"folder:{tmp_path / 'moved'}[val]", *line[2:]) == 2
 
 
-@pytest.mark.parametrize("augment", ["flip", "voc"])
-def test_a_training_whose_captions_an_earlier_version_made_of_whole_pictures_does_not_go_on_with_others(
-    run, tmp_path, capsys, augment
-):
-    data, state = tmp_path / "data", tmp_path / "decoder/semantic/training"
-    for number, width in enumerate((64, 64, 128)):
-        labels = np.zeros((64, width), np.uint8)
-        labels[:, :16], labels[20:44, width // 2 - 8 : width // 2 + 8] = 1, 2
-        save(data / "images" / f"{number}.png", np.zeros((64, width, 3), np.uint8))
-        save(data / "masks" / f"{number}.png", labels)
-    (data / "classes.txt").write_text("background\nball\ncube\n")
-    line = ["--data", f"folder:{data}", "--task", "semantic", "--steps", "1", "--augment", augment, "--quiet"]
+def test_a_training_that_an_earlier_version_began_is_not_resumed(run, tmp_path, capsys):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "1", "--quiet"]
     assert run(*line) == 0
-    record = state / "data.json"
-    found = json.loads(record.read_text())
-    record.write_text(json.dumps({"items": found["items"]}))  # as earlier versions wrote it
+    state = tmp_path / "decoder/depth/training"
+    record = json.loads((state / "data.json").read_text())
+    (state / "data.json").write_text(json.dumps(record | {"version": 1}))
     assert run(*line) == 0  # which has nothing left to do
     (state / "result.json").unlink()
-    name = data / "images" / ("2.png" if augment == "flip" else "0.png")
     for _ in range(2):
-        assert run(*line) == 2
-        assert f"taught another caption or other words of {name}" in capsys.readouterr().err
-        record.unlink(missing_ok=True)  # the first versions wrote none
-    record.write_text(json.dumps(found))
+        assert run(*line) == 2 and "was begun by an earlier version" in capsys.readouterr().err
+        (state / "data.json").unlink(missing_ok=True)  # the first versions wrote none
+    (state / "data.json").write_text(json.dumps(record))
     assert run(*line) == 0
-    (data / "images" / "2.png").unlink()
-    for out, flags in (("square", ()), ("silent", ("--captions", "none"))):
-        state = tmp_path / out / "semantic/training"
-        assert run(*line, *flags, out=out) == 0
-        (state / "data.json").unlink()
-        (state / "result.json").unlink()
-        assert run(*line, *flags, out=out) == (2 if augment == "voc" and not flags else 0)
 
 
 def test_a_training_killed_while_it_records_its_data_is_not_taken_for_one_of_an_earlier_version(
@@ -269,17 +263,6 @@ def test_a_training_killed_while_it_records_its_data_is_not_taken_for_one_of_an_
         assert run(*line) == 3
     save(data / "masks" / "1.png", np.eye(64, dtype=np.uint8)[::-1])  # nothing was learnt from it yet
     assert run(*line) == 0 and run(*line) == 0
-
-
-def test_a_training_in_which_an_earlier_version_asked_for_the_words_of_crowds_does_not_go_on(run, tmp_path, capsys):
-    LAYOUTS["coco"][1](data := tmp_path / "data")
-    for task, code in (("instance", 0), ("open-vocabulary", 2)):
-        line = ["--data", f"coco:{data}", "--task", task, "--steps", "1", "--captions", "none", "--quiet"]
-        assert run(*line) == 0
-        for name in ("data.json", "result.json"):
-            (tmp_path / "decoder" / task / "training" / name).unlink()
-        assert run(*line) == code
-    assert f"other words of {data}" in capsys.readouterr().err
 
 
 def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):
@@ -323,12 +306,10 @@ def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pict
 
 def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
-    assert not data_record.changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
-    assert (
-        data_record.changes(old, [{**item, "image": "0"} for item in old]) == "another picture of a and 2 more images"
-    )
-    assert data_record.changes(old, old[1:]) == "now without a" and data_record.changes(old[1:], old) == "now with a"
-    assert data_record.changes(old, old[::-1]) == "the same images in another order"
+    assert not find_changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
+    assert find_changes(old, [{**item, "image": "0"} for item in old]) == "another picture of a and 2 more images"
+    assert find_changes(old, old[1:]) == "now without a" and find_changes(old[1:], old) == "now with a"
+    assert find_changes(old, old[::-1]) == "the same images in another order"
 
 
 def test_persons_are_told_to_be_cut_out_rather_than_their_pictures_to_the_middle(run, tmp_path, capsys):
@@ -356,8 +337,8 @@ def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_i
     assert told == {"pixels_a_side": 64, "framing": "fit", "pictures": 3, "scaled": 3, "cut_to_a_square": 3}
     assert run(*line, "--folds", "3", "--dry-run") == 0
     assert "6 steps in all, 3 times those of one decoder, about" in capsys.readouterr().err
-    opened, stored = [], session.cache.stored
-    monkeypatch.setattr(session.cache, "stored", lambda *a, **b: opened.append(len(a[1].numbers)) or stored(*a, **b))
+    opened, stored = [], cache.cache_captures
+    monkeypatch.setattr(cache, "cache_captures", lambda *a, **b: opened.append(len(a[1].numbers)) or stored(*a, **b))
     assert run(*line, "--folds", "3") == 0 and "s with what follows" in capsys.readouterr().err
     assert max(opened) == 2 and 3 not in opened  # images that a fold learns from: those of the decoder stay closed
     page = (state / "page.html").read_text()
@@ -390,7 +371,7 @@ def test_things_have_the_colours_of_a_gallery_on_the_page():
     assert f'rgb{colour(ball)}"></i>ball' in legend and source.thing_classes[0] == "ball"
     empty = np.zeros((1, 64, 64), bool)
     label = Instances(empty, np.zeros(1, np.int64), np.ones(1, np.float32), source.thing_classes)
-    assert page._coloured(source, label).class_ids[0] + 1 == ball
+    assert page._recolour(source, label).class_ids[0] + 1 == ball
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
@@ -436,7 +417,7 @@ def test_the_kind_of_captures_is_chosen_anew_where_they_could_not_be_made(run, m
 
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(session.cache, "stored", too_large)
+        patch.setattr(cache, "cache_captures", too_large)
         assert run(*line) == 2 and "Use --cache off" in capsys.readouterr().err
     assert run(*line, "--cache", "off") == 0
 
@@ -601,17 +582,17 @@ def test_held_out_images_are_evaluated_no_more_often_than_asked_for(run, tmp_pat
 
 def test_figures_are_those_of_the_weights_that_are_written(run, tmp_path, monkeypatch):
     """In half precision a weight of 1.0004 is 1, and the answers are those of 1."""
-    judged, score = [], task_run._judged
+    scored, score = [], task_training._TrainingRun._score
 
     def recorded(training, decoder):
-        judged.append({name: value.clone() for name, value in decoder.state_dict().items()})
+        scored.append({name: value.clone() for name, value in decoder.state_dict().items()})
         return score(training, decoder)
 
-    monkeypatch.setattr(task_run, "_judged", recorded)
+    monkeypatch.setattr(task_training._TrainingRun, "_score", recorded)
     line = ["--task", "depth", "--steps", "1", "--draws", "1", "--storage", "fp16"]
     assert run("--data", "demo:12@1000", "--held-out", "0.2", *line) == 0
     written = load_file(tmp_path / "decoder" / "depth" / "model.safetensors")
-    assert all(torch.equal(judged[-1][name], value.float()) for name, value in written.items())
+    assert all(torch.equal(scored[-1][name], value.float()) for name, value in written.items())
 
 
 def environment(**more):
@@ -647,14 +628,15 @@ def stopped(line, out, number, steps):
 
 def test_a_decoder_that_another_training_finished_in_the_meantime_is_left_alone(run, tmp_path, capsys, monkeypatch):
     line = ["--data", "demo:3@1000", "--task", "depth", "--steps"]
-    announce = session.TrainingSession.announce
+    prepare = workflow.Workflow.prepare
 
-    def slowly(*given):
-        announce(*given)
+    def slowly(*arguments):
+        plans = prepare(*arguments)
         monkeypatch.undo()
         assert run(*line, "2") == 0
+        return plans
 
-    monkeypatch.setattr(session.TrainingSession, "announce", slowly)
+    monkeypatch.setattr(workflow.Workflow, "prepare", slowly)
     assert run(*line, "3") == 2 and [step for step, _ in losses(tmp_path / "decoder")] == [1, 2]
     assert "was trained with other settings (steps 2 there, 3 now)" in capsys.readouterr().err
 
@@ -708,28 +690,28 @@ def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
     arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
     state, judged = tmp_path / "decoder" / "semantic" / "training", []
-    taught, kept, real = [], [], task_run.run
+    taught, kept, real = [], [], cross_validation.run_training
 
     def stopping(training, *rest):  # as Ctrl-C does between two folds
         assert not any(one() for one in kept)  # captures and targets of a fold are given back before the next begins
-        kept.append(weakref.ref(training.captures))
-        taught.append([training.captures.views.source.order[k] for k in training.captures.views.numbers])
+        kept.append(weakref.ref(training.views))
+        taught.append([training.views.source.order[k] for k in training.views.numbers])
         return None if len(taught) == 2 else real(training, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(task_run, "run", stopping)
+        patch.setattr(cross_validation, "run_training", stopping)
         run(*arguments)
     assert "stopped; go on with" in capsys.readouterr().err and not (state / "folds.json").exists()
     first = (state / "folds-3" / "1" / "model.safetensors").read_bytes()
     (left := state / "folds-3" / "1" / "training" / checkpoint.NAME).write_bytes(b"as a kill after the last step")
 
-    def watched(decoder, lessons, *rest, **some):
-        if some.get("views") is None:  # else that it learnt from are looked at, for the outlines of its labels
-            judged.append([lessons.views.source.order[k] for k in lessons.views.numbers])
-        return answers(decoder, lessons, *rest, **some)
+    def watched(predictor, decoder, views, chosen=None):
+        if chosen is None:  # else training images, for the outlines of its labels
+            judged.append([views.source.order[k] for k in views.numbers])
+        return predict(predictor, decoder, views, chosen)
 
-    answers = held_out.answers
-    monkeypatch.setattr(folds.held_out, "answers", watched)
+    predict = predictions.Predictor.predict
+    monkeypatch.setattr(predictions.Predictor, "predict", watched)
     assert run(*arguments, "--json") == 0
     out, err = capsys.readouterr()
     of_folds = [part for part in judged if len(part) > 1]
@@ -763,9 +745,9 @@ def test_the_page_says_why_a_class_has_no_interval():
 @pytest.mark.parametrize(("images", "held"), [(40, 0), (400, 32)])
 def test_a_fold_holds_out_images_only_where_they_are_enough_to_choose_a_step_by(images, held):
     config = TrainConfig(data=f"demo:{images}@1000", task=("depth",), model="tiny", size=64, engine="torch", quiet=True)
-    opened = session.open_session(config, session.SOLO)
-    fold = folds.parts(opened.source, opened.numbers, 5, 0)[0]
-    learnt, others = folds._without(opened, fold).parts
+    opened = train.open_workflow(config, session.SOLO).session
+    fold = splits.split_folds(opened.source, opened.numbers, 5, 0)[0]
+    learnt, others = cross_validation.without_fold(opened, fold).split
     assert len(others) == held and sorted([*learnt, *others, *fold]) == list(range(images))
 
 
@@ -811,7 +793,9 @@ def test_a_damaged_checkpoint_is_refused(run, captures, tmp_path, capsys, monkey
 
 
 def checkpoint_of_another(tmp_path):
-    checkpoint.write(tmp_path, {"decoder.x": torch.zeros(1)}, {"trainer": {"done": 0, "scaler": {}}, "journey": {}})
+    checkpoint.write(
+        tmp_path, {"decoder.x": torch.zeros(1)}, {"step": 0, "loss": 0.0, "scaler": {}, "early_stopping": {}}
+    )
     return (tmp_path / checkpoint.NAME).read_bytes()
 
 
@@ -880,7 +864,7 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
 
 def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys):
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
-    with task_run.alone(tmp_path / "decoder" / "depth"):
+    with task_training.lock_folder(tmp_path / "decoder" / "depth"):
         assert run(*line) == 2
     assert (
         "another process is writing to" in capsys.readouterr().err
@@ -927,15 +911,15 @@ def test_copies_of_an_image_are_held_out_together(run, tmp_path):
     line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "1", "--held-out", "0.3"]
     assert run(*line, "--folds", "2", "--quiet") == 0
     config = TrainConfig(data=line[1], task=("depth",), model="tiny", size=64, engine="torch", held_out=0.3)
-    opened = session.open_session(config, session.SOLO)
-    for parts in (opened.parts, folds.parts(opened.source, opened.numbers, 2, 0)):
+    opened = train.open_workflow(config, session.SOLO).session
+    for parts in (opened.split, splits.split_folds(opened.source, opened.numbers, 2, 0)):
         sides = [{number % 4 for number in part} for part in parts]
         assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_held_out_images_without_any_truth_have_no_figure(run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), np.uint8)
-    held = held_out.split(open_data("demo:10", 64), range(10), 0.1, 0)[1]
+    held = splits.split(open_data("demo:10", 64), range(10), 0.1, 0)[1]
     for k, image in enumerate(pixels):
         save(tmp_path / "data" / "images" / f"{k}.png", image)
         save(tmp_path / "data" / "depth" / f"{k}.png", np.full((64, 64), 0 if k in held else 2000, np.uint16))
@@ -970,8 +954,13 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     engine = build_engine("torch", load_model("tiny", size=64), {})
     source = open_data("demo:4@1000", 64)
     before = set(captures.glob("*.f16"))
+    settings = {
+        "view_settings": ViewSettings(draws=2),
+        "recipe_settings": RecipeSettings(steps=2),
+        "cache_settings": CacheSettings(folder=captures),
+    }
     first, second = (
-        session.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2)
+        fold(session.train_decoder(engine, source, "open-vocabulary", count, **settings)).requires_grad_(False)
         for count in (2, 4)
     )
     words = engine.encode_classes(list(source.thing_classes))
@@ -984,7 +973,7 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert len(set(captures.glob("*.f16")) - before) <= 4
     with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):
-        session.train_on(engine, source, "depth", 5)
+        session.train_decoder(engine, source, "depth", 5)
 
 
 def test_flags_of_the_demo_decoders_that_are_given_stand_once_in_the_command(monkeypatch):

@@ -28,15 +28,14 @@ from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import Inversion, Layout
 from datasetdm_fast.training.captures.targets import TargetMemory, target_of
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
-from datasetdm_fast.training.held_out import split
-from datasetdm_fast.training.loop import Trainer, TrainingSchedule, fit, projected
 from datasetdm_fast.training.losses import losses
-from datasetdm_fast.training.losses.objective import asked_word, loss_of
-from datasetdm_fast.training.processes import SOLO, Ranks, joined
+from datasetdm_fast.training.losses.objective import loss_of, sample_word
+from datasetdm_fast.training.processes import Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.recipes import recipe
-from datasetdm_fast.training.settings import TrainConfig
-from datasetdm_fast.training.task_run import TaskTraining
+from datasetdm_fast.training.recipes import TrainingSchedule, recipe
+from datasetdm_fast.training.splits import split
+from datasetdm_fast.training.task_training import resolve_dtype
+from datasetdm_fast.training.trainer import Trainer, fit, project
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
@@ -69,7 +68,7 @@ def folder(tmp_path_factory):
 
 def training_views(engine, source, task, folder, draws=2, **settings) -> TrainingViews:
     views = TrainingViews(source, range(len(source)), task, ViewSettings(draws=draws, **settings))
-    return views.with_captures(cache.stored(engine, views, Inversion(1), folder))
+    return views.with_captures(cache.cache_captures(engine, views, Inversion(1), folder))
 
 
 def config_of(engine, source, task, timestep=1, **changes) -> DecoderConfig:
@@ -165,7 +164,7 @@ def test_a_word_that_is_not_there_is_one_the_picture_was_searched_for(source):
     for told, expected in ((None, every), (tuple(searched), searched)):
         found = target_of(source, replace(item, searched=told), "open-vocabulary")
         kept = TargetMemory(2 * found.bytes).copy(found)
-        asked = {asked_word(kept, count, torch.Generator().manual_seed(seed)) for seed in range(400)}
+        asked = {sample_word(kept, count, torch.Generator().manual_seed(seed)) for seed in range(400)}
         assert there < asked == expected
 
 
@@ -194,7 +193,7 @@ def test_the_set_loss_by_its_formula():
     mask[0, :, :4] = 1
     logits, flat = torch.randn(1, 2, 3), torch.stack([torch.full((8, 8), 3.0), torch.full((8, 8), -2.0)])[None]
     found = losses.set_loss(logits, flat, [torch.tensor([1])], [mask], 64, [torch.Generator().manual_seed(5)])
-    drawn = losses.drawn(1, 64, logits, torch.Generator().manual_seed(5))
+    drawn = losses.sample_places(1, 64, logits, torch.Generator().manual_seed(5))
     ((chosen, _),) = losses.match(logits, flat, [torch.tensor([1])], [mask], drawn[0])
     chosen = chosen.item()
     places = losses.uncertain_points(flat[0, chosen : chosen + 1], *drawn[1:])
@@ -421,7 +420,7 @@ def test_a_word_that_only_a_crowd_shows_is_not_asked_for_as_absent(source):
     everything = set(range(len(source.thing_classes)))
     for searched, left in ((None, everything - {other}), ((shown, other), {shown})):
         found = target_of(source, replace(crowd, searched=searched), "open-vocabulary")
-        asked = {asked_word(found, len(everything), torch.Generator().manual_seed(seed)) for seed in range(400)}
+        asked = {sample_word(found, len(everything), torch.Generator().manual_seed(seed)) for seed in range(400)}
         assert {*found.searched.tolist()} == left and asked == left | {int(kind) for kind in item.mask_classes}
     assert not len(target_of(source, item, "open-vocabulary").searched)
 
@@ -455,7 +454,7 @@ def test_the_cache_holds_what_an_inversion_gives(engine, source, folder):
     assert held.seed(5) == 5 and np.array_equal(held.item(5).image, source[2].image[:, ::-1])
     pixels = torch.from_numpy(source[2].image[:, ::-1].copy())[None]
     fresh = invert(engine, pixels, [source[2].caption], 1, [5], is_raw=True)
-    for a, b in zip(Layout.of(engine.model.levels).joined(fresh), held.captures.batch([5])):
+    for a, b in zip(Layout.of(engine.model.levels).join(fresh), held.captures.batch([5])):
         assert (a - b).norm() / a.norm() < 2e-3  # half precision
 
 
@@ -475,9 +474,9 @@ def test_a_projected_view_is_what_the_decoder_makes_of_its_capture(engine, sourc
     decoder = build_decoder(config_of(engine, source, "depth")).eval()
     torch.nn.init.normal_(decoder.last_layer_depth[2].weight)
     capture = invert(engine, torch.from_numpy(source[1].image[None].copy()), [source[1].caption], 1, [3], is_raw=True)
-    levels = Layout.of(engine.model.levels).joined(capture)
+    levels = Layout.of(engine.model.levels).join(capture)
     with torch.no_grad():
-        ours, theirs = decoder(projected(decoder, levels))["depth"], decoder(capture)["depth"]
+        ours, theirs = decoder(project(decoder, levels))["depth"], decoder(capture)["depth"]
     assert torch.allclose(ours, theirs, rtol=1e-4) and theirs.std() > 0
 
 
@@ -486,12 +485,12 @@ def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engin
     before = {path: path.read_bytes() for path in tmp_path.glob("*.f16")}
     times = {path: path.stat().st_mtime_ns for path in before}
     views = TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2))
-    few = cache.stored(engine, views, Inversion(1), tmp_path)
+    few = cache.cache_captures(engine, views, Inversion(1), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.f16")} == times and len(times) == 4
     assert torch.equal(few.batch([0])[0], all_of_them.captures.batch([2])[0])
     damaged = few.paths[0]
     damaged.write_bytes(damaged.read_bytes()[:-40] + b"\0" * 40)
-    cache.stored(engine, views, Inversion(1), tmp_path)
+    cache.cache_captures(engine, views, Inversion(1), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.f16")} == before
 
 
@@ -504,7 +503,9 @@ def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, sourc
         path.write_bytes(b"not ours")
     for path in (*shards, *others):
         os.utime(path, (long_ago, long_ago))
-    few = cache.stored(engine, TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2)), Inversion(1), tmp_path)
+    few = cache.cache_captures(
+        engine, TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2)), Inversion(1), tmp_path
+    )
     assert sorted(tmp_path.glob("*.f16")) == sorted([*few.paths, others[1]]) and len(shards) == 4
     assert {path.stat().st_mtime for path in few.paths} == {long_ago} and others[0].exists()  # used, not made again
 
@@ -512,7 +513,9 @@ def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, sourc
 @pytest.mark.parametrize("change", [{"timestep": 2}, {"latent": "sample"}, {"ddim_steps": 2}])
 def test_another_inversion_has_other_shards(engine, source, folder, change):
     views = TrainingViews(source, [0], "depth", ViewSettings(draws=1))
-    plain, other = (cache.stored(engine, views, how, folder) for how in (Inversion(1), replace(Inversion(1), **change)))
+    plain, other = (
+        cache.cache_captures(engine, views, how, folder) for how in (Inversion(1), replace(Inversion(1), **change))
+    )
     assert plain.paths != other.paths
     assert not torch.equal(plain.batch([0])[3], other.batch([0])[3])
 
@@ -546,15 +549,14 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
 def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path, monkeypatch):
     """Beside half of the free disk; those of other data that lie there do not make room."""
     own, other = (TrainingViews(source, numbers, "semantic", ViewSettings(draws=2)) for numbers in ([0, 1], [2, 3]))
-    cache.stored(engine, own, Inversion(1), tmp_path)
-    assert cache.kept_bytes(engine, own, Inversion(1), tmp_path) == sum(
+    cache.cache_captures(engine, own, Inversion(1), tmp_path)
+    assert cache.cached_bytes(engine, own, Inversion(1), tmp_path) == sum(
         path.stat().st_size for path in tmp_path.glob("*.f16")
     )
-    assert cache.kept_bytes(engine, other, Inversion(1), tmp_path) == 0
+    assert cache.cached_bytes(engine, other, Inversion(1), tmp_path) == 0
     monkeypatch.setattr(cache.storage, "free_bytes", lambda folder: 2)
-    made = session.TrainingSession(
-        TrainConfig(draws=2, timestep=1, cache_dir=str(tmp_path), quiet=True), engine, source, SOLO, (0, 1, 2, 3), print
-    )
+    settings = {"inversion": Inversion(1), "cache_settings": cache.CacheSettings(folder=tmp_path)}
+    made = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3), ViewSettings(draws=2), **settings)
     assert made._cache_plan(own).is_stored and not made._cache_plan(other).is_stored
     assert not made._cache_plan(own, other).is_stored
 
@@ -603,9 +605,11 @@ def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder)
     held, words = training_views(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
     heard = []
     for quirk in (False, True):
-        schedule = TrainingSchedule(steps=1, batch_size=8, points=32, first_word_only=quirk, parts=1)
-        trainer = Trainer(config_of(engine, source, "open-vocabulary"), schedule, held, words, is_ahead=False)
-        trainer.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
+        schedule = TrainingSchedule(
+            steps=1, batch_size=8, points=32, first_word_only=quirk, gradient_accumulation_steps=1
+        )
+        trainer = Trainer(config_of(engine, source, "open-vocabulary"), schedule, held, words, reads_ahead=False)
+        trainer.state.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
         trainer.step()
     assert len(heard[0].unique(dim=0)) > 1 and torch.equal(heard[1], words[:1].expand(8, -1))
 
@@ -639,10 +643,10 @@ def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
     for parts in (1, 3):
         trainer = Trainer(
             config_of(engine, source, task),
-            TrainingSchedule(steps=4, batch_size=6, points=64, parts=parts),
+            TrainingSchedule(steps=4, batch_size=6, points=64, gradient_accumulation_steps=parts),
             held,
             words,
-            is_ahead=False,
+            reads_ahead=False,
         )
         curves.append([trainer.step() for _ in range(4)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -675,7 +679,7 @@ def test_processes_learn_together_where_only_some_of_them_see_things(engine, sou
         return found if view % 2 else replace(found, classes=found.classes[:0], masks=found.masks[:0])
 
     monkeypatch.setattr(TrainingViews, "target", emptied)
-    schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"is_ahead": False}
+    schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"reads_ahead": False}
     alone = Trainer(config, schedule, held, words, **given)
     board, meeting = [None, None], threading.Barrier(2)
     both = [Trainer(config, schedule, held, words, ranks=ThreadRanks(k, 2, board, meeting), **given) for k in (0, 1)]
@@ -683,22 +687,28 @@ def test_processes_learn_together_where_only_some_of_them_see_things(engine, sou
         found = list(pool.map(lambda one: [one.step() for _ in range(4)], both))
     assert found[0] == found[1] == [alone.step() for _ in range(4)]
     for one in both:
-        assert all(map(torch.equal, one.finished().state_dict().values(), alone.finished().state_dict().values()))
+        assert all(
+            map(
+                torch.equal,
+                one.state.averaged_decoder().state_dict().values(),
+                alone.state.averaged_decoder().state_dict().values(),
+            )
+        )
 
 
 def test_processes_stop_together_while_captures_are_made(engine, source, tmp_path):
-    config, board, meeting = TrainConfig(draws=2, quiet=True), [None, None], threading.Barrier(2)
-    made = session.TrainingSession(config, engine, source, SOLO, tuple(range(4)), print)
+    board, meeting = [None, None], threading.Barrier(2)
+    made = session.TrainingSession("demo:4", engine, source, tuple(range(4)), ViewSettings(draws=2))
     plan = cache.plan(tmp_path, engine.model.levels, 8, "disk")
     made.views("depth", range(4), plan=plan)
 
     def stopped(views):
-        raise session._Stopped
+        raise session.Stopped
 
     def asked(rank):
         own = replace(made, ranks=ThreadRanks(rank, 2, board, meeting))
-        with pytest.raises(session._Stopped):
-            own.views("depth", range(4), plan=plan, **({} if rank else {"progress": stopped}))
+        with pytest.raises(session.Stopped):
+            own.views("depth", range(4), plan=plan, **({} if rank else {"on_views": stopped}))
         return True
 
     with ThreadPoolExecutor(2) as pool:
@@ -706,23 +716,24 @@ def test_processes_stop_together_while_captures_are_made(engine, source, tmp_pat
 
 
 @pytest.mark.parametrize("task", ["semantic", "pose"])
-def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, folder, task):
+def test_a_saved_state_resumes_to_the_same_bits(engine, source, folder, tmp_path, task):
     held, config, schedule = (
         training_views(engine, source, task, folder),
         config_of(engine, source, task),
         TrainingSchedule(steps=6, batch_size=3, points=64),
     )
-    whole = Trainer(config, schedule, held, is_ahead=False)
+    whole = Trainer(config, schedule, held, reads_ahead=False)
     losses_of = [whole.step() for _ in range(6)]
-    first = Trainer(config, schedule, held, is_ahead=False)
+    first = Trainer(config, schedule, held, reads_ahead=False)
     for _ in range(3):
         first.step()
     second = Trainer(config, replace(schedule), held)
-    second.restore(*first.state())
+    first.state.save(tmp_path)
+    second.state.resume(tmp_path)
     assert [second.step() for _ in range(3)] == losses_of[3:]
     second.close()
-    for a, b in zip(whole.finished().state_dict().values(), second.finished().state_dict().values()):
-        assert torch.equal(a, b)
+    decoders = (trainer.state.averaged_decoder().state_dict().values() for trainer in (whole, second))
+    assert all(map(torch.equal, *decoders))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -733,7 +744,7 @@ def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, f
     )
     curves = []
     for kind in ("fp32", dtype):  # the scale of fp16 starts too high, so that its first steps change nothing
-        trainer = Trainer(config_of(engine, source, "pose"), schedule, held, dtype=kind, is_ahead=False)
+        trainer = Trainer(config_of(engine, source, "pose"), schedule, held, dtype=kind, reads_ahead=False)
         curves.append([trainer.step() for _ in range(24)])
     assert curves[0][0] == pytest.approx(curves[1][0], rel=0.02) and curves[0] != curves[1]
     assert all(sum(curve[-6:]) < 0.8 * sum(curve[:2]) * 3 for curve in curves)
@@ -745,9 +756,9 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, tas
         config_of(engine, source, task),
         TrainingSchedule(steps=2, batch_size=2),
         training_views(engine, source, task, folder),
-        is_ahead=False,
+        reads_ahead=False,
     )
-    torch.nn.init.constant_(trainer.trained[-1], float("nan"))
+    torch.nn.init.constant_(trainer.state.parameters[-1], float("nan"))
     with pytest.raises(GateFailed, match="the loss of step 1 is nan") as stop:
         trainer.step()
     assert "another --out" in stop.value.remedy  # as this one goes on with its own settings only
@@ -766,7 +777,10 @@ def test_upstreams_recipe(engine, source, folder):
         0.0,
     )
     trainer = Trainer(
-        config_of(engine, source, "semantic"), found, training_views(engine, source, "semantic", folder), is_ahead=False
+        config_of(engine, source, "semantic"),
+        found,
+        training_views(engine, source, "semantic", folder),
+        reads_ahead=False,
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, 0, 10, preset="upstream").schedule.decay_every == 4000
@@ -785,7 +799,7 @@ def test_upstreams_recipe(engine, source, folder):
 def test_simcc_learns_too(engine, source, folder):
     held = training_views(engine, source, "pose", folder)
     config = replace(config_of(engine, source, "pose", pose_head="simcc"), upscale=0)
-    trainer = Trainer(config, TrainingSchedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, is_ahead=False)
+    trainer = Trainer(config, TrainingSchedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, reads_ahead=False)
     found = [trainer.step() for _ in range(30)]
     assert sum(found[-10:]) < 0.9 * sum(found[:10])
 
@@ -825,24 +839,24 @@ class SmallGpu:
 
 def test_captures_are_made_in_smaller_batches_where_memory_runs_out(engine, source, tmp_path):
     views = TrainingViews(source, range(1), "depth", ViewSettings(draws=5))
-    whole = cache.stored(engine, views, Inversion(1), tmp_path / "whole")
+    whole = cache.cache_captures(engine, views, Inversion(1), tmp_path / "whole")
     small = SmallGpu(engine, 2)
-    parts = cache.stored(small, views, Inversion(1), tmp_path / "parts")
+    parts = cache.cache_captures(small, views, Inversion(1), tmp_path / "parts")
     assert small.asked == [5, 3, 2, 2, 1]
     for a, b in zip(whole.batch(range(5)), parts.batch(range(5))):
         assert torch.allclose(a, b, atol=1e-2, rtol=1e-2)
     with pytest.raises(Missing, match="the features and maps of one image"):
-        cache.stored(SmallGpu(engine, 0), views, Inversion(1), tmp_path / "none")
+        cache.cache_captures(SmallGpu(engine, 0), views, Inversion(1), tmp_path / "none")
 
 
 def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, source, folder, monkeypatch):
-    schedule = TrainingSchedule(steps=1, batch_size=6, parts=2)
+    schedule = TrainingSchedule(steps=1, batch_size=6, gradient_accumulation_steps=2)
     trainer = Trainer(config_of(engine, source, "depth"), schedule, training_views(engine, source, "depth", folder))
 
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.decoder, "forward", full)
+    monkeypatch.setattr(trainer.state.decoder, "forward", full)
     with pytest.raises(Missing, match="does not have enough memory for 3 views at once") as stop:
         trainer.step()
     trainer.close()
@@ -852,8 +866,7 @@ def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, sou
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_gpus_that_only_emulate_bf16_teach_in_fp32(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    own = {"folder": None, "plan": None, "lessons": None, "held": None, "framing": {}, "tokenizer": None}
-    assert TaskTraining(config=TrainConfig(), device=torch.device("cuda:1"), **own).dtype == dtype
+    assert resolve_dtype("auto", torch.device("cuda:1")) == dtype
 
 
 @pytest.fixture
@@ -872,14 +885,14 @@ def two_gpus(monkeypatch):
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_each_process_has_a_gpu_and_the_hosts_talk_by_themselves(two_gpus, monkeypatch, device):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert joined(device) == (Ranks(1, 3), "cuda:1")
+    assert join_processes(device) == (Ranks(1, 3), "cuda:1")
     assert two_gpus == ["cuda:1", "cpu:gloo,cuda:nccl"]
 
 
 def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(Missing, match="process 2 of this machine has no GPU of its own, there are 2"):
-        joined("auto")
+        join_processes("auto")
     assert not two_gpus
 
 
@@ -887,7 +900,7 @@ def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
 def test_processes_that_ask_for_a_gpu_never_train_on_the_cpu_instead(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(Missing, match="device: cuda is not available"):
-        joined("cuda")
+        join_processes("cuda")
 
 
 def test_a_share_is_held_out_by_seed_and_none_of_few():

@@ -30,9 +30,12 @@ from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
+from datasetdm_fast.training.captures.cache import CacheSettings
+from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.training.readers.demo import DemoWorld
-from datasetdm_fast.training.session import taught
+from datasetdm_fast.training.recipes import RecipeSettings
+from datasetdm_fast.training.session import train_decoder
 
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
@@ -200,8 +203,12 @@ def train_labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, f
     """A decoder trained on these scenes alone, in a folder; one that is there already stays."""
     if not (folder / "config.json").exists():
         engine = build_engine("fast", load_model("demo"), {})
-        settings = {"cache_dir": str(captures), "draws": scale.labeller_draws, "steps": scale.labeller_steps}
-        save_decoder(taught(engine, source, task, len(source), **settings), folder)
+        settings = {
+            "view_settings": ViewSettings(draws=scale.labeller_draws),
+            "recipe_settings": RecipeSettings(steps=scale.labeller_steps),
+            "cache_settings": CacheSettings(folder=captures),
+        }
+        save_decoder(train_decoder(engine, source, task, len(source), **settings), folder)
 
 
 def relabelled(

@@ -19,18 +19,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal.machine import Machine
 from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
+from datasetdm_fast import train
 from datasetdm_fast.engine.decoders import checkpoint as decoders
 from datasetdm_fast.engine.loading import checkpoint as states
-from datasetdm_fast.training import held_out, session, task_run
+from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.evaluation import arms, course
 from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.training.evaluation.measure import measure
 from datasetdm_fast.training.evaluation.networks import open_network
-from datasetdm_fast.training.loop import DTYPES, Trainer
-from datasetdm_fast.training.processes import SOLO, Ranks, joined
+from datasetdm_fast.training.processes import SOLO, Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.task_training import run_training
+from datasetdm_fast.training.trainer import DTYPES, Trainer
 
 IMAGES = 10  # of which one is held out
 FIGURES = "figures"  # what the main thread does between steps
@@ -82,7 +84,7 @@ def ranks(machine: Machine) -> int:
             stack.enter_context(mock.patch.object(dist, name, function))
         ask = Ranks.any  # of numbers that have no memory, which read as 1
         stack.enter_context(mock.patch.object(Ranks, "any", lambda *own: ask(*own) and False))
-        own, device = joined(machine.device.partition(":")[0])
+        own, device = join_processes(machine.device.partition(":")[0])
         return taught(machine, ("semantic",), own, device=device, cache="off")
 
 
@@ -147,15 +149,15 @@ def taught(
         machine.operations.judge("auto")  # which the engine of a training is
         machine.operations.is_exact = given["dtype"] == "fp32"
         machine.operations.taught = DTYPES.get(given["dtype"], torch.bfloat16)
-        opened = session.open_session(config, own)
+        opened = train.open_workflow(config, own).session
         machine.engines.append(opened.engine)
         for task in tasks:
             timeline.phase, timeline.thread.work = FIRST, ""
-            begun = opened.training(folder / task, opened.plan(task), lambda: False)
+            begun = opened.open_training(folder / task, opened.plan(task), config.task_settings(), lambda: False)
             timeline.phase = LOAD
-            if is_stopped and task_run.run(begun, own, is_stopping=iter((False, True)).__next__) is None:
+            if is_stopped and run_training(begun, own, is_stopping=iter((False, True)).__next__) is None:
                 timeline.phase = LOAD
-            found += task_run.run(begun, own)["steps"]
+            found += run_training(begun, own)["steps"]
     return found
 
 
@@ -164,10 +166,10 @@ def in_phases(machine: Machine) -> Iterator[None]:
     """Each image whose captures are made and each step of a training a phase; one held-out image is enough to choose
     weights by.
     """
-    step, make = Trainer.step, cache._made
+    step, make = Trainer.step, cache._compute
 
     def phased(trainer: Trainer) -> float:
-        with a_step(machine, trainer.done):
+        with a_step(machine, trainer.state.step):
             return step(trainer)
 
     def made(*arguments: Any, **named: Any) -> np.ndarray:
@@ -177,7 +179,7 @@ def in_phases(machine: Machine) -> Iterator[None]:
 
     with files_of_zeros(machine), ExitStack() as stack:
         for module, name, value in (
-            (Trainer, "step", phased), (cache, "_made", made), (held_out, "ENOUGH_IMAGES", 1),
+            (Trainer, "step", phased), (cache, "_compute", made), (splits, "ENOUGH_IMAGES", 1),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -20,9 +20,9 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.settings import setting
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
-from datasetdm_fast.training.loop import Trainer
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import recipe
+from datasetdm_fast.training.trainer import Trainer
 
 LIMIT = 2e-3  # relative L2 between a stored capture and one computed anew: half precision
 DRAWS = 4
@@ -54,11 +54,11 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     size, calls = found.schedule.batch_size, {}
     batches = [range(first, min(first + size, len(views))) for first in range(0, len(views), size)]
     with tempfile.TemporaryDirectory() as folder:
-        stored = cache.stored(engine, views, inversion, Path(folder))
+        stored = cache.cache_captures(engine, views, inversion, Path(folder))
         sources = {"anew": cache.RecomputedCaptures(engine, views, inversion), "kept": stored}
         check(sources)
         for name, one in sources.items():
-            trainer = Trainer(found.config, found.schedule, views.with_captures(one), words, is_ahead=False)
+            trainer = Trainer(found.config, found.schedule, views.with_captures(one), words, reads_ahead=False)
             trainer.step()
             calls[f"epoch_{name}"] = lambda trainer=trainer: [trainer.step() for _ in batches]
             calls[f"captures_{name}"] = lambda one=one: [one.batch(batch) for batch in batches]

@@ -15,7 +15,7 @@ LARGEST_LOG = 2**28  # bytes
 
 
 class Log(AbstractContextManager):
-    """Appends to the log of a folder, from which whatever was written after step `done` is removed first."""
+    """Appends to the log of a folder, after it removed the lines of steps after `done`."""
 
     def __init__(self, folder: Path, done: int, is_writing: bool = True):
         self.path, self.began = folder / NAME, time.monotonic()
@@ -23,8 +23,8 @@ class Log(AbstractContextManager):
         if not is_writing:
             return
         lines = storage.read(self.path, LARGEST_LOG).splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step(line) <= done]
-        storage.publish({self.path: b"".join(line + b"\n" for line in kept)})
+        before = [line for line in lines if _step(line) <= done]
+        storage.publish({self.path: b"".join(line + b"\n" for line in before)})
         with storage.refusing(self.path):
             self._file = storage.syscall("open", open, self.path, "a")
         if find_spec("tensorboard"):
@@ -60,13 +60,13 @@ class Log(AbstractContextManager):
 
 
 def log_lines(folder: Path) -> list[dict]:
-    """What the log of a folder holds."""
+    """The lines of the log of a folder."""
     lines = storage.read(folder / NAME, LARGEST_LOG).splitlines()
     return [json.loads(line) for line in lines if _step(line) < float("inf")]
 
 
-def seconds_of_step(folder: Path) -> float:
-    """Seconds a step took, 0 where the log of a folder does not tell; what was resumed counts from its own start."""
+def seconds_per_step(folder: Path) -> float:
+    """Seconds of a step, 0 where the folder has no log of two; a resumed training counts from its own start."""
     if not (folder / NAME).exists():
         return 0.0
     lines = [line for line in log_lines(folder) if "seconds" in line]
@@ -76,7 +76,7 @@ def seconds_of_step(folder: Path) -> float:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; a line that was cut short has none that is kept."""
+    """The step of a line, infinity for a line that was cut short."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

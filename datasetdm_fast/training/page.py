@@ -1,4 +1,4 @@
-"""The page of a training: its figures and curves, and held-out pictures beside what the decoder says of them."""
+"""The page of a training: its figures and curves, and held-out images with the truth and the decoder's labels."""
 
 import base64
 import html
@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.report import format_figure
 
 SHOWN = 12  # images of the page
 FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"
@@ -59,22 +61,22 @@ def page(
     cautions: Sequence[str] = (),
     folds: Mapping[str, Any] | None = None,
     views: TrainingViews | None = None,
-    found: Sequence[Annotation] = (),
+    labels: Sequence[Annotation] = (),
     shown: str = "",
 ) -> bytes:
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
-    of each class, the curves of the log, and image, truth and answer of some images, which `shown` names.
+    of each class, the curves of the log, and image, truth and answer of some images, which `shown` describes.
     """
     body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
-    notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(one))}.</p>" for one in cautions]
+    notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(note))}.</p>" for note in cautions]
     if result["held_out"]:
-        with_what = " (95 % intervals)" if result.get("held_out_intervals") else ""
-        body += [f"<h2>On the held-out images{with_what}</h2>", *_figures(task, source, result, notes)]
+        intervals = " (95 % intervals)" if result.get("held_out_intervals") else ""
+        body += [f"<h2>On the held-out images{intervals}</h2>", *_figures(task, source, result, notes)]
     else:
         body += notes
     if folds:
         body.append(
-            f"<h2>{title_of(folds)} (95 % intervals)</h2><p>All {folds['images']} images, each judged by a decoder "
+            f"<h2>{folds_title(folds)} (95 % intervals)</h2><p>All {folds['images']} images, each judged by a decoder "
             "that has learnt from others only.</p>"
         )
         body += _figures(task, source, folds)
@@ -82,7 +84,7 @@ def page(
     if views is not None:
         body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
         body += _legend(task, source)
-        body += [_views(task, source, views.item(view), found[view]) for view in range(min(len(views), SHOWN))]
+        body += [_views(task, source, views.item(view), labels[view]) for view in range(min(len(views), SHOWN))]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -90,18 +92,23 @@ def page(
     ).encode(errors="replace")  # names of files need not be valid UTF-8
 
 
-def title_of(folds: Mapping[str, Any]) -> str:
+def folds_title(folds: Mapping[str, Any]) -> str:
     """The heading over figures of cross-validation."""
     return f"{folds['folds']}-fold cross-validation"
 
 
+def shows_folds(path: Path, folds: Mapping[str, Any] | None) -> bool:
+    """Whether a page is there and has the figures of this cross-validation."""
+    return path.exists() and (not folds or folds_title(folds).encode() in path.read_bytes())
+
+
 def _facts(facts: Mapping[str, object]) -> str:
     """What was trained and how; a line of the command breaks between its words, as a browser would within a flag."""
-    found = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
+    table = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
     if COMMAND not in facts:
-        return found
+        return table
     words = (f"<b>{html.escape(word)}</b>" for word in _words(str(facts[COMMAND])))
-    return f'{found}<p class="dim">{COMMAND}<br><code>{" ".join(words)}</code></p>'
+    return f'{table}<p class="dim">{COMMAND}<br><code>{" ".join(words)}</code></p>'
 
 
 def _words(command: str) -> list[str]:
@@ -118,30 +125,34 @@ def _figures(task: str, source: LabelledSource, result: Mapping[str, Any], notes
     """The figures over all images, then those of each class or joint and the names of those that no image shows."""
     figures, bounds, meter = result["held_out"], result.get("held_out_intervals", {}), METRICS[task](source)
     single = {name: value for name, value in figures.items() if isinstance(value, float)}
-    found = [_table((figure_name(name), _told(value, bounds.get(name))) for name, value in single.items()), *notes]
+    parts = [
+        _table((figure_name(name), format_figure(value, bounds.get(name))) for name, value in single.items()),
+        *notes,
+    ]
     if not meter.columns:
-        return found
+        return parts
     values, limits = figures.get(meter.each, {}), bounds.get(meter.each, {})
     alone = " (no interval, as only one image shows it)" if meter.each in bounds else ""
     rows = [
-        (name, _told(value, limits.get(name)) + ("" if name in limits else alone)) for name, value in values.items()
+        (name, format_figure(value, limits.get(name)) + ("" if name in limits else alone))
+        for name, value in values.items()
     ]
     each = figure_name(meter.each)
-    found += [f"<h3>{each.capitalize()}</h3>", *([_table(rows)] if rows else [])]
+    parts += [f"<h3>{each.capitalize()}</h3>", *([_table(rows)] if rows else [])]
     if absent := meter.not_shown(figures):
-        found.append(f'<p class="dim">In none of these images: {html.escape(", ".join(absent))}.</p>')
-    return found
+        parts.append(f'<p class="dim">In none of these images: {html.escape(", ".join(absent))}.</p>')
+    return parts
 
 
 def _curves(log: Sequence[Mapping[str, float]], less_is_better: bool) -> list[str]:
     """The loss and the held-out figure over the steps; of what falls by orders of magnitude, the logarithm."""
     names = dict.fromkeys(name for line in log for name in line if name == "loss" or name.startswith("held_out_"))
-    found = []
+    curves = []
     for name in names:
         points = [(line["step"], line[name]) for line in log if name in line]
-        said = "loss" if name == "loss" else f"{figure_name(name.removeprefix('held_out_'))}, held out"
-        found.append(_curve(said, points, name == "loss" or less_is_better))
-    return ["<h2>Curves</h2>", f'<div class="curves">{"".join(found)}</div>'] if any(found) else []
+        title = "loss" if name == "loss" else f"{figure_name(name.removeprefix('held_out_'))}, held out"
+        curves.append(_curve(title, points, name == "loss" or less_is_better))
+    return ["<h2>Curves</h2>", f'<div class="curves">{"".join(curves)}</div>'] if any(curves) else []
 
 
 def _curve(name: str, points: Sequence[tuple[float, float]], may_be_steep: bool) -> str:
@@ -155,22 +166,22 @@ def _curve(name: str, points: Sequence[tuple[float, float]], may_be_steep: bool)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x = LEFT + (means[:, 0] - first) / max(last - first, 1e-9) * (right - LEFT)
     is_wide = may_be_steep and 0 < STEEP * low < high
-    heights, floor, top = (np.log(one) if is_wide else one for one in (means[:, 1], low, high))
+    heights, floor, top = (np.log(values) if is_wide else values for values in (means[:, 1], low, high))
     y = bottom - (heights - floor) / max(top - floor, 1e-12) * (bottom - TOP)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2"/>' for a, b in zip(x, y)) if len(means) <= 30 else ""
     scale = [(LEFT - 8, bottom + 4, f"{low:.3g}", "end"), (LEFT, HEIGHT - 6, f"step {first:.0f}", "")]
     scale += [(LEFT - 8, TOP + 4, f"{high:.3g}", "end")] if high > low else []
     scale += [(right, HEIGHT - 6, f"step {last:.0f}", "end")] if last > first else []
-    words = "".join(f'<text x="{a}" y="{b}" class="{kind}">{said}</text>' for a, b, said, kind in scale)
+    words = "".join(f'<text x="{a}" y="{b}" class="{kind}">{text}</text>' for a, b, text, kind in scale)
     ends = [means[0], means[-1]] if last > first else [means[0]]
-    said = f"{name}: " + ", ".join(f"{value:.4g} at step {step:.0f}" for step, value in ends)
-    said += "; logarithmic scale" if is_wide else ""
+    caption = f"{name}: " + ", ".join(f"{value:.4g} at step {step:.0f}" for step, value in ends)
+    caption += "; logarithmic scale" if is_wide else ""
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="{html.escape(said)}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8}" '
+        f'aria-label="{html.escape(caption)}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8}" '
         f'height="{bottom - TOP + 8}"/><polyline points="{path}"/>{dots}{words}</svg>'
-        f"<figcaption>{html.escape(said)}</figcaption></figure>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
 
@@ -192,7 +203,7 @@ def _numbers(source: LabelledSource) -> dict[str, int]:
     return {name: number + (number >= IGNORE) for number, name in enumerate(names)}
 
 
-def _coloured(source: LabelledSource, label: Annotation) -> Annotation:
+def _recolour(source: LabelledSource, label: Annotation) -> Annotation:
     """A label under the numbers whose colours its classes have."""
     if not isinstance(label, (Instances, SemanticMap)):
         return label
@@ -204,18 +215,13 @@ def _coloured(source: LabelledSource, label: Annotation) -> Annotation:
 
 
 def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> str:
-    label, both = LABEL_KINDS[task], (TASKS[task].truth(source, item), answer)
-    pictures = (item.image, *(label.picture(_coloured(source, one), item.image) for one in both))
+    kind, both = LABEL_KINDS[task], (TASKS[task].truth(source, item), answer)
+    pictures = (item.image, *(kind.picture(_recolour(source, label), item.image) for label in both))
     cells = "".join(
         f'<img src="{_address(picture)}" alt="{what}">' for picture, what in zip(pictures, ("image", "truth", "answer"))
     )
-    said = f"{html.escape(item.id)} &middot; {html.escape(item.caption)}"
-    return f'<figure><div class="views">{cells}</div><figcaption>{said}</figcaption></figure>'
-
-
-def _told(value: float, bounds: object) -> str:
-    """A figure with its interval."""
-    return f"{value:.4f}" + (f" ({bounds[0]:.4f} to {bounds[1]:.4f})" if isinstance(bounds, list) else "")
+    caption = f"{html.escape(item.id)} &middot; {html.escape(item.caption)}"
+    return f'<figure><div class="views">{cells}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:

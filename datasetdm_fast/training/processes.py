@@ -1,9 +1,10 @@
-"""Several processes teaching one decoder, as torchrun starts them."""
+"""Several processes that train one decoder together, as torchrun starts them."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.errors import Missing
 
-PATIENCE = timedelta(hours=12)  # a process may wait this long for another to fill its part of the cache
+TIMEOUT = timedelta(hours=12)  # a process may wait this long for another to fill its part of the cache
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,24 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.detach().copy_(part.view_as(tensor))
 
-    def said(self, value: object) -> object:
-        """What the first process says."""
+    def broadcast(self, value: Any) -> Any:
+        """The value of the first process."""
         if self.world == 1:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, 0)
-        return told[0]
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
 
-    def any(self, is_so: bool) -> bool:
-        """Whether any process says so."""
+    def any(self, is_true: bool) -> bool:
+        """Whether it is true in any process."""
         if self.world == 1:
-            return is_so
-        flag = torch.tensor([float(is_so)])  # of the host, so that no GPU is waited for
+            return is_true
+        flag = torch.tensor([float(is_true)])  # of the host, so that no GPU is waited for
         self.total([flag])
         return bool(flag.item())
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process is here."""
         if self.world > 1:
             dist.barrier()
 
@@ -60,23 +61,23 @@ class Ranks:
 SOLO = Ranks()
 
 
-def joined(device: str) -> tuple[Ranks, str]:
-    """This process's place among those of torchrun, and its device; alone where nothing started several."""
+def join_processes(device: str) -> tuple[Ranks, str]:
+    """This process's place among those of torchrun, and its device; SOLO where nothing started several."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return SOLO, device
     is_cuda = resolve_device(device).type == "cuda"
     if not dist.is_available():
         raise Missing("torchrun: this torch was built without torch.distributed", "Run the command without torchrun.")
-    device = f"cuda:{_own_gpu()}" if is_cuda else "cpu"
+    device = f"cuda:{_local_gpu()}" if is_cuda else "cpu"
     if is_cuda:
         torch.cuda.set_device(device)
-    # What the host decides by goes from host to host, which waits for no GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=PATIENCE)
+    # Values that the host decides by go from host to host, which waits for no GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank(), world), device
 
 
-def _own_gpu() -> int:
+def _local_gpu() -> int:
     """The number of this process's GPU on its machine."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
@@ -87,6 +88,6 @@ def _own_gpu() -> int:
     return number
 
 
-def leave(ranks: Ranks) -> None:
+def leave_processes(ranks: Ranks) -> None:
     if ranks.world > 1:
         dist.destroy_process_group()

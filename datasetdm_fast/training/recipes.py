@@ -1,4 +1,4 @@
-"""How each task is taught: the shape of its decoder and the schedule of its training, ours or upstream's."""
+"""Training recipes: the architecture of each task's decoder and the schedule of its training, ours or upstream's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,16 +7,58 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.stages import Level
-from datasetdm_fast.training.schedule import TrainingSchedule
 
 WIDE_UNET = 320  # channels of the first block of Stable Diffusion; such a UNet gets decoders of upstream's widths
 POINTS = 12544 / 512**2  # sampled on a mask, as a share of the image's pixels
 WHOLE_EPOCHS = 5000
 # For decoders of upstream's widths: its number of points, a rate their attention stands, and no more steps than pay.
 LARGE = {"steps": 6000, "batch_size": 4, "rate": 2e-4, "points": 12544, "dropout": 0.0, "warmup": 200}
-# At most, where strong augmentation already keeps a hundred images from being learnt by heart.
+# At most, where strong augmentation already keeps the decoder from overfitting to a hundred images.
 VARIED = {"dropout": 0.2, "weight_decay": 0.1}
 EPOCHS = {"nyu": 400}  # of data sets, after which upstream's rate falls to a tenth; 350 elsewhere
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    steps: int = 1500
+    batch_size: int = 16
+    rate: float = 1e-3
+    optimiser: str = "adamw"  # or adam
+    decay: str = "cosine"  # or steps: a tenth after every `decay_every` images
+    decay_every: int = 0
+    warmup: int = 50  # steps
+    weight_decay: float = 0.05
+    average: float = 0.995  # decay of the average of the weights; 0 = the last weights
+    clip: float = 1.0  # norm of the gradient; 0 = no clipping
+    points: int = 2048  # sampled on each mask; upstream takes 12544 at 512 pixels
+    sigma: float = 1.0  # heatmap width in its cells; upstream 2 at 64 cells
+    dropout: float = 0.3  # share of feature channels hidden from each view, against overfitting to a hundred images
+    is_deep: bool = True  # whether every layer of a transformer has a loss; upstream only the last
+    is_absence_taught: bool = True  # whether an absent joint's target is an empty heatmap; upstream skips it
+    gain: float = 100.0  # of the heatmap loss
+    is_relative: bool = False  # whether the loss of depth is its mean relative error, not that of its logarithms
+    first_word_only: bool = False  # upstream's Q11
+    gradient_accumulation_steps: int = 2  # over all processes, so that one process and two learn to the same bits
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """What a user changes of a recipe; 0 = as the preset says."""
+
+    preset: str = "default"  # or upstream
+    pose_head: str = "heatmap"  # or simcc
+    steps: int = 0
+    batch_size: int = 0
+    rate: float = 0.0
+    gradient_accumulation_steps: int = 2
+    first_word_only: bool = False
+    by_name: str = "auto"  # whether classes are predicted only where the prompt names them
+    seed: int = 0
+
+    def adjust(self, schedule: TrainingSchedule) -> TrainingSchedule:
+        names = ("steps", "batch_size", "rate", "gradient_accumulation_steps", "first_word_only", "seed")
+        return replace(schedule, **{name: value for name in names if (value := getattr(self, name))})
 
 
 @dataclass(frozen=True)
@@ -38,7 +80,7 @@ def recipe(
     reader: str = "",
     is_varied: bool = False,
 ) -> TrainingRecipe:
-    """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to learn from, which strong
+    """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to train on, which strong
     augmentation makes varied.
     """
     is_small = levels[-1].features[0] < WIDE_UNET and preset != "upstream"

@@ -1,178 +1,130 @@
-"""A training from its settings: data, decoders, captures, one task after the other."""
+"""The training session of a command: model, data and engine, from which views, plans and trainings are made."""
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
-from datasetdm_fast.engine.decoders.trunk import Decoder, fold
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.device import slow_in_fp16
 from datasetdm_fast.engine.labels.class_file import own_table
-from datasetdm_fast.engine.labels.class_tables import ClassTable, digest_of, spoken, words_of
+from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
 from datasetdm_fast.engine.labels.words import always_named, find_classes
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.pictures.reading import photo_of
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.training import data_record, log, outlines, recipes, word_heads
+from datasetdm_fast.messages import format_duration
+from datasetdm_fast.training import data_record, predictions, word_heads
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.captures.cache import Inversion
+from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
-from datasetdm_fast.training.held_out import answers, are_enough, split
-from datasetdm_fast.training.loop import fit
-from datasetdm_fast.training.page import SHOWN
+from datasetdm_fast.training.predictions import Predictor
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import is_read, open_data
-from datasetdm_fast.training.settings import QUIRKS, TrainConfig
-from datasetdm_fast.training.task_run import TaskPlan, TaskTraining, read_state
+from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
+from datasetdm_fast.training.splits import split
+from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, TaskTraining, read_state
+from datasetdm_fast.training.trainer import fit
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
+from datasetdm_fast.training.truth.selection import EVERYTHING, Selection
 from datasetdm_fast.untrusted import documents
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
-LISTED = 20  # bad images that are named
+MOST_LISTED = 20  # bad images that are named
+PERSON = "person"  # the framing of items that each show one person of a picture
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The labelled images to train on."""
+
+    address: str
+    selection: Selection = EVERYTHING
+    framing: str = "fit"
+    skip_bad: bool = False
+    class_table: str = ""  # file of the user's own class words
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The diffusion model, and the engine that runs it."""
+
+    model: str
+    size: int = 0
+    allow_download: bool = False
+    engine: str = "auto"
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
 class TrainingSession:
-    config: TrainConfig
+    address: str
     engine: Any
     source: LabelledSource
-    ranks: Ranks
-    numbers: tuple[int, ...]  # of the items learnt from or held out
-    say: Callable[[str], None]
-    data: Mapping[str, Any] = field(default_factory=lambda: {"items": []})  # digests of the source's items
-
-    @property
-    def timestep(self) -> int:
-        return self.engine.model.defaults.capture if self.config.timestep < 0 else self.config.timestep
-
-    @cached_property
-    def parts(self) -> tuple[list[int], list[int]]:
-        """The items to learn from, and those held out."""
-        return split(self.source, self.numbers, self.config.held_out, self.config.seed)
+    numbers: tuple[int, ...]  # of the items trained on or held out
+    view_settings: ViewSettings = ViewSettings()
+    augment: str = "auto"
+    inversion: Inversion = Inversion()
+    cache_settings: CacheSettings = CacheSettings()
+    recipe_settings: RecipeSettings = RecipeSettings()
+    held_out: float = 0.0  # share
+    identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the command that decide the weights
+    data: Mapping[str, Any] = field(default_factory=lambda: {"items": []})  # the data record
+    ranks: Ranks = SOLO
+    on_message: Callable[[str], None] = lambda line: None
 
     @cached_property
-    def shown(self) -> list[tuple[list[str], str]]:
-        """What each item shows, and its caption."""
-        return [(_names(self.source, item), item.caption) for item in map(self.source.__getitem__, self.numbers)]
+    def split(self) -> tuple[list[int], list[int]]:
+        """The items to train on, and those held out."""
+        return split(self.source, self.numbers, self.held_out, self.view_settings.seed)
 
-    def cache_plan(self, task: str) -> cache.CachePlan:
-        """Whether the captures of all views of a task are kept on the disk."""
-        learnt, held = self.parts
-        return self._cache_plan(self._looked_at(task, learnt), self._looked_at(task, held, 1))
+    @cached_property
+    def framing(self) -> dict[str, Any]:
+        """How images are brought to the model's size, and of how many that changes something."""
+        sides, size = [item["sides"] for item in self.data["items"]], self.engine.model.size
+        is_person = self.source.shows_persons  # in a square around each, whatever the sides of its picture
+        return {
+            "pixels_a_side": size,
+            "framing": PERSON if is_person else self.source.framing,
+            "pictures": len(self.source),
+            "scaled": sum(is_person or each != [size, size] for each in sides),
+            "cut_to_a_square": sum(is_person or width != height for width, height in sides),
+        }
 
-    def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
-        config, engine = self.config, self.engine
-        folder = Path(config.cache_dir) if config.cache_dir else cache_folder() / "captures"
+    def augmentation(self, task: str) -> Augmentation:
+        """The requested one or that of the data set, in its form for the task where there is one."""
+        kind = self.address.partition(":")[0].removesuffix("-mm") if self.augment == "auto" else self.augment
+        return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
 
-        def kept() -> int:
-            return sum(cache.kept_bytes(engine, views, self._inversion, folder) for views in parts)
-
-        room = config.cache, config.cache_gb
-        return self.ranks.said(cache.plan(folder, engine.model.levels, sum(map(len, parts)), *room, kept))
-
-    @property
-    def _inversion(self) -> Inversion:
-        config = self.config
-        latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
-        return Inversion(self.timestep, latent, config.ddim_steps if config.inversion == "ddim" else 0)
-
-    def _looked_at(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
-        """Views of some items: as they are learnt from, or so many draws of each as it is."""
-        config = self.config
-        augment = AUGMENTATIONS["none"] if draws else _augmentation(config, task)
-        settings = ViewSettings(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
+    def _views(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
+        """Views of some items without captures: as they are trained on, or so many draws of each, not augmented."""
+        augmentation = AUGMENTATIONS["none"] if draws else self.augmentation(task)
+        settings = replace(self.view_settings, draws=draws or self.view_settings.draws, augmentation=augmentation)
         return TrainingViews(self.source, numbers, task, settings)
 
-    def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
-        """Decoder and schedule of a task, and the class embeddings it is taught with."""
-        config, engine, table = self.config, self.engine, self.source.class_table
-        width = engine.model.text_width
-        found = recipes.recipe(
-            *(task, self.source, engine.model.levels, width, self.timestep, images),
-            preset=config.preset,
-            pose_head=config.pose_head,
-            reader=config.data.partition(":")[0],
-            is_varied=_augmentation(config, task).is_recoloured,
-        )
-        words = (
-            engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()
-            if found.config.has_text
-            else None
-        )
-        decoder = replace(found.config, named=self._named(found.config.classes))
-        if table is not None and (decoder.named or decoder.has_text):
-            decoder = replace(decoder, class_words=words_of(table, self.source.thing_classes))
-        changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
-        changes |= {"parts": config.accumulate, "seed": config.seed, "first_word_only": "Q11" in config.quirks}
-        schedule = replace(found.schedule, **changes)
-        if schedule.batch_size < self.ranks.world:
-            raise Refused(
-                f"--batch-size: {schedule.batch_size} views cannot be shared by {self.ranks.world} processes",
-                "Start fewer, or raise --batch-size.",
-            )
-        return recipes.TrainingRecipe(decoder, schedule), words
+    def cache_plan(self, task: str) -> cache.CachePlan:
+        """Whether the captures of all views of a task are cached on the disk."""
+        training, held_out = self.split
+        return self._cache_plan(self._views(task, training), self._views(task, held_out, 1))
 
-    def _named(self, classes: Sequence[str]) -> tuple[str, ...]:
-        """The classes of a decoder that are looked for only where a prompt names them."""
-        config, table = self.config, self.source.class_table
-        is_wanted = config.by_name == "yes" or (config.by_name == "auto" and self.source.captions_name_all)
-        things = [name for name in classes if name in self.source.thing_classes]
-        if not (is_wanted and config.captions != "none" and things):
-            return ()
-        if self.source.captions_name_all:
-            said = zip(things, spoken(things, table), strict=True)
-            return tuple(name for name, word in said if name in find_classes(photo_of([word]), things, table))
-        return always_named(things, self.shown, table)
+    def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
+        settings, levels = self.cache_settings, self.engine.model.levels
+        folder = settings.folder or cache_folder() / "captures"
 
-    def plan(self, task: str) -> TaskPlan:
-        """What is taught, with everything that decides the weights."""
-        learnt, held = self.parts
-        recipe, words = self.recipe(task, len(learnt))
-        settings = self.config.identity() | {
-            "timestep": self.timestep,
-            "model_digests": self.engine.model.digests,
-            "images": len(learnt),
-            "left_out": "",
-        }
-        if self.config.images:
-            settings["listed"] = storage.sha256_of(Path(self.config.images))[:12]
-        if self.source.class_table is not None:
-            settings["class_table"] = digest_of(self.source.class_table, self.source.thing_classes)
-        for name in ("task", "steps", "batch_size", "rate", "skip_bad"):  # said by the recipe, or by what is left out
-            del settings[name]
-        if skipped := self.source.skipped:
-            names = "\n".join(sorted(skipped)).encode(errors="surrogateescape")
-            settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
-        settings |= {"task": task, "held_out_images": len(held)}
-        settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
-        taught_anew = partial(self._taught_anew, task, words is not None)
-        return TaskPlan(recipe.config, recipe.schedule, words, settings, self.data, taught_anew)
+        def cached_bytes() -> int:
+            return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
 
-    def _taught_anew(self, task: str, asks_words: bool) -> str:
-        """A picture whose caption is made of its labels and of which looks leave something out, or that shows a crowd
-        where words are asked for; empty if there is none.
-        """
-        how = _augmentation(self.config, task)
-        is_changed = how.has_crops or how.rotated or how.zoom > 1 or how.pasted
-        for index in self.numbers:
-            item, is_captioned = self.source[index], self.config.captions != "none"
-            is_named = is_captioned and item.named is not None
-            is_other = is_named and (is_changed or item.named != self.source.whole(index).named)
-            if is_other or (asks_words and item.crowds is not None and len(item.crowds)):
-                return self.source.name(self.source.order[index])
-        return ""
+        room = settings.mode, settings.gigabytes
+        return self.ranks.broadcast(cache.plan(folder, levels, sum(map(len, parts)), *room, cached_bytes))
 
     def views(
         self,
@@ -180,249 +132,255 @@ class TrainingSession:
         numbers: Sequence[int],
         draws: int = 0,
         plan: cache.CachePlan | None = None,
-        progress: Callable[[int], None] = lambda count: None,
+        on_views: Callable[[int], None] = lambda count: None,
     ) -> TrainingViews:
-        """Views of some items with their captures, made now where they are kept."""
-        ranks, views, inversion = self.ranks, self._looked_at(task, numbers, draws), self._inversion
+        """Views of some items with their captures, which are computed now where they are cached."""
+        views, ranks = self._views(task, numbers, draws), self.ranks
         plan = plan or self._cache_plan(views)
         if not plan.is_stored:
-            return views.with_captures(cache.RecomputedCaptures(self.engine, views, inversion))
-        share = (ranks.rank, ranks.world)
-        found = None
+            return views.with_captures(cache.RecomputedCaptures(self.engine, views, self.inversion))
+        captures = None
         try:
-            found = cache.stored(self.engine, views, inversion, plan.folder, share, progress=progress)
-        except _Stopped:
-            pass  # told to the others below, who wait for this share
-        if ranks.any(found is None):
-            raise _Stopped
-        return views.with_captures(found)
+            share = (ranks.rank, ranks.world)
+            captures = cache.cache_captures(self.engine, views, self.inversion, plan.folder, share, on_views=on_views)
+        except Stopped:
+            pass  # the other processes, which wait for this share, hear of it below
+        if ranks.any(captures is None):
+            raise Stopped
+        return views.with_captures(captures)
 
-    def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
-        config, (learnt, held), how = self.config, self.parts, data_record.framed(self.framing)
-        self.say(f"data       {config.data}")
-        self.say(
-            f"images     {len(learnt)} to learn from in {count_noun(config.draws, 'view')} each, {len(held)} held out, "
-            f"{self.engine.model.size} pixels a side{f' ({how})' if how else ''}"
+    def recipe(self, task: str) -> TrainingRecipe:
+        """Decoder and schedule of a task."""
+        settings, model, table = self.recipe_settings, self.engine.model, self.source.class_table
+        base = recipe(
+            *(task, self.source, model.levels, model.text_width, self.inversion.timestep, len(self.split[0])),
+            preset=settings.preset,
+            pose_head=settings.pose_head,
+            reader=self.address.partition(":")[0],
+            is_varied=self.augmentation(task).is_recoloured,
         )
-        self.say(f"captures   {self.cache_plan(next(iter(plans)))}")
-        for task, plan in plans.items():
-            steps, batch = plan.schedule.steps, plan.schedule.batch_size
-            done = " - finished" if results[task] is not None else ""
-            what = f"{plan.decoder.kind} decoder, {count_noun(steps, 'step')} of {count_noun(batch, 'view')}"
-            self.say(f"{task:<10} {what}{self._patience()}{done}")
-        if folds:
-            self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
-            for task, plan in plans.items():
-                self.say(f"{task:<10} {self._time_of_folds(task, plan, folds, results[task] is not None)}")
-        for name in sorted(config.quirks):
-            self.say(f"{name}        {QUIRKS[name]}")
+        decoder = replace(base.config, named=self._named_classes(base.config.classes))
+        if table is not None and (decoder.named or decoder.has_text):
+            decoder = replace(decoder, class_words=words_of(table, self.source.thing_classes))
+        schedule = settings.adjust(base.schedule)
+        if schedule.batch_size < self.ranks.world:
+            raise Refused(
+                f"--batch-size: {schedule.batch_size} views cannot be shared by {self.ranks.world} processes",
+                "Start fewer, or raise --batch-size.",
+            )
+        return TrainingRecipe(decoder, schedule)
 
-    def _patience(self) -> str:
-        """When the training stops before its last step."""
-        config = self.config
-        if not (config.patience and are_enough(len(self.parts[1]))):
-            return ""
-        return f", fewer once {config.patience} of {config.checks} evaluations in turn bring no improvement"
-
-    def _time_of_folds(self, task: str, plan: TaskPlan, folds: int, is_finished: bool) -> str:
-        """How many steps the folds take with the decoder itself, and how long, where a log of these steps tells it."""
-        steps, learnt, config = plan.schedule.steps, len(self.parts[0]), self.config
-        of_fold = steps
-        if config.preset == "upstream" and not config.steps:  # by images
-            images = round(len(self.numbers) * (1 - 1 / folds))
-            held = round(config.held_out * images)
-            of_fold = round(steps / learnt * (images - held if are_enough(held) else images))
-        whole = folds * of_fold + (0 if is_finished else steps)
-        each = log.seconds_of_step(Path(self.config.out) / task / "training")
-        time_of_all = f", about {format_duration(each * whole)} by the steps that were taken" if each else ""
-        return f"{whole} steps in all, {whole / steps:.2g} times those of one decoder{time_of_all}"
+    def _named_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """The classes that a decoder predicts only where a prompt names them."""
+        table, source, by_name = self.source.class_table, self.source, self.recipe_settings.by_name
+        is_requested = by_name == "yes" or (by_name == "auto" and source.captions_name_all)
+        things = [name for name in classes if name in source.thing_classes]
+        if not (is_requested and self.view_settings.captions != "none" and things):
+            return ()
+        if source.captions_name_all:
+            pairs = zip(things, spoken(things, table), strict=True)
+            return tuple(name for name, word in pairs if name in find_classes(photo_of([word]), things, table))
+        return always_named(things, self._shown_things, table)
 
     @cached_property
-    def framing(self) -> dict[str, Any]:
-        """How the pictures are brought to the model's size."""
-        rule = data_record.PERSON if self.source.shows_persons else self.config.framing
-        return data_record.framing(self.data, len(self.source), self.engine.model.size, rule)
+    def _shown_things(self) -> list[tuple[list[str], str]]:
+        """The things that each item shows, and its caption."""
+        return [(_things(self.source, item), item.caption) for item in map(self.source.__getitem__, self.numbers)]
 
-    def training(
-        self,
-        folder: Path,
-        plan: TaskPlan,
-        is_stopping: Callable[[], bool],
-        command: str = "",
-        folds: dict[str, Any] | None = None,
-        is_finished: bool = False,
+    def plan(self, task: str) -> TaskPlan:
+        """Decoder and schedule of a task, with everything that decides the weights."""
+        training, held_out = self.split
+        recipe, source = self.recipe(task), self.source
+        words = None
+        if recipe.config.has_text:
+            words = self.engine.encode_classes(spoken(source.thing_classes, source.class_table)).float().clone()
+        schedule = asdict(recipe.schedule)
+        schedule["parts"] = schedule.pop("gradient_accumulation_steps")
+        settings = {"decoder": recipe.config.values, **schedule, **self.identity}
+        if source.class_table is not None:
+            settings["class_table"] = digest_of(source.class_table, source.thing_classes)
+        left_out = ""
+        if source.skipped:
+            names = "\n".join(sorted(source.skipped)).encode(errors="surrogateescape")
+            left_out = f"{len(source.skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
+        settings |= {
+            "task": task,
+            "timestep": self.inversion.timestep,
+            "model_digests": self.engine.model.digests,
+            "images": len(training),
+            "held_out": self.held_out,
+            "held_out_images": len(held_out),
+            "left_out": left_out,
+        }
+        return TaskPlan(recipe.config, recipe.schedule, words, json.loads(json.dumps(settings)), self.data)
+
+    def predictor(self, plan: TaskPlan) -> Predictor:
+        return Predictor(plan.words, self.engine.model.size, self.engine.device, self.engine.model.tokenizer)
+
+    def open_training(
+        self, folder: Path, plan: TaskPlan, settings: TaskSettings, is_stopping: Callable[[], bool]
     ) -> TaskTraining | None:
-        """The training of a task with its captures at hand, or None where the making of them was stopped. `command` and
-        `folds`, the figures of cross-validation, are for its page; of one that `is_finished` only what the page shows
-        is opened.
-        """
-        (learnt, held), task = self.parts, plan.decoder.task
-        if is_finished:
-            learnt, held = [], held[:SHOWN]
-        count = len(learnt) * self.config.draws + len(held)
-        choice, began, told = self._as_begun(folder, task), time.monotonic(), time.monotonic()
-        done = 0
+        """The training of a task with its captures, or None if it was stopped while they were computed."""
+        (training, held_out), task = self.split, plan.decoder.task
+        count = len(training) * self.view_settings.draws + len(held_out)
+        cache_plan, done = self._stored_cache_plan(folder, task), 0
+        begin = last_line = time.monotonic()
 
-        def progress(views: int) -> None:
-            nonlocal done, told
+        def on_views(views: int) -> None:
+            nonlocal done, last_line
             done += views
             if is_stopping():
-                raise _Stopped
-            if time.monotonic() - told >= SECONDS_PER_LINE:
-                told = time.monotonic()
+                raise Stopped
+            if time.monotonic() - last_line >= SECONDS_PER_LINE:
+                last_line = time.monotonic()
                 share = done * self.ranks.world / count
-                left = format_duration((told - began) * max(1 / share - 1, 0))
-                self.say(f"captures {min(share, 1):.0%}, about {left} left")
+                left = format_duration((last_line - begin) * max(1 / share - 1, 0))
+                self.on_message(f"captures {min(share, 1):.0%}, about {left} left")
 
         try:
-            lessons = self.views(task, learnt, plan=choice, progress=progress)
-            judged = self.views(task, held, 1, choice, progress) if held else None
-        except _Stopped:
+            views = self.views(task, training, plan=cache_plan, on_views=on_views)
+            held_out_views = self.views(task, held_out, 1, cache_plan, on_views) if held_out else None
+        except Stopped:
             return None
-        model, device = self.engine.model, self.engine.device
-        given = (folder, plan, lessons, judged, self.config, self.framing, device, model.tokenizer)
-        return TaskTraining(*given, command, folds)
+        return TaskTraining(folder, plan, views, held_out_views, settings, self.framing, self.predictor(plan))
 
-    def _as_begun(self, folder: Path, task: str) -> cache.CachePlan:
-        """The plan with captures kept or not as when the training began, as half precision decides bits; until its
-        captures were made, it has not begun.
+    def _stored_cache_plan(self, folder: Path, task: str) -> cache.CachePlan:
+        """The cache plan with the decision of the start of the training, as half precision decides bits; until its
+        captures were computed, it has not started.
         """
         plan, path = self.cache_plan(task), folder / "training" / "captures.json"
         has_begun = storage.is_there(path.with_name("settings.json"))
         if self.ranks.is_first and not (has_begun and path.exists()):
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
         self.ranks.wait()
-        are_kept = read_state(path, {"are_kept": bool})["are_kept"]
-        if self.config.cache != "auto" and are_kept != plan.is_stored:
+        is_stored = read_state(path, {"are_kept": bool})["are_kept"]
+        if self.cache_settings.mode != "auto" and is_stored != plan.is_stored:
             raise Refused(
-                f"--cache {self.config.cache}: {folder} was started with captures "
-                f"{'kept on the disk' if are_kept else 'made anew at every step'}",
+                f"--cache {self.cache_settings.mode}: {folder} was started with captures "
+                f"{'kept on the disk' if is_stored else 'made anew at every step'}",
                 "Leave --cache out, or choose another --out.",
             )
-        return replace(plan, is_stored=are_kept)
+        return replace(plan, is_stored=is_stored)
 
 
-class _Stopped(Exception):
-    """A signal came while captures were made; those that are there stay."""
+class Stopped(Exception):
+    """A signal came while captures were computed; those that are cached stay."""
 
 
-def _check_apart(config: TrainConfig) -> None:
-    """Refuses to begin a training in its data, whose reader would take the decoder's folders and files for labels."""
-    for task in config.task:
-        folder = Path(config.out) / task
-        has_begun = storage.is_there(folder / "training" / "settings.json")
-        if not has_begun and is_read(config.data, folder):
-            raise Refused(
-                f"--out: {folder} lies in the data, {config.data}, where a decoder's files can be taken for labels",
-                "Choose an --out beside the data.",
-            )
-
-
-def _check_together(config: TrainConfig) -> None:
-    """Refuses to train labels together that are not read from the same pictures."""
-    alone = [task for task in config.task if TASKS[task].sees_one_person(config.data)]
-    if alone and len(config.task) > 1:
-        raise Refused(
-            f"--task: {alone[0]} learns from one person of coco: at a time, the others from whole images",
-            f"Train it by itself, with the same --out: --task {alone[0]}.",
-        )
-
-
-def _table(path: str, source: LabelledSource) -> ClassTable:
-    """The words of the user's own for the classes of the data."""
-    table = own_table(path)
-    if not words_of(table, source.thing_classes)[:-1]:
-        raise Refused(
-            f"--class-table {path}: holds none of the data's classes",
-            f"Name them as the data does: {', '.join(source.thing_classes[:20]) or 'it has no things'}.",
-        )
-    return table
-
-
-def _augmentation(config: TrainConfig, task: str) -> Augmentation:
-    """The one that is asked for or that of the data set, in its form for the task where there is one."""
-    kind = config.data.partition(":")[0].removesuffix("-mm") if config.augment == "auto" else config.augment
-    return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
-
-
-def _names(source: LabelledSource, item: Labelled) -> list[str]:
-    """The things a labelled image shows."""
+def _things(source: LabelledSource, item: Labelled) -> list[str]:
+    """The things that a labelled image shows."""
     if item.mask_classes is not None:
         return sorted({source.thing_classes[k] for k in item.mask_classes})
     return [name for name, _ in source.things_of(item)]
 
 
-def train_on(engine, source: LabelledSource, task: str, count: int, **settings: Any) -> Decoder:
-    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as the command would.
-
-    Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
+def train_decoder(
+    engine: Any,
+    source: LabelledSource,
+    task: str,
+    count: int,
+    address: str = "demo:",
+    **settings: Any,
+) -> Decoder:
+    """A decoder trained on the first `count` items of a data set as the command would, none held out; `settings` are
+    further fields of the session. Captures of an image are shared by every count, task and later run.
     """
-    return fold(taught(engine, source, task, count, **settings)).requires_grad_(False)
-
-
-def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: float = 0.0, **settings: Any) -> Decoder:
-    """The same decoder before it is made ready, to be kept with save_decoder."""
-    config = TrainConfig(task=(task,), held_out=held_out, quiet=True, **settings)
-    config.check()
     if not 1 <= count <= len(source):
         raise Refused(
             f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has",
             "Choose another number, or data with more images.",
         )
-    learnt, _ = split(source, range(count), held_out, config.seed)
-    session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
-    recipe, words = session.recipe(task, len(learnt))
-    views = session.views(task, learnt)
-    decoder = fit(recipe.config, views, recipe.schedule, words, device=engine.device)
-    if config.by_word == "auto":
-        decoder.config = word_heads.learnt(views, recipe.config, engine.model.tokenizer).given_to(recipe.config)
-    given = (decoder, views, words, engine.model.size, engine.device, engine.model.tokenizer)
-    decoder.config = outlines.chosen(config, decoder.config, views, lambda some: answers(*given, views=some))
+    inversion = Inversion(engine.model.defaults.capture)
+    session = TrainingSession(address, engine, source, tuple(range(count)), inversion=inversion, **settings)
+    plan, views = session.plan(task), session.views(task, range(count))
+    decoder = fit(plan.decoder, views, plan.schedule, plan.words, device=engine.device)
+    decoder.config = word_heads.learn_heads(views, plan.decoder, engine.model.tokenizer).add_to(plan.decoder)
+
+    def predict(chosen: Sequence[int]) -> list:
+        return session.predictor(plan).predict(decoder, views, chosen)
+
+    decoder.config = predictions.choose_outlines("auto", decoder.config, views, predict)
     return decoder
 
 
-def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
-    """Model, data and engine of the command, checked."""
-    _check_apart(config)
-    _check_together(config)
-    model = load_model(config.model, size=config.size, allow_download=config.allow_download)
-    options = {"selection": config.selection(), "skip_bad": config.skip_bad, "framing": config.framing}
-    source = open_data(config.data, model.size, tasks=config.task, **options)
-    if config.class_table:
-        source.class_table = _table(config.class_table, source)
-    if config.skip_bad:
-        source = source.readable()
-    for task in config.task:
-        check_truth(source, task, config.data)
-    check_quirks(config.quirks, source, config.task)
+def open_session(
+    data: TrainingData,
+    choice: ModelChoice,
+    tasks: Sequence[str],
+    inversion: Inversion,
+    ranks: Ranks = SOLO,
+    on_message: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> TrainingSession:
+    """A session with its model, data and engine, checked; `settings` are its further fields."""
+    _check_together(tasks, data.address)
+    model = load_model(choice.model, size=choice.size, allow_download=choice.allow_download)
+    source = _open_source(data, model.size, tasks)
+    if "view_settings" in settings:
+        check_quirks(settings["view_settings"].quirks, source, tasks)
     steps = model.scheduler.get("num_train_timesteps", 1000)
-    if config.timestep >= steps:
+    if inversion.timestep >= steps:
         raise Refused(
-            f"--timestep: {config.timestep} is not one of the model's {steps}",
+            f"--timestep: {inversion.timestep} is not one of the model's {steps}",
             f"Give a number from 0 to {steps - 1}, or -1 for the model's default.",
         )
-    is_auto = config.engine == "torch" or (config.engine in ("auto", "fast") and config.device != "cpu")
-    engine = build_engine(config.engine, model, {}, dtype="auto" if is_auto else "fp32", device=config.device)
-    if config.dtype == "fp16" and engine.device.type == "cpu":
-        raise slow_in_fp16("--dtype")
+    if inversion.timestep < 0:
+        inversion = replace(inversion, timestep=model.defaults.capture)
+    is_auto = choice.engine == "torch" or (choice.engine in ("auto", "fast") and choice.device != "cpu")
+    engine = build_engine(choice.engine, model, {}, dtype="auto" if is_auto else "fp32", device=choice.device)
+    for name, reason in list(source.skipped.items())[:MOST_LISTED]:
+        on_message(
+            f"left out   {documents.one_line(reason if reason.startswith(f'{name}: ') else f'{name}: {reason}')}"
+        )
+    if len(source.skipped) > MOST_LISTED:
+        on_message(f"left out   {len(source.skipped)} in all")
+    last_line = time.monotonic()
 
-    def say(line: str) -> None:
-        if ranks.is_first and not config.quiet:
-            print(line, file=sys.stderr, flush=True)
+    def on_item(done: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= SECONDS_PER_LINE:
+            last_line = time.monotonic()
+            on_message(f"data       {done} of {len(source)} images read")
 
-    for name, reason in list(source.skipped.items())[:LISTED]:
-        said = reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
-        say(f"left out   {documents.one_line(said)}")
-    if len(source.skipped) > LISTED:
-        say(f"left out   {len(source.skipped)} in all")
-    told = time.monotonic()
+    record = ranks.broadcast(data_record.record_data(source, on_item) if ranks.is_first else None)
+    source.digests = {source.order[k]: item["image"] for k, item in enumerate(record["items"])}
+    common = {"inversion": inversion, "data": record, "ranks": ranks, "on_message": on_message}
+    return TrainingSession(data.address, engine, source, tuple(range(len(source))), **common, **settings)
 
-    def progress(done: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= SECONDS_PER_LINE:
-            told = time.monotonic()
-            say(f"data       {done} of {len(source)} images read")
 
-    data = ranks.said(data_record.record(source, progress) if ranks.is_first else None)
-    source.digests = {source.order[k]: item["image"] for k, item in enumerate(data["items"])}
-    return TrainingSession(config, engine, source, ranks, tuple(range(len(source))), say, data)
+def _open_source(data: TrainingData, size: int, tasks: Sequence[str]) -> LabelledSource:
+    options = {"selection": data.selection, "skip_bad": data.skip_bad, "framing": data.framing}
+    source = open_data(data.address, size, tasks=tasks, **options)
+    if data.class_table:
+        source.class_table = own_table(data.class_table)
+        if not words_of(source.class_table, source.thing_classes)[:-1]:
+            raise Refused(
+                f"--class-table {data.class_table}: holds none of the data's classes",
+                f"Name them as the data does: {', '.join(source.thing_classes[:20]) or 'it has no things'}.",
+            )
+    if data.skip_bad:
+        source = source.readable()
+    for task in tasks:
+        check_truth(source, task, data.address)
+    return source
+
+
+def check_apart(out: Path, tasks: Sequence[str], address: str) -> None:
+    """Refuses to start a training inside its data, whose reader would take the decoder's files for labels."""
+    for folder in (out / task for task in tasks):
+        has_begun = storage.is_there(folder / "training" / "settings.json")
+        if not has_begun and is_read(address, folder):
+            raise Refused(
+                f"--out: {folder} lies in the data, {address}, where a decoder's files can be taken for labels",
+                "Choose an --out beside the data.",
+            )
+
+
+def _check_together(tasks: Sequence[str], address: str) -> None:
+    """Refuses to train labels together that are not read from the same pictures."""
+    alone = [task for task in tasks if TASKS[task].sees_one_person(address)]
+    if alone and len(tasks) > 1:
+        raise Refused(
+            f"--task: {alone[0]} learns from one person of coco: at a time, the others from whole images",
+            f"Train it by itself, with the same --out: --task {alone[0]}.",
+        )

@@ -1,11 +1,23 @@
-"""The settings of a training."""
+"""The flags of the command train, and the groups of settings that its modules take."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINE_NAMES, OUTLINES, SEEDS, TASKS
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.truth.selection import DataSettings
+
+if TYPE_CHECKING:  # these import torch, which --help does without
+    from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
+    from datasetdm_fast.training.captures.views import ViewSettings
+    from datasetdm_fast.training.recipes import RecipeSettings
+    from datasetdm_fast.training.session import ModelChoice, TrainingData
+    from datasetdm_fast.training.task_training import TaskSettings
 
 AUGMENTATIONS = (
     "auto",
@@ -192,3 +204,67 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             )
         if not self.out.strip():
             raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")
+
+    def training_data(self) -> TrainingData:
+        from datasetdm_fast.training.session import TrainingData
+
+        return TrainingData(self.data, self.selection(), self.framing, self.skip_bad, self.class_table)
+
+    def model_choice(self) -> ModelChoice:
+        from datasetdm_fast.training.session import ModelChoice
+
+        return ModelChoice(self.model, self.size, self.allow_download, self.engine, self.device)
+
+    def view_settings(self) -> ViewSettings:
+        from datasetdm_fast.training.captures.views import ViewSettings
+
+        return ViewSettings(self.draws, captions=self.captions, seed=self.seed, quirks=frozenset(self.quirks))
+
+    def capture_settings(self) -> Inversion:
+        from datasetdm_fast.training.captures.cache import Inversion
+
+        latent = self.latent if self.latent != "auto" else "sample" if self.preset == "upstream" else "mean"
+        return Inversion(self.timestep, latent, self.ddim_steps if self.inversion == "ddim" else 0)
+
+    def cache_settings(self) -> CacheSettings:
+        from datasetdm_fast.training.captures.cache import CacheSettings
+
+        return CacheSettings(self.cache, Path(self.cache_dir) if self.cache_dir else None, self.cache_gb)
+
+    def recipe_settings(self) -> RecipeSettings:
+        from datasetdm_fast.training.recipes import RecipeSettings
+
+        return RecipeSettings(
+            preset=self.preset,
+            pose_head=self.pose_head,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            rate=self.rate,
+            gradient_accumulation_steps=self.accumulate,
+            first_word_only="Q11" in self.quirks,
+            by_name=self.by_name,
+            seed=self.seed,
+        )
+
+    def task_settings(self) -> TaskSettings:
+        from datasetdm_fast.training.task_training import TaskSettings
+
+        return TaskSettings(
+            checks=self.checks,
+            early_stopping_patience=self.patience,
+            save_every=self.save_every,
+            storage=self.storage,
+            dtype=self.dtype,
+            by_word=self.by_word == "auto",
+            outlines="" if self.outlines == "auto" and self.preset == "upstream" else self.outlines,
+        )
+
+    def training_identity(self) -> dict[str, Any]:
+        """The settings that decide the weights, as settings.json has them, but for what the recipe and the list of
+        unreadable images say.
+        """
+        without = ("task", "steps", "batch_size", "rate", "skip_bad")
+        identity = {name: value for name, value in self.identity().items() if name not in without}
+        if self.images:
+            identity["listed"] = storage.sha256_of(Path(self.images))[:12]
+        return identity

@@ -1,4 +1,4 @@
-"""Which heads of the cross-attention tell where the words of a caption are, learnt from masks of known class."""
+"""Cross-attention heads that locate the words of a caption, learnt from masks of known class."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,24 +12,24 @@ from datasetdm_fast.engine.labels.words import token_places
 from datasetdm_fast.engine.tasks.named_words import LEAST_MEAN
 from datasetdm_fast.training.captures.views import TrainingViews
 
-MOST_IMAGES = 400  # of which masks are looked at
+MOST_IMAGES = 400  # whose masks are used
 LEAST_MASKS = 20  # below which nothing is learnt
 LEAST_RIGHT = 0.75  # share of masks that the attention has to name rightly to be used
 LEAST_SHARE = 0.2  # of all heads: a level with less is not read
 SPREAD = 0.003  # weight of the divergence from equal heads, so that a few dozen masks do not leave one head alone
-POWER = 3.0  # of the attention in the probability of a class; without a bound heads that tell little would do
+POWER = 3.0  # of the attention in the probability of a class; unbounded, uninformative heads would suffice
 DIGITS = 4  # of what is stored, the same on every machine
 
 
 @dataclass(frozen=True)
 class WordHeads:
-    """The heads that tell words, and how well; without heads, too few masks or too few of them named rightly."""
+    """Shares of the heads that locate words; none where too few masks were there or were named rightly."""
 
     shares: tuple[float, ...] = ()
     masks: int = 0
     right: float = 0.0
 
-    def given_to(self, config: DecoderConfig) -> DecoderConfig:
+    def add_to(self, config: DecoderConfig) -> DecoderConfig:
         return replace(config, word_heads=self.shares) if self.shares else config
 
 
@@ -42,37 +42,37 @@ class NamedMask:
     name: int  # of the n, that of the mask
 
 
-def learnt(lessons: TrainingViews, config: DecoderConfig, tokenizer: Callable[..., object]) -> WordHeads:
+def learn_heads(views: TrainingViews, config: DecoderConfig, tokenizer: Callable[..., object]) -> WordHeads:
     """The heads for a decoder of segmentation, by the images whose captions name several of its `named` classes."""
     if config.kind != "segmentation" or not config.named:
         return WordHeads()
-    masks = list(_masks(lessons, config, tokenizer))
+    masks = list(_masks(views, config, tokenizer))
     if len(masks) < LEAST_MASKS:
         return WordHeads(masks=len(masks))
     with torch.enable_grad():
-        kept = _without_idle(_fitted(masks), config)
-    right = float((_said(*_padded(masks), kept).argmax(1) == _names(masks)).float().mean())
+        shares = _drop_idle_levels(_fit_shares(masks), config)
+    right = float((_log_ratios(*_pad(masks), shares).argmax(1) == _names(masks)).float().mean())
     if right < LEAST_RIGHT:
         return WordHeads(masks=len(masks), right=right)
-    rounded = tuple(round(share, DIGITS) for share in kept.tolist())
+    rounded = tuple(round(share, DIGITS) for share in shares.tolist())
     return WordHeads(rounded, len(masks), round(right, DIGITS))
 
 
-def _masks(lessons: TrainingViews, config: DecoderConfig, tokenizer: Callable[..., object]) -> Iterator[NamedMask]:
+def _masks(views: TrainingViews, config: DecoderConfig, tokenizer: Callable[..., object]) -> Iterator[NamedMask]:
     """The masks of named classes in the first view of each image whose caption names several."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, truncation=False).input_ids) - 2
 
-    for view in lessons.first_views(MOST_IMAGES):
-        (caption,) = lessons.captions([lessons.item(view)])
+    for view in views.first_views(MOST_IMAGES):
+        (caption,) = views.captions([views.item(view)])
         places = token_places(caption, config.named, count, config.levels[0].tokens, config.table)
         if len(places) < 2:
             continue
-        levels, names = _attention(lessons, config, view), list(places)
-        seen = [torch.stack([maps[..., list(own)].mean(-1) for own in places.values()], 1) for maps in levels]
+        levels, names = _attention(views, config, view), list(places)
+        seen = [torch.stack([maps[..., list(tokens)].mean(-1) for tokens in places.values()], 1) for maps in levels]
         overall = torch.cat([maps.mean(2) for maps in seen])
-        target = lessons.target(view)
+        target = views.target(view)
         for number, mask in zip(target.classes.tolist(), target.masks):
             if config.classes[number] not in names:
                 continue
@@ -84,42 +84,42 @@ def _masks(lessons: TrainingViews, config: DecoderConfig, tokenizer: Callable[..
             yield NamedMask(torch.cat(inside), overall, names.index(config.classes[number]))
 
 
-def _attention(lessons: TrainingViews, config: DecoderConfig, view: int) -> list[Tensor]:
+def _attention(views: TrainingViews, config: DecoderConfig, view: int) -> list[Tensor]:
     """Per level the attention [heads, cells, T] of a view."""
-    captured, features = lessons.captures.batch([view]), lessons.captures.layout.features
+    captured, features = views.captures.batch([view]), views.captures.layout.features
     return [
-        level[0, :, width:].unflatten(1, (-1, own.tokens)).transpose(0, 1).float().cpu()
-        for level, width, own in zip(captured, features, config.levels, strict=True)
+        level[0, :, width:].unflatten(1, (-1, config_level.tokens)).transpose(0, 1).float().cpu()
+        for level, width, config_level in zip(captured, features, config.levels, strict=True)
     ]
 
 
-def _padded(masks: Sequence[NamedMask]) -> tuple[Tensor, Tensor]:
+def _pad(masks: Sequence[NamedMask]) -> tuple[Tensor, Tensor]:
     """Attention inside and over the image [M, H, n], that inside 0 for the classes that an image does not name."""
-    most = max(one.inside.shape[1] for one in masks)
-    inside = torch.stack([F.pad(one.inside, (0, most - one.inside.shape[1])) for one in masks])
-    return inside, torch.stack([F.pad(one.overall, (0, most - one.overall.shape[1]), value=1.0) for one in masks])
+    most = max(mask.inside.shape[1] for mask in masks)
+    inside = torch.stack([F.pad(mask.inside, (0, most - mask.inside.shape[1])) for mask in masks])
+    return inside, torch.stack([F.pad(mask.overall, (0, most - mask.overall.shape[1]), value=1.0) for mask in masks])
 
 
 def _names(masks: Sequence[NamedMask]) -> Tensor:
-    return torch.tensor([one.name for one in masks])
+    return torch.tensor([mask.name for mask in masks])
 
 
-def _said(inside: Tensor, overall: Tensor, shares: Tensor) -> Tensor:
+def _log_ratios(inside: Tensor, overall: Tensor, shares: Tensor) -> Tensor:
     """[M, n] logarithm of the attention to each class inside each mask, as a multiple of that over the image."""
     within, everywhere = ((shares @ values).clamp(min=LEAST_MEAN) for values in (inside, overall))
     return (within / everywhere).log()
 
 
-def _fitted(masks: Sequence[NamedMask]) -> Tensor:
+def _fit_shares(masks: Sequence[NamedMask]) -> Tensor:
     """The shares of the heads that make the classes of the masks most likely."""
-    (inside, overall), names, heads = _padded(masks), _names(masks), len(masks[0].inside)
+    (inside, overall), names, heads = _pad(masks), _names(masks), len(masks[0].inside)
     values = torch.zeros(heads, requires_grad=True)
     optimiser = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
         shares = values.log_softmax(0)
-        loss = F.cross_entropy(POWER * _said(inside, overall, shares.exp()), names) - SPREAD * shares.mean()
+        loss = F.cross_entropy(POWER * _log_ratios(inside, overall, shares.exp()), names) - SPREAD * shares.mean()
         loss.backward()
         return loss
 
@@ -127,8 +127,8 @@ def _fitted(masks: Sequence[NamedMask]) -> Tensor:
     return values.detach().softmax(0)
 
 
-def _without_idle(shares: Tensor, config: DecoderConfig) -> Tensor:
-    """The shares with those of the levels that hardly count set to 0, so that these need not be read."""
+def _drop_idle_levels(shares: Tensor, config: DecoderConfig) -> Tensor:
+    """The shares with those of unimportant levels set to 0, so that these need not be read."""
     parts = shares.split([sum(level.heads) for level in config.levels])
-    kept = torch.cat([part if part.sum() >= LEAST_SHARE else torch.zeros_like(part) for part in parts])
-    return kept / kept.sum()
+    shares = torch.cat([part if part.sum() >= LEAST_SHARE else torch.zeros_like(part) for part in parts])
+    return shares / shares.sum()

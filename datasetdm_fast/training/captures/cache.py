@@ -1,8 +1,8 @@
-"""Captures of labelled images on the disk in half precision, so that an epoch reads instead of running the UNet.
+"""Captures cached on the disk in half precision, so that an epoch reads them instead of running the UNet.
 
-One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any
-training that looks at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32
-bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
+One shard holds the captures of all views of one image. Its name is a digest of everything that decides its content. So
+shards serve every training with the same views of an image, and an interrupted filling of the cache resumes. Its last
+32 bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews
 
 DIGEST = 32  # bytes
-SHARE = 0.5  # of the free disk that more captures may take where nobody says
+SHARE = 0.5  # of the free disk that more captures may take by default
 DAY = 86400.0  # seconds, after which a half-written shard has no writer any more
 UNUSED = 30  # days without a training that needs it, after which the next one deletes a shard
 SHARD = re.compile(r"[0-9a-f]{64}\.f16")
@@ -49,6 +49,13 @@ class Inversion:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    mode: str = "auto"  # or disk, off
+    folder: Path | None = None  # None: in the package's cache folder
+    gigabytes: float = 0.0  # 0 = half of the free space
+
+
+@dataclass(frozen=True)
 class Layout:
     """One view's levels end to end; a level is its cells, a cell all features and then all maps."""
 
@@ -65,15 +72,15 @@ class Layout:
 
     @property
     def numbers(self) -> int:
-        """Of one view."""
+        """How many numbers a view has."""
         return sum(cells * channels for cells, channels in self.shapes)
 
-    def joined(self, capture: Capture) -> tuple[Tensor, ...]:
+    def join(self, capture: Capture) -> tuple[Tensor, ...]:
         """Per level [B, cells, channels] fp32, free to be trained on; a 1x1 projection is one product with it."""
         levels = []
         for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
             parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [
-                one.permute(0, 2, 1, 3).flatten(2) for one in maps
+                level_maps.permute(0, 2, 1, 3).flatten(2) for level_maps in maps
             ]
             levels.append(torch.cat([part.float() for part in parts], 2))
             assert levels[-1].shape[1:] == shape, (
@@ -82,7 +89,7 @@ class Layout:
         return tuple(levels)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The same of rows [B, numbers] fp16."""
+        """Per level [B, cells, channels] fp32 of rows [B, numbers] fp16."""
         parts = rows.split([cells * channels for cells, channels in self.shapes], 1)
         return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
@@ -98,7 +105,7 @@ class RecomputedCaptures:
         """Per level [B, cells, channels]."""
         items = [self.views.item(view) for view in views]
         seeds = [self.views.seed(view) for view in views]
-        return self.layout.joined(capture(self.engine, self.views, items, seeds, self.inversion))
+        return self.layout.join(capture(self.engine, self.views, items, seeds, self.inversion))
 
 
 class StoredCaptures:
@@ -106,7 +113,7 @@ class StoredCaptures:
 
     def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device):
         self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device
-        self._opened = lru_cache(512)(self._open)
+        self._cached_file = lru_cache(512)(self._open)
 
     def _open(self, image: int) -> np.ndarray:
         return np.memmap(self.paths[image], np.float16, "r", shape=(self.draws, self.layout.numbers))
@@ -116,7 +123,7 @@ class StoredCaptures:
         is_queued = self.device.type == "cuda"
         rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
         try:
-            np.stack([self._opened(view // self.draws)[view % self.draws] for view in views], out=rows.numpy())
+            np.stack([self._cached_file(view // self.draws)[view % self.draws] for view in views], out=rows.numpy())
         except OSError as error:
             raise storage.refusal(error, error.filename or "captures") from error
         return self.layout.unpack(rows.to(self.device, non_blocking=is_queued))
@@ -163,17 +170,17 @@ def plan(
     count: int,
     mode: str,
     gigabytes: float = 0.0,
-    kept: Callable[[], int] = lambda: 0,
+    cached: Callable[[], int] = lambda: 0,
 ) -> CachePlan:
-    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = what is kept of them and half of what is
-    free. `kept` counts these bytes, which takes time, and is called only where it decides.
+    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space, beside what
+    is cached of them. `cached` counts these bytes, which takes time, and is called only where it decides.
     """
     size = count * Layout.of(levels).numbers * 2
     if mode == "off":
         return CachePlan(folder, size, 0, False)
     budget = int(gigabytes * 1e9) if gigabytes else int(storage.free_bytes(folder.absolute()) * SHARE)
     if size > budget and not gigabytes:
-        budget += kept()
+        budget += cached()
     if mode == "disk" and size > budget:
         raise Refused(
             f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
@@ -192,42 +199,44 @@ def _held(folder: Path) -> int:
     return total
 
 
-def kept_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:
+def cached_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:
     """Bytes that the captures of these views take already."""
     size = views.settings.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
     paths = (path for path, _, _ in _shards(engine, views, inversion, folder))
     return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
 
 
-def stored(
+def cache_captures(
     engine,
     views: TrainingViews,
     inversion: Inversion,
     folder: Path,
     share: tuple[int, int] = (0, 1),
     batch_size: int = 12,
-    progress: Callable[[int], None] = lambda views: None,
+    on_views: Callable[[int], None] = lambda count: None,
 ) -> StoredCaptures:
-    """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
+    """The captures of all views; missing or damaged ones are computed now, by process `share[0]` of `share[1]` its
+    share.
+    """
     layout, draws, paths = Layout.of(engine.model.levels), views.settings.draws, []
     for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
         paths.append(path)
         _mark_used(path)
         if image % share[1] == share[0]:
             if not _is_whole(path, draws * layout.numbers * 2):
-                content = _made(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
+                content = _compute(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
                 storage.publish({path: [content, hashlib.sha256(content).digest()]})
-            progress(draws)
+            on_views(draws)
     _sweep(folder)
     return StoredCaptures(paths, layout, draws, engine.device)
 
 
 def _shards(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
-    """The file of every image's captures, what is looked at, and the seeds of its noise."""
+    """The file of every image's captures, its views, and the seeds of their noise."""
     draws = views.settings.draws
-    kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
+    numerics = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
     layout = asdict(Layout.of(engine.model.levels))
-    common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": layout}
+    common = {"model": engine.model.digests, **numerics, **asdict(inversion), "layout": layout}
     common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
     identity = json.dumps(common, sort_keys=True, default=str)
     for image in range(len(views.numbers)):
@@ -236,7 +245,7 @@ def _shards(engine, views: TrainingViews, inversion: Inversion, folder: Path) ->
         yield folder / f"{_key(identity, views, items, seeds)}.f16", items, seeds
 
 
-def _made(
+def _compute(
     engine,
     views: TrainingViews,
     items: Sequence,
@@ -249,7 +258,7 @@ def _made(
     while (start := sum(map(len, rows))) < len(items):
         part = slice(start, start + batch_size)
         try:
-            levels = layout.joined(capture(engine, views, items[part], seeds[part], inversion))
+            levels = layout.join(capture(engine, views, items[part], seeds[part], inversion))
             rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
         except torch.OutOfMemoryError as error:
             if len(items[part]) == 1:
@@ -258,13 +267,13 @@ def _made(
                     "Choose a smaller --size, or free its memory.",
                 ) from error
             batch_size = -(-len(items[part]) // 2)
-    joined = np.concatenate(rows)
-    if not np.isfinite(joined).all():
+    captures = np.concatenate(rows)
+    if not np.isfinite(captures).all():
         raise Refused(
-            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values exceed half precision",
+            f"image {items[0].id}: {int((~np.isfinite(captures)).sum())} captured values exceed half precision",
             "Use --cache off, which keeps them in fp32.",
         )
-    return joined
+    return captures
 
 
 def _key(identity: str, views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> str:
@@ -294,8 +303,8 @@ def _sweep(folder: Path) -> None:
     now = time.time()
     for path in folder.glob("*"):
         with suppress(OSError):  # another process was faster
-            found = path.stat()
-            is_left = storage.is_temporary(path) and now - found.st_mtime > DAY
-            is_unused = SHARD.fullmatch(path.name) and now - max(found.st_atime, found.st_mtime) > UNUSED * DAY
-            if is_left or is_unused:
+            times = path.stat()
+            is_abandoned = storage.is_temporary(path) and now - times.st_mtime > DAY
+            is_unused = SHARD.fullmatch(path.name) and now - max(times.st_atime, times.st_mtime) > UNUSED * DAY
+            if is_abandoned or is_unused:
                 path.unlink()

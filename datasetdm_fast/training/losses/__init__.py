@@ -1,1 +1,1 @@
-"""Losses of the decoders, and the objective of a step."""
+"""Losses of the decoders, and the training objective of a batch."""

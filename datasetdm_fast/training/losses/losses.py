@@ -18,11 +18,11 @@ OVERSAMPLE, UNCERTAIN = 3, 0.75
 
 @dataclass(frozen=True)
 class Totals:
-    """What the sums of a step are divided by: counts over the whole step, also where only a part of it is at hand."""
+    """Denominators of the losses: counts over the whole step, also in one gradient accumulation step of it."""
 
     images: int
     masks: int = 0
-    matched: int = 0  # queries that answer for a mask
+    matched: int = 0  # queries with a matched mask
     queries: int = 0
 
     @property
@@ -46,8 +46,8 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (2 * (inside * targets).sum(-1) + 1) / (inside.sum(-1) + targets.sum(-1) + 1)
 
 
-def drawn(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Places [1, P, 2] to match at, [count, 3P, 2] to choose from and [count, R, 2] to take; drawn on the CPU."""
+def sample_places(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Places [1, P, 2] to match at, [count, 3P, 2] to choose from and [count, R, 2] to take; sampled on the CPU."""
     sizes = [points, count * points * OVERSAMPLE, count * (points - int(points * UNCERTAIN))]
     parts = to_device(torch.rand(sum(sizes), 2, generator=generator), like.device).split(sizes)
     return [parts[0][None], *(part.view(count, -1, 2) for part in parts[1:])] if count else [parts[0][None], *parts[1:]]
@@ -75,15 +75,15 @@ def match(
     soft = logits.sigmoid()
     overlap = 1 - (2 * soft @ truth.mT + 1) / (soft.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
     cost = -CLASS * probability + MASK * entropy + DICE * overlap
-    cost = cost.float().nan_to_num().cpu().numpy()  # what is no number makes the loss one, which ends the training
-    return [linear_sum_assignment(cost[b, :, : len(own)]) for b, own in enumerate(classes)]
+    cost = cost.float().nan_to_num().cpu().numpy()  # NaN makes the loss NaN, which ends the training
+    return [linear_sum_assignment(cost[b, :, : len(ids)]) for b, ids in enumerate(classes)]
 
 
-def _numbered(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: Sequence[Tensor]) -> np.ndarray:
+def _matched_rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: Sequence[Tensor]) -> np.ndarray:
     """[3, M] of each pair of a query and a target: image, query, and place of the target among those of all images."""
     firsts = np.cumsum([0, *(len(ids) for ids in classes)])
-    rows = [(np.full_like(own, b), own, target + firsts[b]) for b, (own, target) in enumerate(pairs)]
-    return np.concatenate([np.stack(one) for one in rows], 1)
+    rows = [(np.full_like(query, b), query, target + firsts[b]) for b, (query, target) in enumerate(pairs)]
+    return np.concatenate([np.stack(row) for row in rows], 1)
 
 
 @torch.no_grad()
@@ -101,35 +101,38 @@ def set_loss(
     masks: Sequence[Tensor],
     points: int = 12544,
     generators: Sequence[torch.Generator] | None = None,
-    whole: Totals | None = None,
+    totals_of_step: Totals | None = None,
 ) -> Tensor:
     """Loss of query logits [B, Q, K+1] and [B, Q, h, w] against each image's class ids [M] and masks [M, H, W].
 
-    Each image's points have their own generator; given the totals of a `whole` step, losses of parts add up.
+    Each image's points have their own generator; given `totals_of_step`, losses of its gradient
+    accumulation steps add up.
     """
     queries, none = class_logits.shape[1], class_logits.shape[-1] - 1
-    whole = whole or totals([len(ids) for ids in classes], queries)
-    wanted = torch.full(class_logits.shape[:2], none, device=class_logits.device)
+    whole = totals_of_step or totals([len(ids) for ids in classes], queries)
+    class_targets = torch.full(class_logits.shape[:2], none, device=class_logits.device)
     counts = [min(len(ids), queries) for ids in classes]
-    found = None
+    matched_masks = None
     if any(counts):
         each = [
-            drawn(count, points, mask_logits, generators[b] if generators else None) for b, count in enumerate(counts)
+            sample_places(count, points, mask_logits, generators[b] if generators else None)
+            for b, count in enumerate(counts)
         ]
         pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
-        # All three at once: every copy to a GPU costs as much as a kernel.
-        images, chosen, answers = to_device(torch.from_numpy(_numbered(pairs, classes)), wanted.device)
-        found = mask_logits[images, chosen]
-        wanted[images, chosen] = torch.cat(list(classes))[answers]
+        # All three in one copy: every copy to a GPU costs as much as a kernel.
+        images, chosen, matched = to_device(torch.from_numpy(_matched_rows(pairs, classes)), class_targets.device)
+        matched_masks = mask_logits[images, chosen]
+        class_targets[images, chosen] = torch.cat(list(classes))[matched]
     weight = torch.ones(none + 1, device=class_logits.device)
-    weight[none:] = NO_OBJECT  # of a single place a GPU's host would copy the number, and wait
-    loss = CLASS * F.cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum") / whole.weight
-    if found is not None:
-        shapes = torch.cat(list(masks))[answers]
+    weight[none:] = NO_OBJECT  # the host would copy a single element, and wait
+    entropy = F.cross_entropy(class_logits.flatten(0, 1), class_targets.flatten(), weight, reduction="sum")
+    loss = CLASS * entropy / whole.weight
+    if matched_masks is not None:
+        shapes = torch.cat(list(masks))[matched]
         where = uncertain_points(
-            found, *(torch.cat([one[k] for one, count in zip(each, counts) if count]) for k in (1, 2))
+            matched_masks, *(torch.cat([places[k] for places, count in zip(each, counts) if count]) for k in (1, 2))
         )
-        at, truth = sample_points(found, where), sample_points(shapes, where)
+        at, truth = sample_points(matched_masks, where), sample_points(shapes, where)
         entropy = F.binary_cross_entropy_with_logits(at, truth, reduction="none").mean(-1)
         loss = loss + (MASK * entropy.sum() + DICE * dice(at, truth).sum()) / max(whole.masks, 1)
     return loss
@@ -145,7 +148,7 @@ def scale_invariant_log(metres: Tensor, truth: Tensor, focus: float = 0.5) -> Te
 
 
 def relative_error(metres: Tensor, truth: Tensor) -> Tensor:
-    """[B] means of |metres - truth| / truth where that is known."""
+    """[B] means of |metres - truth| / truth where the truth is known."""
     known = (truth > 0).float()
     each = (metres - truth).abs() / torch.where(truth > 0, truth, 1) * known
     return each.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)

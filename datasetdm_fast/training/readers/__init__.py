@@ -58,9 +58,16 @@ ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
 
 
+def parse_address(spec: str) -> tuple[str, Path, str | None] | None:
+    """Kind, folder and split of an address; None of rendered scenes, and where no folder is named."""
+    kind, _, rest = spec.partition(":")
+    match = None if kind in RENDERED_KINDS else ADDRESSED.fullmatch(rest)
+    return (kind, Path(match[1]).expanduser(), match[2]) if match else None
+
+
 def is_read(spec: str, path: Path) -> bool:
     """Whether the reader of an address may take files in the folder `path` for the data set's."""
-    if not (address := _parts(spec)):
+    if not (address := parse_address(spec)):
         return False
     kind, data, split = address
     data, path = data.resolve(), path.resolve()
@@ -68,19 +75,6 @@ def is_read(spec: str, path: Path) -> bool:
         return False
     first = path.relative_to(data).parts[:1]
     return kind != "folder" or not first or first[0] in (*PARTS, split)
-
-
-def folders_of(first: str, second: str) -> tuple[Path, Path] | None:
-    """The folders of two addresses that are alike in all but these."""
-    here, there = _parts(first), _parts(second)
-    return (here[1], there[1]) if here and there and here[::2] == there[::2] else None
-
-
-def _parts(spec: str) -> tuple[str, Path, str | None] | None:
-    """Kind, folder and split of an address; None of rendered scenes, and where no folder is named."""
-    kind, _, rest = spec.partition(":")
-    match = None if kind in RENDERED_KINDS else ADDRESSED.fullmatch(rest)
-    return (kind, Path(match[1]).expanduser(), match[2]) if match else None
 
 
 def open_data(

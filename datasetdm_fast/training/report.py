@@ -1,0 +1,145 @@
+"""What a training reports on the terminal: its plan, its figures, and what limits them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.config import FROM_IMAGE
+from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.training import log
+from datasetdm_fast.training.evaluation.meter import figure_name
+from datasetdm_fast.training.session import PERSON, TrainingSession
+from datasetdm_fast.training.settings import QUIRKS
+from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough
+from datasetdm_fast.training.task_training import TaskPlan, TaskSettings
+
+MOST_NAMED = 5  # classes that a warning lists
+
+
+def describe_plans(
+    session: TrainingSession,
+    plans: Mapping[str, TaskPlan],
+    results: Mapping[str, Any],
+    settings: TaskSettings,
+    out: Path,
+    folds: int = 0,
+) -> Iterator[str]:
+    """The lines before a training: data, captures, and each decoder with its steps."""
+    (training, held_out), size = session.split, session.engine.model.size
+    framing = describe_framing(session.framing)
+    views = count_noun(session.view_settings.draws, "view")
+    yield f"data       {session.address}"
+    yield (
+        f"images     {len(training)} to learn from in {views} each, {len(held_out)} held out, "
+        f"{size} pixels a side{f' ({framing})' if framing else ''}"
+    )
+    yield f"captures   {session.cache_plan(next(iter(plans)))}"
+    patience = settings.early_stopping_patience
+    early = f", fewer once {patience} of {settings.checks} evaluations in turn bring no improvement"
+    for task, plan in plans.items():
+        schedule, is_finished = plan.schedule, results[task] is not None
+        yield (
+            f"{task:<10} {plan.decoder.kind} decoder, {count_noun(schedule.steps, 'step')} of "
+            f"{count_noun(schedule.batch_size, 'view')}{early if patience and are_enough(len(held_out)) else ''}"
+            f"{' - finished' if is_finished else ''}"
+        )
+    if folds:
+        yield f"folds      {folds} more decoders of each kind, each to judge a share of the images"
+        for task, plan in plans.items():
+            steps = plan.schedule.steps * (folds + (results[task] is None))
+            seconds = log.seconds_per_step(out / task / "training") * steps
+            about = f", about {format_duration(seconds)} by the steps that were taken" if seconds else ""
+            times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
+            yield f"{task:<10} {steps} steps in all, {times}{about}"
+    for name in sorted(session.view_settings.quirks):
+        yield f"{name}        {QUIRKS[name]}"
+
+
+def describe_framing(framing: Mapping[str, Any]) -> str:
+    """How images are brought to the model's size, in words; empty where all have it."""
+    scaled, cut, pictures = (framing[name] for name in ("scaled", "cut_to_a_square", "pictures"))
+    if not scaled:
+        return ""
+    if framing["framing"] == PERSON:
+        each = "each in the middle of a square" if pictures > 1 else "in the middle of a square"
+        return f"{count_noun(pictures, 'person')}, {each} that is cut out and scaled to that"
+    of_all = count_noun(pictures, "picture")
+    which = f"all {of_all} are" if scaled == pictures > 1 else f"{scaled} of {of_all} {'is' if scaled == 1 else 'are'}"
+    square = "a square that DatasetDM's rule draws" if framing["framing"] == "upstream" else "the square in the middle"
+    some = f", {cut} of them cut to {square}" if cut else ""
+    return f"{which} scaled to that{f' and cut to {square}' if cut == scaled else some}"
+
+
+def describe_result(out: Path, task: str, result: Mapping[str, Any], folds: Mapping[str, Any] | None) -> Iterator[str]:
+    """The lines after a training: its figures, the most reliable first."""
+    if folds:
+        images = count_noun(folds["images"], "image")
+        yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
+    steps, held_out = count_noun(result["steps"], "step"), count_noun(result["held_out_images"], "held-out image")
+    if result.get("stopped_early"):
+        steps += f", stopped early, weights of step {result.get('weights_of_step')}"
+    figures = _figures(held_out, result["held_out"], result.get("held_out_intervals", {}))
+    yield f"{task}: {steps}; {figures}" if result["held_out"] else f"{task}: {steps}"
+    yield from (f"  {note}" for note in cautions(result, bool(folds)))
+    yield f"  look at {out}/{task}/training/page.html"
+
+
+def _figures(images: str, figures: Mapping[str, Any], bounds: Mapping[str, list[float]]) -> str:
+    """Each figure on so many images, with its interval."""
+    values = (
+        f"{figure_name(name)} {format_figure(value, bounds.get(name))}"
+        for name, value in figures.items()
+        if isinstance(value, float)
+    )
+    return f"on {images}{' (95 % intervals)' if bounds else ''}: {'  '.join(values)}"
+
+
+def format_figure(value: float, bounds: object) -> str:
+    """A figure with its interval, where it has one."""
+    return f"{value:.4f}" + (f" ({bounds[0]:.4f} to {bounds[1]:.4f})" if isinstance(bounds, list) else "")
+
+
+def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
+    """The limits of a result's held-out figures; `has_folds` where cross-validation has better ones."""
+    notes, images = [], result["held_out_images"]
+    unrelated = result.get("unrelated_images", images + result["images"])  # missing in results of earlier versions
+    folds = min(AUTO_FOLDS, unrelated)
+    few = f"{count_noun(images, 'image is', 'images are')} too few for a figure to rely on"
+    unmeasured = "no image was held out to measure it"
+    if result.get("step_chosen_on_held_out"):
+        notes.append("the step of the weights was chosen on the same images, so that other images will score lower")
+    if are_enough(images):
+        pass
+    elif has_folds:
+        notes.append(
+            f"{few}: see those of cross-validation" if images else f"{unmeasured}: see the figures of cross-validation"
+        )
+    elif images:
+        is_possible = (images + result["images"]) // 2 >= ENOUGH_IMAGES
+        more = f"raise --held-out to {ENOUGH_IMAGES} images or more, or " if is_possible else ""
+        notes.append(
+            f"{few}: --folds auto measures on all of them by cross-validation ({folds} more trainings); or "
+            f"{more}evaluate on other data"
+        )
+    elif unrelated < 2:
+        notes.append(f"{unmeasured}: evaluate on other data")
+    else:
+        folds = folds if result["images"] >= LEAST_IMAGES else 2
+        notes.append(
+            f"{unmeasured}: --folds {folds} measures on all of them by cross-validation; or evaluate on other data"
+        )
+    if missing := result.get("not_shown"):
+        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+        them = "it" if len(missing) == 1 else "them"
+        notes.append(
+            f"no held-out image shows {', '.join(missing[:MOST_NAMED])}{more}: means leave {them} out, and intervals "
+            "allow for any score"
+        )
+    if images and result.get("outlines") == FROM_IMAGE:
+        notes.append("labels have outlines that follow the image; figures of single steps were measured without them")
+    if result.get("named_by_captions") and (images or has_folds):
+        notes.append(
+            "where an image's caption names classes, only these were looked for; evaluate --captions unread measures "
+            "without this"
+        )
+    return notes

@@ -1,0 +1,252 @@
+"""The training loop: batches of captures against their targets.
+
+Whatever is random in a step is sampled from the step's number and the place in its batch. So neither an interruption
+nor the number of processes or of gradient accumulation steps changes what is sampled.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig
+from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape
+from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.training.captures.cache import Layout
+from datasetdm_fast.training.captures.targets import TrainingTarget
+from datasetdm_fast.training.captures.views import TrainingViews
+from datasetdm_fast.training.losses import losses
+from datasetdm_fast.training.losses.objective import loss_of, query_target, sample_word
+from datasetdm_fast.training.processes import SOLO, Ranks
+from datasetdm_fast.training.recipes import TrainingSchedule
+from datasetdm_fast.training.state import TrainingState
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Takes the steps of a training; what they depend on is its state."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        schedule: TrainingSchedule,
+        views: TrainingViews,
+        words: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        dtype: str = "fp32",
+        ranks: Ranks = SOLO,
+        reads_ahead: bool | None = None,  # whether a thread reads the next step's captures; None: if they are stored
+    ):
+        self.schedule, self.views, self.ranks = schedule, views, ranks
+        self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        self.words = None if words is None else words.clone().float().to(device)
+        self.state = TrainingState(config, schedule, self.words, self.device, self.dtype)
+        self._order = lru_cache(2)(self._permutation)
+        reads_ahead = views.captures.is_stored if reads_ahead is None else reads_ahead
+        self._reader = ThreadPoolExecutor(1, "captures") if reads_ahead else None
+        self._next: tuple[int, Future] | None = None
+
+    def batch_views(self, step: int) -> list[tuple[int, int]]:
+        """Place in the batch and view of this process's share of a step; each epoch has all views in a new order."""
+        places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
+        batch = []
+        for place in places:
+            epoch, position = divmod(step * self.schedule.batch_size + place, len(self.views))
+            batch.append((place, int(self._order(epoch)[position])))
+        return batch
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.views), generator=generator(self.schedule.seed, "turn", epoch))
+
+    def _accumulation_steps(self, batch: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        """The batch in the gradient accumulation steps of this process."""
+        parts = -(-self.schedule.gradient_accumulation_steps // self.ranks.world)
+        cuts = np.array_split(np.arange(len(batch)), min(parts, max(len(batch), 1)))
+        return [[batch[k] for k in cut] for cut in cuts if len(cut)]
+
+    def _read(self, batch: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
+        parts = [[view for _, view in part] for part in self._accumulation_steps(batch)]
+        return [self.views.captures.batch(part) for part in parts], [self.views.target(view) for _, view in batch]
+
+    def _batch(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[TrainingTarget]]:
+        """The step's batch, read ahead during the step before where that helps."""
+        batch = self.batch_views(step)
+        if self._reader is None:
+            return batch, *self._read(batch)
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._reader.submit(self._read, batch))
+        captures, targets = self._next[1].result()
+        if step + 1 < self.schedule.steps:
+            self._next = (step + 1, self._reader.submit(self._read, self.batch_views(step + 1)))
+        return batch, captures, targets
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        schedule = self.schedule
+        rate = schedule.rate * min(1.0, (step + 1) / max(schedule.warmup, 1))
+        if schedule.decay == "cosine":
+            return rate * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+        return rate * 0.1 ** (step * schedule.batch_size // schedule.decay_every)
+
+    def step(self) -> float:
+        """Takes one step and returns its loss."""
+        try:
+            return self._step()
+        except torch.OutOfMemoryError as error:
+            views = -(-self.schedule.batch_size // self.schedule.gradient_accumulation_steps)
+            raise Missing(
+                f"memory: the GPU does not have enough memory for {views} view{'s' * (views > 1)} at once",
+                "Raise --accumulate or choose a smaller --batch-size, with another --out; or free its memory.",
+            ) from error
+
+    def _step(self) -> float:
+        schedule, state, step = self.schedule, self.state, self.state.step
+        decoder = state.decoder
+        batch, captures, targets = self._batch(step)
+        allow_tf32(self.device, self.dtype is not torch.float32)  # what an engine of another precision has just set
+        choose_by_shape(self.device)
+        generators = [generator(schedule.seed, step, place) for place, _ in batch]
+        layout, dropout = self.views.captures.layout, schedule.dropout
+        # which feature channels of all levels are hidden from each view
+        hidden = [torch.rand(sum(layout.features), generator=random) < dropout for random in generators if dropout]
+        query_words = (
+            [sample_word(target, len(self.words), random) for target, random in zip(targets, generators)]
+            if decoder.config.has_text
+            else []
+        )
+        truths = [
+            query_target(target, query_words[b] if query_words else None, self.device)
+            for b, target in enumerate(targets)
+        ]
+        totals = self._totals(truths)
+        powers = [buffer for name, buffer in decoder.named_buffers() if name.endswith("u0")]
+        statistics = [buffer for name, buffer in decoder.named_buffers() if "stored_" in name]
+        starts = [buffer.clone() for buffer in (*powers, *statistics)]
+        means = [torch.zeros_like(buffer) for buffer in statistics]
+        state.optimiser.param_groups[0]["lr"] = self.rate(step)
+        state.optimiser.zero_grad(set_to_none=True)
+        total, begin = torch.zeros((), device=self.device), 0
+        depth = {"auxiliary": schedule.is_deep} if decoder.config.has_queries else {}
+        for levels in captures:  # one gradient accumulation step each
+            part = slice(begin, begin := begin + len(levels[0]))
+            for buffer, start in zip((*powers, *statistics), starts):  # every part continues from the same
+                buffer.copy_(start)
+            text = (self._text(query_words[part]),) if query_words else ()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                levels = hide_channels([level.to(self.device) for level in levels], hidden[part], dropout, layout)
+                outputs = decoder(project(decoder, levels), *text, **depth)
+            loss = loss_of(decoder.config, outputs, targets[part], truths[part], schedule, generators[part], totals)
+            state.scaler.scale(loss).backward()
+            total += loss.detach()
+            for mean, buffer in zip(means, statistics):
+                mean += buffer / len(captures)
+        self._reduce(total, means)
+        for buffer, mean in zip(statistics, means):
+            buffer.copy_(mean)
+        state.scaler.unscale_(state.optimiser)
+        if schedule.clip:
+            torch.nn.utils.clip_grad_norm_(state.parameters, schedule.clip)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+        if schedule.average:
+            with torch.no_grad():
+                weight = 1 - min(schedule.average, (1 + step) / (10 + step))
+                torch._foreach_lerp_(state.average, state.parameters, weight)
+        state.loss = self._finite(total)  # last, so that all of the step is queued before the host waits for it
+        state.step += 1
+        return state.loss
+
+    def _finite(self, loss: Tensor) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise GateFailed(
+                f"{self.state.decoder.config.task}: the loss of step {self.state.step + 1} is {value}",
+                "Lower --rate, or use --dtype fp32, with another --out.",
+            )
+        return value
+
+    def _text(self, words: Sequence[int]) -> Tensor:
+        """The class embedding that each view is queried with."""
+        return torch.stack([self.words[0 if self.schedule.first_word_only else word] for word in words])
+
+    def _totals(self, truths: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
+        config = self.state.decoder.config
+        local = losses.totals([len(ids) for ids, _ in truths], config.queries if config.has_queries else 0)
+        numbers = torch.tensor(astuple(local), dtype=torch.float32)  # of the host, as it needs them at once
+        self.ranks.total([numbers])
+        return losses.Totals(*map(int, numbers.tolist()))
+
+    def _reduce(self, total: Tensor, means: Sequence[Tensor]) -> None:
+        """Adds up loss and gradients over all processes; running statistics become their mean."""
+        if self.ranks.world == 1:
+            return
+        for mean in means:
+            mean /= self.ranks.world
+        # Views without things give the layers of masks no gradient, those of another process may; the hosts compare.
+        reached = torch.tensor([float(parameter.grad is not None) for parameter in self.state.parameters])
+        self.ranks.total([reached])
+        shared = [parameter for parameter, count in zip(self.state.parameters, reached.tolist()) if count]
+        for parameter in shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.total([total, *means, *(parameter.grad for parameter in shared)])
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+def fit(
+    config: DecoderConfig,
+    views: TrainingViews,
+    schedule: TrainingSchedule,
+    words: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A trained decoder; `words` [K, D] are class embeddings for open vocabulary."""
+    trainer = Trainer(config, schedule, views, words, device)
+    try:
+        while trainer.state.step < schedule.steps:
+            trainer.step()
+    finally:
+        trainer.close()
+    return trainer.state.averaged_decoder()
+
+
+def generator(*key: object) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def project(decoder: Decoder, levels: Sequence[Tensor]) -> ProjectedCapture:
+    """The outputs of the decoder's first layers for levels [B, cells, channels]; gradients reach their weights."""
+    weights, sums = decoder.projections(), []
+    for name, level in zip(LEVELS, levels):
+        side = math.isqrt(level.shape[1])
+        weight = weights[name].flatten(1) if name in weights else level.new_zeros(0, level.shape[2])
+        sums.append((level.flatten(0, 1) @ weight.T).unflatten(0, (len(level), side, side)).permute(0, 3, 1, 2))
+    return ProjectedCapture(tuple(sums), {})
+
+
+def hide_channels(levels: Sequence[Tensor], hidden: Sequence[Tensor], share: float, layout: Layout) -> list[Tensor]:
+    """The levels with each view's hidden channels zeroed and the others raised to make up for it (channel dropout)."""
+    if not share:
+        return list(levels)
+    rows = to_device(~torch.stack(list(hidden)), levels[0].device).to(levels[0].dtype) / (1 - share)
+    scales = [
+        F.pad(row, (0, channels - row.shape[1]), value=1.0)
+        for row, (_, channels) in zip(rows.split(layout.features, 1), layout.shapes)
+    ]
+    return [level * row[:, None] for level, row in zip(levels, scales)]

@@ -1,0 +1,143 @@
+"""The trainings of one command: each task's cross-validation, decoder and page, one task after the other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+from datasetdm_fast.engine.engines.device import slow_in_fp16
+from datasetdm_fast.engine.loading import checkpoint
+from datasetdm_fast.training import page, report
+from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
+from datasetdm_fast.training.log import log_lines
+from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.splits import count_folds, split_folds
+from datasetdm_fast.training.task_training import (
+    TaskPlan,
+    TaskSettings,
+    find_result,
+    lock_folder,
+    run_training,
+)
+
+PAGE = "page.html"
+Progress = Callable[[str, str, int, int], Any]  # task, title, steps, steps of later trainings -> context with on_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a task's training, None where it was stopped, and the figures of its cross-validation."""
+
+    result: dict[str, Any] | None
+    folds: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Workflow:
+    session: TrainingSession
+    out: Path
+    tasks: Sequence[str]
+    settings: TaskSettings
+    folds: str  # --folds
+
+    def prepare(self) -> dict[str, TaskPlan]:
+        """The plan of each task, after every check that can refuse it; reports what is to be done."""
+        if self.settings.dtype == "fp16" and self.session.engine.device.type == "cpu":
+            raise slow_in_fp16("--dtype")
+        plans = {task: self.session.plan(task) for task in self.tasks}
+        results = {task: find_result(self.out / task, plan) for task, plan in plans.items()}
+        for line in report.describe_plans(self.session, plans, results, self.settings, self.out, self._fold_count):
+            self.session.on_message(line)
+        return plans
+
+    @property
+    def _fold_count(self) -> int:
+        session = self.session
+        return count_folds(self.folds, session.source, session.numbers, len(session.split[1]))
+
+    def run(
+        self, plans: Mapping[str, TaskPlan], command: str, progress: Progress, is_stopping: Callable[[], bool]
+    ) -> dict[str, Outcome]:
+        """Trains every task, and resumes or skips those that have begun; stops after the first that is stopped."""
+        outcomes = {}
+        for task, plan in plans.items():
+            folder, is_first = self.out / task, self.session.ranks.is_first
+            result = find_result(folder, plan)
+            if result is not None and is_first:  # killed in its last moment
+                checkpoint.remove(folder / "training")
+            is_done = result is not None and not self._fold_count and (folder / "training" / PAGE).exists()
+            if self.session.ranks.broadcast(is_done):
+                outcomes[task] = Outcome(result, read_folds(folder))
+                continue
+            with lock_folder(folder) if is_first else nullcontext():
+                outcomes[task] = self._run_task(task, plan, command, progress, is_stopping)
+            if outcomes[task].result is None:
+                break
+        return {task: outcomes.get(task, Outcome(None, None)) for task in plans}
+
+    def _run_task(
+        self, task: str, plan: TaskPlan, command: str, progress: Progress, is_stopping: Callable[[], bool]
+    ) -> Outcome:
+        session, folder, count = self.session, self.out / task, self._fold_count
+        ranks, steps = session.ranks, plan.schedule.steps
+        # Another training may have written to this folder before it was locked.
+        result = ranks.broadcast(find_result(folder, plan) if ranks.is_first else None)
+        left = 0 if result else steps
+        folds = read_folds(folder)
+        if count:
+
+            def fold_progress(number: int, steps: int) -> Any:
+                return progress(task, f"{task}, fold {number} of {count},", steps, (count - number) * steps + left)
+
+            options = (self.settings, fold_progress, is_stopping)
+            folds = cross_validate(session, task, folder, count, *options)
+            if folds is None:
+                return Outcome(None, None)
+        if result is None:
+            training = session.open_training(folder, plan, self.settings, is_stopping)
+            if training is not None:
+                with progress(task, task, steps, 0) as shown:
+                    result = run_training(training, ranks, shown.on_step, is_stopping)
+            if result is None:
+                return Outcome(None, folds)
+            del training
+            self._write_page(task, plan, result, folds, command)
+        elif not ranks.broadcast(ranks.is_first and page.shows_folds(folder / "training" / PAGE, folds)):
+            self._write_page(task, plan, result, folds, command)
+        return Outcome(result, folds)
+
+    def _write_page(
+        self, task: str, plan: TaskPlan, result: Mapping[str, Any], folds: Mapping[str, Any] | None, command: str
+    ) -> None:
+        """Writes the page, with labels of held-out images, or else of images that the first fold was not trained on."""
+        session, folder = self.session, self.out / task
+        shown, title, decoder_folder = session.split[1], "Held-out images", folder
+        if not shown and folds:
+            first = split_folds(session.source, session.numbers, folds["folds"], session.view_settings.seed)[0]
+            shown, title = first, "Images that the decoder of the first fold has not seen"
+            decoder_folder = fold_folder(folder, folds["folds"], 1)
+        views = session.views(task, shown[: page.SHOWN], 1) if shown else None
+        if not session.ranks.is_first:
+            return
+        labels = session.predictor(plan).predict(load_decoder(decoder_folder), views) if views else []
+        steps, framing = str(result["steps"]), report.describe_framing(session.framing)
+        if result.get("stopped_early"):
+            patience = self.settings.early_stopping_patience
+            steps += f" of {plan.schedule.steps}: {patience} evaluations in turn brought no improvement"
+        facts = {
+            "data": session.address,
+            "images learnt from": result["images"],
+            "images held out": result["held_out_images"],
+            "steps": steps,
+            "weights of step": result.get("weights_of_step", result["steps"]),
+            "pixels a side": f"{session.engine.model.size}{f': {framing}' if framing else ''}",
+            "outlines of labels": f"of the {result['outlines']}" if "outlines" in result else "",
+            page.COMMAND: command,
+        }
+        facts = {name: value for name, value in facts.items() if value != ""}
+        cautions, lines = report.cautions(result, bool(folds)), log_lines(folder / "training")
+        arguments = (session.source, facts, result, lines, cautions, folds, views, labels, title)
+        storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})
