@@ -67,7 +67,7 @@ tell({"path": _C.__file__, "cuda": bool(_C.built_with_cuda), "devices": int(_C.c
 """,
     "gpu": """
 from datasetdm_fast.export.tensorrt import flavours
-tell({"driver": flavours.driver(), "capabilities": flavours.gpu_capabilities()})
+tell({"driver": flavours.describe_driver(), "capabilities": flavours.gpu_capabilities()})
 """,
     "torch": """
 import torch

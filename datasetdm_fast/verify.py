@@ -52,9 +52,7 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
     )
     number: int = setting(8, "images to compare", metavar="N")
     batch_size: int = setting(4, "images per batch", metavar="N")
-    dtype: str = setting(
-        "auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8")
-    )
+    dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE", output="file")
     run: str = setting("", "run folder in whose run.json the verdict is stored", metavar="RUN", output="folder")

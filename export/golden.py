@@ -10,15 +10,19 @@ from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
 from datasetdm_fast.engine.sampling.times import initial_noise
-from datasetdm_fast.export.onnx.to_onnx import averaged_sides, label_of
+from datasetdm_fast.export.onnx.stage_names import averaged_sides, label_of
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 PROMPT = "a red ball beside a cube on a table"
 WORD = "ball"
 TIMESTEP = 401.0
-KEPT = 1 << 16  # values of an output that are kept, evenly spaced over it
-# Relative L2 beyond which a plan does not say what it was built to say.
-FAR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 0.15, "fp8": 0.25}
+STORED = 1 << 16  # values of an output that are stored, evenly spaced over it
+# Relative L2 of an output that is accepted.
+LARGEST_ERROR = {
+    "fp32": 2e-2,
+    "fp16": 5e-2,
+    "bf16": 0.15,
+}
 
 
 class Reference:
@@ -43,8 +47,8 @@ class Reference:
                 inputs, outputs = self._average(*sides)
             else:
                 inputs, outputs = getattr(self, f"_{stage}")()
-        given = {f"in.{name}": value.numpy().copy(order="C") for name, value in inputs.items()}
-        return given | {f"out.{name}": sampled(value.numpy()) for name, value in outputs.items()}
+        tensors = {f"in.{name}": value.numpy().copy(order="C") for name, value in inputs.items()}
+        return tensors | {f"out.{name}": sample_values(value.numpy()) for name, value in outputs.items()}
 
     @functools.cached_property
     def _call(self) -> dict[str, Tensor]:
@@ -74,13 +78,13 @@ class Reference:
 
     def _denoise_and_keep(self):
         noise, capture = self._called("denoise_and_capture_raw")
-        kept = {
+        captured = {
             f"{kind}_{name}_{place}": value
             for kind in ("features", "maps")
             for name, level in zip(LEVELS, getattr(capture, kind))
             for place, value in enumerate(level)
         }
-        return self._call, {"noise": noise, **kept}
+        return self._call, {"noise": noise, **captured}
 
     def _average(self, self_side: int, cross_side: int):
         words = self._engine.encode_text([WORD])
@@ -106,21 +110,21 @@ class Reference:
     def _annotate(self, task: str):
         _, capture = self._captured
         levels = zip(LEVELS, capture.sums, capture.slices[task])
-        given = {f"sums_{name}": total[:, part] for name, total, part in levels if part.stop > part.start}
+        inputs = {f"sums_{name}": total[:, part] for name, total, part in levels if part.stop > part.start}
         if self._engine.decoders[task].config.has_text:
-            given["text"] = self._engine.encode_classes([WORD])[None]
-        return given, self._engine.annotate(task, capture, given.get("text"))
+            inputs["text"] = self._engine.encode_classes([WORD])[None]
+        return inputs, self._engine.annotate(task, capture, inputs.get("text"))
 
 
-def sampled(value: np.ndarray) -> np.ndarray:
-    """Evenly spaced values of an array, at most KEPT of them, in order."""
+def sample_values(value: np.ndarray) -> np.ndarray:
+    """Evenly spaced values of an array, at most STORED of them, in order."""
     flat = value.reshape(-1)
-    return np.ascontiguousarray(flat[:: -(-flat.size // KEPT) or 1])
+    return np.ascontiguousarray(flat[:: -(-flat.size // STORED) or 1])
 
 
-def distance(found: np.ndarray, truth: np.ndarray) -> float:
+def relative_error(output: np.ndarray, truth: np.ndarray) -> float:
     """Relative L2; infinite where something is not a number."""
-    found, truth = found.astype(np.float64), truth.astype(np.float64)
-    if not np.isfinite(found).all():
+    output, truth = output.astype(np.float64), truth.astype(np.float64)
+    if not np.isfinite(output).all():
         return float("inf")
-    return float(np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-12))
+    return float(np.linalg.norm(output - truth) / max(np.linalg.norm(truth), 1e-12))

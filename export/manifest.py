@@ -39,6 +39,10 @@ class StageFile:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.file, self.data) if self.data else (self.file,)
+
 
 @dataclass(frozen=True)
 class FileInfo:

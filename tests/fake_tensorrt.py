@@ -46,10 +46,6 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY, EAGER = 0, 1
 
 
-class BuilderFlag(enum.Enum):
-    REFIT, WEIGHT_STREAMING = 2, 17
-
-
 class ComputeCapability(enum.Enum):
     NONE, CURRENT, SM75, SM86, SM89 = 0, 1, 75, 86, 89
 
@@ -76,39 +72,16 @@ class Runtime:
         return Engine(json.loads(content), self.log)
 
 
-class RuntimeCache:
-    def __init__(self):
-        self.content = b"compiled"
-
-    def serialize(self):
-        return self.content
-
-    def deserialize(self, content):
-        self.content = bytes(content)
-        return True
-
-
 class RuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
-    def __init__(self):
-        self.cache = None
-
-    def create_runtime_cache(self):
-        return RuntimeCache()
-
-    def set_runtime_cache(self, cache):
-        self.cache = cache
-        return True
-
 
 class PlainRuntimeConfig:
-    """Of the full TensorRT: neither graphs nor caches."""
+    """Of the full TensorRT: no graphs of its own."""
 
 
 class Engine:
-    streamable_weights_size = 0
     offers_graphs = True
 
     def __init__(self, plan, log):
@@ -147,9 +120,8 @@ class Context:
         return True
 
     def set_input_shape(self, name, shape):
-        least, _, most = self.profile[name]
         self.shapes[name] = tuple(shape)
-        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return tuple(shape) == tuple(self.profile[name])
 
     def infer_shapes(self):
         return [
@@ -215,10 +187,10 @@ class HostQueue:
     def wait(self):
         pass
 
-    def turn(self):
+    def take_turn(self):
         return nullcontext()
 
-    def here(self):
+    def use_device(self):
         return torch.inference_mode()
 
 
@@ -226,10 +198,10 @@ def fake_builder(monkeypatch) -> list:
     """Builds become fakes; the orders that were built are in the list."""
     built = []
 
-    def run_builder(graph, order, part, flavour, timings=None, is_quiet=False):
+    def run_builder(graph, order, part, flavour, is_quiet=False):
         built.append(order)
         part.write_bytes(plan_of(graph, order))
-        return {"layers": 1, "fused_attentions": 0, "nodes": 1, "seconds": 0.0}
+        return {"layers": 1, "fused_attentions": 0, "seconds": 0.0}
 
     monkeypatch.setattr(to_tensorrt, "run_builder", run_builder)
     return built

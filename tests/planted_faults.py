@@ -463,7 +463,7 @@ FAULTS = {
         {"device": "cuda:1"},
     ),
     "free memory of another GPU": Fault(
-        "datasetdm_fast.engine.engines.memory:suggested",
+        "datasetdm_fast.engine.engines.memory:suggest_batch",
         "torch.cuda.mem_get_info(device)",
         "torch.cuda.mem_get_info()",
         {"scenario": "library", "device": "cuda:1"},

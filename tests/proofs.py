@@ -562,7 +562,7 @@ def try_onnx(data: bytes) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "denoise.onnx").write_bytes(data)
     refusals = []
-    for door in (open_in_onnx_runtime, build_with_tensorrt, calibrate_eight_bits):
+    for door in (open_in_onnx_runtime, build_with_tensorrt):
         try:
             return f"{door.__name__}: {door(folder, manifest_of(folder))}"
         except Refused as stop:
@@ -583,13 +583,14 @@ def manifest_of(folder: Path):
 def open_in_onnx_runtime(folder: Path, manifest):
     import torch
 
-    from datasetdm_fast.engine.engines.exported import cached, ort
+    from datasetdm_fast.engine.engines.exported import graphs, ort
 
-    export, cached.cached = cached.cached, lambda *_, **options: (folder, manifest)  # the cache holds this very export
+    export = graphs.export_cached
+    graphs.export_cached = lambda *_, **options: (folder, manifest)  # the cache holds this very export
     try:
         engine = ort.OrtEngine(None, device="cpu")
     finally:
-        cached.cached = export
+        graphs.export_cached = export
     return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(2, 77, 32))
 
 
@@ -598,18 +599,6 @@ def build_with_tensorrt(folder: Path, manifest):
 
     target = to_tensorrt.Target(flavours.Flavour("tensorrt-rtx", "1.0", "13"), (1,))
     return to_tensorrt.open_plan(plans.PlanFolder(folder), "denoise", manifest, target, lambda stage: {})
-
-
-def calibrate_eight_bits(folder: Path, manifest):
-    from datasetdm_fast.export_cli import calibration
-
-    export, digest = calibration.to_onnx.export, calibration.to_onnx.source_digest
-    calibration.to_onnx.source_digest = lambda *_: "source"
-    calibration.to_onnx.export = lambda *_, **options: manifest  # the folder holds this very export already
-    try:
-        return calibration.export(None, {}, folder, ["a ball"], 2)
-    finally:
-        calibration.to_onnx.export, calibration.to_onnx.source_digest = export, digest
 
 
 @case("onnx: data outside of its folder")
@@ -656,8 +645,6 @@ def main() -> None:
     with suppress(ImportError):
         import ml_dtypes  # noqa: F401
 
-        import datasetdm_fast.engine.engines.exported.ort
-        import datasetdm_fast.export_cli.calibration  # noqa: F401
     from datasetdm_fast.engine.loading.folder import load_folder
     from datasetdm_fast.engine.loading.presets import DEMO
     from datasetdm_fast.errors import Missing, Refused

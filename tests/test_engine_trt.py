@@ -20,7 +20,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
-from datasetdm_fast.engine.engines.exported.trt_plan import LoadedPlan, Queue
+from datasetdm_fast.engine.engines.exported.trt_plan import Queue
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver
@@ -28,18 +28,13 @@ from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, Manifest
-from datasetdm_fast.export.tensorrt import flavours, sealed
+from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement import distances, gates, observe
 
 
 @pytest.fixture(scope="module")
 def demo():
     return load_model("demo"), load_decoders("demo")
-
-
-@pytest.fixture(autouse=True)
-def key_file(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv(sealed.KEY_VARIABLE, str(tmp_path_factory.getbasetemp() / "trt.key"))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +49,9 @@ def built(monkeypatch):
 
 def make_engine(demo, folder, module=fake_tensorrt, name="tensorrt-rtx", **choices):
     told = []
-    found = fake_tensorrt.FakeFlavour(module, name)
+    flavour, queue = fake_tensorrt.FakeFlavour(module, name), fake_tensorrt.HostQueue()
     engine = TrtEngine(
-        *demo, dtype="fp32", engines=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices
+        *demo, dtype="fp32", engines=folder, queue=queue, flavour=flavour, on_message=told.append, **choices
     )
     engine.told = told
     return engine
@@ -86,7 +81,7 @@ def test_its_plans_are_for_this_gpu_and_one_fixed_shape_each(demo, folder, built
     engine.denoise(torch.zeros(1, 4, 16, 16), 401, context)
     order = next(order for order in built if order.stage == "denoise")
     assert order.capabilities == ("sm86",) and order.gpu == "" and order.precision == "fp32"
-    assert order.profiles == ({"latents": ((1, 4, 16, 16),) * 3, "context": ((2, 77, 64),) * 3},)
+    assert order.profiles == ({"latents": (1, 4, 16, 16), "context": (2, 77, 64)},)
 
 
 def test_texts_of_any_number_go_through_one_shape(demo, folder, built):
@@ -94,7 +89,7 @@ def test_texts_of_any_number_go_through_one_shape(demo, folder, built):
     words = [f"a ball and {k} cubes" for k in range(11)]
     torch.testing.assert_close(engine.encode_text(words), reference.encode_text(words), rtol=1e-4, atol=1e-5)
     assert engine.encode_text([""]).shape[0] == 1
-    (loaded,) = engine._loaded["encode_text"]
+    (loaded,) = engine._stages["encode_text"].plans
     assert loaded.batches == (8,) and len(loaded._calls) == 1
 
 
@@ -164,7 +159,7 @@ def test_outputs_are_the_callers_own(demo, folder, built):
 
 
 def plain_module():
-    """The full TensorRT: no runtime cache, no graphs of its own, no check of validity."""
+    """The full TensorRT: no graphs of its own, no check of validity."""
 
     class Engine(fake_tensorrt.Engine):
         offers_graphs = False
@@ -176,7 +171,7 @@ def plain_module():
         def deserialize_cuda_engine(self, content):
             return Engine(fake_tensorrt.json.loads(content), self.log)
 
-    names = {name: getattr(fake_tensorrt, name) for name in ("ILogger", "DataType", "BuilderFlag")}
+    names = {name: getattr(fake_tensorrt, name) for name in ("ILogger", "DataType")}
     return SimpleNamespace(Runtime=Runtime, **names)
 
 
@@ -186,7 +181,7 @@ def test_the_full_tensorrt_is_recorded_once_per_shape_and_bound_to_its_gpu(demo,
     for timestep in (401, 201, 1):
         engine.denoise(torch.zeros(1, 4, 16, 16), timestep, context)
     assert engine.queue.recorded == 2  # encode_text and denoise
-    (context,) = engine._loaded["denoise"][0].engine.contexts
+    (context,) = engine._stages["denoise"].plans[0].engine.contexts
     assert context.runs == 1 + 1 + 3  # to warm up, for the golden output, and the three calls
     assert {order.gpu for order in built} == {"NVIDIA GeForce RTX 3090"}
 
@@ -212,7 +207,7 @@ def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     queue.run(lambda: queue.record(labels))
     sampler.join()
     assert order == ["recording", "recorded", "a call"]
-    with queue.here():
+    with queue.use_device():
         sampler = threading.Thread(target=queue.run, args=(lambda: order.append("another"),))
         sampler.start()
         sampler.join(0.2)
@@ -231,27 +226,17 @@ def test_buffers_of_a_call_are_written_after_other_threads_have_read_theirs(monk
     queue = Queue(torch.device("cuda", 0))
     for k in (0, 0, 1, 1, 0):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, k=k: streams[k])
-        with queue.turn():
+        with queue.take_turn():
             pass
     assert waits == [(1, 0), (0, 1)]
 
 
-def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder, built):
+def test_tensorrt_rtx_records_its_calls_itself(demo, folder, built):
     engine = make_engine(demo, folder)
     engine.encode_text([""])
-    loaded = engine._loaded["encode_text"][0]
+    loaded = engine._stages["encode_text"].plans[0]
     config = loaded.engine.contexts[0].config
     assert config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE" and engine.queue.recorded == 0
-    compiled = loaded.plan.path.with_suffix(".compiled")
-    assert sealed.read(compiled, loaded.key)[1] == b"compiled"
-    sealed.write(compiled, loaded._compiled_facts, b"of an earlier run", loaded.key)
-    again = make_engine(demo, folder)
-    again.encode_text([""])
-    assert again._loaded["encode_text"][0].compiled.content == b"of an earlier run"
-    compiled.write_bytes(b"forged")
-    third = make_engine(demo, folder)
-    third.encode_text([""])
-    assert third._loaded["encode_text"][0].compiled.content == b"compiled"
 
 
 # Plans that are there already, and plans that must not be used --------------------------------------------------------
@@ -281,20 +266,13 @@ def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
 @pytest.mark.parametrize("capabilities", [(), ("sm86", "sm89")])
 def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path, monkeypatch, capabilities):
     _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1, 2), capabilities)
-    engine, kept = make_engine(demo, tmp_path), []
-    keep = LoadedPlan._keep_compiled
-    monkeypatch.setattr(
-        LoadedPlan,
-        "_keep_compiled",
-        lambda self: kept.append((self.plan.facts["stage"], len(self._calls))) or keep(self),
-    )
+    engine = make_engine(demo, tmp_path)
     for batch in (2, 1):
         context = engine.encode_text([""] * batch + ["a ball"] * batch)
         assert engine.denoise(torch.zeros(batch, 4, 16, 16), 401, context).shape == (2 * batch, 4, 16, 16)
     assert not built and not engine.told
-    assert kept == [("encode_text", 1), ("denoise", 1), ("denoise", 2)]  # after each shape that was compiled
     engine.denoise(torch.zeros(3, 4, 16, 16), 401, engine.encode_text([""] * 6))
-    assert [order.profiles[0]["latents"][0][0] for order in built] == [3]
+    assert [order.profiles[0]["latents"][0] for order in built] == [3]
 
 
 def test_plans_for_other_gpus_are_left_alone(demo, tmp_path, monkeypatch):
@@ -303,7 +281,7 @@ def test_plans_for_other_gpus_are_left_alone(demo, tmp_path, monkeypatch):
     assert [order.capabilities for order in built] == [("sm86",)]
 
 
-def test_a_forged_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, monkeypatch):
+def test_a_modified_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, monkeypatch):
     _, made, built = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
     path = made["encode_text"].path
     content = bytearray(path.read_bytes())
@@ -312,21 +290,28 @@ def test_a_forged_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, monke
     engine, before = make_engine(demo, tmp_path), fake_tensorrt.Runtime.made
     engine.encode_text([""])
     assert fake_tensorrt.Runtime.made == before + 1 and [order.stage for order in built] == ["encode_text"]
-    assert any("edited" in line and str(path) in line for line in engine.told)
+    assert any("modified" in line and str(path) in line for line in engine.told)
 
 
 def test_a_plan_that_says_something_else_than_its_golden_output_fails_the_gate(demo, tmp_path, monkeypatch):
     manifest, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
-    # Sealed by us and in its own place, but with the graph of weights that were changed afterwards.
+    # In its own place with a fitting manifest, but with the graph of weights that were changed afterwards.
     wrong = onnx_with_other_weights(tmp_path / manifest.stages["encode_text"].file)
     order_facts = made["encode_text"].facts
     forged = {"graph": str(wrong), "profiles": order_facts["profiles"], "capabilities": ["sm86"]}
-    notes = dict(made["encode_text"].notes)
-    sealed.write(
-        made["encode_text"].path, order_facts, fake_tensorrt.json.dumps(forged).encode(), sealed.load_key(), notes
-    )
+    replace_plan(made["encode_text"].path, forged)
     with pytest.raises(GateFailed, match="output context is .* away from the golden one, at most 0.02"):
         make_engine(demo, tmp_path).encode_text([""])
+
+
+def replace_plan(path, content):
+    """Another plan in this place, with a manifest that fits it."""
+    data = fake_tensorrt.json.dumps(content).encode()
+    place = path.with_name(f"{path.name}.json")
+    manifest = fake_tensorrt.json.loads(place.read_text())
+    manifest["sha256"][".plan"] = hashlib.sha256(data).hexdigest()
+    path.write_bytes(data)
+    place.write_text(fake_tensorrt.json.dumps(manifest))
 
 
 def onnx_with_other_weights(path):
@@ -346,7 +331,7 @@ def test_a_plan_the_gpu_cannot_run_says_why(demo, tmp_path, monkeypatch):
     _, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
     plan = made["encode_text"]
     content = fake_tensorrt.json.loads(plan.content) | {"capabilities": ["sm89"]}
-    sealed.write(plan.path, plan.facts, fake_tensorrt.json.dumps(content).encode(), sealed.load_key(), plan.notes)
+    replace_plan(plan.path, content)
     with pytest.raises(Missing, match=r"cannot run this plan on NVIDIA GeForce RTX 3090 \(sm86\): UNSUPPORTED_CC"):
         make_engine(demo, tmp_path).encode_text([""])
 
@@ -354,7 +339,7 @@ def test_a_plan_the_gpu_cannot_run_says_why(demo, tmp_path, monkeypatch):
 def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
     engine = make_engine((demo[0], {"depth": demo[1]["depth"]}), tmp_path)
     engine.encode_text([""])
-    with pytest.raises(Refused, match="holds other stages than requested .model and decoders"):
+    with pytest.raises(Refused, match="holds an export with another source than requested"):
         make_engine(demo, tmp_path).encode_text([""])
 
 
@@ -362,7 +347,7 @@ def test_a_hostile_graph_in_a_named_folder_is_refused_before_anything_reads_it(d
     onnx = pytest.importorskip("onnx")
     make_engine(demo, folder).encode_text([""])
     built.clear()
-    shutil.copytree(folder, tmp_path / "engines", ignore=shutil.ignore_patterns("*.plan", "*.golden.safetensors"))
+    shutil.copytree(folder, tmp_path / "engines", ignore=shutil.ignore_patterns("*.plan*", "*.golden.safetensors"))
     path = tmp_path / "engines" / "encode_text.onnx"
     model = onnx.load(path, load_external_data=False)
     for node, word in (
@@ -389,7 +374,7 @@ def test_precisions_it_does_not_know_are_refused(demo, folder):
             dtype="int8",
             engines=folder,
             queue=fake_tensorrt.HostQueue(),
-            found=fake_tensorrt.FakeFlavour(fake_tensorrt),
+            flavour=fake_tensorrt.FakeFlavour(fake_tensorrt),
         )
 
 
@@ -433,14 +418,14 @@ def test_without_a_gpu_the_command_says_so_at_once(command, tmp_path):
 
 def test_what_was_found_is_named(monkeypatch):
     monkeypatch.setattr(flavours, "gpu_capabilities", lambda: [])
-    monkeypatch.setattr(flavours, "find", lambda name: flavours.Flavour("tensorrt-rtx", "1.7.1.116", "13"))
+    monkeypatch.setattr(flavours, "find_flavour", lambda name: flavours.Flavour("tensorrt-rtx", "1.7.1.116", "13"))
     with pytest.raises(Missing, match="found the module tensorrt_rtx 1.7.1.116, "):
         flavours.require_gpu()
 
 
 def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatch):
     monkeypatch.setattr(flavours, "gpu_capabilities", lambda: ["sm90"])
-    monkeypatch.setattr(flavours, "find", lambda name: fake_tensorrt.FakeFlavour(fake_tensorrt))
+    monkeypatch.setattr(flavours, "find_flavour", lambda name: fake_tensorrt.FakeFlavour(fake_tensorrt))
     monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         Missing, match="serves sm75, sm86, sm89, and this machine has sm90.*\n.*pip install 'datasetdm-fast.trt-full"
@@ -454,9 +439,9 @@ def test_no_module_names_the_way_to_install_one(monkeypatch):
     with pytest.raises(
         Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"
     ):
-        flavours.find()
+        flavours.find_flavour()
     with pytest.raises(Missing, match="the module tensorrt is not installed.*\n.*pip install 'datasetdm-fast.trt-full"):
-        flavours.find("tensorrt")
+        flavours.find_flavour("tensorrt")
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

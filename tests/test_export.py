@@ -623,10 +623,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path):
         (("--prune", "--cap-gb", "-1"), 2),
         (("--capability", "sm90"), 2),
         (("--batch", "4"), 2),
-        (("--refit",), 2),
-        (("--prompts", "a ball"), 2),
-        (("--to", "tensorrt-rtx", "--prompts", "a ball"), 2),
-        (("--to", "tensorrt-rtx", "--precision", "fp8", "--prompts", "a ball", "--steps", "-1"), 2),
+        (("--precision", "fp8"), 2),
     ],
 )
 def test_the_command_refuses_in_two_lines(arguments, code, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,6 @@ from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.graph import Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile
-from datasetdm_fast.export.tensorrt import sealed
 
 BATCH = Batch(
     0,
@@ -35,26 +34,25 @@ HUGE = 3e38  # a number, but nothing can be computed with it
 
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory):
-    """A cache and a key of these tests' own."""
+    """A cache of these tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATASETDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv(sealed.KEY_VARIABLE, str(tmp_path_factory.getbasetemp() / "finite.key"))
         fake_tensorrt.fake_builder(patch)
         yield
 
 
 def make_engine(name: str, dtype: str, model, decoders, folder):
     if name == "ort":
-        return OrtEngine(model, decoders, dtype=dtype, device="cpu", tell=lambda line: None)
-    found = fake_tensorrt.FakeFlavour(fake_tensorrt)
+        return OrtEngine(model, decoders, dtype=dtype, device="cpu", on_message=lambda line: None)
+    flavour = fake_tensorrt.FakeFlavour(fake_tensorrt)
     return TrtEngine(
         model,
         decoders,
         dtype=dtype,
         engines=folder,
         queue=fake_tensorrt.HostQueue(),
-        found=found,
-        tell=lambda line: None,
+        flavour=flavour,
+        on_message=lambda line: None,
     )
 
 

@@ -20,7 +20,7 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
-from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.export_cli import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.run_settings import RunConfig

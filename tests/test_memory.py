@@ -73,12 +73,14 @@ def test_the_bench_knows_both_ways_in_which_memory_runs_out():
 def test_a_batch_from_free_memory(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 99_999))
-    assert memory.suggested(64, cuda, lambda batch: 500 + 500 * batch) == 14  # 1 + (8000 - 1000) / 500 = 15, made even
     assert (
-        memory.suggested(64, cuda, lambda batch: 90_000 * batch) == 1
-        and memory.suggested(64, cuda, lambda batch: batch) == memory.LARGEST_SUGGESTED_BATCH
+        memory.suggest_batch(64, cuda, lambda batch: 500 + 500 * batch) == 14
+    )  # 1 + (8000 - 1000) / 500 = 15, made even
+    assert (
+        memory.suggest_batch(64, cuda, lambda batch: 90_000 * batch) == 1
+        and memory.suggest_batch(64, cuda, lambda batch: batch) == memory.LARGEST_SUGGESTED_BATCH
     )
-    assert memory.suggested(16, torch.device("cpu")) == 16 and memory.suggested(64, torch.device("cpu")) == 2
+    assert memory.suggest_batch(16, torch.device("cpu")) == 16 and memory.suggest_batch(64, torch.device("cpu")) == 2
 
 
 def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
@@ -88,7 +90,7 @@ def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
         return 5000
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 1_000_000))
-    assert memory.suggested(64, torch.device("cuda", 0), bytes_of) == 1
+    assert memory.suggest_batch(64, torch.device("cuda", 0), bytes_of) == 1
 
 
 def as_on_a_gpu(engine, monkeypatch):

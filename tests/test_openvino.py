@@ -19,8 +19,8 @@ import openvino
 from datasetdm_fast import verify
 from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines import build_engine, check_engine
-from datasetdm_fast.engine.engines.exported.cached import joined, split
-from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, names_of, parted, resolve_precision
+from datasetdm_fast.engine.engines.exported.graphs import join_parts, split_batch
+from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, input_names, resolve_precision, split_graph
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
@@ -80,8 +80,8 @@ def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
     whole = engine.denoise(latents, 999, context)
     path, core = engine.manifest.graph(engine.folder, "denoise"), openvino.Core()
     graph = core.read_model(str(path))
-    beside = parted(graph, "timestep")
-    assert [given.any_name for given in beside.inputs] == ["timestep"] and "timestep" not in names_of(graph)
+    beside = split_graph(graph, "timestep")
+    assert [given.any_name for given in beside.inputs] == ["timestep"] and "timestep" not in input_names(graph)
     left = [node.get_type_name() for node in graph.get_ordered_ops()]
     assert not {"Sin", "Cos"} & set(left) and left.count("Convolution") > 20
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -99,7 +99,7 @@ def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, timestep):
     latents, context = inputs(engine, 2)
     truth, found = (one.denoise(latents, timestep, context) for one in (engine, rounded))
     assert 1e-4 < float((found - truth).norm() / truth.norm()) < 7.3e-3  # 8.0e-3 at 500 with phases in bf16
-    assert rounded._stages["denoise"]._beside is not None and engine._stages["denoise"]._beside is None
+    assert rounded._stages["denoise"]._time_model is not None and engine._stages["denoise"]._time_model is None
 
 
 def test_networks_that_the_export_alone_needs_are_let_go(cache):
@@ -137,11 +137,11 @@ def test_one_word_an_image_or_several(engine):
 def test_a_batch_is_cut_and_joined(batch, size, counts):
     """Halves of guidance stay beside their images, and a single number goes to every part."""
     latents, context = torch.arange(batch), torch.arange(2 * batch)
-    parts = split({"latents": latents, "timestep": torch.tensor(7.0), "context": context}, size)
+    parts = split_batch({"latents": latents, "timestep": torch.tensor(7.0), "context": context}, size)
     assert [len(part["latents"]) for part in parts] == counts and all(part["timestep"] == 7 for part in parts)
     for part in parts:
         assert torch.equal(part["context"], torch.cat([part["latents"], part["latents"] + batch]))
-    whole = joined([{"noise": part["context"], "sums_low": part["latents"]} for part in parts])
+    whole = join_parts([{"noise": part["context"], "sums_low": part["latents"]} for part in parts])
     assert torch.equal(whole["noise"], context) and torch.equal(whole["sums_low"], latents)
 
 
@@ -167,7 +167,6 @@ def test_a_missing_library_is_said_at_once(module, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         "datasetdm_fast.engine.engines.exported.providers.find_spec",
-        lambda name: None if name == module else found(name),
         lambda name: None if name == module else found(name),
     )
     assert main(["--engine", "openvino"]) == 3

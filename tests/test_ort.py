@@ -25,7 +25,7 @@ from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
-has_cuda_provider = "CUDAExecutionProvider" in providers.available()
+has_cuda_provider = "CUDAExecutionProvider" in providers.installed_providers()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,7 +207,7 @@ def test_generate_makes_the_same_bytes_again(cache, tmp_path, capsys):
 def test_graphs_are_written_once_and_mended(pair, cache):
     def again(**options) -> tuple[OrtEngine, list[str]]:
         told = []
-        return OrtEngine(pair.model, pair.torch.decoders, device="cpu", tell=told.append, **options), told
+        return OrtEngine(pair.model, pair.torch.decoders, device="cpu", on_message=told.append, **options), told
 
     engine, told = again()
     assert engine.folder == pair.ort.folder and cache in engine.folder.parents and not told
@@ -224,7 +224,7 @@ def test_other_weights_have_other_graphs(pair):
     bias = pair.torch.decoders["pose"].final_layer.bias
     bias[0] += 1e-3
     try:
-        changed = OrtEngine(pair.model, pair.torch.decoders, device="cpu", tell=lambda line: None)
+        changed = OrtEngine(pair.model, pair.torch.decoders, device="cpu", on_message=lambda line: None)
         assert changed.folder != pair.ort.folder
         latents, context = inputs(pair.torch, 1)
         heatmaps = [

@@ -11,8 +11,6 @@ from pathlib import Path
 import proofs
 import pytest
 
-from datasetdm_fast.export.tensorrt import sealed
-
 HERE = Path(__file__).parent
 
 
@@ -20,7 +18,6 @@ HERE = Path(__file__).parent
 def results(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("proofs")
     environment = {**os.environ, "PYTHONPATH": str(HERE), "DATASETDM_CACHE": str(folder / "cache")}
-    environment |= {sealed.KEY_VARIABLE: str(folder / "key")}
     ended = subprocess.run(
         [sys.executable, HERE / "proofs.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
     )

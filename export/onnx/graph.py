@@ -56,6 +56,8 @@ class Extent:
 
 
 Size = int | Extent
+BATCH = Extent(1, ("B",))
+WORDS = Extent(1, ("K",))
 
 
 def _operator(name: str) -> Callable:
@@ -331,7 +333,7 @@ class Graph:
         return needed[::-1], read
 
 
-def traced(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
+def trace_module(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
     """`module` with its weights as constants of `graph` and its parts named in it; it is of no other use afterwards."""
 
     def entered(name: str):

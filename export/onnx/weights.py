@@ -67,7 +67,7 @@ def value_of(tensor: Tensor) -> Tensor:
         return _made(tensor, {})
 
 
-def deferred(module: nn.Module) -> SimpleNamespace:
+def defer_weights(module: nn.Module) -> SimpleNamespace:
     """What the lean models read of a diffusers or transformers module, its weights deferred, and of the host wherever
     an engine has put the module.
     """

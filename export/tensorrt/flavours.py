@@ -22,6 +22,7 @@ INSTALL = {
     "tensorrt": "Install it with: pip install 'datasetdm-fast[trt-full]', on a machine with an NVIDIA driver.",
     "tensorrt-rtx": "Install it with: pip install 'datasetdm-fast[trt]'.",
 }
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
 
 @dataclass(frozen=True)
@@ -45,40 +46,36 @@ class Flavour:
         """GPUs it builds plans for without having them; none where it builds for the GPU of this machine alone."""
         if self.name != "tensorrt-rtx":
             return ()
-        names = (re.fullmatch(r"SM(\d+)", name) for name in self.module.ComputeCapability.__members__)
-        return tuple(f"sm{found[1]}" for found in names if found)
+        return tuple(name.lower() for name in self.module.ComputeCapability.__members__ if re.match(r"SM\d", name))
 
     @property
     def is_portable(self) -> bool:
         return bool(self.capabilities)
 
 
-def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
-    """The flavour of that name, or the first installed one; raises Missing, for `asker`, where there is none."""
-    tried = tuple(MODULES) if name == "auto" else (name,)
+def find_flavour(name: str = "auto", asker: str = "engine trt") -> Flavour:
+    """The flavour of that name, or the first installed one; raises Missing, for `asker`, where none is installed."""
+    names = tuple(MODULES) if name == "auto" else (name,)
     broken = []
-    for flavour in tried:
-        if importlib.util.find_spec(MODULES[flavour]) is None:
+    for flavour in names:
+        module = MODULES[flavour]
+        if importlib.util.find_spec(module) is None:
             continue
         try:
-            version = importlib.import_module(MODULES[flavour]).__version__
+            return Flavour(flavour, importlib.import_module(module).__version__, _read_cuda_version(module))
         except (ImportError, OSError, RuntimeError) as error:
-            broken.append(f"{MODULES[flavour]} is installed but does not load ({_short(error)})")
-        else:
-            return Flavour(flavour, version, _cuda_of(MODULES[flavour]))
+            broken.append(f"{module} is installed but does not load ({' '.join(str(error).split())[:120]})")
     if broken:
-        raise Missing(f"{asker}: {'; '.join(broken)}; {driver()}", "Reinstall it: its libraries are separate packages.")
-    names = " nor ".join(MODULES[flavour] for flavour in tried)
-    said = f"neither the module {names} is installed" if len(tried) > 1 else f"the module {names} is not installed"
-    raise Missing(f"{asker}: {said}; {driver()}", INSTALL[_fitting(gpu_capabilities()) if name == "auto" else name])
+        cause, remedy = "; ".join(broken), "Reinstall it: its libraries are separate packages."
+    elif name == "auto":
+        fitting = "tensorrt" if set(gpu_capabilities()) & DATA_CENTRE else "tensorrt-rtx"
+        cause, remedy = f"neither the module {' nor '.join(MODULES.values())} is installed", INSTALL[fitting]
+    else:
+        cause, remedy = f"the module {MODULES[name]} is not installed", INSTALL[name]
+    raise Missing(f"{asker}: {cause}; {describe_driver()}", remedy)
 
 
-def _fitting(gpus: Sequence[str]) -> str:
-    """The flavour to recommend for these GPUs: data-centre ones from Hopper on need the full TensorRT."""
-    return "tensorrt" if set(gpus) & DATA_CENTRE else "tensorrt-rtx"
-
-
-def _cuda_of(module: str) -> str:
+def _read_cuda_version(module: str) -> str:
     for cuda in ("13", "12"):
         for suffix in ("", "_bindings"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -87,96 +84,73 @@ def _cuda_of(module: str) -> str:
     return ""
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
-
-
-def _driver_library() -> ctypes.CDLL | None:
+def _load_driver() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
 
 
-def driver() -> str:
-    """What there is of an NVIDIA driver, as a phrase."""
-    if (library := _driver_library()) is None:
+def describe_driver() -> str:
+    """What is installed of an NVIDIA driver, as a phrase."""
+    if (library := _load_driver()) is None:
         return "no NVIDIA driver was found (libcuda.so.1)"
     version, count = ctypes.c_int(0), ctypes.c_int(0)
     library.cuDriverGetVersion(ctypes.byref(version))
     code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     kernel = Path("/proc/driver/nvidia/version")
-    told = kernel.read_text(encoding="utf-8", errors="replace") if kernel.is_file() else ""
-    cuda, found = version.value // 1000, re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", told)
-    name = f"driver {found[1]}, CUDA {cuda}.{version.value % 1000 // 10}" if found else f"driver for CUDA {cuda}"
+    text = kernel.read_text(encoding="utf-8", errors="replace") if kernel.is_file() else ""
+    cuda, match = version.value // 1000, re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    name = f"driver {match[1]}, CUDA {cuda}.{version.value % 1000 // 10}" if match else f"driver for CUDA {cuda}"
     return f"{name}, " + (f"which reports error {code}" if code else f"with {count.value} GPUs")
 
 
 def gpu_capabilities() -> list[str]:
-    """The capability of each GPU of this machine, asked of the driver: without torch or a CUDA context."""
-    library, count, found = _driver_library(), ctypes.c_int(0), []
+    """The capability of each GPU of this machine, read from the driver: without torch or a CUDA context."""
+    library, count, capabilities = _load_driver(), ctypes.c_int(0), []
     if library is None or library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
         return []
     for place in range(count.value):
         device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
         if not library.cuDeviceGet(ctypes.byref(device), place):
-            library.cuDeviceGetAttribute(
-                ctypes.byref(major), 75, device
-            )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-            library.cuDeviceGetAttribute(
-                ctypes.byref(minor), 76, device
-            )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-            found.append(f"sm{major.value}{minor.value}")
-    return found
+            library.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+            library.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+            capabilities.append(f"sm{major.value}{minor.value}")
+    return capabilities
 
 
 def require_gpu(name: str = "auto") -> Flavour:
-    """The flavour that can run on a GPU here; raises Missing quickly where module, driver or GPU is not there."""
-    flavour, gpus = find(name), gpu_capabilities()
+    """The flavour that can run on a GPU here; raises Missing quickly where module, driver or GPU is missing."""
+    flavour, gpus = find_flavour(name), gpu_capabilities()
     if not gpus:
         raise Missing(
-            f"engine trt: needs an NVIDIA GPU; found the module {MODULES[flavour.name]} {flavour.version}, {driver()}",
+            f"engine trt: needs an NVIDIA GPU; found the module {MODULES[flavour.name]} {flavour.version}, "
+            f"{describe_driver()}",
             "Run it on a machine with one, or use --engine fast; `python -m datasetdm_fast.export --to tensorrt-rtx` "
             "builds plans here for such a machine.",
         )
-    if flavour.is_portable and not any(serves(flavour, gpu) for gpu in gpus):
-        if name == "auto" and flavour.name != "tensorrt" and importlib.util.find_spec("tensorrt"):
-            return find("tensorrt")
+    if flavour.is_portable and not set(gpus) & set(flavour.capabilities):
         raise Missing(
             f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has "
-            f"{', '.join(gpus)}; {driver()}",
+            f"{', '.join(gpus)}; {describe_driver()}",
             "Install the full TensorRT, which serves this GPU: pip install 'datasetdm-fast[trt-full]'; then "
             "--trt-flavour tensorrt.",
         )
     return flavour
 
 
-def serves(flavour: Flavour, capability: str) -> bool:
-    return not flavour.is_portable or capability in flavour.capabilities
-
-
-def check_capabilities(flavour: Flavour, wanted: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
-    """The capabilities to build for: those asked for, or this machine's GPU, or none where plans are portable."""
-    if flavour.is_portable:
-        for capability in wanted:
-            if capability not in flavour.capabilities:
-                hopper = "; the full tensorrt serves such GPUs" if capability in DATA_CENTRE else ""
-                raise Refused(
-                    f"--capability {capability}: {flavour.title} does not know it, it knows "
-                    f"{', '.join(flavour.capabilities)}{hopper}",
-                    "Choose from these, or leave the flag out for a plan that serves all of them from Ampere on.",
-                )
-        return tuple(dict.fromkeys(wanted))
-    if not gpus:
+def check_capabilities(flavour: Flavour, requested: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
+    """The capabilities to build for: those requested, or this machine's GPU, or none where plans are portable."""
+    if not flavour.is_portable and not gpus:
         raise Missing(
-            f"--to tensorrt: {flavour.title} builds on the GPU it builds for, and here {driver()}",
+            f"--to tensorrt: {flavour.title} builds on the GPU it builds for, and here {describe_driver()}",
             "Build on that machine, or use --to tensorrt-rtx here.",
         )
-    for capability in wanted:
-        if capability != gpus[0]:
+    supported = flavour.capabilities or tuple(gpus[:1])
+    for capability in requested:
+        if capability not in supported:
             raise Refused(
-                f"--capability {capability}: {flavour.title} builds for the GPU of this machine alone, which is "
-                f"{gpus[0]}",
-                "Build on a machine with that GPU, or use --to tensorrt-rtx.",
+                f"--capability {capability}: {flavour.title} builds here for {', '.join(supported)}",
+                "Choose from these, or leave the flag out; the full TensorRT builds for the GPU of its own machine.",
             )
-    return (gpus[0],)
+    return tuple(dict.fromkeys(requested)) if flavour.is_portable else supported

@@ -1,5 +1,7 @@
 """The process that builds one plan, so that a crash takes only itself: JSON job on stdin, JSON lines out."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import json
@@ -9,23 +11,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-LOUD = 0.5  # seconds between two reports of progress
+SECONDS_PER_REPORT = 0.5  # of progress
 FUSED_ATTENTION = "_mha"  # part of the tactic name of an attention that runs as one kernel
-FLAGS = {"weight-streaming": "WEIGHT_STREAMING", "refit": "REFIT"}
 
 
-class Refusal(Exception):
+class RefusedByTensorRT(Exception):
     """The builder's own words of why there is no plan."""
 
 
 class Pipe:
-    """Events to the process that asked."""
+    """Events to the process that started this one."""
 
     def __init__(self, handle: int):
         self.file = os.fdopen(handle, "w", encoding="utf-8")
 
     def send(self, **event: Any) -> bool:
-        """Whether anybody still listens."""
+        """Whether that process still listens."""
         try:
             self.file.write(json.dumps(event) + "\n")
             self.file.flush()
@@ -34,16 +35,16 @@ class Pipe:
         return True
 
 
-def _logger(trt):
-    class Logger(trt.ILogger):
-        """Keeps what went wrong and the list of layers, which without a GPU is to be had nowhere else."""
+def _make_logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps what went wrong and the list of layers, which without a GPU TensorRT reports nowhere else."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.layers: list[str] = []
 
-        def log(self, severity, message):
+        def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
             elif message.startswith("Layers:"):
@@ -52,31 +53,31 @@ def _logger(trt):
     return Logger()
 
 
-def _monitor(trt, pipe: Pipe):
-    class Monitor(trt.IProgressMonitor):
+def _make_monitor(trt: Any, pipe: Pipe) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """The share of the build that is done, from the nested phases TensorRT reports."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, list] = {}  # name -> [parent, steps, steps done]
-            self.told = 0.0
+            self.phases: dict[str, list[Any]] = {}  # name -> [parent, steps, steps done]
+            self.last_report = 0.0
 
-        def phase_start(self, phase_name, parent_phase, num_steps):
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
             self.phases[phase_name] = [parent_phase, max(num_steps, 1), 0]
 
-        def step_complete(self, phase_name, step):
+        def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.phases:
                 self.phases[phase_name][2] = step + 1
             now = time.monotonic()
-            if now - self.told < LOUD:
+            if now - self.last_report < SECONDS_PER_REPORT:
                 return True
-            self.told = now
-            return pipe.send(at=self.share(phase_name), phase=phase_name)
+            self.last_report = now
+            return pipe.send(share=self.share(phase_name))
 
-        def phase_finish(self, phase_name):
+        def phase_finish(self, phase_name: str) -> None:
             self.phases.pop(phase_name, None)
 
-        def share(self, name):
+        def share(self, name: str) -> float:
             """A phase is one step of the phase around it."""
             done = 0.0
             while name in self.phases:
@@ -88,62 +89,46 @@ def _monitor(trt, pipe: Pipe):
 
 
 def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
-    """Writes the plan of `job` and says what it is; raises Refusal where the graph is refused."""
+    """Writes the plan of `job`; its layers, fused attentions and seconds. Raises RefusedByTensorRT where the graph is
+    refused.
+    """
     trt = importlib.import_module(job["module"])
-    logger = _logger(trt)
+    logger = _make_logger(trt)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # always on where the flag is gone
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["graph"]):
-        raise Refusal("; ".join(_parser_errors(parser)) or _last(logger))
+        raise RefusedByTensorRT("; ".join(_read_parser_errors(parser)) or _last_error(logger))
     config = builder.create_builder_config()
-    config.progress_monitor = _monitor(trt, pipe)
+    config.progress_monitor = _make_monitor(trt, pipe)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: labels hang on the stages that keep it
-    if hasattr(trt.BuilderFlag, "STRICT_NANS"):  # else 0 * x is 0 even where x is NaN, which sets samples aside
+    if hasattr(trt.BuilderFlag, "STRICT_NANS"):  # else 0 * x is 0 even where x is NaN, which quarantines samples
         config.set_flag(trt.BuilderFlag.STRICT_NANS)
-    for flag in job["flags"]:
-        if not hasattr(trt.BuilderFlag, FLAGS[flag]):
-            raise Refusal(f"the flag {flag} is not offered")
-        config.set_flag(getattr(trt.BuilderFlag, FLAGS[flag]))
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
-        for name, (least, usual, most) in shapes.items():
-            profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+        for name, shape in shapes.items():
+            profile.set_shape(name, *[tuple(shape)] * 3)
         if config.add_optimization_profile(profile) < 0:
-            raise Refusal(f"the shapes {json.dumps(shapes)} do not fit the graph's inputs: {_last(logger)}")
+            raise RefusedByTensorRT(f"the shapes {json.dumps(shapes)} do not fit its inputs: {_last_error(logger)}")
     if job["capabilities"]:
         config.num_compute_capabilities = len(job["capabilities"])
         for place, capability in enumerate(job["capabilities"]):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), place):
-                raise Refusal(f"the capability {capability} is not accepted: {_last(logger)}")
-    timings = _timing_cache(config, job["timings"]) if job["timings"] else None
+                raise RefusedByTensorRT(f"the capability {capability} is not accepted: {_last_error(logger)}")
     begin = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise Refusal(_last(logger))
+        raise RefusedByTensorRT(_last_error(logger))
     seconds = time.perf_counter() - begin
     with Path(job["plan"]).open("wb") as file:
         file.write(plan)
-    if timings is not None:
-        Path(job["timings"]).write_bytes(config.get_timing_cache().serialize())
-    fused = sum(FUSED_ATTENTION in line for line in logger.layers)
-    counts = {"layers": len(logger.layers), "fused_attentions": fused, "nodes": network.num_layers}
-    return counts | {"seconds": round(seconds, 2)}
+    attentions = sum(FUSED_ATTENTION in line for line in logger.layers)
+    return {"layers": len(logger.layers), "fused_attentions": attentions, "seconds": round(seconds, 2)}
 
 
-def _timing_cache(config, path: str):
-    """The timings of earlier builds, attached to this one; an empty or unfit file starts anew."""
-    stored = Path(path).read_bytes() if Path(path).exists() else b""
-    cache = config.create_timing_cache(stored) or config.create_timing_cache(b"")
-    if not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
-
-
-def _parser_errors(parser) -> list[str]:
+def _read_parser_errors(parser: Any) -> list[str]:
     errors = [parser.get_error(place) for place in range(parser.num_errors)]
     return [
         f"node {error.node_name() or error.node()!r} ({error.node_operator() or 'no operator'}): "
@@ -152,7 +137,7 @@ def _parser_errors(parser) -> list[str]:
     ]
 
 
-def _last(logger) -> str:
+def _last_error(logger: Any) -> str:
     return " ".join(logger.errors[-1].split()) if logger.errors else "no reason was given"
 
 
@@ -161,10 +146,10 @@ def main() -> int:
     job = json.load(sys.stdin)
     try:
         pipe.send(result=build(job, pipe))
-    except Refusal as refusal:
-        pipe.send(refused=str(refusal))
+    except RefusedByTensorRT as refusal:
+        pipe.send(refusal=str(refusal))
     except MemoryError:
-        pipe.send(refused="there is not enough memory")
+        pipe.send(refusal="there is not enough memory")
     with contextlib.suppress(BrokenPipeError):
         pipe.file.close()
     return 0

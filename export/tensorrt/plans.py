@@ -1,13 +1,16 @@
-"""Built plans on the disk: what each is for, its seal, and one build however many processes ask for it."""
+"""Built plans on the disk: each beside a manifest of what it was built for and the digests of its files, and one build
+however many processes ask for it.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,32 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
-from datasetdm_fast.errors import Missing
-from datasetdm_fast.export.staging import say, take_lock
-from datasetdm_fast.export.tensorrt import sealed
-from datasetdm_fast.export.tensorrt.sealed import Unusable
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.staging import fill_alone, print_line
+from datasetdm_fast.untrusted import documents
 
-FORMAT = 1  # of the facts below; another one makes every plan stale
+FORMAT = 2  # of the manifests; another one makes every plan stale
 SUFFIX = ".plan"
+MANIFEST = ".plan.json"
 GOLDEN = ".golden.safetensors"
-COMPILED = ".compiled"  # the kernels TensorRT-RTX made of a plan for one GPU
-LARGEST_GOLDEN = 256 << 20
-SHOWN_KEY = 16  # characters of a key in a file name
-OWN_NAME = re.compile(rf".+-[0-9a-f]{{{SHOWN_KEY}}}({'|'.join(map(re.escape, (SUFFIX, GOLDEN, COMPILED)))})")
-FLEXIBLE = ("profiles", "capabilities", "flags")  # facts in which a plan may differ from an order and still do
+SUFFIXES = (SUFFIX, MANIFEST, GOLDEN)
+REMEDY = "Delete it; it is rebuilt when it is needed."
+KEY_LETTERS = 16  # of an order's key in a file name
+FILE_NAME = re.compile(rf"(.+-[0-9a-f]{{{KEY_LETTERS}}})({'|'.join(map(re.escape, SUFFIXES))})")
+FORM = {  # of a manifest
+    "facts": {
+        **dict.fromkeys(("stage", "source", "graph", "precision", "flavour", "version", "cuda", "gpu"), str),
+        "profiles": [dict],
+        "capabilities": [str],
+    },
+    "notes": {"layers": int, "fused_attentions": int, "seconds": float},
+    "sha256": {SUFFIX: str, GOLDEN: str},
+}
+FLEXIBLE = ("profiles", "capabilities")  # facts in which a plan may differ from an order and still serve it
+
+Facts = Mapping[str, Any]
+Arrays = Mapping[str, np.ndarray]
+Build = Callable[[Path], tuple[dict[str, Any], Arrays]]  # writes the plan; its notes and golden tensors
 
 
 @dataclass(frozen=True)
@@ -37,225 +53,216 @@ class PlanOrder:
     stage: str
     source: str  # digest of model and decoders
     graph: str  # digest of the ONNX graph with its weights
-    # per profile: input -> least, usual and largest shape
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    profiles: tuple[Mapping[str, tuple[int, ...]], ...]  # per optimisation profile: input -> its shape
     precision: str
     flavour: str
     version: str
     cuda: str
     capabilities: tuple[str, ...]  # of the GPUs it serves; empty for what the flavour calls portable
-    flags: tuple[str, ...] = ()
     gpu: str = ""  # name of the only GPU model it serves, where the flavour binds plans to one
     format: int = field(default=FORMAT)
 
     def facts(self) -> dict[str, Any]:
-        """The order as JSON gives it back."""
-        return json.loads(json.dumps(asdict(self)))
+        """The order as its manifest holds it."""
+        facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return facts
 
     @property
-    def key(self) -> str:
-        return key_of(self.facts())
+    def name(self) -> str:
+        """The name of its files, without a suffix."""
+        return plan_name(self.facts())
 
 
-def key_of(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def plan_name(facts: Facts) -> str:
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{facts['stage']}-{key[:KEY_LETTERS]}"
 
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan whose seal was checked, and what it is to say of its golden inputs."""
+    """A plan whose digest was checked, and the outputs its golden inputs must have."""
 
     path: Path
     content: bytes
-    facts: Mapping[str, Any]  # its order
-    notes: Mapping[str, Any]  # layers, fused_attentions, seconds, golden
-    golden: Mapping[str, np.ndarray]  # in.NAME and out.NAME
+    facts: Facts  # its order
+    notes: Mapping[str, Any]  # layers, fused_attentions, seconds
+    golden: Arrays  # in.NAME and out.NAME
     is_new: bool = False  # whether it was built just now
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a plan folder."""
+    """One plan of a folder."""
 
     path: Path
     size: int
-    facts: Mapping[str, Any]
+    facts: Facts
     notes: Mapping[str, Any]
     fault: str  # why it would not be used; empty for a good one
 
 
-Build = Callable[[Path], tuple[dict[str, Any], Mapping[str, "np.ndarray"]]]
-
-
 class PlanFolder:
-    """The plans of one folder, read and written under this user's key."""
+    """The plans of one folder."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None] = say):
-        self.folder, self.tell, self.key = Path(folder), tell, sealed.load_key()
+    def __init__(self, folder: Path, on_message: Callable[[str], None] = print_line):
+        self.folder, self.on_message = Path(folder), on_message
 
     def path(self, order: PlanOrder) -> Path:
-        return self.folder / f"{order.stage}-{order.key[:SHOWN_KEY]}{SUFFIX}"
+        return self.folder / f"{order.name}{SUFFIX}"
 
     def open_or_build(
-        self, order: PlanOrder, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False
+        self, order: PlanOrder, build: Build, accepts: Callable[[Facts], bool] = lambda facts: False
     ) -> PlanFile:
-        """The plan of `order`, or one whose facts are `accept`ed; one process builds for all that wait."""
-        plan = self._in_place(order) or self._other(order, accepts)
-        if plan:
+        """The plan of `order`, or one whose facts the caller accepts; one process builds for all that wait."""
+        if plan := self._read_usable(order) or self._read_similar(order, accepts):
             return plan
-        storage.make_folder(self.folder)
-        waits = f"{order.stage}: another process builds this plan, waiting for it"
-        with lock(self.path(order).with_suffix(".lock"), lambda: self.tell(waits)):
-            with suppress(FileNotFoundError, Unusable):  # another process may have built it meanwhile
+        with fill_alone(self.folder):
+            with suppress(Missing, Refused):  # another process may have built it meanwhile
                 return self.read(order)
             self._build(order, build)
             return replace(self.read(order), is_new=True)
 
-    def _in_place(self, order: PlanOrder) -> PlanFile | None:
+    def _read_usable(self, order: PlanOrder) -> PlanFile | None:
+        if not os.path.lexists(self.path(order)):
+            return None
         try:
             plan = self.read(order)
-        except FileNotFoundError:
-            return None
-        except Unusable as refusal:
-            self.tell(f"{refusal}; it is not loaded but rebuilt")
+        except (Missing, Refused) as refusal:
+            self.on_message(f"{refusal.cause}; it is rebuilt")
             return None
         with suppress(OSError):  # a folder of others may be read-only
             os.utime(plan.path)
         return plan
 
-    def _other(self, order: PlanOrder, accepts: Callable[[Mapping[str, Any]], bool]) -> PlanFile | None:
-        """A plan that differs from the order only in what the caller accepts: shapes, GPUs served, builder flags."""
-        wanted = order.facts()
+    def _read_similar(self, order: PlanOrder, accepts: Callable[[Facts], bool]) -> PlanFile | None:
+        """A plan that differs from the order only in what the caller accepts: shapes and GPUs served."""
+        expected = order.facts()
         for path in sorted(self.folder.glob(f"{order.stage}-*{SUFFIX}")):
-            if path == self.path(order):
+            if path == self.path(order) or not FILE_NAME.fullmatch(path.name):
                 continue
             try:
-                facts = sealed.read_header(path, self.key).facts
-                if all(facts.get(name) == wanted[name] for name in wanted if name not in FLEXIBLE) and accepts(facts):
-                    return self._read(path, facts)
-            except (FileNotFoundError, Unusable) as refusal:
-                self.tell(f"{refusal}; it is passed over")
+                facts = _read_manifest(path)["facts"]
+                if all(facts.get(name) == expected[name] for name in expected if name not in FLEXIBLE):
+                    if accepts(facts):
+                        return read_plan(path)
+            except (Missing, Refused) as refusal:
+                self.on_message(f"{refusal.cause}; it is skipped")
         return None
 
     def read(self, order: PlanOrder) -> PlanFile:
-        """The plan of `order`; raises FileNotFoundError, or Unusable with the reason."""
-        return self._read(self.path(order), order.facts())
-
-    def _read(self, path: Path, facts: Mapping[str, Any]) -> PlanFile:
-        header, content = sealed.read(path, self.key, facts)
-        return PlanFile(path, content, header.facts, header.notes, self._read_golden(path, header))
-
-    def _read_golden(self, path: Path, header: sealed.Header) -> dict[str, np.ndarray]:
-        from safetensors.numpy import load
-
-        expected, beside = header.notes["golden"], golden_path(path)
-        if not beside.is_file() or beside.stat().st_size > LARGEST_GOLDEN:
-            raise Unusable(f"{path} lacks its golden output {beside.name}")
-        content = beside.read_bytes()
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise Unusable(f"{beside} was edited: it does not have the digest its plan was sealed with")
-        return load(content)
+        """The plan of `order`; raises Missing or Refused with the reason why it cannot be used."""
+        return read_plan(self.path(order), order.facts())
 
     def _build(self, order: PlanOrder, build: Build) -> None:
         from safetensors.numpy import save
 
         path = self.path(order)
-        # Of a process that was killed; nobody else writes this plan now.
-        for leftover in self.folder.glob(f".{path.stem}.*.part"):
-            leftover.unlink(missing_ok=True)
-        part = path.with_name(f".{path.name}.raw.{os.getpid()}.part")
+        part = storage.part_of(path)
         try:
             notes, golden = build(part)
-            content = save(dict(golden))
-            storage.publish({golden_path(path): content})
-            sealed.write(path, order.facts(), part, self.key, notes | {"golden": hashlib.sha256(content).hexdigest()})
+            tensors = save(dict(golden))
+            digests = {SUFFIX: storage.sha256_of(part), GOLDEN: hashlib.sha256(tensors).hexdigest()}
+            manifest = {"facts": order.facts(), "notes": notes, "sha256": digests}
+            for suffix in (MANIFEST, SUFFIX):  # no plan is ever beside the manifest of another
+                storage.remove(sibling(path, suffix))
+            storage.publish({sibling(path, GOLDEN): tensors})
+            storage.publish({sibling(path, MANIFEST): json.dumps(manifest, indent=1).encode()})
+            storage.move(part, path)
         finally:
-            part.unlink(missing_ok=True)
+            storage.forget(part)
 
     def entries(self) -> list[Entry]:
-        """Every plan file with what it was built for, seal and content checked; other programs' files of this suffix
-        are left out.
+        """Every plan with what it was built for, its digests checked; other programs' files of this suffix are left
+        out.
         """
-        found = []
-        for path in filter(is_own, sorted(self.folder.glob(f"*{SUFFIX}"))):
-            facts, notes, fault = {}, {}, ""
+        entries = []
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            if not FILE_NAME.fullmatch(path.name):
+                continue
             try:
-                header, _ = sealed.read(path, self.key)
-                facts, notes = header.facts, header.notes
-                if path.name != f"{facts['stage']}-{key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
-                    found_there = f"it is {facts['stage']} of graph {facts['graph'][:12]}"
-                    raise Unusable(f"{path} carries another plan's name: {found_there}")
-                self._read_golden(path, header)
-            except FileNotFoundError:
-                fault = f"{path} is a link to nothing"
-            except Unusable as refusal:
-                fault = str(refusal)
-            found.append(Entry(path, path.lstat().st_size, facts, notes, fault))
-        return found
+                plan = read_plan(path)
+                entries.append(Entry(path, path.lstat().st_size, plan.facts, plan.notes, ""))
+            except (Missing, Refused) as refusal:
+                entries.append(Entry(path, path.lstat().st_size, {}, {}, refusal.cause))
+        return entries
+
+
+def read_plan(path: Path, expected: Facts | None = None) -> PlanFile:
+    """The plan of a file, with the very bytes whose digest was checked; refuses one that is truncated, modified or
+    built for something other than `expected`.
+    """
+    from safetensors.numpy import load
+
+    manifest = _read_manifest(path)
+    if differences := [name for name, value in (expected or {}).items() if manifest["facts"].get(name) != value]:
+        raise Refused(f"{path}: its manifest has another {', '.join(differences)}", REMEDY)
+    content = _read_checked(path, manifest, SUFFIX)
+    golden = load(_read_checked(path, manifest, GOLDEN))
+    return PlanFile(path, content, manifest["facts"], manifest["notes"], golden)
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """What a plan was built for, its notes and digests; refuses the manifest of another plan."""
+    place = sibling(path, MANIFEST)
+    if not place.is_file():
+        raise Missing(f"{path}: its manifest is missing", REMEDY)
+    manifest = documents.read_object(place, remedy=REMEDY)
+    try:
+        documents.check_form(manifest, FORM)
+    except ValueError as error:
+        raise Refused(f"{place}: {error}", REMEDY) from None
+    if (name := plan_name(manifest["facts"])) != path.name.removesuffix(SUFFIX):
+        raise Refused(f"{path}: its manifest is that of another plan, {name}", REMEDY)
+    return manifest
+
+
+def _read_checked(path: Path, manifest: Mapping[str, Mapping[str, Any]], suffix: str) -> bytes:
+    place = sibling(path, suffix)
+    with storage.refusing(place):
+        if not place.is_file():  # a pipe would make us wait for its writer
+            raise Refused(f"{place}: there is no such file", REMEDY)
+        content = place.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest["sha256"][suffix]:
+        raise Refused(f"{place}: it is truncated or modified, as its digest is not that of its manifest", REMEDY)
+    return content
 
 
 def prune(
-    folders: Iterable[tuple[PlanFolder, Callable[[Mapping[str, Any]], str]]], cap: int, *, is_dry: bool = False
+    folders: Iterable[tuple[PlanFolder, Callable[[Facts], str]]], largest: int, *, is_dry: bool = False
 ) -> list[tuple[Path, str]]:
-    """What was deleted and why: unusable plans, those that the function beside their folder calls stale, stray files,
-    then the least used of all folders together beyond `cap` bytes; a dry run only tells.
+    """Deletes unusable plans, those that the function beside their folder calls stale, stray files, and the least used
+    plans of all folders together beyond `largest` bytes; what was deleted, and why. A dry run deletes nothing.
     """
     removed: list[tuple[Path, str]] = []
-    good: list[Entry] = []
-    orphans: list[Path] = []
-    for opened, is_stale in folders:
+    usable: list[Entry] = []
+    for opened, staleness in folders:
         for entry in opened.entries():
-            if reason := entry.fault or is_stale(entry.facts):
+            if reason := entry.fault or staleness(entry.facts):
                 removed.append((entry.path, reason))
             else:
-                good.append(entry)
-        names = {of(path) for path in opened.folder.glob(f"*{SUFFIX}") for of in (golden_path, compiled_path)}
-        beside = {path for suffix in (GOLDEN, COMPILED) for path in opened.folder.glob(f"*{suffix}")}
-        orphans += filter(is_own, sorted(beside - names))
+                usable.append(entry)
+        for path in sorted(opened.folder.iterdir()):
+            if FILE_NAME.fullmatch(path.name) and not os.path.lexists(sibling(path, SUFFIX)):
+                removed.append((path, "belongs to no plan"))
     total = 0
-    for entry in sorted(good, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
+    for entry in sorted(usable, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
         total += entry.size
-        if total > cap:
-            removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
-    of_plans = [(path, golden_path(path), compiled_path(path), path.with_suffix(".lock")) for path, _ in removed]
-    for one in () if is_dry else (*chain(*of_plans), *orphans):
-        with storage.refusing(one):
-            one.unlink(missing_ok=True)
-    return removed + [(orphan, "belongs to no plan") for orphan in orphans]
+        if total > largest:
+            removed.append((entry.path, f"beyond the {largest} bytes that are kept"))
+    for path in () if is_dry else [path for path, _ in removed]:
+        for place in (path, *(sibling(path, suffix) for suffix in SUFFIXES if path.name.endswith(SUFFIX))):
+            with storage.refusing(place):
+                place.unlink(missing_ok=True)
+    return removed
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file has a name that this module gives, or is sealed: a user's own x.plan is neither."""
-    return bool(OWN_NAME.fullmatch(path.name)) or sealed.is_sealed(path)
+def sibling(path: Path, suffix: str) -> Path:
+    """The file of the same plan with this suffix."""
+    match = FILE_NAME.fullmatch(path.name)
+    assert match, path
+    return path.with_name(match[1] + suffix)
 
 
 def cached_plans() -> Path:
     """The folder of the cache with a folder of plans for each model, its decoders, precision and size."""
     return cache_folder() / "engines"
-
-
-def golden_path(plan: Path) -> Path:
-    return plan.with_name(plan.name.removesuffix(SUFFIX) + GOLDEN)
-
-
-def compiled_path(plan: Path) -> Path:
-    return plan.with_suffix(COMPILED)
-
-
-@contextmanager
-def lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock file for this process, waiting for whoever has it; `waits` is called once if it must wait."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise Missing(f"{path}: {error.strerror}", "Check the folder and its permissions.") from error
-    try:
-        try:
-            take_lock(handle, waits)
-        except OSError as error:
-            raise Missing(
-                f"{path}: the file system cannot lock files ({error.strerror})", "Choose a folder on a local disk."
-            ) from error
-        yield
-    finally:
-        os.close(handle)

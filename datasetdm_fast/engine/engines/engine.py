@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from datasetdm_fast.errors import Missing
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -23,9 +25,7 @@ class Engine(Protocol):
     model: Model
     decoders: Mapping[str, nn.Module]
     device: torch.device
-    adjustments: Mapping[
-        str, int
-    ]  # what had to be done differently from what was asked, for the rows of the samples made since
+    adjustments: Mapping[str, int]  # settings that had to be changed, for the rows of the samples made since
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, T, D] last hidden states of the padded prompts."""
@@ -39,10 +39,10 @@ class Engine(Protocol):
     def denoise_and_capture(
         self, latents: Tensor, timestep: float, context: Tensor
     ) -> tuple[Tensor, Capture | ProjectedCapture]:
-        """The same output, and what the decoders read."""
+        """The output of `denoise`, and what the decoders read."""
 
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        """The same output, and every feature and map as it is."""
+        """The output of `denoise`, and every feature and map as it is."""
 
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """[B, H, W, 3] uint8 images."""
 
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and of each image [B] whether its pixels were finite numbers."""
+        """The images of `decode_image`, and of each [B] whether its pixels were finite numbers."""
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: posterior means, or samples by `generators`."""
@@ -65,10 +65,19 @@ class Engine(Protocol):
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
 
     def suggested_batch(self) -> int:
-        """Images to make together where nobody says."""
+        """The default batch size."""
 
     def fp32_fallback(self) -> Engine | None:
-        """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
+        """An engine over the same weights in fp32, to retry quarantined samples; None where this one is in fp32."""
 
     def fingerprint(self) -> dict[str, str]:
         """Names and versions that decide the engine's rounding."""
+
+
+def check_task(task: str, decoders: Mapping[str, object]) -> None:
+    """Raises Missing where no decoder of the task is loaded."""
+    if task not in decoders:
+        raise Missing(
+            f"task: no decoder for {task!r} was loaded, there are {', '.join(decoders) or 'none'}",
+            "Name a folder with that decoder: --decoder DIR",
+        )

@@ -26,7 +26,7 @@ KEPT = {-1: 2**28, -3: 2**25, -8: 1}
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 
-def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
+def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
     """Images of `side` latent cells to make together; `bytes_of` says what a call with so many takes on a GPU."""
     if device.type == "cpu":
         return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)

@@ -46,12 +46,8 @@ def open_engine(
     before_torch()
     import torch
 
-    from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
-    from datasetdm_fast.engine.decoders.folders import find_decoders
-    from datasetdm_fast.engine.decoders.upstream import unpacked
     from datasetdm_fast.engine.engines.device import half_of, resolve_device
     from datasetdm_fast.engine.loading import load_model
-    from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
     if threads:
         torch.set_num_threads(threads)
@@ -64,31 +60,49 @@ def open_engine(
         from datasetdm_fast.engine.loading.lora import fused  # which few runs need
 
         loaded = fused(loaded, lora)
-    is_seeded = decoder == "demo" and loaded.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
-    if is_seeded:
-        found = _seeded(loaded)
-        labels = check_known(tasks, found, list(found), list(found), f"{loaded.name}, a model of seeded weights,")
-        chosen = {label: found[label] for label in labels}
-        told = {label: {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE} for label in labels}
+    decoders, descriptions = load_decoders(loaded, decoder, tasks, strict=strict, outlines=outlines)
+    return build_engine(engine, loaded, decoders, dtype=dtype, device=device, **options), descriptions
+
+
+def load_decoders(
+    model: Model,
+    decoder: str | None,
+    tasks: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+    outlines: str = "auto",
+) -> tuple[dict[str, Decoder], dict[str, Any]]:
+    """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
+    from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
+    from datasetdm_fast.engine.decoders.folders import find_decoders
+    from datasetdm_fast.engine.decoders.upstream import unpacked
+    from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
+
+    decoders: dict[str, Decoder] = {}
+    descriptions: dict[str, Any] = {}
+    if decoder == "demo" and model.licence == SEEDED_LICENCE:  # what was trained for the demo model fits none
+        seeded = _make_seeded(model)
+        holder = f"{model.name}, a model of seeded weights,"
+        for label in check_known(tasks, seeded, list(seeded), list(seeded), holder):
+            decoders[label] = seeded[label]
+            descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
-        folders = find_decoders(unpacked(decoder, loaded.levels))
+        folders = find_decoders(unpacked(decoder, model.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
-        chosen = {label: load_decoder(folders[label], strict=strict) for label in labels}
-        told = describe_decoders(folders, labels)
-    else:
-        chosen, told = {}, {}
-    for label, one in chosen.items():
-        check_fits(one, loaded.levels, label, loaded.text_width)
-        one.config = replace(one.config, outlines=one.config.outlines if outlines == "auto" else outlines)
-    return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
+        decoders = {label: load_decoder(folders[label], strict=strict) for label in labels}
+        descriptions = describe_decoders(folders, labels)
+    for label, network in decoders.items():
+        check_fits(network, model.levels, label, model.text_width)
+        network.config = replace(network.config, outlines=network.config.outlines if outlines == "auto" else outlines)
+    return decoders, descriptions
 
 
 def check_known(
-    asked: Sequence[str] | None, found: Container[str], labels: Sequence[str], names: Sequence[str], holder: str
+    tasks: Sequence[str] | None, known: Container[str], labels: Sequence[str], names: Sequence[str], holder: str
 ) -> Sequence[str]:
-    """The labels asked for, or all; one that no decoder makes is refused. `names` are those of all decoders."""
-    for label in asked or ():
-        if label in found:
+    """The requested labels, by default all; one that no decoder makes is refused. `names` are those of all decoders."""
+    for label in tasks or ():
+        if label in known:
             continue
         task, colon, _ = label.partition(":")
         others = [name for name in names if name.startswith(f"{task}:")]
@@ -106,15 +120,15 @@ def check_known(
             f"--task {label}: {holder} holds no decoder for it, only for {', '.join(labels)}",
             "Name a folder that has one with --decoder, or drop the task.",
         )
-    return labels if asked is None else asked
+    return labels if tasks is None else tasks
 
 
-def _seeded(loaded: Model) -> dict[str, Decoder]:
+def _make_seeded(model: Model) -> dict[str, Decoder]:
     from datasetdm_fast.engine.decoders.checkpoint import for_inference
     from datasetdm_fast.engine.decoders.seeded import seeded_decoders
 
-    found = seeded_decoders(loaded.levels, loaded.text_width)
-    return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
+    decoders = seeded_decoders(model.levels, model.text_width)
+    return {task: for_inference(decoder, strict=False) for task, decoder in decoders.items()}
 
 
 def describe_decoders(folders: DecoderFolders, labels: Sequence[str]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture
 from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape, resolve_device
-from datasetdm_fast.engine.engines.memory import BATCH, suggested
+from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
 
 
 def _oracle(method):
@@ -226,16 +227,11 @@ class TorchEngine:
 
     @_oracle
     def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        if task not in self.decoders:
-            loaded = ", ".join(self.decoders) or "none"
-            raise Missing(
-                f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "Name a folder with that decoder: --decoder DIR",
-            )
+        check_task(task, self.decoders)
         return self.decoders[task](capture, text)
 
     def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
 
     def fp32_fallback(self) -> None:
         return None

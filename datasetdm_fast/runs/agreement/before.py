@@ -16,7 +16,6 @@ from datasetdm_fast.engine.loading.provenance import digest
 from datasetdm_fast.engine.loop.origin import FROM_NOISE
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.export.tensorrt.plans import COMPILED
 from datasetdm_fast.runs.agreement.verify import Verdict, verify
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.version import __version__
@@ -29,11 +28,10 @@ def setting_of(engine: Engine) -> dict[str, str]:
     told = {name: value for name, value in engine.fingerprint().items() if name != "device"}
     told |= {"python": platform.python_version(), "datasetdm_fast": __version__}
     if engine.device.type == "cuda":
-        told["driver"] = flavours.driver()
+        told["driver"] = flavours.describe_driver()
     folder = getattr(engine, "folder", None)
     if isinstance(folder, Path) and folder.is_dir():
-        # what TensorRT-RTX compiles of a plan is written again by a start
-        files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != COMPILED)
+        files = (path for path in folder.rglob("*") if path.is_file())
         told["plans"] = digest(sorted(files))
     return told
 

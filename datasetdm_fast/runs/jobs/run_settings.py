@@ -271,8 +271,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "auto",
         "precision of the fast engines; auto is fp32 on a CPU and fp16 on a GPU, and in a new run of 100 images or "
         "more bf16 or fp16 where the device has it and four samples agree with the reference, else fp32; tf32 is fp32 "
-        "with TF32 convolutions on a GPU, fp8 only with --engine trt",
-        choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8"),
+        "with TF32 convolutions on a GPU",
+        choices=("auto", "fp32", "tf32", "fp16", "bf16"),
     )
 
 

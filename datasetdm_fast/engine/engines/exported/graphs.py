@@ -3,53 +3,88 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.fast import FastEngine, drawn
-from datasetdm_fast.engine.engines.memory import BATCH, suggested
+from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine, sample_moments
+from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch, trim
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.onnx.to_onnx import RAW, annotate_name, average_name
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.onnx.stage_names import RAW, annotate_name, average_name, separate_options
+from datasetdm_fast.export.onnx.to_onnx import export_cached
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import LEVELS
 
+Tensors = Mapping[str, Tensor]
+CONTEXT = "context"  # its rows are those of both halves of classifier-free guidance
+NOISE = "noise"
+
+
+class OpenedGraph(Protocol):
+    """An opened stage."""
+
+    def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
+        """The outputs for the inputs of each part of a batch, in memory that later calls leave alone."""
+
 
 class GraphEngine:
-    """See engines.Engine; a subclass says how the UNet's stages, those of images and those of decoders are run.
+    """See engines.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
+    are missing; each stage is opened when it is first called.
 
     UNet and autoencoder run in `precision`; text encoder, timesteps, level sums and decoders are fp32 in every mode.
     """
 
-    model: Model
-    decoders: Mapping[str, Decoder]
+    name: str
+    library: str  # that runs the graphs, as messages call it
+    graph_precision: str
+    runtime: str  # whose own operators the graphs may use, or "any"
     device: torch.device
     precision: str
     adjustments: Mapping[str, int] = {}
     exports_averages = True  # by a graph of their own, at the first call of denoise_and_average
 
-    def _call_unet(
-        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
-    ) -> dict[str, Tensor]:
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder] | None, on_message: Callable[[str], None]):
+        self.model, self.decoders, self.on_message = model, dict(decoders or {}), on_message
+        self.folder, self.manifest = self._export()
+        trim()  # what the weights were read into
+        self._stages: dict[str, OpenedGraph] = {}
+
+    def _open(self, folder: Path, manifest: Manifest, stage: str) -> OpenedGraph:
         raise NotImplementedError
 
-    def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
-        """The stage with one input, `name`, in parts that fit."""
-        raise NotImplementedError
+    def _unet_images(self, batch: int) -> int:
+        """Images per call of the UNet or of a decoder."""
+        return batch
 
-    def _call_decoder(
-        self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The stage of a decoder, `words` being [B, K, D] where it reads any."""
-        raise NotImplementedError
+    def _export(self, **options: Any) -> tuple[Path, Manifest]:
+        def on_stage(stage: str) -> None:
+            if stage == "encode_text" or separate_options(stage):
+                self.on_message(f"writing the graphs of {self.model.name} for {self.library}, once")
 
-    def _channels(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
-        """See Manifest.channels."""
-        raise NotImplementedError
+        precision, runtime = self.graph_precision, self.runtime
+        return export_cached(
+            self.model, self.decoders, precision=precision, runtime=runtime, on_stage=on_stage, **options
+        )
+
+    def _run(self, stage: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
+        """The stage's outputs, computed `size` images at a time."""
+        if stage not in self._stages:
+            options = {} if stage in self.manifest.stages else separate_options(stage)
+            folder, manifest = self._export(**options) if options else (self.folder, self.manifest)
+            self._stages[stage] = self._open(folder, manifest, stage)
+        return join_parts(self._stages[stage](split_batch(inputs, size)))
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        return self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"]
 
     @torch.inference_mode()
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
@@ -66,87 +101,101 @@ class GraphEngine:
         """The noise and what the loaded decoders make of the activations; without decoders these themselves."""
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, context)
-        found = self._call_unet("denoise_and_capture", latents, timestep, context)
+        outputs = self._call_unet("denoise_and_capture", latents, timestep, context)
         unread = [
             torch.zeros(len(latents), 0, level.side, level.side, device=self.device) for level in self.model.levels
         ]
-        return found["noise"], ProjectedCapture(
-            tuple(found.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices
+        return outputs["noise"], ProjectedCapture(
+            tuple(outputs.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices
         )
 
     @functools.cached_property
     def _slices(self) -> dict[str, tuple[slice, ...]]:
-        """Task -> per level, its own channels of the sums."""
-        return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in self._channels().items()}
+        """Task -> per level, its channels of the sums."""
+        return {
+            task: tuple(slice(*parts.get(name, (0, 0))) for name in LEVELS)
+            for task, parts in self.manifest.channels.items()
+        }
 
     @torch.inference_mode()
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
-        found, levels = self._call_unet(RAW, latents, timestep, context), self.model.levels
+        outputs, levels = self._call_unet(RAW, latents, timestep, context), self.model.levels
 
-        def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+        def sort_outputs(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
             return tuple(
-                tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts)
+                tuple(outputs[f"{kind}_{name}_{place}"] for place in range(count))
+                for name, count in zip(LEVELS, counts)
             )
 
-        return found["noise"], Capture(
-            ordered("features", [len(one.features) for one in levels]),
-            ordered("maps", [len(one.heads) for one in levels]),
+        return outputs["noise"], Capture(
+            sort_outputs("features", [len(level.features) for level in levels]),
+            sort_outputs("maps", [len(level.heads) for level in levels]),
         )
 
     @torch.inference_mode()
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        stage = average_name(*(round(one.shape[1] ** 0.5) for one in (sums.cells, sums.tokens)))
-        found = self._call_unet(stage, latents, timestep, context, class_context=class_context)
-        return found["noise"], AttentionSums(sums.cells + found["cells"], sums.tokens + found["tokens"])
+        stage = average_name(*(round(value.shape[1] ** 0.5) for value in (sums.cells, sums.tokens)))
+        outputs = self._call_unet(stage, latents, timestep, context, class_context=class_context)
+        return outputs["noise"], AttentionSums(sums.cells + outputs["cells"], sums.tokens + outputs["tokens"])
+
+    def _call_unet(
+        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
+    ) -> dict[str, Tensor]:
+        assert len(context) == 2 * len(latents), f"context has {len(context)} rows for {len(latents)} images"
+        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context, **others}
+        return self._run(stage, self._unet_images(len(latents)), **inputs)
+
+    def _timestep(self, timestep: float) -> Tensor:
+        return torch.tensor(timestep)
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
     @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        found = self._call_autoencoder("decode_image", "latents", latents)
-        return found["image"], found["is_finite"]
+        outputs = self._run("decode_image", self._autoencoder_images(), latents=latents)
+        return outputs["image"], outputs["is_finite"]
 
     @torch.inference_mode()
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
-        return (
-            drawn(self._call_autoencoder("encode_image", "image", images)["moments"], generators)
-            * self.model.networks["vae"].config.scaling_factor
-        )
+        moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
+        scaling: float = self.model.networks["vae"].config.scaling_factor
+        return sample_moments(moments, generators) * scaling
+
+    def _autoencoder_images(self) -> int:
+        return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
 
     @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        sums, stage = self._sums(task, capture), annotate_name(task)
-        config = self.decoders[task].config
+        check_task(task, self.decoders)
+        sums, config = self._sums(task, capture), self.decoders[task].config
         if not config.has_text:
-            return self._call_decoder(stage, capture.batch, sums, None)
+            return self._call_decoder(task, capture.batch, sums, None)
         width = config.text_width
         if text is None or text.ndim not in (2, 3) or text.shape[0] != capture.batch or text.shape[-1] != width:
-            given = "nothing" if text is None else f"shape {list(text.shape)}"
+            received = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(
-                f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or "
+                f"open-vocabulary decoder: text is {received}, expected class embeddings [{capture.batch}, {width}] or "
                 f"[{capture.batch}, K, {width}]",
                 "Pass the text encoder's embeddings of the class words as text.",
             )
         if text.ndim == 3:
-            return self._call_decoder(stage, capture.batch, sums, text)
-        return {
-            name: value[:, 0] for name, value in self._call_decoder(stage, capture.batch, sums, text[:, None]).items()
-        }
+            return self._call_decoder(task, capture.batch, sums, text)
+        outputs = self._call_decoder(task, capture.batch, sums, text[:, None])
+        return {name: value[:, 0] for name, value in outputs.items()}
+
+    def _call_decoder(self, task: str, batch: int, sums: Tensors, words: Tensor | None) -> dict[str, Tensor]:
+        """The outputs of a decoder, `words` being [B, K, D] where it reads any."""
+        inputs = {**sums, **({} if words is None else {"text": words})}
+        return self._run(annotate_name(task), self._unet_images(batch), **inputs)
 
     def _sums(self, task: str, capture: ProjectedCapture | Capture) -> dict[str, Tensor]:
         """What the task's decoder reads, by the names of its stage."""
-        if task not in self.decoders:
-            loaded = ", ".join(self.decoders) or "none"
-            raise Missing(
-                f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "Name a folder with that decoder: --decoder DIR",
-            )
         if isinstance(capture, ProjectedCapture):
             return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
         weights = self.decoders[task].projections()
@@ -157,7 +206,7 @@ class GraphEngine:
         }
 
     def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
 
     def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide
@@ -165,3 +214,34 @@ class GraphEngine:
     @functools.cached_property
     def _wide(self) -> FastEngine:
         return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
+
+
+def split_batch(inputs: Tensors, size: int) -> list[Tensors]:
+    """The inputs of a stage in parts of at most `size` images; a single number belongs to every part."""
+    first = next(iter(inputs.values()))
+    if len(first) <= size:
+        return [inputs]
+    parts = {
+        name: _split_context(value, size) if name == CONTEXT else value.split(size)
+        for name, value in inputs.items()
+        if value.ndim
+    }
+    whole = {name: value for name, value in inputs.items() if not value.ndim}
+    return [whole | dict(zip(parts, part)) for part in zip(*parts.values())]
+
+
+def join_parts(parts: Sequence[Tensors]) -> dict[str, Tensor]:
+    """The outputs of all parts as one batch."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    outputs = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: torch.cat([half for halves in zip(*(value.chunk(2) for value in values)) for half in halves])
+        if name == NOISE
+        else torch.cat(values)
+        for name, values in outputs.items()
+    }
+
+
+def _split_context(context: Tensor, size: int) -> list[Tensor]:
+    return [torch.cat(halves) for halves in zip(*(half.split(size) for half in context.chunk(2)))]

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import resolve_device
-from datasetdm_fast.engine.engines.exported.cached import CachedEngine
+from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, OpenedGraph, Tensors
 from datasetdm_fast.engine.engines.exported.providers import require_openvino
 from datasetdm_fast.engine.engines.fast import slice_of
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.export.manifest import StageFile, TensorInfo
-from datasetdm_fast.export.staging import say
+from datasetdm_fast.export.manifest import Manifest, StageFile, TensorInfo
+from datasetdm_fast.export.staging import print_line
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 ANY_BATCH = ("encode_text",)  # called once for any number of words: compiling for each would take longer
-MOMENT = "timestep"  # the input that decides what is computed in fp32 beside a graph in bf16
+TIMESTEP = "timestep"  # what depends on this input alone is computed in fp32 beside a graph in bf16
 
 
-class OpenVinoEngine(CachedEngine):
-    """See CachedEngine; a batch is cut into the slices of the fast engine, which run in `streams` at once."""
+class OpenVinoEngine(GraphEngine):
+    """See GraphEngine; a batch is cut into the slices of the fast engine, which run in `streams` at once."""
 
-    name, library, stored, runtime = "openvino", "OpenVINO", "fp32", "any"
+    name, library, graph_precision, runtime = "openvino", "OpenVINO", "fp32", "any"
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class OpenVinoEngine(CachedEngine):
         dtype: str = "auto",
         device: str = "auto",
         streams: int = 0,
-        tell: Callable[[str], None] = say,
+        on_message: Callable[[str], None] = print_line,
     ):
         require_openvino(streams)
         self.device = resolve_device("cpu" if device == "auto" else device)
@@ -49,19 +49,20 @@ class OpenVinoEngine(CachedEngine):
             raise Refused(f"device: OpenVINO is used on a CPU, not on {device}", "Leave out --device.")
         self.core, self.streams = openvino.Core(), streams
         self.precision = resolve_precision(dtype, self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        super().__init__(model, decoders, tell)
+        super().__init__(model, decoders, on_message)
 
-    def _open(self, path: Path, name: str, file: StageFile) -> OpenVinoStage:
-        is_wide = name == "encode_text" or name.startswith("annotate")
+    def _open(self, folder: Path, manifest: Manifest, stage: str) -> OpenedGraph:
+        is_wide = stage == "encode_text" or stage.startswith("annotate")
         hint = HINTS["fp32" if is_wide else self.precision]
-        return OpenVinoStage(self.core, path, file, hint, self.streams, name in ANY_BATCH)
+        path, file = manifest.graph(folder, stage), manifest.stages[stage]
+        return OpenVinoStage(self.core, path, file, hint, self.streams, stage in ANY_BATCH)
 
-    def _images_at_once(self, batch: int) -> int:
+    def _unet_images(self, batch: int) -> int:
         return slice_of(batch)
 
     def fingerprint(self) -> dict[str, str]:
-        told = {"engine": self.name, "device": str(self.device), "device_name": platform.machine()}
-        return {**told, "dtype": self.precision, "openvino": openvino.__version__}
+        device = {"engine": self.name, "device": str(self.device), "device_name": platform.machine()}
+        return {**device, "dtype": self.precision, "openvino": openvino.__version__}
 
 
 class OpenVinoStage:
@@ -72,72 +73,74 @@ class OpenVinoStage:
     ):
         self.core, self.path, self.file, self.takes_any_batch = core, path, file, takes_any_batch
         self.streams, self.options = streams, {"INFERENCE_PRECISION_HINT": hint, "ENABLE_CPU_PINNING": False}
-        self._requests: dict[tuple, list[openvino.InferRequest]] = {}
-        self._beside: openvino.CompiledModel | None = None  # what depends on the timestep alone, in fp32
-        self._made: tuple[float, dict[str, np.ndarray]] = math.nan, {}  # a timestep, and its answer to it
+        self._requests: dict[tuple[object, ...], list[openvino.InferRequest]] = {}
+        self._time_model: openvino.CompiledModel | None = None  # what depends on the timestep alone, in fp32
+        self._time_outputs: tuple[float, dict[str, np.ndarray]] = math.nan, {}  # of the timestep
 
-    def __call__(self, parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
         threads = torch.get_num_threads()
         streams = min(self.streams or threads, threads, len(parts))
-        found: list[dict[str, Tensor]] = []
+        outputs: list[dict[str, Tensor]] = []
         for start in range(0, len(parts), streams):
-            found += self._at_once(parts[start : start + streams], streams, threads)
-        return found
+            outputs += self._run_streams(parts[start : start + streams], streams, threads)
+        return outputs
 
-    def _at_once(self, parts: Sequence[Mapping[str, Tensor]], streams: int, threads: int) -> list[dict[str, Tensor]]:
-        started, found = [], []
+    def _run_streams(self, parts: Sequence[Tensors], streams: int, threads: int) -> list[dict[str, Tensor]]:
+        """The outputs of as many parts as there are streams, computed at once."""
+        started = []
         for place, inputs in enumerate(parts):
             values = [inputs[info.name].to(getattr(torch, info.dtype)).contiguous() for info in self.file.inputs]
-            request = self._compiled([tuple(value.shape) for value in values], streams, threads)[place]
-            given = {info.name: value.numpy() for info, value in zip(self.file.inputs, values)}
-            if self._beside:
-                given |= self._made_of(self._beside, given.pop(MOMENT))
-            for name, value in given.items():
+            request = self._open_requests([tuple(value.shape) for value in values], streams, threads)[place]
+            arrays = {info.name: value.numpy() for info, value in zip(self.file.inputs, values)}
+            if self._time_model:
+                arrays |= self._embed_time(self._time_model, float(arrays.pop(TIMESTEP)))
+            for name, value in arrays.items():
                 request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
             request.start_async()
-            started.append((request, given))
+            started.append((request, arrays))
+        outputs = []
         for request, _ in started:
             request.wait()
-            # Copied, as the request writes its next answer into the same memory.
-            found.append({info.name: _copied(request.get_tensor(info.name), info) for info in self.file.outputs})
-        return found
+            # Copied, as the request writes its next outputs into the same memory.
+            outputs.append({info.name: _copy_output(request.get_tensor(info.name), info) for info in self.file.outputs})
+        return outputs
 
-    def _made_of(self, beside: openvino.CompiledModel, moment: np.ndarray) -> dict[str, np.ndarray]:
-        if self._made[0] != moment:
-            made = beside({MOMENT: moment})
-            self._made = float(moment), {output.any_name: made[output] for output in beside.outputs}
-        return self._made[1]
+    def _embed_time(self, model: openvino.CompiledModel, timestep: float) -> dict[str, np.ndarray]:
+        if self._time_outputs[0] != timestep:
+            values = model({TIMESTEP: np.array(timestep, np.float32)})
+            self._time_outputs = timestep, {output.any_name: values[output] for output in model.outputs}
+        return self._time_outputs[1]
 
-    def _compiled(self, shapes: list[tuple[int, ...]], streams: int, threads: int) -> list[openvino.InferRequest]:
+    def _open_requests(self, shapes: list[tuple[int, ...]], streams: int, threads: int) -> list[openvino.InferRequest]:
         key = (streams, threads) if self.takes_any_batch else (*shapes, streams, threads)
         if key not in self._requests:
             graph = self.core.read_model(str(self.path))
             if not self.takes_any_batch:
                 graph.reshape({info.name: shape for info, shape in zip(self.file.inputs, shapes)})
-            if self.options["INFERENCE_PRECISION_HINT"] != HINTS["fp32"] and MOMENT in names_of(graph):
-                beside = parted(graph, MOMENT)  # the same for every size of batch
+            if self.options["INFERENCE_PRECISION_HINT"] != HINTS["fp32"] and TIMESTEP in input_names(graph):
+                time_graph = split_graph(graph, TIMESTEP)  # equal for every batch size
                 options = {**self.options, "INFERENCE_PRECISION_HINT": HINTS["fp32"], "NUM_STREAMS": 1}
-                self._beside = self._beside or self.core.compile_model(beside, "CPU", options)
+                self._time_model = self._time_model or self.core.compile_model(time_graph, "CPU", options)
             options = {**self.options, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
             compiled = self.core.compile_model(graph, "CPU", options)
             self._requests[key] = [compiled.create_infer_request() for _ in range(streams)]
         return self._requests[key]
 
 
-def names_of(graph: openvino.Model) -> list[str]:
-    return [given.any_name for given in graph.inputs]
+def input_names(graph: openvino.Model) -> list[str]:
+    return [value.any_name for value in graph.inputs]
 
 
-def parted(graph: openvino.Model, name: str) -> openvino.Model:
-    """Takes what depends on the input `name` alone out of the graph, and gives it as a graph of its own, whose outputs
-    are now inputs of the other by the same names.
+def split_graph(graph: openvino.Model, name: str) -> openvino.Model:
+    """Takes what depends on the input `name` alone out of the graph, and returns it as a second graph, whose outputs
+    are now inputs of the first by the same names.
 
     In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more: at the size of
     Stable Diffusion the noise of timestep 999 then lies 16 % from that of fp32, and 1.7 % with all that follows from
     the timestep in fp32.
     """
-    (moment,) = (given.get_node() for given in graph.inputs if given.any_name == name)
-    decided = {moment.get_friendly_name()}  # by the input alone
+    (parameter,) = (value.get_node() for value in graph.inputs if value.any_name == name)
+    decided = {parameter.get_friendly_name()}  # by the input alone
     fixed: set[str] = set()
     for node in graph.get_ordered_ops():
         sources = {value.get_node().get_friendly_name() for value in node.input_values()}
@@ -151,25 +154,25 @@ def parted(graph: openvino.Model, name: str) -> openvino.Model:
             uses = [use for use in value.get_target_inputs() if use.get_node().get_friendly_name() not in decided]
             if not uses:
                 continue
-            given = opset13.parameter(value.get_partial_shape(), value.get_element_type())
-            given.output(0).set_names({f"{name}.{len(ends)}"})
+            replacement = opset13.parameter(value.get_partial_shape(), value.get_element_type())
+            replacement.output(0).set_names({f"{name}.{len(ends)}"})
             for use in uses:
-                use.replace_source_output(given.output(0))
+                use.replace_source_output(replacement.output(0))
             end = opset13.result(value)
             end.output(0).set_names({f"{name}.{len(ends)}"})
             ends.append(end)
-            inputs.append(given)
+            inputs.append(replacement)
     graph.add_parameters(inputs)
-    graph.remove_parameter(moment)
-    return openvino.Model(ends, [moment], name)
+    graph.remove_parameter(parameter)
+    return openvino.Model(ends, [parameter], name)
 
 
-def _copied(value: openvino.Tensor, info: TensorInfo) -> Tensor:
+def _copy_output(value: openvino.Tensor, info: TensorInfo) -> Tensor:
     return torch.from_numpy(np.array(value.data)).to(getattr(torch, info.dtype))
 
 
 def resolve_precision(dtype: str, capabilities: Sequence[str]) -> str:
-    """The arithmetic of UNet and autoencoder: as asked, or fp32."""
+    """The arithmetic of UNet and autoencoder: as requested, or fp32."""
     if dtype == "auto":
         return "fp32"
     if dtype not in HINTS:

@@ -14,21 +14,21 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import resolve_device
-from datasetdm_fast.engine.engines.exported.cached import CachedEngine
-from datasetdm_fast.engine.engines.exported.providers import NAMES, available, require_provider
+from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, OpenedGraph, Tensors
+from datasetdm_fast.engine.engines.exported.providers import NAMES, installed_providers, require_provider
 from datasetdm_fast.engine.engines.fast import DTYPES, slice_of
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.manifest import StageFile
-from datasetdm_fast.export.staging import say
+from datasetdm_fast.export.manifest import Manifest, StageFile
+from datasetdm_fast.export.staging import print_line
 
 NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
 FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
-class OrtEngine(CachedEngine):
-    """See CachedEngine; for TensorRT the graphs have standard operators only, else ONNX Runtime's attention."""
+class OrtEngine(GraphEngine):
+    """See GraphEngine; for TensorRT the graphs have standard operators only, else ONNX Runtime's attention."""
 
     name, library = "ort", "ONNX Runtime"
 
@@ -40,30 +40,32 @@ class OrtEngine(CachedEngine):
         dtype: str = "auto",
         device: str = "auto",
         provider: str = "auto",
-        tell: Callable[[str], None] = say,
+        on_message: Callable[[str], None] = print_line,
     ):
         require_provider(provider)
         self.provider, self.device = resolve_provider(provider, device)
-        self.precision = self.stored = resolve_precision(dtype, self.provider)
+        self.precision = self.graph_precision = resolve_precision(dtype, self.provider)
         self.runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
-        super().__init__(model, decoders, tell)
+        super().__init__(model, decoders, on_message)
 
-    def _open(self, path: Path, name: str, file: StageFile) -> OrtStage:
-        return OrtStage(partial(open_session, path, self.provider, self.device), file, self.device)
+    def _open(self, folder: Path, manifest: Manifest, stage: str) -> OpenedGraph:
+        path = manifest.graph(folder, stage)
+        open_with = partial(open_session, path, self.provider, self.device)
+        return OrtStage(open_with, manifest.stages[stage], self.device)
 
-    def _images_at_once(self, batch: int) -> int:
+    def _unet_images(self, batch: int) -> int:
         return slice_of(batch) if self.device.type == "cpu" else batch
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        told = {
+        return {
             "engine": self.name,
             "device": str(self.device),
             "device_name": device,
             "dtype": self.precision,
             "provider": self.provider,
+            "onnxruntime": onnxruntime.__version__,
         }
-        return {**told, "onnxruntime": onnxruntime.__version__}
 
 
 class OrtStage:
@@ -76,7 +78,7 @@ class OrtStage:
         self.open_with, self.file, self.device, self.lanes = open_with, file, device, Lanes()
         self.sessions: dict[int, onnxruntime.InferenceSession] = {}  # by their number of threads
 
-    def __call__(self, parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
         threads = torch.get_num_threads()
         share = threads // min(threads, len(parts)) if self.device.type == "cpu" else threads
         if share not in self.sessions:
@@ -84,30 +86,23 @@ class OrtStage:
         work = [(self.sessions[share], inputs) for inputs in parts]
         if self.device.type == "cpu":
             return self.lanes.map(self._outputs, work)
-        return [self._outputs(*one) for one in work]
+        return [self._outputs(*arguments) for arguments in work]
 
-    def _outputs(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _outputs(self, session: onnxruntime.InferenceSession, inputs: Tensors) -> dict[str, Tensor]:
         binding, sizes, held = session.io_binding(), {}, []
         for info in self.file.inputs:
             # A single number may stay on the host.
             value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
             held.append(value)
-            sizes |= {size: given for size, given in zip(info.shape, value.shape) if isinstance(size, str)}
-            binding.bind_input(
-                info.name,
-                value.device.type,
-                value.device.index or 0,
-                NUMPY[info.dtype],
-                list(value.shape),
-                value.data_ptr(),
-            )
+            sizes |= {letter: size for letter, size in zip(info.shape, value.shape) if isinstance(letter, str)}
+            place = value.device.type, value.device.index or 0
+            binding.bind_input(info.name, *place, NUMPY[info.dtype], list(value.shape), value.data_ptr())
         outputs = {}
         for info in self.file.outputs:
             shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]
             value = outputs[info.name] = torch.empty(shape, dtype=getattr(torch, info.dtype), device=self.device)
-            binding.bind_output(
-                info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], shape, value.data_ptr()
-            )
+            place = value.device.type, value.device.index or 0
+            binding.bind_output(info.name, *place, NUMPY[info.dtype], shape, value.data_ptr())
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
         session.run_with_iobinding(binding)
@@ -119,9 +114,8 @@ def open_session(path: Path, provider: str, device: torch.device, threads: int) 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # spinning threads take the cores of the processes beside them
+    # Spinning threads take the cores of the processes beside them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     place = {"device_id": str(device.index or 0)}
     providers = {
         "cpu": ["CPUExecutionProvider"],
@@ -144,7 +138,7 @@ def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
     if provider == "cpu":
         place = resolve_device("cpu" if device == "auto" else device)
     elif provider == "auto":
-        has_cuda = NAMES["cuda"] in available()
+        has_cuda = NAMES["cuda"] in installed_providers()
         place = resolve_device(device if device != "auto" or has_cuda else "cpu")
         provider = "cuda" if place.type == "cuda" else "cpu"
         require_provider(provider)
@@ -159,7 +153,7 @@ def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
 
 
 def resolve_precision(dtype: str, provider: str) -> str:
-    """The storage of UNet and autoencoder: as asked, or fp32 on a CPU and fp16 elsewhere."""
+    """The storage of UNet and autoencoder: as requested, or fp32 on a CPU and fp16 elsewhere."""
     if dtype == "auto":
         return "fp32" if provider == "cpu" else "fp16"
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Which ONNX Runtime or OpenVINO is installed and what it can run on, asked before torch is imported."""
+"""Which ONNX Runtime or OpenVINO is installed and what it can run on, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensor
 
 
 def require_provider(provider: str) -> None:
-    """Raises Missing where ONNX Runtime or the provider asked for is not there; "auto" needs the CPU's alone."""
+    """Raises Missing where ONNX Runtime or the provider is not installed; "auto" needs the CPU's alone."""
     if provider not in PROVIDERS:
         raise Refused(
             f"provider: {provider!r} is none of {', '.join(PROVIDERS)}", "Choose one of these with --provider."
         )
     _require("ort", "onnxruntime")
-    there = available()
-    if provider != "auto" and NAMES[provider] not in there:
+    installed = installed_providers()
+    if provider != "auto" and NAMES[provider] not in installed:
         import onnxruntime
 
-        short = [name for name in NAMES if NAMES[name] in there]
         raise Missing(
             f"provider: {provider} is not in the installed onnxruntime {onnxruntime.__version__}, which has "
-            f"{', '.join(short)}",
+            f"{', '.join(name for name in NAMES if NAMES[name] in installed)}",
             "Use one of those, or install 'datasetdm-fast[ort-gpu]' in its place.",
         )
 
 
 def require_openvino(streams: int) -> None:
-    """Raises Missing where OpenVINO is not there."""
+    """Raises Missing where OpenVINO is not installed."""
     if streams < 0:
         raise Refused(f"--streams: {streams} is less than 0", "0 chooses their number by the batch.")
     _require("openvino", "openvino")
@@ -45,8 +44,9 @@ def _require(engine: str, library: str) -> None:
             )
 
 
-def available() -> list[str]:
+def installed_providers() -> list[str]:
     """ONNX Runtime's own names of its providers."""
     import onnxruntime
 
-    return onnxruntime.get_available_providers()
+    names: list[str] = onnxruntime.get_available_providers()
+    return names

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 from datasetdm_fast.engine.engines.cuda_graph import InOrder
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.export import golden
-from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.flavours import Flavour
-from datasetdm_fast.export.tensorrt.plans import PlanFile, compiled_path
-from datasetdm_fast.export.tensorrt.to_tensorrt import resolved
+from datasetdm_fast.export.tensorrt.plans import PlanFile
+from datasetdm_fast.export.tensorrt.to_tensorrt import resolve_shape
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo
@@ -66,14 +65,14 @@ class Queue(InOrder):
         self.stream.synchronize()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def take_turn(self) -> Iterator[None]:
         """What this thread queues within this block comes after what others have queued in theirs."""
         with self._turn:
             self.follow(torch.cuda.current_stream(self.device))
             yield
 
     @contextmanager
-    def here(self) -> Iterator[None]:
+    def use_device(self) -> Iterator[None]:
         """Within this block the GPU is the current one, as TensorRT expects when it loads a plan, and the stream this
         thread's alone.
         """
@@ -84,37 +83,31 @@ class Queue(InOrder):
 class LoadedPlan:
     """One stage on the GPU: its weights once, and a `Call` for each batch size its plan was built for."""
 
-    def __init__(self, plan: PlanFile, tensors: StageFile, flavour: Flavour, queue: Queue, key: bytes):
-        self.plan, self.tensors, self.flavour, self.queue, self.key = plan, tensors, flavour, queue, key
-        self.log, self.compiled = _logger(flavour.module), None
+    def __init__(self, plan: PlanFile, tensors: StageFile, flavour: Flavour, queue: Queue):
+        self.plan, self.tensors, self.flavour, self.queue = plan, tensors, flavour, queue
+        self.log = _make_logger(flavour.module)
         self.batches = tuple(self._batch_of(shapes) for shapes in plan.facts["profiles"])
         self._calls: dict[int, Call] = {}
-        with queue.here():
+        with queue.use_device():
             self.runtime = flavour.module.Runtime(self.log)
-            self.engine = self._deserialised()
+            self.engine = self._deserialise()
             self._check_tensors()
-            if "weight-streaming" in plan.facts["flags"] and self.engine.streamable_weights_size:
-                self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
-            self._settings = self._runtime_settings()
+            self._settings = self._make_settings()
 
     def __call__(self, batch: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of the stage, as tensors of the caller's own; `batch` is one of `batches`."""
+        """The outputs of the stage, as tensors that later calls leave alone; `batch` is one of `batches`."""
         if batch not in self._calls:
-            with self.queue.here():
+            with self.queue.use_device():
                 self._calls[batch] = Call(self, self.batches.index(batch), batch)
-            self._keep_compiled()
         return self._calls[batch](inputs)
 
-    def _deserialised(self):
+    def _deserialise(self) -> Any:
+        trt = self.flavour.module
         if hasattr(self.runtime, "get_engine_validity"):
-            validity, why = self.runtime.get_engine_validity(self.plan.content)
-            if validity == self.flavour.module.EngineValidity.INVALID:
-                reasons = [
-                    name
-                    for name, one in self.flavour.module.EngineInvalidityDiagnostics.__members__.items()
-                    if why & one.value
-                ]
-                raise self._unfit(", ".join(reasons) or self.log.last)
+            validity, flags = self.runtime.get_engine_validity(self.plan.content)
+            if validity == trt.EngineValidity.INVALID:
+                members = trt.EngineInvalidityDiagnostics.__members__.items()
+                raise self._unfit(", ".join(name for name, member in members if flags & member.value) or self.log.last)
         engine = self.runtime.deserialize_cuda_engine(self.plan.content)
         if engine is None:
             raise self._unfit(self.log.last)
@@ -128,22 +121,18 @@ class LoadedPlan:
         )
 
     def _check_tensors(self) -> None:
-        found = {}
-        for place in range(self.engine.num_io_tensors):
-            name = self.engine.get_tensor_name(place)
-            found[name] = DTYPES.get(self.engine.get_tensor_dtype(name).name)
-        expected = {one.name: one.dtype for one in (*self.tensors.inputs, *self.tensors.outputs)}
-        if found != expected:
-            raise self._unfit(f"its tensors are {found}, expected {expected}")
+        names = [self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)]
+        dtypes = {name: DTYPES.get(self.engine.get_tensor_dtype(name).name) for name in names}
+        expected = {info.name: info.dtype for info in (*self.tensors.inputs, *self.tensors.outputs)}
+        if dtypes != expected:
+            raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
 
-    def _batch_of(self, shapes: Mapping[str, Sequence[Sequence[int]]]) -> int:
+    def _batch_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """The B of an optimisation profile."""
-        one = next(one for one in self.tensors.inputs if one.shape[:1] == ("B",))
-        return shapes[one.name][0][0]
+        return shapes[next(info.name for info in self.tensors.inputs if info.shape[:1] == ("B",))][0]
 
-    # The context's settings: what TensorRT-RTX has and TensorRT has not is looked for, not assumed
-
-    def _runtime_settings(self):
+    def _make_settings(self) -> Any:
+        """Settings of the contexts; TensorRT has only some of what TensorRT-RTX has."""
         if not hasattr(self.engine, "create_runtime_config"):
             return None
         settings, trt = self.engine.create_runtime_config(), self.flavour.module
@@ -151,12 +140,6 @@ class LoadedPlan:
             settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         if hasattr(settings, "cuda_graph_strategy"):
             settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        if hasattr(settings, "create_runtime_cache"):
-            self.compiled = settings.create_runtime_cache()
-            with suppress(FileNotFoundError, sealed.Unusable):
-                _, content = sealed.read(self._compiled_path, self.key, self._compiled_facts)
-                self.compiled.deserialize(content)  # says no to kernels of another driver, and compiles anew
-            settings.set_runtime_cache(self.compiled)
         return settings
 
     @property
@@ -164,70 +147,43 @@ class LoadedPlan:
         """Whether TensorRT wraps its calls into CUDA graphs without our doing."""
         return hasattr(self._settings, "cuda_graph_strategy")
 
-    def new_context(self):
-        context = (
-            self.engine.create_execution_context()
-            if self._settings is None
-            else self.engine.create_execution_context(self._settings)
-        )
+    def new_context(self) -> Any:
+        arguments = () if self._settings is None else (self._settings,)
+        context = self.engine.create_execution_context(*arguments)
         if context is None:
             raise self._unfit(self.log.last)
         return context
 
-    @property
-    def _compiled_path(self):
-        return compiled_path(self.plan.path)
-
-    @property
-    def _compiled_facts(self) -> dict[str, str]:
-        return {
-            "kind": "compiled kernels",
-            "plan": self.plan.path.stem,
-            "version": self.flavour.version,
-            "gpu": self.queue.gpu,
-        }
-
-    def _keep_compiled(self) -> None:
-        """Writes the kernels compiled on this GPU beside the plan, so that the next start need not compile."""
-        if self.compiled is None:
-            return
-        content = self.compiled.serialize()
-        with suppress(Missing):  # a folder of others may be read-only
-            sealed.write(self._compiled_path, self._compiled_facts, bytes(content), self.key)
-
-    # Golden outputs
-
     def check(self, precision: str) -> None:
-        """Raises GateFailed where the plan, on this GPU, does not say of its golden inputs what it was built to say."""
-        batch = self.batches[0]
-        inputs = {one.name: self._spread(one, self.plan.golden[f"in.{one.name}"], batch) for one in self.tensors.inputs}
+        """Raises GateFailed where the outputs of the plan, on this GPU, are not those expected for golden inputs."""
+        batch, tensors = self.batches[0], self.plan.golden
+        inputs = {info.name: _repeat(info, tensors[f"in.{info.name}"], batch) for info in self.tensors.inputs}
         outputs = self(batch, {name: torch.from_numpy(value).to(self.queue.device) for name, value in inputs.items()})
-        for one in self.tensors.outputs:
-            truth = self.plan.golden[f"out.{one.name}"]
+        for info in self.tensors.outputs:
             for place in {0, batch - 1}:
-                found = golden.sampled(_of_image(one, outputs[one.name].cpu(), place, batch).float().numpy())
-                far = golden.distance(found, truth)
-                if not far <= golden.FAR[precision]:
-                    limit = f"at most {golden.FAR[precision]:g} is allowed"
+                value = _select_image(info, outputs[info.name].cpu(), place, batch).float().numpy()
+                error = golden.relative_error(golden.sample_values(value), tensors[f"out.{info.name}"])
+                if not error <= golden.LARGEST_ERROR[precision]:
                     raise GateFailed(
-                        f"{self.plan.path}: on {self.queue.gpu} the output {one.name} is {far:.2g} away from the "
-                        f"golden one, {limit}",
+                        f"{self.plan.path}: on {self.queue.gpu} the output {info.name} is {error:.2g} away from the "
+                        f"golden one, at most {golden.LARGEST_ERROR[precision]:g} is allowed",
                         "Update the NVIDIA driver or build the plan on this machine; --precision fp32 asks less of it.",
                     )
 
-    def _spread(self, one: TensorInfo, value: np.ndarray, batch: int) -> np.ndarray:
-        """A golden input of one image for every image of a batch."""
-        for axis, (size, had) in enumerate(zip(resolved(one.shape, batch), value.shape)):
-            value = np.repeat(value, size // had, axis)
-        return value.copy(order="C")
+
+def _repeat(info: TensorInfo, value: np.ndarray, batch: int) -> np.ndarray:
+    """A golden input of one image for every image of a batch."""
+    for axis, (size, present) in enumerate(zip(resolve_shape(info.shape, batch), value.shape)):
+        value = np.repeat(value, size // present, axis)
+    return value.copy(order="C")
 
 
-def _of_image(one: TensorInfo, value: Tensor, place: int, batch: int) -> Tensor:
-    """What an output says of one image of the batch, and of its first word."""
-    if one.shape[0] == "2B":
+def _select_image(info: TensorInfo, value: Tensor, place: int, batch: int) -> Tensor:
+    """The part of an output that belongs to one image of the batch, and to its first word."""
+    if info.shape[0] == "2B":
         return value[[place, batch + place]]
     value = value[place : place + 1]
-    return value[:, :1] if "K" in one.shape else value
+    return value[:, :1] if "K" in info.shape else value
 
 
 class Call:
@@ -240,12 +196,10 @@ class Call:
         self.queue.wait()
         tensors = loaded.tensors
         self.inputs, self.outputs = self._buffers(tensors.inputs, batch), self._buffers(tensors.outputs, batch)
-        for one in tensors.inputs:
-            if any(isinstance(axis, str) for axis in one.shape):
-                self._must(
-                    self.context.set_input_shape(one.name, tuple(self.inputs[one.name].shape)),
-                    f"the shape of {one.name}",
-                )
+        for info in tensors.inputs:
+            if any(isinstance(axis, str) for axis in info.shape):
+                shape = tuple(self.inputs[info.name].shape)
+                self._must(self.context.set_input_shape(info.name, shape), f"the shape of {info.name}")
         self._must(not self.context.infer_shapes(), "inferring shapes")
         for name, buffer in self.outputs.items():
             self._must(tuple(self.context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
@@ -258,8 +212,10 @@ class Call:
 
     def _buffers(self, tensors: Sequence[TensorInfo], batch: int) -> dict[str, Tensor]:
         return {
-            one.name: torch.zeros(resolved(one.shape, batch), dtype=getattr(torch, one.dtype), device=self.queue.device)
-            for one in tensors
+            info.name: torch.zeros(
+                resolve_shape(info.shape, batch), dtype=getattr(torch, info.dtype), device=self.queue.device
+            )
+            for info in tensors
         }
 
     def _must(self, is_done: bool, what: str) -> None:
@@ -276,7 +232,7 @@ class Call:
         self._repeat = self.queue.record(self._execute)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.queue.turn():
+        with self.queue.take_turn():
             for name, buffer in self.inputs.items():
                 assert inputs[name].shape == buffer.shape, (
                     f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
@@ -286,15 +242,15 @@ class Call:
             return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
 
-def _logger(trt):
-    class RuntimeLog(trt.ILogger):
+def _make_logger(trt: Any) -> Any:
+    class RuntimeLog(trt.ILogger):  # type: ignore[misc]
         """Keeps the last error for our own sentence about it."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.last = "no reason was given"
 
-        def log(self, severity, message):
+        def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.last = " ".join(message.split())
 

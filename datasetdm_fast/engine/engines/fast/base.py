@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape, resolve_device, slow_in_fp16
-from datasetdm_fast.engine.engines.memory import suggested
+from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.memory import suggest_batch
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.capture import (
@@ -31,7 +32,7 @@ from datasetdm_fast.engine.models.packed import weight_as, weights_of
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.to_device import to_device
@@ -51,7 +52,7 @@ WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its c
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """The precision of the UNet and the autoencoder: as asked, or fp32 on a CPU and fp16 on a GPU."""
+    """The precision of the UNet and the autoencoder: as requested, or fp32 on a CPU and fp16 on a GPU."""
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
     if name not in DTYPES:
@@ -401,19 +402,14 @@ class FastEngine(ABC):
                 for part in parts
             ]
         )
-        return drawn(moments.contiguous(), generators) * self.model.networks["vae"].config.scaling_factor
+        return sample_moments(moments.contiguous(), generators) * self.model.networks["vae"].config.scaling_factor
 
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
 
     @computed
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        if task not in self.decoders:
-            loaded = ", ".join(self.decoders) or "none"
-            raise Missing(
-                f"task: no decoder for {task!r} was loaded, there are {loaded}",
-                "Name a folder with that decoder: --decoder DIR",
-            )
+        check_task(task, self.decoders)
         return self._annotated(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
     @property
@@ -431,7 +427,7 @@ class FastEngine(ABC):
     @computed
     def suggested_batch(self) -> int:
         """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
-        return suggested(self.model.size // 8, self.device)
+        return suggest_batch(self.model.size // 8, self.device)
 
     @property
     @abstractmethod
@@ -496,7 +492,7 @@ def _places(names: Iterable[str]) -> set[str]:
     return {name.removesuffix(".weight").removesuffix(".taps") for name in names}
 
 
-def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
     """Latents of the autoencoder's moments [B, 8, h, w]: their mean, or with generators a sample."""
     latents, log_variance = moments.chunk(2, 1)
     if generators is None:

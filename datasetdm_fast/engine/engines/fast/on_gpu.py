@@ -16,7 +16,7 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder, is_folded, narrowed
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.fast.base import FastEngine, computed
-from datasetdm_fast.engine.engines.memory import halving, suggested
+from datasetdm_fast.engine.engines.memory import halving, suggest_batch
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet
 from datasetdm_fast.engine.models.unet import UNet
@@ -162,7 +162,7 @@ class GpuEngine(FastEngine):
 
     @computed
     def suggested_batch(self) -> int:
-        return suggested(self.model.size // 8, self.device, self._bytes_of)
+        return suggest_batch(self.model.size // 8, self.device, self._bytes_of)
 
     def _bytes_of(self, batch: int) -> int:
         """Peak memory of one captured call."""
