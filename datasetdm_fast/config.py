@@ -23,10 +23,10 @@ OWN_TASKS = {
         f"{_LABELS}.semantic:SemanticKind", f"{_TASKS}.semantic:SemanticTask", f"{_METERS}.metrics:Semantic"
     ),
     "instance": TaskKind(
-        f"{_LABELS}.instance:InstanceKind", f"{_TASKS}.instance:InstanceTask", f"{_METERS}.metrics:Instance"
+        f"{_LABELS}.instance:InstanceKind", f"{_TASKS}.instance:InstanceTask", f"{_METERS}.ranking:Instance"
     ),
     "depth": TaskKind(f"{_LABELS}.depth:DepthKind", f"{_TASKS}.depth:DepthTask", f"{_METERS}.metrics:Depth"),
-    "pose": TaskKind(f"{_LABELS}.pose:PoseKind", f"{_TASKS}.pose:PoseTask", f"{_METERS}.metrics:Pose"),
+    "pose": TaskKind(f"{_LABELS}.pose:PoseKind", f"{_TASKS}.pose:PoseTask", f"{_METERS}.ranking:Pose"),
     "open-vocabulary": TaskKind(
         f"{_LABELS}.open_vocabulary:OpenVocabularyKind",
         f"{_TASKS}.open_vocabulary:OpenVocabularyTask",
