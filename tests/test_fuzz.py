@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> None:
 
 
 def read_settings(path: Path) -> None:
-    config, _ = flags.parse(["--config", str(path)])
+    config, _ = flags.parse(["--config", str(path)], RunConfig)
     assert isinstance(config, RunConfig)
 
 
