@@ -55,11 +55,18 @@ _BY_FILE = {
             "guidance is not applied",
         ),
     ),
+    "disk/sqlite.py": (
+        "test_ledger.py",
+        ('self.execute("ROLLBACK")', 'self.execute("COMMIT")', "half of a batch is committed"),
+    ),
     "runs/run_folder/ledger.py": (
         "test_ledger.py",
         ("INSERT OR REPLACE INTO samples", "INSERT OR IGNORE INTO samples", "a sample set aside can never be made"),
-        ('self._connection.execute("ROLLBACK")', 'self._connection.execute("COMMIT")', "half of a batch is committed"),
-        ("< ?', (first, stop)", "<= ?', (first, stop)", "the first sample of the next batch is never made"),
+        (
+            """'"index" >= ? AND "index" < ?'""",
+            """'"index" >= ? AND "index" <= ?'""",
+            "the first sample of the next batch is never made",
+        ),
         ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
         ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
         ('documents.check_inside(file["path"])', 'file["path"]', "a foreign ledger names files outside its folder"),

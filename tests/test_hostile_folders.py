@@ -193,7 +193,7 @@ def test_a_run_that_is_opened_is_refused_in_one_sentence(whole, tmp_path, name):
             assert sample.image is not None
             for task in opened.tasks:
                 assert sample.label(task) is not None
-        opened._rows().noted("run")
+        opened._rows().read_note("run")
     assert "checksum" not in caught.value.remedy
 
 

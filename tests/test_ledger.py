@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -87,24 +88,27 @@ def test_a_later_row_takes_the_place_of_an_earlier(tmp_path):
 def test_a_range_of_the_ledger_begins_with_its_first_and_ends_before_its_last(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.commit([row(2), row(3, status=QUARANTINED), row(4), row(7)])
-        assert ledger.within(3, 7) == {3, 4} and ledger.within(7, 7) == set() and ledger.within(0, 100) == {2, 3, 4, 7}
+        assert (
+            ledger.indices_between(3, 7) == {3, 4}
+            and ledger.indices_between(7, 7) == set()
+            and ledger.indices_between(0, 100) == {2, 3, 4, 7}
+        )
 
 
 def test_a_commit_makes_the_index_files_out_of_date_and_nothing_else(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.note("indexed", "a"), ledger.note("other", "b"), ledger.note("other", "c")
         ledger.commit([row(0)])
-        assert ledger.noted("indexed") is None and ledger.noted("other") == "c" and ledger.damage() == []
+        assert ledger.read_note("indexed") is None and ledger.read_note("other") == "c" and ledger.damage() == []
 
 
 def test_threads_read_through_one_connection_at_once(tmp_path):
-    with sqlite.connect(path := tmp_path / "x.sqlite", "CREATE TABLE s (a)") as connection:
-        connection.executemany("INSERT INTO s VALUES (?)", [(number,) for number in range(100)])
-    connection.close()
+    with closing(sqlite.connect(path := tmp_path / "x.sqlite", "CREATE TABLE s (a)")) as database:
+        database.execute_many("INSERT INTO s VALUES (?)", [(number,) for number in range(100)])
     shared = sqlite.connect_to_read(path)
 
     def read(number: int) -> int:
-        return shared.execute("SELECT a FROM s WHERE a = ?", (number % 100,)).fetchone()[0]
+        return shared.execute("SELECT a FROM s WHERE a = ?", (number % 100,))[0][0]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(read, range(4000))) == [number % 100 for number in range(4000)]
@@ -118,7 +122,7 @@ def test_a_ledger_is_not_settled_while_it_is_read(tmp_path):
             reading = reader.rows()
             next(reading)
             ledger.commit([row(50)])
-            ledger._connection.execute("PRAGMA busy_timeout=100")  # in place of thirty seconds
+            ledger._database.execute("PRAGMA busy_timeout=100")  # in place of thirty seconds
             assert not ledger.settle()
             assert len(list(reading)) == 49
         assert ledger.settle() and ledger.count() == 51
@@ -162,15 +166,15 @@ def test_one_value_has_one_spelling():
 def test_a_row_of_another_form_is_refused_by_its_number(tmp_path, column, value):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.commit([row(3)])
-        ledger._connection.execute(f"UPDATE samples SET {column} = ?", (value,))
+        ledger._database.execute(f"UPDATE samples SET {column} = ?", (value,))
         with pytest.raises(Refused, match="the row of sample 3 is damaged"):
             ledger.row(3)
 
 
 def test_ledger_survives_power_loss_settings(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert ledger._database.execute("PRAGMA journal_mode") == [("wal",)]
+        assert ledger._database.execute("PRAGMA synchronous") == [(2,)]
 
 
 def test_broken_ledger_is_refused(tmp_path):
@@ -628,20 +632,20 @@ def test_a_notebook_shows_a_class_in_one_colour_and_only_the_beginning_of_a_long
 
 
 def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, monkeypatch):
-    opened = sqlite._opened
+    begin = sqlite.Database.__init__
 
-    def left_behind(path, address, *settings, **options):
+    def left_behind(database, path, address, *settings, **options):
         if "schema_version" in "".join(settings):
             address.with_name(f"{address.name}-journal").write_bytes(b"of a change that was not finished")
-        return opened(path, address, *settings[:0], **options)
+        begin(database, path, address, **options)
 
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.note("a", "b")
         with monkeypatch.context() as patch:
-            patch.setattr(sqlite, "_opened", left_behind)
+            patch.setattr(sqlite.Database, "__init__", left_behind)
             with pytest.raises(Missing, match="ledger.sqlite: Input/output error"):
                 ledger.settle()
-        assert ledger.settle() and ledger.noted("a") == "b"
+        assert ledger.settle() and ledger.read_note("a") == "b"
 
 
 def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
@@ -694,19 +698,19 @@ def test_digests_and_trust_are_short_and_earlier_rows_still_read(tmp_path):
             assert ledger.row(1).trust == given and ledger.row(1).files == files
             assert ledger.count_doubtful() == (given is not None and not given.is_trusted)
         ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=trust)])
-        assert ledger._connection.execute("SELECT length(files), length(trust) FROM samples").fetchone() == (59, 36)
+        assert ledger._database.execute("SELECT length(files), length(trust) FROM samples") == [(59, 36)]
         said = '{"confidence":0.9,"disagreeing":0.0,"missing":[],"reasons":[],"unnamed":[]}'
-        ledger._connection.execute("UPDATE samples SET files = ?, trust = ?", (f'{{"depth":["{digest}",5]}}', said))
+        ledger._database.execute("UPDATE samples SET files = ?, trust = ?", (f'{{"depth":["{digest}",5]}}', said))
         assert ledger.row(1).files == files and ledger.row(1).trust == trust
         ledger.commit([Row(Request(1, "a ball", 1), {}, tracings={"instance": ["M0 0"] * 99})])
-        assert ledger._connection.execute("SELECT length(tracings) FROM tracings").fetchone() < (60,)
+        assert ledger._database.execute("SELECT length(tracings) FROM tracings") < [(60,)]
         bomb = zlib.compress(b'{"instance":["' + b"M" * 2**24 + b'"]}')
         for damaged in (bomb, bomb[:99], b"no zlib"):
-            ledger._connection.execute("UPDATE tracings SET tracings = ?", (damaged,))
+            ledger._database.execute("UPDATE tracings SET tracings = ?", (damaged,))
             with pytest.raises(Refused, match="the row of sample 1 is damaged"):
                 list(ledger.rows(parts=("tracings",)))
         for damaged in ("AAAA", "x" * 40, 7):
-            ledger._connection.execute("UPDATE samples SET files = ?", (json.dumps({"depth": [damaged, 5]}),))
+            ledger._database.execute("UPDATE samples SET files = ?", (json.dumps({"depth": [damaged, 5]}),))
             with pytest.raises(Refused, match="the row of sample 1 is damaged"):
                 print(ledger.row(1).files)
 
@@ -722,9 +726,9 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
         assert [row.request.negative for row in ledger.rows(parts=())][-2:] == ["no 0", "no 1"]
         assert ledger.row(50).recipe == ledger.row(1).recipe == LONG_RECIPE and ledger.row(1).files == files
         assert list(ledger.rows(parts=("tracings",)))[0] == Row(rows[0].request, LONG_RECIPE, tracings=rows[0].tracings)
-        (written,) = ledger._connection.execute("SELECT sum(length(recipe)) FROM samples").fetchone()
-        assert written < 100 * 80 and ledger._connection.execute("SELECT count(*) FROM recipes").fetchone() == (1,)
-        ledger._connection.execute("UPDATE recipes SET recipe = '{}'")
+        ((written,),) = ledger._database.execute("SELECT sum(length(recipe)) FROM samples")
+        assert written < 100 * 80 and ledger._database.execute("SELECT count(*) FROM recipes") == [(1,)]
+        ledger._database.execute("UPDATE recipes SET recipe = '{}'")
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):
             ledger.row(1)

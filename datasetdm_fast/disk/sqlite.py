@@ -1,11 +1,10 @@
 """SQLite databases whose every error is a sentence with a remedy."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,158 +18,142 @@ WRITE_AHEAD = "PRAGMA journal_mode=WAL"
 IN_PLACE = "PRAGMA journal_mode=PERSIST"
 BUSY_SECONDS = 30.0  # a reader waits this long for a writer of the ledger, and the other way round
 LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
+RESTORE = "Restore the file from a copy, or choose another --out."
 
 
-def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Connection:
-    """A database for writing, by one thread at a time, that survives a loss of power; made whole if missing."""
+class Database:
+    """A connection that threads may share; its errors are Refused for a bad file, Missing for a bad disk."""
+
+    def __init__(self, path: Path, address: Path | str, *settings: str, is_uri: bool = False):
+        if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
+            raise Refused(f"{path}: not a regular file", RESTORE)
+        self.path, self._lock = path, threading.RLock()
+        self.version: tuple[int, int] | None = None  # of a file that was opened as one that nobody changes
+        self._connection: sqlite3.Connection = self._run(
+            "OPEN",
+            lambda: sqlite3.connect(
+                address, isolation_level=None, timeout=BUSY_SECONDS, check_same_thread=False, uri=is_uri
+            ),
+        )
+        try:
+            # A run folder may come from a stranger: nothing in its schema is run, and no text of it is endless.
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_ROW)
+            for setting in ("PRAGMA trusted_schema=OFF", "PRAGMA cell_size_check=ON", *settings):
+                self.execute(setting)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, statement: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        with self._lock, translate_errors(self.path):
+            return storage.syscall(f"sqlite {statement.split(None, 1)[0]}", call, *arguments)
+
+    def execute(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a statement."""
+        return self._run(statement, lambda: self._connection.execute(statement, parameters).fetchall())
+
+    def execute_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Runs a statement once for each row of parameters."""
+        self._run(statement, self._connection.executemany, statement, rows)
+
+    def execute_script(self, script: str) -> None:
+        self._run(script, self._connection.executescript, script)
+
+    def read_blocks(self, statement: str, parameters: Sequence[Any], size: int) -> Iterator[list[tuple[Any, ...]]]:
+        """The rows of a statement in blocks, each read when it is requested."""
+        cursor = self._run(statement, self._connection.execute, statement, parameters)
+        while block := self._run(statement, cursor.fetchmany, size):
+            yield block
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes of the block or none; no other process or thread changes the database within it."""
+        with self._lock:
+            self.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:  # a full disk has already rolled it back
+                    with suppress(Missing):  # the first error is the one to report; closing rolls back as well
+                        self.execute("ROLLBACK")
+
+    def is_outdated(self) -> bool:
+        """Whether a file that nobody should change has changed: what is read may then be old, or a mixture."""
+        return self.version is not None and _version(self.path) != self.version
+
+    def copy(self) -> Path:
+        """A copy of the database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
+        part = storage.part_of(self.path)
+        try:
+            with storage.refusing(self.path):
+                storage.make_empty(part)
+            self.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8
+            # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must
+            # have nothing to change.
+            Database(self.path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
+            # SQLite does not report that it could not change the journal's kind: the old one, which still exists, does.
+            if part.with_name(f"{part.name}-journal").exists():
+                raise storage.refusal(OSError(errno.EIO, os.strerror(errno.EIO)), self.path)
+        except BaseException:
+            storage.forget(part)
+            raise
+        return part
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Database:
+    """A database for writing that survives a loss of power; it is created whole if missing."""
     if not path.exists():
-        _create(path, schema)
-    return _opened(path, path, journal, synchronous or SYNCHRONOUS, check_same_thread=False)
+        part = storage.part_of(path)
+        try:
+            with storage.refusing(path):
+                storage.make_empty(part)
+            with closing(Database(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as database:
+                database.execute_script(schema)
+            storage.move(part, path)
+        except BaseException:
+            storage.forget(part)
+            raise
+    return Database(path, path, journal, synchronous or SYNCHRONOUS)
 
 
-def _create(path: Path, schema: str) -> None:
-    part = storage.part_of(path)
-    try:
-        with storage.refusing(path):
-            storage.make_empty(part)
-        with closing(_opened(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as connection:
-            connection.executescript(schema)
-        storage.move(part, path)
-    except BaseException:
-        storage.forget(part)
-        raise
-
-
-def compact(connection: Connection, path: Path) -> Path:
-    """A copy of a database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
-    part = storage.part_of(path)
-    try:
-        with storage.refusing(path):
-            storage.make_empty(part)
-        connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8
-        # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have
-        # nothing to change.
-        _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
-        # SQLite does not say that it could not change the journal's kind: the old one, which is still there, does.
-        if part.with_name(f"{part.name}-journal").exists():
-            raise storage.refusal(OSError(errno.EIO, os.strerror(errno.EIO)), path)
-    except BaseException:
-        storage.forget(part)
-        raise
-    return part
-
-
-def connect_to_read(path: Path) -> Connection:
-    """A database for reading, from any thread."""
+def connect_to_read(path: Path) -> Database:
+    """A database for reading."""
     if path.with_name(path.name + "-journal").exists():
         # A loss of power in the middle of a change of the journal's kind: nobody can read before that change is taken
         # back, and readers cannot do so.
-        with closing(_opened(path, path)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master")
+        with closing(Database(path, path)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master")
     version = _version(path)
     # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
-    quiet = "" if any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal")) else "&immutable=1"
-    # No statement is kept: from Python 3.12 on, threads that run the same one at once end in an InterfaceError.
-    options: dict[str, Any] = {"uri": True, "check_same_thread": False, "cached_statements": 0}
-    connection = _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", **options)
-    if quiet:  # SQLite then takes no lock and keeps what it has read, also where somebody begins to write
-        connection.version = version
-    return connection
+    is_quiet = not any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal"))
+    address = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' * is_quiet}"
+    database = Database(path, address, is_uri=True)
+    if is_quiet:  # SQLite then takes no lock and caches what it has read, also where another process begins to write
+        database.version = version
+    return database
 
 
 def _version(path: Path) -> tuple[int, int] | None:
     """What a change of the file changes; None where there is no such file."""
     with suppress(OSError):
-        found = path.stat()
-        return found.st_mtime_ns, found.st_size
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
     return None
 
 
-def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> Connection:
-    if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
-        raise Refused(f"{path}: not a regular file", "Restore the file from a copy, or choose another --out.")
-    with _refusing(path):
-        connection: Connection = storage.syscall(
-            "sqlite OPEN",
-            lambda: sqlite3.connect(address, isolation_level=None, timeout=BUSY_SECONDS, factory=Connection, **options),
-        )
-    try:
-        connection.prepare(path)
-        for setting in settings:
-            connection.execute(setting)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-class Connection(sqlite3.Connection):
-    """A connection whose errors are Refused for a bad file, Missing for a bad disk, else sqlite3's own."""
-
-    path = Path()
-    version: tuple[int, int] | None = None  # of a file that was opened as one that nobody changes
-
-    def is_outdated(self) -> bool:
-        """Whether such a file has changed since: what is read through this connection may then be old, or a mixture."""
-        return self.version is not None and _version(self.path) != self.version
-
-    def prepare(self, path: Path) -> None:
-        self.path = path
-        # A run folder may come from a stranger: nothing in its schema is run, and no text of it is endless.
-        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_ROW)
-        self.execute("PRAGMA trusted_schema=OFF")
-        self.execute("PRAGMA cell_size_check=ON")
-
-    # sqlite3 itself would take the short way past our cursor.
-    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-        return self.cursor(_Cursor).execute(statement, *arguments)
-
-    def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-        return self.cursor(_Cursor).executemany(statement, *arguments)
-
-    def executescript(self, script: str) -> sqlite3.Cursor:
-        return self.cursor(_Cursor).executescript(script)
-
-
-class _Cursor(sqlite3.Cursor):
-    def _say(self, call: Callable[..., Any], statement: str, *arguments: Any) -> Any:
-        with _refusing(self.connection.path):
-            return storage.syscall(f"sqlite {statement.split(None, 1)[0]}", call, statement, *arguments)
-
-    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-        return self._say(super().execute, statement, *arguments)
-
-    def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-        return self._say(super().executemany, statement, *arguments)
-
-    def executescript(self, script: str) -> sqlite3.Cursor:
-        return self._say(super().executescript, script)
-
-    def fetchone(self) -> Any:
-        with _refusing(self.connection.path):
-            return super().fetchone()
-
-    def fetchall(self) -> list[Any]:
-        with _refusing(self.connection.path):
-            return super().fetchall()
-
-    def fetchmany(self, size: int) -> list[Any]:
-        with _refusing(self.connection.path):
-            return super().fetchmany(size)
-
-    def __next__(self) -> Any:
-        with _refusing(self.connection.path):
-            return super().__next__()
-
-
-_DISK = (
+_DISK_ERRORS = (
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
     *(sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM),
 )
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def translate_errors(path: Path) -> Iterator[None]:
+    """Within the block SQLite's errors become refusals about this path."""
     try:
         yield
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError):
@@ -181,11 +164,10 @@ def _refusing(path: Path) -> Iterator[None]:
         # the memory that processes share is a file beside the database, and a disk without room for it is full as well
         if code == sqlite3.SQLITE_FULL or call == sqlite3.SQLITE_IOERR_SHMSIZE:
             raise storage.refusal(OSError(errno.ENOSPC, ""), path) from error
-        if code in _DISK:
+        if code in _DISK_ERRORS:
             remedy = "Check the disk, the folder and its permissions, then run the same command again."
             raise Missing(f"{path}: {error}", remedy) from error
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             remedy = "Wait for that process and run the same command again."
             raise Missing(f"{path}: another process has locked it ({error})", remedy) from error
-        remedy = "Restore the file from a copy, or choose another --out."
-        raise Refused(f"{path}: not a readable ledger ({error})", remedy) from error
+        raise Refused(f"{path}: not a readable ledger ({error})", RESTORE) from error

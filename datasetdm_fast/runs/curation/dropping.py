@@ -74,7 +74,7 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     """Takes the wanted samples out of the data set, as far as they are in it; their indices."""
     there = {int(row.request.id) for row in run.rows(())}
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        dropped = {row.request.index for row in ledger.dropped()}
+        dropped = {row.request.index for row in ledger.dropped_rows()}
     _check_known(
         run.path, wanted, there | dropped | set_aside(run), "Use an id from samples.jsonl, for example 00000003."
     )
@@ -93,7 +93,7 @@ def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> 
     there = {row.request.index for row in run.rows(())} | set_aside(run)
     run.close()
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        dropped = {row.request.index: row for row in ledger.dropped()}
+        dropped = {row.request.index: row for row in ledger.dropped_rows()}
     chosen = sorted(dropped) if wanted is None else [index for index in wanted if index in dropped]
     remedy = f"See what was dropped with: python -m datasetdm_fast.restore {quote(run.path)} --all --dry-run"
     _check_known(run.path, wanted or (), there | dropped.keys(), remedy)

@@ -63,7 +63,7 @@ def count_missing(run: Run, extra: Sequence[str], clip: str = "") -> int:
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
 
         def there(name: str) -> set[int]:
-            is_of_another = name == CLIP and ledger.noted(CLIP) != clip
+            is_of_another = name == CLIP and ledger.read_note(CLIP) != clip
             return set() if is_of_another else {index for index, _ in ledger.scores(name)}
 
         return sum(len(set(ledger.indices()) - there(name)) for name in ("distance", *extra))
@@ -94,7 +94,7 @@ def complete(
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
-        if CLIP in networks and ledger.noted(CLIP) != networks[CLIP].digest:
+        if CLIP in networks and ledger.read_note(CLIP) != networks[CLIP].digest:
             ledger.forget_scores(CLIP, (CLIP, networks[CLIP].digest))
 
         def lacking(name: str) -> Iterator[list[StoredSample]]:

@@ -125,21 +125,14 @@ class ExportFolder(AbstractContextManager):
             )
             for number, split, entries, files in rows
         ]
-        self._done.execute("BEGIN IMMEDIATE")
-        try:
-            self._done.executemany("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?)", values)
-            self._done.execute("COMMIT")
-        except BaseException:
-            self._done.rollback()
-            raise
+        with self._done.transaction():
+            self._done.execute_many("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?)", values)
 
     def entries(self, format: str, split: str) -> Iterator[dict[str, Any]]:
         """What the shared files of a format need of the samples of a split, in order."""
         path = f'$."{format}"'
-        found = self._done.execute(
-            "SELECT json_extract(entries, ?) FROM done WHERE split = ? ORDER BY number", (path, split)
-        )
-        while block := found.fetchmany(BLOCK):
+        statement = "SELECT json_extract(entries, ?) FROM done WHERE split = ? ORDER BY number"
+        for block in self._done.read_blocks(statement, (path, split), BLOCK):
             for (text,) in block:
                 yield json.loads(text)
 
@@ -153,12 +146,12 @@ class ExportFolder(AbstractContextManager):
         written = "SELECT json_extract(value, '$[0]') AS name FROM done, json_each(done.files)"
         is_twice = "count(*) > 1 OR name IN (SELECT value FROM json_each(?))"
         query = f"SELECT name FROM ({written}) GROUP BY name HAVING {is_twice} LIMIT 1"
-        found = self._done.execute(query, (json.dumps([*shared]),)).fetchone()
-        return found and found[0]
+        names = self._done.execute(query, (json.dumps([*shared]),))
+        return names[0][0] if names else None
 
     def share(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file of all samples, unless it was written before."""
-        if self._done.execute("SELECT 1 FROM shared WHERE name = ?", (name,)).fetchone():
+        if self._done.execute("SELECT 1 FROM shared WHERE name = ?", (name,)):
             return
         stored = storage.publish({self.folder / name: chunks})[self.folder / name]
         self._done.execute("INSERT INTO shared VALUES (?, ?, ?)", (name, stored.sha256, stored.size))
@@ -169,13 +162,12 @@ class ExportFolder(AbstractContextManager):
 
         def lines() -> Iterator[bytes]:
             nonlocal count
-            found = self._done.execute("SELECT files FROM done ORDER BY number")
-            while block := found.fetchmany(BLOCK):
+            for block in self._done.read_blocks("SELECT files FROM done ORDER BY number", (), BLOCK):
                 for (text,) in block:
                     for name, sha256, _ in json.loads(text):
                         count += 1
                         yield f"{sha256}  {name}\n".encode()
-            for name, sha256 in self._done.execute("SELECT name, sha256 FROM shared ORDER BY name").fetchall():
+            for name, sha256 in self._done.execute("SELECT name, sha256 FROM shared ORDER BY name"):
                 count += 1
                 yield f"{sha256}  {name}\n".encode()
 

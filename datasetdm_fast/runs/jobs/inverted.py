@@ -137,7 +137,7 @@ def prepare(config: LabelConfig) -> Job:
 def _labelled(folder: Path) -> set[str]:
     """The names of the pictures that a run folder has rows of."""
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        rows = [*ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()), *ledger.dropped()]
+        rows = [*ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()), *ledger.dropped_rows()]
     return {row.recipe["picture"] for row in rows if "picture" in row.recipe}
 
 

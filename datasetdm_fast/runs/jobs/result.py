@@ -73,7 +73,7 @@ def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **second
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
     config, goal = document["config"], goal_of(document["config"], number)
     tally, accept = goal.tally(ledger), config.get("accept", "")
-    quarantined = ledger.quarantined()
+    quarantined = ledger.quarantined_by_reason()
     facts = {
         "doubtful": ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
         "goal": goal,

@@ -98,7 +98,7 @@ class Quota:
     def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
         """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
         self._goal = goal_of(job.document["config"], job.plan.number)
-        self._there = ledger.within(first, job.plan.most if stop is None else stop)
+        self._there = ledger.indices_between(first, job.plan.most if stop is None else stop)
         self._aside = self._goal.tally(ledger).aside if job.sets_aside else [0]
         self._left = job.config.limit or job.plan.most  # samples that this command may make
 

@@ -131,7 +131,7 @@ def _audit(
         for line in differences(document.get(part), noted[part], part)
         if seal.is_sealed(folder) or line.partition(":")[0] not in BEGUN_ANEW
     ]
-    is_indexed = ledger.noted("indexed") is not None
+    is_indexed = ledger.read_note("indexed") is not None
     findings += _check_seal(folder)
     known: set[str] = set()
     files = total = 0
@@ -166,7 +166,7 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
 
 def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, Any] | None:
     """The content of run.json as the ledger remembers it."""
-    text = ledger.noted("run")
+    text = ledger.read_note("run")
     if text is None:  # killed before its first sample
         return None
     try:

@@ -69,7 +69,7 @@ class RunFolder(AbstractContextManager):
                 storage.publish({path / SEAL: pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
-            if self.ledger.noted("run") != content:
+            if self.ledger.read_note("run") != content:
                 if is_sealed(path):
                     _check_unchanged(path)
                 unseal(path)
@@ -182,7 +182,7 @@ class RunFolder(AbstractContextManager):
 
     def remove_leftovers(self) -> None:
         """Removes files of dropped samples that a killed process left in the data set, and the other way round."""
-        names = [name for row in self.ledger.dropped() for name, _ in row.files.values()]
+        names = [name for row in self.ledger.dropped_rows() for name, _ in row.files.values()]
         for name in names:
             storage.remove(self.path / name)
         known = {self.path / (DROPPED + name) for name in names}

@@ -54,7 +54,7 @@ class PublishingFolder:
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         return write_samples(results, recipe, self._document, self._publish)
 
-    def within(self, first: int, stop: int) -> set[int]:
+    def indices_between(self, first: int, stop: int) -> set[int]:
         return set(range(first, stop)) - self._wanted(first, stop)
 
 

@@ -44,7 +44,7 @@ def rebuilt_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
 
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether every index file and the page exist and show the rows of the ledger."""
-    if ledger.noted("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
+    if ledger.read_note("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
         return False
     has_samples = not (folder / ELSEWHERE).exists()
     return expected_files(document, ledger, has_samples=has_samples) <= set(existing_files(folder, document))

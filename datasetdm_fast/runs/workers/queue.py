@@ -5,11 +5,9 @@ run and therefore never synced.
 from __future__ import annotations
 
 import json
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,27 +58,17 @@ class WorkQueue:
 
     def __init__(self, path: Path | None = None):
         if path is None:
-            self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-            self._connection.executescript(_SCHEMA)
+            self._database = sqlite.Database(Path("queue"), ":memory:")
+            self._database.execute_script(_SCHEMA)
         else:
-            self._connection = sqlite.connect(path, _SCHEMA, sqlite.IN_PLACE, "PRAGMA synchronous=OFF")
-        self._lock = threading.RLock()
+            self._database = sqlite.connect(path, _SCHEMA, sqlite.IN_PLACE, "PRAGMA synchronous=OFF")
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """No other process changes the queue, or is in such a block of its own, within this one."""
-        with self._lock:
-            self.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self.execute("ROLLBACK")
-                raise
-            self.execute("COMMIT")
+        return self._database.transaction()
 
     def execute(self, statement: str, *values: object) -> list[tuple]:
-        with self._lock:
-            return self._connection.execute(statement, values).fetchall()
+        return self._database.execute(statement, values)
 
     def last(self) -> int | None:
         """The last sample that is wanted; None before the queue is filled."""
@@ -198,4 +186,4 @@ class WorkQueue:
         return [json.loads(report) for _, report in found]
 
     def close(self) -> None:
-        self._connection.close()
+        self._database.close()

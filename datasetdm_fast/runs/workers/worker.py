@@ -190,7 +190,7 @@ class Worker:
         if self.counts_by_class:  # a batch holds samples of classes that have enough
             wants = run.Quota(self.job, ledger, first, stop).wants
             results = [result for result in results if wants(result.request.index)]
-        missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
+        missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.indices_between(first, stop)
         return [result for result in results if result.request.index in missing]
 
     def _is_doubtful(self, batch: int, results: list[Sample | Quarantined]) -> bool:

@@ -177,7 +177,7 @@ def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
 
 def _left_out(ledger: Ledger) -> Iterator[str]:
     """Samples that are in no file of labels."""
-    for reason, aside in ledger.quarantined().items():
+    for reason, aside in ledger.quarantined_by_reason().items():
         yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in aside)}.\n"
     if dropped := ledger.count_dropped():
         yield f"Dropped samples: {dropped}.\n"
