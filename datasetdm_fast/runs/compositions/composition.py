@@ -87,7 +87,7 @@ def write_missing(
     """
     count = 0
     with RunFolder(folder, read_document(folder) or composition.document) as opened:
-        existing = opened.ledger.within(0, composition.number)
+        existing = opened.ledger.indices_between(0, composition.number)
         missing = islice((index for index in range(composition.number) if index not in existing), limit or None)
         size = min(max(BLOCK_PIXELS // composition.largest, 1), BLOCK)
         for rows in in_threads(partial(_write, composition, folder, is_linked), missing, size, threads, is_stopping):
