@@ -44,10 +44,10 @@ def test_only_plain_relative_names_lead_inside():
 
 def test_what_is_shown_cannot_steer_a_terminal():
     assert (
-        documents.quoted("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'"
+        documents.quote("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'"
         and documents.one_line("a\x1b\nb \u202e") == "a\\x1b b \\u202e"
     )
-    assert len(documents.one_line("x" * 10_000)) == 400 and len(documents.quoted("x" * 10_000)) == 80
+    assert len(documents.one_line("x" * 10_000)) == 400 and len(documents.quote("x" * 10_000)) == 80
     assert documents.one_line("ein Bällchen 🎈") == "ein Bällchen 🎈"
     assert documents.reason_of(ValueError("x\n" * 500)) == ("x " * 80)
 
@@ -354,7 +354,7 @@ def test_limits_are_the_largest_that_is_read(tmp_path):
     with pytest.raises(ValueError, match="no plain relative path"):
         documents.check_inside("a" * (documents.LONGEST_NAME + 1))
     assert documents.one_line("a" * 400) == "a" * 400 and documents.one_line("a" * 401) == "a" * 397 + "..."
-    assert documents.quoted("a" * 78) == repr("a" * 78) and documents.quoted("a" * 79) == "'" + "a" * 76 + "..."
+    assert documents.quote("a" * 78) == repr("a" * 78) and documents.quote("a" * 79) == "'" + "a" * 76 + "..."
 
 
 def test_data_of_a_graph_that_another_name_reaches_is_refused(tmp_path):

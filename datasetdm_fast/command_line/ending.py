@@ -62,19 +62,19 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         return 141 if _reader_is_gone() else report(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = "a file or standard output" if error.filename is None else documents.quoted(error.filename)
+            place = "a file or standard output" if error.filename is None else documents.quote(error.filename)
             _say(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
             return Missing.exit_code
         if error.errno in DENIED and error.filename is not None:
             checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
             _say(
-                f"{documents.quoted(error.filename)}: {error.strerror}",
+                f"{documents.quote(error.filename)}: {error.strerror}",
                 f"Check {checked}, then run the same command again.",
             )
             return Missing.exit_code
         if error.errno != errno.ENAMETOOLONG:
             return report(error)
-        _say(f"{documents.quoted(error.filename)}: no file or folder has so long a name", "Choose a shorter name.")
+        _say(f"{documents.quote(error.filename)}: no file or folder has so long a name", "Choose a shorter name.")
         return Refused.exit_code
     except Exception as error:
         if watch.signal:  # a library made another error of it, as imports do

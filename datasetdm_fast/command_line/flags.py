@@ -237,7 +237,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
         name = str(key).replace("-", "_")
         name = f"{name}_" if f"{name}_" in converters else name
         if name not in converters:
-            cause = f"--config: {path} has the unknown setting {documents.quoted(key)}{nearest(name, converters)}"
+            cause = f"--config: {path} has the unknown setting {documents.quote(key)}{nearest(name, converters)}"
             raise Refused(cause, "Settings are the long flags without the leading hyphens.")
         if name in values:
             raise Refused(f"--config: {path} has the setting {key} twice", "Keep one of the two lines.")

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted.documents import quoted
+from datasetdm_fast.untrusted.documents import quote
 
 LONGEST_PART = 255 - 32  # bytes of a name between two slashes, less what a file has added while it is written
 LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
@@ -17,17 +17,17 @@ LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
 def check_output(flag: str, text: str, kind: str) -> None:
     """Refuses a name that no file or folder could be written under."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
-        raise Refused(f"{flag} {quoted(text)}: control characters in the name of a {kind}", "Choose another name.")
+        raise Refused(f"{flag} {quote(text)}: control characters in the name of a {kind}", "Choose another name.")
     if "://" in text:
         raise Refused(
-            f"{flag} {quoted(text)}: expected a {kind} on this machine, not a URL",
+            f"{flag} {quote(text)}: expected a {kind} on this machine, not a URL",
             "Name a path. Only the flag --store of generate takes the URL of an object store to write to.",
         )
     path = Path(text)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_PART or len(os.fsencode(path.absolute())) > LONGEST_PATH:
         raise Refused(
-            f"{flag} {quoted(text)}: {longest} bytes between two slashes and {len(os.fsencode(text))} in all, "
+            f"{flag} {quote(text)}: {longest} bytes between two slashes and {len(os.fsencode(text))} in all, "
             f"expected at most {LONGEST_PART} and {LONGEST_PATH}",
             "Choose a shorter name.",
         )

@@ -193,7 +193,7 @@ def _sampler(model: Path) -> str:
     scheduler = documents.read_object(path).get("_class_name", "PNDMScheduler") if path.is_file() else "PNDMScheduler"
     if scheduler not in SCHEDULERS:
         raise Refused(
-            f"{path}: the scheduler {documents.quoted(scheduler)} is none of {', '.join(SCHEDULERS)}",
+            f"{path}: the scheduler {documents.quote(scheduler)} is none of {', '.join(SCHEDULERS)}",
             "Put one of these there; --sd-path may name a copy of the folder with links to its weights.",
         )
     return SCHEDULERS[scheduler]

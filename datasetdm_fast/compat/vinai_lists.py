@@ -65,7 +65,7 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
             documents.check_form(entry, FORM)
             name = documents.check_inside(entry["filename"])
             if "/" in name or PurePosixPath(name).stem.startswith("."):
-                raise ValueError(f"filename {documents.quoted(name)} is no plain file name")
+                raise ValueError(f"filename {documents.quote(name)} is no plain file name")
         except ValueError as error:
             raise Refused(f"{path}: entry {place}: {error}", f"Write entries such as {EXAMPLE}.") from error
     names = [PurePosixPath(entry["filename"]).stem for entry in entries]
@@ -107,7 +107,7 @@ def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str
     covered = {at + k for _, at, length in matches for k in range(length)}
     if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
         raise Refused(
-            f"{where}: {documents.quoted(words[other])} of its class prompt is not a class of {kind}"
+            f"{where}: {documents.quote(words[other])} of its class prompt is not a class of {kind}"
             f"{nearest(words[other], known)}",
             f"Name classes of {kind} alone, or choose another --data-type.",
         )

@@ -27,10 +27,10 @@ GET_AGAIN = "Get the file again and compare its checksum."
 def check_inside(name: str) -> str:
     """The name where it is a plain relative path that cannot lead out of its folder; else a ValueError."""
     if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or _NOT_IN_A_PATH.search(name):
-        raise ValueError(f"{quoted(name)} is no plain relative path")
+        raise ValueError(f"{quote(name)} is no plain relative path")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or not set(parts) - {"", "."}:
-        raise ValueError(f"{quoted(name)} leads out of its folder")
+        raise ValueError(f"{quote(name)} leads out of its folder")
     return name
 
 
@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
     )
 
 
-def quoted(value: Any) -> str:
+def quote(value: Any) -> str:
     """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -85,7 +85,7 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
     else:
         holds, wanted = isinstance(value, type(form)), "an object" if isinstance(form, dict) else "a list"
     if not holds:
-        raise ValueError(f"{name or 'it'} is {quoted(value)}, expected {wanted}")
+        raise ValueError(f"{name or 'it'} is {quote(value)}, expected {wanted}")
     if isinstance(form, list):
         for k, item in enumerate(value):
             check_form(item, form[0], f"{name}[{k}]")
@@ -123,9 +123,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(
-            f"the key {quoted(next(key for key, _ in pairs if key in seen or seen.add(key)))} occurs twice"
-        )
+        raise ValueError(f"the key {quote(next(key for key, _ in pairs if key in seen or seen.add(key)))} occurs twice")
     return value
 
 
@@ -181,7 +179,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> Any:
             keys: set[str] = set()
             for key in (key for key, _ in node.value if as_text and isinstance(key, yaml.ScalarNode)):
                 if key.value in keys:
-                    problem = f"the key {quoted(key.value)} occurs twice"
+                    problem = f"the key {quote(key.value)} occurs twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 keys.add(key.value)
             return super().construct_mapping(node, deep)
@@ -252,9 +250,9 @@ def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
         except ValueError as error:
             raise Refused(f"{path}: the member {error}", GET_AGAIN) from error
         if member.filename in seen:
-            raise Refused(f"{path}: the member {quoted(member.filename)} occurs twice", GET_AGAIN)
+            raise Refused(f"{path}: the member {quote(member.filename)} occurs twice", GET_AGAIN)
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise Refused(f"{path}: the member {quoted(member.filename)} is a link", GET_AGAIN)
+            raise Refused(f"{path}: the member {quote(member.filename)} is a link", GET_AGAIN)
         seen.add(member.filename)
     if (total := sum(member.file_size for member in members)) > most_bytes:
         raise Refused(f"{path}: unpacks to {total} bytes, at most {most_bytes} are read", GET_AGAIN)

@@ -52,7 +52,7 @@ class JsonStream:
         while self._at(place := self._space(place)) != "}" or self.keys:
             key, place = self._value(place)
             if not isinstance(key, str) or key in self.keys:
-                self._refuse(place, f"{documents.quoted(key)} is no key, or occurs twice")
+                self._refuse(place, f"{documents.quote(key)} is no key, or occurs twice")
             self.keys.add(key)
             place = self._space(self._expect(self._space(place), ":"))
             if self._at(place) == "[":

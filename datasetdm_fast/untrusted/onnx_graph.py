@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.untrusted.documents import GET_AGAIN, check_inside, quoted, reason_of
+from datasetdm_fast.untrusted.documents import GET_AGAIN, check_inside, quote, reason_of
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -58,7 +58,7 @@ def _submessages(message: Message) -> Iterator[Message]:
 def _check_operator(path: Path, domain: str, operator: str, domains: set[str]) -> None:
     if domain not in domains:
         raise Refused(
-            f"{path}: the operator {quoted(operator)} of {quoted(domain)} is not supported",
+            f"{path}: the operator {quote(operator)} of {quote(domain)} is not supported",
             "Export the model without custom operators.",
         )
     if operator in NATIVE:
@@ -81,21 +81,21 @@ def _data_file(path: Path, entry: Mapping[str, str]) -> Path:
         file = file / part
         if file.is_symlink():
             raise Refused(
-                f"{path}: external data {quoted(location)} is reached through a link",
+                f"{path}: external data {quote(location)} is reached through a link",
                 "Keep the data in files beside the graph.",
             )
     try:
         facts = file.lstat()
     except OSError as error:
-        raise Refused(f"{path}: external data {quoted(location)} is not there ({error.strerror})", GET_AGAIN) from error
+        raise Refused(f"{path}: external data {quote(location)} is not there ({error.strerror})", GET_AGAIN) from error
     if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
         raise Refused(
-            f"{path}: external data {quoted(location)} is not a regular file of its own",
+            f"{path}: external data {quote(location)} is not a regular file of its own",
             "Copy the file instead of linking it.",
         )
     if offset < 0 or length < 0 or offset + length > facts.st_size:
         raise Refused(
-            f"{path}: external data {quoted(location)} has {facts.st_size} bytes, the graph asks for {offset} + "
+            f"{path}: external data {quote(location)} has {facts.st_size} bytes, the graph asks for {offset} + "
             f"{length}",
             GET_AGAIN,
         )

@@ -113,7 +113,7 @@ def _run(source: Path, target: Path, size: int) -> None:
         how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"code {ended.returncode}"
         last = (ended.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
         raise Refused(
-            f"{source}: the process that read it ended with {how} {documents.quoted(last) if last else ''}".rstrip(),
+            f"{source}: the process that read it ended with {how} {documents.quote(last) if last else ''}".rstrip(),
             CONVERT,
         ) from None
     if told["lacking"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted.documents import GET_AGAIN, LONGEST_NAME, parse_json, quoted
+from datasetdm_fast.untrusted.documents import GET_AGAIN, LONGEST_NAME, parse_json, quote
 
 LARGEST_HEADER = 16 * 2**20  # bytes of a safetensors header
 MOST_TENSORS = 20_000
@@ -68,5 +68,5 @@ def _tensor(entry: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
     except (KeyError, TypeError, ValueError):
         holds = False
     if not holds:
-        raise Refused(f"{path}: the header's entry for {quoted(name)} is inconsistent", GET_AGAIN)
+        raise Refused(f"{path}: the header's entry for {quote(name)} is inconsistent", GET_AGAIN)
     return kind, shape, begin, end

@@ -69,7 +69,7 @@ class Generator:
         if len(self.kinds) > 1 and (farthest := settings.pop("max_depth", None)) is not None:
             if FARTHEST.get(farthest) not in self.kinds:
                 raise Refused(
-                    f"--config {line.path('config')}: max_depth is {documents.quoted(farthest)}, expected 10 or 80",
+                    f"--config {line.path('config')}: max_depth is {documents.quote(farthest)}, expected 10 or 80",
                     "Name the configuration of NYU or KITTI.",
                 )
             kind = FARTHEST[farthest]

@@ -127,7 +127,7 @@ def _data_of(trainer: TrainingScript, line: Line) -> str:
 def _check_data(trainer: TrainingScript, where: str, name: str) -> str:
     if name not in trainer.data:
         raise Refused(
-            f"{where} is {documents.quoted(name)}, and {trainer.name} takes {' or '.join(trainer.data)}"
+            f"{where} is {documents.quote(name)}, and {trainer.name} takes {' or '.join(trainer.data)}"
             f"{nearest(name, trainer.data)}",
             "Name one of these, or use the script of that data set.",
         )

@@ -107,7 +107,7 @@ class DecoderConfig:
 
         if stray := sorted(set(self.named) - set(self.classes)):
             raise Refused(
-                f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes", MEND
+                f"decoder config: named holds {documents.quote(stray[0])}, which is none of its classes", MEND
             )
         heads = sum(sum(level.heads) for level in self.levels)
         if self.word_heads and (self.kind != "segmentation" or len(self.word_heads) != heads):
@@ -181,7 +181,7 @@ class DecoderConfig:
             values = documents.parse_json(text, "it")
             documents.check_form(values, {})
             if (found := values.pop("format", FORMAT)) != FORMAT:
-                raise ValueError(f"format {documents.quoted(found)}, this version reads {FORMAT}")
+                raise ValueError(f"format {documents.quote(found)}, this version reads {FORMAT}")
             documents.check_form(values, {"levels": [LEVEL_FORM]})
             if absent := [name for name in ("kind", "task") if name not in values]:
                 raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
@@ -239,7 +239,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value}, expected {least} to {largest}")
     timestep = values.get("capture_timestep")
     if timestep is not None and not (type(timestep) is int and 0 <= timestep < 100_000):
-        raise ValueError(f"capture_timestep is {documents.quoted(timestep)}, expected a timestep or null")
+        raise ValueError(f"capture_timestep is {documents.quote(timestep)}, expected a timestep or null")
     for level in values["levels"]:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:

@@ -76,7 +76,7 @@ def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
         for name, path in here.items():
             if own.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
                 raise Refused(
-                    f"decoders {folder}: {documents.quoted(name.decoder)} is one of several for {name.task}, and "
+                    f"decoders {folder}: {documents.quote(name.decoder)} is one of several for {name.task}, and "
                     "its name is not up to 63 letters, digits, - or _",
                     "Rename the folder.",
                 )

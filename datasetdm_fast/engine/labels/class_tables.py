@@ -114,7 +114,7 @@ def of_rows(rows: object, name: str) -> ClassTable:
     for row in (row for row in rows if row["name"]):
         documents.check_form(row.get("colour", []), [int], f"{name}.colour")
         if len(colour := tuple(row.get("colour", ()))) not in (0, 3):
-            raise ValueError(f"{name}: the colour of {documents.quoted(row['name'])} is not three numbers")
+            raise ValueError(f"{name}: the colour of {documents.quote(row['name'])} is not three numbers")
         words.append(ClassWord(row["name"], row["say"], tuple(row["words"]), colour=colour or None))
     return ClassTable(name, tuple(words), tuple(word for row in rows if not row["name"] for word in row["words"]))
 

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels.image_files import with_text
 from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
 from datasetdm_fast.engine.labels.pictures import depth_picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted.documents import quoted
+from datasetdm_fast.untrusted.documents import quote
 
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
@@ -43,7 +43,7 @@ def _figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
 def _unit(table: Table) -> str:
     unit = table.get("unit", DEFAULT_UNIT)
     if unit not in UNITS:
-        raise Refused(f"run.json: labels.depth.unit is {quoted(unit)}", f"Known units are {', '.join(UNITS)}.")
+        raise Refused(f"run.json: labels.depth.unit is {quote(unit)}", f"Known units are {', '.join(UNITS)}.")
     return unit
 
 

@@ -47,7 +47,7 @@ def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassT
     for label, table in tables.items():
         if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
             raise Refused(
-                f"--palette {palette}: has no colour for {documents.quoted(unknown[0])} of {label}",
+                f"--palette {palette}: has no colour for {documents.quote(unknown[0])} of {label}",
                 "Choose a palette that has all classes of the label maps, or ours.",
             )
     told = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
@@ -59,7 +59,7 @@ def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassT
 def check_palette(table: Table) -> None:
     """A ValueError where the colours of a label's table are not those of a palette."""
     if (palette := table.get("palette", OURS)) not in (OURS, OWN, *BORDERS):
-        raise ValueError(f"palette is {documents.quoted(palette)}")
+        raise ValueError(f"palette is {documents.quote(palette)}")
     if palette == OWN:
         documents.check_form(table.get("colours"), [[int]], "colours")
         if [len(each) for each in table["colours"]] != [3] * len(table["classes"]) or not all(
@@ -80,7 +80,7 @@ def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
         try:
             wanted = kind_of(label).numbered(table, order)
         except KeyError as error:
-            raise ValueError(f"classes lacks {documents.quoted(error.args[0])}, which labels.{label} names") from error
+            raise ValueError(f"classes lacks {documents.quote(error.args[0])}, which labels.{label} names") from error
         if wanted != table:
             raise ValueError(f"labels.{label} numbers its classes otherwise than classes")
 

@@ -82,7 +82,7 @@ def check_bounds(config: Mapping, source: Path) -> None:
         is_nested = is_list and (len(values) > 16 or any(isinstance(inner, (list, dict)) for inner in values))
         if is_nested or any(isinstance(number, (int, float)) and not abs(number) <= most for number in values):
             raise Refused(
-                f"model: {source}: the setting {documents.quoted(key)} is {documents.quoted(value)}, expected "
+                f"model: {source}: the setting {documents.quote(key)} is {documents.quote(value)}, expected "
                 f"numbers of at most {most}",
                 DAMAGED,
             )
@@ -152,7 +152,7 @@ def check_vae(config: Mapping, source: Path) -> None:
     scale = config.get("scaling_factor", 0.18215)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise Refused(
-            f"model: {source}: the vae's scaling_factor is {documents.quoted(scale)}, expected a number above 0",
+            f"model: {source}: the vae's scaling_factor is {documents.quote(scale)}, expected a number above 0",
             DAMAGED,
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)

@@ -72,7 +72,7 @@ def load_folder(
     side = networks["unet"].config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise Refused(
-            f"model: {folder}: the UNet's sample_size is {documents.quoted(side)}, expected a number up to "
+            f"model: {folder}: the UNet's sample_size is {documents.quote(side)}, expected a number up to "
             f"{LARGEST_SIDE}; {SUPPORTED}",
             ANOTHER,
         )

@@ -96,7 +96,7 @@ def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dic
         ending = next((one for one in ENDINGS if key.endswith(one)), None)
         start = next((one for one in NETWORKS if key.startswith(one)), None)
         if ending is None or start is None:
-            raise Refused(f"--lora {path}: {documents.quoted(key)} is not a tensor of a low-rank adapter", FORM)
+            raise Refused(f"--lora {path}: {documents.quote(key)} is not a tensor of a low-rank adapter", FORM)
         layer = key[len(start) : len(key) - len(ending)].replace(".processor.", ".")
         found[NETWORKS[start], layer][ENDINGS[ending]] = value
     if not found:
@@ -139,7 +139,7 @@ def _layer(module: nn.Module, name: str, path: Path) -> nn.Module:
     for place, layer in module.named_modules():
         if _plain(place) == wanted and isinstance(layer, (nn.Linear, nn.Conv2d)):
             return layer
-    raise Refused(f"--lora {path}: the model has no layer {documents.quoted(name)}", FORM)
+    raise Refused(f"--lora {path}: the model has no layer {documents.quote(name)}", FORM)
 
 
 def _plain(name: str) -> str:

@@ -113,7 +113,7 @@ def _prediction_beside(path: Path) -> str:
         return ""
     if not isinstance(found, str) or found not in TOLD:
         raise Refused(
-            f"model: {settings}: parameterization is {documents.quoted(found)}, expected {' or '.join(TOLD)}",
+            f"model: {settings}: parameterization is {documents.quote(found)}, expected {' or '.join(TOLD)}",
             "Correct it, or take the file away if it is not of this model.",
         )
     return TOLD[found]

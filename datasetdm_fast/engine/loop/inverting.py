@@ -172,7 +172,7 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
     is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
     if recipe.attention and not (timesteps and is_whole):
         raise Refused(
-            f"timesteps: {documents.quoted(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
+            f"timesteps: {documents.quote(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
             "Choose some of the model's training timesteps, such as 100, 300 and 500.",
         )
     timesteps = list(map(int, timesteps))

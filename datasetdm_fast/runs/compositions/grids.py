@@ -48,7 +48,7 @@ def parse_grids(texts: Sequence[str]) -> tuple[Grid, ...]:
         rows, columns = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not (1 <= rows <= MOST and 1 <= columns <= MOST and rows * columns > 1):
             raise Refused(
-                f"--grids: {documents.quoted(text)} is not a grid of 2 to {MOST}x{MOST} pictures",
+                f"--grids: {documents.quote(text)} is not a grid of 2 to {MOST}x{MOST} pictures",
                 "Write 2,3,4 for 2x2, 3x3 and 4x4, or 1x2 for one row of two pictures.",
             )
         grids.append(Grid(rows, columns))

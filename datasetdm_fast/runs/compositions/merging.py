@@ -87,8 +87,8 @@ class Merging(Composition):
                     ours, theirs = ours[apart], theirs[apart]
                 if ours != theirs:
                     raise Refused(
-                        f"{source.path}: {task}.{name} has {documents.quoted(theirs)} where {first.path} has "
-                        f"{documents.quoted(ours)}",
+                        f"{source.path}: {task}.{name} has {documents.quote(theirs)} where {first.path} has "
+                        f"{documents.quote(ours)}",
                         CONVERT,
                     )
         return table

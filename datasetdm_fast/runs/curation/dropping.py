@@ -40,7 +40,7 @@ def read_ids(given: Sequence[str], file: str) -> list[int]:
     for id, where in ids:
         if not (id.isascii() and id.isdecimal() and len(id) <= 18):
             raise Refused(
-                f"{where}: {documents.quoted(id)} is not the id of a sample",
+                f"{where}: {documents.quote(id)} is not the id of a sample",
                 "Use an id from samples.jsonl, for example 00000003.",
             )
     return sorted({int(id) for id, _ in ids})

@@ -9,7 +9,7 @@ import numpy as np
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.untrusted.documents import quoted
+from datasetdm_fast.untrusted.documents import quote
 
 BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
@@ -29,12 +29,12 @@ class Renaming:
             old, sign, new = (part.strip() for part in pair.partition("="))
             if not sign or not old:
                 raise Refused(
-                    f"--classes {quoted(pair)}: expected OLD=NEW, or OLD= to leave a class out",
+                    f"--classes {quote(pair)}: expected OLD=NEW, or OLD= to leave a class out",
                     "For example --classes sofa=couch,wall=",
                 )
             new = "" if new == BACKGROUND else new
             if found.setdefault(old, new) != new:
-                raise Refused(f"--classes: {quoted(old)} is given two names", "Give it one.")
+                raise Refused(f"--classes: {quote(old)} is given two names", "Give it one.")
         return cls(found)
 
     def __call__(self, name: str) -> str:
@@ -46,7 +46,7 @@ class Renaming:
         for old in self.renamed:
             if old not in known:
                 raise Refused(
-                    f"--classes: no class is called {quoted(old)}{nearest(old, known)}",
+                    f"--classes: no class is called {quote(old)}{nearest(old, known)}",
                     f"Classes of the labels: {', '.join(known)}.",
                 )
 

@@ -39,7 +39,7 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise Refused(f"{path}: not the description of an export ({error})", "Export again.") from error
     if found["format"] != FORMAT:
         raise Refused(
-            f"{path}: format {documents.quoted(found['format'])}, this version reads {FORMAT}",
+            f"{path}: format {documents.quote(found['format'])}, this version reads {FORMAT}",
             "Read it with the version that wrote it.",
         )
     return found

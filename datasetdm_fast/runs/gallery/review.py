@@ -72,5 +72,5 @@ def parse_marks(value: Any) -> dict[str, str]:
     documents.check_form(value, {"marks": [[str]]})
     for pair in value["marks"]:
         if len(pair) != 2 or not ID.fullmatch(pair[0]) or pair[1] not in ("", *LISTS):
-            raise ValueError(f"{documents.quoted(pair)} is no id and mark")
+            raise ValueError(f"{documents.quote(pair)} is no id and mark")
     return dict(value["marks"])

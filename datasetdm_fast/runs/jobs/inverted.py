@@ -173,7 +173,7 @@ def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
     for text in given:
         if not (text.isdecimal() and int(text) < TRAINING_STEPS):
             raise Refused(
-                f"--timesteps: {documents.quoted(text)} is not a whole number from 0 to {TRAINING_STEPS - 1}",
+                f"--timesteps: {documents.quote(text)} is not a whole number from 0 to {TRAINING_STEPS - 1}",
                 "Write --timesteps 100,300,500.",
             )
     if not given:

@@ -107,14 +107,14 @@ def open_pictures(folder: str, captions: str) -> Pictures:
         raise Refused("IMAGES is missing", NAME_PICTURES)
     if not root.is_dir():
         alike = storage.named_alike(root) if not root.exists() else ""
-        raise Refused(f"IMAGES: {documents.quoted(folder)} is not a folder{alike}", NAME_PICTURES)
+        raise Refused(f"IMAGES: {documents.quote(folder)} is not a folder{alike}", NAME_PICTURES)
     if (root / LEDGER).exists():
         raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
     paths = tuple(reading.listing(root, *reading.PICTURES, remedy=NAME_PICTURES))
     for path in paths:
         if not documents.is_unicode(str(path)):
             raise Refused(
-                f"IMAGES: the path of {documents.quoted(path.name)} is not valid UTF-8",
+                f"IMAGES: the path of {documents.quote(path.name)} is not valid UTF-8",
                 "Rename it, or the folder that holds it.",
             )
     said: dict[str, str] = {}

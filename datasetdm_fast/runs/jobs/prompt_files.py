@@ -92,7 +92,7 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[Prompt
             documents.check_form(value.get("classes", []), [str], "classes")
             seed = value.get("seed")
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-                raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
+                raise ValueError(f"seed is {documents.quote(seed)}, expected a whole number from 0 to 2^63 - 1")
         except ValueError as error:
             raise Refused(f"{where}: {error}", LINES) from error
         if not value["prompt"].strip():

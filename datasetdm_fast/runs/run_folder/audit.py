@@ -77,7 +77,7 @@ def audit(
     if not folder.is_dir():
         alike = "" if folder.exists() else storage.named_alike(folder)
         raise Refused(
-            f"{documents.quoted(str(folder))}: {'not a' if folder.exists() else 'no such'} folder{alike}",
+            f"{documents.quote(str(folder))}: {'not a' if folder.exists() else 'no such'} folder{alike}",
             "Name a run folder, or an export of convert.",
         )
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():

@@ -78,7 +78,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         raise
     except ValueError as error:  # a NUL byte
         raise Refused(
-            f"--out {documents.quoted(str(folder))}: not a valid folder name ({error})", "Choose another --out."
+            f"--out {documents.quote(str(folder))}: not a valid folder name ({error})", "Choose another --out."
         ) from error
     try:
         document = documents.read_object(path, most=LARGEST_DOCUMENT)
@@ -87,7 +87,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     if document.get("format") not in READ_FORMATS:
         known = ", ".join(map(str, READ_FORMATS))
         raise Refused(
-            f"{path}: format {documents.quoted(document.get('format'))}, this version reads {known}",
+            f"{path}: format {documents.quote(document.get('format'))}, this version reads {known}",
             "Read it with the version that wrote it.",
         )
     try:
@@ -128,7 +128,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         try:
             kind = kind_of(task)
         except ValueError as error:
-            raise ValueError(f"config.task names {documents.quoted(task)}: {error}") from error
+            raise ValueError(f"config.task names {documents.quote(task)}: {error}") from error
         documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
         try:
             check_palette(document["labels"][task])
@@ -138,10 +138,10 @@ def check_document(document: Mapping[str, Any]) -> None:
     documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")
     if made_by(document) not in COMMANDS:
-        raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
+        raise ValueError(f"command is {documents.quote(document['command'])}, expected {', '.join(COMMANDS)}")
     if document["config"]["image_format"] not in ("png", "jpg"):
         raise ValueError(
-            f"config.image_format is {documents.quoted(document['config']['image_format'])}, expected png or jpg"
+            f"config.image_format is {documents.quote(document['config']['image_format'])}, expected png or jpg"
         )
     if (
         not 0 < size**2 <= images.MOST_PIXELS
@@ -160,9 +160,9 @@ def _check_installed(document: Mapping[str, Any]) -> None:
     for label in document["config"]["task"]:
         if task_of_label(label) in LABELS or not (label in packages or label in document["decoders"]):
             continue
-        package = f"the package {documents.quoted(packages[label])}" if label in packages else "another package"
+        package = f"the package {documents.quote(packages[label])}" if label in packages else "another package"
         raise NotInstalled(
-            f"the label {documents.quoted(label)} is made by {package}, which is not installed here",
+            f"the label {documents.quote(label)} is made by {package}, which is not installed here",
             "Install that package, then run the same command again.",
         )
 
@@ -211,7 +211,7 @@ def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, 
     """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
     height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
     if not (isinstance(height, int) and isinstance(width, int) and 0 < height * width <= images.MOST_PIXELS):
-        raise ValueError(f"its row tells the sides {documents.quoted([height, width])}")
+        raise ValueError(f"its row tells the sides {documents.quote([height, width])}")
     return height, width
 
 

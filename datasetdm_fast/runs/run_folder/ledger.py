@@ -120,7 +120,7 @@ class Ledger(AbstractContextManager):
         self._columns = _COLUMNS if self._is_compact else _COLUMNS.removesuffix(", trust")
         known = NEEDED | ADDED | {("table", "scores"), ("table", "dropped")}
         faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(entries))]
-        faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in entries if (kind, name) not in known]
+        faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in entries if (kind, name) not in known]
         if faults:
             raise Refused(f"{self.path}: not a readable ledger ({faults[0]})", sqlite.RESTORE)
 
@@ -373,7 +373,7 @@ class Ledger(AbstractContextManager):
         if digest not in self._recipes:
             rows = self._database.execute("SELECT recipe FROM recipes WHERE digest = ?", (digest,))
             if not rows or digest_of(rows[0][0]) != digest:
-                raise ValueError(f"no recipe has the digest {documents.quoted(digest)}")
+                raise ValueError(f"no recipe has the digest {documents.quote(digest)}")
             if len(self._recipes) == CACHED_RECIPES:
                 self._recipes.clear()
             self._recipes[digest] = _DECODE(rows[0][0])
@@ -417,7 +417,7 @@ def _lengthen(digest: str) -> str:
     """The digest in base 16, from either form."""
     sha256 = digest if len(digest) == HEX_DIGITS else urlsafe_b64decode(digest + "=").hex()
     if len(sha256) != HEX_DIGITS:
-        raise ValueError(f"{documents.quoted(digest)} is no SHA-256")
+        raise ValueError(f"{documents.quote(digest)} is no SHA-256")
     return sha256
 
 

@@ -67,7 +67,7 @@ def check(config: RunConfig) -> None:
         )
     noted = stored_at(folder)
     if read_document(folder) is not None and noted != config.store:
-        there = f"at {documents.quoted(noted)}" if noted else "in the folder itself"
+        there = f"at {documents.quote(noted)}" if noted else "in the folder itself"
         raise Refused(
             f"--store {config.store or 'not given'}: the samples of {folder} are {there}",
             "Give the one that it was started with, or choose another --out.",
@@ -95,7 +95,7 @@ class ObjectStore:
             raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
             raise Refused(
-                f"{documents.quoted(url)}: {type(error).__name__}: {error}",
+                f"{documents.quote(url)}: {type(error).__name__}: {error}",
                 "Name a folder such as s3://bucket/run.",
             ) from error
         if "memory" in self._protocols:
@@ -136,7 +136,7 @@ class ObjectStore:
                 self.files.mkdir(bucket)
         if not is_there and not is_made:
             raise Refused(
-                f"--store {documents.quoted(self.url)}: there is no bucket {documents.quoted(bucket)}",
+                f"--store {documents.quote(self.url)}: there is no bucket {documents.quote(bucket)}",
                 "Check its name, or add --make-bucket.",
             )
 
@@ -150,7 +150,7 @@ class ObjectStore:
         names = sorted(each.rpartition("/")[2] for each in found if each != self.root.strip("/"))
         if others := [name for name in names if not storage.is_temporary(Path(name))]:
             raise Refused(
-                f"--store {documents.quoted(self.url)}: it holds files of another run ({documents.quoted(others[0])})",
+                f"--store {documents.quote(self.url)}: it holds files of another run ({documents.quote(others[0])})",
                 "Choose another --store, or give the --out that this one was started with.",
             )
 
@@ -307,7 +307,7 @@ class StoreCopy:
 
     def _require(self, name: str) -> None:
         if self.bring(name) is None:
-            raise Missing(f"{self.store.url}: {documents.quoted(name)} is not there", to_see_damage(self.store.url))
+            raise Missing(f"{self.store.url}: {documents.quote(name)} is not there", to_see_damage(self.store.url))
 
     def bring(self, name: str) -> Path | None:
         """The copy of a file, None where the store has none of that name."""

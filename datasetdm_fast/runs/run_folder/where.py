@@ -103,7 +103,7 @@ class _Reader:
         while text[place:].strip():
             match = _TOKEN.match(text, place)
             if match is None:
-                raise Refused(f"{flag}: {documents.quoted(text[place:].strip()[:20])} is not understood", REMEDY)
+                raise Refused(f"{flag}: {documents.quote(text[place:].strip()[:20])} is not understood", REMEDY)
             self.tokens.append((match.lastgroup or "", match[match.lastgroup or 0], match.start(match.lastgroup or 0)))
             place = match.end()
 
@@ -140,7 +140,7 @@ class _Reader:
         name = self.next("word", "a score")
         if name not in self.known:
             raise Refused(
-                f"{self.flag}: {documents.quoted(name)} is not a score{nearest(name, self.known)}",
+                f"{self.flag}: {documents.quote(name)} is not a score{nearest(name, self.known)}",
                 f"It can use these scores: {', '.join(self.known)}.",
             )
         sign = self.next("sign", "a comparison such as >=")
@@ -168,5 +168,5 @@ class _Reader:
     def refusal(self, wanted: str) -> Refused:
         if self.at < len(self.tokens):
             _, text, place = self.tokens[self.at]
-            return Refused(f"{self.flag}: {documents.quoted(text)} at character {place + 1}, expected {wanted}", REMEDY)
+            return Refused(f"{self.flag}: {documents.quote(text)} at character {place + 1}, expected {wanted}", REMEDY)
         return Refused(f"{self.flag}: it ends where {wanted} is expected", REMEDY)

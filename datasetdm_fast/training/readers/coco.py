@@ -85,7 +85,7 @@ class Annotations:
     def _add_category(self, value: Any) -> None:
         documents.check_form(value, {"id": int, "name": str})
         if value["id"] in self.categories or value["name"] in self.categories.values():
-            raise ValueError(f"the category {documents.quoted(value['name'])} occurs twice")
+            raise ValueError(f"the category {documents.quote(value['name'])} occurs twice")
         self.categories[value["id"]] = value["name"]
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
@@ -303,7 +303,7 @@ def _is_crowd(annotation: dict[str, Any]) -> bool:
     """Whether an annotation is of many things; where it is neither said nor denied, it is of one."""
     said = annotation.get("iscrowd") or 0
     if said not in (0, 1):
-        raise ValueError(f"iscrowd is {documents.quoted(said)}, expected 0 or 1")
+        raise ValueError(f"iscrowd is {documents.quote(said)}, expected 0 or 1")
     return bool(said)
 
 
@@ -321,7 +321,7 @@ def _mask_maker(segmentation: Any, shape: tuple[int, int]):
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(shape):
             raise ValueError(
-                f"an RLE of size {documents.quoted(segmentation.get('size'))}, but its image has {list(shape)}"
+                f"an RLE of size {documents.quote(segmentation.get('size'))}, but its image has {list(shape)}"
             )
         mask_rle.run_lengths(segmentation)
         return partial(mask_rle.decode, segmentation)

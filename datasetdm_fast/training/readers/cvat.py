@@ -68,7 +68,7 @@ class Cvat(PictureSource):
                     continue
                 label = shape.get("label", "")
                 if shapes.is_thing(label) and label not in self.thing_classes:
-                    raise ValueError(f"the unknown label {documents.quoted(label)}")
+                    raise ValueError(f"the unknown label {documents.quote(label)}")
                 group = shape.get("group_id", "")
                 found.append(shapes.Shape(label, mask, "" if group == "0" else group))
             except (ValueError, OverflowError) as error:
@@ -102,7 +102,7 @@ def _mask(shape: Element, sides: tuple[int, ...]) -> shapes.Mask | None:
     if shape.tag == "mask":
         return _runs(shape, sides)
     if shape.tag not in NO_AREA:
-        raise ValueError(f"the unknown shape {documents.quoted(shape.tag)}")
+        raise ValueError(f"the unknown shape {documents.quote(shape.tag)}")
     return None
 
 

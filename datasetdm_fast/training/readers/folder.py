@@ -54,7 +54,7 @@ class Folder(PictureSource):
         if self.captions and all(self._said(record) is None for record in range(len(self.images))):
             raise Refused(
                 f"{captions}: names none of the images in {path / 'images'}",
-                f"Name them by their paths there, such as {documents.quoted(self.ids[0])}.",
+                f"Name them by their paths there, such as {documents.quote(self.ids[0])}.",
             )
         self.captions_name_all = not self.captions
         super().__init__(size, len(self.images))

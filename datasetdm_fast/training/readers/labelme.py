@@ -61,7 +61,7 @@ class LabelMe(PictureSource):
                 if (mask := _mask(shape, image.shape, f"{path}, shape {number}")) is None:
                     continue
                 if shapes.is_thing(shape["label"]) and shape["label"] not in self.thing_classes:
-                    raise ValueError(f"the unknown class {documents.quoted(shape['label'])}, {self.list} lacks it")
+                    raise ValueError(f"the unknown class {documents.quote(shape['label'])}, {self.list} lacks it")
                 group = shape.get("group_id")
                 found.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
             except Refused:  # the picture of a mask, which is named
@@ -114,7 +114,7 @@ def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Ma
     if kind == "polygon" or (kind == "rectangle" and len(points) == 4):
         return shapes.polygon([value for point in points for value in point], sides)
     if kind not in ("rectangle", "circle", "mask"):
-        raise ValueError(f"the unknown shape_type {documents.quoted(kind)}")
+        raise ValueError(f"the unknown shape_type {documents.quote(kind)}")
     if len(points) != 2:
         raise ValueError(f"a {kind} of {len(points)} points, expected 2")
     (x, y), (right, bottom) = points

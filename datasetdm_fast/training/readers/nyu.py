@@ -46,7 +46,7 @@ class Nyu(PictureSource):
         said, depth = self.rows[record]
         scene = Path(said).parent.name
         if self.kinds and not any(kind in scene for kind in self.kinds):
-            raise reading.bad(self.list, f"{documents.quoted(said)} is of no scene that nyu_class_list.json names")
+            raise reading.bad(self.list, f"{documents.quote(said)} is of no scene that nyu_class_list.json names")
         image = reading.colour_image(reading.inside(self.folder, said, self.list))
         metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
         place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()

@@ -81,11 +81,11 @@ class Voc(PictureSource):
         said = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
         if said != [str(shape[1]), str(shape[0])]:
             raise reading.bad(
-                path, f"says {documents.quoted(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}"
+                path, f"says {documents.quote(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}"
             )
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
-                raise reading.bad(path, f"the unknown class {documents.quoted(kind)}")
+                raise reading.bad(path, f"the unknown class {documents.quote(kind)}")
 
 
 def _label_map(path: Path) -> tuple[str, ...]:

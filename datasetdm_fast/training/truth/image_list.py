@@ -61,7 +61,7 @@ def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
         best = [image for image, count in alike.items() if count == max(alike.values())]
         if len(best) > 1:
             raise Refused(
-                f"--images: {documents.quoted(name)} may be {len(best)} images of the data set",
+                f"--images: {documents.quote(name)} may be {len(best)} images of the data set",
                 "Write more of its path.",
             )
         missing += [name] if not best else []
@@ -69,7 +69,7 @@ def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Refused(
-            f"--images: the data set has no image {documents.quoted(missing[0])}{rest}",
+            f"--images: the data set has no image {documents.quote(missing[0])}{rest}",
             "Compare the list with the data set and its split, or take the lines out.",
         )
     return list(dict.fromkeys(chosen))

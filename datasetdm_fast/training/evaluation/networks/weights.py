@@ -81,7 +81,7 @@ def check_folder(network: StudentNetwork, folder: Path) -> tuple[dict[str, Any],
         raise Missing(f"--weights {folder}: {stop.cause}", REMEDY) from stop
     kind = getattr(transformers, network.config).model_type
     if found.get("model_type") != kind:
-        there = documents.quoted(found.get("model_type"))
+        there = documents.quote(found.get("model_type"))
         raise Missing(f"--weights {folder}: its config.json is of {there}, expected {kind!r}", REMEDY)
     if not files:
         raise Missing(f"--weights {folder}: no model.safetensors in it", REMEDY)
