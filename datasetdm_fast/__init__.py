@@ -5,12 +5,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.interruption import end_quietly
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.version import __version__
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engine.pipeline import Output, Pipeline, Run, Sample, StoredSample, TaskDataset, open_run
+    from datasetdm_fast.data import Sample
+    from datasetdm_fast.engine.pipeline import Output, Pipeline
+    from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, TaskDataset, open_run
 
 __all__ = [
     "GateFailed",
@@ -25,6 +26,16 @@ __all__ = [
     "__version__",
     "open_run",
 ]
+
+PLACES = {
+    "Output": "engine.pipeline",
+    "Pipeline": "engine.pipeline",
+    "Run": "runs.run_folder.reader",
+    "Sample": "data",
+    "StoredSample": "runs.run_folder.reader",
+    "TaskDataset": "runs.run_folder.reader",
+    "open_run": "runs.run_folder.reader",
+}
 
 
 def _begin_command(line: list[str]) -> None:
@@ -44,6 +55,8 @@ def _begin_command(line: list[str]) -> None:
         print(f"python -m {module}: a part of the library, not a command", file=sys.stderr)
         print("Commands are listed by python -m datasetdm_fast --help.", file=sys.stderr)
         sys.exit(2)
+    from datasetdm_fast.command_line.interruption import end_quietly  # only commands need it
+
     end_quietly()
 
 
@@ -53,6 +66,6 @@ if sys.argv[:1] == ["-m"]:  # Python is still looking for the module that it is 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: --help and --version must answer without importing torch.
-    if name in __all__:
-        return getattr(import_module("datasetdm_fast.engine.pipeline"), name)
+    if name in PLACES:
+        return getattr(import_module(f"datasetdm_fast.{PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

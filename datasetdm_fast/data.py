@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+IGNORE = 255  # the pixel of a label map that is ignored or uncertain
+
 
 @dataclass(frozen=True)
 class Request:

@@ -14,8 +14,8 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_plan
 from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.errors import Refused, quote, renamed_flags
+from datasetdm_fast.runs.jobs.class_file import own_table
 from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.endpoints import open_model, read_key
 from datasetdm_fast.runs.prompting.grammar import check_words, open_grammar, to_lines

@@ -41,7 +41,7 @@ FOUNDATION = (
 PLACES = {"kernels": "engine", "export": "engine", **dict.fromkeys(FOUNDATION, "foundation")}
 DOOR = (f"{PACKAGE}.export.__main__", "commands")  # `python -m datasetdm_fast.export` hands its line to the command
 # Files that only lead on: the package offers the library, and running it runs the commands.
-DOORS = {f"{PACKAGE}": "engine"}
+DOORS = {f"{PACKAGE}": "commands"}
 MOST = {"arrows": 250}
 
 

@@ -38,16 +38,12 @@ _BY_FILE = {
             "if call + 1 in recipe.captured or call == 0:",
             "labels are read a call too early",
         ),
-        ("len(label.classes) - 1", "len(label.classes) - 2", "the last word of a prompt is never found"),
-        ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
         ("first = first & other", "first = first | other", "an image with a NaN label is kept"),
         (".flatten(1).all(1)", ".flatten(1).any(1)", "an image with one NaN pixel is kept"),
-        ("if not flags[b]]", "if not flags[0]]", "one broken image sets its whole batch aside"),
-        ("again(*both) if isinstance(both[0], Quarantined) else both[0]", "both[1]", "sound images are replaced too"),
         (
-            "captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)",
-            "raw",
-            "classes a prompt does not name are found",
+            "merge_retry(first, retry) if isinstance(first, Quarantined) else first",
+            "retry",
+            "sound images are replaced too",
         ),
         (
             "SamplerState(recipe.schedule, recipe.guidance",
@@ -58,6 +54,17 @@ _BY_FILE = {
     "disk/sqlite.py": (
         "test_ledger.py",
         ('self.execute("ROLLBACK")', 'self.execute("COMMIT")', "half of a batch is committed"),
+    ),
+    "engine/loop/labelling.py": (
+        "test_driver.py test_tasks.py",
+        ("len(label.classes) - 1", "len(label.classes) - 2", "the last word of a prompt is never found"),
+        ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
+        ("if not flags[b]]", "if not flags[0]]", "one broken image quarantines its whole batch"),
+        (
+            "captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)",
+            "raw",
+            "classes a prompt does not name are found",
+        ),
     ),
     "runs/run_folder/ledger.py": (
         "test_ledger.py",

@@ -45,7 +45,7 @@ FAULTS = {
     ),
     "sums given back too early": Fault(
         f"{DRIVER}:BatchGenerator.label",
-        "release(value for capture in drawn.captures.values() for value in tensors_of(capture))",
+        "release(value for capture in sampled.captures.values() for value in tensors_of(capture))",
         "pass",
     ),
     "the label stream does not wait": Fault(f"{LABELS}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
@@ -119,7 +119,7 @@ FAULTS = {
         "datasetdm_fast.engine.engines.device:allow_tf32", "= is_allowed, False", "= True, False", {"dtype": "fp32"}
     ),
     "sums of attention on the host": Fault(
-        f"{DRIVER}:BatchGenerator.nothing_yet",
+        f"{DRIVER}:BatchGenerator.zero_attention_sums",
         "torch.zeros(shape, device=self.engine.device)",
         "torch.zeros(shape)",
         {"scenario": "attention"},
@@ -139,7 +139,10 @@ FAULTS = {
         "torch.empty(self.batch",
     ),
     "sums of attention that nothing clears": Fault(
-        f"{DRIVER}:BatchGenerator.nothing_yet", "torch.zeros(shape", "torch.empty(shape", {"scenario": "attention"}
+        f"{DRIVER}:BatchGenerator.zero_attention_sums",
+        "torch.zeros(shape",
+        "torch.empty(shape",
+        {"scenario": "attention"},
     ),
     "a kernel that gives way to its reference": Fault(
         "datasetdm_fast.kernels.linear_norm:fused", "if not is_served(", "if width % 3 or not is_served("

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
@@ -165,7 +166,7 @@ def test_columns_are_tokens_or_words(model):
     tokenizer = model.tokenizer
     long = len(tokenizer("zebra").input_ids) - 2
     assert long > 1
-    find = partial(class_prompts.columns, tokenizer=tokenizer)
+    find = partial(class_prompts.class_columns, tokenizer=tokenizer)
     assert find("zebra ball", ("ball", "zebra"), by_words=False) == [
         ("ball", (1 + long,)),
         ("zebra", tuple(range(1, 1 + long))),
@@ -212,7 +213,8 @@ def test_a_class_prompt_names_the_words_as_the_prompt_does():
     assert exact.class_prompt(request, request.classes) == "ball cube"
     given = Request(0, "x", 1, ("ball",), class_prompt="a red ball")
     assert plain.class_prompt(given, ("ball",)) == "a red ball"
-    assert class_prompts.appended("x; ball", "ball") == "x; ball" and class_prompts.appended("x", "ball") == "x; ball"
+    appending = replace(plain, appends=True)
+    assert [appending.text(Request(0, text, 1), "ball") for text in ("x; ball", "x")] == ["x; ball"] * 2
 
 
 @pytest.fixture(scope="module")

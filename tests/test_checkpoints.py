@@ -31,13 +31,13 @@ from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import USUAL
 from datasetdm_fast.engine.loading.model import SD_SCHEDULER
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
-from datasetdm_fast.engine.pipeline import open_run
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
 SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": dict(width=16, depth_width=8)}
@@ -87,7 +87,7 @@ def test_a_kind_is_told_by_names_and_shapes_and_has_upstreams_settings(kind, tmp
     assert config.instance_class_from == ("prompt" if kind in ("coco", "lvis") else "decoder")
     assert config.max_depth == (80.0 if kind in ("kitti", "vkitti2") else 10.0)
     if kind in ("voc", "coco"):
-        assert ("background", *config.classes) == table(kind).names
+        assert ("background", *config.classes) == builtin_table(kind).names
 
 
 @pytest.mark.parametrize("kind,prefix", [("coco", "module."), ("pose-simcc", "")])

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.labels.words import find_classes, plural, token_places
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.class_file import own_table
 
 SENTENCES = [
     [cell.strip() for cell in line.split("|")]
@@ -21,7 +21,7 @@ SENTENCES = [
 
 
 def names_of(name):
-    return tuple(word for word in class_tables.table(name).names if word != "background")
+    return tuple(word for word in class_tables.builtin_table(name).names if word != "background")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def names_of(name):
     [("voc", 21), ("coco", 81), ("cityscapes", 19), ("deepfashion", 24), ("demo", 9)],
 )
 def test_a_table_numbers_its_classes_without_a_gap_and_colours_each(name, count):
-    classes = class_tables.table(name).classes
+    classes = class_tables.builtin_table(name).classes
     assert [word.number for word in classes] == list(range(count))
     colours = [word.colour for word in classes]
     assert all(colours) and len(set(colours)) == count
@@ -37,13 +37,13 @@ def test_a_table_numbers_its_classes_without_a_gap_and_colours_each(name, count)
 
 def test_voc_has_the_colours_of_its_palette_rule():
     """Bits of the class number, lowest first, become the high bits of red, green and blue in turn."""
-    for word in class_tables.table("voc").classes:
+    for word in class_tables.builtin_table("voc").classes:
         colour = [sum((word.number >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)]
         assert word.colour == tuple(colour), word.name
 
 
 def test_the_table_of_the_demo_world_has_its_classes():
-    assert class_tables.table("demo").names == world.CLASSES
+    assert class_tables.builtin_table("demo").names == world.CLASSES
 
 
 def test_most_sentences_name_their_classes():
@@ -110,7 +110,7 @@ def test_a_plural_is_spelled_as_people_do():
 
 @pytest.mark.parametrize("name", class_tables.TABLES)
 def test_a_class_that_ends_a_prompt_is_found_where_longer_phrases_begin_with_it(name):
-    table = class_tables.table(name)
+    table = class_tables.builtin_table(name)
     for word in table.classes[1:] if table.names[0] == "background" else table.classes:
         assert word.name in find_classes(f"a photo of a {word.say}", table.names)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast.compat import vinai, vinai_lists
-from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.engine.loop.class_prompts import class_columns
 from datasetdm_fast.runs.run_folder.audit import audit
 
 ENTRIES = [
@@ -89,13 +89,13 @@ def test_what_a_killed_command_had_half_written_is_gone_once_it_is_run_again(pro
 def test_every_listed_word_has_its_own_place(prompts):
     found = vinai_lists.read_list(prompts, "", -1, -1)
     assert found.kind == "voc" and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")
-    named = columns(found.prompts[2].class_prompt, ("person", "sofa"), None, by_words=True)
+    named = class_columns(found.prompts[2].class_prompt, ("person", "sofa"), None, by_words=True)
     assert named == [("person", (1,)), ("person", (2,)), ("sofa", (3,))]
     entry = {"filename": "a.jpg", "caption": "x", "class_prompt": "hot dog fire hydrant dog"}
     prompts.with_name("coco.json").write_text(json.dumps([entry]))
     (other,) = (coco := vinai_lists.read_list(prompts.with_name("coco.json"), "", -1, -1)).prompts
     assert coco.kind == "coco" and len(vinai.palette("coco")) == 81 * 3
-    assert [places for _, places in columns(other.class_prompt, other.classes, None, by_words=True)] == [
+    assert [places for _, places in class_columns(other.class_prompt, other.classes, None, by_words=True)] == [
         (1,),
         (3, 4),
         (5,),

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
 from datasetdm_fast.engine.sampling import times, walk
@@ -70,7 +70,7 @@ def test_the_loop_captures_once_at_the_last_call():
 
 def test_a_gpu_reads_as_many_images_at_once_whatever_a_batch_holds(monkeypatch):
     """The last batch, and a sample that is made again, are read in the shapes of all others."""
-    engine, lengths, collect, postprocess = StubEngine(), [], driver.collect, driver.postprocess
+    engine, lengths, collect, postprocess = StubEngine(), [], driver.collect_results, labelling.postprocess
 
     def on_gpu(*given):
         engine.device = torch.device("cuda")
@@ -82,9 +82,9 @@ def test_a_gpu_reads_as_many_images_at_once_whatever_a_batch_holds(monkeypatch):
         lengths.append((len(requests), *map(len, raw.values())))
         return postprocess(requests, raw, *others)
 
-    monkeypatch.setattr(driver, "READ_PIXELS", {"cuda": 2 * 64**2})
-    monkeypatch.setattr(driver, "collect", on_gpu)
-    monkeypatch.setattr(driver, "postprocess", read)
+    monkeypatch.setattr(labelling, "CHUNK_PIXELS", {"cuda": 2 * 64**2})
+    monkeypatch.setattr(driver, "collect_results", on_gpu)
+    monkeypatch.setattr(labelling, "postprocess", read)
     found = samples(engine, requests(*"abcde"), size=4, tasks=("depth",), sampler="ddim", steps=2)
     assert lengths == [(2, 2)] * 4 and [one.request.prompt for one in found] == list("abcde")
     assert all("depth" in one.annotations for one in found)
@@ -227,7 +227,7 @@ def test_every_sample_is_judged_and_may_lose_its_doubtful_pixels(monkeypatch):
         label = labels["semantic"]
         return {**labels, "semantic": replace(label, labels=np.full_like(label.labels, 255))}
 
-    monkeypatch.setattr(driver, "without_doubtful", emptied)
+    monkeypatch.setattr(labelling, "without_doubtful", emptied)
     asked, tasks = requests("a ball", "a tree", classes=("ball",)), ("semantic", "instance")
     plain, ignored = (samples(StubEngine(), asked, tasks=tasks, ignore=how) for how in ("nothing", "disagreeing"))
     for before, after in zip(plain, ignored, strict=True):
@@ -265,11 +265,14 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
         assert (maps[0] == maps[1]).all()
         assert set(np.unique(maps[0])) <= {0, *(1 + world.THINGS.index(word) for word in one.request.classes)}
     assert together[0].annotations["open-vocabulary"].labels.any()
-    table = driver.WordTable(StubEngine(), world.THINGS)
+    table = labelling.WordTable(StubEngine(), world.THINGS)
     words = [[world.THINGS.index(word) for word in group] for group in (("cone",) * 3, ("ball", "tree", "cube"))]
-    first, second, third = table.of(asked)
+    first, second, third = table.embed("open-vocabulary", asked)
     assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
-    assert (third == table.embeddings[[0, 0, 0]]).all() and table.of(asked[2:]).shape[:2] == (1, 1)
+    assert (third == table.embeddings[[0, 0, 0]]).all() and table.embed("open-vocabulary", asked[2:]).shape[:2] == (
+        1,
+        1,
+    )
 
 
 def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
@@ -313,8 +316,8 @@ def test_the_first_engine_is_asked_again_for_nothing_where_all_is_finite():
 
 def test_renumbered_maps_speak_of_the_words_of_the_run():
     label = SemanticMap(np.array([[0, 1], [2, 3]], np.uint8), np.ones((2, 2)), ("none", "1", "2", "3"))
-    assert driver.renumber(label, ("tree", "ball"), ("ball", "cube", "tree")).labels.tolist() == [[0, 3], [1, 1]]
-    assert driver.renumber(label, (), ("ball",)).labels.tolist() == [[0, 0], [0, 0]]
+    assert labelling.renumber(label, ("tree", "ball"), ("ball", "cube", "tree")).labels.tolist() == [[0, 3], [1, 1]]
+    assert labelling.renumber(label, (), ("ball",)).labels.tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_run_is_made_once(engines, tmp_path):

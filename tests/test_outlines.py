@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast import _C, evaluate, generate, label
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import IGNORE, DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.labels.semantic import IGNORE
 from datasetdm_fast.engine.tasks import TASKS
-from datasetdm_fast.engine.tasks.outlines import outlined
+from datasetdm_fast.engine.tasks.outlines import with_outlines
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
@@ -159,8 +158,8 @@ def test_each_kind_of_label_follows_its_image():
     ours = _C.outlines_of_labels(labels, image)
 
     def one(task, label):
-        assert outlined([label], [image], config(task, "decoder"))[0] is label
-        return outlined([label], [image], config(task))[0]
+        assert with_outlines([label], [image], config(task, "decoder"))[0] is label
+        return with_outlines([label], [image], config(task))[0]
 
     for task in ("semantic", "open-vocabulary"):
         found = one(task, SemanticMap(labels, sure, names))
@@ -207,7 +206,7 @@ def test_a_run_and_pictures_that_exist_get_the_outlines_that_are_asked_for(tmp_p
             np.testing.assert_array_equal(one.image, other.image)
             for task, said in own.items():
                 kind = LABEL_KINDS[task]
-                (wanted,) = outlined([one.label(task)], [one.image], said)
+                (wanted,) = with_outlines([one.label(task)], [one.image], said)
                 assert (
                     kind.distance(other.label(task), wanted) < 1e-3 < kind.distance(other.label(task), one.label(task))
                 )
@@ -224,7 +223,7 @@ def test_a_run_and_pictures_that_exist_get_the_outlines_that_are_asked_for(tmp_p
         with open_run(out) as run:
             found.append([(sample.image, sample.depth) for sample in run])
     for (image, depth), (_, other) in zip(*found, strict=True):
-        (wanted,) = outlined([depth], [image], own["depth"])
+        (wanted,) = with_outlines([depth], [image], own["depth"])
         assert LABEL_KINDS["depth"].distance(other, wanted) < 1e-3 < LABEL_KINDS["depth"].distance(other, depth)
 
 

@@ -27,7 +27,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import load_model, lora
-from datasetdm_fast.engine.loop.driver import side_by_side
+from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -403,7 +403,7 @@ def test_samples_whose_labels_are_under_way_come_before_a_refusal():
         raise Refused("prompt 2: too long", "Shorten it.")
 
     generator = SimpleNamespace(sample=str, label=lambda batch, drawn: [drawn])
-    found = side_by_side(generator, batches(), Waiting(torch.device("cpu")))
+    found = sample_and_label(generator, batches(), Waiting(torch.device("cpu")))
     assert list(islice(found, 2)) == [("a", ["a"]), ("b", ["b"])]
     with pytest.raises(Refused, match="prompt 2: too long"):
         next(found)

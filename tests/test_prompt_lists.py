@@ -31,7 +31,7 @@ def rows(path):
 # The grammar ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["voc", "coco", "cityscapes", "deepfashion"])
 def test_a_class_has_500_different_sentences_that_name_it_and_no_other(name):
-    names = [word for word in class_tables.table(name).names if word != "background"]
+    names = [word for word in class_tables.builtin_table(name).names if word != "background"]
     grammar = Grammar(names)
     for word in names[:: max(len(names) // 10, 1)]:
         found = [grammar.sentence(word, number) for number in range(520)]
@@ -59,7 +59,7 @@ def test_demo_sentences_use_the_words_its_model_knows():
 
 
 def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
-    names = [word for word in class_tables.table("voc").names if word != "background"]
+    names = [word for word in class_tables.builtin_table("voc").names if word != "background"]
     found = balance.build_list(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
     assert measures.measure(found)["near_duplicates"] <= 0.02
     assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
@@ -119,7 +119,7 @@ def test_the_same_line_writes_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     found = rows(tmp_path / "a")
     assert Counter(name for row in found for name in row["classes"]) == dict.fromkeys(
-        class_tables.table("voc").names[1:], 3
+        class_tables.builtin_table("voc").names[1:], 3
     )
 
 

@@ -25,10 +25,10 @@ from skips import IS_LONG
 
 from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
-from datasetdm_fast.data import Trust
+from datasetdm_fast.data import IGNORE, Trust
 from datasetdm_fast.engine.labels.image_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, IGNORED, Picture
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
@@ -662,7 +662,7 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
     shown = {name for name, _ in source.things_of(item)}
     shown |= {*picture.named}.difference(source.classes, source.thing_classes)  # as files of masks name their object
     if item.semantic is not None:
-        shown |= {source.classes[k] for k in np.unique(item.semantic) if k != IGNORED}
+        shown |= {source.classes[k] for k in np.unique(item.semantic) if k != IGNORE}
     assert item.caption == source.photo_of([name for name in picture.named if name in shown])
 
 

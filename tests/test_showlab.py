@@ -42,11 +42,11 @@ from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines.fast import FastEngine
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.plan import make_plan
-from datasetdm_fast.engine.pipeline import open_run
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.settings import TrainConfig
 
 MASKS = {"width": 16, "layers": 2, "feed_forward": 24, "mask_dim": 12, "queries": 20}
@@ -115,7 +115,7 @@ def test_contours_are_those_of_opencv():
 
 # ---- prompts and seeds
 
-CLASSES = table("voc").names[1:]
+CLASSES = builtin_table("voc").names[1:]
 OWN_LISTS = {"bicycle", "person", "diningtable"}
 
 
@@ -144,7 +144,7 @@ def root(tmp_path_factory, model):
         write(folder / f"tools/parallel_generate_{name}.py", text)
     for kind in ("NYU", "KITTI", "coco_pose", "deepfashion_mm"):
         write(folder / PROMPTS / kind / "general.txt", "a red ball\n\na blue cube \na green star\n")
-    for name in table("cityscapes").names:
+    for name in builtin_table("cityscapes").names:
         write(folder / PROMPTS / f"cityscapes/{name}.txt", f"a {name} at night\n")
     write(folder / PROMPTS / "cityscapes/general.txt", "a town\n")
     write(folder / PROMPTS / "voc2012/bird.txt", "a bird on a branch\r\na bird\n")

@@ -16,9 +16,9 @@ from rendered import document, rendered, write_run
 from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import evaluate
-from datasetdm_fast.data import Request, SemanticMap
+from datasetdm_fast.data import IGNORE, Request, SemanticMap
 from datasetdm_fast.engine.loading import checkpoint
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -112,12 +112,12 @@ class Maps(LabelledSource):
 
 def test_things_and_a_background_are_what_both_sides_name(scenes):
     labels = np.full((SIDE, SIDE), 2)
-    labels[0], labels[1], labels[2] = 0, IGNORED, 1
+    labels[0], labels[1], labels[2] = 0, IGNORE, 1
     generated = Maps(labels, ("background", "giraffe", "ball"))
     vocabulary = shared_vocabulary(scenes, generated)
     assert vocabulary.classes == ("background", *scenes.thing_classes)
     own = Examples(generated, vocabulary, "semantic", is_generated=True)[0].semantic
-    assert (own[0] == 0).all() and (own[1] == IGNORED).all() and (own[2] == IGNORED).all()
+    assert (own[0] == 0).all() and (own[1] == IGNORE).all() and (own[2] == IGNORE).all()
     assert (own[3:] == vocabulary.classes.index("ball")).all()
     real, before = Examples(scenes, vocabulary, "semantic")[0].semantic, scenes[0].semantic
     for number, name in enumerate(scenes.classes):
@@ -128,11 +128,11 @@ def test_things_and_a_background_are_what_both_sides_name(scenes):
 
 def test_a_view_ignores_what_lies_outside_and_pixels_that_were_ignored():
     labels = np.full((SIDE, SIDE), 1)
-    labels[:, : SIDE // 2] = IGNORED
+    labels[:, : SIDE // 2] = IGNORE
     source = Maps(labels, ("background", "ball"))
     some = Examples(source, shared_vocabulary(source), "semantic")
     views = [some.view(0, (0.5, 0.5), np.random.default_rng(k)).semantic for k in range(8)]
-    assert all((view == 1).sum() == SIDE * SIDE // 8 and (view == IGNORED).mean() == 7 / 8 for view in views)
+    assert all((view == 1).sum() == SIDE * SIDE // 8 and (view == IGNORE).mean() == 7 / 8 for view in views)
     assert len({view.tobytes() for view in views}) > 4
 
 
@@ -140,7 +140,7 @@ def test_ignored_pixels_cost_nothing_and_stay_ignored(scenes, tmp_path):
     network, vocabulary = open_network("segformer"), student_data.vocabulary_of(scenes)
     model = build(network, vocabulary, "tiny", SIDE, 0).eval()
     images = torch.zeros(1, 3, SIDE, SIDE)
-    labels = np.full((SIDE, SIDE), IGNORED, np.uint8)
+    labels = np.full((SIDE, SIDE), IGNORE, np.uint8)
     assert network.loss(model, images, [Labelled("0", labels, "", semantic=labels)], vocabulary).item() == 0
     labels[:8] = 3
     item = Labelled("0", np.zeros((SIDE, SIDE, 3), np.uint8), "", semantic=labels)
@@ -149,7 +149,7 @@ def test_ignored_pixels_cost_nothing_and_stay_ignored(scenes, tmp_path):
     student = arms._Student(arms.Experiment("segformer", *parts), "synthetic", 0, [other], lambda *told: None)
     student._model = model
     again = student.relabelled(other)._again(item).semantic
-    assert (again[8:] == IGNORED).all() and (again[:8] != IGNORED).all()
+    assert (again[8:] == IGNORE).all() and (again[:8] != IGNORE).all()
 
 
 def test_the_mean_over_scales_is_that_of_each_scale_and_its_mirror(scenes):
@@ -167,7 +167,7 @@ def test_maps_are_scored_at_the_size_of_the_images(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     wide, labels = np.zeros((70, 200, 3), np.uint8), np.zeros((70, 200), np.uint8)
-    labels[:, 150:], labels[:, :20] = 1, IGNORED
+    labels[:, 150:], labels[:, :20] = 1, IGNORE
     Image.fromarray(wide).save(tmp_path / "images/a.png")
     Image.fromarray(labels).save(tmp_path / "masks/a.png")
     (tmp_path / "classes.txt").write_text("background\nball\n")
@@ -407,7 +407,7 @@ def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, 
         LAYOUTS["folder"][1](tmp_path / name)
     for path in (tmp_path / "ignored" / folder).iterdir():
         values = np.asarray(Image.open(path))
-        Image.fromarray(np.full_like(values, 0 if folder == "depth" else IGNORED)).save(path)
+        Image.fromarray(np.full_like(values, 0 if folder == "depth" else IGNORE)).save(path)
     for path in (tmp_path / "bad" / folder).iterdir():
         path.write_bytes(b"")
     parts = dict(zip(LINE[::2], LINE[1::2])) | {"--real": "0", "--run": str(run), "--out": str(tmp_path / "out")}

@@ -14,7 +14,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.labels import LABEL_KINDS, words
 from datasetdm_fast.engine.labels.class_tables import ClassWord
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import labelling
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.training import page
@@ -612,7 +612,7 @@ def test_a_run_holds_its_labels_to_the_prompts():
         name: value.expand(2, *value.shape[1:])
         for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()
     }
-    found = driver.postprocess(requests, answers, config, SimpleNamespace(size=SIZE))
+    found = labelling.postprocess(requests, answers, config, SimpleNamespace(size=SIZE))
     assert 2 not in found[0].labels and (found[1].labels[:, :16] == 2).all()
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.data import IGNORE, Instances, SemanticMap
 from datasetdm_fast.engine.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
-from datasetdm_fast.engine.tasks.attention import UNCERTAIN, joined_label
+from datasetdm_fast.engine.tasks.attention import joined_label
 
 SIZE = 32
 
@@ -85,7 +85,7 @@ def test_a_tile_without_a_class_shows_none_of_it():
     maps[0][0, 2:6, 2:6] = 1.0
     maps[-1][0, 5, 5] = 0.02
     found = joined_label(tiling, maps, [3], ("background", "a", "b", "c"), 0.6, 0.5)
-    assert set(np.unique(found.labels)) <= {0, 3, UNCERTAIN}
+    assert set(np.unique(found.labels)) <= {0, 3, IGNORE}
     assert (found.labels[10:22, 10:22] == 3).all() and not found.labels[:, 40:].any()
     nothing = joined_label(tiling, [one[:0] for one in maps], [], ("background",), 0.6, 0.5)
     assert not nothing.labels.any() and not nothing.confidence.any()

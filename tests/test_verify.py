@@ -21,7 +21,6 @@ from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
-from datasetdm_fast.engine.pipeline import open_run
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.runs.agreement import before, observe, verify
 from datasetdm_fast.runs.agreement.distances import (
@@ -30,6 +29,7 @@ from datasetdm_fast.runs.agreement.distances import (
     teacher_forced_distances,
 )
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.workers import spawn
 
 SMALL = dict(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.decoders.checkpoint import Decoder
-from datasetdm_fast.engine.loop.driver import outlined_labels
+from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.prompts import Tokenizer
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times
@@ -35,7 +35,7 @@ def samples_of(
     by the rules of `generate`.
     """
     labels = {
-        task: outlined_labels(requests, raw, images, decoders[task].config, recipe, tokenizer)
+        task: decoder_labels(requests, raw, images, decoders[task].config, recipe, tokenizer)
         for task, raw in answers.items()
     }
     return [

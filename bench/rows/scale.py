@@ -25,7 +25,7 @@ from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
@@ -159,7 +159,7 @@ def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Reci
     for batch in batches:
         for task in TASKS:
             raw = StubEngine.annotate(engine, task, capture)
-            driver.postprocess([sample.request for sample in batch], raw, engine.decoders[task].config, recipe)
+            labelling.postprocess([sample.request for sample in batch], raw, engine.decoders[task].config, recipe)
 
 
 @contextmanager

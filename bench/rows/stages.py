@@ -23,7 +23,7 @@ from bench.setting import Setting
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.labels.label_files import encode
-from datasetdm_fast.engine.loop.driver import outlined_labels
+from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.runs.agreement.distances import by_image, relative
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED
@@ -120,7 +120,7 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
 def labels(raw: dict[str, dict[str, Tensor]], images: Sequence[np.ndarray], setting: Setting) -> list[list[Annotation]]:
     decoders, requests = setting.reference.decoders, setting.batch(len(images))
     given = setting.recipe, setting.model.tokenizer
-    return [outlined_labels(requests, answer, images, decoders[task].config, *given) for task, answer in raw.items()]
+    return [decoder_labels(requests, answer, images, decoders[task].config, *given) for task, answer in raw.items()]
 
 
 def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:

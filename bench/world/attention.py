@@ -19,16 +19,16 @@ from PIL import Image
 from bench.world.judge_net import classes_in, kept_judge
 from bench.world.worlds import ASKED
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.data import AttentionSums, Request
+from datasetdm_fast.data import IGNORE, AttentionSums, Request
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.pictures import painted
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.engine.loop.class_prompts import class_columns
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.tasks.attention import UNCERTAIN, class_maps, label_maps
+from datasetdm_fast.engine.tasks.attention import class_maps, label_maps
 from datasetdm_fast.stages import FACTOR
 
 BATCH = 10
@@ -79,7 +79,7 @@ def labelled(
     """[N, H, W] the labels as a run would write them, and with the uncertain pixels filled in."""
     numbers, places, maps = recipe.attention, [], []
     for k, request in enumerate(requests):
-        named = columns(prompts[k], request.classes, engine.model.tokenizer, by_words=False)
+        named = class_columns(prompts[k], request.classes, engine.model.tokenizer, by_words=False)
         places.append([own for _, own in named])
     for k, one in enumerate(averages):
         maps += class_maps(one, places[k * BATCH : (k + 1) * BATCH], numbers.exponent)
@@ -109,7 +109,7 @@ def thing_iou(
     for found, seen, request in zip(labels, truth, requests):
         if len(request.classes) not in counts:
             continue
-        is_certain = found != UNCERTAIN
+        is_certain = found != IGNORE
         for number in map(world.CLASSES.index, request.classes):
             if (seen == number).sum() >= SEEN:
                 ours, theirs = (found == number) & is_certain, (seen == number) & is_certain
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         **recipe.facts["attention"],
         "iou": by_things(labels, truth, requests),
         "iou_filled": by_things(filled, truth, requests),
-        "uncertain": round(float((labels == UNCERTAIN).mean()), 4),
+        "uncertain": round(float((labels == IGNORE).mean()), 4),
         "iou_exponent_0": by_things(flat, truth, requests),
         "iou_shuffled": by_things(shuffled, truth, requests),
         "iou_elsewhere": by_things(np.stack(elsewhere), truth, requests),

@@ -245,7 +245,7 @@ def palette(kind: str) -> bytes:
     """Red, green and blue of each class number, as the masks of that data set have them."""
     if kind == "coco":
         return bytes(3) + bytes.fromhex("".join(COCO_COLOURS.split()))
-    colours = class_tables.table(kind)
+    colours = class_tables.builtin_table(kind)
     return bytes(3) + bytes(value for name in classes_of(kind) for value in colours.colour(name))
 
 

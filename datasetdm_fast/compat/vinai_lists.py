@@ -10,7 +10,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
-from datasetdm_fast.engine.loop.class_prompts import further_words, listed
+from datasetdm_fast.engine.loop.class_prompts import further_words, match_phrases
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource, check_line
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.runs.jobs.prompt_files import LARGEST_FILE
@@ -47,7 +47,7 @@ class PromptList:
 
 def classes_of(kind: str) -> tuple[str, ...]:
     """The classes of a data set in the order of their numbers, 1 and up."""
-    return tuple(name for name in class_tables.table(kind).names if name != BACKGROUND)
+    return tuple(name for name in class_tables.builtin_table(kind).names if name != BACKGROUND)
 
 
 def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
@@ -103,7 +103,7 @@ def _phrases(name: str) -> list[list[str]]:
 def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str) -> tuple[str, ...]:
     """The classes that a class prompt lists; every word of it must belong to one."""
     words = text.lower().split()
-    matches = listed(words, known)
+    matches = match_phrases(words, known)
     covered = {at + k for _, at, length in matches for k in range(length)}
     if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
         raise Refused(

@@ -1,4 +1,4 @@
-"""The library: a Pipeline makes labelled images or the features of an image; open_run reads a run folder."""
+"""The library: a Pipeline makes labelled images or the features of an image, in memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.names import by_task, check_label
-from datasetdm_fast.engine.labels.pictures import preview
+from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import checks, diffusing, driver, inverting, prompts
-from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
 from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 if TYPE_CHECKING:
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.labels.class_tables import ClassTable
-
-__all__ = ["DiffusionOutput", "Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +54,7 @@ class Output:
 
     def _repr_html_(self) -> str:
         pictures = []
-        for sample in self.samples[:SHOWN]:
+        for sample in self.samples[:PREVIEW_SAMPLES]:
             pictures.append((sample.image, sample.request.prompt))
             labels = sample.annotations.items()
             pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
@@ -244,7 +240,7 @@ class Pipeline:
         requests = self._requests(
             given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
-        requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
+        requests = map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
         if isinstance(prompts, _CheckedFirst):
             requests = iter(list(requests))
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
@@ -284,7 +280,7 @@ class Pipeline:
                 f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
             )
         diffusing.check_sides(height, width, self.engine.model.size)
-        texts, negatives = diffusing.listed(prompt, negative_prompt, num_images_per_prompt)
+        texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
         chosen = self._chosen(tasks)
         checks.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
         checks.check_batch_size(batch_size)
@@ -297,19 +293,19 @@ class Pipeline:
             **{"profile": diffusing.PROFILE, **choices},
         )
         fitted = [
-            _checked(each, recipe, self.engine.model.tokenizer)
-            for each in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
+            recipe.check_request(request, self.engine.model.tokenizer)
+            for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
         ]
-        noise, seeds = diffusing.drawn(generator, len(texts), recipe.size)
+        noise, seeds = diffusing.draw_noise(generator, len(texts), recipe.size)
         told = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         facts = {**recipe.facts, "noise": "of the caller's generators"}
-        recipe = replace(recipe, facts=facts, origin=diffusing.GivenNoise(noise, told))
+        recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, told))
         requests = (replace(each, seed=seed) for each, seed in zip(fitted, seeds, strict=True))
-        kept: dict[int, Tensor] = {}
+        latents: dict[int, Tensor] = {}
         size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
-        make = partial(diffusing.KeepingGenerator, kept=kept) if output_type == "latent" else None
+        make = partial(diffusing.LatentGenerator, latents=latents) if output_type == "latent" else None
         samples = list(self._samples(_batches(requests, size), recipe, make))
-        return DiffusionOutput(samples, diffusing.converted(samples, output_type, kept))
+        return DiffusionOutput(samples, diffusing.convert_images(samples, output_type, latents))
 
     def label(
         self,
@@ -347,7 +343,7 @@ class Pipeline:
         for place, text in enumerate(texts):
             line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
             request = Request(place, line.text, checks.check_seed(seed + place), line.classes or ())
-            requests.append(_checked(request, recipe, self.engine.model.tokenizer))
+            requests.append(recipe.check_request(request, self.engine.model.tokenizer))
         batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
         return Output(list(self._samples(batches, recipe, inversion_generator(recipe, pictures))))
 
@@ -403,7 +399,7 @@ class Pipeline:
                 raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, own=table)
+            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=table)
             unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
             yield Request(index, text, checks.check_seed(seed), find_classes(text, words, table), unwanted)
 
@@ -568,13 +564,6 @@ def _line(text: str, where: str) -> str:
     """A text of a caller on one line, checked."""
     _check_text(text, where)
     return check_line(text, where)
-
-
-def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:
-    """The request, once its class words are known to fit where labels are read from attention."""
-    if recipe.attention is not None:
-        check_class_prompt(request, recipe.asked(request), recipe.attention, tokenizer, recipe.table)
-    return request
 
 
 def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]

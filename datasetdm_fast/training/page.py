@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.data import Annotation, Instances, SemanticMap
+from datasetdm_fast.data import IGNORE, Annotation, Instances, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.captures.views import TrainingViews

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines.device import allow_tf32
 from datasetdm_fast.engine.tasks.captions import held_to
-from datasetdm_fast.engine.tasks.outlines import outlined, read_labels
+from datasetdm_fast.engine.tasks.outlines import read_labels, with_outlines
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.meter import Meter
 from datasetdm_fast.training.evaluation.metrics import METRICS
@@ -82,7 +82,7 @@ def choose_outlines(
         return replace(config, outlines=requested) if requested else config
     chosen = views.first_views(MOST_OUTLINE_IMAGES)
     plain, following = predict(chosen), replace(config, outlines=FROM_IMAGE)
-    redrawn = outlined(plain, (views.item(view).image for view in chosen), following)
+    redrawn = with_outlines(plain, (views.item(view).image for view in chosen), following)
     name = METRICS[config.task].figure
     before, after = (score(config.task, views, labels, chosen).result().get(name) for labels in (plain, redrawn))
     is_nearer = before is not None and after is not None and is_better(config.task, after, before)

@@ -13,15 +13,14 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
-from datasetdm_fast.engine.labels.words import always_named, find_classes
+from datasetdm_fast.engine.labels.words import always_named, find_classes, photo_of
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.engine.pictures.reading import photo_of
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import format_duration
+from datasetdm_fast.runs.jobs.class_file import own_table
 from datasetdm_fast.training import data_record, predictions, word_heads
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import CacheSettings, Inversion

@@ -115,6 +115,6 @@ def jet(share: np.ndarray) -> np.ndarray:
 
 def over(pixels: np.ndarray, labels: np.ndarray, palette: str) -> Image.Image:
     """A label map in the colours of a data set over its image."""
-    names = class_tables.table(palette).names
+    names = class_tables.builtin_table(palette).names
     table = np.array([colour_in(palette, names[k] if k < len(names) else "", k) for k in range(256)], np.float32)
     return Image.fromarray((pixels * (1 - ALPHA) + table[labels] * ALPHA).astype(np.uint8))

@@ -66,21 +66,21 @@ class FilingGenerator(driver.BatchGenerator):
             self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
         self._moving = MovingNorms(self.engine.decoders) if order.line["strict"] else None
 
-    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | Quarantined]:
+    def label(self, batch: Batch, sampled: driver.SampledBatch) -> list[Sample | Quarantined]:
         if self._moving:
             item = self.order.items[batch.requests[0].index]
             self._moving.move_to(item.process, item.place)
-        return super().label(batch, drawn)
+        return super().label(batch, sampled)
 
-    def collected(
+    def collect(
         self,
         batch: Batch,
         images: Tensor,
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
-        drawn: driver.SampledBatch,
+        sampled: driver.SampledBatch,
     ) -> list[Sample | Quarantined]:
-        results = super().collected(batch, images, raw, checks, drawn)
+        results = super().collect(batch, images, raw, checks, sampled)
         return [self._with_files(each, b, raw) if isinstance(each, Sample) else each for b, each in enumerate(results)]
 
     def _with_files(self, sample: Sample, b: int, raw: Raw) -> FiledSample:
@@ -101,9 +101,9 @@ class SingleGenerator(FilingGenerator):
         sample = super().sample
         return [sample(single) for single in split_batch(batch)]
 
-    def label(self, batch: Batch, drawn: list[driver.SampledBatch]) -> list[Sample | Quarantined]:
+    def label(self, batch: Batch, sampled: list[driver.SampledBatch]) -> list[Sample | Quarantined]:
         label = super().label
-        return [result for pair in zip(split_batch(batch), drawn, strict=True) for result in label(*pair)]
+        return [result for pair in zip(split_batch(batch), sampled, strict=True) for result in label(*pair)]
 
 
 def split_batch(batch: Batch) -> list[Batch]:

@@ -105,7 +105,7 @@ class Generator:
             except ValueError as error:
                 raise Refused(f"{path}: {error}", "Name LVIS's annotation file.") from error
             return tuple(ClassName(word.name, word.say, word.name) for word in table.classes)
-        names = [name for name in class_tables.table(self.classes).names if name != BACKGROUND]
+        names = [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
         return tuple(ClassName(SPOKEN.get(name, name), SPOKEN.get(name, name), name) for name in names)
 
     def names(self, order: Order, index: int) -> list[str]:

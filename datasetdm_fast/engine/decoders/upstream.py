@@ -20,7 +20,7 @@ from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Undrawn, build_dec
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.folders import parts_of, read_config
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.kernels import reference
@@ -35,7 +35,7 @@ ALONE = "A decoder's checkpoint is the state dict alone: save that, or name anot
 
 
 def _things(name: str) -> tuple[str, ...]:
-    return tuple(word for word in table(name).names if word != BACKGROUND)
+    return tuple(word for word in builtin_table(name).names if word != BACKGROUND)
 
 
 def _numbered(count: int) -> tuple[str, ...]:
@@ -46,8 +46,8 @@ _ANY_THING = {"task": "instance", "min_area": 0, "instance_class_from": "prompt"
 # What a checkpoint is called -> kind of decoder and the settings that its weights do not tell.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "voc": ("open-vocabulary", {"classes": _things("voc"), "score_threshold": 0.0}),
-    "cityscapes": ("segmentation", {"classes": table("cityscapes").names}),
-    "deepfashion": ("segmentation", {"classes": table("deepfashion").names}),
+    "cityscapes": ("segmentation", {"classes": builtin_table("cityscapes").names}),
+    "deepfashion": ("segmentation", {"classes": builtin_table("deepfashion").names}),
     "coco": ("segmentation", {"classes": _things("coco"), **_ANY_THING}),
     "lvis": ("segmentation", {"classes": _numbered(LVIS_LOGITS), **_ANY_THING}),
     "nyu": ("depth", {"max_depth": 10.0}),

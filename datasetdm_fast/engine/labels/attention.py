@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.data import IGNORE, SemanticMap
 from datasetdm_fast.engine.labels.kind import GalleryLayer, Table
 from datasetdm_fast.engine.labels.open_vocabulary import OpenVocabularyKind
-from datasetdm_fast.engine.labels.semantic import IGNORE, shares
+from datasetdm_fast.engine.labels.semantic import shares
 
 OTHERS = ("semantic", "open-vocabulary")  # maps of decoders that it can be compared with
 

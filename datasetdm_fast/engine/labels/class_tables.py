@@ -139,7 +139,7 @@ def of_categories(categories: object, name: str) -> ClassTable:
 
 
 @cache
-def table(name: str) -> ClassTable:
+def builtin_table(name: str) -> ClassTable:
     """A table of TABLES, by name."""
     return parse((FOLDER / f"{name}.csv").read_text(encoding="utf-8"), name)
 
@@ -150,14 +150,14 @@ def _readable(name: str) -> str:
 
 
 @cache
-def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
+def known(names: tuple[str, ...], table: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
     keys = [name_key(name) for name in names]
-    tables = [({name_key(word.name): word for word in one.classes}, one) for one in map(table, TABLES)]
+    tables = [({name_key(word.name): word for word in one.classes}, one) for one in map(builtin_table, TABLES)]
     tables.sort(key=lambda pair: -sum(key in pair[0] for key in keys))
-    if own is not None:
-        tables.insert(0, ({name_key(word.name): word for word in own.classes}, own))
+    if table is not None:
+        tables.insert(0, ({name_key(word.name): word for word in table.classes}, table))
     found, used = [], []
     for name, key in zip(names, keys):
         word, of = next(((words[key], one) for words, one in tables if key in words), (None, None))
@@ -174,9 +174,9 @@ def _colours(table: ClassTable) -> dict[str, tuple[int, int, int]]:
     return {name_key(word.name): word.colour for word in table.classes if word.colour}
 
 
-def spoken(names: Sequence[str], own: ClassTable | None = None) -> list[str]:
+def spoken(names: Sequence[str], table: ClassTable | None = None) -> list[str]:
     """Class names as a person says them, for prompts and text encoders: "dining table" for diningtable."""
-    return [word.say for word in known(tuple(names), own)[0]]
+    return [word.say for word in known(tuple(names), table)[0]]
 
 
 def name_key(name: str) -> str:

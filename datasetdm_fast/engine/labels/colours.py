@@ -29,7 +29,7 @@ COLOURS = (
     ),
 )
 IGNORED = (236, 236, 236)
-OURS, OWN = "ours", "table"  # palettes: of this package, and that of the user's class table
+OURS, CUSTOM = "ours", "table"  # palettes: of this package, and that of the user's class table
 NOTHING = (0, 0, 0)
 BORDERS = {"voc": (224, 224, 192), "cityscapes": NOTHING, "coco": NOTHING}  # palette -> colour of ignored pixels
 
@@ -55,7 +55,7 @@ def palette(numbers: tuple[int, ...] = ()) -> bytes:
 
 def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     """The colour of a class in a palette of `--palette`, by its name, and in ours by its number."""
-    found = None if palette == OURS else class_tables.table(palette).colour(name)
+    found = None if palette == OURS else class_tables.builtin_table(palette).colour(name)
     return found or (NOTHING if palette != OURS and name == "background" else colour(index))
 
 

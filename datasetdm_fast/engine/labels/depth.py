@@ -10,7 +10,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.labels.image_files import with_text
-from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
+from datasetdm_fast.engine.labels.kind import LARGEST_STEP, GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
 from datasetdm_fast.engine.labels.pictures import depth_picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted.documents import quote
@@ -18,7 +18,6 @@ from datasetdm_fast.untrusted.documents import quote
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
 DEFAULT_UNIT = "millimetre"  # of runs that name none
-LARGEST_STEP = 65535
 SAME_DEPTH = 1.25  # factor up to which two depths are taken for one, that of the usual delta < 1.25
 
 

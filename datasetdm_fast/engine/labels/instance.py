@@ -13,6 +13,7 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.kind import (
     SAME,
+    SHOWN_SCORE,
     GalleryLayer,
     Gates,
     LabelKind,
@@ -27,7 +28,6 @@ from datasetdm_fast.engine.labels.kind import (
 from datasetdm_fast.engine.labels.pictures import masked, outline
 
 LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
-SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 
 
 def outlines(record: Any) -> list[str]:

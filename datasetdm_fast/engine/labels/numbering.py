@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasetdm_fast.engine.labels import by_kind, class_tables, kind_of
-from datasetdm_fast.engine.labels.colours import BORDERS, OURS, OWN, own_colours, strangers
+from datasetdm_fast.data import IGNORE
+from datasetdm_fast.engine.labels import by_kind, kind_of
+from datasetdm_fast.engine.labels.class_tables import ClassTable, builtin_table
+from datasetdm_fast.engine.labels.colours import BORDERS, CUSTOM, OURS, own_colours, strangers
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.pose import PERSON, PoseKind
-from datasetdm_fast.engine.labels.semantic import BACKGROUND, IGNORE
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
@@ -35,15 +37,15 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
     return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}
 
 
-def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassTable | None = None) -> dict[str, Table]:
+def coloured(tables: Mapping[str, Table], palette: str, custom: ClassTable | None = None) -> dict[str, Table]:
     """The tables with the palette that their label maps are written in; one without all of their classes is refused.
-    `own` is the table of the user's own, whose colours the palette OWN takes.
+    `custom` is the table of the user's own words, whose colours the palette CUSTOM takes.
     """
     if palette == OURS:
         return dict(tables)
-    if palette == OWN and own is None:
+    if palette == CUSTOM and custom is None:
         raise Refused(f"--palette {palette}: this run has no table of class words", "Add --class-table FILE.")
-    colours = class_tables.table(palette) if palette != OWN else own
+    colours = builtin_table(palette) if palette != CUSTOM else custom
     for label, table in tables.items():
         if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
             raise Refused(
@@ -51,16 +53,16 @@ def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassT
                 "Choose a palette that has all classes of the label maps, or ours.",
             )
     told = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
-    if palette == OWN:
-        told = {label: {**told[label], "colours": own_colours(own, tables[label]["classes"])} for label in told}
+    if palette == CUSTOM:
+        told = {label: {**told[label], "colours": own_colours(custom, tables[label]["classes"])} for label in told}
     return {label: {**table, **told.get(label, {})} for label, table in tables.items()}
 
 
 def check_palette(table: Table) -> None:
     """A ValueError where the colours of a label's table are not those of a palette."""
-    if (palette := table.get("palette", OURS)) not in (OURS, OWN, *BORDERS):
+    if (palette := table.get("palette", OURS)) not in (OURS, CUSTOM, *BORDERS):
         raise ValueError(f"palette is {documents.quote(palette)}")
-    if palette == OWN:
+    if palette == CUSTOM:
         documents.check_form(table.get("colours"), [[int]], "colours")
         if [len(each) for each in table["colours"]] != [3] * len(table["classes"]) or not all(
             0 <= value < 256 for each in table["colours"] for value in each

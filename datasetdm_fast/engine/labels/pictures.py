@@ -14,6 +14,7 @@ from datasetdm_fast.engine.labels.colours import colour
 
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
+PREVIEW_SAMPLES = 6  # of an output or a run in a notebook
 PREVIEW_SIDE = 160  # pixels of a picture in a notebook
 PREVIEW_LETTERS = 90  # of the line below it; the whole line is told when the cursor rests there
 OUTLINE_SIDE = 256  # cells an outline is traced on at most

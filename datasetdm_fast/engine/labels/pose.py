@@ -12,9 +12,9 @@ from PIL import Image
 
 from datasetdm_fast.data import Instances, Keypoints
 from datasetdm_fast.engine.labels import class_tables, mask_rle
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
 from datasetdm_fast.engine.labels.kind import (
     SAME,
+    SHOWN_SCORE,
     GalleryLayer,
     Gates,
     LabelKind,
@@ -80,7 +80,7 @@ def _masks_of(label: Keypoints, labels: Mapping[str, Any]) -> dict[int, np.ndarr
 @cache
 def persons() -> frozenset[str]:
     """The class names that mean a person."""
-    known = next(word for word in class_tables.table("coco").classes if word.name == PERSON)
+    known = next(word for word in class_tables.builtin_table("coco").classes if word.name == PERSON)
     return frozenset((PERSON, *known.words))
 
 

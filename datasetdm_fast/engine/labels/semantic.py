@@ -8,13 +8,12 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast import _C
-from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.engine.labels.colours import OURS, OWN, official_palette, own_palette, palette
+from datasetdm_fast.data import IGNORE, SemanticMap
+from datasetdm_fast.engine.labels.colours import CUSTOM, OURS, official_palette, own_palette, palette
 from datasetdm_fast.engine.labels.image_files import index_png
 from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell, rounded
 from datasetdm_fast.engine.labels.pictures import painted
 
-IGNORE = 255
 BACKGROUND = "background"
 PLACES = 256  # labels of one map that 8 bits tell apart
 
@@ -62,7 +61,7 @@ class ClassMap(LabelKind):
     def palette(self, table: Table) -> bytes:
         """The colours of its files, by number."""
         name = table.get("palette", OURS)
-        if name == OWN:
+        if name == CUSTOM:
             return own_palette(self.numbers(table), table["colours"])
         return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
 

@@ -8,10 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
-from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
-from datasetdm_fast.engine.labels.kind import SAME, Placement
-from datasetdm_fast.engine.labels.semantic import IGNORE
+from datasetdm_fast.data import IGNORE, Instances, SemanticMap
+from datasetdm_fast.engine.labels.kind import SAME, SHOWN_SCORE, Placement
 
 OVERLAP = 1 / 4  # of a tile's side that it shares with the next one, at least
 

@@ -11,11 +11,10 @@ from itertools import combinations, product
 
 import numpy as np
 
-from datasetdm_fast.data import Annotation, Instances, SemanticMap, Trust
+from datasetdm_fast.data import IGNORE, Annotation, Instances, SemanticMap, Trust
 from datasetdm_fast.engine.labels.class_tables import ClassTable
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.engine.labels.semantic import IGNORE
 from datasetdm_fast.engine.labels.words import find_classes
 
 LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown
@@ -63,7 +62,7 @@ def _confidence(label: Annotation) -> float | None:
 
 
 def trust_of(
-    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", table: ClassTable | None = None
 ) -> Trust:
     """How far the labels of a sample can be trusted; `named` are the classes of its prompt that were asked for, and
     `prompt` is its text, which may name further ones.
@@ -76,7 +75,7 @@ def trust_of(
             missing[name] = None
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in lacking)
             reasons.append(f"{name} is in the prompt, but not in {places}")
-    for name in sorted(_foreign(named, labels, prompt, own)):
+    for name in sorted(_foreign(named, labels, prompt, table)):
         if shown := [task for task, found in shares.items() if found.get(name, 0) >= LEAST_SHARE]:
             unnamed[name] = None
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
@@ -115,10 +114,10 @@ def _faintly(label: Annotation, name: str) -> str:
     return f" (its score {scores.max():.2f} is below {SHOWN_SCORE})" if is_faint else ""
 
 
-def _foreign(named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, own: ClassTable | None) -> set[str]:
+def _foreign(named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, table: ClassTable | None) -> set[str]:
     """Things that a prompt does not name, where it names any: the classes of instances are things."""
     things = {name for label in labels.values() if isinstance(label, Instances) for name in label.classes}
-    return things.difference(named, find_classes(prompt, sorted(things), own)) if things & set(named) else set()
+    return things.difference(named, find_classes(prompt, sorted(things), table)) if things & set(named) else set()
 
 
 def pairs(maps: Iterable[NamedMap]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -150,11 +149,11 @@ def without_unsure(labels: Mapping[str, Annotation], least: float) -> dict[str, 
 
 
 def without_doubtful(
-    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", own: ClassTable | None = None
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", table: ClassTable | None = None
 ) -> dict[str, Annotation]:
     """The labels with IGNORE in their maps of classes where two differ, or a thing is not named by the prompt."""
     maps = {task: found for task, label in labels.items() if (found := named_map(label))}
-    foreign, cleaned = _foreign(named, labels, prompt, own), dict(labels)
+    foreign, cleaned = _foreign(named, labels, prompt, table), dict(labels)
     for task in maps:
         label = labels[task]
         if not isinstance(label, SemanticMap):

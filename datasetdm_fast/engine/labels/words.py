@@ -51,9 +51,9 @@ TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
 class ClassMatcher:
     """Finds classes by their names and the words that mean them; of overlapping phrases the longest counts."""
 
-    def __init__(self, classes: Sequence[str], own: ClassTable | None = None):
+    def __init__(self, classes: Sequence[str], table: ClassTable | None = None):
         self.classes = tuple(classes)
-        words, other = known(self.classes, own)
+        words, other = known(self.classes, table)
         # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
         self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
         for phrase in other:
@@ -102,25 +102,25 @@ class ClassMatcher:
 
 
 @lru_cache(maxsize=64)
-def matcher(classes: tuple[str, ...], own: ClassTable | None = None) -> ClassMatcher:
-    return ClassMatcher(classes, own)
+def matcher(classes: tuple[str, ...], table: ClassTable | None = None) -> ClassMatcher:
+    return ClassMatcher(classes, table)
 
 
-def find_classes(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
-    return matcher(tuple(classes), own).find(prompt)
+    return matcher(tuple(classes), table).find(prompt)
 
 
-def mentioned(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+def mentioned(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The same in the order of the prompt."""
-    return matcher(tuple(classes), own).mentioned(prompt)
+    return matcher(tuple(classes), table).mentioned(prompt)
 
 
 def always_named(
-    classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]], own: ClassTable | None = None
+    classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]], table: ClassTable | None = None
 ) -> tuple[str, ...]:
     """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
-    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown, own))}
+    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown, table))}
     return tuple(name for name in classes if name not in unsaid)
 
 
@@ -146,20 +146,20 @@ def _other_side(found: re.Match[str]) -> str:
     return OTHER_SIDE[found[0]]
 
 
-def mirrored_text(text: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
     """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
     order = mirrored_names(classes)
     sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
     if not sided or len(_lowered(text)) != len(text):
         return text
-    named = matcher(tuple(classes), own).spans(text)
+    named = matcher(tuple(classes), table).spans(text)
     for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
         side = SIDE_WORD if SIDE_WORD.search(text, begin, end) else SIDE
         text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
     return text
 
 
-def replaced_text(text: str, name: str, other: str, classes: Sequence[str], own: ClassTable | None = None) -> str:
+def replaced_text(text: str, name: str, other: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
     """The text with `other` in place of what it says of one of the classes ("an orange ball"), empty where it does not
     name it.
     """
@@ -167,7 +167,7 @@ def replaced_text(text: str, name: str, other: str, classes: Sequence[str], own:
     text = unicodedata.normalize("NFC", text)
     text = text if len(text) == len(lowered) else lowered
     parts, end = [], 0
-    for begin, stop in matcher(tuple(classes), own).spans(text).get(name, ()):
+    for begin, stop in matcher(tuple(classes), table).spans(text).get(name, ()):
         described = DESCRIBED.search(text, end, begin)
         parts += [text[end : described.start() if described else begin], other]
         end = stop
@@ -175,13 +175,13 @@ def replaced_text(text: str, name: str, other: str, classes: Sequence[str], own:
 
 
 def token_places(
-    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int, own: ClassTable | None = None
+    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int, table: ClassTable | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
     tokens of a text without marks, and places from `limit` on are left out.
     """
     text, found = _lowered(prompt), {}
-    for name, spans in matcher(tuple(classes), own).spans(prompt).items():
+    for name, spans in matcher(tuple(classes), table).spans(prompt).items():
         ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
         # the start mark is the first token
         found[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
@@ -228,6 +228,11 @@ def with_article(noun: str) -> str:
     low = noun.lower()
     is_vowel = re.match(r"[aeiou]", low) and not re.match(r"(uni|use|eu|one)", low)
     return f"{'an' if is_vowel or re.match(r'(suv|hour|x-)', low) else 'a'} {noun}"
+
+
+def photo_of(names: Sequence[str]) -> str:
+    """Upstream's prompt, for every class there is instead of a random one."""
+    return "a photo of " + ", ".join(f"a {name}" for name in names) if names else "a photo"
 
 
 def _head(words: Sequence[str]) -> int:

@@ -23,10 +23,10 @@ class Combination:
     word: str
 
 
-def parse_combinations(given: Iterable[str], labels: Sequence[str]) -> tuple[Combination, ...]:
-    """What was asked for; a label of the run is named as in --task, or by the name of its decoder alone."""
-    found: list[Combination] = []
-    for text in given:
+def parse_combinations(texts: Iterable[str], labels: Sequence[str]) -> tuple[Combination, ...]:
+    """The combinations of --combine; a label of the run is named as in --task, or by the name of its decoder alone."""
+    combinations: list[Combination] = []
+    for text in texts:
         parts = FORM.fullmatch(text)
         if parts is None:
             raise Refused(f"--combine {text!r}: expected LABEL within LABEL:CLASS", EXAMPLE)
@@ -34,10 +34,10 @@ def parse_combinations(given: Iterable[str], labels: Sequence[str]) -> tuple[Com
         if not kind_of(label).can_be_masked or not kind_of(mask).can_mask:
             other = mask if kind_of(label).can_be_masked else label
             raise Refused(f"--combine {text!r}: {other} has no classes", EXAMPLE)
-        if label in (each.label for each in found):
+        if label in (each.label for each in combinations):
             raise Refused(f"--combine: {label} is combined twice", "Combine each label once.")
-        found.append(Combination(label, mask, parts["word"].strip()))
-    return tuple(found)
+        combinations.append(Combination(label, mask, parts["word"].strip()))
+    return tuple(combinations)
 
 
 def _label(text: str, name: str, labels: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ def _label(text: str, name: str, labels: Sequence[str]) -> str:
     )
 
 
-def check_words(combinations: Iterable[Combination], tables: Mapping[str, Mapping[str, Any]]) -> None:
+def check_mask_words(combinations: Iterable[Combination], tables: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses classes that their labels cannot show; `tables` are those of run.json."""
     for each in combinations:
         if each.word not in (known := tables[each.mask]["classes"]):
@@ -62,7 +62,7 @@ def check_words(combinations: Iterable[Combination], tables: Mapping[str, Mappin
             )
 
 
-def combined(labels: Mapping[str, Annotation], combinations: Iterable[Combination]) -> dict[str, Annotation]:
+def apply_combinations(labels: Mapping[str, Annotation], combinations: Iterable[Combination]) -> dict[str, Annotation]:
     """The labels of a sample, each masked by what the others were before."""
     masked = {
         each.label: kind_of(each.label).within(

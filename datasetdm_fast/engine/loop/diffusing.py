@@ -64,7 +64,7 @@ def check_sides(height: int | None, width: int | None, size: int) -> None:
             )
 
 
-def listed(
+def repeat_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, each: int = 1
 ) -> tuple[list[str], list[str]]:
     """A prompt for every image, and as many negative prompts; each prompt is there so many times, one after another."""
@@ -84,7 +84,7 @@ def listed(
     return [text for text in prompts for _ in range(each)], [text for text in negatives for _ in range(each)]
 
 
-def drawn(
+def draw_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, size: int
 ) -> tuple[Tensor, list[int]]:
     """[count, 4, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
@@ -93,18 +93,20 @@ def drawn(
     import torch
 
     shape = (4, size // FACTOR, size // FACTOR)
+
+    def draw(source: torch.Generator, images: int) -> Tensor:
+        return torch.randn((images, *shape), generator=source, dtype=torch.float32, device=source.device).cpu()
+
     if generator is None or isinstance(generator, torch.Generator):
-        one = torch.default_generator if generator is None else generator
-        noise = torch.randn((count, *shape), generator=one, dtype=torch.float32, device=one.device).cpu()
-        return noise, [one.initial_seed() % 2**63] * count
-    several = list(generator) if isinstance(generator, Iterable) else [generator]
-    for one in several:
-        if not isinstance(one, torch.Generator):
-            raise Refused(f"generator: {one!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
-    if len(several) != count:
-        raise Refused(f"generator: {len(several)} were given for {count} images", "Give one, or one per image.")
-    parts = [torch.randn((1, *shape), generator=one, dtype=torch.float32, device=one.device).cpu() for one in several]
-    return torch.cat(parts), [one.initial_seed() % 2**63 for one in several]
+        source = torch.default_generator if generator is None else generator
+        return draw(source, count), [source.initial_seed() % 2**63] * count
+    sources = list(generator) if isinstance(generator, Iterable) else [generator]
+    for source in sources:
+        if not isinstance(source, torch.Generator):
+            raise Refused(f"generator: {source!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
+    if len(sources) != count:
+        raise Refused(f"generator: {len(sources)} were given for {count} images", "Give one, or one per image.")
+    return torch.cat([draw(source, 1) for source in sources]), [source.initial_seed() % 2**63 for source in sources]
 
 
 def sampler_of(model: Model) -> str:
@@ -116,10 +118,10 @@ def sampler_of(model: Model) -> str:
             "Name another: sampler='ddim'.",
         )
     for name, (followed, default) in FOLLOWED[named].items():
-        given = model.scheduler.get(name, default)
-        if (default if given is None else given) != followed:
+        value = model.scheduler.get(name, default)
+        if (default if value is None else value) != followed:
             raise Refused(
-                f"scheduler: the model's {named} has {name}={given!r}, which the sampler here does not follow, so its "
+                f"scheduler: the model's {named} has {name}={value!r}, which the sampler here does not follow, so its "
                 f"images would differ; expected {followed!r}",
                 f"Change it, or take the images of sampler={SCHEDULERS[named]!r}.",
             )
@@ -127,8 +129,8 @@ def sampler_of(model: Model) -> str:
 
 
 @dataclass(frozen=True)
-class GivenNoise(FromNoise):
-    """Images from noise that is there; after every call a caller may put other latents in the place of a batch's."""
+class NoiseOfCaller(FromNoise):
+    """Images from noise of the caller, who may replace the latents of a batch after every call."""
 
     noise: Tensor  # [N, 4, h, w] fp32, by the index of a request
     on_step_end: OnStepEnd | None = None
@@ -143,34 +145,35 @@ class GivenNoise(FromNoise):
         return Beginning(latents, partial(_after, self.on_step_end, schedule, count))
 
 
-def _after(told: OnStepEnd, schedule: Schedule, count: int, call: int, latents: Tensor) -> Tensor:
+def _after(on_step_end: OnStepEnd, schedule: Schedule, count: int, call: int, latents: Tensor) -> Tensor:
     """The latents that the next call gets: those that the callback returns for the first `count` of a batch."""
     import torch
 
-    own = latents[:count].clone()
-    changed = (told(call, torch.tensor(schedule.timesteps[call]), {"latents": own}) or {}).get("latents", own)
-    if changed.shape != own.shape:
+    before = latents[:count].clone()
+    returned = on_step_end(call, torch.tensor(schedule.timesteps[call]), {"latents": before}) or {}
+    changed = returned.get("latents", before)
+    if changed.shape != before.shape:
         raise Refused(
-            f"callback_on_step_end: it returned latents of shape {list(changed.shape)}, expected {list(own.shape)}",
+            f"callback_on_step_end: it returned latents of shape {list(changed.shape)}, expected {list(before.shape)}",
             "Return them in the shape they came in.",
         )
     return torch.cat([changed.to(latents), latents[count:]])
 
 
-class KeepingGenerator(driver.BatchGenerator):
-    """Keeps the last latents of every image, by its place."""
+class LatentGenerator(driver.BatchGenerator):
+    """Stores the final latents of every image, by its place."""
 
-    def __init__(self, *arguments: Any, kept: dict[int, Tensor]):
+    def __init__(self, *arguments: Any, latents: dict[int, Tensor]):
         super().__init__(*arguments)
-        self.kept = kept
+        self.latents = latents
 
     def sample(self, batch: Batch) -> driver.SampledBatch:
-        made = super().sample(batch)
-        self.kept |= {request.index: made.latents[place] for place, request in enumerate(batch.requests)}
-        return made
+        sampled: driver.SampledBatch = super().sample(batch)
+        self.latents |= {request.index: sampled.latents[place] for place, request in enumerate(batch.requests)}
+        return sampled
 
 
-def converted(samples: Sequence[Sample], output_type: str, kept: Mapping[int, Tensor]) -> Any:
+def convert_images(samples: Sequence[Sample], output_type: str, latents: Mapping[int, Tensor]) -> Any:
     """The images as diffusers returns them: a list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or
     the latents [N, 4, h, w].
     """
@@ -182,6 +185,6 @@ def converted(samples: Sequence[Sample], output_type: str, kept: Mapping[int, Te
 
         return [Image.fromarray(sample.image) for sample in samples]
     if output_type == "latent":
-        return torch.stack([kept[place] for place in range(len(samples))]).cpu()
+        return torch.stack([latents[place] for place in range(len(samples))]).cpu()
     pixels = np.stack([sample.image for sample in samples]).astype(np.float32) / 255
     return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

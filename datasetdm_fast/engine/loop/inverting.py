@@ -1,4 +1,4 @@
-"""What brings pictures back into the network and reads their labels: as one square, or tile by tile."""
+"""Labels of existing pictures: noise is added to them, and the U-Net reads them, as one square or tile by tile."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from datasetdm_fast.config import ATTENTION, INVERSION
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
-from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.engine.loop.class_prompts import columns
+from datasetdm_fast.engine.labels.words import find_classes, photo_of
+from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
 from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
@@ -32,17 +31,19 @@ TRAINING_STEPS = 1000  # of every model
 TIMESTEPS = (100, 200, 300, 400)  # noise levels at which labels are read from the attention of a picture
 
 
-class PictureSource(Protocol):
-    """Pictures by their index; what is read tile by tile also has `whole`."""
+class InvertedPictures(Protocol):
+    """Pictures by their index; pictures that are read tile by tile also have `whole`."""
 
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        ...
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def load(self, index: int, size: int) -> np.ndarray: ...  # [size, size, 3] uint8
 
 
 class InvertingGenerator(driver.BatchGenerator):
-    """Brings pictures back: noise is added at the decoders' timestep, and at several for the attention."""
+    """Adds noise to pictures at the timestep of the decoders, and at several for labels from attention."""
 
-    def __init__(self, *arguments: Any, pictures: PictureSource, timesteps: Sequence[int], capture: int):
+    def __init__(self, *arguments: Any, pictures: InvertedPictures, timesteps: Sequence[int], capture: int):
         super().__init__(*arguments)
         self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
 
@@ -50,10 +51,10 @@ class InvertingGenerator(driver.BatchGenerator):
         import numpy as np
         import torch
 
-        squares = [self.pictures.load(each.index, self.recipe.size) for each in batch.padded]
-        return self.inverted(batch.padded, torch.from_numpy(np.stack(squares)))
+        squares = [self.pictures.load(request.index, self.recipe.size) for request in batch.padded]
+        return self.invert(batch.padded, torch.from_numpy(np.stack(squares)))
 
-    def inverted(self, requests: Sequence[Request], pixels: Tensor) -> driver.SampledBatch:
+    def invert(self, requests: Sequence[Request], pixels: Tensor) -> driver.SampledBatch:
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
         import torch
 
@@ -63,17 +64,16 @@ class InvertingGenerator(driver.BatchGenerator):
         engine, recipe = self.engine, self.recipe
         pixels = to_device(pixels, engine.device)  # where labellers of other packages read them, too
         clean = engine.encode_image(pixels)
-        context, words = self.contexts(requests)
-        sums = self.nothing_yet(len(requests))
+        context, words = self.encode_prompts(requests)
+        sums = self.zero_attention_sums(len(requests))
         noise = to_device(
-            torch.stack([times.initial_noise(each.seed, *clean.shape[1:]) for each in requests]), clean.device
+            torch.stack([times.initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
         )
         captures = {}
         if recipe.captures:
             latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
-            capturing = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
-            _, capture = capturing(latents, self.capture, context)
-            captures = dict.fromkeys(recipe.captured, capture)
+            denoise = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
+            captures = dict.fromkeys(recipe.captured, denoise(latents, self.capture, context)[1])
             self.on_unet_call()
         for timestep in self.timesteps if sums is not None else ():
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
@@ -81,31 +81,31 @@ class InvertingGenerator(driver.BatchGenerator):
             self.on_unet_call()
         return driver.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
 
-    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | Quarantined]:
+    def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         names = self.pictures.names
         return [
-            replace(one, provenance={**one.provenance, "picture": names[one.request.index]})
-            if isinstance(one, Sample)
-            else one
-            for one in super().label(batch, drawn)
+            replace(result, provenance={**result.provenance, "picture": names[result.request.index]})
+            if isinstance(result, Sample)
+            else result
+            for result in super().label(batch, sampled)
         ]
 
 
 class TilingGenerator(InvertingGenerator):
-    """Brings pictures back tile by tile, `together` of them at once, whatever else is in their batch."""
+    """Labels pictures tile by tile, `together` tiles of a picture at a time."""
 
-    def __init__(self, *arguments: Any, together: int, **chosen: Any):
-        super().__init__(*arguments, **chosen)
+    def __init__(self, *arguments: Any, together: int, **options: Any):
+        super().__init__(*arguments, **options)
         self.together = together
 
     def sample(self, batch: Batch) -> list[Sample | Quarantined]:
         """The labelled pictures: the captures of many tiles would not fit beside each other."""
-        return [self._picture(request) for request in batch.requests]
+        return [self._label_picture(request) for request in batch.requests]
 
-    def label(self, batch: Batch, drawn: list[Sample | Quarantined]) -> list[Sample | Quarantined]:
-        return drawn
+    def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
+        return [*sampled]
 
-    def _picture(self, request: Request) -> Sample | Quarantined:
+    def _label_picture(self, request: Request) -> Sample | Quarantined:
         image, size = self.pictures.whole(request.index), self.recipe.size
         tiling = Tiling.of(image.shape[:2], size)
         picture = Picture("", image, "")
@@ -113,20 +113,21 @@ class TilingGenerator(InvertingGenerator):
             framing.framed(picture, framing.Window(left, top, size / tiling.side), size).image
             for top, left in tiling.corners
         ]
-        found: list[Sample] = []
+        samples: list[Sample] = []
         maps: list[Tensor] = []
         for start in range(0, len(squares), self.together):
-            results, own = self._tiles(request, squares[start : start + self.together])
-            for one in results:
-                if isinstance(one, Quarantined):
-                    return one
-            found += results
-            maps += own
-        labels = {task: self._joined(task, request, tiling, found, maps) for task in self.recipe.tasks}
-        provenance = {**found[0].provenance, "picture": self.pictures.names[request.index], "sides": list(tiling.sides)}
-        return driver.judged(Sample(request, image, labels, provenance | {"tiles": len(squares)}), self.recipe)
+            results, maps_of_tiles = self._label_tiles(request, squares[start : start + self.together])
+            for result in results:
+                if isinstance(result, Quarantined):
+                    return result
+                samples.append(result)
+            maps += maps_of_tiles
+        labels = {task: self._join(task, request, tiling, samples, maps) for task in self.recipe.tasks}
+        facts = {"picture": self.pictures.names[request.index], "sides": list(tiling.sides), "tiles": len(squares)}
+        sample = Sample(request, image, labels, {**samples[0].provenance, **facts})
+        return labelling.with_trust(sample, self.recipe)
 
-    def _tiles(
+    def _label_tiles(
         self, request: Request, squares: Sequence[np.ndarray]
     ) -> tuple[list[Sample | Quarantined], list[Tensor]]:
         """Some tiles labelled, each as a picture of its own, and their maps of attention."""
@@ -137,39 +138,35 @@ class TilingGenerator(InvertingGenerator):
 
         batch = Batch(0, (request,) * len(squares), self.together - len(squares))
         padded = [*squares, *[squares[-1]] * batch.padding]
-        drawn = self.inverted(batch.padded, torch.from_numpy(np.stack(padded)))
+        sampled = self.invert(batch.padded, torch.from_numpy(np.stack(padded)))
         maps: list[Tensor] = []
-        if drawn.averages is not None:
-            asked = self.recipe.asked(request)
-            words = self.recipe.class_prompt(request)
-            by_words, own = bool(self.recipe.attention.parity), self.recipe.table
-            named = columns(words, asked, self.engine.model.tokenizer, by_words=by_words, own=own)
-            places = [each for _, each in named]
-            maps = spread_maps(drawn.averages, [places] * len(padded), self.recipe.attention.exponent)[: len(squares)]
-        return driver.BatchGenerator.label(self, batch, drawn), maps
+        if sampled.averages is not None and self.recipe.attention:
+            columns = [places for _, places in self.recipe.class_columns(request, self.engine.model.tokenizer)]
+            maps = spread_maps(sampled.averages, [columns] * len(padded), self.recipe.attention.exponent)
+        return driver.BatchGenerator.label(self, batch, sampled), maps[: len(squares)]
 
-    def _joined(
-        self, task: str, request: Request, tiling: Tiling, found: Sequence[Sample], maps: Sequence[Tensor]
+    def _join(
+        self, task: str, request: Request, tiling: Tiling, samples: Sequence[Sample], maps: Sequence[Tensor]
     ) -> Annotation:
-        labels = [one.annotations[task] for one in found]
-        if task == ATTENTION:
+        labels: list[Any] = [sample.annotations[task] for sample in samples]
+        if task == ATTENTION and self.recipe.attention:
             from datasetdm_fast.engine.tasks.attention import joined_label
 
-            numbers = [1 + self.recipe.words.index(word) for word in self.recipe.asked(request)]
+            numbers = [1 + self.recipe.words.index(word) for word in self.recipe.query_words(request)]
             limits = self.recipe.attention.threshold, self.recipe.attention.uncertainty
             return joined_label(tiling, maps, numbers, labels[0].classes, *limits)
         return (joined_map if isinstance(labels[0], SemanticMap) else joined_instances)(tiling, labels)
 
 
 def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
-    """A recipe of generate as one of pictures that are brought back: at these timesteps where labels are read from
-    attention, and at the decoders' own.
+    """The recipe for existing pictures: labels from attention are read at `timesteps`, others at the timestep of their
+    decoders.
     """
     from datasetdm_fast.engine.sampling.inversion import capture_timestep
 
     timesteps = list(timesteps) if recipe.attention else []
     training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
-    is_whole = all(isinstance(one, Integral) and 0 <= one < training for one in timesteps)
+    is_whole = all(isinstance(time, Integral) and 0 <= time < training for time in timesteps)
     if recipe.attention and not (timesteps and is_whole):
         raise Refused(
             f"timesteps: {documents.quote(timesteps)}, expected whole numbers from 0 to {training - 1}, one at least",
@@ -190,21 +187,19 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
 
 
 def inversion_generator(
-    recipe: Recipe, pictures: PictureSource, together: int = 0
+    recipe: Recipe, pictures: InvertedPictures, together: int = 0
 ) -> Callable[..., InvertingGenerator]:
-    """What brings these pictures back by such a recipe; with `together`, so many tiles of a picture at once."""
-    facts = recipe.facts
-    chosen = {"pictures": pictures, "timesteps": tuple(facts["timesteps"]), "capture": facts["capture_timestep"]}
-    if together:
-        return partial(TilingGenerator, together=together, **chosen)
-    return partial(InvertingGenerator, **chosen)
+    """The generator of these pictures' labels; with `together`, so many tiles of a picture at a time."""
+    timesteps, capture = tuple(recipe.facts["timesteps"]), recipe.facts["capture_timestep"]
+    kind = partial(TilingGenerator, together=together) if together else InvertingGenerator
+    return partial(kind, pictures=pictures, timesteps=timesteps, capture=capture)
 
 
 def picture_prompt(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> PromptLine:
-    """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
+    """The caption of a picture and the classes it names, by default a caption of all words that are looked for."""
     if caption:
         return PromptLine(
             0, fit_prompt(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
         )
-    text = reading.photo_of(spoken(recipe.words, recipe.table))
+    text = photo_of(spoken(recipe.words, recipe.table))
     return PromptLine(0, fit_prompt(text, engine.model.tokenizer, "--classes"), recipe.words)

@@ -1,4 +1,4 @@
-"""Work on a GPU beside the sampler: labels on a stream of their own, and U-Net calls that are reported when over."""
+"""Work on a GPU while it samples: labels on a stream of their own, and U-Net calls that are reported when over."""
 
 from __future__ import annotations
 
@@ -14,49 +14,53 @@ if TYPE_CHECKING:
 AHEAD = 2  # batches that wait for their labels; each holds its latents and captures on the GPU
 
 
-class LabelStream(AbstractContextManager):
-    """Runs work on its own stream and thread beside the GPU's sampler; on a CPU, whose cores are busy, at once.
+class LabelStream(AbstractContextManager["LabelStream"]):
+    """Runs calls on a stream and thread of its own while the GPU samples; on a CPU, whose cores are busy, immediately.
 
-    Whatever comes out later than it was put in is bounded: two batches wait, a third makes the sampler wait.
+    At most two batches wait for their results, a third makes the sampler wait.
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._pool, self._stream = device, None, None
-        self._waiting: deque[tuple[Any, Future]] = deque()
+        self._device = device
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._waiting: deque[tuple[Any, Future[Any]]] = deque()
         if device.type == "cuda":
             import torch
 
             self._pool, self._stream = ThreadPoolExecutor(1, "labels"), torch.cuda.Stream(device)
 
-    def put(self, name: Any, work: Callable[..., Any], *arguments: Any) -> None:
-        """Begins work(*arguments), which may read what this thread queued on the GPU; it comes out with `name`."""
+    def put(self, name: Any, call: Callable[..., Any], *arguments: Any) -> None:
+        """Begins call(*arguments), which may read what this thread queued on the GPU; `name` comes with its result."""
         if self._pool is None:
-            done: Future = Future()
-            done.set_result(work(*arguments))
+            done: Future[Any] = Future()
+            done.set_result(call(*arguments))
             self._waiting.append((name, done))
             return
         import torch
 
         queued = torch.cuda.Event()
         queued.record(torch.cuda.current_stream(self._device))
-        self._waiting.append((name, self._pool.submit(self._follow, queued, work, arguments)))
+        self._waiting.append((name, self._pool.submit(self._follow, queued, call, arguments)))
 
-    def _follow(self, queued: torch.cuda.Event, work: Callable[..., Any], arguments: tuple) -> Any:
+    def _follow(self, queued: torch.cuda.Event, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         import torch
+
+        assert self._stream is not None
 
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(queued)
-            found = work(*arguments)
+            result = call(*arguments)
             # the arguments go back to the sampler's stream, which may use their memory at once
             self._stream.synchronize()
-            return found
+            return result
 
     def settle(self) -> None:
-        """Waits until nothing is under way; the results stay where they are."""
+        """Waits until all calls are done; their results stay where they are."""
         wait([result for _, result in self._waiting])
 
     def ready(self) -> Iterator[tuple[Any, Any]]:
-        """The results that are there, in order; the oldest is waited for where too many are under way."""
+        """The results that are done, in order; waits for the oldest if too many are under way."""
         while self._waiting and (self._waiting[0][1].done() or len(self._waiting) > AHEAD):
             name, result = self._waiting.popleft()
             yield name, result.result()
@@ -72,15 +76,15 @@ class LabelStream(AbstractContextManager):
 
 
 class FinishedCalls:
-    """Passes on each UNet call when it is over: a GPU is given those of a whole batch before its first one ends."""
+    """Calls `on_unet_call` when a U-Net call is over: a GPU gets those of a whole batch before its first one ends."""
 
     def __init__(self, device: torch.device, on_unet_call: Callable[[], None]):
         self._device, self._on_unet_call = device, on_unet_call
         self._pool = ThreadPoolExecutor(1, "calls") if device.type == "cuda" else None
-        self._waiting: deque[Future] = deque()
+        self._waiting: deque[Future[None]] = deque()
 
     def on_queued(self) -> None:
-        """The call that this thread has just queued is waited for by another thread."""
+        """Lets another thread wait for the call that this thread has just queued."""
         if self._pool is None:
             self._on_unet_call()
             return

@@ -1,4 +1,4 @@
-"""What the latents of a batch begin as, what is put into them after every call, and what becomes of the samples."""
+"""Initial latents of a batch, what is put into them after every call, and what becomes of the samples."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Origin(Protocol):
     """Where the images of a run come from."""
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        """The beginning of a batch; a request may be there several times."""
+        """The initial latents of a batch; a request may occur several times."""
 
     def finish(self, sample: Sample) -> Sample:
-        """The sample that is written, from the one that was made."""
+        """The sample that is written."""
 
 
 class FromNoise:
@@ -44,13 +44,13 @@ class FromNoise:
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         from datasetdm_fast.kernels.to_device import to_device
 
-        return Beginning(to_device(drawn_noise(requests, engine.model.size), engine.device))
+        return Beginning(to_device(initial_latents(requests, engine.model.size), engine.device))
 
     def finish(self, sample: Sample) -> Sample:
         return sample
 
 
-def drawn_noise(requests: Sequence[Request], size: int) -> Tensor:  # [B, 4, h, w] fp32
+def initial_latents(requests: Sequence[Request], size: int) -> Tensor:  # [B, 4, h, w] fp32
     """The noise of each request, from its own seed, for images of size x size pixels."""
     import torch
 

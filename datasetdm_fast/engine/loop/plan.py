@@ -46,9 +46,10 @@ class Plan:
 
     def request(self, index: int) -> Request:
         prompt = self.prompt(index)
-        named = find_classes(prompt.text, self.words, self.table)
-        if prompt.classes is not None:
-            named = _listed(prompt.classes, self.words)
+        if prompt.classes is None:
+            named = find_classes(prompt.text, self.words, self.table)
+        else:
+            named = listed_words(prompt.classes, self.words)
         seed = self.seed + index if prompt.seed is None else prompt.seed
         negative = self.negative if prompt.negative is None else prompt.negative
         return Request(index, prompt.text, seed, named, negative, prompt.class_prompt)
@@ -80,7 +81,7 @@ def make_plan(
     may be made for every one that is asked for, `is_by_class` whether the samples of a class lie side by side.
     """
     words = source.classes or tuple(words)
-    chosen = source.classes if source.per_class else ()
+    per_class = source.classes if source.per_class else ()
     if source.per_class:
         number = source.per_class * len(source.classes)
         longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
@@ -91,14 +92,14 @@ def make_plan(
                     "Use a shorter name for the class.",
                 )
     negative = fit_negative(source.negative, tokenizer, "--negative-prompt", truncate=truncate)
-    prompts = tuple(_fitting(given, source, tokenizer, words, truncate) for given in source.lines)
-    names = spoken(chosen, source.table)
+    prompts = tuple(_fit(line, source, tokenizer, words, truncate) for line in source.lines)
+    names = spoken(per_class, source.table)
 
     def prompt(index: int) -> PromptLine:
-        if chosen:
-            kind, turn = class_and_turn(index, source.per_class if is_by_class else 1, len(chosen))
+        if per_class:
+            kind, turn = class_and_turn(index, source.per_class if is_by_class else 1, len(per_class))
             text = template(names[kind], turn)
-            return PromptLine(0, text, (*find_classes(text, words, source.table), chosen[kind]))
+            return PromptLine(0, text, (*find_classes(text, words, source.table), per_class[kind]))
         if prompts:
             return prompts[index % len(prompts)]
         return PromptLine(0, sample_scene(DEMO_SCENES + seed + index).caption)
@@ -106,7 +107,7 @@ def make_plan(
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
     size = batch_size if source.is_part else -(-number // batches)
-    has_seeds = any(given.seed is not None for given in source.lines)
+    has_seeds = any(line.seed is not None for line in source.lines)
     if has_seeds and turns > 1:
         raise Refused(
             f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
@@ -116,24 +117,24 @@ def make_plan(
     return Plan(prompt, words, number, seed, size, source.digest, most, has_seeds, negative, source.table)
 
 
-def _fitting(
-    given: PromptLine, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
+def _fit(
+    line: PromptLine, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
 ) -> PromptLine:
     """The prompt and its negative one where the text encoder takes them whole, or its tokenizer is to cut them."""
     if source.tokenizer_cuts:
-        return given
-    where = f"{given.file or source.name} line {given.line}"
+        return line
+    where = f"{line.file or source.name} line {line.line}"
     # Labels of a prompt that brings its class prompt are read from that one alone.
-    named = () if given.class_prompt else words
-    text = fit_prompt(given.text, tokenizer, where, named, truncate=truncate, own=source.table)
-    if given.negative is None:
-        return given._replace(text=text)
-    return given._replace(
-        text=text, negative=fit_negative(given.negative, tokenizer, f"{where}: negative", truncate=truncate)
+    named = () if line.class_prompt else words
+    text = fit_prompt(line.text, tokenizer, where, named, truncate=truncate, table=source.table)
+    if line.negative is None:
+        return line._replace(text=text)
+    return line._replace(
+        text=text, negative=fit_negative(line.negative, tokenizer, f"{where}: negative", truncate=truncate)
     )
 
 
-def _listed(classes: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+def listed_words(classes: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
     """The class words that a prompt lists, also in another spelling: Ball for ball, fire_hydrant for fire hydrant."""
     exact = set(classes).intersection(words)
     others = {name_key(name) for name in classes if name not in exact}

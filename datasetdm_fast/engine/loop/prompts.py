@@ -1,20 +1,20 @@
-"""Prompts as a run has them: checked, counted in tokens, and cut where that is wished for."""
+"""Prompts: checked, counted in tokens, and truncated on request."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from datasetdm_fast.config import DEMO_PROMPTS
-from datasetdm_fast.engine.labels.class_file import refuse_files
 from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
+FILE_ENDINGS = (".txt", ".csv", ".json", ".jsonl")  # which no class word has
 MOST_PIECES = 3  # tokens of a word, on average, where a tokenizer knows the language of a prompt
 NEGATIVE_PROMPTS = {
     # Dataset Diffusion's text, letter by letter: two of its commas have no space after them.
@@ -23,7 +23,14 @@ NEGATIVE_PROMPTS = {
     "underexposed, overexposed, bad art, beginner, amateur, distorted face"
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-Tokenizer = Callable[..., object]
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer of transformers that is used here."""
+
+    model_max_length: int
+
+    def __call__(self, text: str, *, truncation: bool) -> Any: ...
 
 
 class PromptLine(NamedTuple):
@@ -48,14 +55,14 @@ def _identity(prompt: PromptLine) -> str:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Prompts as they were given, not yet measured in tokens."""
+    """Prompts that are not yet measured in tokens."""
 
     lines: tuple[PromptLine, ...]  # empty: the demo world's captions, or templates
     name: str  # for messages: the file, or --prompts
     classes: tuple[str, ...]
     per_class: int
-    negative: str = ""  # what --negative-prompt said
-    is_part: bool = False  # of a longer list: batches have the size that was asked for, whatever the part's length
+    negative: str = ""  # of --negative-prompt
+    is_part: bool = False  # of a longer list: batches have the requested size, whatever the part's length
     table: ClassTable | None = None  # the words of --class-table
     tokenizer_cuts: bool = False  # prompts of any length are taken, and cut as diffusers does: also within a word
 
@@ -70,9 +77,19 @@ class PromptSource:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def refuse_file_names(words: Sequence[str]) -> None:
+    """Refuses the name of a file in the place of class words."""
+    for word in words:
+        if word.lower().endswith(FILE_ENDINGS):
+            raise Refused(
+                f"--classes: {word!r} names a file, expected class words",
+                "Write the words, separated by commas, or name a file of classes with --class-table.",
+            )
+
+
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     seen = set()
-    refuse_files(classes)
+    refuse_file_names(classes)
     for word in classes:
         if not word.strip():
             raise Refused(
@@ -117,16 +134,16 @@ def check_line(text: str, where: str) -> str:
     return line.strip()
 
 
-def fit_negative(given: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
-    """The text of the unconditional half, by its name in NEGATIVE_PROMPTS or as it was given, where it fits; one that
-    has a name stays whole, as its author leaves it to the tokenizer to cut it.
+def fit_negative(negative: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
+    """The text of the unconditional half, which may be a name in NEGATIVE_PROMPTS. It must fit; one with a name stays
+    whole, as its author leaves it to the tokenizer to cut it.
     """
-    text = NEGATIVE_PROMPTS.get(given, given)
+    text = NEGATIVE_PROMPTS.get(negative, negative)
     return text if text in NEGATIVE_PROMPTS.values() else fit_prompt(text, tokenizer, where, truncate=truncate)
 
 
-def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, own: ClassTable | None = None) -> None:
-    for word in spoken(classes, own):
+def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, table: ClassTable | None = None) -> None:
+    for word in spoken(classes, table):
         count = count_tokens(word, tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(
@@ -151,7 +168,7 @@ def fit_prompt(
     words: Sequence[str] = (),
     *,
     truncate: bool | None = None,
-    own: ClassTable | None = None,
+    table: ClassTable | None = None,
 ) -> str:
     """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words. None
     stands for a command without that flag.
@@ -168,27 +185,27 @@ def fit_prompt(
                 "The model's tokenizer knows few of its words. For the demo model write prompts with "
                 "python -m datasetdm_fast.prompts --set demo; others need another --model."
             )
-        raise Refused(f"{where}: {count} tokens, at most {limit} fit_prompt: {shorten(prompt)}", remedy)
+        raise Refused(f"{where}: {count} tokens, at most {limit} fit: {shorten(prompt)}", remedy)
     shortest, longest = 0, len(head)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
         shortest, longest = (
             (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
         )
-    kept = head[:shortest]
-    is_inside_word = not prompt[shortest : shortest + 1].isspace() and not kept[-1:].isspace()
-    if is_inside_word and re.search(r"\s", kept):
-        kept = kept.rsplit(None, 1)[0]
-    kept = kept.strip()
-    lost = [word for word in find_classes(prompt, words, own) if word not in find_classes(kept, words, own)]
-    if lost or not kept:
+    cut = head[:shortest]
+    is_inside_word = not prompt[shortest : shortest + 1].isspace() and not cut[-1:].isspace()
+    if is_inside_word and re.search(r"\s", cut):
+        cut = cut.rsplit(None, 1)[0]
+    cut = cut.strip()
+    lost = [word for word in find_classes(prompt, words, table) if word not in find_classes(cut, words, table)]
+    if lost or not cut:
         what = (
             f"cutting it to {limit} tokens would lose the class word {shorten(lost[0])}"
             if lost
             else f"nothing of it fits into {limit} tokens"
         )
         raise Refused(f"{where}: {what}: {shorten(prompt)}", "Name the classes earlier in the prompt.")
-    return kept
+    return cut
 
 
 def shorten(text: str) -> str:

@@ -13,10 +13,15 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words
-from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.class_prompts import AttentionRecipe, attention_recipe
-from datasetdm_fast.engine.loop.combining import Combination, check_words, parse_combinations
+from datasetdm_fast.engine.loop.class_prompts import (
+    AttentionRecipe,
+    attention_recipe,
+    check_class_prompt,
+    class_columns,
+)
+from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
+from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import FACTOR
 
@@ -35,7 +40,7 @@ class Recipe:
     captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder or labeller reads
     words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
     combinations: tuple[Combination, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of how a sample was made, for its row
     ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
     least_confidence: float = 0.0  # pixels of label maps with less become 255
     origin: Origin = FROM_NOISE
@@ -46,7 +51,7 @@ class Recipe:
     @property
     def captured(self) -> tuple[int, ...]:
         """The calls that are captured, in their order; the last of the schedule where no label is read from any."""
-        last = () if self.attention or self.foreign else (len(self.schedule) - 1,)
+        last = () if self.attention or self.labellers else (len(self.schedule) - 1,)
         return tuple(sorted(set(self.captures.values()))) or last
 
     @property
@@ -55,22 +60,35 @@ class Recipe:
         return tuple(task for task in self.tasks if task not in UNDECODED)
 
     @property
-    def foreign(self) -> tuple[str, ...]:
+    def labellers(self) -> tuple[str, ...]:
         """The labels that labellers of other packages read."""
         return tuple(task for task in self.tasks if task in LABELLER_KINDS.others)
 
     @property
     def raw(self) -> frozenset[int]:
         """The captured calls of which labellers read features and maps themselves."""
-        return frozenset(self.captures[task] for task in self.foreign if task in self.captures)
+        return frozenset(self.captures[task] for task in self.labellers if task in self.captures)
 
-    def asked(self, request: Request) -> tuple[str, ...]:
+    def query_words(self, request: Request) -> tuple[str, ...]:
         """The words looked for in an image."""
         return self.words if self.asks_all else request.classes
 
     def class_prompt(self, request: Request) -> str:
-        """What its labels are read from, empty where no label is read from attention."""
-        return self.attention.class_prompt(request, self.asked(request), self.table) if self.attention else ""
+        """The text whose attention is read, empty where no label is read from attention."""
+        return self.attention.class_prompt(request, self.query_words(request), self.table) if self.attention else ""
+
+    def class_columns(self, request: Request, tokenizer: Tokenizer) -> list[tuple[str, tuple[int, ...]]]:
+        """The query words of an image, each with its places among the tokens of the class prompt."""
+        is_by_words = bool(self.attention and self.attention.parity)
+        words, class_prompt = self.query_words(request), self.class_prompt(request)
+        return class_columns(class_prompt, words, tokenizer, by_words=is_by_words, table=self.table)
+
+    def check_request(self, request: Request, tokenizer: Tokenizer, *, tokenizer_cuts: bool = False) -> Request:
+        """The request; refused if labels are read from attention and its class words do not fit."""
+        if self.attention is not None:
+            words = self.query_words(request)
+            check_class_prompt(request, words, self.attention, tokenizer, self.table, tokenizer_cuts=tokenizer_cuts)
+        return request
 
 
 def make_recipe(
@@ -90,8 +108,8 @@ def make_recipe(
     table: ClassTable | None = None,
     **attention: Any,
 ) -> Recipe:
-    """The recipe of a run; 0 means what the model was made for. A `strength` below 1 leaves only the last calls
-    of the schedule. `attention` are settings of class_prompts.
+    """The recipe of a run; 0 means the default of the model. A `strength` below 1 leaves only the last calls of the
+    schedule. `attention` are settings of attention_recipe.
     """
     from datasetdm_fast.engine.sampling import make_schedule
 
@@ -99,21 +117,23 @@ def make_recipe(
     labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
-    table = table or kept_words(engine, list(configs))
-    asked = [
+    if table is None and (words := dict.fromkeys(word for config in configs.values() for word in config.class_words)):
+        table = of_words(tuple(words), "class_words")  # those that the decoders were trained with
+    open_labels = [
         task
         for task in tasks
         if task == ATTENTION or (labellers[task].asks_words if task in labellers else configs[task].is_open)
     ]
-    words = class_words_of(engine, asked, classes, table) if asked else ()
-    reading = {task: labeller for task, labeller in labellers.items() if labeller.reads_capture}
-    captures = capture_calls(schedule, {task: one.capture_timestep for task, one in {**configs, **reading}.items()})
+    words = class_words_of(engine, open_labels, classes, table) if open_labels else ()
+    readers = {**configs, **{task: labeller for task, labeller in labellers.items() if labeller.reads_capture}}
+    captures = capture_calls(schedule, {task: reader.capture_timestep for task, reader in readers.items()})
+    times = {task: schedule.timesteps[call] for task, call in captures.items()}
     numbers = None
     if ATTENTION in tasks:
         numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
     elif attention:
-        name, own = next(iter(attention)), signature(attention_recipe).parameters
-        raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in own))
+        name, known = next(iter(attention)), signature(attention_recipe).parameters
+        raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in known))
     facts = {
         "sampler": sampler,
         "profile": profile,
@@ -121,7 +141,10 @@ def make_recipe(
         "calls": len(schedule),
         "guidance": guidance or model.defaults.guidance,
         "size": model.size,
-        "capture_timestep": _told(schedule, captures),
+        # by label if these differ
+        "capture_timestep": times
+        if len(set(times.values())) > 1
+        else next(iter(times.values()), schedule.timesteps[-1]),
     }
     if sampler in SAMPLERS.others:
         facts["sampler_package"] = SAMPLERS.package(sampler)
@@ -145,16 +168,16 @@ def make_recipe(
         asks_all=ask == "all",
         table=table,
     )
-    check_words(recipe.combinations, label_tables(engine, recipe))
+    check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
 
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What run.json says of each label: names and ranges, those of a labeller as its own class has them."""
-    found = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
+    """The table of each label in run.json: names and ranges; those of a labeller come from its class."""
+    sources = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
 
     def table(label: str) -> dict[str, Any]:
-        return kind_of(label).table(found.get(label), recipe.size, recipe.words)
+        return kind_of(label).table(sources.get(label), recipe.size, recipe.words)
 
     return {
         label: LABELLER_KINDS.guard(label, partial(table, label), "does not say what its labels are")
@@ -174,22 +197,10 @@ def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:
     return {name: open_labeller(name, engine.device) for name in names}
 
 
-def kept_words(engine: Engine, labels: Sequence[str]) -> ClassTable | None:
-    """The words of the user's own that the decoders of these labels were taught with."""
-    words = dict.fromkeys(word for label in labels for word in engine.decoders[label].config.class_words)
-    return of_words(tuple(words), "class_words") if words else None
-
-
-def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
-    """The timestep that the decoders read, by label where they do not all read the same."""
-    times = {label: schedule.timesteps[call] for label, call in captures.items()}
-    return times if len(set(times.values())) > 1 else next(iter(times.values()), schedule.timesteps[-1])
-
-
 def class_words_of(
     engine: Engine, labels: Sequence[str], classes: Sequence[str], table: ClassTable | None = None
 ) -> tuple[str, ...]:
-    """The words that the decoders of these labels are asked for: those given, else those they were taught."""
+    """The query words of these labels: `classes`, by default those that the decoders were trained on."""
     words = tuple(classes) or tuple(
         dict.fromkeys(
             word for label in labels if label not in UNDECODED for word in engine.decoders[label].config.classes
@@ -201,23 +212,23 @@ def class_words_of(
         )
     if len(words) > 254 and any(label in UNDECODED or engine.decoders[label].config.has_text for label in labels):
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
-    prompts.check_class_lengths(words, engine.model.tokenizer, table)
+    check_class_lengths(words, engine.model.tokenizer, table)
     return words
 
 
-def capture_calls(schedule: Schedule, wanted: Mapping[str, int | None]) -> dict[str, int]:
+def capture_calls(schedule: Schedule, timesteps: Mapping[str, int | None]) -> dict[str, int]:
     """The call that the decoder of each label reads: the last, or the one nearest the timestep it was trained at."""
     last = len(schedule) - 1
     return {
         label: last
         if timestep is None
         else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
-        for label, timestep in wanted.items()
+        for label, timestep in timesteps.items()
     }
 
 
 def prompt_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
-    """The words looked for in prompts: those given, else the names the decoders know."""
+    """The words looked for in prompts: `classes`, by default the classes of the decoders."""
     tasks = [task for task in tasks if task not in UNDECODED]
     known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
     if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, Picture
+from datasetdm_fast.data import IGNORE
+from datasetdm_fast.engine.pictures.labelled import Labelled, Picture
 
 UPSTREAM_SIDE = 512
 PERSON_MARGIN = 1.25  # of the longer side of a person's box
@@ -78,7 +79,7 @@ def _centre(picture: Picture, random: np.random.Generator) -> tuple[float, float
     """Column and row of the middle of one labelled class that is no background."""
     if picture.semantic is None:
         return None
-    there = [k for k in np.flatnonzero(np.bincount(picture.semantic.ravel(), minlength=256)) if k not in (0, IGNORED)]
+    there = [k for k in np.flatnonzero(np.bincount(picture.semantic.ravel(), minlength=256)) if k not in (0, IGNORE)]
     if not there:
         return None
     rows, columns = np.nonzero(picture.semantic == random.choice(there))
@@ -108,7 +109,7 @@ def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0)
         image=_filtered(picture.image, window, rows, columns, size),
         caption=picture.text,
         named=picture.named,
-        semantic=None if picture.semantic is None else taken(picture.semantic, IGNORED).astype(np.uint8),
+        semantic=None if picture.semantic is None else taken(picture.semantic, IGNORE).astype(np.uint8),
         masks=masks,
         mask_classes=None if masks is None else np.array([picture.mask_classes[k] for k in kept], np.int64),
         depth=None if picture.depth is None else taken(picture.depth, 0).astype(np.float32),

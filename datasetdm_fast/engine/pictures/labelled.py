@@ -11,7 +11,6 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.errors import Missing, Refused
 
-IGNORED = 255
 EVERY_CLASS = -1  # the class of a crowd in which nothing is right or wrong to find
 MEND = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
 

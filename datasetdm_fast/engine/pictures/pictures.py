@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource, Picture
+from datasetdm_fast.engine.labels.words import photo_of
+from datasetdm_fast.engine.pictures import framing
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
@@ -41,7 +43,7 @@ class PictureSource(LabelledSource):
         if item.named is None:
             return item
         numbers = () if item.semantic is None else np.flatnonzero(np.bincount(item.semantic.ravel()))
-        shown = {self.classes[k] for k in numbers if k != IGNORED}
+        shown = {self.classes[k] for k in numbers if k != IGNORE}
         shown |= {self.thing_classes[k] for k in (() if item.mask_classes is None else item.mask_classes)}
         known, has_things = {*self.classes, *self.thing_classes}, not shown.isdisjoint(self.thing_classes)
         left = tuple(name for name in item.named if (name in shown if name in known else has_things))
@@ -76,7 +78,7 @@ class PictureSource(LabelledSource):
         if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
             labels = np.zeros(item.image.shape[:2], np.uint8)
             for crowd in item.crowds:
-                labels[crowd] = IGNORED
+                labels[crowd] = IGNORE
             for k in largest_first(item.masks):
                 labels[item.masks[k]] = item.mask_classes[k] + 1
             return replace(item, semantic=labels)
@@ -91,7 +93,7 @@ class PictureSource(LabelledSource):
         """A caption of these classes, as a person says them."""
         known = tuple(dict.fromkeys((*self.classes, *self.thing_classes, *names)))
         said = dict(zip(known, spoken([self.called.get(name, name) for name in known], self.class_table), strict=True))
-        return reading.photo_of([said[name] for name in names])
+        return photo_of([said[name] for name in names])
 
     def areas(self, record: int) -> dict[str, int]:
         picture = self.picture(record)

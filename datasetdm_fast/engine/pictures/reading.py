@@ -10,9 +10,10 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageOps
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.depth import LARGEST_STEP
-from datasetdm_fast.engine.pictures.labelled import IGNORED, MEND
+from datasetdm_fast.engine.labels.kind import LARGEST_STEP
+from datasetdm_fast.engine.pictures.labelled import MEND
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, images
 
@@ -158,10 +159,10 @@ def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.nd
 
 
 def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
-    unknown = found[(found < 0) | ((found >= classes) & (found != IGNORED))]  # faster than sorting a photo's pixels
+    unknown = found[(found < 0) | ((found >= classes) & (found != IGNORE))]  # faster than sorting a photo's pixels
     if len(unknown):
         raise bad(
-            path, f"the unknown class {unknown.min()}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
+            path, f"the unknown class {unknown.min()}, expected 0 to {classes - 1}, or {IGNORE} for pixels to ignore"
         )
 
 
@@ -279,11 +280,6 @@ def is_background(name: str) -> bool:
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
     """The classes that are things: all but a first one of that name."""
     return tuple(name for k, name in enumerate(classes) if k or name not in ("background", "none"))
-
-
-def photo_of(names: Sequence[str]) -> str:
-    """Upstream's prompt, for every class there is instead of a random one."""
-    return "a photo of " + ", ".join(f"a {name}" for name in names) if names else "a photo"
 
 
 def farthest_depth(path: Path) -> float:

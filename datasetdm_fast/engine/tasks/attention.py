@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.data import AttentionSums, SemanticMap
+from datasetdm_fast.data import IGNORE, AttentionSums, SemanticMap
 from datasetdm_fast.engine.labels.tiles import Tiling
 from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.to_device import to_device
 
-UNCERTAIN = 255
 FLAT = 1e-12  # a map whose values lie no farther apart says nothing
 
 
@@ -67,7 +66,7 @@ def label_maps(
             continue
         largest, winner = F.interpolate(one[None], (size, size), mode="bicubic")[0].max(0)
         named = to_device(torch.tensor(list(own), dtype=torch.uint8), one.device)[winner]
-        weak = torch.where(largest >= uncertainty, UNCERTAIN, 0).to(torch.uint8)
+        weak = torch.where(largest >= uncertainty, IGNORE, 0).to(torch.uint8)
         labels.append(torch.where(largest >= threshold, named, weak))
         values.append(largest.clamp(0, 1))
     numbered, sure = to_host(torch.stack(labels), torch.stack(values))
@@ -97,5 +96,5 @@ def joined_label(
         values = scaled((total / covered)[None])[0]
         labels = torch.where(values > best, number, labels)
         best = torch.maximum(best, values)
-    certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, UNCERTAIN, 0).to(torch.uint8))
+    certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, IGNORE, 0).to(torch.uint8))
     return SemanticMap(certain.numpy(), best.numpy(), classes)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.config import LABELLER_KINDS
-from datasetdm_fast.data import Annotation, Capture, DepthMap, Instances, Keypoints, Request, SemanticMap
+from datasetdm_fast.data import IGNORE, Annotation, Capture, DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import Table
-from datasetdm_fast.engine.labels.semantic import IGNORE
 from datasetdm_fast.plugins import named
 
 BOOLEANS, INTEGERS, NUMBERS = ("booleans", "b"), ("integers", "iu"), ("numbers", "iuf")  # with their kinds of dtypes

@@ -16,10 +16,10 @@ def read_labels(
     raw: dict[str, Tensor], images: Iterable[np.ndarray], config: DecoderConfig, size: int, **asked: Any
 ) -> list[Any]:
     """The labels in a decoder's raw tensors, with their outlines; `asked` as the task's postprocess has it."""
-    return outlined(TASKS[config.task].postprocess(raw, config, size, **asked), images, config)
+    return with_outlines(TASKS[config.task].postprocess(raw, config, size, **asked), images, config)
 
 
-def outlined(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:
+def with_outlines(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:
     """A decoder's labels of images [H, W, 3] uint8, whose colours their outlines follow where its configuration says
     so.
     """

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.data import IGNORE, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.tasks.named_words import shared_by_words
 from datasetdm_fast.engine.tasks.task import Task
 from datasetdm_fast.engine.tasks.to_host import to_host
@@ -48,7 +48,7 @@ def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
 
 class SemanticTask(Task):
     needs, names = ("semantic",), "classes"
-    wanted = f"a class to tell from another: every pixel is background, the only class or {IGNORED}, which is ignored"
+    wanted = f"a class to tell from another: every pixel is background, the only class or {IGNORE}, which is ignored"
     small = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}
     large = {"dropout": 0.2}
 
@@ -65,7 +65,7 @@ class SemanticTask(Task):
         return SemanticMap(item.semantic, np.ones(item.semantic.shape, np.float32), source.classes)
 
     def target(self, _: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-        return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORED})
+        return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORE})
 
     def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
         has_background = source.classes[0] in ("background", "none")

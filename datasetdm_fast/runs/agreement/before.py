@@ -86,7 +86,7 @@ def compared(
 
 def _recipe(job: Job) -> Any:
     """The recipe of the run, every sample from its own noise and without the labels of other packages."""
-    own = [task for task in job.recipe.tasks if task not in job.recipe.foreign]
+    own = [task for task in job.recipe.tasks if task not in job.recipe.labellers]
     read = {task: call for task, call in job.recipe.captures.items() if task in own}
     return replace(job.recipe, tasks=tuple(own), captures=read, origin=FROM_NOISE)
 

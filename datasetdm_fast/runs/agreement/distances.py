@@ -115,7 +115,7 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
     def averages(one) -> AttentionSums:
         generator = BatchGenerator(one, wordless, lambda: None)
         latents, context = truth.seen[-1].to(one.device), truth.context.to(one.device)
-        nothing, words = generator.nothing_yet(len(latents)), context.chunk(2)[1].clone()
+        nothing, words = generator.zero_attention_sums(len(latents)), context.chunk(2)[1].clone()
         _, found = one.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)
         return found.to("cpu")
 

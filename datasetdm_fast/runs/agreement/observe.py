@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.loop.driver import BatchGenerator, attention_labels, outlined_labels
+from datasetdm_fast.engine.loop.driver import BatchGenerator
+from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -73,13 +74,13 @@ def observe(
     """
     generator = BatchGenerator(engine, recipe, on_unet_call)
     if led is None:
-        context, class_context = generator.contexts(requests)
+        context, class_context = generator.encode_prompts(requests)
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
         context, noise = led.context.to(engine.device, copy=True), led.seen[0]
         class_context = None if led.class_context is None else led.class_context.to(engine.device, copy=True)
-    sums = generator.nothing_yet(len(requests))
+    sums = generator.zero_attention_sums(len(requests))
     state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
     seen, outputs, walked, captures = [], [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
@@ -96,7 +97,7 @@ def observe(
         on_unet_call()
 
     def answer_to(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
-        return engine.annotate(task, capture, generator.words.asked(task, requests))
+        return engine.annotate(task, capture, generator.words.embed(task, requests))
 
     read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
     raw = {task: answer_to(task, capture) for task, capture in read.items()}
@@ -108,7 +109,7 @@ def observe(
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
     labels = {
-        task: outlined_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        task: decoder_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
         for task, answer in raw.items()
     }
     averages = sums and sums.over(len(recipe.schedule))

@@ -11,7 +11,7 @@ import numpy as np
 from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of, mask_rle
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.origin import Beginning

@@ -13,7 +13,7 @@ from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.origin import Beginning, drawn_noise
+from datasetdm_fast.engine.loop.origin import Beginning, initial_latents
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused
@@ -141,7 +141,7 @@ class Redrawing(ABC):
 
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)
-        noise = to_device(drawn_noise(requests, engine.model.size), clean.device)
+        noise = to_device(initial_latents(requests, engine.model.size), clean.device)
         return SourceLatents(engine.model.scheduler, clean, noise)
 
     def _find_positions(self) -> list[int]:

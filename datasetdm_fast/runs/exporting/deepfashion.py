@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
 from datasetdm_fast.runs.run_folder.ledger import canonical
 
-NUMBERS = {name: number for number, name in enumerate(table("deepfashion").names)}
+NUMBERS = {name: number for number, name in enumerate(builtin_table("deepfashion").names)}
 BACKGROUND, IGNORED = 0, 255
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.maps import class_map, numbered_things
@@ -15,7 +15,7 @@ from datasetdm_fast.runs.exporting.view import SampleView
 
 ROOT = "VOCdevkit/VOC2012"
 MOST_OBJECTS = 254  # of a picture, what 8 bits tell beside nothing and the border
-OFFICIAL = {word.name: word.number for word in table("voc").classes}
+OFFICIAL = {word.name: word.number for word in builtin_table("voc").classes}
 
 
 def palette() -> bytes:

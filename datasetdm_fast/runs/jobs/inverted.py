@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import INVERSION, LABELLER_KINDS
 from datasetdm_fast.data import Quarantined
-from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.labels.class_tables import digest_of
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.tiles import Tiling
 from datasetdm_fast.engine.loop import driver, prompts
-from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
 from datasetdm_fast.engine.loop.inverting import TRAINING_STEPS, inversion_generator, inversion_recipe, picture_prompt
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.jobs.class_file import own_table
 from datasetdm_fast.runs.jobs.job import (
     Job,
     adopt,
@@ -110,9 +109,8 @@ def prepare(config: LabelConfig) -> Job:
     # a picture in tiles is a batch of its own, so that each is committed when it is done
     size = 1 if tiles else together
     plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number, table=table)
-    if recipe.attention is not None:
-        for request in plan:
-            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
+    for request in plan if recipe.attention else ():
+        recipe.check_request(request, engine.model.tokenizer)
     identity = json_values(config.identity())
     if table is not None:
         identity["class_table"] = digest_of(table, config.classes)

@@ -14,11 +14,10 @@ from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import class_tables, kind_of
-from datasetdm_fast.engine.labels.colours import OURS, OWN
+from datasetdm_fast.engine.labels.colours import CUSTOM, OURS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.numbering import coloured, laid_out, numbered
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.class_prompts import check_class_prompt
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused, quote
@@ -329,14 +328,7 @@ def compose(
         raise unnamed_refusal(source, plan, unnamed, len(requests))
     if recipe.attention is not None:
         for request in _different(source, plan):
-            check_class_prompt(
-                request,
-                recipe.asked(request),
-                recipe.attention,
-                engine.model.tokenizer,
-                recipe.table,
-                tokenizer_cuts=source.tokenizer_cuts,
-            )
+            recipe.check_request(request, engine.model.tokenizer, tokenizer_cuts=source.tokenizer_cuts)
     race = racing.Race(engine)
     is_decoded = recipe.decoded == recipe.tasks
     if races and stored is None and config.engine == "auto" and not config.compile and is_decoded:
@@ -556,7 +548,7 @@ def describe(
         **(
             {}
             if recipe.table is None
-            else {"class_table": class_tables.rows_of(recipe.table, plan.words, has_colours=palette == OWN)}
+            else {"class_table": class_tables.rows_of(recipe.table, plan.words, has_colours=palette == CUSTOM)}
         ),
         "engine": dict(engine.fingerprint()),
         **numbered(coloured(label_tables(engine, recipe), palette, recipe.table)),

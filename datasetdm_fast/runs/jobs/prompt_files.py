@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.class_file import own_table
 from datasetdm_fast.engine.loop.prompts import (
     PromptLine,
     PromptSource,
@@ -16,6 +15,7 @@ from datasetdm_fast.engine.loop.prompts import (
     split_prompts,
 )
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.jobs.class_file import own_table
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 

@@ -10,7 +10,7 @@ from typing import Any
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop import driver, prompts
-from datasetdm_fast.engine.loop.driver import word_slots
+from datasetdm_fast.engine.loop.labelling import word_slots
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -72,7 +72,7 @@ def made(
 
 def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     """What the rows of a batch say of how it was made."""
-    return {**recipe.facts, "word_slots": word_slots([recipe.asked(request) for request in batch.requests])}
+    return {**recipe.facts, "word_slots": word_slots([recipe.query_words(request) for request in batch.requests])}
 
 
 def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from datasetdm_fast.config import ATTENTION, DECODER, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.labels import class_tables, kind_of
-from datasetdm_fast.engine.labels.class_file import listed_words
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.checks import (
@@ -21,6 +20,7 @@ from datasetdm_fast.engine.loop.checks import (
 )
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.class_file import listed_words
 from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
 from datasetdm_fast.runs.run_folder.document import most_samples, sets_aside
@@ -61,7 +61,7 @@ def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
     if config.class_table:
         config = replace(config, classes=listed_words(config.class_table, config.classes))
     elif len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
-        names = class_tables.table(config.classes[0]).names
+        names = class_tables.builtin_table(config.classes[0]).names
         config = replace(config, classes=tuple(name for name in names if name != BACKGROUND))
     if config.labeller:
         named = ",".join(config.labeller)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.class_file import refuse_files
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, known
 from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
+from datasetdm_fast.engine.loop.prompts import refuse_file_names
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.prompting.vocabulary import Category, read_vocabulary
@@ -138,7 +138,7 @@ def open_grammar(
     if name == "pose":
         return Grammar(_select(classes, ("person",)), seed)
     if name:
-        names = class_tables.table(name).names
+        names = class_tables.builtin_table(name).names
         return Grammar(_select(classes, [word for word in names if word != "background"]), seed)
     return Grammar(_select(classes, table.names) if table else classes, seed, table)
 
@@ -155,7 +155,7 @@ def _select(requested: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 def check_words(words: Sequence[str]) -> None:
     """Refuses what is no class word: the name of a file, and text that is no Unicode."""
-    refuse_files(words)
+    refuse_file_names(words)
     for word in words:
         if not documents.is_unicode(word):
             raise Refused(f"--classes: {word!r} is not valid Unicode", "Write the class words in UTF-8.")

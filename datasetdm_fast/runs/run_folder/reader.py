@@ -19,7 +19,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, label_files, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label
-from datasetdm_fast.engine.labels.pictures import preview
+from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.runs.run_folder import other_libraries
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 
 OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
-SHOWN = 6  # samples in a notebook's view of a run
 Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
 
 
@@ -296,7 +295,7 @@ class Run(AbstractContextManager["Run"]):
         return f"<Run {self.path}: {len(self)} sample{'s' * (len(self) != 1)}, labels {', '.join(self.tasks)}>"
 
     def _repr_html_(self) -> str:
-        shown = [self[k] for k in range(min(len(self), SHOWN))]
+        shown = [self[k] for k in range(min(len(self), PREVIEW_SAMPLES))]
         return preview([(sample.image, f"{sample.id}: {sample.prompt}") for sample in shown], repr(self))
 
     def position(self, id: str) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.data import IGNORE
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 
-CITYSCAPES_CLASSES = table("cityscapes").names
+CITYSCAPES_CLASSES = builtin_table("cityscapes").names
 TRAIN_IDS = dict(
     zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19))
 )  # label id -> train id
@@ -44,7 +45,7 @@ class Cityscapes(PictureSource):
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
         things = self._things(path, image.shape) if "instance" in self.tasks else {}
-        named = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORED)
+        named = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORE)
         return Picture(path.stem, image, named, labels, **things)
 
     def photo_of(self, names: Sequence[str]) -> str:
@@ -57,7 +58,7 @@ class Cityscapes(PictureSource):
             return reading.label_map(train_ids, shape, self.classes)
         found = reading.numbers(label_ids, shape)
         reading.check_numbers(label_ids, found, MOST_LABELS)
-        table = np.full(256, IGNORED, np.uint8)
+        table = np.full(256, IGNORE, np.uint8)
         table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
         return table[found]
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.engine.labels.class_tables import table
+from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.untrusted import documents
 
-DEEPFASHION_CLASSES = table("deepfashion").names
+DEEPFASHION_CLASSES = builtin_table("deepfashion").names
 
 
 class DeepFashion(PictureSource):

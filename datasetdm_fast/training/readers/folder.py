@@ -3,9 +3,10 @@
 from pathlib import Path
 from types import NoneType
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
@@ -37,10 +38,8 @@ class Folder(PictureSource):
         if has_maps:
             files = (folder / "classes.txt" for folder in (path, path.parent))
             self.classes = reading.class_file(reading.first_there(*files, remedy=CLASSES))
-            if len(self.classes) > IGNORED:
-                raise reading.bad(
-                    path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"
-                )
+            if len(self.classes) > IGNORE:
+                raise reading.bad(path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORE}")
             self.thing_classes = reading.without_background(self.classes)
         if has_depth:
             farthest = [folder / "max_depth.txt" for folder in (path, whole)]

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.depth import LARGEST_STEP, UNITS, unit_of
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.pose import TO_EDGE
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import tables
@@ -244,7 +245,7 @@ def _names(feature: Any) -> Iterator[tuple[str, ...]]:
     """Class names that a feature tells, however deep in lists it stands."""
     if isinstance(feature, dict):
         names = feature.get("names")
-        if isinstance(names, list) and names and len(names) <= IGNORED and all(isinstance(name, str) for name in names):
+        if isinstance(names, list) and names and len(names) <= IGNORE and all(isinstance(name, str) for name in names):
             yield tuple(names)
         for inner in feature.values():
             yield from _names(inner)
@@ -258,7 +259,7 @@ def _numbered(path: Path, found: dict[str, Any]) -> tuple[str, ...]:
         not found
         or set(found) != {str(k) for k in range(len(found))}
         or not all(isinstance(name, str) for name in found.values())
-        or len(found) > IGNORED
+        or len(found) > IGNORE
     ):
         raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
     return reading.with_background([found[str(k)] for k in range(len(found))])

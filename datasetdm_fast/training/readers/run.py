@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.engine.labels.instance import SHOWN_SCORE
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName, task_of_label
 from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures import framing, reading

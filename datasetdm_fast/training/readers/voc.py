@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import IGNORED, Picture
+from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.training.truth.selection import VOC_CLASSES
 from datasetdm_fast.untrusted import documents
@@ -55,7 +56,7 @@ class Voc(PictureSource):
         labels = reading.label_map(maps, image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
-        named = tuple(self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED))
+        named = tuple(self.classes[k] for k in np.unique(labels) if k not in (0, IGNORE))
         return Picture(name, image, named, labels, masks, kinds)
 
     def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
@@ -63,10 +64,10 @@ class Voc(PictureSource):
         things = reading.numbers(path, labels.shape)
         masks, kinds = [], []
         for k in np.unique(things):
-            if k in (0, IGNORED):
+            if k in (0, IGNORE):
                 continue
             below = labels[things == k]
-            counts = np.bincount(below[(below != 0) & (below != IGNORED)], minlength=1)
+            counts = np.bincount(below[(below != 0) & (below != IGNORE)], minlength=1)
             if not counts.any():
                 raise reading.bad(path, f"object {k} lies on no class of {self.maps.name}")
             masks.append(partial(np.equal, things, k))
@@ -91,7 +92,7 @@ class Voc(PictureSource):
 def _label_map(path: Path) -> tuple[str, ...]:
     """The classes of a file of lines NAME:COLOUR:PARTS:ACTIONS, in the order of their numbers."""
     names = tuple(line.partition(":")[0] for line in reading.lines(path) if not line.startswith("#"))
-    if len(set(names)) < len(names) or len(names) < 2 or not all(names) or len(names) > IGNORED:
+    if len(set(names)) < len(names) or len(names) < 2 or not all(names) or len(names) > IGNORE:
         raise reading.bad(path, "its names are not different ones, the background's first")
     return reading.with_background(names)
 

@@ -12,17 +12,6 @@ from datasetdm_fast.untrusted.json_stream import JsonStream
 
 LARGEST_TABLE = 2**22  # bytes
 NAME_A_TABLE = "Name the annotation file of LVIS or COCO, or a CSV file."
-ENDINGS = (".txt", ".csv", ".json", ".jsonl")  # of files, not of class words
-
-
-def refuse_files(words: Sequence[str]) -> None:
-    """Refuses the name of a file in the place of class words."""
-    for word in words:
-        if word.lower().endswith(ENDINGS):
-            raise Refused(
-                f"--classes: {word!r} names a file, expected class words",
-                "Write the words, separated by commas, or name a file of classes with --class-table.",
-            )
 
 
 def listed_words(path: str, chosen: Sequence[str]) -> tuple[str, ...]:

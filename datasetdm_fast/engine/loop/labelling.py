@@ -1,0 +1,229 @@
+"""From the raw outputs of a batch's decoders to its samples: post-processing, labels from attention, trust."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Annotation, AttentionSums, Batch, Instances, Quarantined, Request, Sample, SemanticMap
+from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
+from datasetdm_fast.engine.labels.words import mentioned
+from datasetdm_fast.engine.loop.combining import apply_combinations
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from datasetdm_fast.engine.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines.lanes import Lanes
+    from datasetdm_fast.engine.labels.class_tables import ClassTable
+    from datasetdm_fast.engine.loop.driver import SampledBatch
+    from datasetdm_fast.engine.loop.prompts import Tokenizer
+    from datasetdm_fast.engine.loop.recipe import Recipe
+
+CHUNK_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}  # post-processed per chunk (memory: one mask per query)
+
+
+@cache
+def reader_lanes() -> Lanes:
+    """Threads that post-process on a CPU, an image each, so that no number of threads changes a label."""
+    from datasetdm_fast.engine.engines.lanes import Lanes
+
+    return Lanes(is_single=True)
+
+
+def collect_results(
+    batch: Batch,
+    images: Tensor,
+    raw: dict[str, dict[str, Tensor]],
+    checks: dict[str, Tensor],
+    engine: Engine,
+    recipe: Recipe,
+    sampled: SampledBatch,
+) -> list[Sample | Quarantined]:
+    """Post-processing: one result per request of the batch, without its padding."""
+    import torch
+
+    from datasetdm_fast.engine.tasks.to_host import to_host
+
+    count = len(batch.requests)
+    passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
+
+    def read(task: str, part: slice) -> list[Annotation]:
+        outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
+        return postprocess(requests[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
+
+    is_host = engine.device.type == "cpu"
+    most = max(CHUNK_PIXELS["cpu" if is_host else "cuda"] // recipe.size**2, 1)  # images of a chunk
+    # A GPU reads the padding, too: products of other shapes may round otherwise.
+    requests, together = (batch.requests, 1) if is_host else (batch.padded, most)
+    parts = [slice(b, b + together) for b in range(0, len(requests), together)]
+    chunks = [(task, part) for task in recipe.decoded for part in parts]
+    results_of = iter(reader_lanes().map(read, chunks, most) if is_host else [read(*chunk) for chunk in chunks])
+    labels: dict[str, list[Annotation]] = {
+        task: [label for _ in parts for label in next(results_of)] for task in recipe.decoded
+    }
+    labels = follow_outlines(labels, pixels, engine, most)
+    if sampled.averages is not None:
+        labels[ATTENTION] = attention_labels(batch.requests, sampled.averages, engine, recipe)
+    if recipe.labellers:
+        labels |= labeller_labels(batch, images, sampled, engine, recipe)
+    results: list[Sample | Quarantined] = []
+    for b, request in enumerate(batch.requests):
+        where = [name for name, flags in zip(checks, passed) if not flags[b]]
+        if where:
+            results.append(Quarantined(request, f"NaN or infinite values in {', '.join(where)}"))
+        else:
+            annotations = apply_combinations({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
+            sample = Sample(request, pixels[b], annotations, {**recipe.facts, **engine.adjustments})
+            results.append(with_trust(recipe.origin.finish(sample), recipe))
+    return results
+
+
+def with_trust(sample: Sample, recipe: Recipe) -> Sample:
+    """A sample with the reasons to doubt its labels, and 255 where the run ignores pixels."""
+    evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
+    labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
+    labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels
+    return replace(sample, annotations=labels, trust=trust_of(*evidence))
+
+
+def postprocess(
+    requests: Sequence[Request],
+    raw: dict[str, Tensor],
+    config: DecoderConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+) -> list[Annotation]:
+    """The labels of one decoder, one a request; the tokenizer is for outputs with the attention to tokens."""
+    from datasetdm_fast.engine.tasks import TASKS, captions
+
+    if not config.has_text:  # a decoder of words gets only those that the prompt names
+        named = [request.classes for request in requests]
+        prompts = [request.prompt for request in requests]
+        raw = captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)
+    labels: list[Annotation] = TASKS[config.task].postprocess(raw, config, recipe.size)
+    if not config.is_open:
+        return labels
+    if not config.has_text:
+        return [with_prompt_class(label, request, recipe) for label, request in zip(labels, requests, strict=True)]
+    return [
+        renumber(label, recipe.query_words(request), recipe.words)
+        for label, request in zip(labels, requests, strict=True)
+    ]
+
+
+def follow_outlines(
+    labels: dict[str, list[Annotation]], pixels: np.ndarray, engine: Engine, most: int
+) -> dict[str, list[Annotation]]:
+    """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
+    from datasetdm_fast.engine.tasks.outlines import with_outlines
+
+    def follow(task: str, place: int) -> Annotation:
+        return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
+
+    results = iter(reader_lanes().map(follow, [(task, b) for task in labels for b in range(len(pixels))], most))
+    return {task: [next(results) for _ in pixels] for task in labels}
+
+
+def decoder_labels(
+    requests: Sequence[Request],
+    raw: dict[str, Tensor],
+    images: Sequence[np.ndarray],
+    config: DecoderConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+) -> list[Annotation]:
+    """The labels of `postprocess` with the outlines that the decoder's configuration asks for."""
+    from datasetdm_fast.engine.tasks.outlines import with_outlines
+
+    return with_outlines(postprocess(requests, raw, config, recipe, tokenizer), images, config)
+
+
+def attention_labels(
+    requests: Sequence[Request], averages: AttentionSums, engine: Engine, recipe: Recipe
+) -> list[Annotation]:
+    """The labels read from attention, one a request; those of an image with NaN or Inf are meaningless."""
+    from datasetdm_fast.engine.tasks.attention import class_maps, label_maps
+
+    settings, count = recipe.attention, len(requests)
+    assert settings is not None
+    finite = AttentionSums(averages.cells[:count].nan_to_num(), averages.tokens[:count].nan_to_num())
+    named = [recipe.class_columns(request, engine.model.tokenizer) for request in requests]
+    maps = class_maps(finite, [[places for _, places in classes] for classes in named], settings.exponent)
+    numbers = [[1 + recipe.words.index(word) for word, _ in classes] for classes in named]
+    limits = settings.threshold, settings.uncertainty
+    return [*label_maps(maps, numbers, ("background", *recipe.words), recipe.size, *limits)]
+
+
+def labeller_labels(
+    batch: Batch, images: Tensor, sampled: SampledBatch, engine: Engine, recipe: Recipe
+) -> dict[str, list[Annotation]]:
+    """The labels of other packages' labellers, one an image of the padded batch."""
+    from datasetdm_fast.engine.tasks.labeller import LabellerInput, labels_of
+
+    words = tuple(recipe.query_words(request) for request in batch.padded)
+    labels = {}
+    for task in recipe.labellers:
+        capture = sampled.captures.get(recipe.captures.get(task, -1))
+        inputs = LabellerInput(batch.padded, words, recipe.words, images, sampled.latents, capture)
+        labels[task] = labels_of(task, engine.device, inputs)
+    return labels
+
+
+class WordTable:
+    """Class embeddings of a run's words, computed once."""
+
+    def __init__(self, engine: Engine, words: Sequence[str], asks_all: bool = False, table: ClassTable | None = None):
+        self.asks_all = asks_all
+        self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
+        is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
+        self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
+
+    def embed(self, task: str, requests: Sequence[Request]) -> Tensor | None:
+        """[B, K, D] of the query words of each image, the last repeated up to the longest's K; the first word where
+        there are none. None for decoders that read no words.
+        """
+        import torch
+
+        from datasetdm_fast.kernels.to_device import to_device
+
+        if not self.decoders[task].config.has_text:
+            return None
+        assert self.embeddings is not None
+        queries = [tuple(self.places) if self.asks_all else request.classes for request in requests]
+        slots = max(word_slots(queries), 1)
+        named = [[self.places[word] for word in words] or [0] for words in queries]
+        padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
+        return self.embeddings[to_device(torch.tensor(padded), self.embeddings.device)]
+
+
+def word_slots(queries: Sequence[Sequence[str]]) -> int:
+    """Words that the open-vocabulary decoder reads for each image of a batch."""
+    return max(map(len, queries))
+
+
+def with_prompt_class(label: Instances, request: Request, recipe: Recipe) -> Instances:
+    """The instances as those of the class that the prompt names first; none if it names no class."""
+    import numpy as np
+
+    words = recipe.words
+    named = mentioned(request.prompt, request.classes, recipe.table) or request.classes
+    count = len(label.masks) if named else 0
+    number = words.index(named[0]) if named else 0
+    return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)
+
+
+def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:
+    """A label map over the words of one prompt as one over the words of the run: 0 = none of them, 1 + k = word k."""
+    import numpy as np
+
+    numbers = np.zeros(256, np.uint8)
+    for place in range(len(label.classes) - 1):
+        numbers[place + 1] = 1 + words.index(named[min(place, len(named) - 1)]) if named else 0
+    return SemanticMap(numbers[label.labels], label.confidence, ("background", *words))
