@@ -250,7 +250,7 @@ _BY_FILE = {
     "untrusted/documents.py": (
         "test_untrusted.py",
         ('or ".." in parts', "", "files outside the folder are read"),
-        ("if member.filename in seen:", "if False:", "two readers see two archives"),
+        ("if member.filename in names:", "if False:", "two readers see two archives"),
         (
             "stat.S_ISLNK(member.external_attr >> 16)",
             "stat.S_ISLNK(member.external_attr)",
@@ -272,7 +272,7 @@ _BY_FILE = {
     "untrusted/onnx_graph.py": (
         "test_untrusted.py",
         ("facts.st_nlink > 1", "facts.st_nlink > 2", "a file linked from elsewhere is read"),
-        ("offset + length > facts.st_size", "length > found.st_size", "a graph reads beyond its data"),
+        ("offset + length > facts.st_size", "length > facts.st_size", "a graph reads beyond its data"),
         ("if operator in NATIVE", "if (domain, operator) in NATIVE", "a graph loads compiled code"),
     ),
     "runs/workers/queue.py": (

@@ -1,4 +1,4 @@
-"""JSON, YAML, XML and zip files of unknown origin: bounded in size and depth, and of the form that is expected."""
+"""JSON, YAML, XML and zip files of unknown origin: bounded in size and depth, and checked for their form."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 import stat
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -25,7 +26,7 @@ GET_AGAIN = "Get the file again and compare its checksum."
 
 
 def check_inside(name: str) -> str:
-    """The name where it is a plain relative path that cannot lead out of its folder; else a ValueError."""
+    """Returns a plain relative path that stays inside its folder; raises ValueError for any other name."""
     if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or _NOT_IN_A_PATH.search(name):
         raise ValueError(f"{quote(name)} is no plain relative path")
     parts = name.split("/")
@@ -35,7 +36,7 @@ def check_inside(name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A foreign sentence for a message: one line, bounded, and nothing in it can steer a terminal."""
+    """Untrusted text for a message: one line of bounded length, without control characters."""
     line = " ".join(text.split())
     return "".join(
         letter if letter.isprintable() else ascii(letter)[1:-1]
@@ -44,15 +45,13 @@ def one_line(text: str) -> str:
 
 
 def quote(value: Any) -> str:
-    """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
+    """An untrusted value for a message: short, in quotes, without control characters."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: a file name that is none cannot, nor the half of a character that JSON
-    tells in two escapes.
-    """
+    """Whether a text can be written as UTF-8; a file name in another encoding or half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -61,12 +60,12 @@ def is_unicode(text: str) -> bool:
 
 
 def encodable(text: str) -> str:
-    """A JSON text in which the bytes of names that are no UTF-8, as Python has them, are escapes."""
+    """A JSON text in which bytes that are not UTF-8, as Python holds them in file names, are escapes."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def check_form(value: Any, form: Any, name: str = "") -> None:
-    """A ValueError where a JSON value has not the form: a type, [form of items] or {key: form} of keys it must have."""
+    """Raises ValueError unless a JSON value has a form: a type, [form of items] or {key: form} of its required keys."""
     if isinstance(form, type):
         kinds = (int, float) if form is float else (form,)
         holds = (
@@ -74,7 +73,7 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             and (form is bool or not isinstance(value, bool))
             and not (isinstance(value, float) and not math.isfinite(value))
         )
-        wanted = {
+        expected = {
             str: "text",
             int: "a whole number",
             float: "a number",
@@ -83,9 +82,9 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             bool: "true or false",
         }[form]
     else:
-        holds, wanted = isinstance(value, type(form)), "an object" if isinstance(form, dict) else "a list"
+        holds, expected = isinstance(value, type(form)), "an object" if isinstance(form, dict) else "a list"
     if not holds:
-        raise ValueError(f"{name or 'it'} is {quote(value)}, expected {wanted}")
+        raise ValueError(f"{name or 'it'} is {quote(value)}, expected {expected}")
     if isinstance(form, list):
         for k, item in enumerate(value):
             check_form(item, form[0], f"{name}[{k}]")
@@ -122,8 +121,8 @@ def json_decoder() -> json.JSONDecoder:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"the key {quote(next(key for key, _ in pairs if key in seen or seen.add(key)))} occurs twice")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {quote(key)} occurs twice")
     return value
 
 
@@ -220,12 +219,7 @@ def read_xml(path: Path, *, most: int = LARGEST_XML) -> ElementTree.Element:
     try:
         parser.Parse(data, True)
         return builder.close()
-    except (
-        ValueError,
-        LookupError,
-        expat.ExpatError,
-        AssertionError,
-    ) as error:  # LookupError: an encoding that does not exist
+    except (ValueError, LookupError, expat.ExpatError, AssertionError) as error:  # LookupError: an unknown encoding
         raise Refused(f"{path}: not readable as XML ({reason_of(error)})", GET_AGAIN) from error
 
 
@@ -243,17 +237,17 @@ def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
         raise Refused(f"{path}: not a readable zip archive ({reason_of(error)})", GET_AGAIN) from error
     if len(members) > MOST_MEMBERS:
         raise Refused(f"{path}: {len(members)} members, at most {MOST_MEMBERS} are read", GET_AGAIN)
-    seen: set[str] = set()
+    names: set[str] = set()
     for member in members:
         try:
             check_inside(member.filename)
         except ValueError as error:
             raise Refused(f"{path}: the member {error}", GET_AGAIN) from error
-        if member.filename in seen:
+        if member.filename in names:
             raise Refused(f"{path}: the member {quote(member.filename)} occurs twice", GET_AGAIN)
         if stat.S_ISLNK(member.external_attr >> 16):
             raise Refused(f"{path}: the member {quote(member.filename)} is a link", GET_AGAIN)
-        seen.add(member.filename)
+        names.add(member.filename)
     if (total := sum(member.file_size for member in members)) > most_bytes:
         raise Refused(f"{path}: unpacks to {total} bytes, at most {most_bytes} are read", GET_AGAIN)
     return members

@@ -18,9 +18,9 @@ MOST_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
 def read_image(path: Path, *, most_pixels: int = MOST_PIXELS, holds_numbers: bool = False) -> Image.Image:
-    """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is.
+    """The decoded image of a complete PNG or JPEG file; its size is checked before its pixels are decoded.
 
-    One that `holds_numbers` has them as they are stored: Pillow stretches grey values of 2 or 4 bits to 8.
+    An image that `holds_numbers` has its pixels as they are stored: Pillow stretches grey values of 2 or 4 bits to 8.
     """
     data = storage.read(path, LARGEST_IMAGE_FILE)
     return decode_image(data, str(path), most_pixels=most_pixels, holds_numbers=holds_numbers)
@@ -29,8 +29,8 @@ def read_image(path: Path, *, most_pixels: int = MOST_PIXELS, holds_numbers: boo
 def decode_image(
     data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, least_side: int = 0, holds_numbers: bool = False
 ) -> Image.Image:
-    """The same for bytes in memory; of a JPEG whose sides are larger than `least_side`, where that is given, a smaller
-    image, which takes less time.
+    """The decoded image of bytes in memory; with `least_side` a larger JPEG is decoded at a smaller size, which takes
+    less time.
     """
     if not data:
         raise Refused(f"{name}: empty, expected a PNG or JPEG file", GET_AGAIN)
@@ -40,9 +40,7 @@ def decode_image(
         if data.startswith(b"\x89PNG"):
             check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # what is too large is refused below, in one sentence
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         width, height = image.size
         if width * height > most_pixels:
@@ -61,7 +59,7 @@ def decode_image(
 
 
 def sides_of(path: Path) -> tuple[int, int]:
-    """Width and height that the head of a PNG or JPEG file tells; its pixels are not looked at."""
+    """Width and height in the header of a PNG or JPEG file; its pixels are not decoded."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return image.size
@@ -70,7 +68,9 @@ def sides_of(path: Path) -> tuple[int, int]:
 
 
 def check_png(data: bytes, *, may_go_on: bool = False) -> None:
-    """A ValueError where a PNG file is not as it was written; more may follow its end only where it `may_go_on`."""
+    """Raises ValueError for a PNG file that is truncated or modified, or has bytes after its end unless it
+    `may_go_on`.
+    """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""

@@ -1,4 +1,4 @@
-"""A JSON object too large to hold: the elements of its lists one after another, with the places to read them again."""
+"""JSON objects larger than memory: the elements of their lists in turn, with the places to read them again."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
 LARGEST_STREAM = 4 * 2**30  # bytes; LVIS has 1.1 GB
-WINDOW = 4 * 2**20  # bytes looked at together
+WINDOW = 4 * 2**20  # bytes decoded at a time
 LONGEST_ELEMENT = 64 * 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -33,17 +33,17 @@ class JsonStream:
         with storage.refusing(path):
             handle = storage.syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= LARGEST_STREAM:
+                facts = os.fstat(handle)
+                if not stat.S_ISREG(facts.st_mode) or not 0 < facts.st_size <= LARGEST_STREAM:
                     raise Refused(
-                        f"{path}: {found.st_size} bytes, expected a file of at most {LARGEST_STREAM}",
+                        f"{path}: {facts.st_size} bytes, expected a file of at most {LARGEST_STREAM}",
                         "Give the annotation file as it was published.",
                     )
                 self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(handle)
         self.decoder = documents.json_decoder()
-        self.keys: set[str] = set()  # of the object, as far as it was read, those of empty lists included
+        self.keys: set[str] = set()  # of the part of the object that was read, those of empty lists included
 
     def __iter__(self) -> Iterator[Element]:
         """Every element of every list of the object, and every other value of it whole."""

@@ -28,13 +28,10 @@ if TYPE_CHECKING:
 LARGEST_CHECKPOINT = 32 * 2**30  # bytes of one checkpoint
 SPARE_MEMORY = 2 * 2**30  # bytes beyond three times the file
 SPARE_SECONDS = 120  # of processor time, beyond one for every 20 MB
-MOST_OTHERS = 32  # names of what is no tensor
+MOST_OTHERS = 32  # names of entries that are no tensors
 OTHERS = "left out"  # the note of a safe copy that holds them
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-TRAINER = (
-    "pytorch_lightning.",
-    "lightning.",
-)  # whose leavings lie beside the weights of the original checkpoints; they are not needed
+TRAINER = ("pytorch_lightning.", "lightning.")  # objects of the original checkpoints that are not needed
 CONVERT = "If you trust it, convert it to .safetensors, or get the .safetensors file of the same model."
 
 
@@ -81,14 +78,14 @@ def _run(source: Path, target: Path, size: int) -> None:
     paths = [entry for entry in sys.path if os.path.isabs(entry)]
     call = f"child({str(source.resolve())!r}, {str(target.resolve())!r})"
     code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.untrusted.pickles import child; {call}"
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     environment = {
         "PATH": os.defpath,
         "HOME": "/nonexistent",
         "LC_ALL": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-    } | kept
+    } | inherited
     try:
         ended = subprocess.run(
             [sys.executable, "-I", "-c", code],
@@ -108,7 +105,7 @@ def _run(source: Path, target: Path, size: int) -> None:
             "Free memory and processes, then try again.",
         ) from error
     try:
-        told = json.loads(ended.stdout)
+        result = json.loads(ended.stdout)
     except ValueError:
         how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"code {ended.returncode}"
         last = (ended.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
@@ -116,14 +113,15 @@ def _run(source: Path, target: Path, size: int) -> None:
             f"{source}: the process that read it ended with {how} {documents.quote(last) if last else ''}".rstrip(),
             CONVERT,
         ) from None
-    if told["lacking"]:
+    if result["lacking"]:
         print(
-            f"{source}: read without {' and '.join(told['lacking'])}, which this system does not offer", file=sys.stderr
+            f"{source}: read without {' and '.join(result['lacking'])}, which this system does not offer",
+            file=sys.stderr,
         )
-    if told["cause"]:
+    if result["cause"]:
         raise Refused(
             f"{source} is truncated, or a pickle that holds more than tensors, which could run code and is not read "
-            f"({documents.one_line(told['cause'])})",
+            f"({documents.one_line(result['cause'])})",
             CONVERT,
         )
 
@@ -134,53 +132,53 @@ def _seconds(size: int) -> int:
 
 # In the process that reads --------------------------------------------------------------------------------------------
 def child(source: str, target: str) -> None:
-    """Writes the copy and tells on stdout, as JSON, why not and which protection the system lacked."""
-    lacking = leave_network()
-    import torch  # noqa: F401 - before the limits, which are to bound the foreign file alone
+    """Writes the copy, and on stdout as JSON the cause of a failure and the protections that the system lacks."""
+    missing = leave_network()
+    import torch  # noqa: F401 - before the limits, which bound the untrusted file alone
 
-    lacking += confine(Path(target), os.stat(source).st_size)
+    missing += confine(Path(target), os.stat(source).st_size)
     try:
         cause = ""
         _save(*read_tensors(Path(source)), Path(target))
-    except BaseException as error:  # foreign bytes make the reader raise nearly anything
+    except BaseException as error:  # untrusted bytes make the reader raise nearly anything
         cause = _cause(error)
-    print(json.dumps({"cause": cause, "lacking": lacking}), flush=True)
+    print(json.dumps({"cause": cause, "lacking": missing}), flush=True)
     os._exit(0)  # nothing a file left behind gets a chance to run at exit
 
 
 def _cause(error: BaseException) -> str:
-    """The one line of torch's long advice that says what was found."""
+    """The line of torch's message that names the cause."""
     text = str(error).strip() or type(error).__name__
-    if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it asks for {asked[1]}"
-    said = re.search(r"WeightsUnpickler error: (.+)", text)
-    return said[1] if said else re.sub(r"Weights only load failed.*?\n\n+", "", text, flags=re.DOTALL).splitlines()[0]
+    if match := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
+        return f"it asks for {match[1]}"
+    match = re.search(r"WeightsUnpickler error: (.+)", text)
+    return match[1] if match else re.sub(r"Weights only load failed.*?\n\n+", "", text, flags=re.DOTALL).splitlines()[0]
 
 
 def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a pickled checkpoint by name, read by torch's restricted reader, and the names of what else it
-    held, which is left out.
+    """The tensors of a pickled checkpoint by name, read by torch's restricted reader, and the names of other entries,
+    which are left out.
     """
     import torch
 
     is_archive = zipfile.is_zipfile(source)
     if is_archive:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
-        unknown = [name for name in foreign if not name.startswith(TRAINER)]
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
+        unknown = [name for name in names if not name.startswith(TRAINER)]
         if unknown:
             raise ValueError(f"it asks for {', '.join(sorted(unknown)[:3])}")
-        torch.serialization.add_safe_globals([(type("Left", (), {"__module__": "left"}), name) for name in foreign])
+        torch.serialization.add_safe_globals([(type("Left", (), {"__module__": "left"}), name) for name in names])
     loaded: Any = torch.load(source, map_location="cpu", weights_only=True, mmap=is_archive)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"it holds a {type(loaded).__name__}, expected a state dict of tensors")
-    beside = [name for name in loaded if name != "state_dict"] if "state_dict" in loaded else []
+    extra = [name for name in loaded if name != "state_dict"] if "state_dict" in loaded else []
     loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"its state_dict is a {type(loaded).__name__}, expected tensors by name")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     if not all(isinstance(name, str) and name != "__metadata__" for name in tensors):
         raise ValueError("the names of its tensors are no texts")
-    others = [*beside, *(name for name in loaded if name not in tensors)]
+    others = [*extra, *(name for name in loaded if name not in tensors)]
     return tensors, [documents.one_line(str(name)) for name in others[:MOST_OTHERS]]
 
 
@@ -202,40 +200,15 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _LANDLOCK = (444, 445, 446)  # the same numbers on every architecture
 _WRITE_FILE, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = 1 << 1, 1 << 5, 1 << 8, 1 << 14
 _CHANGES = sum(1 << k for k in (0, 1, *range(4, 13)))  # every right, that to start programs too, but not that to read
-FORBIDDEN = (
-    *(
-        "os.system",
-        "os.exec",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.fork",
-        "os.forkpty",
-        "os.remove",
-        "os.rename",
-        "os.rmdir",
-        "os.mkdir",
-        "os.link",
-        "os.symlink",
-    ),
-    *(
-        "os.chmod",
-        "os.chown",
-        "os.truncate",
-        "os.kill",
-        "subprocess.Popen",
-        "pty.spawn",
-        "shutil.",
-        "socket.",
-        "urllib.",
-        "webbrowser.",
-        "ftplib.",
-        "smtplib.",
-    ),
+FORBIDDEN = tuple(  # beginnings of audit events
+    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty os.remove os.rename os.rmdir os.mkdir os.link "
+    "os.symlink os.chmod os.chown os.truncate os.kill subprocess.Popen pty.spawn shutil. socket. urllib. webbrowser. "
+    "ftplib. smtplib.".split()
 )
 
 
 def leave_network() -> list[str]:
-    """Leaves the network for good and dies with its parent; returns what the system does not offer."""
+    """Leaves the network for good and dies with its parent; returns the protections that the system lacks."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -258,9 +231,9 @@ def confine(target: Path, size: int) -> list[str]:
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
-    lacking = [] if _landlock(target.parent) else ["a lock on other files"]
+    missing = [] if _landlock(target.parent) else ["a lock on other files"]
     sys.addaudithook(_refuse_event)
-    return lacking
+    return missing
 
 
 def _landlock(folder: Path) -> bool:
@@ -288,7 +261,7 @@ def _landlock(folder: Path) -> bool:
 
 
 def _refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's own doors, shut once more: what a pickle reaches first, it is told no by name."""
+    """A second barrier, in Python itself: an audit hook that names the event a pickle tried."""
     is_writing = event == "open" and (
         (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(str(arguments[1] or "r")) & set("wax+")
     )

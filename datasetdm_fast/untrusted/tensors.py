@@ -18,7 +18,7 @@ ITEM_BYTES = {
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together."""
+    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges are consistent."""
     with storage.refusing(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -36,10 +36,10 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise Refused(f"{path}: its metadata holds something other than texts", GET_AGAIN)
-    found, ranges = {}, []
+    tensors, ranges = {}, []
     for name, entry in header.items():
         kind, shape, begin, end = _tensor(entry, name, path)
-        found[name] = (kind, shape)
+        tensors[name] = (kind, shape)
         ranges.append((begin, end))
     place = 0
     for begin, end in sorted(ranges):
@@ -52,7 +52,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             f"{place})",
             GET_AGAIN,
         )
-    return found
+    return tensors
 
 
 def _tensor(entry: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], int, int]:
