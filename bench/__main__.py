@@ -19,8 +19,9 @@ BENCHES = {
         "a run on simulated GPUs: launches, order, memory, and estimated costs",
     ),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
-    "claims": ("bench.claims.run", "whether generated images help a student network, as in the papers' tables"),
-    "labels": ("bench.claims.labels", "scores of a student network by number of labelled scenes"),
+    "claims": ("bench.proof.claims.run", "whether generated images help a student network, as in the papers' tables"),
+    "student": ("bench.proof.students.command", "whether the images of a run help a student network"),
+    "labels": ("bench.proof.claims.labels", "scores of a student network by number of labelled scenes"),
     "attention": (
         "bench.rows.attention",
         "images with labels from attention on this CPU, compared with Dataset Diffusion based on diffusers",

@@ -15,22 +15,31 @@ class TaskKind:
     meter: str  # a Meter: the figures
 
 
-_LABELS, _TASKS, _METERS = (
-    f"datasetdm_fast.{room}" for room in ("engine.labels", "engine.tasks", "training.evaluation")
-)
 OWN_TASKS = {
     "semantic": TaskKind(
-        f"{_LABELS}.semantic:SemanticKind", f"{_TASKS}.semantic:SemanticTask", f"{_METERS}.metrics:Semantic"
+        "datasetdm_fast.engine.labels.semantic:SemanticKind",
+        "datasetdm_fast.engine.tasks.semantic:SemanticTask",
+        "datasetdm_fast.training.evaluation.metrics:Semantic",
     ),
     "instance": TaskKind(
-        f"{_LABELS}.instance:InstanceKind", f"{_TASKS}.instance:InstanceTask", f"{_METERS}.ranking:Instance"
+        "datasetdm_fast.engine.labels.instance:InstanceKind",
+        "datasetdm_fast.engine.tasks.instance:InstanceTask",
+        "datasetdm_fast.training.evaluation.ranking:Instance",
     ),
-    "depth": TaskKind(f"{_LABELS}.depth:DepthKind", f"{_TASKS}.depth:DepthTask", f"{_METERS}.metrics:Depth"),
-    "pose": TaskKind(f"{_LABELS}.pose:PoseKind", f"{_TASKS}.pose:PoseTask", f"{_METERS}.ranking:Pose"),
+    "depth": TaskKind(
+        "datasetdm_fast.engine.labels.depth:DepthKind",
+        "datasetdm_fast.engine.tasks.depth:DepthTask",
+        "datasetdm_fast.training.evaluation.metrics:Depth",
+    ),
+    "pose": TaskKind(
+        "datasetdm_fast.engine.labels.pose:PoseKind",
+        "datasetdm_fast.engine.tasks.pose:PoseTask",
+        "datasetdm_fast.training.evaluation.ranking:Pose",
+    ),
     "open-vocabulary": TaskKind(
-        f"{_LABELS}.open_vocabulary:OpenVocabularyKind",
-        f"{_TASKS}.open_vocabulary:OpenVocabularyTask",
-        f"{_METERS}.metrics:OpenVocabulary",
+        "datasetdm_fast.engine.labels.open_vocabulary:OpenVocabularyKind",
+        "datasetdm_fast.engine.tasks.open_vocabulary:OpenVocabularyTask",
+        "datasetdm_fast.training.evaluation.metrics:OpenVocabulary",
     ),
 }
 TASK_KINDS = Registry("tasks", OWN_TASKS, TaskKind)
@@ -48,7 +57,10 @@ class LabellerKind:
     labeller: str  # a Labeller: what reads them
 
 
-OWN_LABELLERS = {DECODER: None, ATTENTION: LabellerKind(f"{_LABELS}.attention:AttentionKind", "")}  # ours are built in
+OWN_LABELLERS = {
+    DECODER: None,
+    ATTENTION: LabellerKind("datasetdm_fast.engine.labels.attention:AttentionKind", ""),
+}  # ours are built in
 LABELLER_KINDS = Registry("labellers", OWN_LABELLERS, LabellerKind, reserved=TASKS)
 LABELLERS = LABELLER_KINDS.names
 UNDECODED = tuple(name for name in LABELLERS if name != DECODER)  # labels that no decoder reads, called as what does

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import command
@@ -17,7 +16,6 @@ from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation import naming
-from datasetdm_fast.training.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.untrusted.documents import one_line
 
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.training.evaluation.meter import Meter
 
-STUDENTS_FOLDER = "runs/students"  # where no --out names another
-OF_TRAINING = ("learn_from", "real", "repeats", "steps", "more")  # settings of networks that are trained here
+OF_TRAINING = ("learn_from", "repeats", "steps", "more")  # settings of decoders that are trained here
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
 EXAMPLES = (
@@ -39,17 +36,13 @@ EXAMPLES = (
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
     config.check()
-    if not (config.student or config.curve) and (idle := [name for name in OF_TRAINING if name in given]):
-        raise Refused(
-            f"--{idle[0].replace('_', '-')}: for --curve and --student, and neither is named", "Add one, or drop it."
-        )
-    if (config.student or config.curve) and (len(naming.addresses(config.data)) > 1 or config.class_names):
+    if not config.curve and (idle := [name for name in OF_TRAINING if name in given]):
+        raise Refused(f"--{idle[0].replace('_', '-')}: for --curve, which is not given", "Add --curve, or drop it.")
+    if config.curve and (len(naming.addresses(config.data)) > 1 or config.class_names):
         raise Refused(
             "--data: several data sets, or --class-names, can only be used to evaluate trained decoders",
-            "Leave out --student and --curve, or give one data set without --class-names.",
+            "Leave out --curve, or give one data set without --class-names.",
         )
-    if config.student:
-        return _student(config) if config.student == BUILT_IN else _network(config)
     return _curve(config) if config.curve else _decoders(config)
 
 
@@ -200,132 +193,6 @@ def _check_enough(most: int, labelled, address: str) -> None:
         raise Refused(
             f"--curve: {most} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer."
         )
-
-
-def _student(config: EvaluateConfig) -> int:
-    """The built-in student taught by real images alone and with those of a run."""
-    from datasetdm_fast.training.evaluation import curve, worth
-
-    address = curve.to_learn_from(config.data, config.learn_from, config.real)
-    import torch
-
-    from datasetdm_fast.runs.run_folder.reader import open_run
-    from datasetdm_fast.training.evaluation.student_data import SIDE
-
-    if config.run.endswith("]") and not Path(config.run).exists():
-        raise Refused(
-            f"--run {config.run}: --student {BUILT_IN} reads the labels of decoders only",
-            "Name the run without brackets, or another --student.",
-        )
-    torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
-    with open_run(config.run, kept=True) as run:
-        learnt = _opened(config, address, SIDE, selection=config.selection())
-        judged = _opened(config, config.data, SIDE)
-        if config.skip_bad:
-            learnt, judged = learnt.readable(), judged.readable()
-        tasks = worth.student_tasks(learnt, judged, run, config.task)
-        seeds = config.repeats if config.repeats > 1 else worth.SEEDS
-        if config.dry_run:
-            return _planned_students(config, len(judged), tasks, seeds)
-        found = worth.worth(
-            *(learnt, judged, run, tasks, config.real),
-            seeds=seeds,
-            steps=config.steps,
-            told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
-        )
-        seen = _shared(judged, learnt, config.real)
-    text = "\n".join([worth.table(found), *_of_training({"student": seen})])
-    return _end(config, {"student": found, **seen}, learnt.skipped | judged.skipped, text)
-
-
-def _network(config: EvaluateConfig) -> int:
-    """Student networks of transformers taught by real images, by those of a run or by both."""
-    from datasetdm_fast.runs.run_folder.document import read_document
-    from datasetdm_fast.training.evaluation import arms, curve
-    from datasetdm_fast.training.evaluation.course import Course
-    from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
-    from datasetdm_fast.training.evaluation.measure import check_shown
-    from datasetdm_fast.training.evaluation.networks.weights import check_folder, size_of
-    from datasetdm_fast.training.evaluation.worth import SEEDS, check_classes
-
-    network = open_network(config.student)
-    task, tasks = network.task, (network.task,)
-    if other := [name for name in config.task if name != task]:
-        raise Refused(f"--task {other[0]}: {config.student} learns {task}", "Leave --task out, or name another.")
-    if config.tta and network.mirror is None:
-        raise Refused(f"--tta: the predictions of {config.student} cannot be averaged", "Leave it out.")
-    if config.self_train and task != "semantic":
-        raise Refused(f"--self-train: {config.student} learns {task}, no label map", "Leave it out.")
-    names = ("synthetic",) if config.only_synthetic else ("both",) if config.both else ("real", "both")
-    has_real = any("real" in arms.ARMS[name] for name in names)
-    address = curve.to_learn_from(config.data, config.learn_from, config.real) if has_real else ""
-    size = "" if config.weights else size_of(network, config.student_size)
-    if config.weights:
-        check_folder(network, Path(config.weights))
-    folder = config.run if Path(config.run).is_dir() else config.run.partition("[")[0]  # RUN[LABEL], as readers take it
-    document = read_document(Path(folder)) or {"sampling": {"size": ANY_SIZE}}
-    side = config.size or -(-document["sampling"]["size"] // MULTIPLE) * MULTIPLE
-    try:
-        run = _opened(config, f"run:{config.run}", side, tasks)
-    except Refused as stop:
-        raise Refused(stop.cause.replace("--data run:", "--run "), stop.remedy) from stop
-    judged = _opened(config, config.data, side, tasks)
-    learnt = _opened(config, address, side, tasks, config.selection()) if has_real else None
-    if config.skip_bad:
-        run, judged, learnt = (source and source.readable() for source in (run, judged, learnt))
-    check_shown(judged, task)  # which else would be noticed once a student is trained
-    if learnt is not None:
-        if config.real > len(learnt):
-            raise Refused(f"--real {config.real}: the data set has {len(learnt)} images", "Ask for fewer.")
-        check_classes(learnt.classes, judged.classes)
-    vocabulary = shared_vocabulary(judged, run)
-    sets = {} if learnt is None else {"real": Examples(learnt, vocabulary, task, count=config.real)}
-    import torch
-
-    from datasetdm_fast.engine.engines.device import multiplies_bf16, resolve_device
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    is_short = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
-    given = {"steps": config.steps} if config.steps else {}
-    experiment = arms.Experiment(
-        *(config.student, network, vocabulary),
-        sets | {"run": Examples(run, vocabulary, task, is_generated=True)},
-        Examples(judged, vocabulary, task),
-        Course(batch_size=config.batch_size, is_fine=bool(config.weights), **given),
-        Path(config.out or STUDENTS_FOLDER),
-        size,
-        config.weights,
-        seeds=config.repeats if config.repeats > 1 else SEEDS,
-        is_averaged=config.tta,
-        trains_itself=config.self_train,
-        device=device,
-        dtype=torch.bfloat16 if is_short else torch.float32,
-    )
-    if config.dry_run:
-        return _planned_students(config, len(judged), names, experiment.seeds, str(experiment.folder))
-    with _bar(0, config.quiet) as bar:
-
-        def moved(name: str, step: int, loss: float) -> None:
-            bar.total, bar.n = experiment.course.steps, step
-            bar.set_description(f"{name}, loss {loss:.3f}")
-
-        found = arms.compare(
-            experiment, names, lambda line: None if config.quiet else bar.write(line, file=sys.stderr), moved
-        )
-    skipped = {**run.skipped, **judged.skipped, **({} if learnt is None else learnt.skipped)}
-    seen = {} if learnt is None else _shared(judged, learnt, config.real)
-    text = "\n".join([arms.table(found), *_of_training({"student": seen})])
-    return _end(config, {"student": found, **seen}, skipped, text)
-
-
-def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str], seeds: int, folder: str = "") -> int:
-    """The exit code of a dry run of students of some kinds, whose checkpoints `folder` would keep."""
-    each, judged = count_noun(seeds, "student"), count_noun(images, "image")
-    told = f"{each} for each of {', '.join(kinds)} would be taught and judged on {judged}"
-    facts = {"students": seeds * len(kinds), "images": images, **({"path": folder} if folder else {})}
-    return print_plan(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
 
 
 def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):

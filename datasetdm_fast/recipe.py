@@ -29,10 +29,9 @@ QUICK = {  # command -> flags that take the place of a recipe's own
     "generate": f"--steps {STEPS} --number {STEPS} --batch-size 2 --truncate-prompts",
     "splice": "--number 2",
     "convert": "",
-    "evaluate": "--batch-size 2",
+    "evaluate": "--batch-size 2 --bootstrap 0",
     "compat.vinai": f"--steps {STEPS}",
 }
-QUICK_STUDENT = f"--steps {STEPS} --repeats 2 --real 2 --student-size tiny --size 64"
 NOT_QUICK = ("--select", "--min-area")  # flags with a value that a few small images would not pass
 
 
@@ -163,9 +162,6 @@ def steps_of(recipe: Mapping[str, Any], config: RecipeConfig) -> list[Step]:
 def quickened(words: Sequence[str]) -> list[str]:
     """The line with the flags of QUICK in the place of its own."""
     short = shlex.split(QUICK[words[0]])
-    if words[0] == "evaluate":  # after three steps every label may be doubtful
-        words = [f"{word}[all]" if before == "--run" else word for before, word in zip(("", *words), words)]
-        short = [*short, *shlex.split(QUICK_STUDENT)] if "--student" in words else ["--bootstrap", "0"]
     gone = {*NOT_QUICK, *(word for word in short if word.startswith("--"))}
     kept = [word for k, word in enumerate(words) if word not in gone and (not k or words[k - 1] not in gone)]
     return [*kept, *short]

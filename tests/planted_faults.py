@@ -537,7 +537,7 @@ FAULTS = {
         "datasetdm_fast.kernels.linear_geglu:fused", ", ceil_divide(rows, sizes", ", 2**16 * ceil_divide(rows, sizes"
     ),
     "views of a student copied while the host waits": Fault(
-        "datasetdm_fast.training.evaluation.course:NetworkTraining.step",
+        "bench.proof.students.course:NetworkTraining.step",
         "to_device(as_tensor(items, network.colours), self.device)",
         "as_tensor(items, network.colours).to(self.device)",
         {"scenario": "students", "batches": 1},

@@ -12,20 +12,19 @@ import pytest
 import torch
 from skips import long_test
 
-from bench.claims import labels, page, rows, search, sets, training_free, tuned, tuned_page
-from bench.claims.rows import CLAIMS, judged, row_of
-from bench.claims.students import Arm, StudentStore, TestSet
+from bench.proof.claims import labels, page, rows, search, sets, training_free, tuned, tuned_page
+from bench.proof.claims.rows import CLAIMS, judged, row_of
+from bench.proof.claims.students import Arm, StudentStore, TestSet
+from bench.proof.students import command, student_data, student_views, worth
+from bench.proof.students.student import Student, StudentSchedule, answers, shares, teach
+from bench.proof.students.student_data import CELLS, IGNORED, SIDE
+from bench.proof.students.student_views import mild, strong
 from bench.world.worlds import WORLDS
-from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS as TASK_PARTS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation import student_data, student_views, worth
-from datasetdm_fast.training.evaluation.student import Student, StudentSchedule, answers, shares, teach
-from datasetdm_fast.training.evaluation.student_data import CELLS, IGNORED, SIDE
-from datasetdm_fast.training.evaluation.student_views import mild, strong
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -448,7 +447,7 @@ def test_what_helps_is_outside_its_interval(capsys):
     assert not unclear["helps"] and worth.verdict(unclear) == "no clear help"
     worse = worth.compared("semantic", [0.5, 0.6, 0.7], [0.4, 0.501, 0.6])
     assert not worse["helps"] and worth.verdict(worse) == "harms"
-    assert evaluate.main(["--student", "small"]) == 2 and "--run is missing" in capsys.readouterr().err
+    assert command.main(["--student", "small"]) == 2 and "--run is missing" in capsys.readouterr().err
 
 
 def test_commands_refuse_what_proves_nothing(capsys, tmp_path):
@@ -509,8 +508,8 @@ def test_labels_shows_a_figure_of_every_student():
 @long_test
 def test_every_row_is_made_and_found_again(tmp_path, monkeypatch):
     """All labellers, sets, students and exams, each in the smallest number that is one."""
-    from bench.claims.experiments import Experiments
-    from bench.claims.run import described
+    from bench.proof.claims.experiments import Experiments
+    from bench.proof.claims.run import described
 
     scale = sets.Scale(
         seeds=2,

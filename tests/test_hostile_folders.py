@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rendered import write_run
 
-from datasetdm_fast import audit, evaluate, generate, verify
+from datasetdm_fast import audit, generate, verify
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as export
 from datasetdm_fast.export.manifest import NAME as MANIFEST
@@ -205,24 +205,6 @@ def test_a_verdict_is_not_worked_out_for_them(whole, tmp_path, capsys, name):
     check_end(code, capsys.readouterr().err)
 
 
-SOME = [
-    f"{DOCUMENT}: a pipe",
-    f"{DOCUMENT}: empty",
-    f"{LEDGER}: text",
-    f"{LEDGER}: a pipe",
-    "images/00000001.png: a pipe",
-]
-
-
-@pytest.mark.parametrize("name", SOME)
-def test_no_student_learns_from_them(whole, tmp_path, capsys, name):
-    run = spoilt(whole, tmp_path, name)
-    line = ["--student", "small", "--run", str(run), "--data", "demo:2@900000", "--real", "2", "--steps", "1"]
-    with in_time():
-        code = evaluate.main([*line, "--quiet", "--task", "semantic"])
-    check_end(code, capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_manifest_of_an_engine_folder(tmp_path, name):
     (tmp_path / MANIFEST).write_text("{}")
@@ -303,7 +285,6 @@ def test_every_flag_that_names_a_place_for_results_is_checked():
         ("RunConfig", "engines"),
         ("TrainConfig", "out"),
         ("TrainConfig", "cache_dir"),
-        ("EvaluateConfig", "out"),
         ("ExportConfig", "out"),
         ("VerifyConfig", "html"),
         ("VerifyConfig", "run"),

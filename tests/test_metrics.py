@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bench.proof.students import student_data
+from bench.proof.students.examples import Examples
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation import student_data
-from datasetdm_fast.training.evaluation.examples import Examples
 from datasetdm_fast.training.evaluation.intervals import expanded, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from datasetdm_fast import recipe
 from datasetdm_fast.evaluate import main as evaluate
 from datasetdm_fast.runs.exporting.conversion import check_formats
 from datasetdm_fast.training.evaluation import naming
-from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.settings import TrainConfig
 
 PARSED = 77
 NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
@@ -46,7 +43,6 @@ def published(root: Path) -> None:
     for there, copy in (
         ("cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val"),
         ("cityscapes/gtFine/train", "cityscapes/gtFine/val"),
-        ("deepfashion-mm", "deepfashion-mm-test"),
         ("kitti/kitti_eigen_train.txt", "kitti/kitti_eigen_test.txt"),
         ("lvis/annotations/lvis_v1_train.json", "lvis/annotations/lvis_v1_val.json"),
         ("nyudepthv2/sync", "nyudepthv2/official_splits/test"),
@@ -77,22 +73,7 @@ def test_every_data_set_of_a_line_is_there_in_its_published_layout(data):
             given = [after for flag, after in zip(step.words, step.words[1:]) if flag in ("--data", "--learn-from")]
             for address in {one for text in given for one in naming.addresses(text) if not one.startswith("run:")}:
                 opened[address] = opened.get(address) or len(open_data(address, 64))
-    assert len(opened) == 15 and set(opened.values()) == {layouts.COUNT}
-
-
-def test_students_learn_from_the_images_that_the_decoder_was_trained_on():
-    for name in NAMES:
-        lines = {step.name: step.words for step in steps(name)}
-        if "--learn-from" in (evaluation := lines.get("evaluate", ())):
-            decoder, _ = recipe.parse(lines["train"][1:], TrainConfig)
-            students, _ = recipe.parse(evaluation[1:], EvaluateConfig)
-            assert decoder.data == students.learn_from and students.real == 0, name
-            both = [
-                # things that are too small for the decoder are there for a student
-                replace(each.selection(), min_instance=0, most=each.selection().most or recipe.read(name)["real"])
-                for each in (decoder, students)
-            ]
-            assert both[0] == both[1] and both[0].most == recipe.read(name)["real"], name
+    assert len(opened) == 12 and set(opened.values()) == {layouts.COUNT}
 
 
 def test_every_export_is_one_of_the_labels_that_are_made():
@@ -157,8 +138,8 @@ def test_a_finished_step_is_not_repeated(tmp_path, monkeypatch, capsys):
     line = ["voc-semantic", "--root", str(tmp_path), "--model", "demo", "--out", str(tmp_path / "out")]
     assert recipe.main(line) == 4 and lines == ["train", "prompts", "generate"]
     fails.clear()
-    assert recipe.main(line) == 0 and lines[3:] == ["generate", "splice", "convert", "evaluate"]
-    assert recipe.main(line) == 0 and len(lines) == 7
+    assert recipe.main(line) == 0 and lines[3:] == ["generate", "splice", "convert"]
+    assert recipe.main(line) == 0 and len(lines) == 6
     assert (
         recipe.main([*line, "--real", "50"]) == 2
         and "its step train was run with other flags" in capsys.readouterr().err
@@ -177,7 +158,7 @@ def test_several_data_sets_and_names_of_classes(tmp_path, capsys):
         evaluate([*line, "--class-names", "zebra=ball"]) == 2 and "--class-names zebra=ball" in capsys.readouterr().err
     )
     assert evaluate([*line, "--class-names", "cat=dog"]) == 2 and "two classes" in capsys.readouterr().err
-    assert evaluate(["--data", data, "--student", "small", "--run", "x"]) == 2
+    assert evaluate(["--data", data, "--curve", "1,2"]) == 2
 
 
 @pytest.mark.parametrize("name", ["voc", "cityscapes"])

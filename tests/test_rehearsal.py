@@ -125,7 +125,7 @@ EXPECTED = {
     "noise of pictures copied while the host waits": ("host wait", "sampling/inversion.py"),
     "totals of all processes on the GPU": ("host wait", "training/trainer.py"),
     "words of a prompt copied while the host waits": ("host wait", "evaluation/measure.py"),
-    "views of a student copied while the host waits": ("host wait", "evaluation/course.py"),
+    "views of a student copied while the host waits": ("host wait", "students/course.py"),
     "texts of a graph that are freed": ("freed", "engines/cuda_graph.py"),  # where it is replayed
     "sums of a level added in any order": ("order", "models/capture.py"),
     "a kernel that adds in any order": ("order", "kernels/attention_average.py"),

@@ -15,19 +15,18 @@ from PIL import Image
 from rendered import document, rendered, write_run
 from safetensors.torch import load_file, save_file
 
-from datasetdm_fast import evaluate
+from bench.proof.students import answering, arms, command, course, student_data
+from bench.proof.students.course import Course, NetworkTraining, taught
+from bench.proof.students.examples import Examples, shared_vocabulary
+from bench.proof.students.networks import NETWORKS, STUDENTS, open_network
+from bench.proof.students.networks.weights import build
+from bench.proof.students.worth import check_classes
 from datasetdm_fast.data import IGNORE, Request, SemanticMap
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.training.evaluation import answering, arms, course, student_data
-from datasetdm_fast.training.evaluation.course import Course, NetworkTraining, taught
-from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
-from datasetdm_fast.training.evaluation.networks import NETWORKS, STUDENTS, open_network
-from datasetdm_fast.training.evaluation.networks.weights import build
-from datasetdm_fast.training.evaluation.worth import check_classes
 from datasetdm_fast.training.readers import open_data
 
 SIDE = 64
@@ -193,7 +192,7 @@ LINE += ["--student-size", "tiny", "--repeats", "2", "--threads", "1", "--quiet"
 
 def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     line = [*LINE, "--student", "segformer", "--run", str(run), "--out", str(tmp_path / "out"), "--self-train"]
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
     shown = capsys.readouterr().out
     assert "both over real: " in shown and "both-self over both: " in shown and "at 64 x 64 pixels" in shown
     head, row = shown.splitlines()[1:3]
@@ -204,19 +203,19 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     ]
     monkeypatch.setattr(course.NetworkTraining, "step", None)  # nothing is taught again
     (left := tmp_path / "out" / "real-1" / "checkpoint.safetensors").write_bytes(b"as a kill after the last step")
-    assert evaluate.main([*line, "--real", "0", "--json"]) == 0  # all of them
+    assert command.main([*line, "--real", "0", "--json"]) == 0  # all of them
     row = json.loads(capsys.readouterr().out)["student"]["semantic"]
     assert not left.exists()
     assert set(row["arms"]) == {"real", "both", "both-self"} and row["images"] == {"real": 4, "run": 4, "judged": 2}
     for arm in row["arms"].values():
         assert len(arm["seeds"]) == 2 and arm["interval"][0] <= arm["value"] <= arm["interval"][1]
         assert 0 <= arm["things"]["value"] <= 1
-    assert evaluate.main([*line, "--steps", "3"]) == 2 and "other settings (steps)" in capsys.readouterr().err
+    assert command.main([*line, "--steps", "3"]) == 2 and "other settings (steps)" in capsys.readouterr().err
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "out" / "real-0")
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
     assert all(path.read_bytes() == content for path, content in weights.items()), "the same line, the same bytes"
-    assert evaluate.main([*line, "--tta"]) == 0  # labels of other answers teach another student
+    assert command.main([*line, "--tta"]) == 0  # labels of other answers teach another student
     assert all(path.read_bytes() == content for path, content in weights.items())
     for seed in (0, 1):
         other, plain = (tmp_path / "out" / f"both-self{end}-{seed}" / "model.safetensors" for end in ("-tta", ""))
@@ -233,26 +232,26 @@ def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, cap
     def turned(path: Path) -> None:
         Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
 
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
     before = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
     turned(tmp_path / "judged/masks/scene 0.png")
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
     after = json.loads(capsys.readouterr().out)["student"]["semantic"]["arms"]["real"]["seeds"]
     assert before != after, "the students are asked again"
     turned(tmp_path / "learnt/masks/scene 2.png")  # of which no student learnt
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
     turned(tmp_path / "learnt/masks/scene 0.png")
     (tmp_path / "learnt/masks/scene 1.png").write_bytes(b"")
-    assert evaluate.main([*line, "--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+    assert command.main([*line, "--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
     Image.new("L", (96, 80)).save(tmp_path / "learnt/masks/scene 1.png")
     capsys.readouterr()
-    assert evaluate.main(line) == 2
+    assert command.main(line) == 2
     said = "its students were trained with other settings (pictures or labels of the real images)"
     assert said in capsys.readouterr().err
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     del settings[arms.CONTENTS]  # as in a folder of an earlier version
     (tmp_path / "out/settings.json").write_text(json.dumps(settings))
-    assert evaluate.main(line) == 0
+    assert command.main(line) == 0
 
 
 def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
@@ -270,13 +269,13 @@ def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
         assert torch.equal(value, stored[name]) or "classifier" in name, name
     assert begun["decode_head.classifier.weight"].shape[0] == 2
     given = ["--student", "segformer", "--weights", str(folder), "--out", str(tmp_path / "out")]
-    assert evaluate.main([*line, *given]) == 0
+    assert command.main([*line, *given]) == 0
     assert (tmp_path / "out" / "synthetic-0" / "config.json").exists()
     capsys.readouterr()
 
     def refused(name: str, said: str) -> None:
         words = ["--student", name, "--weights", str(folder), "--out", str(tmp_path / "none")]
-        assert evaluate.main([*line, *words]) == 3
+        assert command.main([*line, *words]) == 3
         error = capsys.readouterr().err
         assert said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
 
@@ -315,8 +314,8 @@ def test_the_head_of_as_many_other_classes_starts_anew(name, tmp_path):
         (["--student", "segfromer"], "did you mean segformer"),
         (["--student", "segformer", "--student-size", "b00"], "did you mean b0"),
         (["--student", "segformer", "--task", "depth"], "--task depth: segformer learns semantic"),
-        (["--student", "small", "--tta"], "--tta: for students of transformers, --student small is built in"),
-        (["--student", "small"], "--out: for students of transformers, --student small is built in"),
+        (["--student", "small", "--tta"], "--tta: for students of transformers"),
+        (["--student", "small"], "--out: for students of transformers"),
         (["--student", "mask2former", "--tta"], "the predictions of mask2former cannot be averaged"),
         (["--student", "glpn", "--self-train"], "--self-train: glpn learns depth"),
         (["--student", "segformer", "--only-synthetic", "--both"], "--only-synthetic and --both cannot be combined"),
@@ -330,7 +329,7 @@ def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):
     from datasetdm_fast.command_line.ending import run_command
 
     line = [*(word for word in LINE if word not in ("--student-size", "tiny")), "--run", str(run)]
-    code = run_command(evaluate.main, [*line, "--out", str(tmp_path / "none"), *more])
+    code = run_command(command.main, [*line, "--out", str(tmp_path / "none"), *more])
     error = capsys.readouterr().err
     assert code == 2 and said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
 
@@ -342,14 +341,10 @@ def test_the_built_in_student_says_what_of_a_run_it_cannot_learn(tmp_path, capsy
         folder.add(samples, {})
         finish_run(folder)
     line = ["--student", "small", "--data", "demo:2", "--real", "2", "--steps", "1", "--repeats", "2", "--run"]
-    assert evaluate.main([*line, str(path)]) == 0
+    assert command.main([*line, str(path)]) == 0
     assert "instance is left out: no prompt names a class of the data" in capsys.readouterr().err
-    assert evaluate.main([*line, str(path), "--task", "instance"]) == 2
+    assert command.main([*line, str(path), "--task", "instance"]) == 2
     assert "none of its 2 images teaches instance, as no prompt names a class of the data" in capsys.readouterr().err
-    assert evaluate.main([*line, f"{path}[attention]"]) == 2
-    assert "--student small reads the labels of decoders only" in capsys.readouterr().err
-    assert evaluate.main([*line, str(path), "--curve", "1,2"]) == 2
-    assert "--student and --curve cannot be combined" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -366,7 +361,7 @@ def test_a_run_none_of_whose_classes_the_data_names_is_refused(run, tmp_path, ca
     parts |= {"--student": student, "--task": task}
     for flag in ("--student-size", "--out") if student == "small" else ():
         del parts[flag]
-    assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
+    assert command.main([*(word for pair in parts.items() for word in pair), "--quiet"]) == 2
     said = (
         "none of its 4 images teaches semantic, as no image shows" if student == "small" else "are none of the data's, "
     )
@@ -381,7 +376,7 @@ def test_data_sets_of_other_classes_are_refused_and_one_is_named(run, tmp_path, 
         (tmp_path / name / "data.yaml").write_text(f"names: [{', '.join(classes)}]\n")
     line = ["--run", str(run), "--real", "2", "--student", student, "--quiet"]
     line += ["--data", f"yolo-seg:{tmp_path}/judged", "--learn-from", f"yolo-seg:{tmp_path}/learnt"]
-    assert evaluate.main([*line, *(["--out", str(tmp_path / "out")] if student == "segformer" else ())]) == 2
+    assert command.main([*line, *(["--out", str(tmp_path / "out")] if student == "segformer" else ())]) == 2
     error = capsys.readouterr().err
     assert "have different classes: only --learn-from has other8" in error and "the same classes.txt" in error
     with pytest.raises(Refused, match="different classes: the same ones in another order"):
@@ -395,7 +390,7 @@ def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
     document["config"]["task"] = ["semantic"]
     (poor / "run.json").write_text(json.dumps(document))
     line = [*LINE, "--student", "glpn", "--run", str(poor), "--out", str(tmp_path / "none")]
-    assert evaluate.main(line) == 2
+    assert command.main(line) == 2
     error = capsys.readouterr().err
     assert f"--run {poor}: no ground truth for depth" in error and not (tmp_path / "none").exists()
 
@@ -420,7 +415,7 @@ def test_images_that_cannot_be_judged_or_learnt_from_are_refused(run, tmp_path, 
         ("good", "bad", "none of 3 images can be read; "),
     ):
         parts |= {"--data": f"folder:{tmp_path / data}", "--learn-from": f"folder:{tmp_path / learnt}"}
-        assert evaluate.main([*(word for pair in parts.items() for word in pair), "--quiet", "--skip-bad"]) == 2
+        assert command.main([*(word for pair in parts.items() for word in pair), "--quiet", "--skip-bad"]) == 2
         assert said in capsys.readouterr().err
         assert data != "ignored" or not (tmp_path / "out").exists()  # before a student is trained for nothing
 
@@ -435,7 +430,7 @@ def test_real_images_that_also_judge_are_counted(run, tmp_path, capsys, student,
     for flag in ("--student-size", "--out") if student == "small" else ():
         del parts[flag]
     line = [word for pair in parts.items() for word in pair]
-    assert evaluate.main([*line, "--quiet", "--json"]) == 0
+    assert command.main([*line, "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seen_in_training"] == (3 if real == "0" else 2)
 
 

@@ -246,7 +246,7 @@ def test_mask2former_learns_from_segments(run, read):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-    from datasetdm_fast.training.evaluation.networks.mask2former import STAGES, TINY, TINY_SWIN
+    from bench.proof.students.networks.mask2former import STAGES, TINY, TINY_SWIN
 
     data = list(read(run / "exports"))
     processor = Mask2FormerImageProcessorPil(size={"height": SIZE, "width": SIZE}, ignore_index=0)

@@ -17,6 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bench.proof.students import arms, course
+from bench.proof.students.examples import Examples, shared_vocabulary
+from bench.proof.students.networks import open_network
 from bench.rehearsal.machine import Machine
 from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
 from datasetdm_fast import train
@@ -24,10 +27,7 @@ from datasetdm_fast.engine.decoders import checkpoint as decoders
 from datasetdm_fast.engine.loading import checkpoint as states
 from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.evaluation import arms, course
-from datasetdm_fast.training.evaluation.examples import Examples, shared_vocabulary
 from datasetdm_fast.training.evaluation.measure import measure
-from datasetdm_fast.training.evaluation.networks import open_network
 from datasetdm_fast.training.processes import SOLO, Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig

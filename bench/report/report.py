@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.claims import page as claims
-from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.peers import OURS
+from bench.proof.claims import page as claims
+from bench.proof.claims import training_free, tuned_page
 from bench.report import probed, reckoned
 from bench.report.results import (
     FEWER,

@@ -45,7 +45,6 @@ class Meter:
     each = "per_class"
     figure = ""  # of learning curves
     held_out_figure = ""  # by which a training keeps its best weights
-    student_figure = ""  # by which students are compared
     less_is_better = False
     shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
 

@@ -24,7 +24,7 @@ BACKGROUND = ("background", "none")
 class _Overlap(Meter):
     """Intersection over union by class over all images; with `unseen` classes also the harmonic mean."""
 
-    figure = held_out_figure = student_figure = "miou"
+    figure = held_out_figure = "miou"
     shown_by_things = ("miou",)
 
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
@@ -133,7 +133,7 @@ def _told(truth: Labelled) -> np.ndarray:
 class Depth(Meter):
     """Mean absolute relative error, RMSE in metres and the shares within a factor 1.25, its square and its cube."""
 
-    figure = held_out_figure = student_figure = "absrel"
+    figure = held_out_figure = "absrel"
     less_is_better = True
 
     def __init__(self, source: LabelledSource):

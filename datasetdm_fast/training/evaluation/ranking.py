@@ -69,7 +69,7 @@ class Instance(_Ranked):
     image was not searched for.
     """
 
-    figure = student_figure = "ap"
+    figure = "ap"
     held_out_figure = "ap50"
     shown_by_things = ("ap", "ap50")
 
@@ -123,7 +123,6 @@ class Pose(_Ranked):
     kind = "keypoints"
     each = "per_joint"
     figure = held_out_figure = "pck"
-    student_figure = "oks_ap"
 
     @classmethod
     def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Pose:

@@ -13,7 +13,7 @@ from datasetdm_fast.training.evaluation.meter import Meter
 class Edges(Meter):
     """F1 of edge pixels over all images."""
 
-    figure = held_out_figure = student_figure = "f1"
+    figure = held_out_figure = "f1"
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[int, int, int]] = []  # an image: edge pixels of both, of the answer, of the truth
