@@ -12,7 +12,7 @@ from datasetdm_fast.errors import REFUSALS, Missing
 GROUP = "datasetdm_fast."
 
 
-def named(place: str) -> Any:
+def load_place(place: str) -> Any:
     """The object that module:name refers to."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
@@ -160,7 +160,7 @@ class PartTable(Mapping[str, Any]):
 
     def _load(self, entry: Any) -> Any:
         place = getattr(entry, self.field)
-        part = named(place)
+        part = load_place(place)
         if not (isinstance(part, type) and issubclass(part, self.required)):
             raise TypeError(f"{place} is no subclass of {self.required.__name__}")
         return self.make(part)

@@ -72,7 +72,7 @@ def _count_classes(address: str) -> dict[str, int]:
 
     with renamed_flags({"--data": "--balance"}):
         source = open_data(address, 64)
-    return dict(Counter(name for record in source.order for name in source.guarded(source.areas, record)))
+    return dict(Counter(name for record in source.order for name in source.guard(source.areas, record)))
 
 
 if __name__ == "__main__":

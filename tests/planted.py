@@ -215,7 +215,7 @@ _BY_FILE = {
     "engine/labels/instance.py": (
         "test_label_files.py",
         ('"category_id": numbers[kind]', '"category_id": numbers[kind] - 1', "categories are numbered one too low"),
-        ("rounded(score, 6)", "rounded(score, 3)", "scores that are equal in files only"),
+        ("round_float(score, 6)", "round_float(score, 3)", "scores that are equal in files only"),
         ('0 <= item["score"] <= 1', '0 <= item["score"]', "an impossible score passes the audit"),
     ),
     "engine/labels/pose.py": (

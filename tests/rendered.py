@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
@@ -65,7 +65,7 @@ def document(number: int, size: int = 64, **config) -> dict:
         "model": {"name": "rendered", "source": "", "licence": "Apache-2.0", "digests": {}},
         "decoders": {task: {"digest": "", "licence": "Apache-2.0"} for task in TASKS},
         "engine": {"engine": "renderer"},
-        **numbered(
+        **number_classes(
             {
                 "semantic": {"classes": list(world.CLASSES), "ignore": 255},
                 "instance": {"classes": list(world.THINGS), "size": [size, size]},

@@ -27,7 +27,7 @@ from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.runs.exporting import hf
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -542,7 +542,7 @@ def test_instances_called_background_are_left_out_as_that_class_of_a_map_is(tmp_
     run, described = tmp_path / "run", document(1, SIZE)
     names = described["labels"]["instance"]["classes"]
     names.append("background")
-    described |= numbered(described["labels"])
+    described |= number_classes(described["labels"])
     sample = hard_case(0)
     things = replace(sample.annotations["instance"], class_ids=np.array([0, 7, 2, 7]), classes=tuple(names))
     with RunFolder(run, described) as folder:
@@ -561,7 +561,7 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
     run, described = tmp_path / "run", document(1, SIZE)
     names = [f"class {k}" for k in range(300)]
     described["labels"]["instance"]["classes"] = names
-    described |= numbered(described["labels"])
+    described |= number_classes(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(0, SIZE)], {})
         finish_run(folder)
@@ -576,7 +576,7 @@ def test_label_maps_that_show_too_many_classes_together_are_refused(tmp_path, ca
     for name in ("one", "other"):
         described = document(1, SIZE)
         described["labels"]["semantic"]["classes"] = [f"{name} {k}" for k in range(200)]
-        described |= numbered(described["labels"])
+        described |= number_classes(described["labels"])
         with RunFolder(tmp_path / name, described) as folder:
             folder.add([rendered(0, SIZE)], {})
             finish_run(folder)
@@ -804,7 +804,7 @@ def test_hostile_class_names_are_harmless(tmp_path):
     names = [*HOSTILE_NAMES, *map(str, range(7))][:7]
     described["labels"]["instance"]["classes"] = names
     described["labels"]["semantic"]["classes"] = ["wall", "table", *names]
-    described |= numbered(described["labels"])
+    described |= number_classes(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(k, SIZE) for k in range(2)], {})
         finish_run(folder)

@@ -9,7 +9,7 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, pictures
-from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery import page, sheets, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -188,7 +188,7 @@ def test_a_map_tells_its_shares_of_classes_background_and_ignored_pixels_and_the
     values, labels = document(1, 32), np.ones((32, 32), np.uint8)
     labels[:8], labels[8:12] = 255, 0
     values["config"]["task"] = ["semantic"]
-    values |= numbered({"semantic": {"classes": ["background", "cat", "dog"], "ignore": 255, "palette": palette}})
+    values |= number_classes({"semantic": {"classes": ["background", "cat", "dog"], "ignore": 255, "palette": palette}})
     label = SemanticMap(labels, np.ones((32, 32), np.float32), ("background", "cat", "dog"))
     with RunFolder(tmp_path, values) as folder:
         folder.add([Sample(Request(0, "a cat", 0, ()), rendered(0, 32).image, {"semantic": label})], {})
@@ -277,7 +277,7 @@ def test_borders_enclose_the_mask(name):
 def test_simplified_rings_stay_within_the_tolerance():
     y, x = np.mgrid[:64, :64]
     (ring,) = pictures.borders(np.hypot(x - 32, y - 30) < 20)
-    few = pictures.simplified(ring, 0.7)
+    few = pictures.simplify(ring, 0.7)
     assert 8 <= len(few) < len(ring) / 3
     assert np.abs(np.hypot(*(few - [32.5, 30.5]).T) - 20).max() < 1.2
 

@@ -17,7 +17,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import drop, filter
 from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.runs.gallery import review, server, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -552,7 +552,7 @@ def many_classes(path, number=110):
     labels = (np.arange(48 * 48) % number).astype(np.uint8).reshape(48, 48)
     labels[:12] = 255
     values["config"]["task"] = ["semantic"]
-    values |= numbered({"semantic": {"classes": list(names), "ignore": 255}})
+    values |= number_classes({"semantic": {"classes": list(names), "ignore": 255}})
     label = SemanticMap(labels, np.ones((48, 48), np.float32), names)
     with RunFolder(path, values) as folder:
         folder.add([Sample(Request(0, "", 0, names[-1:]), rendered(0, 48).image, {"semantic": label})], {})

@@ -11,7 +11,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, class_tables, kind
 from datasetdm_fast.engine.labels import pose as pose_labels
 from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.numbering import check_palette, coloured, numbered
+from datasetdm_fast.engine.labels.numbering import check_palette, number_classes, with_palette
 from datasetdm_fast.errors import Refused
 
 TABLES = {
@@ -87,43 +87,43 @@ def test_maps_of_words_keep_their_confidence_and_those_of_earlier_versions_have_
 
 def test_no_class_of_a_map_has_the_number_of_ignored_pixels():
     names = [f"thing {k}" for k in range(255)]
-    assert max(numbered({"semantic": {"classes": names}})["labels"]["semantic"]["numbers"]) == 254
+    assert max(number_classes({"semantic": {"classes": names}})["labels"]["semantic"]["numbers"]) == 254
     things = {"classes": names[:1], "size": [4, 4]}  # a map whose first class is a thing begins with the background
     with pytest.raises(Refused, match="show 256 classes in all, an 8-bit map holds 255"):
-        numbered({"semantic": {"classes": names}, "instance": things})
-    few = numbered({"semantic": {"classes": names[:254]}, "instance": things})
+        number_classes({"semantic": {"classes": names}, "instance": things})
+    few = number_classes({"semantic": {"classes": names[:254]}, "instance": things})
     assert few["labels"]["semantic"]["numbers"] == [*range(1, 255)] and few["classes"][0] == "background"
 
 
 def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes():
     tables = {"semantic": {"classes": ["background", "cat", "diningtable"]}, "depth": {"max_depth": 4.0}}
-    found = coloured(tables, "voc")["semantic"]
+    found = with_palette(tables, "voc")["semantic"]
     label = SemanticMap(np.full((4, 4), 2, np.uint8), np.ones((4, 4), np.float32), tuple(found["classes"]))
     files, _ = LABEL_KINDS["semantic"].encode(label, {}, found)
     palette = np.array(Image.open(io.BytesIO(files["semantic"])).getpalette()).reshape(256, 3).tolist()
     assert palette[:3] == [[0, 0, 0], [64, 0, 0], [192, 128, 0]] and palette[255] == [224, 224, 192]
-    assert coloured(tables, "ours") == tables and coloured(tables, "voc")["depth"] == tables["depth"]
+    assert with_palette(tables, "ours") == tables and with_palette(tables, "voc")["depth"] == tables["depth"]
     ours = LABEL_KINDS["semantic"].encode(label, {}, tables["semantic"])[0]["semantic"]
     assert Image.open(io.BytesIO(ours)).getpalette()[3:6] == list(colour(1))
     with pytest.raises(Refused, match="--palette cityscapes: has no colour for 'cat' of semantic"):
-        coloured(tables, "cityscapes")
+        with_palette(tables, "cityscapes")
 
 
 def test_label_maps_have_the_colours_of_an_own_table():
     tables = {"semantic": {"classes": ["background", "cat", "lorry"]}, "depth": {"max_depth": 4.0}}
     own = class_tables.parse("name,colour\ncat,1 2 3\nlorry,0 0 142\n", "own.csv")
-    found = numbered(coloured(tables, "table", own))["labels"]["semantic"]
+    found = number_classes(with_palette(tables, "table", own))["labels"]["semantic"]
     check_palette(found)
     label = SemanticMap(np.full((4, 4), 2, np.uint8), np.ones((4, 4), np.float32), tuple(found["classes"]))
     files, _ = LABEL_KINDS["semantic"].encode(label, {}, found)
     palette = np.array(Image.open(io.BytesIO(files["semantic"])).getpalette()).reshape(256, 3).tolist()
     assert palette[:4] == [[0, 0, 0], [1, 2, 3], [0, 0, 142], list(colour(3))]
     kept = class_tables.of_rows(class_tables.rows_of(own, ("cat", "lorry"), has_colours=True), "class_table")
-    assert coloured(tables, "table", kept) == coloured(tables, "table", own)
+    assert with_palette(tables, "table", kept) == with_palette(tables, "table", own)
     with pytest.raises(Refused, match="--palette table: has no colour for 'lorry' of semantic"):
-        coloured(tables, "table", class_tables.parse("name,colour\ncat,1 2 3\nlorry,\n", "own.csv"))
+        with_palette(tables, "table", class_tables.parse("name,colour\ncat,1 2 3\nlorry,\n", "own.csv"))
     with pytest.raises(Refused, match="--palette table: this run has no table of class words"):
-        coloured(tables, "table")
+        with_palette(tables, "table")
     for colours in ([[1, 2]] * 3, [[1, 2, 3]], [[1, 2, 300]] * 3):
         with pytest.raises(ValueError, match="three numbers"):
             check_palette(found | {"colours": colours})
@@ -204,7 +204,8 @@ def test_an_image_without_instances_has_none_of_its_own_size():
 def test_scores_are_stored_with_six_digits_and_coordinates_with_three():
     _, (item,) = encoded("instance", instances((0, 0, 4, 4), scores=[0.12345678]))
     assert item["score"] == 0.123457
-    assert kind.rounded(1.23449) == 1.234 and kind.rounded(1.2346) == 1.235 and str(kind.rounded(-0.0001)) == "0.0"
+    assert kind.round_float(1.23449) == 1.234 and kind.round_float(1.2346) == 1.235
+    assert str(kind.round_float(-0.0001)) == "0.0"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_a_person_in_a_larger_picture_takes_its_box_along():
     place = kind.Placement(40, 60, 10, 20, 20, 30, (80, 90))  # at half the size
     for labels, area in (({}, None), ({"instance": Instances(np.ones((1, 40, 60), bool), [0], [1], ("person",))}, 600)):
         _, (item,) = LABEL_KINDS["pose"].encode(person((20, 10), (36, 20), (28, 12)), labels, PEOPLE)
-        moved = LABEL_KINDS["pose"].moved(item, place)
+        moved = LABEL_KINDS["pose"].move(item, place)
         assert list(LABEL_KINDS["pose"].check([moved], {}, PEOPLE, (80, 90))) == []
         assert moved["bbox"] == ([20.0, 10.0, 30.0, 20.0] if area else [28.0, 13.0, 12.0, 9.0])
         assert moved["area"] == (area or 108.0) and moved["box_from"] == item["box_from"]

@@ -20,7 +20,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Req
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.labels.numbering import check_numbers, laid_out, numbered
+from datasetdm_fast.engine.labels.numbering import check_numbers, laid_out, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -352,17 +352,17 @@ def test_one_class_has_one_number_in_every_file(run_path):
 
 def test_class_numbers_begin_with_what_is_no_thing_and_fit_label_maps():
     streets = {"semantic": {"classes": ["road", "car"]}, "instance": {"classes": ["car", "rider"], "size": [4, 4]}}
-    found = numbered(streets)
+    found = number_classes(streets)
     assert found["classes"] == ["road", "car", "rider"]  # those of the semantic decoder as it was taught them
     assert found["labels"]["instance"]["numbers"] == [1, 2]
     things = {"semantic": {"classes": ["car", "background"]}, "instance": streets["instance"], "pose": {"joints": []}}
-    found = numbered(things)
+    found = number_classes(things)
     assert found["classes"] == ["background", "car", "rider", "person"] and found["labels"]["pose"]["category"] == 3
     assert found["labels"]["semantic"]["numbers"] == [1, 0]
     many = [f"thing {k}" for k in range(300)]
-    assert numbered({"instance": {"classes": many}})["labels"]["instance"]["numbers"] == list(range(1, 301))
+    assert number_classes({"instance": {"classes": many}})["labels"]["instance"]["numbers"] == list(range(1, 301))
     with pytest.raises(Refused, match="show 301 classes in all, an 8-bit map holds 255"):
-        numbered({"open-vocabulary": {"classes": ["background", *many]}})
+        number_classes({"open-vocabulary": {"classes": ["background", *many]}})
     for classes, said in (
         (["background", "car", "rider"], "classes lacks 'person'"),
         (["background", "rider", "car", "person"], "labels.instance numbers its classes otherwise"),
@@ -416,7 +416,7 @@ def test_the_card_counts_what_is_there(tmp_path):
 def test_card_quotes_no_foreign_markup(tmp_path):
     hostile = document(1) | {"model": {"name": "`x`\n# <script>", "source": "", "licence": "[a](b)`", "digests": {}}}
     hostile["labels"]["semantic"]["classes"][2] = "<img src=x> | [a](javascript:b)"
-    hostile |= numbered(hostile["labels"])
+    hostile |= number_classes(hostile["labels"])
     with RunFolder(tmp_path / "run", hostile) as folder:
         folder.add([rendered(0)], {})
         finish_run(folder)

@@ -505,7 +505,7 @@ def test_frames_of_one_video_are_held_out_together_unless_there_is_only_one(copi
         scenes = [{Path(source.rows[number]).parts[0] for number in part} for part in parts]
         assert all(scenes) and sum(map(len, scenes)) == COUNT
     assert sorted(map(len, folds.parts(one, range(6), 3, 0))) == [2, 2, 2]
-    one = one.narrowed([*range(6), *range(6)])
+    one = one.subset([*range(6), *range(6)])
     assert {len(part) for part in held_out.split(one, range(12), 0.2, 0)} == {2, 10}
 
 
@@ -641,7 +641,7 @@ def ramp(height: int, width: int) -> Picture:
 @pytest.mark.parametrize("height, width", [(64, 64), (64, 200), (333, 97), (16, 500), (1000, 40), (47, 65)])
 def test_any_shape_is_fitted_by_its_shorter_side(height, width):
     picture = ramp(height, width)
-    item = framing.framed(picture, framing.fitted(height, width, SIZE), SIZE)
+    item = framing.frame_picture(picture, framing.fit_window(height, width, SIZE), SIZE)
     side = min(height, width)
     spread = 255 * side / width
     assert item.image[SIZE // 2, -1, 0] - int(item.image[SIZE // 2, 0, 0]) == pytest.approx(spread, abs=spread / 16 + 4)
@@ -719,13 +719,13 @@ def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
     for rule in framing.RULES.values():
         for height, width in ((375, 500), (64, 64), (40, 900), (49, 70)):  # 64 / (64 / 49) is more than 49
             picture = ramp(height, width)
-            windows = [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
-            assert windows == [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
+            windows = [framing.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
+            assert windows == [framing.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
             for window in windows:
                 side = SIZE / window.scale
                 assert -1e-6 <= window.left <= width - side + 1e-6 and -1e-6 <= window.top <= height - side + 1e-6
     scales = {
-        framing.drawn(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)
+        framing.draw_window(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)
     }
     assert {round(scale, 3) for scale in scales} == {
         0.512,
@@ -740,7 +740,7 @@ def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
 
 def test_what_lies_outside_the_picture_is_black_and_ignored():
     picture = ramp(50, 50)
-    item = framing.framed(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
+    item = framing.frame_picture(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
     assert (
         not item.image[:, : SIZE // 2].any()
         and not item.image[SIZE // 2 :].any()
@@ -752,8 +752,8 @@ def test_what_lies_outside_the_picture_is_black_and_ignored():
 def test_framing_by_upstreams_rule_is_repeatable(made):
     plain, drawn = (open_data(f"coco:{made('coco')}", SIZE, framing=kind) for kind in ("fit", "upstream"))
     assert (drawn[1].image == drawn[1].image).all() and (drawn[1].image != plain[1].image).any()
-    assert (plain.drawn(1, 7).image != plain.drawn(1, 8).image).any() and (
-        plain.drawn(1, 7).image == plain.drawn(1, 7).image
+    assert (plain.draw_view(1, 7).image != plain.draw_view(1, 8).image).any() and (
+        plain.draw_view(1, 7).image == plain.draw_view(1, 7).image
     ).all()
 
 

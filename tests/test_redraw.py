@@ -23,7 +23,7 @@ from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
-from datasetdm_fast.engine.labels.numbering import numbered
+from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import make_schedule, times, walk
 from datasetdm_fast.errors import Refused
@@ -375,7 +375,7 @@ def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added
 def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
     described = document(2, 64)
     described["labels"]["instance"]["classes"].append("kite")
-    described |= numbered(described["labels"])
+    described |= number_classes(described["labels"])
     kite = len(described["labels"]["instance"]["classes"]) - 1
     with RunFolder(tmp_path / "run", described) as folder:
         for k, score in enumerate((0.39, 0.4)):
@@ -445,17 +445,17 @@ def test_labels_are_merged_and_agree():
     kept = Instances(first, np.array([1]), np.ones(1, np.float32), ("a", "b"), np.array([7]))
     other = Instances(second, np.array([0]), np.ones(1, np.float32) / 2, ("a", "b"))
     kind = LABEL_KINDS["instance"]
-    new = kind.merged(kept, other, region)  # another class: the old one keeps its part, the new one is added
+    new = kind.merge(kept, other, region)  # another class: the old one keeps its part, the new one is added
     assert new.ids.tolist() == [7, 0] and new.masks.sum((1, 2)).tolist() == [16, 24]
     assert len(kind.agreeing(kept, other).masks) == 0 and kind.overlap(other, kept) == 0
     near = Instances(np.roll(first, 1, 2), np.array([1]), np.ones(1, np.float32), ("a", "b"))
-    again = kind.merged(kept, near, region)  # the same thing goes on inside
+    again = kind.merge(kept, near, region)  # the same thing goes on inside
     assert again.ids.tolist() == [7] and again.masks.sum() == 16 + 16 and len(kind.agreeing(kept, near).masks) == 1
-    assert kind.merged(kept, kept, ~np.zeros_like(region)).ids.tolist() == [7]
+    assert kind.merge(kept, kept, ~np.zeros_like(region)).ids.tolist() == [7]
     nothing = Instances(first[:0], kept.class_ids[:0], kept.scores[:0], ("a", "b"))
-    assert len(kind.merged(kept, nothing, region | first[0]).masks) == 0
+    assert len(kind.merge(kept, nothing, region | first[0]).masks) == 0
     metres = DepthMap(np.full((8, 8), 2.0, np.float32), 4.0), DepthMap(np.full((8, 8), 3.0, np.float32), 4.0)
-    assert LABEL_KINDS["depth"].merged(*metres, region).metres.mean() == 2.5
+    assert LABEL_KINDS["depth"].merge(*metres, region).metres.mean() == 2.5
     assert (LABEL_KINDS["depth"].agreeing(*metres).metres == 0).all()
     half = DepthMap(np.where(region, 2.0, 3.0).astype(np.float32), 4.0)
     depth, table = LABEL_KINDS["depth"], {"max_depth": 4.0, "unit": "millimetre"}
@@ -469,10 +469,10 @@ def test_labels_are_merged_and_agree():
     person = Keypoints(points, np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))
     moved = Keypoints(points + np.float32([0.2, 0, 0]), np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))
     pose = LABEL_KINDS["pose"]
-    assert pose.merged(person, moved, region).points[0, :, 0].tolist() == pytest.approx([1, 1, 6.2])
+    assert pose.merge(person, moved, region).points[0, :, 0].tolist() == pytest.approx([1, 1, 6.2])
     nobody = Keypoints(points[:0], np.zeros((0, 3), int), np.ones(0, np.float32), ("x", "y", "z"))
-    assert pose.merged(person, nobody, region).visibility.tolist() == [[2, 2, 0]]
-    assert pose.merged(nobody, person, region).points.shape[0] == 0
+    assert pose.merge(person, nobody, region).visibility.tolist() == [[2, 2, 0]]
+    assert pose.merge(nobody, person, region).points.shape[0] == 0
     assert pose.agreeing(person, moved).visibility.tolist() == [[2, 2, 2]]
     assert len(pose.agreeing(person, nobody).points) == 0
     sure = np.ones((2, 2), np.float32)

@@ -241,20 +241,20 @@ def test_a_shifted_mask_is_the_mask_in_its_place(rows, columns):
             whole = np.zeros((7 * rows, 5 * columns), bool)
             whole[7 * row : 7 * row + 7, 5 * column : 5 * column + 5] = mask
             rle = mask_rle.encode(mask[None]).rles[0]
-            assert mask_rle.shifted(rle, 7 * row, 5 * column, whole.shape) == mask_rle.encode(whole[None]).rles[0]
+            assert mask_rle.shift(rle, 7 * row, 5 * column, whole.shape) == mask_rle.encode(whole[None]).rles[0]
     with pytest.raises(ValueError, match="does not fit"):
-        mask_rle.shifted(rle, 1, 0, (7, 5))
+        mask_rle.shift(rle, 1, 0, (7, 5))
 
 
 def test_scaling_takes_the_nearest_pixel():
     pixels = np.arange(36).reshape(6, 6)
-    assert (Placement(6, 6, 0, 0, 2, 3, (2, 3)).scaled(pixels) == [[7, 9, 11], [25, 27, 29]]).all()
-    assert Placement(6, 6, 0, 0, 6, 6, (6, 6)).scaled(pixels) is pixels
+    assert (Placement(6, 6, 0, 0, 2, 3, (2, 3)).scale(pixels) == [[7, 9, 11], [25, 27, 29]]).all()
+    assert Placement(6, 6, 0, 0, 6, 6, (6, 6)).scale(pixels) is pixels
 
 
 def test_a_joint_in_the_outer_half_of_a_border_pixel_keeps_its_place():
     person = {"keypoints": [-0.4, 63.3, 2, 63.45, -0.5, 1, 0, 0, 0], "bbox": [0, 0, 2, 2], "area": 4}
-    moved = LABEL_KINDS["pose"].moved(person, Placement(64, 64, 64, 128, 64, 64, (128, 192)))
+    moved = LABEL_KINDS["pose"].move(person, Placement(64, 64, 64, 128, 64, 64, (128, 192)))
     assert moved["keypoints"] == [127.6, 127.3, 2, 191.45, 63.5, 1, 0, 0, 0]
 
 

@@ -22,7 +22,7 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import IGNORE, AttentionSums, Request
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels.pictures import painted
+from datasetdm_fast.engine.labels.pictures import paint_map
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.class_prompts import class_columns
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     (options.out / "attention.json").write_text(json.dumps(result, indent=2) + "\n")
     rows = [
-        np.concatenate([image, *(np.array(painted(one).convert("RGB")) for one in both)], 1)
+        np.concatenate([image, *(np.array(paint_map(one).convert("RGB")) for one in both)], 1)
         for image, *both in zip(drawn.images[:32], truth.astype(np.uint8)[:32], labels[:32])
     ]
     columns_of = [np.concatenate(rows[start : start + 8]) for start in range(0, len(rows) // 8 * 8, 8)]

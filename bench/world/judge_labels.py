@@ -85,7 +85,7 @@ def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float | N
     for one in pictures:
         overlaps, told = one.overlaps(kind), named_map(one.labels[kind])
         found += [overlaps.get(name, 0) >= FOUND for name in one.named if one.shown(name).sum() >= ENOUGH]
-        numbers = told.told({name: world.CLASSES.index(name) for name in world.THINGS})
+        numbers = told.numbers_in({name: world.CLASSES.index(name) for name in world.THINGS})
         is_thing = numbers > 0
         labelled += int(is_thing.sum())
         right += int((is_thing & (numbers == one.seen)).sum())

@@ -62,7 +62,7 @@ def _whole_item(source: LabelledSource, index: int) -> Picture | Labelled:
     """An item at its original size, where it has one, with the caption of all of it."""
     if not hasattr(source, "picture"):
         return source[index]
-    picture = source.guarded(source.picture, source.order[index])
+    picture = source.guard(source.picture, source.order[index])
     return picture if picture.named is None else replace(picture, caption=source.photo_of(picture.named))
 
 

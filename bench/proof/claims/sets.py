@@ -90,7 +90,7 @@ def scenes(first: int, count: int, size: int, fits: Callable[[world.Scene], bool
             break
         if fits(world.sample_scene(first + index)):
             found.append(index)
-    return DemoWorld(SEARCHED, first, size).narrowed(found)
+    return DemoWorld(SEARCHED, first, size).subset(found)
 
 
 def seeds(source: DemoWorld) -> set[int]:

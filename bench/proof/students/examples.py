@@ -131,7 +131,7 @@ class Examples:
         scale = math.exp(random.uniform(*map(math.log, scales)))
         slack = side - side / scale  # pixels by which the window is smaller than the image
         left, top = random.uniform(min(slack, 0), max(slack, 0), 2)
-        item = framing.framed(_as_picture(item), framing.Window(left, top, scale), side)
+        item = framing.frame_picture(_as_picture(item), framing.Window(left, top, scale), side)
         if random.random() < 0.5:
             item = mirror(item, self.names)
         return replace(item, image=relight(item.image, LIGHT, random))

@@ -13,7 +13,7 @@ from datasetdm_fast.compat.showlab.order import ClassName, Order, read_counts
 from datasetdm_fast.compat.showlab.prompts import Item
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.colours import colour_in
-from datasetdm_fast.engine.labels.pictures import HEAT, masked, skeletons
+from datasetdm_fast.engine.labels.pictures import HEAT, draw_skeletons, paint_masks
 from datasetdm_fast.errors import Refused
 
 LARGEST_SEED = 1_000_000
@@ -86,11 +86,11 @@ class Demo:
         drawings = (
             Image.fromarray(near_to_far(metres["vkitti2"] / BRIGHTEST["vkitti2"])),
             Image.fromarray(jet(metres["nyu"] / BRIGHTEST["nyu"])),
-            masked(pixels, things, np.array(classes)),
-            masked(pixels, word[None], np.zeros(1, int)),
+            paint_masks(pixels, things, np.array(classes)),
+            paint_masks(pixels, word[None], np.zeros(1, int)),
             over(pixels, files.class_map(outputs["cityscapes"]), "cityscapes"),
             over(pixels, clothes, "deepfashion"),
-            skeletons(pixels, [(places, heights >= LEAST_HEIGHT)], outputs["pose"].config.limbs),
+            draw_skeletons(pixels, [(places, heights >= LEAST_HEIGHT)], outputs["pose"].config.limbs),
         )
         contents = [jpeg(pixels), *(encode(drawing, "PNG") for drawing in drawings)]
         return dict(zip(self.names(order, index), contents, strict=True))

@@ -172,10 +172,10 @@ def write_heatmap_joints(output: Output) -> dict[str, bytes]:
 
 def write_bin_joints(output: Output) -> dict[str, bytes]:
     """The picture with its joints, all that DatasetDM stores of them; corrected, their places too."""
-    from datasetdm_fast.engine.labels.pictures import skeletons
+    from datasetdm_fast.engine.labels.pictures import draw_skeletons
 
     places = np.stack([output.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
-    picture = skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
+    picture = draw_skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
     contents = {"png": encode(picture, "PNG")}
     if output.is_fixed:
         contents["txt"] = f"{','.join(str(float(value)) for value in places.reshape(-1))}\n".encode()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.plugins import named
+from datasetdm_fast.plugins import load_place
 from datasetdm_fast.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check_engine(name: str, **options: Any) -> None:
     kind, own = _chosen(name, options)
     if kind.requirement:
         place, option = kind.requirement
-        _of(name, lambda: named(place)(own[option]))
+        _of(name, lambda: load_place(place)(own[option]))
 
 
 def build_engine(
@@ -42,7 +42,7 @@ def build_engine(
     of another engine are refused.
     """
     kind, own = _chosen(name, options)
-    built: Engine = _of(name, lambda: named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
+    built: Engine = _of(name, lambda: load_place(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
     return built
 
 

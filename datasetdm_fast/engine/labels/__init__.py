@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, TASK_KINDS
 from datasetdm_fast.engine.labels.kind import LabelKind
-from datasetdm_fast.engine.labels.names import LabelName, ordered
+from datasetdm_fast.engine.labels.names import LabelName, sort_labels
 from datasetdm_fast.errors import nearest
 from datasetdm_fast.plugins import PartTable
 
@@ -19,12 +19,12 @@ def kind_of(label: str) -> LabelKind:
     """The kind of a label written as TASK or TASK:DECODER; a ValueError where it is neither."""
     name = LabelName.parse(label)
     kind = LABEL_KINDS[name.task]
-    return kind.named(name.decoder) if name.decoder else kind
+    return kind.for_decoder(name.decoder) if name.decoder else kind
 
 
 def by_kind(labels: Iterable[str]) -> list[str]:
     """Labels in the order of LABEL_KINDS, those of one task as they are given."""
-    return ordered(labels, LABEL_KINDS.names)
+    return sort_labels(labels, LABEL_KINDS.names)
 
 
 def task_of(attribute: str) -> str:

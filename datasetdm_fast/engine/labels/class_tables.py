@@ -150,7 +150,7 @@ def _readable(name: str) -> str:
 
 
 @cache
-def known(names: tuple[str, ...], table: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
+def look_up(names: tuple[str, ...], table: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
     keys = [name_key(name) for name in names]
@@ -176,7 +176,7 @@ def _colours(table: ClassTable) -> dict[str, tuple[int, int, int]]:
 
 def spoken(names: Sequence[str], table: ClassTable | None = None) -> list[str]:
     """Class names as a person says them, for prompts and text encoders: "dining table" for diningtable."""
-    return [word.say for word in known(tuple(names), table)[0]]
+    return [word.say for word in look_up(tuple(names), table)[0]]
 
 
 def name_key(name: str) -> str:

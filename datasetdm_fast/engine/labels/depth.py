@@ -10,7 +10,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.labels.image_files import with_text
-from datasetdm_fast.engine.labels.kind import LARGEST_STEP, GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
+from datasetdm_fast.engine.labels.kind import LARGEST_STEP, GalleryLayer, Gates, LabelKind, Pixels, Table, round_float
 from datasetdm_fast.engine.labels.pictures import depth_picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted.documents import quote
@@ -34,7 +34,7 @@ def depth_figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
 
 def _figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
     return {
-        name: rounded(value / UNITS[unit])
+        name: round_float(value / UNITS[unit])
         for name, value in (("min", pixels.min()), ("mean", pixels.mean()), ("max", pixels.max()))
     }
 
@@ -93,10 +93,10 @@ class DepthKind(LabelKind):
         """Mean relative error."""
         return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
 
-    def following(self, label: DepthMap, image: np.ndarray) -> DepthMap:
+    def follow_colours(self, label: DepthMap, image: np.ndarray) -> DepthMap:
         return replace(label, metres=_C.outlines_of_depth(label.metres, image))
 
-    def merged(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
+    def merge(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
         return replace(kept, metres=np.where(region, found.metres, kept.metres))
 
     def agreeing(self, first: DepthMap, second: DepthMap) -> DepthMap:

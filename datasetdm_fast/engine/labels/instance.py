@@ -23,9 +23,9 @@ from datasetdm_fast.engine.labels.kind import (
     iou,
     markdown_cell,
     mean_score,
-    rounded,
+    round_float,
 )
-from datasetdm_fast.engine.labels.pictures import masked, outline
+from datasetdm_fast.engine.labels.pictures import outline, paint_masks
 
 LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
 
@@ -91,9 +91,9 @@ class InstanceKind(LabelKind):
         return {}, [
             {
                 "category_id": numbers[kind],
-                "score": rounded(score, 6),
+                "score": round_float(score, 6),
                 "area": int(area),
-                "bbox": [rounded(side) for side in box],
+                "bbox": [round_float(side) for side in box],
                 "segmentation": dict(rle),
                 **({} if label.ids is None else {"id": int(label.ids[k])}),
             }
@@ -119,14 +119,14 @@ class InstanceKind(LabelKind):
         categories = np.array(self.numbers(table), np.int64)[label.class_ids]
         return {"masks": label.masks, "boxes": boxes, "labels": categories, "scores": label.scores}
 
-    def following(self, label: Instances, image: np.ndarray) -> Instances:
+    def follow_colours(self, label: Instances, image: np.ndarray) -> Instances:
         """Each mask for itself, as masks may overlap."""
         masks = [_C.outlines_of_labels(mask.astype(np.uint8), image).astype(bool) for mask in label.masks]
         return replace(label, masks=np.stack(masks)) if masks else label
 
     def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
         sure = label.scores >= SHOWN_SCORE
-        return masked(image, label.masks[sure], label.class_ids[sure])
+        return paint_masks(image, label.masks[sure], label.class_ids[sure])
 
     def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         numbers = self.numbers(table)
@@ -150,17 +150,17 @@ class InstanceKind(LabelKind):
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
 
-    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """An instance in a larger picture; one that a smaller scale leaves no pixel is None."""
         rle, area, (x, y, width, height) = item["segmentation"], item["area"], item["bbox"]
         if place.is_scaled:
-            encoded = mask_rle.encode(place.scaled(mask_rle.decode(rle))[None])
+            encoded = mask_rle.encode(place.scale(mask_rle.decode(rle))[None])
             rle, area, (x, y, width, height) = encoded.rles[0], int(encoded.areas[0]), encoded.boxes[0].tolist()
             if not area:
                 return None
         item = {name: value for name, value in item.items() if name != "id"}  # a thing may lie in several pictures
-        shifted = mask_rle.shifted(rle, place.top, place.left, place.sides)
-        box = [rounded(value) for value in (x + place.left, y + place.top, width, height)]
+        shifted = mask_rle.shift(rle, place.top, place.left, place.sides)
+        box = [round_float(value) for value in (x + place.left, y + place.top, width, height)]
         return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
 
     def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +219,7 @@ class InstanceKind(LabelKind):
         ]
         return float(np.mean(best)) if best else 1.0
 
-    def merged(self, kept: Instances, found: Instances, region: np.ndarray) -> Instances:
+    def merge(self, kept: Instances, found: Instances, region: np.ndarray) -> Instances:
         """Instances keep their pixels outside of the region, their order and their ids.
 
         One that was found again goes on inside. One that was not, and of which less than a tenth is left, is dropped.

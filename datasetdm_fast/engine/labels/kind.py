@@ -45,7 +45,7 @@ class Placement:
     def is_scaled(self) -> bool:
         return (self.height, self.width) != (self.rows, self.columns)
 
-    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+    def scale(self, pixels: np.ndarray) -> np.ndarray:
         """A map [height, width] as [rows, columns] of its own values: the nearest is taken, as none may be mixed."""
         if not self.is_scaled:
             return pixels
@@ -96,7 +96,7 @@ class LabelKind(ABC):
     layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
     first_number = 0  # of the classes of a run that was made before all its labels had one table
 
-    def named(self, decoder: str) -> "LabelKind":
+    def for_decoder(self, decoder: str) -> "LabelKind":
         """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
         own = copy.copy(self)
         own.title = f"{self.title}: {decoder}"
@@ -145,7 +145,7 @@ class LabelKind(ABC):
     def distance(self, found: Any, truth: Any) -> float:
         """Of two labels, 0 where both say the same."""
 
-    def following(self, label: Any, image: np.ndarray) -> Any:
+    def follow_colours(self, label: Any, image: np.ndarray) -> Any:
         """The label with outlines that follow the colours of its image [H, W, 3] uint8; of a kind without outlines the
         label itself.
         """
@@ -156,7 +156,7 @@ class LabelKind(ABC):
         return None
 
     @abstractmethod
-    def merged(self, kept: Any, found: Any, region: np.ndarray) -> Any:
+    def merge(self, kept: Any, found: Any, region: np.ndarray) -> Any:
         """The label `kept` with what was found inside of a region [H, W] bool in place of what it said there."""
 
     @abstractmethod
@@ -181,9 +181,9 @@ class LabelKind(ABC):
         """What a pixel of its file is divided by to give the layer's unit; 0 where it has none."""
         return 0.0
 
-    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
-        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `moved` to be spliced")
+        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `move` to be spliced")
 
     def mask_of(self, label: Any, word: str) -> tuple[np.ndarray, np.ndarray]:
         """Where a class is [H, W] bool, and how sure that is of each pixel [H, W] float32; where `can_mask`."""
@@ -205,7 +205,7 @@ class LabelKind(ABC):
         """The classes of its table by their numbers in files."""
         return dict(zip(self.numbers(table), table.get("classes", ()), strict=True))
 
-    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+    def with_numbers(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
         """The table with the number that its classes have in all labels of the run."""
         return {**table, "numbers": [order[name] for name in table["classes"]]} if "classes" in table else dict(table)
 
@@ -229,7 +229,7 @@ class LabelKind(ABC):
         """Class word -> number of the colour its pixels have, from its own table and those of all tasks."""
         return {}
 
-    def ignored(self, table: Table) -> tuple[int, ...]:
+    def ignored_colour(self, table: Table) -> tuple[int, ...]:
         """Red, green and blue of the ignored pixels of a map; nothing where there are none."""
         return ()
 
@@ -249,7 +249,7 @@ def mean_score(record: Sequence[Mapping[str, Any]]) -> float | None:
     return sum(item["score"] for item in record) / len(record) if record else None
 
 
-def rounded(value: float, digits: int = 3) -> float:
+def round_float(value: float, digits: int = 3) -> float:
     """A short decimal that survives JSON unchanged, and never -0.0."""
     return round(float(value), digits) + 0.0
 

@@ -44,7 +44,7 @@ def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:
     return _C.rle_to_runs(counts, height, width)
 
 
-def shifted(rle: Mapping[str, Any], top: int, left: int, sides: tuple[int, int]) -> Rle:
+def shift(rle: Mapping[str, Any], top: int, left: int, sides: tuple[int, int]) -> Rle:
     """The mask of an RLE with its corner at `top` and `left` of a larger picture; no pixel is decoded."""
     (height, width), (tall, wide) = rle["size"], sides
     if top < 0 or left < 0 or top + height > tall or left + width > wide:

@@ -75,9 +75,9 @@ def check_label(label: str) -> None:
 
 def by_task(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their tasks, those of one task as they are given."""
-    return ordered(labels, LABELS)
+    return sort_labels(labels, LABELS)
 
 
-def ordered(labels: Iterable[str], tasks: Sequence[str]) -> list[str]:
+def sort_labels(labels: Iterable[str], tasks: Sequence[str]) -> list[str]:
     """Labels in the order that `tasks` has, those of one task as they are given."""
     return sorted(labels, key=lambda label: tasks.index(task_of_label(label)))

@@ -14,7 +14,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
 
-def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
+def number_classes(tables: Mapping[str, Table]) -> dict[str, Any]:
     """What run.json says of a run's classes, each at the place of its number, and of each label with these numbers.
 
     Label maps come first, as their pixels hold at most 255 numbers, and a semantic decoder's classes keep its own. The
@@ -34,10 +34,11 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
         )
     classes = list(names | dict.fromkeys(others))
     order = {name: number for number, name in enumerate(classes)}
-    return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}
+    labels = {label: kind_of(label).with_numbers(table, order) for label, table in tables.items()}
+    return {"classes": classes, "labels": labels}
 
 
-def coloured(tables: Mapping[str, Table], palette: str, custom: ClassTable | None = None) -> dict[str, Table]:
+def with_palette(tables: Mapping[str, Table], palette: str, custom: ClassTable | None = None) -> dict[str, Table]:
     """The tables with the palette that their label maps are written in; one without all of their classes is refused.
     `custom` is the table of the user's own words, whose colours the palette CUSTOM takes.
     """
@@ -80,7 +81,7 @@ def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
         raise ValueError("classes names a class twice")
     for label, table in tables.items():
         try:
-            wanted = kind_of(label).numbered(table, order)
+            wanted = kind_of(label).with_numbers(table, order)
         except KeyError as error:
             raise ValueError(f"classes lacks {documents.quote(error.args[0])}, which labels.{label} names") from error
         if wanted != table:

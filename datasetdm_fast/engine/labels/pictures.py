@@ -88,7 +88,7 @@ def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) 
     found = borders(np.frombuffer(content, bool).reshape(shape))
     # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
     middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in found)
-    return [simplified(ring, tolerance) for ring in middles]
+    return [simplify(ring, tolerance) for ring in middles]
 
 
 def borders(mask: np.ndarray) -> list[np.ndarray]:
@@ -121,7 +121,7 @@ def borders(mask: np.ndarray) -> list[np.ndarray]:
     return rings
 
 
-def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
     """The ring without points within `tolerance` of the line between their neighbours (Douglas and Peucker)."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
     closed = np.concatenate([ring, ring[:1]]).tolist()  # plain numbers, as most spans are too short for arrays
@@ -141,13 +141,13 @@ def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
     return ring[sorted(kept)]
 
 
-def painted(labels: np.ndarray) -> Image.Image:
+def paint_map(labels: np.ndarray) -> Image.Image:
     """A label map in the colours of its classes."""
     table = np.array([colour(k) for k in range(max(256, int(labels.max()) + 1))], np.uint8)
     return Image.fromarray(table[labels])
 
 
-def masked(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
+def paint_masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
     """Each thing in its class's colour, the same for truth and answer, within a white outline of its own."""
     pixels = np.ascontiguousarray(image).astype(np.float32)
     for mask, k in zip(masks, classes):
@@ -159,7 +159,7 @@ def masked(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.I
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def skeletons(
+def draw_skeletons(
     image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]
 ) -> Image.Image:
     """Joints [J, 2] that are seen, and the limbs between them, over the image."""

@@ -22,9 +22,9 @@ from datasetdm_fast.engine.labels.kind import (
     Placement,
     Table,
     mean_score,
-    rounded,
+    round_float,
 )
-from datasetdm_fast.engine.labels.pictures import skeletons
+from datasetdm_fast.engine.labels.pictures import draw_skeletons
 
 PERSON = "person"  # the class of every figure
 MIDDLE = "middle of the first pixel"
@@ -160,14 +160,14 @@ class PoseKind(LabelKind):
             flat = [
                 value
                 for (x, y, _), v in zip(points, visibility, strict=True)
-                for value in ((rounded(x, 6), rounded(y, 6), int(v)) if v else (0, 0, 0))
+                for value in ((round_float(x, 6), round_float(y, 6), int(v)) if v else (0, 0, 0))
             ]
             people.append(
                 {
                     "keypoints": flat,
-                    "keypoint_scores": [rounded(value, 6) for value in points[:, 2]],
+                    "keypoint_scores": [round_float(value, 6) for value in points[:, 2]],
                     "num_keypoints": int((visibility > 0).sum()),
-                    "score": rounded(score, 6),
+                    "score": round_float(score, 6),
                     **self._extent(points + [_to_edge(table), _to_edge(table), 0], visibility > 0, table, masks.get(k)),
                 }
             )
@@ -181,15 +181,15 @@ class PoseKind(LabelKind):
         """
         if "widened" not in table:  # runs made before persons had more than the box of their joints
             low, sides = _box(points - [_to_edge(table), _to_edge(table), 0], seen)
-            return {"bbox": [rounded(value) for value in (*low, *sides)], "area": rounded(sides[0] * sides[1])}
+            return {"bbox": [round_float(value) for value in (*low, *sides)], "area": round_float(sides[0] * sides[1])}
         if mask is not None:
             encoded = mask_rle.encode(mask[None])
             box, area = encoded.boxes[0].tolist(), int(encoded.areas[0])
         else:
             box = _widened(points, seen, table["size"], table["widened"])
-            area = rounded(box[2] * box[3])
+            area = round_float(box[2] * box[3])
         return {
-            "bbox": [rounded(value) for value in box],
+            "bbox": [round_float(value) for value in box],
             "area": area,
             "box_from": "joints" if mask is None else "instance",
         }
@@ -214,7 +214,7 @@ class PoseKind(LabelKind):
 
     def picture(self, label: Keypoints, image: np.ndarray) -> Image.Image:
         people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
-        return skeletons(image, people, label.limbs)
+        return draw_skeletons(image, people, label.limbs)
 
     def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         for k, person in enumerate(record):
@@ -250,14 +250,14 @@ class PoseKind(LabelKind):
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
 
-    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
+    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
         """A person in a larger picture; joints are counted from the middle of the first pixel."""
         points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
         seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
         low = np.array([place.left, place.top])
         most = low + [place.columns, place.rows]
         points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale + low, low, most) - TO_EDGE
-        flat = [value for x, y, v in points.tolist() for value in (rounded(x, 6), rounded(y, 6), int(v))]
+        flat = [value for x, y, v in points.tolist() for value in (round_float(x, 6), round_float(y, 6), int(v))]
         return item | {"keypoints": flat, **self._moved_extent(item, points, seen, place, scale)}
 
     def _moved_extent(
@@ -268,8 +268,8 @@ class PoseKind(LabelKind):
             return self._extent(points + ([TO_EDGE, TO_EDGE, 0] if table else [0, 0, 0]), seen, table)
         x, y, width, height = item["bbox"]
         corner = np.array([x, y]) * scale + [place.left, place.top]
-        box = [rounded(value) for value in (*corner, *(np.array([width, height]) * scale))]
-        return {"bbox": box, "area": rounded(item["area"] * scale.prod())}
+        box = [round_float(value) for value in (*corner, *(np.array([width, height]) * scale))]
+        return {"bbox": box, "area": round_float(item["area"] * scale.prod())}
 
     def rewritten(self, table: Table) -> Table:
         return {**table, "widened": WIDENED} if "widened" in table else table
@@ -293,7 +293,7 @@ class PoseKind(LabelKind):
         apart = apart[(found.visibility > 0) | (truth.visibility > 0)]
         return float(apart.mean()) if apart.size else 0.0
 
-    def merged(self, kept: Keypoints, found: Keypoints, region: np.ndarray) -> Keypoints:
+    def merge(self, kept: Keypoints, found: Keypoints, region: np.ndarray) -> Keypoints:
         """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
         that was found there only is added.
         """
@@ -326,7 +326,7 @@ class PoseKind(LabelKind):
         sides = {"size": [size, size], "widened": WIDENED}
         return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE, **sides}
 
-    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+    def with_numbers(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
         return {**table, "category": order[PERSON]}
 
     def categories(self, table: Table) -> list[dict[str, Any]]:

@@ -11,8 +11,17 @@ from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE, SemanticMap
 from datasetdm_fast.engine.labels.colours import CUSTOM, OURS, official_palette, own_palette, palette
 from datasetdm_fast.engine.labels.image_files import index_png
-from datasetdm_fast.engine.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell, rounded
-from datasetdm_fast.engine.labels.pictures import painted
+from datasetdm_fast.engine.labels.kind import (
+    GalleryLayer,
+    Gates,
+    LabelKind,
+    Pixels,
+    Table,
+    iou,
+    markdown_cell,
+    round_float,
+)
+from datasetdm_fast.engine.labels.pictures import paint_map
 
 BACKGROUND = "background"
 PLACES = 256  # labels of one map that 8 bits tell apart
@@ -31,7 +40,7 @@ def mean_confidence(sure: np.ndarray) -> float:
 def shares(record: Any, table: Table, _: Any) -> list[Any]:
     """Shares of the pixels that are background and that are ignored, and of the other classes by number."""
     names, counts = SemanticKind().names(table), SemanticKind().count(record)
-    found = {number: rounded(count / sum(counts.values())) for number, count in counts.items()}
+    found = {number: round_float(count / sum(counts.values())) for number, count in counts.items()}
     background = sum(found.pop(number, 0) for number, name in names.items() if name == BACKGROUND)
     return [background, found.pop(IGNORE, 0), found]
 
@@ -45,7 +54,7 @@ class ClassMap(LabelKind):
     layout = ("numbers",)
     pixel_bytes = 2
 
-    def stored(self, labels: np.ndarray, table: Table) -> np.ndarray:
+    def file_numbers(self, labels: np.ndarray, table: Table) -> np.ndarray:
         """The numbers in files [H, W] uint8 of places in `classes`."""
         own = np.arange(256, dtype=np.uint8)
         own[: len(table["classes"])] = self.numbers(table)
@@ -65,14 +74,14 @@ class ClassMap(LabelKind):
             return own_palette(self.numbers(table), table["colours"])
         return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
 
-    def ignored(self, table: Table) -> tuple[int, ...]:
+    def ignored_colour(self, table: Table) -> tuple[int, ...]:
         return tuple(self.palette(table)[-3:])
 
     def encode(
         self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: bytes = b""
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The map, in 256 colours where these are given, and its confidence."""
-        numbers, files = self.stored(label.labels, table), self.files(table)
+        numbers, files = self.file_numbers(label.labels, table), self.files(table)
         contents = {files[0]: index_png(numbers, colours or self.palette(table))}
         record: dict[str, Any] = {"pixels": count_pixels(numbers)}
         for role in files[1:]:
@@ -86,10 +95,10 @@ class ClassMap(LabelKind):
         return SemanticMap(labels, *(sure or [np.ones(labels.shape, np.float32)]), tuple(table["classes"]))
 
     def arrays(self, label: SemanticMap, table: Table) -> np.ndarray:
-        return self.stored(label.labels, table).astype(np.int64)
+        return self.file_numbers(label.labels, table).astype(np.int64)
 
     def picture(self, label: SemanticMap, _: np.ndarray) -> Image.Image:
-        return painted(label.labels)
+        return paint_map(label.labels)
 
     def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         counts, known = count_pixels(pixels[self.roles[0]]), self.names(table)
@@ -109,7 +118,7 @@ class ClassMap(LabelKind):
         """Share of pixels that differ."""
         return float((found.labels != truth.labels).mean())
 
-    def following(self, label: SemanticMap, image: np.ndarray) -> SemanticMap:
+    def follow_colours(self, label: SemanticMap, image: np.ndarray) -> SemanticMap:
         if label.labels.dtype == np.uint8:
             return replace(label, labels=_C.outlines_of_labels(label.labels, image))
         shown, places = np.unique(label.labels, return_inverse=True)
@@ -137,7 +146,7 @@ class ClassMap(LabelKind):
         ious = [iou((found.labels == number) & told, truth.labels == number) for number in shown]
         return float(np.mean(ious)) if ious else 1.0
 
-    def merged(self, kept: SemanticMap, found: SemanticMap, region: np.ndarray) -> SemanticMap:
+    def merge(self, kept: SemanticMap, found: SemanticMap, region: np.ndarray) -> SemanticMap:
         labels = np.where(region, found.labels, kept.labels)
         return replace(kept, labels=labels, confidence=np.where(region, found.confidence, kept.confidence))
 

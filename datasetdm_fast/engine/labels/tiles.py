@@ -61,8 +61,8 @@ def joined_map(tiling: Tiling, labels: Sequence[SemanticMap]) -> SemanticMap:
         pixels = part(place)
         is_deeper = weights > deepest[pixels]
         deepest[pixels][is_deeper] = weights[is_deeper]
-        whole[pixels][is_deeper] = place.scaled(label.labels)[is_deeper]
-        sure[pixels][is_deeper] = place.scaled(label.confidence)[is_deeper]
+        whole[pixels][is_deeper] = place.scale(label.labels)[is_deeper]
+        sure[pixels][is_deeper] = place.scale(label.confidence)[is_deeper]
     return SemanticMap(whole, sure, labels[0].classes)
 
 
@@ -100,7 +100,7 @@ class _Piece:
 def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     """The things of all tiles; what several tiles show of one is its mask together, with the best of their scores."""
     pieces = [
-        _Piece(tile, place, place.scaled(mask), int(kind), float(score))
+        _Piece(tile, place, place.scale(mask), int(kind), float(score))
         for tile, (label, place) in enumerate(zip(labels, tiling.placements(_size(labels)), strict=True))
         for mask, kind, score in zip(label.masks, label.class_ids, label.scores)
     ]

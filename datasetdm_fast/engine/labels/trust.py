@@ -35,7 +35,7 @@ class NamedMap:
         counts = np.bincount(self.numbers.ravel(), minlength=len(self.names))[: len(self.names)]
         return {name: count / self.numbers.size for name, count in zip(self.names, counts.tolist()) if count}
 
-    def told(self, order: Mapping[str, int]) -> np.ndarray:
+    def numbers_in(self, order: Mapping[str, int]) -> np.ndarray:
         """[H, W] the numbers of `order`, 0 for every other class."""
         numbers = np.zeros(max(int(self.numbers.max(initial=0)) + 1, len(self.names)), np.uint16)
         numbers[: len(self.names)] = [order.get(name, 0) for name in self.names]
@@ -99,7 +99,7 @@ def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:
     for first, second in product(by_task["semantic"], by_task["instance"]):
         for name in named:
             if name in maps[first].names and name in maps[second].names:
-                one, other = (maps[label].told({name: 1}) > 0 for label in (first, second))
+                one, other = (maps[label].numbers_in({name: 1}) > 0 for label in (first, second))
                 overlap = np.count_nonzero(one & other) / np.count_nonzero(one | other)
                 if overlap < LEAST_OVERLAP:
                     yield f"{name} in {first} overlaps {name} in {second} with an IoU of {overlap:.2f}"
@@ -125,7 +125,7 @@ def pairs(maps: Iterable[NamedMap]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for first, second in combinations(maps, 2):
         order = {name: k for k, name in enumerate(sorted({*first.names} & {*second.names} - NO_THING), 1)}
         if order:
-            yield first.told(order), second.told(order)
+            yield first.numbers_in(order), second.numbers_in(order)
 
 
 def _disagreeing(maps: Mapping[str, NamedMap]) -> float:

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
-from datasetdm_fast.engine.labels.class_tables import ClassTable, known
+from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up
 
 IRREGULAR = {
     "calf": "calves",
@@ -53,7 +53,7 @@ class ClassMatcher:
 
     def __init__(self, classes: Sequence[str], table: ClassTable | None = None):
         self.classes = tuple(classes)
-        words, other = known(self.classes, table)
+        words, other = look_up(self.classes, table)
         # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
         self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
         for phrase in other:
@@ -75,17 +75,17 @@ class ClassMatcher:
 
     def find(self, text: str) -> tuple[str, ...]:
         """The classes named, in the order of `classes`."""
-        return tuple(self.classes[index] for index in sorted(self._found(text)))
+        return tuple(self.classes[index] for index in sorted(self._spans(text)))
 
-    def mentioned(self, text: str) -> tuple[str, ...]:
+    def classes_in_order(self, text: str) -> tuple[str, ...]:
         """The same, in the order of the text."""
-        return tuple(self.classes[index] for index in self._found(text))
+        return tuple(self.classes[index] for index in self._spans(text))
 
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
         """The same with where in the text, in lower case, the phrases begin and end that name a class."""
-        return {self.classes[index]: spans for index, spans in self._found(text).items()}
+        return {self.classes[index]: spans for index, spans in self._spans(text).items()}
 
-    def _found(self, text: str) -> dict[int, list[tuple[int, int]]]:
+    def _spans(self, text: str) -> dict[int, list[tuple[int, int]]]:
         marks = _marks(text)
         tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
         while at < len(tokens):
@@ -111,9 +111,9 @@ def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None =
     return matcher(tuple(classes), table).find(prompt)
 
 
-def mentioned(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
+def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The same in the order of the prompt."""
-    return matcher(tuple(classes), table).mentioned(prompt)
+    return matcher(tuple(classes), table).in_order(prompt)
 
 
 def always_named(

@@ -6,8 +6,8 @@ from typing import Any
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.labels.class_tables import ClassTable, known, spoken
-from datasetdm_fast.engine.labels.words import mentioned
+from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up, spoken
+from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten, token_limit
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -35,7 +35,7 @@ class AttentionRecipe:
         """
         if request.class_prompt or not words:
             return request.class_prompt
-        ordered = words if self.parity else dict.fromkeys((*mentioned(request.prompt, words, table), *words))
+        ordered = words if self.parity else dict.fromkeys((*classes_in_order(request.prompt, words, table), *words))
         return self.start + self.between.join(spoken(tuple(ordered), table))
 
     def text(self, request: Request, class_prompt: str) -> str:
@@ -71,11 +71,11 @@ def attention_recipe(
         "" if parity else defaults.start,
         " " if parity else defaults.between,
     )
-    known = [side >> depth for depth in range(len(LEVELS))]
+    sides = [side >> depth for depth in range(len(LEVELS))]
     for flag, cells in (("--self-cells", recipe.self_cells), ("--cross-cells", recipe.cross_cells)):
-        if cells not in known:
+        if cells not in sides:
             raise Refused(
-                f"{flag} {cells}: this model has attention over {', '.join(map(str, known))} cells of a side",
+                f"{flag} {cells}: this model has attention over {', '.join(map(str, sides))} cells of a side",
                 "Choose one of these; 0 takes what suits the model.",
             )
     if recipe.self_cells > 64:
@@ -158,7 +158,7 @@ def class_columns(
 
 def further_words(name: str, table: ClassTable | None) -> list[str]:
     """The words that mean a class, except its name."""
-    return [word.lstrip("~") for word in known((name,), table)[0][0].words]
+    return [word.lstrip("~") for word in look_up((name,), table)[0][0].words]
 
 
 def match_phrases(parts: Sequence[Any], phrases: Mapping[str, Sequence[list[Any]]]) -> list[tuple[str, int, int]]:

@@ -110,7 +110,7 @@ class TilingGenerator(InvertingGenerator):
         tiling = Tiling.of(image.shape[:2], size)
         picture = Picture("", image, "")
         squares = [
-            framing.framed(picture, framing.Window(left, top, size / tiling.side), size).image
+            framing.frame_picture(picture, framing.Window(left, top, size / tiling.side), size).image
             for top, left in tiling.corners
         ]
         samples: list[Sample] = []

@@ -11,7 +11,7 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AttentionSums, Batch, Instances, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
-from datasetdm_fast.engine.labels.words import mentioned
+from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def with_prompt_class(label: Instances, request: Request, recipe: Recipe) -> Ins
     import numpy as np
 
     words = recipe.words
-    named = mentioned(request.prompt, request.classes, recipe.table) or request.classes
+    named = classes_in_order(request.prompt, request.classes, recipe.table) or request.classes
     count = len(label.masks) if named else 0
     number = words.index(named[0]) if named else 0
     return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 
-def unchanged(call: int, latents: Tensor) -> Tensor:
+def keep_latents(call: int, latents: Tensor) -> Tensor:
     return latents
 
 
@@ -25,7 +25,7 @@ class Beginning:
     """The latents of a batch before its first call."""
 
     latents: Tensor  # [B, 4, h, w] on the engine's device
-    after: Callable[[int, Tensor], Tensor] = unchanged  # (call, latents after it) -> latents the next call gets
+    after: Callable[[int, Tensor], Tensor] = keep_latents  # (call, latents after it) -> latents the next call gets
 
 
 class Origin(Protocol):

@@ -42,7 +42,7 @@ RULES = {
 }
 
 
-def fitted(height: int, width: int, size: int) -> Window:
+def fit_window(height: int, width: int, size: int) -> Window:
     """The largest square in the middle: the shorter side becomes `size`, the rest of the longer one is cut off."""
     side = min(height, width)
     return Window((width - side) / 2, (height - side) / 2, size / side)
@@ -55,7 +55,7 @@ def around(box: tuple[float, float, float, float], size: int, enlarged: float = 
     return Window(x + width / 2 - side / 2, y + height / 2 - side / 2, size / side)
 
 
-def drawn(rule: Rule, picture: Picture, size: int, seed: int) -> Window:
+def draw_window(rule: Rule, picture: Picture, size: int, seed: int) -> Window:
     """A window by upstream's rule; the seed alone decides it."""
     random = np.random.default_rng(seed)
     if picture.person:
@@ -86,7 +86,7 @@ def _centre(picture: Picture, random: np.random.Generator) -> tuple[float, float
     return float(columns.mean()), float(rows.mean())
 
 
-def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0) -> Labelled:
+def frame_picture(picture: Picture, window: Window, size: int, least_mask: float = 1.0) -> Labelled:
     """What the window shows, size x size: image filtered, labels nearest, masks below `least_mask` pixels dropped."""
     rows, columns = (
         _nearest(picture.image.shape[0], window.top, window.scale, size),

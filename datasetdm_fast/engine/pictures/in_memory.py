@@ -76,4 +76,4 @@ def _of_pillow(image: Image, place: int) -> np.ndarray:
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
     """The largest square in the middle of an image [H, W, 3] uint8."""
-    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
+    return framing.frame_picture(Picture("", image, ""), framing.fit_window(*image.shape[:2], size), size).image

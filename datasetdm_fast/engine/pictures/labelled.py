@@ -149,7 +149,7 @@ class LabelledSource:
         sequence = self.sequence(self.order[index])
         return (*self.made_of(index), *([f"sequence {sequence}"] if sequence else ()))
 
-    def captioned(self, item: Labelled) -> Labelled:
+    def with_caption(self, item: Labelled) -> Labelled:
         """The item with a caption of what it shows, where captions are made of the labels."""
         return item
 
@@ -168,7 +168,7 @@ class LabelledSource:
     def __getitem__(self, index: int) -> Labelled:
         if not 0 <= index < len(self.order):
             raise IndexError(index)
-        return self.guarded(self.load, self.order[index], index if self.framing == "upstream" else None)
+        return self.guard(self.load, self.order[index], index if self.framing == "upstream" else None)
 
     def whole(self, index: int) -> Labelled:
         """Item `index` at its own size, image and maps; what is drawn at any size has no other than the model's."""
@@ -188,11 +188,11 @@ class LabelledSource:
             yield item
         self._check_readable(are_all_bad)
 
-    def drawn(self, index: int, seed: int) -> Labelled:
+    def draw_view(self, index: int, seed: int) -> Labelled:
         """Item `index` in another scale and crop, drawn by upstream's augmentation rule from the seed alone."""
-        return self.guarded(self.load, self.order[index], seed)
+        return self.guard(self.load, self.order[index], seed)
 
-    def narrowed(self, indices: Sequence[int]) -> Self:
+    def subset(self, indices: Sequence[int]) -> Self:
         """The same data set with only these items, in this order."""
         fewer = copy.copy(self)
         fewer.order = [self.order[index] for index in indices]
@@ -204,7 +204,7 @@ class LabelledSource:
         """
         found = [index for index in range(len(self.order)) if self.is_readable(index)]
         self._check_readable(not found)
-        return self.narrowed(found)
+        return self.subset(found)
 
     def is_readable(self, index: int) -> bool:
         """Whether an item can be read; one that cannot is listed in `skipped`."""
@@ -222,7 +222,7 @@ class LabelledSource:
                 "Repair the files, or name other data.",
             )
 
-    def guarded(self, read: Callable, *arguments):
+    def guard(self, read: Callable, *arguments):
         """What `read` returns; a file that is not there, or may not be looked at, is bad data like any other."""
         try:
             return read(*arguments)

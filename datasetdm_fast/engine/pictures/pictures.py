@@ -29,14 +29,14 @@ class PictureSource(LabelledSource):
         picture = self.picture(record)
         height, width = picture.image.shape[:2]
         if seed is not None:
-            window = framing.drawn(self.rule, picture, self.size, seed)
+            window = framing.draw_window(self.rule, picture, self.size, seed)
         elif picture.person:
             window = framing.around(picture.person, self.size)
         else:
-            window = framing.fitted(height, width, self.size)
-        return self.completed(framing.framed(picture, window, self.size, self.least_mask))
+            window = framing.fit_window(height, width, self.size)
+        return self.complete(framing.frame_picture(picture, window, self.size, self.least_mask))
 
-    def captioned(self, item: Labelled) -> Labelled:
+    def with_caption(self, item: Labelled) -> Labelled:
         """The item with a caption of what it shows, where captions are made of the labels: a crop shows less. A word
         that is no class is said of any thing.
         """
@@ -50,7 +50,7 @@ class PictureSource(LabelledSource):
         return replace(item, caption=whole_characters(self.photo_of(left)), named=left)
 
     def whole(self, index: int) -> Labelled:
-        picture = self.guarded(self.picture, self.order[index])
+        picture = self.guard(self.picture, self.order[index])
         if picture.person:  # a part of a picture is looked at, and has no size of its own
             return self[index]
         masks = {
@@ -61,13 +61,13 @@ class PictureSource(LabelledSource):
         }
         labels = {"semantic": picture.semantic, "depth": picture.depth}
         item = Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels)
-        return self.completed(item if picture.masks is None else replace(item, **masks))
+        return self.complete(item if picture.masks is None else replace(item, **masks))
 
-    def completed(self, item: Labelled) -> Labelled:
+    def complete(self, item: Labelled) -> Labelled:
         """Class masks from a label map, or a label map from masks, where the data set stores one of the two; the
         caption of what is shown.
         """
-        item = self.captioned(replace(item, caption=whole_characters(item.caption)))
+        item = self.with_caption(replace(item, caption=whole_characters(item.caption)))
         if item.masks is None and item.semantic is not None and self.thing_classes:
             present = [
                 k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.schedule import Sampler, Update
-from datasetdm_fast.engine.sampling.times import spaced
+from datasetdm_fast.engine.sampling.times import space_steps
 
 
 def ddim(
@@ -15,7 +15,7 @@ def ddim(
     """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
     values, stride = alphas.double().tolist(), len(alphas) // steps
     final = 1.0 if scheduler.get("set_alpha_to_one", True) else values[0]
-    times, updates = spaced(scheduler, len(alphas), steps)[::-1], []
+    times, updates = space_steps(scheduler, len(alphas), steps)[::-1], []
     for time in times:
         alpha, target = values[time], values[time - stride] if time >= stride else final
         if prediction == "epsilon":

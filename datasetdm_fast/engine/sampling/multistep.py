@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.schedule import Sampler, Update
-from datasetdm_fast.engine.sampling.times import spaced
+from datasetdm_fast.engine.sampling.times import space_steps
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -40,7 +40,7 @@ def pndm(
         return _first_profile(alphas, steps, prediction)
     values, last, stride = alphas.double().tolist(), len(alphas) - 1, len(alphas) // steps
     final = 1.0 if scheduler.get("set_alpha_to_one", False) else values[0]
-    rising = spaced(scheduler, len(alphas), steps)
+    rising = space_steps(scheduler, len(alphas), steps)
     times = [*rising[:-1], rising[-2], rising[-1]][::-1]
     pairs = [(values[t], values[t - stride] if t >= stride else final) for t in times]
     pairs[1] = (values[min(times[1] + stride, last)], values[times[1]])

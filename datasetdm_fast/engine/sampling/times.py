@@ -69,7 +69,7 @@ def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int)
     return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
 
-def spaced(scheduler: Mapping, count: int, steps: int) -> list[int]:
+def space_steps(scheduler: Mapping, count: int, steps: int) -> list[int]:
     """Ascending timesteps for PNDM and DDIM by the config's timestep_spacing."""
     spacing = scheduler.get("timestep_spacing", "leading")
     if spacing == "leading":

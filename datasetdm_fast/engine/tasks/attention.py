@@ -19,7 +19,7 @@ FLAT = 1e-12  # a map whose values lie no farther apart says nothing
 
 def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
     """Per image the maps [K, s, s] of its classes, 0 to 1; `columns` names the tokens of each class of each image."""
-    return [scaled(one) for one in spread_maps(averages, columns, exponent)]
+    return [scale_maps(one) for one in spread_maps(averages, columns, exponent)]
 
 
 def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
@@ -40,7 +40,7 @@ def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int
     return found
 
 
-def scaled(maps: Tensor) -> Tensor:
+def scale_maps(maps: Tensor) -> Tensor:
     """Maps [K, h, w] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
     lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     room = highest - lowest
@@ -93,7 +93,7 @@ def joined_label(
             own = F.interpolate(one[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
             total[part] += own * weights
             covered[part] += weights
-        values = scaled((total / covered)[None])[0]
+        values = scale_maps((total / covered)[None])[0]
         labels = torch.where(values > best, number, labels)
         best = torch.maximum(best, values)
     certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, IGNORE, 0).to(torch.uint8))

@@ -14,7 +14,7 @@ from datasetdm_fast.config import LABELLER_KINDS
 from datasetdm_fast.data import IGNORE, Annotation, Capture, DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import Table
-from datasetdm_fast.plugins import named
+from datasetdm_fast.plugins import load_place
 
 BOOLEANS, INTEGERS, NUMBERS = ("booleans", "b"), ("integers", "iu"), ("numbers", "iuf")  # with their kinds of dtypes
 # the arrays of a record and their axes: H and W of the image, N things, P people, J joints
@@ -66,7 +66,7 @@ class Labeller(ABC):
 def open_labeller(name: str, device: torch.device) -> Labeller:
     """The labeller that another package registers under a name, built once a device."""
     place = LABELLER_KINDS[name].labeller
-    labeller = LABELLER_KINDS.guard(name, lambda: named(place)(device))
+    labeller = LABELLER_KINDS.guard(name, lambda: load_place(place)(device))
     found: Labeller = LABELLER_KINDS.check_type(name, labeller, Labeller)
     return found
 

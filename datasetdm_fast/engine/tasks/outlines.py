@@ -26,4 +26,5 @@ def with_outlines(labels: Sequence[Any], images: Iterable[np.ndarray], config: D
     if config.outlines != FROM_IMAGE:
         return list(labels)
     kind = LABEL_KINDS[config.task]
-    return [kind.following(label, np.ascontiguousarray(image)) for label, image in zip(labels, images, strict=True)]
+    pairs = zip(labels, images, strict=True)
+    return [kind.follow_colours(label, np.ascontiguousarray(image)) for label, image in pairs]

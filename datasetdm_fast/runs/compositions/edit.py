@@ -185,7 +185,7 @@ class Edits(Redrawing):
             source = self.source.label(tile, task)
             if task in self.ids:
                 source = replace(source, ids=np.array(self.ids[task][tile.row.request.index], np.int64))
-            labels[task] = kind_of(task).merged(source, predicted, region)
+            labels[task] = kind_of(task).merge(source, predicted, region)
             if task in self.ids:
                 labels[task] = number_instances(labels[task], self.first_new_id(task, index))
         facts = {"mask": regions.describe(region), "feather": self.feather}

@@ -134,7 +134,7 @@ class Splicing(Composition):
                 contents, records[task] = kind.encode(maps[task], maps, self.tables[task])
                 files |= {role: (f"{role}/{id}.png", content) for role, content in contents.items()}
             else:
-                items = (kind.moved(item, place) for tile, place in placed for item in tile.row.labels[task])
+                items = (kind.move(item, place) for tile, place in placed for item in tile.row.labels[task])
                 records[task] = [item for item in items if item is not None]
         return files, records
 
@@ -152,7 +152,7 @@ def place_pixels(role: str, placed: Sequence[tuple[Tile, Placement]], sides: tup
             resized = Image.fromarray(pixels).resize((place.columns, place.rows), Image.Resampling.BICUBIC)
             pixels = np.asarray(resized)
         elif role != "image":
-            pixels = place.scaled(pixels)
+            pixels = place.scale(pixels)
         whole[place.top : place.top + place.rows, place.left : place.left + place.columns] = pixels
     return whole
 

@@ -18,7 +18,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
-from datasetdm_fast.plugins import named
+from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import other_packages, target
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, united
 from datasetdm_fast.runs.exporting.format import Content, Entry, ExportPlan, Files, Format
@@ -350,7 +350,7 @@ def _converted(name: str, format: Format, view: SampleView, plan: ExportPlan) ->
 
 def _format(name: str) -> Format:
     found = EXPORT_FORMATS[name]
-    return named(found) if isinstance(found, str) else other_packages.checked(name, found)
+    return load_place(found) if isinstance(found, str) else other_packages.checked(name, found)
 
 
 def _split_order(name: str) -> tuple[int, str]:

@@ -160,7 +160,7 @@ class SampleView:
     @cached_property
     def _map(self) -> np.ndarray:  # [H, W] uint8
         """The label map of the run, at the size of the export."""
-        return self.place.scaled(self._pixels(kind_of(self.run.labels["semantic"]).roles[0]))
+        return self.place.scale(self._pixels(kind_of(self.run.labels["semantic"]).roles[0]))
 
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
@@ -189,7 +189,7 @@ class SampleView:
         label = self.run.labels["depth"]
         pixels = {role: self._pixels(role) for role in kind_of(label).roles}
         found = kind_of(label).decode(pixels, self.stored.row.labels[label], self._table("depth"))
-        return self.place.scaled(found.metres)
+        return self.place.scale(found.metres)
 
     def depth_file(self, steps: float) -> bytes | Linked:
         """A 16-bit PNG with so many steps to the metre; what it has no number for is 0, as what is unknown."""
@@ -210,7 +210,7 @@ class SampleView:
             name = self.run.things.get(item["category_id"])
             if name is None or item["score"] < self.settings.least_score:
                 continue
-            moved = kind_of(label).moved(item, self.place) if self.place.is_scaled else item
+            moved = kind_of(label).move(item, self.place) if self.place.is_scaled else item
             if moved is not None:
                 found.append(
                     ExportedThing(name, item["score"], moved["segmentation"], moved["area"], tuple(moved["bbox"]))

@@ -133,7 +133,7 @@ class RunFacts:
                 "classes": {
                     number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
                 },
-                "ignored": _css(kind_of(task).ignored(document["labels"][task])),
+                "ignored": _css(kind_of(task).ignored_colour(document["labels"][task])),
                 "steps": kind_of(task).steps(document["labels"][task]),
                 "limbs": document["labels"][task].get("limbs", []),
             }

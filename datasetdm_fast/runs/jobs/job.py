@@ -16,7 +16,7 @@ from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.colours import CUSTOM, OURS
 from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.engine.labels.numbering import coloured, laid_out, numbered
+from datasetdm_fast.engine.labels.numbering import laid_out, number_classes, with_palette
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
@@ -551,7 +551,7 @@ def describe(
             else {"class_table": class_tables.rows_of(recipe.table, plan.words, has_colours=palette == CUSTOM)}
         ),
         "engine": dict(engine.fingerprint()),
-        **numbered(coloured(label_tables(engine, recipe), palette, recipe.table)),
+        **number_classes(with_palette(label_tables(engine, recipe), palette, recipe.table)),
     }
 
 

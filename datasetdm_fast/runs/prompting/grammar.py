@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, known
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, look_up
 from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
 from datasetdm_fast.engine.loop.prompts import refuse_file_names
 from datasetdm_fast.engine.scenes import world
@@ -43,7 +43,7 @@ class Grammar:
 
     def __init__(self, classes: Sequence[str], seed: int = 0, table: ClassTable | None = None):
         self.classes, self.seed, self.table = tuple(classes), seed, table
-        self.words = dict(zip(self.classes, known(self.classes, table)[0]))
+        self.words = dict(zip(self.classes, look_up(self.classes, table)[0]))
         self.vocabulary = read_vocabulary()
 
     def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:

@@ -64,7 +64,7 @@ def augment(
 ) -> Labelled:
     """View number `draw` of an item of a data set, whose items `read` returns; things are pasted from `others`."""
     random = np.random.default_rng([seed, number, draw])
-    item = source.drawn(number, int(random.integers(2**31))) if settings.has_crops else read(number)
+    item = source.draw_view(number, int(random.integers(2**31))) if settings.has_crops else read(number)
     if random.random() < settings.rotated:
         most = 2 * settings.rotation
         item = rotate(item, float(np.clip(random.normal() * settings.rotation, -most, most)))
@@ -72,7 +72,7 @@ def augment(
         item = mirror(item, source)
     if draw or not settings.is_recoloured:  # the first view of strong augmentation is the image itself
         item = _vary(item, source, settings, random, read, others)
-    return source.captioned(item)
+    return source.with_caption(item)
 
 
 def _vary(

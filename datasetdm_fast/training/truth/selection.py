@@ -108,7 +108,7 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
     if selection.is_everything:
         return source
     if selection.images:
-        source = source.narrowed(listed(source, selection.images))
+        source = source.subset(listed(source, selection.images))
     known = source.thing_classes or source.classes
     by_class = {"--limit-per-class": selection.per_class, "--min-area": selection.min_area}
     by_class |= {"--only-classes": selection.classes}
@@ -122,7 +122,7 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
             f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
             f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
         )
-    chosen = source.narrowed(list(_chosen(source, selection)))
+    chosen = source.subset(list(_chosen(source, selection)))
     if not len(chosen):
         raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
     return chosen
@@ -147,8 +147,8 @@ def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
             return
         record = source.order[index]
         try:
-            areas = source.guarded(measure, record) if needs_areas else {}
-            is_centred = not selection.is_centred or source.guarded(source.is_centred, record)
+            areas = source.guard(measure, record) if needs_areas else {}
+            is_centred = not selection.is_centred or source.guard(source.is_centred, record)
         except Refused as stop:
             if not source.skip_bad:
                 raise

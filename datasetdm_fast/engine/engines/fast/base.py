@@ -36,7 +36,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.to_device import to_device
-from datasetdm_fast.plugins import named
+from datasetdm_fast.plugins import load_place
 
 KINDS = {  # of device -> its engine
     "cpu": "datasetdm_fast.engine.engines.fast.on_cpu:CpuEngine",
@@ -99,7 +99,7 @@ class FastEngine(ABC):
     def __new__(
         cls, model: Model, decoders: Mapping[str, Decoder] | None = None, *, device: str = "auto", **choices: Any
     ) -> FastEngine:
-        kind = named(KINDS[resolve_device(device).type]) if cls is FastEngine else cls
+        kind = load_place(KINDS[resolve_device(device).type]) if cls is FastEngine else cls
         return object.__new__(kind)
 
     def __init__(

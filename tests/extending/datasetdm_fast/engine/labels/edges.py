@@ -32,7 +32,7 @@ class EdgesKind(ClassMap):
     layers = (GalleryLayer("edges", "Class edges", "map", role="edges"),)
 
     def encode(self, label: SemanticMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
-        numbers = self.stored(label.labels, table)
+        numbers = self.file_numbers(label.labels, table)
         return {"edges": index_png(numbers)}, {"pixels": count_pixels(numbers)}
 
     def table(self, config: Any, _: int, __: Sequence[str]) -> dict[str, Any]:
