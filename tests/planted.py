@@ -151,7 +151,7 @@ _BY_FILE = {
         ("BlockStep(resnet, slot, joins, keeps)", "BlockStep(resnet, slot, False, keeps)", "skips are left out"),
         ("hook.feature(self.entry, self.doubled(entry))", "pass", "a level lacks its first feature"),
         ("if x is not None:", "if False:", "levels lack their features"),
-        ("hook.queried(block.layer, q, k)", "pass", "levels lack their maps"),
+        ("hook.on_queries(block.layer, q, k)", "pass", "levels lack their maps"),
     ),
     "engine/decoders/packed.py": (
         "test_decoders.py",

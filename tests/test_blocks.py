@@ -13,7 +13,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, blockwise
 from datasetdm_fast.engine.models.capture import NoCapture
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
-from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, doubled
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.case import noise
@@ -66,7 +66,7 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
         return Upsample(state({"": torch.Size([48, 32, 3, 3])}) / ""), [image(3, 32, side, side + 1)]
     if kind == "convolution of few channels":
         return Convolution(state({"": torch.Size([4, 16, 3, 3])}) / "", stride=1), [image(5, 16, 8, 8)]
-    batch, spread = (2, doubled) if kind == "transformer where the halves part" else (3, lambda x: x)
+    batch, spread = (2, double_halves) if kind == "transformer where the halves part" else (3, lambda x: x)
     text = tuple(noise(len(spread(torch.zeros(batch))), HEADS, TEXT, 8) for _ in range(2))
     return transformer(24, spread), [image(batch, 24, 3, 3), text, NoCapture(plain)]
 
@@ -136,7 +136,7 @@ class Heard(NoCapture):
         if slot is not None:
             self.features[slot] = x.clone()
 
-    def queried(self, slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot, q: Tensor, k: Tensor) -> None:
         self.queries[slot] = q @ k.transpose(-1, -2)
 
 

@@ -130,7 +130,7 @@ def test_a_comma_in_a_path_is_a_part_of_it(tmp_path, monkeypatch):
     place = tmp_path / "a,b"
     place.mkdir()
     torch.save(state_of(config_of("voc")), place / "w.pth")
-    assert read_config(checkpoints.unpacked("voc:a,b/w.pth")[0] / "voc").task == "open-vocabulary"
+    assert read_config(checkpoints.unpack_decoders("voc:a,b/w.pth")[0] / "voc").task == "open-vocabulary"
     assert parts_of(f"voc:{place}/w.pth, demo,a,b") == [
         Path(f"voc:{place}/w.pth"),
         DEMO,
@@ -158,7 +158,9 @@ def test_instances_of_other_numbers_of_classes_and_queries_are_read(kind, count,
     found = checkpoints.open_checkpoint(tmp_path / "w.safetensors", kind)
     assert (found.config.logits, found.config.queries, found.config.feed_forward) == (count + 1, 7, 40)
     assert found.kind == (kind or "coco") and found.config.is_open and len(found.config.classes) == count
-    assert f"7 queries, {count + 1} class logits{'' if count == 2 else ' of classes without names'}" in found.told
+    assert (
+        f"7 queries, {count + 1} class logits{'' if count == 2 else ' of classes without names'}" in found.description
+    )
     for other in ("cityscapes", "voc")[: 1 if count == 2 else 2]:  # three class logits are those of VOC, too
         with pytest.raises(Refused, match="tensors do not fit"):
             checkpoints.open_checkpoint(tmp_path / "w.safetensors", other)
@@ -166,7 +168,7 @@ def test_instances_of_other_numbers_of_classes_and_queries_are_read(kind, count,
 
 def test_what_looks_the_same_is_said_with_the_flags_of_both_commands(tmp_path):
     save_file(state_of(config_of("coco")), path := tmp_path / "my w.safetensors")
-    told = checkpoints.open_checkpoint(path).told
+    told = checkpoints.open_checkpoint(path).description
     assert told.endswith(f"a checkpoint of lvis looks the same, say so with --kind lvis or --decoder 'lvis:{path}'")
     save_file({**state_of(config_of("coco")), "x.y": torch.ones(2)}, path)
     with pytest.raises(Refused, match="1 tensor does not fit"):

@@ -28,7 +28,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-from datasetdm_fast.engine.decoders.trunk import fold, narrowed, packed
+from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, plain
 from datasetdm_fast.stages import levels
@@ -331,7 +331,7 @@ def test_stored_in_16_bits_the_answers_are_near(kind, normalisation):
     config = small(kind, normalisation=normalisation, text_centre=kind == "open-vocabulary")
     torch.manual_seed(0)  # of what spectral norms start from; one seed in forty is a worse case
     decoder = fold(randomise(build_decoder(config)))
-    narrow, capture = narrowed(decoder, torch.float16, plain), capture_of(DEMO_LEVELS, 2)
+    narrow, capture = copy_for_gpu(decoder, torch.float16, plain), capture_of(DEMO_LEVELS, 2)
     text = text_for(config, 2)
     assert {value.dtype for value in narrow.parameters()} == {torch.float16}
     assert {value.dtype for value in (*narrow.buffers(), *decoder.parameters())} == {torch.float32}
@@ -349,7 +349,7 @@ def test_products_stacked_for_a_gpu_change_rounding_alone(kind, form):
     ops = SimpleNamespace(**vars(plain) | vars(form))
     capture, text = capture_of(DEMO_LEVELS, 2), text_for(decoder.config, 2)
     with torch.inference_mode():
-        right, found = decoder(capture, text), narrowed(decoder, torch.float32, ops)(capture, text)
+        right, found = decoder(capture, text), copy_for_gpu(decoder, torch.float32, ops)(capture, text)
     for name, value in right.items():
         assert distance(found[name], value) <= 2e-5, name
 
@@ -363,7 +363,7 @@ def test_the_packed_transformer_of_a_cpu_changes_rounding_alone(layers, is_blind
         with torch.no_grad():
             decoder.mask_embed.layers[-1].weight.zero_()
             decoder.mask_embed.layers[-1].bias.fill_(-1)
-    fast = packed(decoder)
+    fast = copy_for_cpu(decoder)
     with torch.inference_mode():
         memory, features = decoder.pixels(capture_of(DEMO_LEVELS, 3))
         given = *decoder.ask(3, None), memory, features.abs() if is_blind else features, False

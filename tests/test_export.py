@@ -29,7 +29,7 @@ from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.presets import seeded
+from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
@@ -109,7 +109,7 @@ def second_generation(tiny):
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = seeded("unet", config, seed=3)
+    unet = seed_network("unet", config, seed=3)
     return replace(tiny, networks={**tiny.networks, "unet": unet})
 
 

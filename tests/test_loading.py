@@ -726,7 +726,7 @@ LINEAR = {
 @pytest.mark.parametrize("source", ["tiny", "random-sd14", "linear"])
 def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
     """Their own tables of shapes and settings are what the libraries would have told."""
-    networks = load_model(source).networks if source != "linear" else {"unet": presets.seeded("unet", LINEAR, 3)}
+    networks = load_model(source).networks if source != "linear" else {"unet": presets.seed_network("unet", LINEAR, 3)}
     for part, network in networks.items():
         kind = presets.class_of(part)
         with torch.device("meta"):

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, base, on_gpu
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.presets import seeded
+from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models import fused
 from datasetdm_fast.engine.models.capture import ProjectedSums, Projection, RawCapture
 from datasetdm_fast.engine.models.layers import Upsample, Weights
@@ -54,7 +54,7 @@ def second_generation(tiny):
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = seeded("unet", config, seed=3)
+    unet = seed_network("unet", config, seed=3)
     scheduler = {**tiny.scheduler, "prediction_type": "v_prediction"}
     return replace(tiny, networks={**tiny.networks, "unet": unet}, scheduler=scheduler)
 

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.models.packed import (
     PackedUpsample,
     SpendingNorm,
     SpendingResnet,
-    packed,
+    pack_layers,
     weight_as,
     weights_of,
 )
@@ -296,7 +296,7 @@ def test_slices_at_once_share_one_packed_weight():
 def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, limit):
     plain = Upsample(weights(32, 32))
     truth = plain(image(2, 32, side, side).to(dtype).float())
-    (ours,) = packed(torch.nn.Sequential(plain.to(dtype)))
+    (ours,) = pack_layers(torch.nn.Sequential(plain.to(dtype)))
     found = ours(image(2, 32, side, side).to(dtype))
     assert isinstance(ours, PackedUpsample) and found.dtype == dtype and distance(found, truth.double()) <= limit
 
@@ -311,7 +311,7 @@ def test_a_block_that_spends_its_input_says_what_the_plain_one_says(dtype):
     x = image(2, 32, 12, 12).to(dtype)
     with torch.inference_mode():
         truth = plain(x)
-    block = packed(nn.ModuleList([plain]))[0]
+    block = pack_layers(nn.ModuleList([plain]))[0]
     assert isinstance(block.norm2, SpendingNorm) and not isinstance(block.norm1, SpendingNorm)
     with torch.inference_mode():
         spent = x.clone(memory_format=torch.preserve_format)

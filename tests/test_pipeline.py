@@ -676,7 +676,7 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
     }
     for name, (state, share) in named.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-        changed = lora.fused(model, [f"{tmp_path / name}.safetensors:0.25"])
+        changed = lora.fuse_adapters(model, [f"{tmp_path / name}.safetensors:0.25"])
         torch.testing.assert_close(changed.unet.get_submodule(layer).weight, before + 0.25 * share * up @ down)
         assert (
             changed.digests[f"lora {name}.safetensors"].endswith(" x 0.25")
@@ -696,9 +696,9 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
     ):
         save_file(state, tmp_path / "bad.safetensors")
         with pytest.raises(Refused, match=message):
-            lora.fused(model, [str(tmp_path / "bad.safetensors")])
+            lora.fuse_adapters(model, [str(tmp_path / "bad.safetensors")])
     with pytest.raises(Missing, match=r"no such file \(did you mean bad.safetensors\?\)"):
-        lora.fused(model, [f"{tmp_path}/bat.safetensors:2"])
+        lora.fuse_adapters(model, [f"{tmp_path}/bat.safetensors:2"])
 
 
 def test_adapters_of_one_name_are_each_written_down(tmp_path):
@@ -709,7 +709,7 @@ def test_adapters_of_one_name_are_each_written_down(tmp_path):
         state = {f"{layer}.lora_A.weight": torch.randn(2, wide), f"{layer}.lora_B.weight": torch.randn(high, 2)}
         save_file(state, tmp_path / folder / "pytorch_lora_weights.safetensors")
     given = [f"{tmp_path / folder}/pytorch_lora_weights.safetensors" for folder in ("a", "b")]
-    digests = lora.fused(model, given).digests
+    digests = lora.fuse_adapters(model, given).digests
     own = [digests[f"lora pytorch_lora_weights.safetensors{number}"] for number in ("", " 2")]
     assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
 
@@ -728,12 +728,12 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
     ]
     for notes, share in cases:
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
-        changed = lora.fused(model, [str(path)]).unet.get_submodule(layer).weight
+        changed = lora.fuse_adapters(model, [str(path)]).unet.get_submodule(layer).weight
         torch.testing.assert_close(changed, before + share * up @ down)
     for notes in ({"unet.lora_alpha": "8"}, [], alone | {"unet.alpha_pattern": {"to_k": None}}):
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
         with pytest.raises(Refused, match="its lora_adapter_metadata are inconsistent"):
-            lora.fused(model, [str(path)])
+            lora.fuse_adapters(model, [str(path)])
 
 
 def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):

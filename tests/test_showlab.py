@@ -423,7 +423,7 @@ def test_strict_norms_move_from_image_to_image(root, model):
     modules = [m for m in counted.modules() if hasattr(m, "normalised")]
     for _ in range(3):
         for module in modules:
-            module.normalised()
+            module.normalise_weight()
     norms.move_to(0, 3)
     assert all(torch.equal(a, b) for a, b in zip(moving.state_dict().values(), counted.state_dict().values()))
     norms.move_to(1, 0)

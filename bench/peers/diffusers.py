@@ -15,7 +15,7 @@ from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
-from datasetdm_fast.engine.decoders.trunk import Decoder, narrowed
+from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_gpu
 from datasetdm_fast.engine.engines.torch import capturing
 from datasetdm_fast.kernels.choice import operations
 
@@ -104,7 +104,7 @@ class TunedDiffusers(Diffusers):
 def narrow_decoders(setting: Setting) -> dict[str, Decoder]:
     """The folded decoders in fp16, with the operations that our engine gives them."""
     ops = operations(setting.device, torch.float16)
-    return {task: narrowed(decoder, torch.float16, ops) for task, decoder in setting.reference.decoders.items()}
+    return {task: copy_for_gpu(decoder, torch.float16, ops) for task, decoder in setting.reference.decoders.items()}
 
 
 def answered(decoder: Decoder, capture: Capture) -> dict[str, Tensor]:

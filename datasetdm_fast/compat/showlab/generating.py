@@ -128,7 +128,7 @@ class MovingNorms:
                 decoder.load_state_dict(self.first[label])
                 for module in decoder.modules():
                     for _ in range(place if isinstance(module, SpectralConv2d) else 0):
-                        module.normalised()
+                        module.normalise_weight()
         self.next = process, place + 1
 
 

@@ -13,7 +13,7 @@ from datasetdm_fast.compat.showlab_modules.unet import MODELS
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.upstream import PREFIX, fitted, unused_shapes
+from datasetdm_fast.engine.decoders.upstream import PREFIX, fit_config, unused_shapes
 from datasetdm_fast.stages import LEVELS
 
 
@@ -57,7 +57,7 @@ class NamedDecoder(nn.Module):
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Loads a checkpoint of DatasetDM, with or without `module.` before its names; layer widths follow it."""
         shapes = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in state.items()}
-        config = fitted(self.config, shapes)
+        config = fit_config(self.config, shapes)
         self.decoder = load_upstream(build_decoder(config), state, strict=True).to(self.place)
 
     def forward(

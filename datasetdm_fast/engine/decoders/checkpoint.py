@@ -116,10 +116,10 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     return for_inference(decoder, strict)
 
 
-def load_decoders(given: str | Path | Iterable[Path]) -> dict[str, Decoder]:
+def load_decoders(source: str | Path | Iterable[Path]) -> dict[str, Decoder]:
     """The decoders of a folder, or of several, by the labels they make."""
-    found = find_decoders(given)
-    return {label: load_decoder(found[label]) for label in found.labels}
+    folders = find_decoders(source)
+    return {label: load_decoder(folders[label]) for label in folders.labels}
 
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
@@ -204,9 +204,9 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
         for name in sorted(set(ours) & set(state))
         if state[name].shape != ours[name].shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "shape": shapes}
-    if wrong := [f"{label}: {', '.join(listed(names))}" for label, names in found.items() if names]:
-        count = sum(map(len, found.values()))
+    problems = {"missing": missing, "unexpected": unexpected, "shape": shapes}
+    if wrong := [f"{label}: {', '.join(first_names(names))}" for label, names in problems.items() if names]:
+        count = sum(map(len, problems.values()))
         raise Refused(
             f"{origin}: {count} {'tensor does' if count == 1 else 'tensors do'} not fit this {decoder.config.kind} "
             f"decoder; {'; '.join(wrong)}",
@@ -214,7 +214,7 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
         )
 
 
-def listed(names: list[str]) -> list[str]:
+def first_names(names: list[str]) -> list[str]:
     """Tensors for a message: each, or where they are many the modules they belong to, with how many of each."""
     if len(names) <= MOST_LISTED:
         return names

@@ -13,7 +13,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS, Level, levels
 from datasetdm_fast.untrusted import documents
 
-MEND = "Correct that setting, train the decoder again, or name another with --decoder."
+REMEDY = "Correct that setting, train the decoder again, or name another with --decoder."
 FORMAT = 1  # of config.json; without one it is the first
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 KINDS_OF = {  # task of this package -> the kinds of decoder whose answers it reads
@@ -89,35 +89,36 @@ class DecoderConfig:
             (self.outlines, "outlines", OUTLINES),
         ):
             if value not in known:
-                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", MEND)
+                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}", REMEDY)
         if self.kind not in (fitting := KINDS_OF.get(self.task, KINDS)):
             raise Refused(
-                f"decoder config: kind is {self.kind!r}, expected {' or '.join(fitting)} for the task {self.task}", MEND
+                f"decoder config: kind is {self.kind!r}, expected {' or '.join(fitting)} for the task {self.task}",
+                REMEDY,
             )
         if tuple(level.name for level in self.levels) != LEVELS:
             raise Refused(
                 f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}",
-                MEND,
+                REMEDY,
             )
         if self.has_queries and (self.width % self.heads or self.width % 4):
-            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4", MEND)
+            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4", REMEDY)
         for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
             if needed and not getattr(self, name):
-                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}", MEND)
+                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}", REMEDY)
 
         if stray := sorted(set(self.named) - set(self.classes)):
             raise Refused(
-                f"decoder config: named holds {documents.quote(stray[0])}, which is none of its classes", MEND
+                f"decoder config: named holds {documents.quote(stray[0])}, which is none of its classes", REMEDY
             )
         heads = sum(sum(level.heads) for level in self.levels)
         if self.word_heads and (self.kind != "segmentation" or len(self.word_heads) != heads):
             raise Refused(
                 f"decoder config: {len(self.word_heads)} word_heads of a {self.kind} decoder, expected none, or for "
                 f"segmentation one for each of {heads} heads",
-                MEND,
+                REMEDY,
             )
         if self.word_heads and not (min(self.word_heads) >= 0 < max(self.word_heads)):
-            raise Refused("decoder config: word_heads must not be negative, nor all of them 0", MEND)
+            raise Refused("decoder config: word_heads must not be negative, nor all of them 0", REMEDY)
         if self.task == "semantic" and len(self.classes) > 255:
             raise Refused(
                 f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
@@ -150,12 +151,12 @@ class DecoderConfig:
 
     def word_levels(self) -> dict[str, tuple[tuple[float, ...], ...]]:
         """The levels whose heads tell where words are, by name, with the shares of the heads of each of their maps."""
-        left, found = list(self.word_heads), {}
+        left, shares_by_level = list(self.word_heads), {}
         for level in self.levels if self.word_heads else ():
             shares = tuple(tuple(left.pop(0) for _ in range(count)) for count in level.heads)
             if any(map(any, shares)):
-                found[level.name] = shares
-        return found
+                shares_by_level[level.name] = shares
+        return shares_by_level
 
     @property
     def table(self) -> ClassTable | None:
@@ -167,10 +168,10 @@ class DecoderConfig:
         """The fields as JSON holds them, without those that decoders of earlier versions did not have and that say
         nothing here.
         """
-        found = asdict(self)
-        found["class_words"] = [{name: word[name] for name in WORD_FORM} for word in found["class_words"]]
+        values = asdict(self)
+        values["class_words"] = [{name: word[name] for name in WORD_FORM} for word in values["class_words"]]
         idle = {"class_words": [], "outlines": FROM_DECODER}
-        return {name: value for name, value in found.items() if name not in idle or value != idle[name]}
+        return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **self.values}, indent=2) + "\n"
@@ -180,22 +181,22 @@ class DecoderConfig:
         try:
             values = documents.parse_json(text, "it")
             documents.check_form(values, {})
-            if (found := values.pop("format", FORMAT)) != FORMAT:
-                raise ValueError(f"format {documents.quote(found)}, this version reads {FORMAT}")
+            if (version := values.pop("format", FORMAT)) != FORMAT:
+                raise ValueError(f"format {documents.quote(version)}, this version reads {FORMAT}")
             documents.check_form(values, {"levels": [LEVEL_FORM]})
             if absent := [name for name in ("kind", "task") if name not in values]:
                 raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
             documents.check_form(values, {name: form for name, form in FORM.items() if name in values})
             _check_bounds(values)
         except ValueError as error:
-            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})", MEND) from None
-        own = {field.name for field in fields(DecoderConfig)}
-        for given, known, whose in (
-            (values, own, ""),
+            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})", REMEDY) from None
+        names = {field.name for field in fields(DecoderConfig)}
+        for settings, known, whose in (
+            (values, names, ""),
             *((level, LEVEL_FORM, " of a level") for level in values["levels"]),
             *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
         ):
-            if unknown := sorted(set(given) - set(known)):
+            if unknown := sorted(set(settings) - set(known)):
                 names = documents.one_line(", ".join(unknown))
                 raise Refused(
                     f"decoder config: unknown fields {names}{whose}; it may come from a newer version",

@@ -33,30 +33,30 @@ class DecoderFolders:
     """
 
     named: Mapping[LabelName, Path]  # every decoder by its folder's name
-    own: Mapping[str, Path]  # task -> its own decoder
+    unnamed: Mapping[str, Path]  # task -> the decoder without a name of its own
 
     def __getitem__(self, label: str) -> Path:
         """The folder of the decoder that makes a label, a KeyError where there is none."""
         name = LabelName.parse(label)
-        return self.named[name] if name.decoder else self.own[name.task]
+        return self.named[name] if name.decoder else self.unnamed[name.task]
 
     def __contains__(self, label: str) -> bool:
         name = LabelName.parse(label)
-        return name in self.named if name.decoder else name.task in self.own
+        return name in self.named if name.decoder else name.task in self.unnamed
 
     @property
     def labels(self) -> list[str]:
         """One label a decoder: its task where it is the task's own, else its name too."""
-        return [name.task if self.own.get(name.task) == path else str(name) for name, path in self.named.items()]
+        return [name.task if self.unnamed.get(name.task) == path else str(name) for name, path in self.named.items()]
 
 
-def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
+def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
     """The decoders of folders that have a sub-folder for each, named one by one or in one text."""
     named: dict[LabelName, Path] = {}
-    own: dict[str, Path] = {}
-    for folder in parts_of(given) if isinstance(given, (str, Path)) else given:
-        found = sorted(path.parent for path in folder.glob("*/config.json"))
-        if not found:
+    unnamed: dict[str, Path] = {}
+    for folder in parts_of(source) if isinstance(source, (str, Path)) else source:
+        configs = sorted(path.parent for path in folder.glob("*/config.json"))
+        if not configs:
             is_decoder = (folder / "config.json").exists()
             lack = (
                 "no sub-folder holds a config.json"
@@ -67,33 +67,33 @@ def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
                 f"decoders {folder}: {lack}",
                 f"Give the folder above: {folder.parent}." if is_decoder else FORM,
             )
-        here = {LabelName(read_config(path).task, path.name): path for path in found}
+        here = {LabelName(read_config(path).task, path.name): path for path in configs}
         for name, path in here.items():
             named.setdefault(name, path)
-        for task in {name.task for name in here} - set(own):
-            if (path := _own(task, here)) is not None:
-                own[task] = path
+        for task in {name.task for name in here} - set(unnamed):
+            if (path := choose_unnamed(task, here)) is not None:
+                unnamed[task] = path
         for name, path in here.items():
-            if own.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
+            if unnamed.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
                 raise Refused(
                     f"decoders {folder}: {documents.quote(name.decoder)} is one of several for {name.task}, and "
                     "its name is not up to 63 letters, digits, - or _",
                     "Rename the folder.",
                 )
-    return DecoderFolders(named, own)
+    return DecoderFolders(named, unnamed)
 
 
-def parts_of(given: str | Path) -> list[Path]:
+def parts_of(source: str | Path) -> list[Path]:
     """The paths of one text, with commas between them; `demo` names the decoders shipped with the package. A comma
     belongs to a path where that is there, with KIND: before it or not.
     """
-    words, found = str(given).split(","), []
+    words, folders = str(source).split(","), []
     while words:
         joined = (",".join(words[:count]) for count in range(len(words), 0, -1))
         part = next((text for text in joined if text != "demo" and _is_there(text)), words[0].strip())
         words = words[part.count(",") + 1 :]
-        found += [DEMO if part == "demo" else Path(part)] if part else []
-    return found or [Path(given)]
+        folders += [DEMO if part == "demo" else Path(part)] if part else []
+    return folders or [Path(source)]
 
 
 def _is_there(text: str) -> bool:
@@ -105,7 +105,7 @@ def _is_there(text: str) -> bool:
         return False
 
 
-def _own(task: str, here: Mapping[LabelName, Path]) -> Path | None:
+def choose_unnamed(task: str, here: Mapping[LabelName, Path]) -> Path | None:
     """The decoder that a task without a name means, None where several have the same claim."""
     paths = {name.decoder: path for name, path in here.items() if name.task == task}
     return next(iter(paths.values())) if len(paths) == 1 else paths.get(task)

@@ -31,7 +31,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("u0", start)
         self.register_buffer("sv0", torch.ones(1))
 
-    def normalised(self) -> Tensor:
+    def normalise_weight(self) -> Tensor:
         """The weight [out, in, k, k] over its estimated norm; in training the estimate is kept for the next call."""
         matrix = self.weight.flatten(1)
         with torch.autocast(matrix.device.type, enabled=False):  # a narrow norm would scale every output by its error
@@ -46,7 +46,7 @@ class SpectralConv2d(nn.Conv2d):
         return self.weight / sigma
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.normalised()
+        weight = self.normalise_weight()
         if self.kernel_size == (1, 1):
             return pointwise(x, weight, self.bias)
         if self.training:
@@ -54,10 +54,10 @@ class SpectralConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     @torch.no_grad()
-    def folded(self) -> nn.Conv2d:
+    def fold(self) -> nn.Conv2d:
         """The plain convolution that this one is to the next image."""
         plain = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, padding=self.padding)
-        plain.weight, plain.bias = nn.Parameter(self.normalised()), nn.Parameter(self.bias.clone())
+        plain.weight, plain.bias = nn.Parameter(self.normalise_weight()), nn.Parameter(self.bias.clone())
         return plain
 
 

@@ -19,14 +19,14 @@ class PackedTransformer(Packed):
         self.stacked = stacked
         self.features, self.logits = len(stacked.mask_layers[-1].weight), len(stacked.class_embed.weight)
 
-    def packed(self, packing: Packing) -> _C.QueryTransformer:
+    def pack(self, packing: Packing) -> _C.QueryTransformer:
         stacked, linear = self.stacked, packing.linear
         return _C.QueryTransformer(
-            [packed_layer(packing, one) for one in stacked.layers],
-            [linear(one) for one in stacked.memory],
+            [packed_layer(packing, layer) for layer in stacked.layers],
+            [linear(layer) for layer in stacked.memory],
             linear(stacked.positions),
             packing.norm(stacked.norm),
-            [linear(one) for one in stacked.mask_layers],
+            [linear(layer) for layer in stacked.mask_layers],
             linear(stacked.class_embed),
             stacked.layers[0].cross.multihead_attn.heads,
         )
@@ -45,7 +45,7 @@ class PackedTransformer(Packed):
         self.native().run(
             content.data_ptr(),
             position.data_ptr(),
-            *([x.data_ptr() for x in one] for one in (levels, places, features)),
+            *([x.data_ptr() for x in group] for group in (levels, places, features)),
             [side * side for side in sides],
             embedded.data_ptr(),
             logits.data_ptr(),

@@ -30,7 +30,7 @@ def untrained_decoders(levels: Sequence[Level], text_width: int) -> dict[str, De
 
 
 def seeded_decoders(levels: Sequence[Level], text_width: int) -> dict[str, Decoder]:
-    """The same with a depth head whose answer depends on the image."""
+    """Decoders with seeded weights for every task, whose depth depends on the image."""
     decoders = untrained_decoders(levels, text_width)
     for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
         weight, generator = decoders["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)

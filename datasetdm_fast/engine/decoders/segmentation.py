@@ -54,8 +54,8 @@ class SegmentationDecoder(Decoder):
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
         content, position = self.ask(mask_features.shape[0], text)
-        found = self.answer(content, position, memory, mask_features, auxiliary)
-        return {**found, "token_attention": self.token_attention(capture)} if self.config.word_heads else found
+        outputs = self.answer(content, position, memory, mask_features, auxiliary)
+        return {**outputs, "token_attention": self.token_attention(capture)} if self.config.word_heads else outputs
 
     def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
@@ -98,14 +98,14 @@ class SegmentationDecoder(Decoder):
     def stack(self) -> None:
         super().stack()
         if max(self.config.width, self.config.mask_dim) <= WIDEST:
-            self.stacked = self._stacked()
+            self.stacked = self._stack_layers()
 
     def pack(self) -> None:
         super().pack()
         if is_small(nn.ModuleList(sum(self._transformer(), ()))):
-            self.stacked = PackedTransformer(self._stacked())
+            self.stacked = PackedTransformer(self._stack_layers())
 
-    def _stacked(self) -> StackedTransformer:
+    def _stack_layers(self) -> StackedTransformer:
         layers, heads = self._transformer()
         return StackedTransformer(list(zip(*layers)), self.level_embed.weight, *heads, self.ops)
 
@@ -151,9 +151,9 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         batch = capture.batch
         width = self.config.text_width
         if text is None or text.ndim not in (2, 3) or text.shape[0] != batch or text.shape[-1] != width:
-            given = "nothing" if text is None else f"shape {list(text.shape)}"
+            received = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(
-                f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or "
+                f"open-vocabulary decoder: text is {received}, expected class embeddings [{batch}, {width}] or "
                 f"[{batch}, K, {width}]",
                 "Pass the text encoder's embeddings of the class words as text.",
             )
@@ -161,8 +161,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         words = 1 if text.ndim == 2 else text.shape[1]
         content, position = self.ask(batch * words, text.reshape(batch * words, -1))
         memory = [x.repeat_interleave(words, 0) for x in memory]
-        found = self.answer(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
-        return found if text.ndim == 2 else by_image(found, batch)
+        outputs = self.answer(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
+        return outputs if text.ndim == 2 else by_image(outputs, batch)
 
     def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         content, position = super().ask(batch, None)
@@ -174,9 +174,9 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         )
 
 
-def by_image(found: dict, batch: int) -> dict:
+def by_image(outputs: dict, batch: int) -> dict:
     """Answers [B * K, ...] as [B, K, ...]."""
     return {
-        name: [by_image(one, batch) for one in value] if name == "aux" else value.unflatten(0, (batch, -1))
-        for name, value in found.items()
+        name: [by_image(output, batch) for output in value] if name == "aux" else value.unflatten(0, (batch, -1))
+        for name, value in outputs.items()
     }

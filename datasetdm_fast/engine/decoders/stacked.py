@@ -66,16 +66,18 @@ class StackedTransformer:
             packed = StackedProduct(itself.self_attn.in_proj_weight, bias)
             self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
             shares += [q, own_q, own_k]
-        self.positions = stacked(shares)  # of all layers, from the positions of the queries
+        self.positions = join_products(shares)  # of all layers, from the positions of the queries
         count = min(len(level_embed), len(layers))  # the levels that are read
         cross = [parts(layer.cross.multihead_attn) for layer in self.layers]
-        self.keys = [stacked([k for _, k, _ in cross[level::count]]) for level in range(count)]
+        self.keys = [join_products([k for _, k, _ in cross[level::count]]) for level in range(count)]
         self.memory = [
             StackedProduct(
                 torch.cat([self.keys[level].weight, values.weight]),
                 torch.cat([torch.zeros_like(self.keys[level].bias), values(level_embed[level])]),
             )
-            for level, values in ((level, stacked([v for _, _, v in cross[level::count]])) for level in range(count))
+            for level, values in (
+                (level, join_products([v for _, _, v in cross[level::count]])) for level in range(count)
+            )
         ]
         self.places: dict[tuple[int, ...], list[Tensor]] = {}  # sides of the memory levels -> shares of their cells
 
@@ -92,7 +94,9 @@ class StackedTransformer:
             last, count = start + channels, shares[level].shape[-1]
             place_q, place_own_q, place_own_k = places[..., 3 * i * channels :][..., : 3 * channels].chunk(3, -1)
             keys, values = packed[level][..., start:last], packed[level][..., count + start : count + last]
-            logits = self.ops.mask_head(self.embedded(content), features[level], features[level].shape[-1]).flatten(2)
+            logits = self.ops.mask_head(self.embed_masks(content), features[level], features[level].shape[-1]).flatten(
+                2
+            )
             cross, itself, feed = layer.cross, layer.itself, layer.feed
             answer = self.ops.query_attention(
                 layer.query(content),
@@ -103,20 +107,20 @@ class StackedTransformer:
                 shares[level][:, start:last],
                 logits,
             )
-            content = self.added(answer, cross.multihead_attn.out_proj, content, cross.norm)
+            content = self.add_and_normalise(answer, cross.multihead_attn.out_proj, content, cross.norm)
             q, k, v = layer.packed(content).chunk(3, -1)
             answer = self.ops.query_attention(q, k, v, itself.self_attn.heads, place_own_q, place_own_k)
-            content = self.added(answer, itself.self_attn.out_proj, content, itself.norm)
-            content = self.added(feed.linear1(content), feed.linear2, content, feed.norm, has_relu=True)
-        masks = self.ops.mask_head(self.embedded(content), mask_features, mask_features.shape[-1])
+            content = self.add_and_normalise(answer, itself.self_attn.out_proj, content, itself.norm)
+            content = self.add_and_normalise(feed.linear1(content), feed.linear2, content, feed.norm, has_relu=True)
+        masks = self.ops.mask_head(self.embed_masks(content), mask_features, mask_features.shape[-1])
         return {"pred_logits": self.class_embed(self.norm(content)), "pred_masks": masks}
 
-    def embedded(self, content: Tensor) -> Tensor:
+    def embed_masks(self, content: Tensor) -> Tensor:
         norm, weights = self.norm, [layer.weight for layer in self.mask_layers]
         biases = [layer.bias for layer in self.mask_layers]
         return self.ops.mask_embedding(content, norm.weight, norm.bias, norm.eps, weights, biases)
 
-    def added(
+    def add_and_normalise(
         self, x: Tensor, linear: nn.Linear, content: Tensor, norm: nn.LayerNorm, has_relu: bool = False
     ) -> Tensor:
         affine = norm.weight, norm.bias, norm.eps
@@ -124,22 +128,24 @@ class StackedTransformer:
 
     def cells(self, sides: list[int], like: Tensor) -> list[Tensor]:
         """What the places of each level's cells give to the keys of all its layers [S, layers * C]."""
-        if (found := self.places.get(tuple(sides))) is None:
-            found = [
+        if (encoding := self.places.get(tuple(sides))) is None:
+            encoding = [
                 keys(sine_position(side, like.shape[-1], like) + level)
                 for side, keys, level in zip(sides, self.keys, self.level_embed)
             ]
-            self.places[tuple(sides)] = found
-        return found
+            self.places[tuple(sides)] = encoding
+        return encoding
 
 
 def parts(attention: Any) -> list[StackedProduct]:
     """The products of queries, keys and values of a transformer.Attention."""
-    return [StackedProduct(*one) for one in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))]
+    return [StackedProduct(*parts) for parts in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))]
 
 
-def stacked(products: list[StackedProduct]) -> StackedProduct:
-    return StackedProduct(torch.cat([one.weight for one in products]), torch.cat([one.bias for one in products]))
+def join_products(products: list[StackedProduct]) -> StackedProduct:
+    return StackedProduct(
+        torch.cat([product.weight for product in products]), torch.cat([product.bias for product in products])
+    )
 
 
 class StackedSegBlock(nn.Module):

@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
         told apart, T further rows give the attention of each token.
         """
-        found = {
+        rows = {
             name: [self.get_submodule(f"{name}_feature_conv.0").weight]
             for name in LEVELS
             if hasattr(self, f"{name}_feature_conv")
@@ -46,9 +46,9 @@ class Decoder(nn.Module):
         for level in self.config.levels:
             if shares := self.config.word_levels().get(level.name):
                 some = next(self.parameters())
-                found.setdefault(level.name, []).append(token_rows(level, shares).to(some.device, some.dtype))
+                rows.setdefault(level.name, []).append(token_rows(level, shares).to(some.device, some.dtype))
         return {
-            name: torch.cat(found[name]) if len(found[name]) > 1 else found[name][0] for name in LEVELS if name in found
+            name: torch.cat(rows[name]) if len(rows[name]) > 1 else rows[name][0] for name in LEVELS if name in rows
         }
 
     def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
@@ -84,15 +84,15 @@ class Decoder(nn.Module):
         for name, shares in self.config.word_levels().items():
             place = LEVELS.index(name)
             if isinstance(capture, ProjectedCapture):
-                own = capture.sums[place][:, -self.config.levels[place].tokens :]
+                maps = capture.sums[place][:, -self.config.levels[place].tokens :]
             else:
-                own = sum(
-                    share * pyramid.planes(one[:, head : head + 1])
-                    for one, part in zip(capture.maps[place], shares, strict=True)
+                maps = sum(
+                    share * pyramid.planes(layer_maps[:, head : head + 1])
+                    for layer_maps, part in zip(capture.maps[place], shares, strict=True)
                     for head, share in enumerate(part)
                 )
-            own = resize(own, capture.side)
-            total = own if total is None else total + own
+            maps = resize(maps, capture.side)
+            total = maps if total is None else total + maps
         return total
 
     def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
@@ -126,7 +126,10 @@ def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
 
 def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
     """A copy of the decoder that computes with other operations and has the same weights, held once."""
-    shared = {id(one): nn.Parameter(one.detach(), requires_grad=one.requires_grad) for one in decoder.parameters()}
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in decoder.parameters()
+    }
     shared[id(decoder.config)] = decoder.config
     copied = copy.deepcopy(decoder, shared)
     for module in copied.modules():
@@ -140,7 +143,7 @@ def is_folded(decoder: Decoder) -> bool:
     return not any(isinstance(module, SpectralConv2d) for module in decoder.modules())
 
 
-def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
+def copy_for_gpu(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
     """A copy of the folded decoder for a GPU, with parameters in `dtype`, which its inputs must have; statistics and
     what centres words stay in fp32.
     """
@@ -151,7 +154,7 @@ def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Deco
     return copied
 
 
-def packed(decoder: Decoder) -> Decoder:
+def copy_for_cpu(decoder: Decoder) -> Decoder:
     """A copy of the folded decoder for a CPU, with the same weights."""
     copied = with_ops(decoder, decoder.ops)
     copied.pack()
@@ -164,5 +167,5 @@ def fold(decoder: Decoder) -> Decoder:
     for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
         for name, child in list(block.named_children()):
             if isinstance(child, SpectralConv2d):
-                setattr(block, name, child.folded())
+                setattr(block, name, child.fold())
     return decoder

@@ -38,7 +38,7 @@ def _things(name: str) -> tuple[str, ...]:
     return tuple(word for word in builtin_table(name).names if word != BACKGROUND)
 
 
-def _numbered(count: int) -> tuple[str, ...]:
+def number_classes(count: int) -> tuple[str, ...]:
     return tuple(f"thing {k + 1}" for k in range(count))
 
 
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "cityscapes": ("segmentation", {"classes": builtin_table("cityscapes").names}),
     "deepfashion": ("segmentation", {"classes": builtin_table("deepfashion").names}),
     "coco": ("segmentation", {"classes": _things("coco"), **_ANY_THING}),
-    "lvis": ("segmentation", {"classes": _numbered(LVIS_LOGITS), **_ANY_THING}),
+    "lvis": ("segmentation", {"classes": number_classes(LVIS_LOGITS), **_ANY_THING}),
     "nyu": ("depth", {"max_depth": 10.0}),
     "kitti": ("depth", {"max_depth": 80.0}),
     "vkitti2": ("depth", {"max_depth": 80.0}),
@@ -73,7 +73,7 @@ class Checkpoint:
     prefix: str  # of every name
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What the checkpoint was taken for, in a sentence."""
         config, how = self.config, "its tensors are those of" if self.is_guessed else "read as"
         numbers = f", {config.queries} queries, {config.logits} class logits" if config.has_queries else ""
@@ -117,7 +117,7 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     prefix, shapes = _shapes(copy)
     if not shapes:
         raise Refused(f"{path}: it holds no tensor at all", ALONE)
-    chosen = kind or guessed(shapes, path)
+    chosen = kind or guess_kind(shapes, path)
     config = config_of(chosen, shapes, levels)
     _check(config, shapes, path, chosen)
     return Checkpoint(path, copy, chosen, not kind, config, prefix)
@@ -132,12 +132,12 @@ def _left_out(copy: Path) -> list[str]:
 
 def _shapes(copy: Path) -> tuple[str, Shapes]:
     """The prefix of most names, and shapes by name without it; a name that lacks it is one that no decoder has."""
-    found = {name: shape for name, (_, shape) in tensors.check_safetensors(copy).items()}
-    if sum(name.startswith(PREFIX) for name in found) * 2 <= len(found):
-        return "", found
+    shapes = {name: shape for name, (_, shape) in tensors.check_safetensors(copy).items()}
+    if sum(name.startswith(PREFIX) for name in shapes) * 2 <= len(shapes):
+        return "", shapes
     return PREFIX, {
         name.removeprefix(PREFIX) if name.startswith(PREFIX) else f"{name} (without {PREFIX})": shape
-        for name, shape in found.items()
+        for name, shape in shapes.items()
     }
 
 
@@ -153,7 +153,7 @@ def _alike(shapes: Shapes) -> tuple[str, ...]:
     return ("pose-simcc",) if "mlp_head_x.weight" in shapes else ()
 
 
-def guessed(shapes: Shapes, path: Path) -> str:
+def guess_kind(shapes: Shapes, path: Path) -> str:
     """The kind that names and shapes tell."""
     alike = _alike(shapes)
     if alike and KINDS[alike[0]][0] != "depth":
@@ -188,11 +188,11 @@ def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderCo
     logits = _size(shapes, "class_embed.weight", 0)
     is_of_others = logits in LOGITS and (name, logits) != ("lvis", 3)  # which our trainer gives it for two categories
     if name in ANY_COUNT and logits > 1 and not is_of_others:
-        settings = settings | {"classes": _numbered(logits - 1)}
-    return fitted(upstream(kind, levels=levels, **settings), shapes)
+        settings = settings | {"classes": number_classes(logits - 1)}
+    return fit_config(upstream(kind, levels=levels, **settings), shapes)
 
 
-def fitted(usual: DecoderConfig, shapes: Shapes) -> DecoderConfig:
+def fit_config(usual: DecoderConfig, shapes: Shapes) -> DecoderConfig:
     """A configuration with the widths that the tensors of a checkpoint have."""
     width = _size(shapes, "low_feature_conv.0.weight", 0, usual.width)
     sizes = {"width": width}
@@ -218,17 +218,17 @@ def _check(config: DecoderConfig, shapes: Shapes, path: Path, kind: str) -> None
         unused = UNUSED.get(config.kind, ())
         read = {name: torch.empty(shape) for name, shape in shapes.items() if not name.startswith(unused)}
     wide = [level.channels for level in config.levels]
-    found = [_size(shapes, f"{name}_feature_conv.0.weight", 1) for name in LEVELS]
-    if all(found) and found != wide and sorted(read) == sorted(decoder.state_dict()):
+    widths = [_size(shapes, f"{name}_feature_conv.0.weight", 1) for name in LEVELS]
+    if all(widths) and widths != wide and sorted(read) == sorted(decoder.state_dict()):
         raise Refused(
-            f"{path}: it was trained on a U-Net whose levels have {', '.join(map(str, found))} channels, expected "
+            f"{path}: it was trained on a U-Net whose levels have {', '.join(map(str, widths))} channels, expected "
             f"{', '.join(map(str, wide))}",
             "Name its model with --model, or the model that its run used.",
         )
     try:
         check_fit(decoder, read, f"{path} as {kind}")
     except Refused as stop:
-        alike = [one for one in _alike(shapes) if one != kind]
+        alike = [name for name in _alike(shapes) if name != kind]
         raise Refused(stop.cause, f"Its last layer is that of {' or '.join(alike)}." if alike else ALONE) from stop
 
 
@@ -277,14 +277,14 @@ def as_checkpoint(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-def unpacked(given: str | Path, levels: tuple[Level, ...] = SD1_LEVELS) -> list[Path]:
+def unpack_decoders(source: str | Path, levels: tuple[Level, ...] = SD1_LEVELS) -> list[Path]:
     """The folders that --decoder names, each checkpoint FILE.pth or KIND:FILE.pth among them as a folder in the cache
     that holds its decoder.
     """
-    return [_unpacked(part, levels) for part in parts_of(given)]
+    return [unpack_decoder(part, levels) for part in parts_of(source)]
 
 
-def _unpacked(part: Path, levels: tuple[Level, ...]) -> Path:
+def unpack_decoder(part: Path, levels: tuple[Level, ...]) -> Path:
     kind, colon, named = str(part).partition(":")
     if not colon or kind not in KINDS:
         kind, named = "", str(part)
@@ -299,6 +299,6 @@ def _unpacked(part: Path, levels: tuple[Level, ...]) -> Path:
         tensors.check_safetensors(folder / "model.safetensors")
         read_config(folder)
     except (Refused, Missing):  # not there yet, or damaged
-        print(checkpoint.told, file=sys.stderr)
+        print(checkpoint.description, file=sys.stderr)
         storage.publish({folder / name: content for name, content in checkpoint.files().items()})
     return holder

@@ -57,9 +57,9 @@ def open_engine(
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
     if lora:
-        from datasetdm_fast.engine.loading.lora import fused  # which few runs need
+        from datasetdm_fast.engine.loading.lora import fuse_adapters  # which few runs need
 
-        loaded = fused(loaded, lora)
+        loaded = fuse_adapters(loaded, lora)
     decoders, descriptions = load_decoders(loaded, decoder, tasks, strict=strict, outlines=outlines)
     return build_engine(engine, loaded, decoders, dtype=dtype, device=device, **options), descriptions
 
@@ -75,7 +75,7 @@ def load_decoders(
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
     from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
     from datasetdm_fast.engine.decoders.folders import find_decoders
-    from datasetdm_fast.engine.decoders.upstream import unpacked
+    from datasetdm_fast.engine.decoders.upstream import unpack_decoders
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
     decoders: dict[str, Decoder] = {}
@@ -87,7 +87,7 @@ def load_decoders(
             decoders[label] = seeded[label]
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
-        folders = find_decoders(unpacked(decoder, model.levels))
+        folders = find_decoders(unpack_decoders(decoder, model.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
         decoders = {label: load_decoder(folders[label], strict=strict) for label in labels}
         descriptions = describe_decoders(folders, labels)

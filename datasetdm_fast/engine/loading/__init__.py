@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loading.checks import SUPPORTED, check_size
-from datasetdm_fast.engine.loading.folder import downloaded, load_folder
+from datasetdm_fast.engine.loading.folder import download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.presets import load_demo, load_random_sd14, load_tiny
 from datasetdm_fast.errors import Refused, nearest
@@ -37,4 +37,4 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
             f"model: {name!r} is not a folder here{alike}, and as a name on the hub it would have to be downloaded",
             "Add --allow-download, or give a local folder.",
         )
-    return load_folder(downloaded(name), size=size, name=name)
+    return load_folder(download_model(name), size=size, name=name)

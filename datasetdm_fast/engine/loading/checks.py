@@ -96,7 +96,7 @@ def check_unet(config: Mapping, source: Path) -> None:
             channels, "another kind of model"
         )
         raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}; {SUPPORTED}", ANOTHER)
-    wanted = {
+    expected = {
         "_class_name": "UNet2DConditionModel",
         "out_channels": 4,
         "down_block_types": list(DOWN_BLOCKS),
@@ -120,11 +120,11 @@ def check_unet(config: Mapping, source: Path) -> None:
         "timestep_post_act": None,
         "time_cond_proj_dim": None,
     }
-    for key, value in wanted.items():
-        found = config.get(key, value)
-        if found != value:
+    for key, value in expected.items():
+        actual = config.get(key, value)
+        if actual != value:
             raise Refused(
-                f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected; {SUPPORTED}", ANOTHER
+                f"model: {source}: the UNet's {key} is {actual!r} where {value!r} is expected; {SUPPORTED}", ANOTHER
             )
     _check_activation(config, source, "UNet")
     depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
@@ -165,10 +165,10 @@ def check_vae(config: Mapping, source: Path) -> None:
 
 
 def _check_activation(config: Mapping, source: Path, part: str) -> None:
-    found = config.get("act_fn", "silu")
-    if found not in ("silu", "swish"):  # two names of one function
+    activation = config.get("act_fn", "silu")
+    if activation not in ("silu", "swish"):  # two names of one function
         raise Refused(
-            f"model: {source}: the {part}'s act_fn is {found!r} where 'silu' is expected; {SUPPORTED}", ANOTHER
+            f"model: {source}: the {part}'s act_fn is {activation!r} where 'silu' is expected; {SUPPORTED}", ANOTHER
         )
 
 
@@ -229,14 +229,14 @@ def quiet_libraries() -> Iterator[None]:
 
     diffusers = sys.modules.get("diffusers")  # what is not there yet says nothing
     both = (logging, *([diffusers.utils.logging] if diffusers else []))
-    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in both]
-    for one in both:
-        one.set_verbosity_error()
-        one.disable_progress_bar()
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in both]
+    for library in both:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for one, level, has_bars in before:
-            one.set_verbosity(level)
+        for library, level, has_bars in before:
+            library.set_verbosity(level)
             if has_bars:
-                one.enable_progress_bar()
+                library.enable_progress_bar()

@@ -32,7 +32,7 @@ from datasetdm_fast.engine.loading.checks import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.loading.model import NETWORKS, SD_SCHEDULER, Model, checked
+from datasetdm_fast.engine.loading.model import NETWORKS, SD_SCHEDULER, Model, check_model
 from datasetdm_fast.engine.loading.network import ConfigFile, Network, tensors_of
 from datasetdm_fast.engine.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
@@ -82,7 +82,7 @@ def load_folder(
     scheduler = {key: value for key, value in configs["scheduler"].items() if key not in UNREAD} | CORRECTED
     origin = name or str(folder), str(folder.resolve())
     proof = folder_digests(folder, weights), folder_licence(folder)
-    return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+    return check_model(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _making_sense(source: Path) -> Iterator[None]:
 def folder_digests(folder: Path, weights: Mapping[str, _Weights] | None = None) -> dict[str, str]:
     """Digest of the files of each part, whose weights are looked for where they are not given."""
     files = {
-        **{part: found.files for part, found in (weights or _all_weights(folder)).items()},
+        **{part: weight_files.files for part, weight_files in (weights or _all_weights(folder)).items()},
         "tokenizer": files_of(folder / "tokenizer"),
         "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
     }
@@ -236,10 +236,10 @@ def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
         raise Refused(
             f"model: {folder} cannot be loaded, its weights do not fit its config.json ({first_line(error)})", MATCHING
         ) from error
-    lacking = sorted(info["missing_keys"])
-    if lacking:
+    missing = sorted(info["missing_keys"])
+    if missing:
         raise Refused(
-            f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}",
+            f"model: {folder} lacks {len(missing)} tensors its config.json asks for, the first is {missing[0]}",
             MATCHING,
         )
     return module
@@ -267,7 +267,7 @@ def _safe_name(name: str) -> str:
     return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
 
 
-def downloaded(name: str) -> Path:
+def download_model(name: str) -> Path:
     """Local snapshot of a hub repository's pipeline files."""
     import huggingface_hub
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.engine.loading.checks import SUPPORTED, check_scheduler, check_unet, check_vae
-from datasetdm_fast.engine.loading.model import NETWORKS, Model, checked
+from datasetdm_fast.engine.loading.model import NETWORKS, Model, check_model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.errors import Refused
@@ -49,10 +49,10 @@ def model_of(pipe: Any, size: int = 0) -> Model:
             "Give a pipeline that was made for squares.",
         )
     states = {name: state_of(parts[name], name) for name in NETWORKS}
-    networks = {name: Network.of(_copied(parts[name], states[name])) for name in NETWORKS}
+    networks = {name: Network.of(copy_module(parts[name], states[name])) for name in NETWORKS}
     digests = {name: digest_of(state) for name, state in states.items()}
-    told = json.dumps(scheduler, sort_keys=True, default=str).encode()
-    digests |= {"tokenizer": _words(pipe.tokenizer), "scheduler": f"sha256:{hashlib.sha256(told).hexdigest()}"}
+    serialised = json.dumps(scheduler, sort_keys=True, default=str).encode()
+    digests |= {"tokenizer": _words(pipe.tokenizer), "scheduler": f"sha256:{hashlib.sha256(serialised).hexdigest()}"}
     defaults = Defaults(unet["sample_size"] * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     model = Model(
         str(getattr(pipe, "name_or_path", "") or origin),
@@ -65,7 +65,7 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         digests,
         UNKNOWN_LICENCE,
     )
-    return checked(model)
+    return check_model(model)
 
 
 def _check_freeu(unet: nn.Module) -> None:
@@ -117,7 +117,7 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
-def _copied(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def copy_module(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A module of the same kind and configuration with these tensors."""
     kind = type(module)
     with torch.random.fork_rng(devices=[]):

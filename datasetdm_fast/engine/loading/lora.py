@@ -42,9 +42,9 @@ FORM = "Give an adapter of Stable Diffusion 1.x or 2.x in .safetensors, as kohya
 LARGEST_SCALE = 100.0
 
 
-def fused(model: Model, given: Sequence[str]) -> Model:
+def fuse_adapters(model: Model, adapters: Sequence[str]) -> Model:
     """The model with every adapter FILE[:SCALE] fused into copies of its networks, and their digests."""
-    for text in given:
+    for text in adapters:
         model = _with_one(model, text)
     return model
 
@@ -84,24 +84,24 @@ def _with_one(model: Model, text: str) -> Model:
     name, count = f"lora {path.name}", 1
     while name in model.digests:  # diffusers calls all adapters alike
         name, count = f"lora {path.name} {count + 1}", count + 1
-    told = {name: f"{digest([path])} x {scale:g}"}
+    fused_digests = {name: f"{digest([path])} x {scale:g}"}
     plain = model.with_modules(**{name: module.eval().requires_grad_(False) for name, module in changed.items()})
-    return replace(plain, digests={**model.digests, **told})
+    return replace(plain, digests={**model.digests, **fused_digests})
 
 
 def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Network and layer -> the tensors of its adapter."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    layers: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for key, value in state.items():
-        ending = next((one for one in ENDINGS if key.endswith(one)), None)
-        start = next((one for one in NETWORKS if key.startswith(one)), None)
+        ending = next((name for name in ENDINGS if key.endswith(name)), None)
+        start = next((name for name in NETWORKS if key.startswith(name)), None)
         if ending is None or start is None:
             raise Refused(f"--lora {path}: {documents.quote(key)} is not a tensor of a low-rank adapter", FORM)
         layer = key[len(start) : len(key) - len(ending)].replace(".processor.", ".")
-        found[NETWORKS[start], layer][ENDINGS[ending]] = value
-    if not found:
+        layers[NETWORKS[start], layer][ENDINGS[ending]] = value
+    if not layers:
         raise Refused(f"--lora {path}: it holds no tensor", FORM)
-    return found
+    return layers
 
 
 def _notes(path: Path) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def _notes(path: Path) -> dict[str, Any]:
     try:
         documents.check_form(notes, {})
         for network in sorted(set(NETWORKS.values())):
-            given = {name: form for name, form in forms.items() if notes.get(f"{network}.{name}") is not None}
-            documents.check_form(notes, {f"{network}.{name}": form for name, form in given.items()})
-            own = notes.get(f"{network}.alpha_pattern") or {}
-            documents.check_form(own, dict.fromkeys(own, float), f"{network}.alpha_pattern")
+            present = {name: form for name, form in forms.items() if notes.get(f"{network}.{name}") is not None}
+            documents.check_form(notes, {f"{network}.{name}": form for name, form in present.items()})
+            pattern = notes.get(f"{network}.alpha_pattern") or {}
+            documents.check_form(pattern, dict.fromkeys(pattern, float), f"{network}.alpha_pattern")
     except ValueError as error:
         raise Refused(f"--lora {path}: its {NOTES} are inconsistent ({error})", FORM) from error
     return notes
@@ -127,17 +127,17 @@ def _noted_scale(notes: dict[str, Any], network: str, layer: str, parts: dict[st
     alpha = notes.get(f"{network}.lora_alpha")
     if alpha is None or "alpha" in parts or "down" not in parts:
         return 1.0
-    own = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so
-    alpha = next((value for end, value in own.items() if f".{layer}".endswith(f".{end}")), alpha)
+    pattern = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so
+    alpha = next((value for end, value in pattern.items() if f".{layer}".endswith(f".{end}")), alpha)
     rank = max(parts["down"].shape[0], 1)
     return alpha / (math.sqrt(rank) if notes.get(f"{network}.use_rslora") else rank)
 
 
 def _layer(module: nn.Module, name: str, path: Path) -> nn.Module:
     """The layer that a name of the file means: its dots may be written as underscores."""
-    wanted = _plain(name)
+    plain = _plain(name)
     for place, layer in module.named_modules():
-        if _plain(place) == wanted and isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if _plain(place) == plain and isinstance(layer, (nn.Linear, nn.Conv2d)):
             return layer
     raise Refused(f"--lora {path}: the model has no layer {documents.quote(name)}", FORM)
 

@@ -65,12 +65,14 @@ class Model:
     @cached_property
     def clip_tokenizer(self) -> CLIPTokenizer:
         """The tokenizer as other libraries want it."""
-        own = isinstance(self.tokenizer, OwnTokenizer)
-        return load_tokenizer(self.tokenizer.folder) if own else self.tokenizer
+        is_builtin = isinstance(self.tokenizer, OwnTokenizer)
+        return load_tokenizer(self.tokenizer.folder) if is_builtin else self.tokenizer
 
     def with_modules(self, **modules: nn.Module) -> Model:
-        """The same model with other networks."""
-        return replace(self, networks={**self.networks, **{name: Network.of(one) for name, one in modules.items()}})
+        """A copy of this model in which these networks replace those of the same name."""
+        return replace(
+            self, networks={**self.networks, **{name: Network.of(module) for name, module in modules.items()}}
+        )
 
     @contextmanager
     def built_for_now(self) -> Iterator[None]:
@@ -105,7 +107,7 @@ class Model:
         ).input_ids
 
 
-def checked(model: Model, *, is_seeded: bool = False) -> Model:
+def check_model(model: Model, *, is_seeded: bool = False) -> Model:
     """The model once the last checks of every source are passed: its parts fit, their numbers are finite, as those of
     seeded ones always are.
     """

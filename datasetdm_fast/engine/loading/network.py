@@ -104,22 +104,22 @@ def _versions(module: nn.Module) -> int:
 
 def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
     """The tensors of safetensors files."""
-    found = {}
+    tensors = {}
     for file in files:
         with safetensors.safe_open(file, "pt") as opened:
             for name in opened.keys():
                 value = opened.get_tensor(name)
-                found[name] = room(value.shape, stored(name, value)).copy_(value)
-    return found
+                tensors[name] = room(value.shape, stored(name, value)).copy_(value)
+    return tensors
 
 
 def as_filled(
     shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
 ) -> dict[str, Tensor]:
     """Tensors of these shapes, each filled in the order of the names."""
-    found = {}
+    tensors = {}
     for name in sorted(shapes):
         value = fill(name, room(shapes[name]))
         dtype = stored(name, value)
-        found[name] = value if dtype == value.dtype else room(value.shape, dtype).copy_(value)
-    return found
+        tensors[name] = value if dtype == value.dtype else room(value.shape, dtype).copy_(value)
+    return tensors

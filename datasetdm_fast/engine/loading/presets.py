@@ -13,7 +13,7 @@ from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, check_model
 from datasetdm_fast.engine.loading.network import ConfigFile, Network, as_filled
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
@@ -81,7 +81,7 @@ class Seeded:
         return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def seeded(part: str, settings: Mapping, seed: int) -> Network:
+def seed_network(part: str, settings: Mapping, seed: int) -> Network:
     """A network of Stable Diffusion 1.4's form but for these settings, with seeded weights; the library of its module
     takes seconds and 0.2 GiB to be imported, and is not asked before the module is.
     """
@@ -95,14 +95,14 @@ def seeded(part: str, settings: Mapping, seed: int) -> Network:
             return class_of(part)(CLIPTextConfig(**config))
         return class_of(part)(**config)
 
-    def filled() -> nn.Module:
+    def build_filled() -> nn.Module:
         module, draw = build_empty(build), Seeded(seed)
         state = module.state_dict()
         for name in sorted(state):
             draw(name, state[name])
         return module
 
-    return Network(config, filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
+    return Network(config, build_filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
@@ -154,11 +154,11 @@ def preset(name: str, parts: Mapping[str, Mapping], defaults: Defaults, size: in
 
     The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
     """
-    networks = {part: seeded(part, settings, seed + k) for k, (part, settings) in enumerate(parts.items())}
+    networks = {part: seed_network(part, settings, seed + k) for k, (part, settings) in enumerate(parts.items())}
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
     numbers = SD_SCHEDULER, defaults, size or defaults.size
     model = Model(name, f"preset {name}", _tokenizer(), networks, *numbers, digests, SEEDED_LICENCE)
-    return checked(model, is_seeded=True)
+    return check_model(model, is_seeded=True)
 
 
 def _tokenizer() -> OwnTokenizer:

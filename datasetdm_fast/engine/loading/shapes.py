@@ -8,17 +8,17 @@ Shapes = dict[str, tuple[int, ...]]
 def of_text_encoder(config: Mapping) -> Shapes:
     """The tensors of CLIP's text encoder."""
     width, inner = config["hidden_size"], config["intermediate_size"]
-    found = {
+    shapes = {
         "embeddings.token_embedding.weight": (config["vocab_size"], width),
         "embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
     }
     for k in range(config["num_hidden_layers"]):
         place = f"encoder.layers.{k}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found |= _linear(f"{place}self_attn.{name}", width, width)
-        found |= _norm(f"{place}layer_norm1", width) | _norm(f"{place}layer_norm2", width)
-        found |= _linear(f"{place}mlp.fc1", width, inner) | _linear(f"{place}mlp.fc2", inner, width)
-    return found | _norm("final_layer_norm", width)
+            shapes |= _linear(f"{place}self_attn.{name}", width, width)
+        shapes |= _norm(f"{place}layer_norm1", width) | _norm(f"{place}layer_norm2", width)
+        shapes |= _linear(f"{place}mlp.fc1", width, inner) | _linear(f"{place}mlp.fc2", inner, width)
+    return shapes | _norm("final_layer_norm", width)
 
 
 def of_unet(config: Mapping) -> Shapes:
@@ -26,39 +26,39 @@ def of_unet(config: Mapping) -> Shapes:
     widths, count = config["block_out_channels"], config["layers_per_block"]
     read = config["cross_attention_dim"], config["use_linear_projection"]
     first, lowest, time = widths[0], len(widths) - 1, 4 * widths[0]
-    found = _convolution("conv_in", config["in_channels"], first)
-    found |= _linear("time_embedding.linear_1", first, time) | _linear("time_embedding.linear_2", time, time)
+    shapes = _convolution("conv_in", config["in_channels"], first)
+    shapes |= _linear("time_embedding.linear_1", first, time) | _linear("time_embedding.linear_2", time, time)
     skips, width = [first], first
     for depth, wide in enumerate(widths):
         block = f"down_blocks.{depth}."
         for k in range(count):
-            found |= _resnet(f"{block}resnets.{k}.", width, wide, time)
-            found |= _transformer(f"{block}attentions.{k}.", wide, *read) if depth < lowest else {}
+            shapes |= _resnet(f"{block}resnets.{k}.", width, wide, time)
+            shapes |= _transformer(f"{block}attentions.{k}.", wide, *read) if depth < lowest else {}
             width = wide
             skips.append(width)
         if depth < lowest:
-            found |= _convolution(f"{block}downsamplers.0.conv", width, width)
+            shapes |= _convolution(f"{block}downsamplers.0.conv", width, width)
             skips.append(width)
     for k in (0, 1):
-        found |= _resnet(f"mid_block.resnets.{k}.", width, width, time)
-    found |= _transformer("mid_block.attentions.0.", width, *read)
+        shapes |= _resnet(f"mid_block.resnets.{k}.", width, width, time)
+    shapes |= _transformer("mid_block.attentions.0.", width, *read)
     for level, wide in enumerate(reversed(widths)):
         block = f"up_blocks.{level}."
         for k in range(count + 1):
-            found |= _resnet(f"{block}resnets.{k}.", width + skips.pop(), wide, time)
-            found |= _transformer(f"{block}attentions.{k}.", wide, *read) if level else {}
+            shapes |= _resnet(f"{block}resnets.{k}.", width + skips.pop(), wide, time)
+            shapes |= _transformer(f"{block}attentions.{k}.", wide, *read) if level else {}
             width = wide
-        found |= _convolution(f"{block}upsamplers.0.conv", width, width) if level < lowest else {}
-    return found | _norm("conv_norm_out", first) | _convolution("conv_out", first, config["out_channels"])
+        shapes |= _convolution(f"{block}upsamplers.0.conv", width, width) if level < lowest else {}
+    return shapes | _norm("conv_norm_out", first) | _convolution("conv_out", first, config["out_channels"])
 
 
 def of_vae(config: Mapping) -> Shapes:
     """The tensors of the autoencoder: its encoder, its decoder and the convolutions between them."""
     widths, count, latents = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
-    found = dict(_half("encoder.", config["in_channels"], widths, count, 2 * latents, "down"))
-    found |= dict(_half("decoder.", latents, widths[::-1], count + 1, config["out_channels"], "up"))
-    found |= _pointwise("quant_conv", 2 * latents, 2 * latents)
-    return found | _pointwise("post_quant_conv", latents, latents)
+    shapes = dict(_half("encoder.", config["in_channels"], widths, count, 2 * latents, "down"))
+    shapes |= dict(_half("decoder.", latents, widths[::-1], count + 1, config["out_channels"], "up"))
+    shapes |= _pointwise("quant_conv", 2 * latents, 2 * latents)
+    return shapes | _pointwise("post_quant_conv", latents, latents)
 
 
 def _half(
@@ -86,24 +86,24 @@ def _half(
 
 
 def _resnet(place: str, inputs: int, outputs: int, time: int = 0) -> Shapes:
-    found = _norm(f"{place}norm1", inputs) | _convolution(f"{place}conv1", inputs, outputs)
-    found |= _linear(f"{place}time_emb_proj", time, outputs) if time else {}
-    found |= _norm(f"{place}norm2", outputs) | _convolution(f"{place}conv2", outputs, outputs)
-    return found | (_pointwise(f"{place}conv_shortcut", inputs, outputs) if inputs != outputs else {})
+    shapes = _norm(f"{place}norm1", inputs) | _convolution(f"{place}conv1", inputs, outputs)
+    shapes |= _linear(f"{place}time_emb_proj", time, outputs) if time else {}
+    shapes |= _norm(f"{place}norm2", outputs) | _convolution(f"{place}conv2", outputs, outputs)
+    return shapes | (_pointwise(f"{place}conv_shortcut", inputs, outputs) if inputs != outputs else {})
 
 
 def _transformer(place: str, width: int, text: int, is_linear: bool) -> Shapes:
     block = f"{place}transformer_blocks.0."
-    found = _norm(f"{place}norm", width)
+    shapes = _norm(f"{place}norm", width)
     for name in ("proj_in", "proj_out"):
-        found |= _linear(f"{place}{name}", width, width) if is_linear else _pointwise(f"{place}{name}", width, width)
+        shapes |= _linear(f"{place}{name}", width, width) if is_linear else _pointwise(f"{place}{name}", width, width)
     for name in ("norm1", "norm2", "norm3"):
-        found |= _norm(f"{block}{name}", width)
+        shapes |= _norm(f"{block}{name}", width)
     for name, read in (("attn1", width), ("attn2", text)):
         for part, inputs in (("to_q", width), ("to_k", read), ("to_v", read)):
-            found[f"{block}{name}.{part}.weight"] = (width, inputs)
-        found |= _linear(f"{block}{name}.to_out.0", width, width)
-    return found | _linear(f"{block}ff.net.0.proj", width, 8 * width) | _linear(f"{block}ff.net.2", 4 * width, width)
+            shapes[f"{block}{name}.{part}.weight"] = (width, inputs)
+        shapes |= _linear(f"{block}{name}.to_out.0", width, width)
+    return shapes | _linear(f"{block}ff.net.0.proj", width, 8 * width) | _linear(f"{block}ff.net.2", 4 * width, width)
 
 
 def _convolution(place: str, inputs: int, outputs: int) -> Shapes:

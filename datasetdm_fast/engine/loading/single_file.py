@@ -25,7 +25,7 @@ from datasetdm_fast.engine.loading.checks import (
     check_vae,
     quiet_libraries,
 )
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, check_model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
@@ -40,7 +40,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
     state, notes = _read_single_file(path)
-    beside = _prediction_beside(path)
+    configured = _prediction_beside(path)
     _check_layout(state, path)
     unet_config, vae_config, (text_config, is_second) = (
         read(state, path) for read in (_unet_config, _vae_config, _text_config)
@@ -50,9 +50,9 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
         converted = single_file_utils.convert_ldm_unet_checkpoint(
             with_averaged(state, path) if ema else state, unet_config, extract_ema=False
         )
-    unet = _filled(UNet2DConditionModel(**unet_config), converted, f"{path}: unet")
+    unet = fill_module(UNet2DConditionModel(**unet_config), converted, f"{path}: unet")
     convert = single_file_utils.convert_ldm_vae_checkpoint
-    vae = _filled(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
+    vae = fill_module(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
     text_encoder = CLIPTextModel(text_config)
     if is_second:
         converted = single_file_utils.convert_open_clip_checkpoint(text_encoder, state)
@@ -60,24 +60,24 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
         converted = single_file_utils.convert_ldm_clip_checkpoint(state)
     converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
     known = {key: value for key, value in converted.items() if key in text_encoder.state_dict()}
-    text_encoder = _filled(text_encoder, known, f"{path}: text_encoder")
-    own = NOTED.get(notes.get("modelspec.prediction_type", ""))
-    own = own or ("epsilon" if not is_second or predicts_noise(unet) else "v_prediction")
-    scheduler = SD_SCHEDULER | {"prediction_type": beside or own}
+    text_encoder = fill_module(text_encoder, known, f"{path}: text_encoder")
+    inferred = NOTED.get(notes.get("modelspec.prediction_type", ""))
+    inferred = inferred or ("epsilon" if not is_second or predicts_noise(unet) else "v_prediction")
+    scheduler = SD_SCHEDULER | {"prediction_type": configured or inferred}
     if is_second and scheduler["prediction_type"] == "v_prediction":
         unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
-    digests = {"file": digest([path])} | ({"prediction": beside} if beside not in ("", own) else {})
+    digests = {"file": digest([path])} | ({"prediction": configured} if configured not in ("", inferred) else {})
     origin, proof = (str(path), str(path.resolve())), (digests, licence)
     modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     networks = {part: Network.of(module) for part, module in modules.items()}
-    return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+    return check_model(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 LORA = "a LoRA, which only changes another model"
 NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # what a file's own notes say -> a scheduler's word for it
-TOLD = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
 EMA = "model_ema."  # before the names of averaged weights, which have no dots
 UNET, VAE, CLIP, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -106,17 +106,18 @@ def _prediction_beside(path: Path) -> str:
     UIs read it; empty where none says so.
     """
     settings = path.with_suffix(".yaml")
-    found = documents.read_yaml(settings) if settings.is_file() else None
+    setting = documents.read_yaml(settings) if settings.is_file() else None
     for key in ("model", "params", "parameterization"):
-        found = found.get(key) if isinstance(found, dict) else None
-    if found is None:
+        setting = setting.get(key) if isinstance(setting, dict) else None
+    if setting is None:
         return ""
-    if not isinstance(found, str) or found not in TOLD:
+    if not isinstance(setting, str) or setting not in PREDICTION_TYPES:
         raise Refused(
-            f"model: {settings}: parameterization is {documents.quote(found)}, expected {' or '.join(TOLD)}",
+            f"model: {settings}: parameterization is {documents.quote(setting)}, "
+            f"expected {' or '.join(PREDICTION_TYPES)}",
             "Correct it, or take the file away if it is not of this model.",
         )
-    return TOLD[found]
+    return PREDICTION_TYPES[setting]
 
 
 def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -146,9 +147,9 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
             raise Refused(f"model: {path} holds {kind}; {SUPPORTED}", ADAPTER if kind == LORA else ANOTHER)
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
-            found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
+            evidence = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
             raise Refused(
-                f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in "
+                f"model: {path} has no {part} ({evidence}), and a single file must hold unet, vae and text encoder in "
                 f"the original layout; {SUPPORTED}",
                 ANOTHER,
             )
@@ -236,10 +237,10 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
     return config, is_second
 
 
-def _filled(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
+def fill_module(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
     """The module with converted weights, refused where a tensor is missing, unknown or of another shape."""
-    wanted = module.state_dict()
-    for key, value in wanted.items():
+    expected = module.state_dict()
+    for key, value in expected.items():
         if key not in state:
             raise Refused(f"model: {name} lacks the tensor {key}", DAMAGED)
         if state[key].shape != value.shape:
@@ -247,7 +248,7 @@ def _filled(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Mod
                 f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected",
                 DAMAGED,
             )
-    extra = sorted(set(state) - set(wanted))
+    extra = sorted(set(state) - set(expected))
     if extra:
         raise Refused(
             f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is "

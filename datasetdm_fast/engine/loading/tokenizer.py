@@ -62,8 +62,8 @@ class OwnTokenizer:
             rows = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in rows]
         if padding:
             rows = [row + [self._pad] * (max_length - len(row)) for row in rows]
-        found = rows[0] if isinstance(texts, str) else rows
-        return SimpleNamespace(input_ids=torch.tensor(found) if return_tensors else found)
+        ids = rows[0] if isinstance(texts, str) else rows
+        return SimpleNamespace(input_ids=torch.tensor(ids) if return_tensors else ids)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -104,8 +104,8 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
     settings = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
-        kept = {key: value for key, value in settings.items() if key in SETTINGS["tokenizer"]}
-        safe.joinpath("tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+        readable = {key: value for key, value in settings.items() if key in SETTINGS["tokenizer"]}
+        safe.joinpath("tokenizer_config.json").write_text(json.dumps(readable), encoding="utf-8")
         for name in VOCABULARY_FILES:
             if (folder / name).is_file():
                 safe.joinpath(name).write_bytes(storage.read(folder / name, LARGEST_VOCABULARY))
@@ -115,9 +115,9 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
 def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    beside = path.parent / "tokenizer"
-    if beside.is_dir():
-        return load_tokenizer(beside)
+    folder = path.parent / "tokenizer"
+    if folder.is_dir():
+        return load_tokenizer(folder)
     try:
         with quiet_libraries():
             tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY, local_files_only=not allow_download)
@@ -125,8 +125,8 @@ def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPT
         tokenizer = ()
     if len(tokenizer) < BYTES:  # without files transformers hands back a tokenizer of two entries
         raise Missing(
-            f"model: {path} holds no vocabulary, and neither {beside} nor the local hub cache has one",
-            f"Put vocab.json and merges.txt of {VOCABULARY} into {beside}, or add --allow-download.",
+            f"model: {path} holds no vocabulary, and neither {folder} nor the local hub cache has one",
+            f"Put vocab.json and merges.txt of {VOCABULARY} into {folder}, or add --allow-download.",
         )
     if is_second:
         tokenizer.pad_token = "!"  # SD 2.x pads with id 0

@@ -31,14 +31,14 @@ _PACKING = threading.RLock()  # slices run at once, and what one of them compute
 
 
 class Packing:
-    """Weights in the order in which csrc reads them; it knows only where they lie, so `kept` must outlive its block."""
+    """Weights in the order in which csrc reads them; it knows only where they lie, so `held` must outlive its block."""
 
     def __init__(self, in_pairs: bool = False) -> None:
         self.in_pairs = in_pairs  # of bf16, which the rows they are multiplied with are rounded to, too
-        self.kept: list[Tensor] = []
+        self.held: list[Tensor] = []
 
     def place(self, value: Tensor) -> int:
-        self.kept.append(value)
+        self.held.append(value)
         return value.data_ptr()
 
     def panels(self, value: Tensor) -> int:
@@ -75,10 +75,10 @@ class Packed:
         with _PACKING:
             if self._packed is None:
                 packing = Packing(self.in_pairs)
-                self._packed = self.packed(packing), packing.kept
+                self._packed = self.pack(packing), packing.held
         return self._packed[0]
 
-    def packed(self, packing: Packing) -> Any:
+    def pack(self, packing: Packing) -> Any:
         raise NotImplementedError
 
 
@@ -96,7 +96,7 @@ class ConvolutionBlock(Block):
         super().__init__(plain)
         self.stride, self.padding = plain.stride, plain.padding
 
-    def packed(self, packing: Packing) -> _C.Convolution:
+    def pack(self, packing: Packing) -> _C.Convolution:
         return packing.convolution(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class UpsampleBlock(Block):
         super().__init__(plain)
         self.taps = plain.taps
 
-    def packed(self, packing: Packing) -> _C.Upsample:
+    def pack(self, packing: Packing) -> _C.Upsample:
         taps, self.taps = self.taps, None
         return _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
 
@@ -126,7 +126,7 @@ class UpsampleBlock(Block):
 
 
 class ResnetBlock(Block):
-    def packed(self, packing: Packing) -> _C.Resnet:
+    def pack(self, packing: Packing) -> _C.Resnet:
         first = packing.norm(self.norm1), packing.convolution(self.conv1)
         second = packing.norm(self.norm2), packing.convolution(self.conv2)
         has_shortcut = isinstance(self.shortcut, Convolution)
@@ -148,7 +148,7 @@ class TransformerBlock(Block):
         super().__init__(plain)
         self.heads, self.feature, self.layer, self.spread = plain.heads, plain.feature, plain.layer, plain.spread
 
-    def packed(self, packing: Packing) -> _C.Transformer:
+    def pack(self, packing: Packing) -> _C.Transformer:
         norms = self.norm, self.norm1, self.norm2, self.norm3
         before, after = (
             (self.entry, self.self_qkv, self.self_out, self.text_q),

@@ -32,7 +32,7 @@ class CaptureHook(Protocol):
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
 
-    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         """Hears of the queries and keys of that cross-attention where its output is already known."""
 
     def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class NoCapture:
         pass
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.queried(slot, q, k)
+        self.on_queries(slot, q, k)
         return self.ops.attention(q, k, v)
 
-    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         pass
 
     def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,17 +89,17 @@ class RawCapture(NoCapture):
         if slot is not None:
             self.features[slot] = torch.cat(x.chunk(2), 1)
 
-    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         self.maps[slot] = conditional_maps(q, k)
 
     def result(self) -> Capture:
-        def ordered(kept: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+        def order_values(values: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
             return tuple(
-                tuple(kept[level, place].float() for place in range(count)) for level, count in enumerate(counts)
+                tuple(values[level, place].float() for place in range(count)) for level, count in enumerate(counts)
             )
 
-        features = ordered(self.features, [len(level.features) for level in self.levels])
-        return Capture(features, ordered(self.maps, [len(level.heads) for level in self.levels]))
+        features = order_values(self.features, [len(level.features) for level in self.levels])
+        return Capture(features, order_values(self.maps, [len(level.heads) for level in self.levels]))
 
 
 class Projecting(Protocol):
@@ -119,12 +119,12 @@ class Projection(nn.Module):
         # which of the sums are a task's own, per level
         self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())
         read = [decoder.projections() for decoder in decoders.values()]
-        is_held = sum(weight.numel() for one in read for weight in one.values()) <= largest_held
+        is_held = sum(weight.numel() for named in read for weight in named.values()) <= largest_held
         stacked = _Held if is_held else _ReadAtNeed
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
         for level in levels:
             empty = torch.zeros(0, level.channels)
-            weights = [one.get(level.name, empty).flatten(1).cpu() for one in read]
+            weights = [named.get(level.name, empty).flatten(1).cpu() for named in read]
             stops = list(accumulate(map(len, weights), initial=0))
             for task, start, stop in zip(decoders, stops, stops[1:]):
                 self.tasks[task] += (slice(start, stop),)
@@ -133,7 +133,7 @@ class Projection(nn.Module):
             widths = [2 * channels for channels in level.features] + [heads * level.tokens for heads in level.heads]
             parts = list(zip(*(weight.split(widths, 1) for weight in (empty, *weights))))
             matrices = [
-                [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in own] for count, own in zip(rows, parts)
+                [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in row] for count, row in zip(rows, parts)
             ]
             count = len(level.features)
             self.features.append(stacked(matrices[:count]))  # [2, C, F], a matrix for each CFG half
@@ -144,7 +144,7 @@ class _Held(nn.ParameterList):
     """Matrices, each of its parts side by side."""
 
     def __init__(self, parts: Sequence[Sequence[Tensor]]):
-        super().__init__(frozen(torch.cat(own, -1)) for own in parts)
+        super().__init__(frozen(torch.cat(row, -1)) for row in parts)
 
 
 class _ReadAtNeed(nn.Module):
@@ -191,7 +191,7 @@ class ProjectedSums(NoCapture):
         self.sums[level].add_(projected.flatten(0, 1))
         return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
 
-    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         level, place = slot
         if self.projection.widths[level]:
             maps = conditional_maps(q, k).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -224,14 +224,16 @@ class SummedAttention(NoCapture):
         batch = len(self.cells)
         if q.shape[2] != self.cells.shape[1]:
             return self.ops.attention(q, k, v)
-        own = (part[-batch:] for part in (q, k, v))
-        answer, self.cells = self.ops.attention_average(*own, self.cells, self.shares[slot[0]])
+        conditional = (part[-batch:] for part in (q, k, v))
+        answer, self.cells = self.ops.attention_average(*conditional, self.cells, self.shares[slot[0]])
         if len(q) == batch:
             return answer
         return torch.cat([self.ops.attention(*(part[:-batch] for part in (q, k, v))), answer])
 
-    def queried(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
         if q.shape[2] == self.tokens.shape[1]:
             keys = self.class_keys[slot]
-            own = q[-len(keys) :]
-            _, self.tokens = self.ops.attention_average(own, keys, keys[..., :0], self.tokens, self.shares[slot[0]])
+            conditional = q[-len(keys) :]
+            _, self.tokens = self.ops.attention_average(
+                conditional, keys, keys[..., :0], self.tokens, self.shares[slot[0]]
+            )

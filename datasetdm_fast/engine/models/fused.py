@@ -30,7 +30,7 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
-from datasetdm_fast.engine.models.unet import CapturePlan, Transformer, UNet, doubled
+from datasetdm_fast.engine.models.unet import CapturePlan, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.vae import BlockLayers, ImageDecoder, SpatialAttention
 
 
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 
 
 def both_doubled(x: Measured) -> Measured:
-    return Measured(doubled(x.image), torch.cat([x.statistics, x.statistics], 1))
+    return Measured(double_halves(x.image), torch.cat([x.statistics, x.statistics], 1))
 
 
 class MeasuredConvolution(Convolution):
@@ -70,10 +70,10 @@ class MeasuredGroupNorm(GroupNorm):
         self.op = ops.group_norm_parts
 
     def forward(self, *parts: Measured) -> Tensor:
-        images, found = zip(*parts)
-        return self.op(images, found, None, self.weight, self.bias, self.groups, self.eps, self.has_silu)
+        images, statistics = zip(*parts)
+        return self.op(images, statistics, None, self.weight, self.bias, self.groups, self.eps, self.has_silu)
 
-    def shifted(self, x: Tensor, shift: Tensor) -> Tensor:
+    def shift_and_normalise(self, x: Tensor, shift: Tensor) -> Tensor:
         """The norm of an image `x` without statistics plus `shift` [C]."""
         return self.op([x], [], shift, self.weight, self.bias, self.groups, self.eps, self.has_silu)
 
@@ -85,12 +85,12 @@ class MeasuredResnet(Resnet):
         self.norm1 = MeasuredGroupNorm(weights / "norm1", groups, eps, ops)
         self.norm2 = MeasuredGroupNorm(weights / "norm2", groups, eps, ops)
         added = [self.conv2] if isinstance(self.shortcut, nn.Identity) else [self.conv2, self.shortcut]
-        self.bias = frozen(sum(one.bias for one in added))
+        self.bias = frozen(sum(layer.bias for layer in added))
 
     def forward(self, x: Measured, bias: Tensor | None = None, skip: Measured | None = None) -> Measured:
         parts = [x] if skip is None else [x, skip]
         h = F.conv2d(self.norm1(*parts), self.conv1.weight, None, padding=1)
-        h = self.norm2.shifted(h, self.conv1.bias if bias is None else bias)
+        h = self.norm2.shift_and_normalise(h, self.conv1.bias if bias is None else bias)
         h = F.conv2d(h, self.conv2.weight, None, padding=1)
         if isinstance(self.shortcut, nn.Identity):
             return Measured(*self.ops.add_statistics(h, x.image, self.bias))
@@ -101,8 +101,8 @@ def added_product(
     ops: SimpleNamespace, parts: Sequence[Tensor], weight: Tensor, bias: Tensor, residual: Tensor
 ) -> Measured:
     """The image `residual` [B, N, h, w] plus the concatenated tokens `parts` [B, S, K_i] under `weight` [N, K]."""
-    out, found = ops.linear_add(parts, weight.flatten(1), bias, tokens(residual))
-    return Measured(image(out, *residual.shape[-2:]), found)
+    out, statistics = ops.linear_add(parts, weight.flatten(1), bias, tokens(residual))
+    return Measured(image(out, *residual.shape[-2:]), statistics)
 
 
 def add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:

@@ -178,7 +178,7 @@ class Upsample(nn.Module):
         return None if self.taps is None else self.taps.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsampled(x, self.weight, self.bias)
+        return upsample_image(x, self.weight, self.bias)
 
 
 def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
@@ -187,7 +187,7 @@ def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
     return torch.cat([_pair(row, 3, column) for row in rows for column in PLACES])
 
 
-def upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The answer of an Upsample with such weights."""
     height, width = x.shape[-2:]
     places = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.models.layers import (
     Linear,
     Resnet,
     Upsample,
-    upsampled,
+    upsample_image,
 )
 from datasetdm_fast.engine.models.unet import Transformer
 from datasetdm_fast.engine.models.vae import ImageDecoder
@@ -114,7 +114,7 @@ class PackedUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if self.weight is not None and not _has_tiles(2 * height, 2 * width, len(x)):
-            return upsampled(x, self.weight, self.bias)
+            return upsample_image(x, self.weight, self.bias)
         return winograd.convolve(x, self._minimal, self.bias[: len(self.bias) // 4], is_doubled=True)
 
 
@@ -156,7 +156,7 @@ def spending(decoder: ImageDecoder) -> ImageDecoder:
     return decoder
 
 
-def packed(module: nn.Module) -> nn.Module:
+def pack_layers(module: nn.Module) -> nn.Module:
     """`module` with every layer packed whose storage this CPU's oneDNN takes."""
     if not torch.backends.mkldnn.is_available():
         return module
@@ -173,7 +173,7 @@ def packed(module: nn.Module) -> nn.Module:
                 setattr(module, name, PackedUpsample(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
-            packed(child)
+            pack_layers(child)
         elif type(child) is Linear and torch.backends.cpu.get_cpu_capability() == "AVX2":
             continue  # there PyTorch's own products are up to a tenth faster
         elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():

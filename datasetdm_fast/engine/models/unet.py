@@ -106,11 +106,11 @@ class TextTable(nn.Module):
         )
 
 
-def unchanged(x: Tensor) -> Tensor:
+def keep_as_is(x: Tensor) -> Tensor:
     return x
 
 
-def doubled(x: Tensor) -> Tensor:
+def double_halves(x: Tensor) -> Tensor:
     """The two halves of a CFG batch, still equal."""
     return torch.cat([x, x])
 
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         heads: int,
         feature: Slot | None,
         layer: Slot,
-        spread=unchanged,
+        spread=keep_as_is,
     ):
         super().__init__()
         ops = layers.ops
@@ -131,7 +131,9 @@ class Transformer(nn.Module):
         itself, text = block / "attn1", block / "attn2"
         self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
         self.rows: int | None = None  # that go through the feed-forward layers at once; None is all
-        self.spread = spread  # `doubled` in the first transformer, whose text attention is where the CFG halves part
+        self.spread = (
+            spread  # `double_halves` in the first transformer, whose text attention is where the CFG halves part
+        )
         self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
         self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
@@ -166,7 +168,7 @@ class Transformer(nn.Module):
 class CapturePlan(Layers):
     """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
 
-    block, doubled = Transformer, staticmethod(doubled)
+    block, double_halves = Transformer, staticmethod(double_halves)
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config
@@ -181,7 +183,9 @@ class CapturePlan(Layers):
         """Per level: the entry, the down blocks, the middle block or the upsampler, then the up blocks."""
         return DEPTHS - 1 - depth, place
 
-    def transformer(self, place: Weights, depth: int, feature: int | None, layer: int, spread=unchanged) -> Transformer:
+    def transformer(
+        self, place: Weights, depth: int, feature: int | None, layer: int, spread=keep_as_is
+    ) -> Transformer:
         slot = None if feature is None else self.feature(depth, feature)
         return self.block(place, self, self.heads[depth], slot, (DEPTHS - 1 - depth, layer), spread)
 
@@ -194,7 +198,7 @@ class Down(nn.Module):
         self.features = [plan.feature(depth, 1 + i) for i in range(count)]
         self.transformers, self.shrink = nn.ModuleList(), None
         if depth < DEPTHS - 1:
-            spreads = [doubled if depth == i == 0 else unchanged for i in range(count)]
+            spreads = [double_halves if depth == i == 0 else keep_as_is for i in range(count)]
             self.transformers.extend(
                 plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread)
                 for i, spread in enumerate(spreads)

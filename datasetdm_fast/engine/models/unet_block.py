@@ -27,7 +27,7 @@ def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
     """
     blockwise(unet)
     blocks = unet.conv_in, unet.conv_out, *(step.block for step in steps_of(unet))
-    is_whole = all(isinstance(one, Block) for one in blocks) and unet.norm_out.weight.dtype == torch.float32
+    is_whole = all(isinstance(block, Block) for block in blocks) and unet.norm_out.weight.dtype == torch.float32
     for module in unet.modules():
         if isinstance(module, Block):
             module.in_pairs = in_pairs
@@ -45,7 +45,7 @@ class UNetBlock(Block):
         self.text_layers, self.doubled, self.entry = plain.text_layers, plain.doubled, plain.entry
         self.sides = [2**depth for depth in range(DEPTHS)]
 
-    def packed(self, packing: Packing) -> _C.UNet:
+    def pack(self, packing: Packing) -> _C.UNet:
         steps = [
             _C.Step(step.block.native(), step.joins, step.keeps, getattr(step.block, "spread", None) is self.doubled)
             for step in steps_of(self)
@@ -90,11 +90,13 @@ class UNetBlock(Block):
         self, batch: int, steps: Sequence[BlockStep], sizes: Sequence[tuple[int, int, int]]
     ) -> list[Tensor]:
         """For every attention over the text; the halves are one up to the first, whose block parts them."""
-        found = []
+        queries = []
         for step, (_, height, width) in zip(steps, sizes):
             if isinstance(step.block, TransformerBlock):
-                found.append(torch.empty(2 * batch if found else batch, height * width, len(step.block.norm1.weight)))
-        return found
+                queries.append(
+                    torch.empty(2 * batch if queries else batch, height * width, len(step.block.norm1.weight))
+                )
+        return queries
 
     def tell(
         self,
@@ -113,7 +115,7 @@ class UNetBlock(Block):
         blocks = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
         for block, q, (k, _) in zip(blocks, queries, text):
             (q,) = split_heads(block.spread(q), 1, block.heads)
-            hook.queried(block.layer, q, k)
+            hook.on_queries(block.layer, q, k)
 
 
 class BlockStep(NamedTuple):

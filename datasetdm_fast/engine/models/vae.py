@@ -51,10 +51,10 @@ class BlockLayers(Layers):
         super().__init__(module.config.norm_num_groups, EPS, ops)
 
     def resnets(self, weights: Weights) -> list[nn.Module]:
-        found = []
-        while "conv1.weight" in (place := weights / "resnets" / len(found)):
-            found.append(self.resnet(place))
-        return found
+        resnets = []
+        while "conv1.weight" in (place := weights / "resnets" / len(resnets)):
+            resnets.append(self.resnet(place))
+        return resnets
 
     def middle(self, weights: Weights) -> list[nn.Module]:
         first, last = self.resnets(weights)
@@ -92,8 +92,8 @@ class ImageDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         return self.layers(latents * self.scale)
 
-    def spent(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
-        """The same for the last time: layers are let go when done, and room is made where images have grown."""
+    def decode_and_release(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
+        """Image of the latents; each layer is freed once it is done, and memory is requested where images have grown."""
         x, layers = latents * self.scale, list(self.layers)
         del self.layers
         while layers:

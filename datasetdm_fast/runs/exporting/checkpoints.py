@@ -100,7 +100,7 @@ def _to_decoder(config: CheckpointConfig) -> dict[str, Any]:
     levels = load_model(config.model).levels if config.model else SD1_LEVELS
     checkpoint, folder = open_checkpoint(Path(config.source), config.kind, levels), Path(config.out)
     _publish(config, {folder / name: content for name, content in checkpoint.files().items()}, folder)
-    told = f"{checkpoint.told}\nuse it with --decoder {quote(folder.parent)} --task {checkpoint.config.task}"
+    told = f"{checkpoint.description}\nuse it with --decoder {quote(folder.parent)} --task {checkpoint.config.task}"
     return {"path": config.out, "told": told, "kind": checkpoint.kind, "task": checkpoint.config.task}
 
 

@@ -188,10 +188,10 @@ def _decoders(config: RunConfig | LabelConfig) -> DecoderFolders:
     """The decoders of --decoder; those of checkpoints depend on the model's levels."""
     folders = parts_of(config.decoder)
     if not all(path.is_dir() for path in folders):
-        from datasetdm_fast.engine.decoders.upstream import unpacked  # which needs torch, as the next does
+        from datasetdm_fast.engine.decoders.upstream import unpack_decoders  # which needs torch, as the next does
         from datasetdm_fast.engine.loading import load_model
 
-        folders = unpacked(config.decoder, load_model(config.model, size=config.size).levels)
+        folders = unpack_decoders(config.decoder, load_model(config.model, size=config.size).levels)
     return find_decoders(folders)
 
 

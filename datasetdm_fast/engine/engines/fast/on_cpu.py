@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engine.decoders.trunk import packed as packed_decoder
+from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
 from datasetdm_fast.engine.engines.fast.base import AT_NEED, FastEngine, as_images, channels_last, slice_of
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.network import Weighted, as_widest
-from datasetdm_fast.engine.models.packed import packed, spending
+from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.unet_block import is_narrow, with_blocks
 from datasetdm_fast.engine.models.vae import ImageDecoder
@@ -77,7 +77,7 @@ class CpuEngine(FastEngine):
         self.label_dtype, self._stored_decoders = torch.float32, self.decoders
         if not self.is_compiled:
             in_pairs = self.dtype == torch.bfloat16
-            self.unet = packed(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
+            self.unet = pack_layers(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
             if self._has_usual_ops:
                 self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
         trim()
@@ -88,7 +88,7 @@ class CpuEngine(FastEngine):
         is_packed = name != "text_encoder" and not self.is_compiled
         make_room()
         module = super()._read_at_need(name, source)
-        module = packed(module) if is_packed else module
+        module = pack_layers(module) if is_packed else module
         trim()  # what reading left behind
         return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
 
@@ -124,7 +124,7 @@ class CpuEngine(FastEngine):
         chunks = latents.split(min(self._chunk(latents.shape[-1] * 8), slice_of(len(latents))))
         if len(chunks) == 1 and is_large(decoder):
             del self.image_decoder  # the next call of another network would let it go
-            return [as_images(decoder.spent(channels_last(chunks[0], self.dtype), make_room))]
+            return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), make_room))]
         return self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
 
     def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:

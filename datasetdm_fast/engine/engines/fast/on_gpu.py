@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engine.decoders.trunk import Decoder, is_folded, narrowed
+from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.fast.base import FastEngine, computed
 from datasetdm_fast.engine.engines.memory import halving, suggest_batch
@@ -75,7 +75,7 @@ class GpuEngine(FastEngine):
         if not is_wide:
             ops = self._operations(self.label_dtype)
             self._stored_decoders = {
-                task: narrowed(one, self.label_dtype, ops) if is_folded(one) else one
+                task: copy_for_gpu(one, self.label_dtype, ops) if is_folded(one) else one
                 for task, one in self.decoders.items()
             }
         self.text_encoder, self.image_decoder  # noqa: B018  built before a run begins, as copies make the host wait
