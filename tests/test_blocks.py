@@ -110,11 +110,11 @@ def test_a_block_says_what_the_plain_module_says(kind, in_pairs, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
     block = BLOCKS[type(module)](module)
     packing = Packing(in_pairs)
-    native = block.packed(packing)
+    native = block.pack(packing)
     for vector_bytes in VECTORS:
         found = []
         for threads in (1, 2, 5):
-            block._packed = OfWidth(native, threads, vector_bytes), packing.kept
+            block._packed = OfWidth(native, threads, vector_bytes), packing.held
             found.append(block(*given))
             assert torch.equal(found[0], found[-1])
         assert distance(found[0], truth) <= (2e-2 if in_pairs else 2e-6)

@@ -168,7 +168,7 @@ class Transformer(nn.Module):
 class CapturePlan(Layers):
     """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
 
-    block, double_halves = Transformer, staticmethod(double_halves)
+    block, doubled = Transformer, staticmethod(double_halves)
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config

@@ -93,7 +93,7 @@ class ImageDecoder(nn.Module):
         return self.layers(latents * self.scale)
 
     def decode_and_release(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
-        """Image of the latents; each layer is freed once it is done, and memory is requested where images have grown."""
+        """Image of the latents; each layer is freed once it is done, and memory is made where images have grown."""
         x, layers = latents * self.scale, list(self.layers)
         del self.layers
         while layers:
