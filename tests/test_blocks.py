@@ -187,14 +187,14 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
 def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):
     """A second packing would free the weights that the first slice is reading."""
     block, made = BLOCKS[Resnet](resnet(16, 16)), []
-    packed = block.packed
+    packed = block.pack
 
     def slow(packing: Packing):
         made.append(packing)
         time.sleep(0.1)
         return packed(packing)
 
-    monkeypatch.setattr(block, "packed", slow)
+    monkeypatch.setattr(block, "pack", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: block.native(), range(2))
     assert first is second and len(made) == 1

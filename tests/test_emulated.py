@@ -93,7 +93,7 @@ def judged(reference, dtype: str, number: int, steps: int) -> verify.Verdict:
     with (
         mock.patch.object(base, "resolve_precision", lambda name, device: name),
         mock.patch.object(base, "operations", lambda device, dtype: plain),
-        mock.patch.object(on_cpu, "packed", lambda module: module),
+        mock.patch.object(on_cpu, "pack_layers", lambda module: module),
         mock.patch.object(on_cpu, "Lanes", lambda: in_turn),
         mock.patch.object(verify, "Rounded", lambda *given: rounded(observe.Rounded(*given))),
     ):

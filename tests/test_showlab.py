@@ -420,7 +420,7 @@ def test_strict_norms_move_from_image_to_image(root, model):
     config = upstream(network, **SMALL["depth"], **settings, levels=model.levels)
     moving, counted = (load_upstream(build_decoder(config), state, strict=True) for _ in range(2))
     norms = generating.MovingNorms({"depth": moving})
-    modules = [m for m in counted.modules() if hasattr(m, "normalised")]
+    modules = [m for m in counted.modules() if hasattr(m, "normalise_weight")]
     for _ in range(3):
         for module in modules:
             module.normalise_weight()
