@@ -32,14 +32,13 @@ from datasetdm_fast.compat.showlab import (
     contours,
     demo,
     files,
-    generating,
     order,
     summary,
     training,
 )
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_upstream, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.labels.class_tables import builtin_table
@@ -412,22 +411,6 @@ def test_a_decoder_with_the_classes_of_its_own_lvis_data_labels(run, root, model
     line = ("parallel_generate_Instance_LVIS_AnyClass", "--grounding_ckpt", tmp_path / "own.pth", "--thread_num", "1")
     run(*line, "--n_each_class", "1", "--config", tmp_path / "LVIS.yaml", "--limit", "1", "--outdir", tmp_path / "out")
     assert set(tree(tmp_path / "out")) == {"Image/bow_(weapon)_200000.jpg", "Mask/bow_(weapon)_200000.txt"}
-
-
-def test_strict_norms_move_from_image_to_image(root, model):
-    state = torch.load(root / "nyu.pth", weights_only=True)
-    network, settings = checkpoints.KINDS["nyu"]
-    config = upstream(network, **SMALL["depth"], **settings, levels=model.levels)
-    moving, counted = (load_upstream(build_decoder(config), state, strict=True) for _ in range(2))
-    norms = generating.MovingNorms({"depth": moving})
-    modules = [m for m in counted.modules() if hasattr(m, "normalise_weight")]
-    for _ in range(3):
-        for module in modules:
-            module.normalise_weight()
-    norms.move_to(0, 3)
-    assert all(torch.equal(a, b) for a, b in zip(moving.state_dict().values(), counted.state_dict().values()))
-    norms.move_to(1, 0)
-    assert torch.equal(moving.state_dict()["mid_feature_mix_conv.conv1.u0"], state["mid_feature_mix_conv.conv1.u0"])
 
 
 # ---- what is refused

@@ -224,21 +224,14 @@ def _entries(first: int, last: int) -> str:
 
 
 def _summary(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
-    """The settings, and what of the original's behaviour stays, is corrected and omitted, a line each."""
+    """The part of the list, and the settings that the command line does not name."""
     noise = "--seed + k for image k of the list" if config.corrected else "one generator for all images of this command"
-    places = "all tokens of a word" if config.corrected else "word positions"
     entries = _entries(prompts.first, prompts.first + len(prompts.prompts) - 1)
-    shard = "" if prompts.is_whole else f", {entries}"
-    lines = {
-        "list": f"{len(prompts.prompts)} of {prompts.length} prompts{shard}, classes of {prompts.kind}",
-        "settings": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "
-        f"{settings.guidance:g}, its negative prompt, attention to the power {settings.exponent}",
-        "corrected" if config.corrected else "kept": f"noise: {noise}; class words: {places}",
-        "fixed": f"captions beyond 77 tokens are cut{' between words' if config.corrected else ''}; images stay with "
-        "their labels where a prompt lists no class",
-        "omitted": "the safety checker",
-    }
-    return [f"{name:<11}{value}" for name, value in lines.items()]
+    return [
+        f"list       {entries} of {prompts.length}, classes of {prompts.kind}",
+        f"settings   {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}; noise: {noise}",
+        f"run        {settings.out}: for gallery, audit and convert",
+    ]
 
 
 def palette(kind: str) -> bytes:

@@ -65,7 +65,7 @@ class Demo:
         count = sum(share for process, share in counts.shares(whole=line["all"]) if process in (0, counts.processes))
         generator = random.Random(line["seed"])
         seeds = dict.fromkeys(generator.randint(1, LARGEST_SEED) for _ in range(count))
-        items = tuple(Item(0, place, seed, line["prompt"], "") for place, seed in enumerate(seeds))
+        items = tuple(Item(0, seed, line["prompt"]) for seed in seeds)
         checkpoints = {label: (kind, f"grounding_ckpt_{name}") for name, (label, kind, _) in LABELS.items()}
         return Order(self, line, checkpoints, 5.0, items, (ClassName("", word, word),), True, (word,))
 

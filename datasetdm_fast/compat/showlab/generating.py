@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -64,13 +63,6 @@ class FilingGenerator(driver.BatchGenerator):
         self.order = order
         if self.words.embeddings is not None:  # of the very names, where ours are of names as they are spoken
             self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
-        self._moving = MovingNorms(self.engine.decoders) if order.line["strict"] else None
-
-    def label(self, batch: Batch, sampled: driver.SampledBatch) -> list[Sample | Quarantined]:
-        if self._moving:
-            item = self.order.items[batch.requests[0].index]
-            self._moving.move_to(item.process, item.place)
-        return super().label(batch, sampled)
 
     def collect(
         self,
@@ -111,32 +103,11 @@ def split_batch(batch: Batch) -> list[Batch]:
     return [Batch(batch.index, (request,)) for request in batch.requests]
 
 
-class MovingNorms:
-    """Spectral norms of decoders in training mode, which change with every image of a process."""
-
-    def __init__(self, decoders: Mapping[str, Decoder]):
-        self.decoders = decoders
-        self.first = {label: copy.deepcopy(decoder.state_dict()) for label, decoder in decoders.items()}
-        self.next: tuple[int, int] | None = None
-
-    def move_to(self, process: int, place: int) -> None:
-        """Sets the norms to their values before an image: these depend on the weights alone, not on other images."""
-        from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-
-        if self.next != (process, place):
-            for label, decoder in self.decoders.items():
-                decoder.load_state_dict(self.first[label])
-                for module in decoder.modules():
-                    for _ in range(place if isinstance(module, SpectralConv2d) else 0):
-                        module.normalise_weight()
-        self.next = process, place + 1
-
-
 def identity_of(order: Order) -> dict[str, Any]:
     """The settings that decide the bytes of the output, apart from the weights."""
     line = order.line
-    choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed", "strict")}
-    choices |= {"together": True} if line["together"] else {}
+    choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed")}
+    choices |= {"strict": False} | ({"together": True} if line["together"] else {})  # a mode of earlier versions
     names = [[item.stem, item.seed] for item in order.items]
     plan = {"names": _digest(names), **choices}
     return identity(order.config, order.source) | {"showlab": plan}
@@ -172,9 +143,7 @@ def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
     for _, flag in order.checkpoints.values():
         check_present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
     chosen = config.engine_choices()
-    engine, decoders = opening.open_engine(
-        config.model, config.decoder, config.task, size=config.size, strict=order.line["strict"], **chosen
-    )
+    engine, decoders = opening.open_engine(config.model, config.decoder, config.task, size=config.size, **chosen)
     check_decoder(order, engine.decoders)
     recipe = recipe_of(config, engine, order.words)
     words = recipe.words or prompt_words(engine, config.task, ())

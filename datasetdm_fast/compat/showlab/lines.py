@@ -103,7 +103,6 @@ OURS = (
     Flag("profile", PROFILES[0], help="diffusers version whose timesteps are used", choices=PROFILES),
     Flag("all", False, "switch", "also make the images left over when they are divided among processes"),
     Flag("fixed", False, "switch", "correct what DatasetDM's files lose: 16-bit depth, all parts, all joints, classes"),
-    Flag("strict", False, "switch", "carry spectral norms from image to image, as DatasetDM does, one image at a time"),
     Flag("limit", 0, "whole", "stop after N new images; the same command resumes"),
     Flag("dry_run", False, "switch", "show what would be made and stop"),
     Flag("json", False, "switch", "machine-readable result on stdout"),

@@ -65,13 +65,8 @@ class Order:
 
     @property
     def config(self) -> RunConfig:
-        """The order as settings of a run; --strict takes the reference engine, whose decoders can move."""
-        line, strict = self.line, self.line["strict"]
-        if strict and line["engine"] not in ("auto", "torch"):
-            raise Refused(
-                f"--strict: the engine is {line['engine']}, and only the engine torch supports it",
-                "Drop --strict or --engine.",
-            )
+        """The order as settings of a run."""
+        line = self.line
         return RunConfig(
             model=model_of(line),
             decoder=",".join(f"{kind}:{line.path(flag)}" for kind, flag in self.checkpoints.values()),
@@ -80,11 +75,9 @@ class Order:
             number=len(self.items),
             seed=prompts.FIRST_SEED,
             guidance=line["guidance"] or self.guidance,
-            engine="torch" if strict else line["engine"],
-            batch_size=1 if strict else line["batch_size"],
             truncate_prompts=True,
             out=str(self.run_folder),
-            **{name: line[name] for name in ("steps", "profile", "dtype", "device", "threads", "limit", "quiet")},
+            **{name: line[name] for name in "engine batch_size steps profile dtype device threads limit quiet".split()},
         )
 
 

@@ -119,10 +119,9 @@ def sample_line(lines: Sequence[str], sentence: str) -> Sampler:
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a run: the process and place in it at which DatasetDM makes it, its seed, prompt and class."""
+    """One image of a run: the process by which DatasetDM makes it, its seed, prompt and class."""
 
     process: int
-    place: int  # among the images of its process
     seed: int
     prompt: str
     name: str = ""  # of its class; empty where the generator has none
@@ -160,4 +159,4 @@ def make_items(
         first = FIRST_SEED + 2 * process * counts.each
         for k, (name, sample) in enumerate(samplers):
             for n in range(count):
-                yield Item(process, k * count + n, first + k * counts.each + n, sample(generator), name)
+                yield Item(process, first + k * counts.each + n, sample(generator), name)

@@ -1,4 +1,4 @@
-"""The table at the start of a generator: how flags are interpreted, what is corrected, what stays as in DatasetDM."""
+"""The lines that a generator prints at the start: its images, decoders, engine and ignored flags."""
 
 from collections.abc import Iterator
 
@@ -7,17 +7,6 @@ from datasetdm_fast.compat.showlab.order import Order
 from datasetdm_fast.runs.jobs.job import Job
 
 COUNTS = ("n_each_class", "number_data")
-ALWAYS_CORRECTED = (
-    "batches of any size give what single images give; weights with module. before their names are read; --prompt_root "
-    "takes a value"
-)
-CORRECTED = "class of the prompt, 16-bit depth, all joints, prompts of each process, all parts of an instance"
-UNCHANGED = "normalisation by the statistics of each image, small classes left out of maps, JPEG of quality 75"
-UNCHANGED_IN_FILES = (
-    "class 1 for all instances, 8-bit depth, no joints at the border, the same prompts in each process, one part of an "
-    "instance (--fixed corrects these)"
-)
-NORMS = {False: "spectral norms are those of the first image", True: "spectral norms move from image to image"}
 
 
 def rows(order: Order, job: Job) -> Iterator[str]:
@@ -35,18 +24,9 @@ def rows(order: Order, job: Job) -> Iterator[str]:
         yield _row("", f"{line.path(flag)}: {label} by a decoder of {kind}")
     networks = "batches" if line["together"] else "one image at a time in the networks, batches"
     yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
+    yield _row("", f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)")
     yield from rows_of_ignored(line)
-    yield _row("fixed", ALWAYS_CORRECTED)
-    if line["fixed"]:
-        yield _row("", CORRECTED)
-    if line["all"]:
-        yield _row("", "--all: images that cannot be divided among the processes are made, too")
-    yield _row("kept", UNCHANGED)
-    if not line["fixed"]:
-        yield _row("", UNCHANGED_IN_FILES)
-    sampler = f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)"
-    yield _row("", f"{sampler}; {NORMS[line['strict']]}")
-    yield _row("run", f"{order.run_folder}: gallery, audit and convert take it")
+    yield _row("run", f"{order.run_folder}: for gallery, audit and convert")
 
 
 def rows_of_ignored(line: Line) -> Iterator[str]:

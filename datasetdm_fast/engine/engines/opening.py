@@ -31,7 +31,6 @@ def open_engine(
     threads: int = 0,
     lora: Sequence[str] = (),
     loaded: Model | None = None,
-    strict: bool = False,
     outlines: str = "auto",
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
@@ -39,8 +38,7 @@ def open_engine(
     dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
 
     A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
-    model, which may be `loaded` already; `strict` is for decoders as in load_decoder, and `outlines` are those of their
-    labels.
+    model, which may be `loaded` already; `outlines` are those of the labels.
     """
     check_engine(engine, **options)
     before_torch()
@@ -60,7 +58,7 @@ def open_engine(
         from datasetdm_fast.engine.loading.lora import fuse_adapters  # which few runs need
 
         loaded = fuse_adapters(loaded, lora)
-    decoders, descriptions = load_decoders(loaded, decoder, tasks, strict=strict, outlines=outlines)
+    decoders, descriptions = load_decoders(loaded, decoder, tasks, outlines=outlines)
     return build_engine(engine, loaded, decoders, dtype=dtype, device=device, **options), descriptions
 
 
@@ -69,7 +67,6 @@ def load_decoders(
     decoder: str | None,
     tasks: Sequence[str] | None = None,
     *,
-    strict: bool = False,
     outlines: str = "auto",
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
@@ -89,7 +86,7 @@ def load_decoders(
     elif decoder is not None:
         folders = find_decoders(unpack_decoders(decoder, model.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
-        decoders = {label: load_decoder(folders[label], strict=strict) for label in labels}
+        decoders = {label: load_decoder(folders[label]) for label in labels}
         descriptions = describe_decoders(folders, labels)
     for label, network in decoders.items():
         check_fits(network, model.levels, label, model.text_width)
