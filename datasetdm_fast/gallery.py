@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     against = _served_run(config.against, show(config.against, is_served=True)) if config.against else None
     served = _served_run(place, run)
-    with server.opened(served, config.port, lambda line: print_lines(config, line), against) as serving:
+    with server.open_server(served, config.port, lambda line: print_lines(config, line), against) as serving:
         print_result(config, facts | {"address": serving.address}, serving.address)
         print_lines(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         try:
@@ -92,7 +92,7 @@ def _served_run(place: str, run: ShownRun) -> server.ServedRun:
     served = server.ServedRun.of_folder(run.folder)
     if run.copies is None:
         return served
-    served = replace(served, bring=partial(drawn.fetch_or_draw, run.copies.bring, run.folder))
+    served = replace(served, fetch=partial(drawn.fetch_or_draw, run.copies.bring, run.folder))
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
         return replace(served, command_path="", review=review.StoredReview(run.copies.store))
     return served

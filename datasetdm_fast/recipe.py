@@ -112,7 +112,7 @@ def _run(config: RecipeConfig, recipe: Mapping[str, Any], steps: Sequence[Step])
                 "Put it there, or say where data and model lie with --root and --model; --dry-run lists all.",
             )
     storage.make_folder(out)
-    with locks.locked(out / "recipe.lock"):
+    with locks.hold_lock(out / "recipe.lock"):
         for step in left:
             print(f"{step.name + ':':10}{step.line}", file=sys.stderr, flush=True)
             if code := import_module(f"datasetdm_fast.{step.words[0]}").main(list(step.words[1:])):

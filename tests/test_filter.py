@@ -413,7 +413,7 @@ def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys
     digests = {"digest": "other", "licence": "none"}
     assert filter.main([str(path), "--stability", "--quiet"]) == 0, "all of them have the score"
     with RunFolder(path, open_run(path).document) as folder:
-        folder.ledger._connection.execute("DELETE FROM scores WHERE name = 'stability'")
+        folder.ledger._database.execute("DELETE FROM scores WHERE name = 'stability'")
     assert filter.main([str(path), "--stability", "--quiet"]) == 2
 
 

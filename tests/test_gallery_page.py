@@ -325,8 +325,8 @@ def test_marks_are_kept_and_saved_as_a_list(chromium, run, capsys):
 
 @contextmanager
 def at_work(*given: Any) -> Iterator[server.RunServer]:
-    """A gallery served by a thread of its own within the block; what is given is what `server.opened` takes."""
-    with server.opened(*given) as serving:
+    """A gallery served by a thread of its own within the block; what is given is what `server.open_server` takes."""
+    with server.open_server(*given) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:
@@ -476,7 +476,7 @@ def test_a_sample_stays_open_whose_mark_comes_after_it(chromium, run, monkeypatc
         time.sleep(1)
         return {"00000001": "good"}
 
-    monkeypatch.setattr(server.review, "read", late)
+    monkeypatch.setattr(server.review.FolderReview, "read", late)
     with at_work(served(run), 18785, print) as serving:
         watched = Watched(chromium)
         page = watched.open(serving.address + "#only=unmarked&id=00000001")

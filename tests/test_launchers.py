@@ -83,7 +83,7 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(launched, "close", refused)
     with pytest.raises(Refused, match="a filter file is damaged"):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
-    with locks.locked(tmp_path / LOCK, is_shared=True):
+    with locks.hold_lock(tmp_path / LOCK, is_shared=True):
         assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
 
 

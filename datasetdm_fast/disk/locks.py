@@ -17,9 +17,10 @@ SECONDS_BETWEEN_TRIES = 0.1
 
 def cache_folder() -> Path:
     """$DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write."""
-    kept = os.environ.get(CACHE_VARIABLE)
-    folder = Path(kept) if kept else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
-    with suppress(OSError):  # whoever writes into it is told why it cannot be made
+    chosen = os.environ.get(CACHE_VARIABLE)
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
+    folder = Path(chosen) if chosen else usual
+    with suppress(OSError):  # whoever writes into it gets the error
         os.makedirs(folder, 0o700, exist_ok=True)
         if folder.stat().st_mode & stat.S_IWOTH:
             raise Refused(
@@ -30,7 +31,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def locked(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> Iterator[None]:
+def hold_lock(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Holds the lock file `path` for this process, alone or shared, once others release it, for which it waits
     `patience` seconds at most; the system releases it however the process ends.
     """
@@ -66,7 +67,7 @@ def _try_to_lock(handle: int, kind: int, path: Path) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether another process holds the lock file."""
     try:
-        with locked(path):
+        with hold_lock(path):
             return False
     except Refused:
         return True

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,9 @@ from typing import Any, Self
 
 from datasetdm_fast.errors import Missing, Refused, nearest
 
-_OWN = secrets.randbelow(10**9)  # as on another machine, or in another container, a process may have this one's number
+_PROCESS = secrets.randbelow(
+    10**9
+)  # as on another machine, or in another container, a process may have this one's number
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
@@ -42,26 +44,31 @@ class StoredFile:
 
 
 class Publication(AbstractContextManager):
-    """Files that are written in turns, piece by piece, and are all on the disk under their names once the block ends;
-    where it fails, none is.
-    """
+    """Files that are written piece by piece and exist under their names once the block ends; none where it fails."""
 
     def __init__(self, paths: Iterable[Path]):
         self._parts = {path: part_of(path) for path in paths}
         self._handles: dict[Path, int] = {}
+        self._digests = {path: hashlib.sha256() for path in self._parts}
+        self._sizes = dict.fromkeys(self._parts, 0)
 
     def __enter__(self) -> Self:
         try:
             for path, part in self._parts.items():
-                self._handles[path] = _opened(part)
-        except OSError as error:
-            self.__exit__(type(error), error, None)
-            raise refusal(error, error.filename) from error
+                if not path.parent.is_dir():
+                    make_folder(path.parent)
+                with refusing(path):
+                    self._handles[path] = _open_part(part)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def write(self, path: Path, chunks: Iterable[bytes]) -> None:
         """Adds to one of the files."""
         for chunk in chunks:
+            self._digests[path].update(chunk)
+            self._sizes[path] += len(chunk)
             with refusing(path):
                 _write_all(self._handles[path], chunk)
 
@@ -83,74 +90,36 @@ class Publication(AbstractContextManager):
                 with refusing(folder):
                     sync_folder(folder)
 
+    @property
+    def stored(self) -> dict[Path, StoredFile]:
+        """Digest and size of every file."""
+        return {path: StoredFile(digest.hexdigest(), self._sizes[path]) for path, digest in self._digests.items()}
 
-def publish(files: Mapping[Path, bytes | Iterable[bytes]], unsynced: Collection[Path] = ()) -> dict[Path, StoredFile]:
-    """Digest and size of every file, once all are on the disk under their names; none is ever half-written. A loss of
-    power may cost those that are `unsynced`.
-    """
-    parts = {path: part_of(path) for path in files}
+
+def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
+    """Digest and size of every file, once all are on the disk under their names; none is ever half-written."""
     stored: dict[Path, StoredFile] = {}
-    try:
-        for folder in dict.fromkeys(path.parent for path in files):
-            if not folder.is_dir():
-                make_folder(folder)
-        waiting = iter(files.items())
-        while block := list(islice(waiting, FILES_PER_SYNC)):
-            contents = {parts[path]: content for path, content in block}
-            stored |= _write(contents, [path for path, _ in block], unsynced)
-        for path, part in parts.items():
-            syscall("rename", os.replace, part, path)
-        for folder in sorted({path.parent for path in files if path not in unsynced}):
-            sync_folder(folder)
-    except BaseException as error:
-        for part in parts.values():
-            forget(part)
-        if isinstance(error, OSError):
-            raise refusal(error, error.filename or next(iter(files), "the run folder")) from error
-        raise
+    waiting = iter(files.items())
+    while block := dict(islice(waiting, FILES_PER_SYNC)):
+        with Publication(block) as publication:
+            for path, content in block.items():
+                publication.write(path, [content] if isinstance(content, bytes) else content)
+        stored |= publication.stored
     return stored
-
-
-def _write(
-    contents: Mapping[Path, bytes | Iterable[bytes]], names: Sequence[Path], unsynced: Collection[Path]
-) -> dict[Path, StoredFile]:
-    """Writes and syncs the parts; what they hold, by the names they are to have."""
-    handles: list[int] = []
-    found = {}
-    try:
-        for (part, content), name in zip(contents.items(), names, strict=True):
-            handles.append(_opened(part))
-            found[name] = _fill(handles[-1], [content] if isinstance(content, bytes) else content)
-        for handle, name in zip(handles, names):
-            if name not in unsynced:
-                syscall("fsync", os.fsync, handle)
-    finally:
-        for handle in handles:
-            os.close(handle)
-    return found
-
-
-def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
-    digest, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        digest.update(chunk)
-        size += len(chunk)
-        _write_all(handle, chunk)
-    return StoredFile(digest.hexdigest(), size)
 
 
 def part_of(path: Path) -> Path:
     """Where this process writes a file before it gets its name: no other process has that place, on any machine."""
-    return path.with_name(f".{path.name}.{os.getpid()}{_OWN:09}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}{_PROCESS:09}.part")
 
 
-def _opened(part: Path) -> int:
+def _open_part(part: Path) -> int:
     return syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
 
 
 def make_empty(part: Path) -> None:
     """Makes an empty file, for libraries that would give a new one permissions of their own."""
-    os.close(_opened(part))
+    os.close(_open_part(part))
 
 
 def _write_all(handle: int, chunk: bytes) -> None:
@@ -172,7 +141,7 @@ def append(path: Path, line: bytes) -> None:
             syscall("lock", fcntl.flock, handle, fcntl.LOCK_EX)
             if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            _fill(handle, [line])
+            _write_all(handle, line)
         finally:
             os.close(handle)
 
@@ -215,7 +184,7 @@ def is_full(error: OSError) -> bool:
 
 
 def refusal(error: OSError, path: str | Path) -> Missing:
-    """What a command says and does where the disk does not do its part."""
+    """The error of a command for an error of the disk."""
     if is_full(error):
         return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
@@ -283,12 +252,12 @@ def read(path: Path, most: int) -> bytes:
         except ValueError as error:  # a NUL byte
             raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
         try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
                 raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
-            if found.st_size > most:
+            if status.st_size > most:
                 remedy = "Name the right file, or a smaller one."
-                raise Refused(f"{path}: {found.st_size} bytes, at most {most} are read", remedy)
+                raise Refused(f"{path}: {status.st_size} bytes, at most {most} are read", remedy)
             parts = []
             while block := syscall("read", os.read, handle, 1 << 20):
                 parts.append(block)
@@ -336,8 +305,8 @@ def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
     it has a lock of its own; call it while holding the lock.
     """
     try:
-        found = (path for path in folder.rglob(".*.part*") if is_temporary(path))
-        leftovers = [path for path in found if apart not in path.parents]
+        paths = (path for path in folder.rglob(".*.part*") if is_temporary(path))
+        leftovers = [path for path in paths if apart not in path.parents]
         for path in leftovers:
             syscall("unlink", os.unlink, path)
     except OSError as error:
@@ -352,10 +321,10 @@ def remove_parts_of(paths: Iterable[Path]) -> None:
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
-    for folder, wanted in names.items():
+    for folder, expected in names.items():
         with refusing(folder), suppress(FileNotFoundError):
             for name in os.listdir(folder):
-                if (found := _TEMPORARY.fullmatch(name)) and found[1] in wanted:
+                if (match := _TEMPORARY.fullmatch(name)) and match[1] in expected:
                     syscall("unlink", os.unlink, folder / name)
 
 

@@ -149,7 +149,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps other trainings out of a training's folder, and removes what killed ones left half-written."""
     storage.make_folder(folder / "training")
-    with locks.locked(folder / "training" / LOCK):
+    with locks.hold_lock(folder / "training" / LOCK):
         storage.remove_temporaries(folder)
         yield
 

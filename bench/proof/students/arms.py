@@ -132,7 +132,7 @@ def compare(
         experiment.built(0)
     settings = experiment.settings()  # reads the real images, of which one may be bad
     storage.make_folder(out)
-    with locks.locked(out / ".lock"):
+    with locks.hold_lock(out / ".lock"):
         storage.remove_temporaries(out)
         _check_settings(out, settings)
         scores: dict[str, list[dict[str, Any]]] = {}

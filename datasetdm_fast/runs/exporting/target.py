@@ -89,7 +89,7 @@ class ExportFolder(AbstractContextManager):
         self.folder, self._described, self._is_copied = folder, described, is_copied
         storage.make_folder(folder / WORK)
         with ExitStack() as closing:
-            closing.enter_context(locks.locked(folder / WORK / "lock"))
+            closing.enter_context(locks.hold_lock(folder / WORK / "lock"))
             storage.remove_temporaries(folder)
             if not (folder / DOCUMENT).exists():
                 storage.publish({folder / DOCUMENT: pretty({**described, "complete": False})})

@@ -20,7 +20,7 @@ PATIENCE = 900.0  # seconds that a process waits for another that writes the pag
 def lock_page(folder: Path) -> AbstractContextManager[None]:
     """Holds the page of a run folder for this process, as one process writes it at a time."""
     storage.make_folder(folder / "gallery")
-    return locks.locked(folder / page_files.PAGE_LOCK, patience=PATIENCE)
+    return locks.hold_lock(folder / page_files.PAGE_LOCK, patience=PATIENCE)
 
 
 def finish_run(run: RunFolder) -> None:

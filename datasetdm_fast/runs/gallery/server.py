@@ -3,13 +3,13 @@
 import errno
 import json
 import os
-import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -18,7 +18,7 @@ from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.untrusted import documents
 
 LOOPBACK = "127.0.0.1"
-NAMES = (LOOPBACK, "localhost")  # by which a browser of this machine may ask: any other name is a page of another site
+NAMES = (LOOPBACK, "localhost")  # of this machine for its browsers: any other name is a page of another site
 FIRST_PORT, TRIED_PORTS, HTTP_PORT = 8765, 32, 80
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -27,7 +27,7 @@ KINDS = {
     ".jpg": "image/jpeg",
     ".png": "image/png",
 }
-HIDDEN = ("state", "exports", "review")  # folders whose files are never given out
+HIDDEN = ("state", "exports", "review")  # folders whose files are never served
 POLICY = (
     "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -39,22 +39,20 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-PIECE = 1 << 18  # bytes of a file that are sent at once
 LARGEST_REQUEST = 1 << 20  # bytes of marks
-IDLE_SECONDS = 60.0  # after which a connection that asks for nothing is closed
-RANGE = re.compile(r"bytes=(?=.*\d)(\d{0,18})-(\d{0,18})")
+IDLE_SECONDS = 60.0  # after which a connection without a request is closed
 
 
 @dataclass(frozen=True)
 class ServedRun:
-    """A run folder that is given out; where its samples are elsewhere, `bring` gives the copy of a file by its name
-    inside the run, None where there is none.
+    """A run folder that is served; where its samples are elsewhere, `fetch` gives the copy of a file by its name inside
+    the run, None where there is none.
     """
 
     folder: Path
     command_path: str  # names the run in the commands that the page shows, empty where none takes it
     review: review.Review
-    bring: Callable[[str], Path | None] | None = None
+    fetch: Callable[[str], Path | None] | None = None
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ServedRun":
@@ -62,19 +60,19 @@ class ServedRun:
 
 
 class RunServer(ThreadingHTTPServer):
-    """Serves a run on this machine's own address, below /NAME/, and one beside it below /against/NAME/."""
+    """Serves a run on this machine's own address, below /NAME/, and another below /against/NAME/."""
 
     daemon_threads = True
     allow_reuse_address = False  # or a port that another server holds would seem to be free
 
     def __init__(self, run: ServedRun, port: int, against: ServedRun | None = None):
         self.run = run
-        self.prefix = f"/{_quoted(run.folder)}/"
+        self.prefix = f"/{_address_name(run.folder)}/"
         self.runs = {self.prefix: run}  # by the prefix of their addresses
         self.against = ""
         if against is not None:
-            beside = "against" if self.prefix != "/against/" else "beside"  # no address is of both
-            self.against = f"/{beside}/{_quoted(against.folder)}/"
+            place = "against" if self.prefix != "/against/" else "beside"  # no address is of both
+            self.against = f"/{place}/{_address_name(against.folder)}/"
             self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
@@ -87,167 +85,148 @@ class RunServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _quoted(folder: Path) -> str:
+def _address_name(folder: Path) -> str:
     """The name of a run folder in an address; bytes of it that are no UTF-8, which no page could read, become marks."""
     return quote(os.fsencode(folder.name).decode(errors="replace") or "run")
 
 
 def hosts_of(port: int) -> frozenset[str]:
-    """What a browser of this machine calls a server on a port: it does not say the usual one."""
+    """What a browser of this machine calls a server on a port: it leaves out the usual one."""
     return frozenset(f"{name}:{port}" for name in NAMES) | (frozenset(NAMES) if port == HTTP_PORT else frozenset())
 
 
-def opened(run: ServedRun, port: int, say: Callable[[str], None], against: ServedRun | None = None) -> RunServer:
+def open_server(
+    run: ServedRun, port: int, on_message: Callable[[str], None], against: ServedRun | None = None
+) -> RunServer:
     """A server on `port` or, where it is taken, on the next that is free."""
-    for wanted in range(port, min(port + TRIED_PORTS, 2**16)):
+    for number in range(port, min(port + TRIED_PORTS, 2**16)):
         try:
-            server = RunServer(run, wanted, against)
+            server = RunServer(run, number, against)
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 continue
-            raise Missing(f"{LOOPBACK}:{wanted}: {error.strerror}", "Choose another --port.") from error
-        if wanted != port:
-            say(f"port {port} is taken, so it is {wanted}")
+            raise Missing(f"{LOOPBACK}:{number}: {error.strerror}", "Choose another --port.") from error
+        if number != port:
+            on_message(f"port {port} is taken, so it is {number}")
         return server
     raise Missing(f"--port {port}: it and the {TRIED_PORTS - 1} ports after it are in use", "Choose another --port.")
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers one browser: GET and HEAD of the run's files, and PUT of its review."""
+class Handler(SimpleHTTPRequestHandler):
+    """Answers one browser: GET and HEAD of the run's files, and GET and PUT of its review."""
 
     server: RunServer
     protocol_version = "HTTP/1.1"
     timeout = IDLE_SECONDS
+    extensions_map = KINDS
 
     def do_GET(self) -> None:
-        self._answer()
+        if not self._answer_page():
+            super().do_GET()
 
     def do_HEAD(self) -> None:
-        self._answer()
+        if not self._answer_page():
+            super().do_HEAD()
+
+    def _answer_page(self) -> bool:
+        """Answers what is no file of a run, and whoever took this server for another: its name may point here."""
+        self._path = ""
+        if self.headers.get("Host", "") not in self.server.hosts:
+            self.send_error(403)
+        elif (path := _path_of(self.path)) in ("/", self.server.prefix):
+            self._send(302, b"", {"Location": f"{self.server.prefix}gallery/index.html"})
+        elif path == "/favicon.ico":  # which browsers request of any server
+            self._send(204)
+        elif path == f"{self.server.prefix}review":
+            self._send_review()
+        else:
+            try:
+                self._path = str(self._find_file(path) or "")
+                return False
+            except Missing:  # the store does not answer
+                self.send_error(502)
+        return True
+
+    def _send_review(self) -> None:
+        run = self.server.run
+        try:
+            marks = sorted(run.review.read().items())
+        except (Missing, Refused):  # the lists of marks cannot be read
+            return self.send_error(500)
+        content = {"path": run.command_path, "marks": marks, "against": self.server.against}
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def do_PUT(self) -> None:
         """Marks of samples; only the page itself may send them, as a page of another site has another origin."""
         size = self.headers.get("Content-Length", "")
         if not size.isdecimal() or int(size) > LARGEST_REQUEST:
-            self.close_connection = True
-            return self._refuse(413)
-        content = self.rfile.read(int(size))
-        is_own = self.headers.get("Origin") in {f"http://{host}" for host in self.server.hosts}
-        if not self._is_asked_here() or not is_own:
-            return self._refuse(403)
-        if self._path() != f"{self.server.prefix}review":
-            return self._refuse(404)
+            return self.send_error(413)
+        content, hosts = self.rfile.read(int(size)), self.server.hosts
+        if self.headers.get("Host") not in hosts or self.headers.get("Origin") not in {f"http://{h}" for h in hosts}:
+            return self.send_error(403)
+        if _path_of(self.path) != f"{self.server.prefix}review":
+            return self.send_error(404)
         try:
             marks = review.parse_marks(documents.parse_json(content.decode(), "the marks"))
             with self.server.marking:
                 self.server.run.review.change(marks)
         except (ValueError, Refused):
-            return self._refuse(400)
+            return self.send_error(400)
         except Missing:
-            return self._refuse(507)
-        self._send(204, b"", "")
+            return self.send_error(507)
+        self._send(204)
 
-    def _answer(self) -> None:
-        if not self._is_asked_here():
-            return self._refuse(403)
-        path = self._path()
-        if path in ("/", self.server.prefix):
-            return self._send(302, b"", "", {"Location": f"{self.server.prefix}gallery/index.html"})
-        if path == "/favicon.ico":  # which browsers ask for without being told to
-            return self._send(204, b"", "")
-        if path == f"{self.server.prefix}review":
-            run = self.server.run
-            try:
-                marks = sorted(run.review.read().items())
-            except (Missing, Refused):  # the lists of marks cannot be read
-                return self._refuse(500)
-            told = {"path": run.command_path, "marks": marks, "against": self.server.against}
-            return self._send(200, json.dumps(told).encode(), "application/json")
-        try:
-            found = self._file(path)
-        except Missing:  # the store does not answer
-            return self._refuse(502)
-        return self._send_file(found) if found else self._refuse(404)
-
-    def _path(self) -> str:
-        """The path of the address that is asked for, empty where it is no address."""
-        try:
-            return urlsplit(self.path).path
-        except ValueError:
-            return ""
-
-    def _is_asked_here(self) -> bool:
-        """Whether the browser took this server for what it is: another name may be one that was pointed here."""
-        return self.headers.get("Host", "") in self.server.hosts
-
-    def _file(self, path: str) -> Path | None:
+    def _find_file(self, path: str) -> Path | None:
         """The file of a run folder that a path of an address names, None where it is none that may be read."""
-        prefix = next((each for each in self.server.runs if path.startswith(each)), None)
+        prefix = next((prefix for prefix in self.server.runs if path.startswith(prefix)), None)
         if prefix is None:
             return None
         run, parts = self.server.runs[prefix], unquote(path.removeprefix(prefix)).split("/")
-        if len(parts) < 2 or parts[0] in HIDDEN or any(part.startswith(".") or not part for part in parts):
+        if len(parts) < 2 or parts[0] in HIDDEN or any(not part or part[0] == "." or "\\" in part for part in parts):
             return None
-        if "\0" in path or any("\0" in part or "\\" in part for part in parts):
-            return None
-        found = run.folder.joinpath(*parts)
         try:
-            if run.bring and found.suffix in KINDS and not found.exists():
-                return run.bring("/".join(parts))
-            whole = found.resolve(strict=True)
-        except OSError:
+            file = run.folder.joinpath(*parts)
+            if run.fetch and file.suffix in KINDS and not file.exists():
+                return run.fetch("/".join(parts))
+            file = file.resolve(strict=True)
+        except (OSError, ValueError):  # also a NUL byte
             return None
-        is_ours = whole.is_relative_to(run.folder) and whole.is_file() and whole.suffix in KINDS
-        return whole if is_ours else None
+        return file if file.is_relative_to(run.folder) and file.is_file() and file.suffix in KINDS else None
 
-    def _send_file(self, path: Path) -> None:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())  # another file may have the name by now
-            size, time = found.st_size, found.st_mtime_ns
-            tag, kind = f'"{size:x}-{time:x}"', KINDS[path.suffix]
-            if self.headers.get("If-None-Match") == tag:
-                return self._send(304, b"", "", {"ETag": tag})
-            first, stop, headers = 0, size, {"ETag": tag, "Accept-Ranges": "bytes"}
-            if asked := RANGE.fullmatch(self.headers.get("Range", "").strip()):
-                begin, end = asked.groups()
-                if begin:
-                    first, stop = int(begin), min(int(end) + 1 if end else size, size)
-                else:
-                    first = max(size - int(end), 0)
-                if first >= stop:
-                    return self._send(416, b"", "", {"Content-Range": f"bytes */{size}"})
-                headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
-            self._begin(206 if "Content-Range" in headers else 200, stop - first, kind, headers)
-            file.seek(first)
-            while self.command == "GET" and first < stop and (piece := file.read(min(PIECE, stop - first))):
-                self.wfile.write(piece)
-                first += len(piece)
+    def translate_path(self, path: str) -> str:
+        """The file to send, empty where there is none."""
+        return self._path
 
-    def _refuse(self, status: int) -> None:
-        self._send(status, f"{status}\n".encode(), "text/plain; charset=utf-8")
-
-    def _send(self, status: int, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self._begin(status, len(content), kind, headers or {})
+    def _send(self, status: int, content: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _begin(self, status: int, size: int, kind: str, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**HEADERS, **headers}.items():
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():
             self.send_header(name, value)
-        if kind:
-            self.send_header("Content-Type", kind)
-        if status not in (204, 304):
-            self.send_header("Content-Length", str(size))
-        self.end_headers()
+        super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the library refuses by itself, other methods among it: without a page that repeats what was asked."""
+        """What the library refuses by itself, other methods among it: without a page that repeats the request."""
         self.close_connection = True
-        self._begin(405 if code == 501 else code, 0, "", {"Allow": "GET, HEAD, PUT"} if code == 501 else {})
+        self._send(405 if code == 501 else code, headers={"Allow": "GET, HEAD, PUT"} if code == 501 else {})
 
     def version_string(self) -> str:
         return "datasetdm-fast"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not told: a page makes thousands."""
+        """Requests are not reported: a page makes thousands."""
+
+
+def _path_of(address: str) -> str:
+    """The path of the address of a request, empty where it is no address."""
+    try:
+        return urlsplit(address).path
+    except ValueError:
+        return ""

@@ -59,7 +59,7 @@ class RunFolder(AbstractContextManager):
         self._closing, self.log = ExitStack(), EventLog(path)
         storage.make_folder(path / "state")
         if not is_member:
-            self._closing.enter_context(locks.locked(path / LOCK))
+            self._closing.enter_context(locks.hold_lock(path / LOCK))
         try:
             if not is_member:
                 clean(path)
@@ -275,11 +275,11 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
     with ExitStack() as held:
         while True:
             # refused where others are there already, or one of them is just looking
-            with suppress(Refused), locks.locked(folder / LOCK):
+            with suppress(Refused), locks.hold_lock(folder / LOCK):
                 clean(folder)
                 begin()
             try:
-                held.enter_context(locks.locked(folder / LOCK, is_shared=True))
+                held.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))
                 break
             except Refused:
                 if time.monotonic() > end:

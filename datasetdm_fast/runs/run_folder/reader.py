@@ -22,7 +22,6 @@ from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.runs.run_folder import other_libraries
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     LEDGER,
@@ -329,18 +328,6 @@ class Run(AbstractContextManager["Run"]):
                     f"{self.path}: has no labels for {one!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
                 )
         return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
-
-    @property
-    def _tables(self) -> dict[str, Any]:
-        return {task: self.document["labels"][task] for task in self.tasks}
-
-    def to_supervision(self) -> Any:
-        """The instances as supervision's DetectionDataset, where that library is installed."""
-        return other_libraries.supervision_dataset(self, self._tables)
-
-    def to_fiftyone(self, name: str | None = None) -> Any:
-        """All labels as FiftyOne's Dataset of this name, where that library is installed."""
-        return other_libraries.fiftyone_dataset(self, self._tables, name)
 
     def close(self) -> None:
         if self._ledger is not None:

@@ -96,7 +96,7 @@ def resealed(folder: Path, document: Mapping[str, Any], removed: str = "") -> It
     a killed process took back is sealed as well. A file that is to be `removed` is, last, so that a process that was
     killed can be repeated.
     """
-    with locks.locked(folder / LOCK):
+    with locks.hold_lock(folder / LOCK):
         was_sealed = is_sealed(folder)
         is_late = not was_sealed and _is_settled(folder, document)
         before = damaged(folder) if was_sealed else {}

@@ -124,7 +124,7 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(locks.locked(folder / LOCK))
+                held.enter_context(locks.hold_lock(folder / LOCK))
             except Refused:  # others are there; what the closing refuses is no such thing
                 if not is_waiting or time.monotonic() > end:
                     return look(folder, number, made, begin)

@@ -52,7 +52,7 @@ def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Res
 
         release()
     storage.make_folder(folder / "state")
-    with locks.locked(folder / LOCK):
+    with locks.hold_lock(folder / LOCK):
         clean(folder)
         try:
             with closing(WorkQueue(folder / seal.QUEUE)) as queue:
