@@ -113,7 +113,7 @@ def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None =
 
 def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The same in the order of the prompt."""
-    return matcher(tuple(classes), table).in_order(prompt)
+    return matcher(tuple(classes), table).classes_in_order(prompt)
 
 
 def always_named(
