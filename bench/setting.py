@@ -22,7 +22,7 @@ from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.runs.jobs import prompt_files
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls

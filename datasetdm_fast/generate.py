@@ -31,12 +31,12 @@ from datasetdm_fast.runs.jobs.job import Job, count_rows, finished, in_all, may_
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import prepare_remake, remake, run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images, spelled_out
 from datasetdm_fast.runs.jobs.summary import calls_left, table
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, note
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.runs.workers.launched import LaunchedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks, Compare

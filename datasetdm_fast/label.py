@@ -14,9 +14,9 @@ from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.runs.jobs.run import run
-from datasetdm_fast.runs.jobs.run_settings import LabelConfig
 from datasetdm_fast.runs.jobs.settings import check_settings, spelled_out
 from datasetdm_fast.runs.jobs.summary import unnamed
+from datasetdm_fast.runs.run_settings import LabelConfig
 
 PROG = "python -m datasetdm_fast.label"
 EXAMPLES = (

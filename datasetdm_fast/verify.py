@@ -18,9 +18,9 @@ from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
 from datasetdm_fast.runs.run_folder.folder import note
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, SamplingSettings, setting
 
 PROG = "python -m datasetdm_fast.verify"

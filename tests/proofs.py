@@ -412,7 +412,7 @@ def _() -> str:
 
 def try_yaml(content: str) -> str:
     from datasetdm_fast.command_line.flags import parse
-    from datasetdm_fast.runs.jobs.run_settings import RunConfig
+    from datasetdm_fast.runs.run_settings import RunConfig
 
     (HERE / "run.yaml").write_text(content)
     return parse(["--config", str(HERE / "run.yaml")], RunConfig)[0].out

@@ -10,9 +10,9 @@ from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import FORMAT
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.version import __version__
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")

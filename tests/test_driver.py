@@ -20,8 +20,8 @@ from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job, run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify
 from datasetdm_fast.runs.agreement.gates import EXACT
 from datasetdm_fast.runs.jobs import prompt_files
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 HALVES = (torch.float16, torch.bfloat16)

@@ -23,7 +23,7 @@ from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig

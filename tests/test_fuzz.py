@@ -30,11 +30,11 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents, images, onnx_graph, tensors
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))

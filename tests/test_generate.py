@@ -18,11 +18,11 @@ from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.defaults import with_labels
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 @pytest.fixture

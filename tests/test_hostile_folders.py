@@ -269,7 +269,7 @@ def test_a_place_for_results_is_refused_before_anything_is_loaded(tmp_path, monk
 def test_every_flag_that_names_a_place_for_results_is_checked():
     """A new one that does not say so in its setting fails here."""
     from datasetdm_fast.export_cli import ExportConfig
-    from datasetdm_fast.runs.jobs.run_settings import RunConfig
+    from datasetdm_fast.runs.run_settings import RunConfig
     from datasetdm_fast.settings import flags_of
     from datasetdm_fast.training.evaluation.settings import EvaluateConfig
     from datasetdm_fast.training.settings import TrainConfig

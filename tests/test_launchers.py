@@ -19,8 +19,8 @@ from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import heartbeat, launched
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Silence
 from datasetdm_fast.runs.workers.launched import LaunchedProcess

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files, settings
 from datasetdm_fast.runs.jobs.pictures import open_pictures
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 class Tokenizer:

@@ -17,7 +17,7 @@ from datasetdm_fast.runs.agreement import before
 from datasetdm_fast.runs.agreement.gates import GateRow
 from datasetdm_fast.runs.agreement.verify import Verdict
 from datasetdm_fast.runs.jobs import job, racing
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 @pytest.fixture(scope="module")

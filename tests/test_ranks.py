@@ -18,12 +18,12 @@ from skips import IS_LONG, long_test
 
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job, run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.seal import QUEUE
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import devices, spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Patience

@@ -34,12 +34,12 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import job, run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder import document, object_store, page_files, seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder, write_samples
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import ray_connection
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import DIED, Owner

@@ -23,7 +23,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab.__main__ import SCRIPTS
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.generate import main
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

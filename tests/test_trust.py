@@ -18,12 +18,12 @@ from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.runs.curation import scores
 from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.score_table import read_scores
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.worker import Callbacks

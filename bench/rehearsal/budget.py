@@ -19,7 +19,7 @@ from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.engine.tasks import TASKS
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
 SLACK = 1.0005  # of rounding

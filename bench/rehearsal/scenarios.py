@@ -40,7 +40,7 @@ from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs import inverted, job
 from datasetdm_fast.runs.jobs.run import run
-from datasetdm_fast.runs.jobs.run_settings import LabelConfig, RunConfig
+from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
 

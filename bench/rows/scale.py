@@ -33,9 +33,9 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import job, prompt_files, settings
 from datasetdm_fast.runs.jobs import run as generation
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.stages import FACTOR
 from tests.stub_engine import StubEngine
 

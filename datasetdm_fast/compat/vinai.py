@@ -28,10 +28,10 @@ from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
 from datasetdm_fast.runs.jobs.job import finished, prepare
 from datasetdm_fast.runs.jobs.run import run
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.summary import table
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import setting
 from datasetdm_fast.untrusted import documents
 

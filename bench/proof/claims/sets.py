@@ -29,8 +29,8 @@ from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
 from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.captures.cache import CacheSettings
 from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.readers.demo import DemoWorld

@@ -28,8 +28,8 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.jobs.job import count_rows, prepare
 from datasetdm_fast.runs.jobs.run import run as generate
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.readers.demo import DemoWorld
 
 NAME, TITLE = "training-free", "Training-free"

@@ -13,7 +13,7 @@ from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 if TYPE_CHECKING:
     from datasetdm_fast.compat.showlab.demo import Demo

@@ -24,9 +24,9 @@ from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Remake
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.runs.run_folder.ledger import Row
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, flags_of, json_values
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
 from datasetdm_fast.engine.labels.names import by_task
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import GROWING
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
 
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name

@@ -32,11 +32,11 @@ from datasetdm_fast.runs.jobs.job import (
 )
 from datasetdm_fast.runs.jobs.pictures import Pictures, open_pictures
 from datasetdm_fast.runs.jobs.run import facts_of
-from datasetdm_fast.runs.jobs.run_settings import LabelConfig
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, read_document, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.runs.run_settings import LabelConfig
 from datasetdm_fast.settings import flags_of, json_values
 from datasetdm_fast.untrusted import documents
 

@@ -24,7 +24,6 @@ from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs import prompt_files, racing
 from datasetdm_fast.runs.jobs.result import Result, result_of
-from datasetdm_fast.runs.jobs.run_settings import LabelConfig, RunConfig
 from datasetdm_fast.runs.jobs.settings import check_settings, count_images, identity
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
 from datasetdm_fast.runs.run_folder.document import (
@@ -44,6 +43,7 @@ from datasetdm_fast.runs.run_folder.goal import counts_by_class
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 from datasetdm_fast.runs.run_folder.score_table import add_distances
 from datasetdm_fast.runs.run_folder.seal import is_indexed
+from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 from datasetdm_fast.version import __version__
 
 LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.loop.prompts import (
 )
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.class_file import own_table
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
 LARGEST_FILE = 256 * 2**20  # bytes

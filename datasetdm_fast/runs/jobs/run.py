@@ -17,7 +17,6 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
 from datasetdm_fast.runs.jobs.result import Result, closed
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import identity
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.document import check_same, table_of
@@ -26,6 +25,7 @@ from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import open_folder, refuse_stored
 from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 def run(

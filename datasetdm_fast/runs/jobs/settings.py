@@ -21,9 +21,9 @@ from datasetdm_fast.engine.loop.checks import (
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.class_file import listed_words
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
 from datasetdm_fast.runs.run_folder.document import most_samples, sets_aside
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import json_values
 
 MOST_MINUTES = 1_000_000  # of a setting; two years

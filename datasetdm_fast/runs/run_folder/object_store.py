@@ -19,12 +19,12 @@ from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
 PIECE = 1 << 20  # bytes of a file copied at once

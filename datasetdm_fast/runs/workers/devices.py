@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.engine.engines.hardware import choose, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from datasetdm_fast.engine.engines.hardware import visible_gpus
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import prepare
 from datasetdm_fast.runs.jobs.result import Result, close, look
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers.devices import share_of_cores
 from datasetdm_fast.runs.workers.heartbeat import Silence, host, is_over
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue

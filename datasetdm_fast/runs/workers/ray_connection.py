@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, through which no run goes

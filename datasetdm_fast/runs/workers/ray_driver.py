@@ -19,12 +19,12 @@ from datasetdm_fast.runs.jobs.job import Job, adopt, check_room, count_rows
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Quota, in_order
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, clean
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import Owner
 from datasetdm_fast.runs.workers.ray_connection import first_line, joined

@@ -12,8 +12,8 @@ from typing import Any
 
 from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.runs.jobs.job import Job, adopt, compose
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 from datasetdm_fast.runs.workers.spawn import reported
 from datasetdm_fast.runs.workers.worker import Compare, Worker

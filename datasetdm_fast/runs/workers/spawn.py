@@ -24,11 +24,11 @@ from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs.job import prepare
 from datasetdm_fast.runs.jobs.result import Result, close
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.jobs.settings import count_images
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK
 from datasetdm_fast.runs.run_folder.folder import clean
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.heartbeat import Silence
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue

@@ -11,7 +11,6 @@ from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION
 from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
-from datasetdm_fast.runs.jobs.run_settings import RunConfig
 from datasetdm_fast.runs.run_folder.document import (
     ASIDE,
     engine_names,
@@ -26,6 +25,7 @@ from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.runs.run_folder.indexes.statistics import STATISTICS
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
+from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
 
 DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
