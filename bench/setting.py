@@ -21,8 +21,8 @@ from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
-from datasetdm_fast.runs.jobs import prompt_files
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.run_settings import PromptSettings
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
@@ -82,7 +82,7 @@ def open_setting(
         checkpoint.check_fits(decoder, loaded.levels, task, loaded.text_width)
     reference = build_engine("torch", loaded, folded, device=str(target))
     recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
-    source = prompt_files.read_source(RunConfig(model="demo"))
+    source = read_source(PromptSettings(), has_captions=True)
     words = prompt_words(reference, TASKS, ())
     plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
     trained = {task: decoder.to(target) for task, decoder in trained.items()}

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
     if not result.is_complete:
-        print(f"{folder}: not complete; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
+        print(f"{folder}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     samples, files = count_noun(result.samples, "sample"), count_noun(result.files, "file")

@@ -4,18 +4,28 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
 from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.run_settings import (
+    expand_names,
+    label_spec,
+    restore_label_settings,
+    without_whole_labels,
+)
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
-from datasetdm_fast.runs.jobs.inverted import as_stored, prepare, remake, tileable
-from datasetdm_fast.runs.jobs.run import run
-from datasetdm_fast.runs.jobs.settings import check_settings, spelled_out
-from datasetdm_fast.runs.jobs.summary import unnamed
+from datasetdm_fast.runs.jobs.labelling import labelled_names, parse_timesteps, prepare_labelling
+from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.remake import Remake, remake
+from datasetdm_fast.runs.jobs.summary import count_unnamed
+from datasetdm_fast.runs.jobs.writing import write_missing
+from datasetdm_fast.runs.run_folder.document import read_document
+from datasetdm_fast.runs.run_folder.remaking import find_remake_row
 from datasetdm_fast.runs.run_settings import LabelConfig
 
 PROG = "python -m datasetdm_fast.label"
@@ -27,41 +37,47 @@ EXAMPLES = (
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
-    asked = tileable(spelled_out(config, given), given)
-    config = as_stored(asked, given) if config.only else asked
-    check_settings(config)
-    job = prepare(config)
+    config, provided = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
+    config, row = without_whole_labels(expand_names(config, provided), provided), None
     if config.only:
-        return remake_sample(config, config.out, config.only, partial(remake, job, config.only))
+        stored, row = find_remake_row("label", Path(config.out), config.only)
+        config = restore_label_settings(config, provided, stored)
+    spec, timesteps = label_spec(config, stored if row else None), parse_timesteps(config.timesteps)
+    pictures = open_pictures(config.images, config.captions)
+    if row is None:
+        stored = read_document(spec.folder)
+    elif len(names := labelled_names(spec.folder)) == stored["plan"]["number"]:
+        pictures = pictures.among(names)  # else one that has no row yet may be among the others
+    job = prepare_labelling(spec, stored, pictures, timesteps, has_tiles=config.tiles)
+    if row:
+        return remake_sample(config, config.out, config.only, partial(remake, Remake.of_job(job, row)))
     left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
-    told = [
+    lines = [
         f"{left} of {count_noun(job.plan.number, 'picture')}, {count_noun(calls, 'UNet call')} each; labels: "
         f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
-        *([f"captions: {captions}"] if (captions := unnamed(job)) else []),
+        *([f"captions: {captions}"] if (captions := count_unnamed(job)) else []),
     ]
     if config.dry_run:
         facts = {"path": config.out, "number": job.plan.number, "done": job.done, "tasks": list(job.recipe.tasks)}
-        return print_plan(config, facts, config.out, *told)
-    print_lines(config, *told)
+        return print_plan(config, facts, config.out, *lines)
+    print_lines(config, *lines)
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(left, config.quiet, job.plan.batch_size, calls) as progress,
         ShownSoFar(job.folder, config.page_every, progress.print),
     ):
-        result = run(
+        result = write_missing(
             job,
             on_commit=progress.on_commit,
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
         )
-    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    print_result(config, {"path": config.out, **facts, "complete": result.is_complete}, config.out)
-    pictures = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
-    print_lines(config, f"{pictures}; look at {result.path}/gallery/index.html")
+    print_result(config, {"path": config.out, **result.facts()}, config.out)
+    images = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
+    print_lines(config, f"{images}; look at {result.path}/gallery/index.html")
     result.check()
     if not result.is_complete:
-        print_unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}", "pictures")
+        print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join(arguments)}", "pictures")
     return interruption.exit_code(0)
 
 

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     merging.close()
     done = existing + written
     if done < number:
-        print_unfinished(done, number, f"go on with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, number, f"resume with: {PROG} {shlex.join(arguments)}")
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
         more += "" if written else ", nothing to do"

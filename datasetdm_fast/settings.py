@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS
 
 MOST_THREADS = 1024
+Group = TypeVar("Group")
 
 
 def setting(
@@ -62,6 +63,10 @@ class CommandSettings:
 
     FLAGS: list[str]
 
+    def group(self, cls: type[Group]) -> Group:
+        """The settings of one of the groups."""
+        return cls(**{each.name: getattr(self, each.name) for each in fields(cls)})
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the bytes of what is made."""
         values = {flag: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
@@ -89,6 +94,12 @@ class ModelSettings:
         "auto: as each decoder's configuration says",
         identity="if given",
         choices=("auto", *OUTLINES),
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        "low-rank adapters to fuse into the model, comma-separated, each FILE or FILE:SCALE",
+        identity="if given",
+        metavar="LIST",
     )
     size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(
@@ -132,16 +143,8 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What images are made of, and in which steps."""
+    """The steps in which images are sampled."""
 
-    prompts: str = setting(
-        "",
-        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
-        "captions of the demo world",
-        metavar="FILE|TEXT",
-    )
-    classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
-    seed: int = setting(0, "seed of image 0; image k has seed + k, of which the last 32 bits count", metavar="N")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS.names)

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         speed = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
         print_lines(config, f"{speed}; look at {folder}/gallery/index.html")
     if done < config.number:
-        print_unfinished(done, config.number, f"go on with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, config.number, f"resume with: {PROG} {shlex.join(arguments)}")
     elif not made:
         print_lines(config, f"{folder}: complete with {count_noun(done, 'sample')}, nothing to do")
     return interruption.exit_code(0)

@@ -73,7 +73,7 @@ def _train(config: TrainConfig, ranks: "Ranks", line: str) -> int:
             if outcome.result:
                 print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
         if None in results.values():
-            print(f"stopped; go on with: {line}", file=sys.stderr)
+            print(f"stopped; resume with: {line}", file=sys.stderr)
     return interruption.exit_code(0)
 
 

@@ -20,8 +20,15 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
 from datasetdm_fast.runs.run_folder.folder import note
-from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, SamplingSettings, setting
+from datasetdm_fast.runs.run_settings import PromptSettings
+from datasetdm_fast.settings import (
+    CommandSettings,
+    EngineSettings,
+    ModelSettings,
+    OutputSettings,
+    SamplingSettings,
+    setting,
+)
 
 PROG = "python -m datasetdm_fast.verify"
 EXAMPLES = (
@@ -32,7 +39,7 @@ MOST_IMAGES = 100_000  # to compare
 
 
 @dataclass(frozen=True)
-class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings):
+class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile size "
         "dtype compile device engines trt_flavour provider threads html run dry_run allow_download json quiet"
@@ -50,8 +57,9 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
         metavar="LIST",
         has_names=True,
     )
-    number: int = setting(8, "images to compare", metavar="N")
-    batch_size: int = setting(4, "images per batch", metavar="N")
+    classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
+    number: int = setting(8, "images to compare", metavar="N", least=1, most=MOST_IMAGES)
+    batch_size: int = setting(4, "images per batch", metavar="N", least=1, most=LARGEST_BATCH)
     dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE", output="file")
@@ -63,12 +71,6 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
-    for flag, value, most in (
-        ("--number", config.number, MOST_IMAGES),
-        ("--batch-size", config.batch_size, LARGEST_BATCH),
-    ):
-        if not 1 <= value <= most:
-            raise Refused(f"{flag} {value}: expected a number from 1 to {most}", "Choose another number.")
     if config.run:
         described(Path(config.run))  # minutes before the verdict is to be stored there
     engine, reference, recipe, requests = _prepared(config)
@@ -108,7 +110,7 @@ def _prepared(config: VerifyConfig):
     from datasetdm_fast.engine.loop import checks, prompts
     from datasetdm_fast.engine.loop.plan import make_plan
     from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
-    from datasetdm_fast.runs.jobs import prompt_files
+    from datasetdm_fast.runs.jobs.prompt_files import read_source
 
     plans = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile}
@@ -149,7 +151,7 @@ def _prepared(config: VerifyConfig):
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = make_recipe(reference, tasks, **chosen)
     words = recipe.words or prompt_words(reference, tasks, config.classes)
-    source = prompt_files.read_source(RunConfig(model="demo", prompts=config.prompts, classes=config.classes))
+    source = read_source(config.group(PromptSettings), has_captions=True)
     plan = make_plan(
         source,
         reference.model.tokenizer,

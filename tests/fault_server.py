@@ -122,7 +122,7 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     import signal
 
     from datasetdm_fast import generate
-    from datasetdm_fast.runs.jobs import run as driver
+    from datasetdm_fast.runs.workers import launch
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -137,7 +137,7 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
             threading.Timer(asked["seconds"], os.kill, (os.getpid(), asked["signal"])).start()
     if asked["record"]:
         shim.fault_record(os.open(asked["record"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-        run = driver.run
+        write_missing = launch.write_missing
 
         def marking(job, *, on_commit, **rest):
             total = 0
@@ -148,9 +148,9 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
                 shim.fault_mark(total)
                 on_commit(count)
 
-            return run(job, on_commit=tell, **rest)
+            return write_missing(job, on_commit=tell, **rest)
 
-        generate.run = marking
+        launch.write_missing = marking
     shim.fault_arm(asked["folder"].encode(), asked["kind"], asked["at"], asked["lasting"])
     try:
         code = generate.main(asked["arguments"])

@@ -440,7 +440,7 @@ def test_a_run_folder_among_the_pictures_is_refused(photos, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == {path.name for path in photos.iterdir()}
     assert label.main([*line, str(run), "--dry-run", "--no-quiet"]) == 0
     assert capsys.readouterr().err.startswith("1 of 3 pictures")
-    assert label.main([*line, str(run)]) == 0 and "1 of 3 pictures is there; go on with" in capsys.readouterr().err
+    assert label.main([*line, str(run)]) == 0 and "1 of 3 pictures is there; resume with" in capsys.readouterr().err
     (folder / "b.jpg").unlink()
     assert label.main([*line, str(run)]) == 2
     assert "it holds labels of other pictures or captions than" in capsys.readouterr().err

@@ -5,8 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from run_steps import find_result, prepare, prepare_remake
 from stub_engine import CONFIGS, StubEngine
 
+from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
@@ -19,7 +21,9 @@ from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.remake import remake
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 
@@ -323,99 +327,99 @@ def test_renumbered_maps_speak_of_the_words_of_the_run():
 def test_a_run_is_made_once(engines, tmp_path):
     settings = config(tmp_path / "run")
     made = []
-    result = run.run(job.prepare(settings), on_commit=made.append)
+    result = write_missing(prepare(settings), on_commit=made.append)
     assert (result.done, result.made, result.is_complete, made) == (7, 7, True, [3, 3, 1])
-    assert len(engines) == 1 and job.finished(settings).done == 7 and len(engines) == 1
+    assert len(engines) == 1 and find_result(settings).done == 7 and len(engines) == 1
     assert len(open_run(tmp_path / "run")) == 7
 
 
 def test_interrupted_limited_and_resumed_runs_are_equal(engines, tmp_path):
-    run.run(job.prepare(config(tmp_path / "whole")))
+    write_missing(prepare(config(tmp_path / "whole")))
     for limit in (1, 4, 0):
-        run.run(job.prepare(config(tmp_path / "limited", limit=limit)))
-    run.run(job.prepare(config(tmp_path / "stopped")), is_stopping=lambda: True)
+        write_missing(prepare(config(tmp_path / "limited", limit=limit)))
+    write_missing(prepare(config(tmp_path / "stopped")), is_stopping=lambda: True)
     assert len(open_run(tmp_path / "stopped")) == 3
-    run.run(job.prepare(config(tmp_path / "stopped")))
+    write_missing(prepare(config(tmp_path / "stopped")))
     assert tree(tmp_path / "whole") == tree(tmp_path / "limited") == tree(tmp_path / "stopped")
 
 
 def test_batches_of_equal_size_stay_those_of_the_plan(engines, tmp_path):
     """Ten images in batches of at most 8 are two of 5, also for whoever goes on with the run or joins it."""
     settings = config(tmp_path / "run", number=10, batch_size=8)
-    first = job.prepare(settings)
-    run.run(first, is_stopping=lambda: True)
-    assert first.plan.batch_size == job.prepare(settings).plan.batch_size == 5
-    assert run.run(job.prepare(settings)).done == 10
+    first = prepare(settings)
+    write_missing(first, is_stopping=lambda: True)
+    assert first.plan.batch_size == prepare(settings).plan.batch_size == 5
+    assert write_missing(prepare(settings)).done == 10
     assert {row.recipe["batch_size"] for row in open_run(tmp_path / "run").rows()} == {5}
-    assert job.prepare(config(tmp_path / "run", number=20, batch_size=4)).plan.batch_size == 4
+    assert prepare(config(tmp_path / "run", number=20, batch_size=4)).plan.batch_size == 4
 
 
 def test_a_limit_counts_new_images(engines, tmp_path):
     for done in (2, 4):
-        assert run.run(job.prepare(config(tmp_path / "run", limit=2))).done == done
+        assert write_missing(prepare(config(tmp_path / "run", limit=2))).done == done
 
 
 def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkeypatch):
-    run.run(job.prepare(config(tmp_path / "run", limit=1)))
+    write_missing(prepare(config(tmp_path / "run", limit=1)))
     before = tree(tmp_path / "run")
     with pytest.raises(Refused, match="guidance: 0.0 there, 4.0 asked for; seed: 0 there, 5 asked for"):
-        job.finished(config(tmp_path / "run", guidance=4.0, seed=5))
+        find_result(config(tmp_path / "run", guidance=4.0, seed=5))
     monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp16", "device": "cuda:1"})
     with pytest.raises(Refused, match='engine.dtype: "fp32" there, "fp16" asked for'):
-        job.prepare(config(tmp_path / "run"))
+        prepare(config(tmp_path / "run"))
     assert tree(tmp_path / "run") == before
 
 
 def test_another_device_of_the_same_kind_may_go_on(engines, tmp_path, monkeypatch):
-    run.run(job.prepare(config(tmp_path / "run", limit=1)))
+    write_missing(prepare(config(tmp_path / "run", limit=1)))
     monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp32", "device": "cpu:1"})
-    assert job.prepare(config(tmp_path / "run")).done == 1
+    assert prepare(config(tmp_path / "run")).done == 1
 
 
 def test_resume_never_refuses_a_run_folder(engines, tmp_path):
-    run.run(job.prepare(config(tmp_path / "run", limit=1)))
+    write_missing(prepare(config(tmp_path / "run", limit=1)))
     with pytest.raises(Refused, match="--resume never"):
-        job.finished(config(tmp_path / "run", resume="never"))
+        find_result(config(tmp_path / "run", resume="never"))
 
 
 def test_a_foreign_folder_is_left_alone(engines, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(Refused, match="not empty"):
-        job.finished(config(tmp_path))
+        find_result(config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypatch):
     monkeypatch.setattr(job.storage, "free_bytes", lambda path: 1000)
     with pytest.raises(Missing, match="are free"):
-        job.prepare(config(tmp_path / "run"))
+        prepare(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
-    result = run.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4, allow_unnamed=True)))
-    assert (result.done, result.set_aside, result.is_complete) == (2, 2, True)
+    result = write_missing(prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4, allow_unnamed=True)))
+    assert (result.done, result.quarantined, result.is_complete) == (2, 2, True)
     with pytest.raises(GateFailed, match="2 of 4 samples were quarantined"):
         result.check()
     assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
-    assert job.finished(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).set_aside == 2
+    assert find_result(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).quarantined == 2
 
 
 @pytest.mark.parametrize("index", [0, 4, 6])  # first, middle of a batch, padded tail
 def test_one_sample_is_made_again_from_its_row(engines, tmp_path, index):
     path = tmp_path / "run"
-    run.run(job.prepare(config(path, classes=("ball", "cube", "tree"))))
+    write_missing(prepare(config(path, classes=("ball", "cube", "tree"))))
     before = tree(path)
     damaged = path / "images" / f"{index:08d}.png"
     damaged.write_bytes(b"damaged")
     again = RunConfig(out=str(path), only=f"{index:08d}")
-    assert run.remake(run.prepare_remake(again)) == [f"images/{index:08d}.png"]
-    assert run.remake(run.prepare_remake(again)) == [] and tree(path) == before
+    assert remake(prepare_remake(again)) == [f"images/{index:08d}.png"]
+    assert remake(prepare_remake(again)) == [] and tree(path) == before
 
 
 def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp_path, monkeypatch):
     path = tmp_path / "run"
-    run.run(job.prepare(config(path)))
+    write_missing(prepare(config(path)))
     before = tree(path)
     monkeypatch.setattr(
         StubEngine,
@@ -423,21 +427,40 @@ def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp
         lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8),
     )
     with pytest.raises(GateFailed, match="differs from the run folder in images/00000002.png"):
-        run.remake(run.prepare_remake(RunConfig(out=str(path), only="2")))
+        remake(prepare_remake(RunConfig(out=str(path), only="2")))
     assert tree(path) == before
 
 
 def test_making_again_checks_what_was_given(engines, tmp_path):
-    run.run(job.prepare(config(tmp_path / "run")))
+    write_missing(prepare(config(tmp_path / "run")))
     for only, given, message in (
         ("99", (), "no sample"),
         ("x", (), "no sample"),
         ("1", ("seed",), "seed: 0 there, 3 asked for"),
     ):
         with pytest.raises(Refused, match=message):
-            run.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
+            prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
     with pytest.raises(Refused, match="not a run folder"):
-        run.prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
+        prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--engine", "warp", "'warp' is not one of"),
+        ("--sampler", "euler", "'euler' is not one of"),
+        ("--number", "0", "--number 0: expected 1 or more"),
+        ("--number", "-3", "--number -3"),
+        ("--batch-size", "-1", "--batch-size -1"),
+        ("--batch-size", "1000000", "expected 0 to 4096"),
+        ("--limit", "-1", "--limit -1"),
+        ("--page-every", "-1", "--page-every -1.0"),
+        ("--ignore-below", "1.5", "expected 0 to 1"),
+    ],
+)
+def test_bad_flags_are_refused_with_nothing_written(tmp_path, capsys, flag, value, message):
+    assert generate.main([flag, value, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -446,13 +469,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ({"task": ("colour",)}, "--task colour: not one of"),
         ({"task": ()}, "names no task"),
         ({"task": ("depth", "depth")}, "named twice"),
-        ({"engine": "warp"}, "--engine warp: not one of"),
-        ({"sampler": "euler"}, "--sampler euler"),
-        ({"number": 0}, "--number 0: expected a whole number of 1 or more"),
-        ({"number": -3}, "--number -3"),
         ({"steps": -1}, "--steps -1"),
-        ({"batch_size": -1}, "--batch-size -1"),
-        ({"batch_size": 10**6}, "at most"),
         ({"size": 100}, "--size 100: expected a multiple of 64"),
         ({"size": -64}, "--size -64"),
         ({"size": 2**20}, "--size 1048576"),
@@ -461,7 +478,6 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ({"guidance": -1.0}, "--guidance -1"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**63 - 3}, f"--seed {2**63 - 3}: expected a whole number from 0 to {2**63 - 7}"),
-        ({"limit": -1}, "--limit -1"),
         ({"threads": -1}, "--threads -1"),
         ({"prompts": "none.txt"}, "none.txt: the prompt file cannot be read"),
         ({"prompts": "word " * 90}, "92 tokens, at most 77"),
@@ -473,8 +489,8 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
 def test_bad_settings_are_refused_with_nothing_written(engines, tmp_path, changes, message):
     settings = config(tmp_path / "run", **changes)
     with pytest.raises(Refused, match=message) as refusal:
-        job.finished(settings)
-        job.prepare(settings)
+        find_result(settings)
+        prepare(settings)
     assert "\n" not in refusal.value.cause and refusal.value.remedy
     assert list(tmp_path.iterdir()) == []
 

@@ -22,8 +22,8 @@ from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify
 from datasetdm_fast.runs.agreement.gates import EXACT
-from datasetdm_fast.runs.jobs import prompt_files
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.run_settings import PromptSettings
 
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 HALVES = (torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def judged(reference, dtype: str, number: int, steps: int) -> verify.Verdict:
         own = FastEngine(reference.model, reference.decoders, dtype=dtype, device="cpu", ops=plain)
         engine = emulated(own, has_tf32=True)
         recipe = make_recipe(reference, TASKS, steps=steps, profile="0.14.0")
-        words, source = prompt_words(reference, TASKS, ()), prompt_files.read_source(RunConfig(model="demo"))
+        words, source = prompt_words(reference, TASKS, ()), read_source(PromptSettings(), has_captions=True)
         tokenizer = reference.model.tokenizer
         plan = make_plan(source, tokenizer, number=number, seed=0, batch_size=number, words=words)
         return verify.verify(engine, reference, [plan.request(k) for k in range(number)], recipe, number)

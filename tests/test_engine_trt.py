@@ -69,7 +69,9 @@ def test_it_agrees_with_the_reference_at_every_stage_and_task(demo, folder, buil
     recipe = make_recipe(reference, TASKS, steps=3)
     truth = observe.observe(reference, REQUESTS, recipe)
     led = distances.teacher_forced_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
-    rows = gates.judge({name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, gates.EXACT, {})
+    rows = gates.evaluate_gates(
+        {name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, gates.EXACT, {}
+    )
     assert all(row.is_passed for row in rows), [row for row in rows if not row.is_passed]
     assert engine.told == [f"exporting the stages to {folder}"]
     assert {order.stage for order in built} == set(Manifest.read(folder).stages) - {"encode_image"}

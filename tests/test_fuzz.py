@@ -52,7 +52,7 @@ def read_prompts(path: Path) -> None:
     for truncate in (False, True):
         config = RunConfig(prompts=str(path), truncate_prompts=truncate, number=3)
         plan = make_plan(
-            read_source(config),
+            read_source(config, has_captions=True),
             torchless.Engine(()).model.tokenizer,
             number=3,
             seed=0,

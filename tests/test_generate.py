@@ -7,17 +7,18 @@ import sys
 from dataclasses import replace
 
 import pytest
+from run_steps import prepare
 from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
+from datasetdm_fast.command_line.run_settings import complete_settings
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.defaults import with_labels
+from datasetdm_fast.runs.jobs.resume import merge_with_stored
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -93,8 +94,8 @@ def test_labels_are_those_that_the_decoders_make_where_no_task_is_given(tmp_path
         (tmp_path / "decoders" / name).mkdir(parents=True)
         shutil.copy(DEMO / task / "config.json", tmp_path / "decoders" / name)
     config = RunConfig(decoder=str(tmp_path / "decoders"))
-    assert with_labels(config, {"decoder"}).task == ("semantic", "semantic:streets", "depth")
-    assert with_labels(config, {"task"}).task == RunConfig.task == with_labels(RunConfig(), set()).task
+    assert complete_settings(config, {"decoder"}).task == ("semantic", "semantic:streets", "depth")
+    assert complete_settings(config, {"task"}).task == RunConfig.task == complete_settings(RunConfig(), set()).task
 
 
 def test_json_is_one_object_and_quiet_is_quiet(engines, tmp_path, capsys):
@@ -245,25 +246,25 @@ def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_sample
     line, out = ["--number", "4", "--batch-size", "2", "--quiet"], tmp_path / "run"
     assert run(*line, out=out) == 0 and drop.main([str(out), "1", "--quiet"]) == 0
     assert run(*line, "--refill", "--limit", "1", out=out) == 0
-    first = job.prepare(RunConfig(out=str(out), number=number, batch_size=2))
-    again = job.adopt(first, read_document(out))
+    first = prepare(RunConfig(out=str(out), number=number, batch_size=2))
+    again = merge_with_stored(first, read_document(out))
     assert first.plan.number == again.plan.number == number + 1 and first.document == again.document
 
 
 def test_another_version_of_a_package_with_a_task_does_not_continue_its_run(engines, tmp_path):
     out = tmp_path / "run"
     assert run("--number", "2", "--quiet", out=out) == 0
-    made, stored = job.prepare(RunConfig(out=str(out), number=3)), read_document(out)
+    made, stored = prepare(RunConfig(out=str(out), number=3)), read_document(out)
     first, second = ({"packages": {"depth": f"theirs {version}"}} for version in ("1.0", "2.0"))
-    assert job.adopt(replace(made, document=made.document | first), stored | first).plan.number == 3
+    assert merge_with_stored(replace(made, document=made.document | first), stored | first).plan.number == 3
     with pytest.raises(Refused, match='packages.depth: "theirs 1.0" there, "theirs 2.0" asked for'):
-        job.adopt(replace(made, document=made.document | second), stored | first)
+        merge_with_stored(replace(made, document=made.document | second), stored | first)
 
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
     assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
     assert (
-        "1 of 3 samples is there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
+        "1 of 3 samples is there; resume with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
         f"{tmp_path / 'run'}" in capsys.readouterr().err
     )
 
@@ -422,8 +423,8 @@ def test_rows_name_the_engine_of_the_process_that_makes_them(mixing, tmp_path):
     """A rank prepares its job, and does so anew from run.json once no other process writes it."""
     path = tmp_path / "run"
     assert run(*LARGER, "--limit", "1", out=path) == 0
-    first = job.prepare(RunConfig(number=5, engine="torch", batch_size=3, out=str(path)))
-    again = job.adopt(first, read_document(path))
+    first = prepare(RunConfig(number=5, engine="torch", batch_size=3, out=str(path)))
+    again = merge_with_stored(first, read_document(path))
     assert first.recipe.facts == again.recipe.facts and again.recipe.facts["engine"]["engine"] == "torch"
 
 
@@ -435,7 +436,7 @@ def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, mon
         assert run(*line, "--mixed", "no", out=path) == 2
         assert "holds a run with other settings (" in capsys.readouterr().err
     with pytest.raises(Refused, match=r"engine.torch: nothing there, .99\.0. asked for") as stop:
-        job.prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
+        prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
     assert "--limit 1" in stop.value.remedy and files_of(path) == before
 
 
@@ -459,7 +460,7 @@ def test_the_first_signal_finishes_the_batch(engines, tmp_path, capsys, monkeypa
     monkeypatch.setattr(StubEngine, "denoise", interrupted)
     assert run("--number", "6", "--batch-size", "2", out=tmp_path / "run") == code
     out, err = capsys.readouterr()
-    assert "2 of 6 samples are there; go on with: python -m datasetdm_fast.generate --number 6" in err
+    assert "2 of 6 samples are there; resume with: python -m datasetdm_fast.generate --number 6" in err
     assert len(open_run(tmp_path / "run")) == 2 and (tmp_path / "run" / "instances.json").exists()
     assert run("--number", "6", "--batch-size", "2", out=tmp_path / "run") == 0
     assert len(open_run(tmp_path / "run")) == 6

@@ -14,13 +14,13 @@ import troubled
 from skips import IS_LONG, long_test
 from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
-from datasetdm_fast import generate
 from datasetdm_fast.command_line.interruption import ENDED
+from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.run_folder.document import LOCK
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import heartbeat, launched
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Silence
 from datasetdm_fast.runs.workers.launched import LaunchedProcess
@@ -44,7 +44,7 @@ STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", 
     ],
 )
 def test_who_this_process_is(environment, peer):
-    assert launched.this_peer(environment) == peer
+    assert launched.find_peer(environment) == peer
 
 
 def test_machines_are_counted():
@@ -57,19 +57,19 @@ def test_machines_are_counted():
 def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chosen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(launched, "visible_gpus", lambda: visible)
-    launched.settle_on(RunConfig(), LaunchedProcess(local_rank, 4, local_rank, 4))
+    launched.take_share(LaunchedProcess(local_rank, 4, local_rank, 4), WorkerSettings(), "auto", 0)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
-        launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
+        launched.take_share(LaunchedProcess(0, 2, 0, 2), WorkerSettings(ranks=2), "auto", 0)
 
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
-    generate._end(RunConfig(), result, by=" by this process")
+    print_run(RunConfig(), result, by=" by this process")
     assert "2 images by this process in 2.0 s" in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
     def refused(*_):
         raise Refused("a filter file is damaged", "Undo it.")
 
-    monkeypatch.setattr(launched, "close", refused)
+    monkeypatch.setattr(launched, "close_folder", refused)
     with pytest.raises(Refused, match="a filter file is damaged"):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
     with locks.hold_lock(tmp_path / LOCK, is_shared=True):
@@ -260,7 +260,7 @@ def test_a_signal_to_all_peers_finishes_their_batches(alone, start, tmp_path):  
         process.send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=60)[1] for process in world]
     assert [process.returncode for process in world] == [143, 143]
-    assert "go on with" in errors[0] and not list((tmp_path / "run").rglob("*.part"))
+    assert "resume with" in errors[0] and not list((tmp_path / "run").rglob("*.part"))
     assert errors[1] in ("", f"{ENDED}\n")  # on a busy machine the other may not have begun
     assert [process.wait(60) for process in [start(rank) for rank in range(2)]] == [0, 0]
     check_equal(tmp_path / "run", alone)

@@ -208,7 +208,7 @@ def test_a_sample_that_was_dropped_is_not_missing(runs, tmp_path, capsys):
     capsys.readouterr()
     assert main(line) == 0
     told = capsys.readouterr()
-    assert json.loads(told.out)["complete"] and "go on with" not in told.err and len(open_run(out)) == 8
+    assert json.loads(told.out)["complete"] and "resume with" not in told.err and len(open_run(out)) == 8
 
 
 def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from datasetdm_fast.command_line import run_settings
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.presets import DEMO
@@ -14,9 +15,10 @@ from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.jobs import prompt_files, settings
+from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.pictures import open_pictures
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.run_settings import PromptSettings, RunConfig
 
 
 class Tokenizer:
@@ -28,7 +30,7 @@ class Tokenizer:
 
 def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
     settings = RunConfig(number=number, batch_size=batch_size, seed=seed, **config)
-    source = prompt_files.read_source(settings)
+    source = read_source(settings, has_captions=settings.model == "demo")
     return make_plan(
         source,
         Tokenizer(),
@@ -76,7 +78,7 @@ def test_demo_captions_are_a_function_of_the_seed():
 
 def test_other_models_need_prompts():
     with pytest.raises(Refused, match="no prompts"):
-        prompt_files.read_source(RunConfig(model="tiny"))
+        read_source(PromptSettings(), has_captions=False)
 
 
 def test_per_class_is_balanced_and_varied():
@@ -129,7 +131,7 @@ def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
         "an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light"
     )
     tokenizer = OwnTokenizer(DEMO / "tokenizer")
-    source = prompt_files.read_source(RunConfig(prompts=str(path)))
+    source = read_source(PromptSettings(prompts=str(path)), has_captions=True)
     with pytest.raises(Refused, match="tokens, at most 77") as stop:
         make_plan(source, tokenizer, number=1, seed=0, batch_size=1, words=())
     assert "datasetdm_fast.prompts --set demo" in stop.value.remedy
@@ -204,7 +206,7 @@ def test_a_negative_prompt_with_a_name_stays_whole():
 
 def test_the_name_of_a_set_stands_for_its_classes():
     def words(*classes):
-        return settings.spelled_out(RunConfig(classes=classes), {"classes"}).classes
+        return run_settings.expand_names(RunConfig(classes=classes), {"classes"}).classes
 
     assert len(words("voc")) == 20 and words("voc")[0] == "aeroplane" and len(words("coco")) == 80
     assert words("voc", "ball") == ("voc", "ball") and words("ball") == ("ball",) and words() == ()
@@ -227,17 +229,20 @@ def test_too_long_class_words_are_refused():
 
 def test_per_class_and_prompts_exclude_each_other():
     with pytest.raises(Refused, match="combined"):
-        prompt_files.read_source(RunConfig(classes=("ball",), per_class=2, prompts="a ball"))
+        read_source(PromptSettings(classes=("ball",), per_class=2, prompts="a ball"), has_captions=True)
     with pytest.raises(Refused, match="no classes"):
-        prompt_files.read_source(RunConfig(per_class=2))
+        read_source(PromptSettings(per_class=2), has_captions=True)
 
 
 def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("a ball\n")
-    digests = {prompt_files.read_source(RunConfig(prompts=str(tmp_path / name))).digest for name in ("a.txt", "b.txt")}
-    assert len(digests | {prompt_files.read_source(RunConfig(prompts="a ball")).digest}) == 1
-    assert prompt_files.read_source(RunConfig(prompts="a cube")).digest not in digests
+    digests = {
+        read_source(PromptSettings(prompts=str(tmp_path / name)), has_captions=True).digest
+        for name in ("a.txt", "b.txt")
+    }
+    assert len(digests | {read_source(PromptSettings(prompts="a ball"), has_captions=True).digest}) == 1
+    assert read_source(PromptSettings(prompts="a cube"), has_captions=True).digest not in digests
 
 
 def test_json_lines_bring_classes_and_seeds(tmp_path):
@@ -248,12 +253,12 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
         {"prompt": "a scene", "classes": []},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    source = prompt_files.read_source(RunConfig(prompts=str(path)))
+    source = read_source(PromptSettings(prompts=str(path)), has_captions=True)
     assert source.listed == ("ball",) and source.classes == ()
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2, words=("star", "ball"))
     assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (7, ())]
     assert plan.has_seeds
-    assert source.digest != prompt_files.read_source(RunConfig(prompts="two of them")).digest
+    assert source.digest != read_source(PromptSettings(prompts="two of them"), has_captions=True).digest
 
 
 def test_classes_of_a_line_may_be_spelled_in_another_way(tmp_path):
@@ -262,7 +267,7 @@ def test_classes_of_a_line_may_be_spelled_in_another_way(tmp_path):
     listed = [["Ball"], ["Fire Hydrant"], [unicodedata.normalize("NFD", "Möwe")], ["Cube"], ["dog"]]
     path.write_text("".join(json.dumps({"prompt": "a\r\nscene", "classes": one}) + "\n" for one in listed))
     plan = make_plan(
-        prompt_files.read_source(RunConfig(prompts=str(path))), Tokenizer(), number=5, seed=0, batch_size=5
+        read_source(PromptSettings(prompts=str(path)), has_captions=True), Tokenizer(), number=5, seed=0, batch_size=5
     )
     plan = replace(plan, words=words)
     assert [request.classes for request in plan] == [("ball",), ("fire_hydrant",), ("Möwe",), ("Cube",), ()]
@@ -273,16 +278,16 @@ def test_negative_prompts_are_those_of_the_run_or_of_the_line(tmp_path):
     path = tmp_path / "list.jsonl"
     lines = [{"prompt": "a ball"}, {"prompt": "a cone", "negative": "fog"}, {"prompt": "a star", "negative": ""}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    source = prompt_files.read_source(RunConfig(prompts=str(path), negative_prompt="dataset-diffusion"))
+    source = read_source(PromptSettings(prompts=str(path), negative_prompt="dataset-diffusion"), has_captions=True)
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2)
     assert [request.negative for request in plan] == [prompts.NEGATIVE_PROMPTS["dataset-diffusion"], "fog", ""]
     assert len(plan.request(0).negative.split(",")) == 21
     plain = tmp_path / "plain.jsonl"
     plain.write_text("\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines))
-    assert source.digest != prompt_files.read_source(RunConfig(prompts=str(plain))).digest
+    assert source.digest != read_source(PromptSettings(prompts=str(plain)), has_captions=True).digest
     for bad, message in ((("x " * 90), "--negative-prompt: 9[0-9] tokens"), ("a\0b", "control characters")):
         with pytest.raises(Refused, match=message):
-            wrong = prompt_files.read_source(RunConfig(prompts="a ball", negative_prompt=bad))
+            wrong = read_source(PromptSettings(prompts="a ball", negative_prompt=bad), has_captions=True)
             make_plan(wrong, Tokenizer(), number=1, seed=0, batch_size=1)
     assert RunConfig().identity() == {**RunConfig().identity(), **RunConfig(negative_prompt="").identity()}
     assert RunConfig(negative_prompt="fog").identity()["negative_prompt"] == "fog"
@@ -292,7 +297,7 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
     (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
     (tmp_path / "general.txt").write_text("a quiet street\n")
     (tmp_path / "knife.txt").write_text("")
-    source = prompt_files.read_source(RunConfig(prompts=str(tmp_path)))
+    source = read_source(PromptSettings(prompts=str(tmp_path)), has_captions=True)
     assert [(prompt.text, prompt.classes) for prompt in source.lines] == [
         ("something with feathers", ("bird",)),
         ("an old owl", ("bird",)),
@@ -325,7 +330,7 @@ def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(Refused, match="line 2(?! line)|empty") as stop:
-        prompt_files.read_source(RunConfig(prompts=str(path)))
+        read_source(PromptSettings(prompts=str(path)), has_captions=True)
     assert "checksum" not in stop.value.remedy and "None" not in stop.value.cause
 
 

@@ -7,17 +7,21 @@ import time
 from dataclasses import replace
 
 import pytest
+from run_steps import prepare
 
 from datasetdm_fast import generate
-from datasetdm_fast.config import HALF
+from datasetdm_fast.command_line.run_settings import read_spec
+from datasetdm_fast.config import HALF, LABELLER_KINDS
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.agreement import before
+from datasetdm_fast.runs.agreement import comparing
+from datasetdm_fast.runs.agreement.comparing import compare_with_reference
 from datasetdm_fast.runs.agreement.gates import GateRow
 from datasetdm_fast.runs.agreement.verify import Verdict
-from datasetdm_fast.runs.jobs import job, racing
+from datasetdm_fast.runs.jobs import job, racing, run
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.settings import EngineSettings, ModelSettings
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_the_fastest_that_agrees_wins(opened, rivals):
         "bf16": Refused("no", ""),
     }
     race = racing.fastest(slow, 2, 10**9)
-    told = race.told
+    told = race.summary
     assert (
         race.engine is rivals["openvino"]
         and 0 < race.seconds < 0.2
@@ -76,7 +80,7 @@ def test_the_fastest_that_agrees_wins(opened, rivals):
 def test_the_opened_engine_stays_unless_another_is_clearly_faster(opened, rivals, monkeypatch):
     rivals["openvino"] = Rival(opened, "openvino", 0.1)
     race = racing.fastest(opened, 2, 10**9)
-    assert race.engine is opened and race.told.startswith("fast of fast ")
+    assert race.engine is opened and race.summary.startswith("fast of fast ")
     monkeypatch.setattr(racing, "LEAST_GAIN", 10**9)
     slow = Rival(opened, "fast", 0.2)
     assert racing.fastest(slow, 2, 10**9).engine is slow
@@ -87,7 +91,7 @@ def test_a_short_run_has_no_race_and_its_calls_are_those_of_the_plan(opened, riv
     calls, inner = [], opened.denoise
     monkeypatch.setattr(opened, "denoise", lambda *inputs: calls.append(1) or inner(*inputs))
     race = racing.fastest(opened, 2, 1)
-    assert (race.engine, race.told) == (opened, "") and race.seconds > 0 and len(calls) <= 2
+    assert (race.engine, race.summary) == (opened, "") and race.seconds > 0 and len(calls) <= 2
 
 
 def test_what_is_not_installed_takes_no_part(monkeypatch):
@@ -108,7 +112,7 @@ def test_a_run_folder_keeps_the_engine(monkeypatch):
         ("auto", {"engine": {"engine": "torch"}}),
         ("fast", {"engine": {"engine": "openvino"}}),
     ):
-        job.engine_of(RunConfig(engine=engine), stored)
+        job.open_engine(ModelSettings(), EngineSettings(engine=engine), ("semantic",), stored)
     assert asked == ["auto", "openvino", "auto", "fast"]
 
 
@@ -138,7 +142,7 @@ def halved(monkeypatch):
     """
     failed: list[str] = []
     monkeypatch.setattr(device, "half_of", lambda _: "bf16")
-    monkeypatch.setattr(job, "LEAST_MEASURED", 2)
+    monkeypatch.setattr(run, "LEAST_MEASURED", 2)
     compared = []
 
     def compare(one, number, _):
@@ -147,7 +151,7 @@ def halved(monkeypatch):
         passed = [GateRow("image", 0.0, 0.0, (0.0, 0.0), None, 0)]
         return Verdict(passed + rows, one.engine.fingerprint(), {"engine": "torch"}, {"number": number}, [], [], [])
 
-    monkeypatch.setattr(before, "compared", compare)
+    monkeypatch.setattr(comparing, "compare_with_reference", compare)
     return failed, compared
 
 
@@ -193,7 +197,7 @@ def test_fp32_is_taken_where_a_gate_fails(tmp_path, halved, capsys, monkeypatch)
     asked = []
     monkeypatch.setattr(job.opening, "open_engine", lambda *_, **chosen: (asked.append(chosen["dtype"]), {}))
     for engine, dtype in (("auto", "auto"), ("torch", "auto"), ("auto", "bf16")):
-        job.engine_of(RunConfig(engine=engine, dtype=dtype), document)
+        job.open_engine(ModelSettings(), EngineSettings(engine=engine, dtype=dtype), ("semantic",), document)
     assert asked == ["fp32", "auto", "bf16"] and compared == [("bf16", 2)]
 
 
@@ -201,11 +205,19 @@ def test_what_compares_nothing(tmp_path, halved, monkeypatch):
     """A short run, a precision or an engine by name, labels that no gate judges, a run folder that is there."""
     config = RunConfig(model="tiny", number=2, out=str(tmp_path / "run"))
     others = {"number": 1}, {"dtype": "fp32"}, {"engine": "torch"}, {"compile": True}, {"task": ("bright",)}
-    monkeypatch.setitem(job.LABELLER_KINDS.others, "bright", None)
-    assert job.measures(replace(config, task=("attention",)))
-    assert job.measures(config) and not any(job.measures(replace(config, **one)) for one in others)
-    monkeypatch.setattr(job, "read_document", lambda _: {})
-    assert not job.measures(config)
+    monkeypatch.setitem(LABELLER_KINDS.others, "bright", None)
+    spec = read_spec(replace(config, prompts="a ball"))
+
+    def tries_half(number=2, **changes):
+        engine = {name: value for name, value in changes.items() if name != "task"}
+        labels = {name: value for name, value in changes.items() if name == "task"}
+        changed = replace(
+            spec, number=number, engine=replace(spec.engine, **engine), labels=replace(spec.labels, **labels)
+        )
+        return run.Run(spec.folder, None).tries_half(changed)
+
+    assert tries_half(task=("attention",)) and tries_half() and not any(tries_half(**each) for each in others)
+    assert not run.Run(spec.folder, {}).tries_half(spec)
 
 
 def test_a_device_without_half_precision_stays_in_fp32(halved, monkeypatch):
@@ -229,6 +241,6 @@ def test_the_race_is_run_in_half_precision(tmp_path, halved, monkeypatch):
 
 def test_the_reference_of_a_comparison_is_let_go(tmp_path):
     config = RunConfig(model="tiny", number=1, steps=2, prompts="a ball", task=("semantic",), out=str(tmp_path / "run"))
-    one = job.prepare(config)
-    assert before.compared(one, 1).agrees
+    one = prepare(config)
+    assert compare_with_reference(one, 1).agrees
     assert not any(network.is_built for network in one.engine.model.networks.values())

@@ -14,16 +14,20 @@ import psutil
 import pytest
 import torchless
 import troubled
+from run_steps import find_result, prepare
 from skips import IS_LONG, long_test
 
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.jobs import job, run
-from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.jobs import writing
+from datasetdm_fast.runs.jobs.quota import batches_of
+from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.seal import QUEUE
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Patience
@@ -45,7 +49,9 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
     places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
-    return spawn.run(settings, places, Callbacks(table, on_start=troubled.install, **options))
+    return spawn.run_spawned(
+        places, read_spec(settings), None, Callbacks(describe_job, on_start=troubled.install, **options)
+    )
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        run.run(job.prepare(config(out)))
+        write_missing(prepare(config(out)))
     return out
 
 
@@ -71,7 +77,7 @@ def check_equal(out: Path, alone: Path) -> None:
 def test_any_number_of_ranks_makes_the_same_bytes(alone, tmp_path, count, capfd):
     heard = []
     result = shared(config(tmp_path / "run"), [{}] * count, on_commit=heard.append)
-    assert (result.done, result.made, result.set_aside, sum(heard)) == (SAMPLES, SAMPLES, 0, SAMPLES)
+    assert (result.done, result.made, result.quarantined, sum(heard)) == (SAMPLES, SAMPLES, 0, SAMPLES)
     assert "Fatal" not in capfd.readouterr().err  # each has ended by itself, without a core dump
     check_equal(tmp_path / "run", alone)
 
@@ -83,14 +89,14 @@ def test_any_order_of_batches_makes_the_same_bytes(arithmetic, alone, tmp_path, 
         random.Random(seed).shuffle(batches)
         return batches
 
-    monkeypatch.setattr(run, "in_order", shuffled)
-    run.run(job.prepare(config(tmp_path / "run")))
+    monkeypatch.setattr(writing, "batches_of", shuffled)
+    write_missing(prepare(config(tmp_path / "run")))
     check_equal(tmp_path / "run", alone)
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(arithmetic, alone, tmp_path):
     out = tmp_path / "run"
-    run.run(job.prepare(config(out, limit=5)))  # in the middle of a batch
+    write_missing(prepare(config(out, limit=5)))  # in the middle of a batch
     assert shared(config(out, limit=4), [{}] * 2).made == 4
     assert shared(config(out), [{}]).done == SAMPLES
     check_equal(out, alone)
@@ -107,7 +113,7 @@ def test_a_rank_in_trouble_costs_its_speed_and_nothing_else(alone, tmp_path, tro
         patience=QUICK if trouble == "hangs" else USUAL,
         on_message=lines.append,
     )
-    assert (result.done, result.set_aside) == (SAMPLES, 0)
+    assert (result.done, result.quarantined) == (SAMPLES, 0)
     check_equal(tmp_path / "run", alone)
     said = {
         "dies": "rank 0 was ended by SIGKILL",
@@ -129,7 +135,7 @@ def test_a_slow_rank_is_not_waited_for(alone, tmp_path):
 def test_what_kills_every_process_is_set_aside_and_the_rest_is_made(tmp_path):
     prompts = "\n".join("poison" if k == 7 else f"a ball {k}" for k in range(12))
     result = shared(config(tmp_path / "run", prompts=prompts, number=12), [{}, {}])
-    assert (result.done, result.set_aside) == (10, 2)
+    assert (result.done, result.quarantined) == (10, 2)
     with sqlite3.connect(tmp_path / "run" / LEDGER) as connection:
         assert connection.execute("SELECT \"index\", reason FROM samples WHERE status != 'done'").fetchall() == [
             (6, "3 processes ended while they made its batch"),
@@ -143,9 +149,9 @@ def test_what_kills_every_process_is_set_aside_and_the_rest_is_made(tmp_path):
 
 def test_numbers_that_are_not_finite_anywhere_are_set_aside_as_by_one_process(arithmetic, tmp_path):
     settings = {"prompts": "a ball\nbroken", "number": 6}
-    run.run(job.prepare(config(tmp_path / "alone", **settings)))
+    write_missing(prepare(config(tmp_path / "alone", **settings)))
     result = shared(config(tmp_path / "run", **settings), [{}] * 2)
-    assert (result.done, result.set_aside) == (3, 3)
+    assert (result.done, result.quarantined) == (3, 3)
     check_equal(tmp_path / "run", tmp_path / "alone")
 
 
@@ -161,7 +167,7 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(Refused, match="holds a run with other settings .*seed: 0 there, 5 asked for"):
         shared(config(tmp_path / "run"), [{}])
-        job.finished(config(tmp_path / "run", seed=5))
+        find_result(config(tmp_path / "run", seed=5))
     with pytest.raises(Refused, match="92 tokens"):
         shared(config(tmp_path / "run", number=SAMPLES + 1, prompts="x " * 90), [{}] * 2)
     assert not (tmp_path / "run" / QUEUE).exists() and audit(tmp_path / "run", threads=1).findings == []
@@ -212,15 +218,17 @@ def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
 
 def test_gpus_and_ranks_are_not_mixed():
     with pytest.raises(Refused, match="there is one per GPU"):
-        devices.places(RunConfig(gpus="2", ranks=2))
+        devices.find_places(WorkerSettings(gpus="2", ranks=2), "auto", 0)
 
 
 @pytest.mark.parametrize(("ranks_asked", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (3, 16, 4), (8, 4, 1)])
 def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(devices, "count_cores", lambda: cores)
-    assert [place.threads for place in devices.places(RunConfig(ranks=ranks_asked))] == [threads] * ranks_asked
-    assert devices.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
+    assert [place.threads for place in devices.find_places(WorkerSettings(ranks=ranks_asked), "auto", 0)] == [
+        threads
+    ] * ranks_asked
+    assert devices.find_places(WorkerSettings(ranks=ranks_asked), "auto", 3)[0].threads == 3
 
 
 # The whole command ----------------------------------------------------------------------------------------------------
@@ -233,8 +241,8 @@ from datasetdm_fast import generate
 from datasetdm_fast.runs.workers import spawn
 
 if __name__ == "__main__":
-    run = spawn.run
-    spawn.run = lambda *arguments: run(*arguments[:-1], replace(arguments[-1], on_start=troubled.install))
+    run = spawn.run_spawned
+    spawn.run_spawned = lambda *arguments: run(*arguments[:-1], replace(arguments[-1], on_start=troubled.install))
     sys.exit(generate.main())
 """
 
@@ -289,7 +297,7 @@ def test_the_first_signal_finishes_what_is_begun(alone, command, tmp_path, numbe
     out, err = process.communicate(timeout=60)
     assert (
         process.returncode == code
-        and "samples are there; go on with: python -m datasetdm_fast.generate --out" in err
+        and "samples are there; resume with: python -m datasetdm_fast.generate --out" in err
         and "Traceback" not in err
     )
     assert not list((tmp_path / "run").rglob("*.part")) and audit(tmp_path / "run", threads=1).findings == []
@@ -347,4 +355,4 @@ def test_kills_of_any_process_at_any_moment_cost_nothing(alone, command, tmp_pat
 
 
 def test_batches_are_handed_out_in_order():
-    assert run.in_order({5, 1, 2, 9}, 2) == [0, 1, 2, 4]
+    assert batches_of({5, 1, 2, 9}, 2) == [0, 1, 2, 4]

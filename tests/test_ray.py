@@ -23,28 +23,31 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torchless
+from run_steps import prepare
 from skips import long_test
 from test_ranks import still_running, tree
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, generate
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder import document, object_store, page_files, seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder, write_samples
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import ray_connection
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import DIED, Owner
 from datasetdm_fast.runs.workers.ray_connection import address_of
-from datasetdm_fast.runs.workers.ray_driver import RayDriver
+from datasetdm_fast.runs.workers.ray_driver import Cluster, RayDriver
 from datasetdm_fast.runs.workers.ray_worker import Coordinator
 from datasetdm_fast.runs.workers.spawn import Rank
 from datasetdm_fast.runs.workers.worker import Callbacks, Worker
@@ -67,7 +70,7 @@ def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        run.run(job.prepare(config(out)))
+        write_missing(prepare(config(out)))
     return out
 
 
@@ -157,10 +160,10 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.runs.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
-    run = ray_driver.run
+    run = ray_driver.run_on_cluster
     slow = {name: value for name, value in os.environ.items() if name.startswith("TROUBLED")}
     changes = {"on_start": partial(troubled.install, slow), "patience": heartbeat.Patience(start=120, least=3, times=0)}
-    ray_driver.run = lambda config, callbacks: run(config, replace(callbacks, **changes))
+    ray_driver.run_on_cluster = lambda *options: run(*options[:-1], replace(options[-1], **changes))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
     command = generate.main.__wrapped__
     sys.exit(run_command(lambda arguments: Path("begun").touch() or command(arguments)))
@@ -241,7 +244,8 @@ def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_by
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert (
-        "samples are there; go on with: python -m datasetdm_fast.generate --out" in errors and "Traceback" not in errors
+        "samples are there; resume with: python -m datasetdm_fast.generate --out" in errors
+        and "Traceback" not in errors
     )
     assert audit(out, threads=1).findings == [] and 2 <= pictures(out) < SAMPLES
 
@@ -272,7 +276,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     prompts.write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        run.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
+        write_missing(prepare(config(tmp_path / "alone", prompts=str(prompts))))
     line = ("--cluster", "ray", "--ranks", "2", "--prompts", prompts.name, "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 8, process)
@@ -346,7 +350,7 @@ def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
         threading.Thread(target=serve, daemon=True).start()
         with (
             pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"),
-            ray_connection.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")),
+            ray_connection.join_cluster(f"ray://127.0.0.1:{port}", 0, Path("none")),
         ):
             pass
 
@@ -401,6 +405,10 @@ def test_addresses(text, variable, address, monkeypatch):
     assert address_of(text) == address
 
 
+def pool_settings(device="auto", threads=0, **workers):
+    return WorkerSettings(**workers), device, threads
+
+
 @pytest.mark.parametrize(
     ("settings", "nodes", "expected"),
     [
@@ -418,7 +426,7 @@ def test_addresses(text, variable, address, monkeypatch):
 )
 def test_workers_for_the_machines_there_are(settings, nodes, expected):
     found = pool_of(
-        RunConfig(**settings),
+        *pool_settings(**settings),
         [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes],
     )
     assert (found.workers, found.gpus, found.cpus, found.threads) == expected
@@ -435,13 +443,13 @@ def test_workers_for_the_machines_there_are(settings, nodes, expected):
 )
 def test_workers_that_cannot_be_are_refused(settings, kind):
     with pytest.raises(kind, match="--gpus"):
-        pool_of(RunConfig(**settings), [{"CPU": 4.0}])
+        pool_of(*pool_settings(**settings), [{"CPU": 4.0}])
 
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
     torchless.install(monkeypatch.setattr)
-    return job.prepare(config(tmp_path / "none"))
+    return prepare(config(tmp_path / "none"))
 
 
 def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> Coordinator:
@@ -455,11 +463,11 @@ def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> C
     return queue
 
 
-def work(made: job.Job, queue: Coordinator, out: Path, slot: int = 0, present: set[int] = frozenset()) -> list:
+def work(made: Job, queue: Coordinator, out: Path, slot: int = 0, present: set[int] = frozenset()) -> list:
     """The rows of a worker in this process, which ends where it would wait for others."""
     idle = []
     rows = partial(queue.report, slot, "rows")
-    folder = PublishingFolder(config(out), made.document, lambda *ends: queue.wanted(*ends) - present, rows)
+    folder = PublishingFolder(out, "", made.document, lambda *ends: queue.required(*ends) - present, rows)
     owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
     Worker(made, folder, queue, owner, **callbacks).work()
@@ -486,7 +494,7 @@ def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_
 )
 def test_numbers_that_are_not_finite_are_made_again_elsewhere(monkeypatch, tmp_path, places, asked, kept):
     torchless.install(monkeypatch.setattr)
-    made, queue = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), queue_of([0], places)
+    made, queue = prepare(config(tmp_path / "none", prompts="broken", number=2)), queue_of([0], places)
     found = [work(made, queue, tmp_path / "out", slot) for slot in asked]
     assert all("not finite" in row.reason or "NaN" in row.reason for rows in found for row in rows)
     assert [len(rows) for rows in found] == kept and queue.failures(0, DIED) == []
@@ -524,16 +532,17 @@ def test_samples_that_are_set_aside_are_made_up_for_round_by_round(monkeypatch, 
     """The driver adds batches once all are made, as the workers know no more of the run than their own samples."""
     torchless.install(monkeypatch.setattr)
     one, out = config(tmp_path / "one", task=("semantic", "instance"), **asked), tmp_path / "run"
-    run.run(job.prepare(one))
+    write_missing(prepare(one))
     settings = replace(one, out=str(out))
-    driver, queue = RayDriver(settings, Callbacks(lambda made: [])), Coordinator()
+    cluster = Cluster(WorkerSettings(cluster="ray"))
+    driver, queue = RayDriver(cluster, read_spec(settings), Callbacks(lambda made: [])), Coordinator()
     driver.queue, driver.ranks, driver.document = queue, [Rank(0), Rank(1)], None
-    made, rounds = job.prepare(settings), 0
+    made, rounds = prepare(settings), 0
     driver.handle(driver.ranks[0], "planned", made, __version__, [])
     while not queue.is_complete():
         rounds += 1
         owner = Owner(f"rank {rounds % 2}", rounds % 2)
-        folder = PublishingFolder(settings, made.document, queue.wanted, partial(queue.report, owner.slot, "rows"))
+        folder = PublishingFolder(out, "", made.document, queue.required, partial(queue.report, owner.slot, "rows"))
         stop = {"is_stopping": queue.is_all_made}
         Worker(made, folder, queue, owner, **stop, has_ledger=False).work()
         driver._receive()
@@ -550,7 +559,7 @@ def test_a_worker_that_replaces_another_makes_what_that_had_begun_last():
     queue.enter(after)
     assert list(queue.owners()) == [after] and queue.failures(0, DIED) == [0] and queue.take(after) == 1
     assert queue.take(after, is_fresh=False) == 0
-    assert queue.reports() == [[0, "said", "batch 0 is begun again, the process that had it has ended"]]
+    assert queue.reports() == [[0, "message", "batch 0 is retried, as the process that had it has ended"]]
 
 
 def test_one_process_at_work_makes_the_plan():

@@ -13,16 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torchless
+from run_steps import prepare
 from skips import long_test
 from test_ranks import tree
 from test_ray import SAMPLES, alone, command, config, head, pictures, surroundings, with_ray  # noqa: F401
 
-from datasetdm_fast.runs.jobs import job, run
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 
 ROUNDS = int(os.environ.get("DATASETDM_SOAK_ROUNDS", "100"))
 SEED = int(os.environ.get("DATASETDM_SOAK_SEED", "0"))
-RESUMES = "; go on with: python -m datasetdm_fast.generate --out", "interrupted; run the same command again"
+RESUMES = "; resume with: python -m datasetdm_fast.generate --out", "interrupted; run the same command again"
 SECONDS_TO_END = 30  # workers have, once their driver is gone
 OWN_RAY = 5  # in every so many rounds the run starts a Ray of its own, which takes a few seconds more
 
@@ -104,7 +105,7 @@ def test_whoever_interrupts_a_ray_run_gets_130_the_line_that_resumes_it_and_a_wh
         if (out / "state" / "ledger.sqlite").exists() and (damage := audit(out, threads=1).findings):
             found.append(f"damaged: {damage}")
         made = pictures(out)
-        run.run(job.prepare(config(out)))
+        write_missing(prepare(config(out)))
         if tree(out) != tree(alone):
             found.append("resumed to other bytes")
         shutil.rmtree(out, ignore_errors=True)

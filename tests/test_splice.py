@@ -135,7 +135,7 @@ def test_a_run_that_is_stopped_before_its_first_picture_is_not_called_complete(s
     monkeypatch.setattr(splice, "Interruption", Stopped)
     assert splice.main([str(source), "--number", "3", "--out", str(tmp_path / "spliced")]) == 0
     told = capsys.readouterr().err
-    assert "0 of 3 samples are there; go on with" in told and "nothing to do" not in told
+    assert "0 of 3 samples are there; resume with" in told and "nothing to do" not in told
 
 
 def test_one_sample_is_made_again(spliced, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_a_spliced_sample_that_was_dropped_is_not_missing(source, tmp_path, caps
     capsys.readouterr()
     assert splice.main([*line, "--json"]) == 0
     told = capsys.readouterr()
-    assert json.loads(told.out)["complete"] and "go on with" not in told.err and len(open_run(tmp_path / "out")) == 2
+    assert json.loads(told.out)["complete"] and "resume with" not in told.err and len(open_run(tmp_path / "out")) == 2
 
 
 def test_a_source_in_a_folder_whose_name_is_no_utf_8_serves(source, tmp_path, monkeypatch):

@@ -650,7 +650,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     half = out / "depth" / "training" / f".{checkpoint.NAME}.1.part"  # of a process killed while it wrote
     half.touch()
     interrupted = stopped(line, out, signal.SIGINT, 20)
-    assert interrupted.returncode == 130 and "stopped; go on with: python -m datasetdm_fast.train" in interrupted.err
+    assert interrupted.returncode == 130 and "stopped; resume with: python -m datasetdm_fast.train" in interrupted.err
     assert (out / "depth" / "training" / checkpoint.NAME).exists()
     assert train.main(line[3:]) == 0 and not half.exists()
     assert run(*arguments, out="calm") == 0
@@ -701,7 +701,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     with monkeypatch.context() as patch:
         patch.setattr(cross_validation, "run_training", stopping)
         run(*arguments)
-    assert "stopped; go on with" in capsys.readouterr().err and not (state / "folds.json").exists()
+    assert "stopped; resume with" in capsys.readouterr().err and not (state / "folds.json").exists()
     first = (state / "folds-3" / "1" / "model.safetensors").read_bytes()
     (left := state / "folds-3" / "1" / "training" / checkpoint.NAME).write_bytes(b"as a kill after the last step")
 

@@ -14,11 +14,12 @@ from test_ledger import tree
 from torchless import DOUBT
 
 from datasetdm_fast import drop, filter, generate, restore
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.runs.curation import scores
-from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -173,8 +174,6 @@ def test_a_run_goes_on_until_enough_are_trusted(kept):
 
 
 def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkeypatch):
-    for name in ("engine_of", "recipe_of"):
-        monkeypatch.setattr(f"datasetdm_fast.runs.jobs.run.{name}", getattr(job, name))
     path, before = tmp_path / "run", tree(kept)
     for _ in range(9):
         assert run(path, "--keep", "trusted", "--limit", "3") == 0
@@ -189,8 +188,8 @@ def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
     config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, keep="trusted", quiet=True)
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     heard: list[int] = []
-    callbacks = Callbacks(table, on_start=troubled.install, on_commit=heard.append)
-    result = spawn.run(config, places, callbacks)
+    callbacks = Callbacks(describe_job, on_start=troubled.install, on_commit=heard.append)
+    result = spawn.run_spawned(places, read_spec(config), None, callbacks)
     assert result.is_complete and sum(heard) == NUMBER and result.made == NUMBER
     assert tree(tmp_path / "run") == tree(kept)
 
@@ -211,7 +210,8 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "commit", killed)
         with pytest.raises(SystemExit):
-            job.refill(RunConfig(out=str(path), number=NUMBER, batch_size=BATCH, keep="trusted", refill=True))
+            config = RunConfig(out=str(path), number=NUMBER, batch_size=BATCH, keep="trusted", refill=True)
+            Run.open(path).refill(read_spec(config), keeps_trusted=True)
     assert 0 < len(ids(path, doubtful=True)) < len(ids(kept, doubtful=True))
     assert run(path, *refilled) == 0 and tree(path) == tree(kept) and audit(path).findings == []
     assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)
@@ -303,8 +303,12 @@ def test_any_number_of_ranks_accepts_the_same(accepted, tmp_path):
     config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, quiet=True, **BY_CLASS)
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     limited = replace(config, limit=9)
-    assert not spawn.run(limited, places[1:], Callbacks(table, on_start=troubled.install)).is_complete
-    assert spawn.run(config, places, Callbacks(table, on_start=troubled.install)).is_complete
+    assert not spawn.run_spawned(
+        places[1:], read_spec(limited), None, Callbacks(describe_job, on_start=troubled.install)
+    ).is_complete
+    assert spawn.run_spawned(
+        places, read_spec(config), None, Callbacks(describe_job, on_start=troubled.install)
+    ).is_complete
     assert tree(tmp_path / "run") == tree(accepted)
 
 
@@ -325,8 +329,8 @@ def test_it_tells_the_class_that_the_model_cannot_make(tmp_path, capsys):
         (["--accept", ""], "--accept: no value was given"),
         (["--accept", "agreement > 0", "--task", "semantic"], "no sample of semantic has the score agreement"),
         (["--accept", "score > 0", "--task", "depth"], "no sample of depth has the score score"),
-        (["--most-tries", "3"], "--most-tries 3: it has no effect, as no sample is set aside"),
-        (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
+        (["--most-tries", "3"], "--most-tries 3: it has no effect, as no sample is quarantined"),
+        (["--ignore-below", "1.5"], "--ignore-below 1.5: expected 0 to 1"),
         (["--refill"], "holds no samples yet"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),
     ],

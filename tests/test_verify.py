@@ -22,13 +22,13 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
 from datasetdm_fast.engine.sampling.walk import SamplerState
-from datasetdm_fast.runs.agreement import before, observe, verify
+from datasetdm_fast.runs.agreement import comparing, observe, verify
 from datasetdm_fast.runs.agreement.distances import (
     free_running_distances,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.workers import spawn
 
@@ -277,23 +277,23 @@ def test_what_is_no_number_is_infinitely_far():
     broken = truth.clone()
     broken[1, 0] = float("nan")
     assert relative(broken, truth).tolist() == [0.0, float("inf")]
-    (row,) = judge({"call": relative(broken, truth)[None]}, EXACT, {})
+    (row,) = evaluate_gates({"call": relative(broken, truth)[None]}, EXACT, {})
     assert not row.is_passed and row.worst == 1 and json.loads(json.dumps(row.p99)) == row.p99
 
 
 def test_gates_give_way_to_the_references_own_drift():
-    (row,) = judge({"call": np.full((4, 2), 0.02)}, ROUNDED, {"call": np.full((4, 2), 0.018)})
+    (row,) = evaluate_gates({"call": np.full((4, 2), 0.02)}, ROUNDED, {"call": np.full((4, 2), 0.018)})
     assert row.is_passed and row.limit == pytest.approx((0.027, 0.04))
 
 
 def test_gates_are_never_stricter_than_without_a_drift():
-    (row,) = judge({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
+    (row,) = evaluate_gates({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
     assert row.is_passed and row.limit == ROUNDED["call"] == (1e-2, 4e-2)
 
 
 def test_gates_do_not_give_way_where_the_reference_leaves_the_range_of_the_precision():
     beyond = np.full((4, 2), np.inf)
-    (row,) = judge({"call": beyond}, ROUNDED, {"call": beyond})
+    (row,) = evaluate_gates({"call": beyond}, ROUNDED, {"call": beyond})
     assert not row.is_passed and row.limit == ROUNDED["call"]
     assert np.isfinite([row.median, row.p99, *row.floor]).all()  # JSON has no other numbers
 
@@ -308,9 +308,9 @@ def test_a_measure_passes_where_both_its_figures_reach_their_limits(median, p99,
 def test_one_bad_sample_of_a_hundred_is_found_and_named():
     distances = np.zeros((3, 100))
     distances[1, 70] = 1.0
-    (row,) = judge({"level low": distances}, EXACT, {})
+    (row,) = evaluate_gates({"level low": distances}, EXACT, {})
     assert (row.worst, row.median, row.p99) == (70, 0, 0)  # a hundredth of a hundredth may be rounding
-    (row,) = judge({"level low": distances[1:2]}, EXACT, {})
+    (row,) = evaluate_gates({"level low": distances[1:2]}, EXACT, {})
     assert (row.worst, row.median, row.p99, row.is_passed) == (70, 0, 1, False) and row.limit == EXACT["level"]
 
 
@@ -495,7 +495,7 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
         "does NOT agree with `torch`: `call" in card and not found["agrees"] and len(open_run(tmp_path / "other")) == 2
     )
     monkeypatch.undo()
-    monkeypatch.setattr("datasetdm_fast.runs.agreement.before.__version__", "another")
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.comparing.__version__", "another")
     assert run(tmp_path / "run") == 0 and "nothing to do" in capsys.readouterr().err
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
@@ -550,11 +550,11 @@ def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
     """What TensorRT-RTX compiled of the plans is written again by a start, and is no part of the setting."""
     monkeypatch.setattr(reference, "folder", tmp_path, raising=False)
     (tmp_path / "unet.plan").write_bytes(b"plan")
-    first = before.setting_of(reference)
+    first = comparing.setting_of(reference)
     (tmp_path / "unet.compiled").write_bytes(b"kernels")
-    assert before.setting_of(reference) == first
+    assert comparing.setting_of(reference) == first
     (tmp_path / "unet.plan").write_bytes(b"another plan")
-    assert before.setting_of(reference) != first
+    assert comparing.setting_of(reference) != first
 
 
 def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch):
@@ -576,8 +576,8 @@ def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("free", [1e12, 0], ids=["room", "no room"])
 def test_the_reference_is_built_once_unless_memory_is_short(tmp_path, monkeypatch, capsys, free):
     built = []
-    build = before.build_engine
-    monkeypatch.setattr(before, "build_engine", lambda *given, **chosen: built.append(1) or build(*given, **chosen))
+    build = comparing.build_engine
+    monkeypatch.setattr(comparing, "build_engine", lambda *given, **chosen: built.append(1) or build(*given, **chosen))
     monkeypatch.setattr("datasetdm_fast.engine.engines.memory.free_bytes", lambda device: free)
     monkeypatch.setattr("datasetdm_fast.runs.agreement.during.SHARE", 1e9)
     few = "--engine fast --model tiny --steps 2 --number 4 --batch-size 1 --task semantic --verify-every 2"

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs import job, remake
 
 SIDE = 64  # pixels
 CONFIGS = {
@@ -103,21 +103,21 @@ def drawn(request: Request, tasks) -> Sample | Quarantined:
 def install(patch=setattr) -> None:
     """Puts the arithmetic in its place; `patch` is setattr, or a test's monkeypatch.setattr."""
 
-    def engine_of(config, stored, dtype=""):
-        return Engine(config.task), {task: {"digest": "arithmetic", "licence": "none"} for task in config.task}
+    def open_engine(model, engine, labels, stored, dtype=""):
+        return Engine(labels), {task: {"digest": "arithmetic", "licence": "none"} for task in labels}
 
-    def recipe_of(config, engine, classes, table=None):
+    def recipe_of(sampling, labels, engine, classes, table=None):
         facts = {
-            "sampler": config.sampler,
-            "profile": config.profile,
+            "sampler": sampling.sampler,
+            "profile": sampling.profile,
             "steps": 2,
             "calls": 2,
             "guidance": 2.0,
             "size": SIDE,
             "capture_timestep": 1,
         }
-        words = (tuple(classes) or world.THINGS) if "open-vocabulary" in config.task else ()
-        return Recipe(Schedule(), 2.0, SIDE, config.task, {}, words, facts=facts)
+        words = (tuple(classes) or world.THINGS) if "open-vocabulary" in labels.task else ()
+        return Recipe(Schedule(), 2.0, SIDE, labels.task, {}, words, facts=facts)
 
     def made(batches, engine, recipe, on_unet_call=lambda: None, make=None):
         for batch in batches:
@@ -125,7 +125,8 @@ def install(patch=setattr) -> None:
                 on_unet_call()
             yield batch, [drawn(request, recipe.tasks) for request in batch.requests]
 
-    patch(job, "engine_of", engine_of)
-    patch(job, "recipe_of", recipe_of)
+    for module in (job, remake):
+        patch(module, "open_engine", open_engine)
+        patch(module, "recipe_of", recipe_of)
     patch(driver, "generate", made)
     patch(generate, "probe", lambda engine, batch_size, calls: 0.0)

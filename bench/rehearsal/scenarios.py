@@ -21,6 +21,8 @@ from torch import Tensor
 from bench.rehearsal import teaching
 from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine
 from bench.rehearsal.timeline import LOAD
+from bench.runs import prepare
+from datasetdm_fast.command_line.run_settings import label_spec
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, UNDECODED, LabellerKind
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine.engines import opening
@@ -38,8 +40,9 @@ from datasetdm_fast.runs.compositions.edit import Edits
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
 from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
-from datasetdm_fast.runs.jobs import inverted, job
-from datasetdm_fast.runs.jobs.run import run
+from datasetdm_fast.runs.jobs.labelling import prepare_labelling
+from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
@@ -92,7 +95,10 @@ def tiles(machine: Machine) -> int:
             images=str(images), tiles=True, task=labels, classes=WORDS, timesteps=("100",), batch_size=2,
             out=str(folder / "run"),
         )  # fmt: skip
-        return run(inverted.prepare(config)).done
+        job = prepare_labelling(
+            label_spec(config, None), None, open_pictures(config.images, ""), (100,), has_tiles=True
+        )
+        return write_missing(job).done
 
 
 def labeller(machine: Machine) -> int:
@@ -137,14 +143,16 @@ def files(machine: Machine) -> int:
             prompts=PROMPT, task=tuple(engine.decoders), steps=machine.steps, number=number, batch_size=machine.batch,
             out=source,
         )  # fmt: skip
-        found = run(job.prepare(config)).done
+        found = write_missing(prepare(config)).done
         for kind, chosen in (
             (Edits, EditSettings(prompt="a cat", box="8,8,64,64")),
             (Variants, VarySettings(domain=("fog",))),
         ):
             settings = replace(chosen, run=source, out=str(folder / kind.command), steps=machine.steps)
             machine.timeline.phase = LOAD
-            found += run(redraw.prepare(kind(TileSource(Path(source)), settings), Path(settings.out), settings)).done
+            found += write_missing(
+                redraw.prepare(kind(TileSource(Path(source)), settings), Path(settings.out), settings)
+            ).done
         return found
 
 
@@ -251,7 +259,7 @@ def verify(machine: Machine) -> int:
     """The engine compared with the reference engine on the same GPU, labels from attention included; the host waits for
     every stage.
     """
-    from datasetdm_fast.runs.agreement import before  # whose libraries take seconds
+    from datasetdm_fast.runs.agreement.comparing import compare_with_reference  # whose libraries take seconds
 
     engine = machine.engine("semantic")
     with run_folders(engine) as folder:
@@ -259,7 +267,7 @@ def verify(machine: Machine) -> int:
             prompts=PROMPT, task=("semantic", ATTENTION), classes=WORDS, steps=machine.steps, number=2, batch_size=2,
             out=str(folder / "run"),
         )  # fmt: skip
-        return len(before.compared(job.prepare(config), 2).rows)
+        return len(compare_with_reference(prepare(config), 2).rows)
 
 
 SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py

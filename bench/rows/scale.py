@@ -22,6 +22,7 @@ from bench.machine.machine import ROOT
 from bench.machine.measure import interleaved, mib, status
 from bench.report.tables import Cell, Row, Table, count, figure, memory, number, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import label_files
@@ -30,9 +31,9 @@ from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs import job, prompt_files, settings
-from datasetdm_fast.runs.jobs import run as generation
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
+from datasetdm_fast.runs.jobs.job import Job, describe_run
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -98,7 +99,7 @@ def loop_rows(marks: tuple[int, ...]) -> Rows:
         torch.set_num_threads(threads)
 
 
-def marked_run(engine: TimedStub, task: job.Job, marks: tuple[int, ...], alone: dict[str, float]) -> Rows:
+def marked_run(engine: TimedStub, task: Job, marks: tuple[int, ...], alone: dict[str, float]) -> Rows:
     made, found, before = 0, [], (0, time.perf_counter(), time.process_time(), engine.spent)
 
     def on_commit(new: int) -> None:
@@ -114,7 +115,7 @@ def marked_run(engine: TimedStub, task: job.Job, marks: tuple[int, ...], alone: 
             found.append({"images": made, "pixels": task.recipe.size, "resident_mib": resident, "ms": parts})
             before = now
 
-    generation.run(task, on_commit=on_commit)
+    write_missing(task, on_commit=on_commit)
     return found
 
 
@@ -122,12 +123,11 @@ def memory_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(dir=IN_MEMORY if os.path.isdir(IN_MEMORY) else None)
 
 
-def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
+def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> Job:
     config = RunConfig(out=str(folder), number=number, task=recipe.tasks, prompts="a ball", batch_size=BATCH)
-    source = prompt_files.read_source(config)
-    plan = make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=BATCH)
-    document = job.describe(settings.identity(config, source), plan, engine, recipe, {})
-    return job.Job(config, plan, engine, recipe, document, 0)
+    spec = read_spec(config)
+    plan = make_plan(spec.source, engine.model.tokenizer, number=number, seed=0, batch_size=BATCH)
+    return Job(folder, plan, engine, recipe, describe_run(spec.identity, plan, engine, recipe, {}))
 
 
 def costs_alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: Sequence[str]) -> int:
     """The exit code of a command that makes the images of a redrawing; the same command resumes it."""
     from datasetdm_fast.runs.compositions.redraw import find_result, open_source, prepare
-    from datasetdm_fast.runs.jobs.run import run
+    from datasetdm_fast.runs.jobs.writing import write_missing
 
     if not settings.run:
         raise Refused(f"{prog}: RUN is missing", "Name the run folder whose samples are taken, such as runs/demo.")
@@ -45,18 +45,18 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments:
         ImageProgress(job.images_left, settings.quiet, job.plan.batch_size, calls) as progress,
     ):
         callbacks = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
-        result = run(job, is_stopping=interruption.is_stopping, **callbacks)
+        result = write_missing(job, is_stopping=interruption.is_stopping, **callbacks)
     code = _print_end(settings, result)
     if not result.is_complete:
-        print_unfinished(result.done, result.number, f"go on with: {prog} {shlex.join(arguments)}")
+        print_unfinished(result.done, result.number, f"resume with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(code)
 
 
 def redraw_again(cls: type[Redrawing], settings: RedrawSettings, flags: Collection[str]) -> int:
     """The exit code of a command that makes one sample of its run folder again, by the settings of its run.json."""
     from datasetdm_fast.runs.compositions.redraw import prepare_remake, reopen
-    from datasetdm_fast.runs.jobs.run import remake
-    from datasetdm_fast.runs.run_folder.remaking import remakable
+    from datasetdm_fast.runs.jobs.remake import remake
+    from datasetdm_fast.runs.run_folder.remaking import find_remake_row
 
     deciding = [flag.name for flag in flags_of(type(settings)) if flag.metadata["identity"] and flag.name in flags]
     if others := [name for name in deciding if name != "only"]:
@@ -65,7 +65,7 @@ def redraw_again(cls: type[Redrawing], settings: RedrawSettings, flags: Collecti
             f"Drop {_join_flags(others)}.",
         )
     folder = Path(settings.out)
-    stored, row = remakable(cls.command, folder, ",".join(settings.only))
+    stored, row = find_remake_row(cls.command, folder, ",".join(settings.only))
     redrawing = reopen(cls, folder, stored, settings, settings.run)
     task = prepare_remake(redrawing, folder, row, settings)
     return remake_sample(settings, settings.out, row.request.id, partial(remake, task))
@@ -87,8 +87,7 @@ def _join_flags(names: Sequence[str]) -> str:
 
 def _print_end(settings: RedrawSettings, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
-    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
+    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
     print_result(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}, {rate:.3g} images per second"

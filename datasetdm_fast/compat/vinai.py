@@ -19,6 +19,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
 from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS
 from datasetdm_fast.cores import count_cores
@@ -26,9 +27,10 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
-from datasetdm_fast.runs.jobs.job import finished, prepare
-from datasetdm_fast.runs.jobs.run import run
-from datasetdm_fast.runs.jobs.summary import table
+from datasetdm_fast.runs.jobs.job import prepare_job
+from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -131,22 +133,23 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **defaults: obj
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
     interruption = Interruption(config.quiet)
     with renamed_flags(OTHER_FLAGS):
-        result = finished(settings, source=source)
+        spec, run = read_spec(settings, source), Run.open(Path(settings.out))
+        result = run.decide(spec, is_dry=config.dry_run).result
     if result is None:
         _check_model(config)
     if not config.quiet:
         print(*_summary(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
     if result is None:
         with renamed_flags(OTHER_FLAGS):
-            job = prepare(settings, source=source)
+            job = prepare_job(spec, run.stored)
         if not config.quiet:
-            print(*table(job), sep="\n", file=sys.stderr, flush=True)
+            print(*describe_job(job), sep="\n", file=sys.stderr, flush=True)
         if config.dry_run:
             return 0
         progress = ImageProgress(job.images_left, config.quiet, job.plan.batch_size, len(job.recipe.schedule))
         with interruption, progress:
             calls = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
-            result = run(job, **calls, is_stopping=interruption.is_stopping)
+            result = write_missing(job, **calls, is_stopping=interruption.is_stopping)
     if config.dry_run:
         return 0
     write_data_set(Path(settings.out), out, prompts)
@@ -282,7 +285,7 @@ def _print_result(config: GenDataConfig, result: Result, out: Path, arguments: S
     facts = {"number": result.number, "done": result.done, "made": result.made, "complete": result.is_complete}
     print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
     if not result.is_complete:
-        print_unfinished(result.done, result.number, f"go on with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join(arguments)}")
     result.check()
 
 

@@ -1,6 +1,11 @@
-"""Settings of the runs that generate and label make, in groups."""
+"""Settings of the runs that generate and label make, in groups; functions take a group, or single values of it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from datasetdm_fast.config import (
     EXPORT_FORMATS,
@@ -10,6 +15,8 @@ from datasetdm_fast.config import (
     MOST_TRIES,
     PARITIES,
 )
+from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
+from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.settings import (
     MOST_THREADS,
     CommandSettings,
@@ -20,24 +27,56 @@ from datasetdm_fast.settings import (
     setting,
 )
 
+MOST_MINUTES = 1_000_000  # two years
+
 
 @dataclass(frozen=True)
-class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
-    FLAGS = (
-        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
-        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
-        "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
-        "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
-        "device provider streams engines trt_flavour"
-    ).split()
+class PromptSettings:
+    """What images are made of, and how many."""
 
-    lora: tuple[str, ...] = setting(
+    prompts: str = setting(
+        "",
+        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
+        "captions of the demo world",
+        metavar="FILE|TEXT",
+    )
+    classes: tuple[str, ...] = setting(
         (),
-        "low-rank adapters to fuse into the model, comma-separated, each FILE or FILE:SCALE",
-        identity="if given",
+        "class words, comma-separated, or the name of a set (voc, coco, cityscapes, deepfashion, demo): for "
+        "open-vocabulary labels, labels from attention and --per-class",
         metavar="LIST",
     )
+    class_table: str = setting(
+        "",
+        "class words of your own: a CSV file (number,name,say,words), or an annotation file of LVIS or COCO; --classes "
+        "then chooses some of them",
+        identity="if given",
+        metavar="FILE",
+    )
+    negative_prompt: str = setting(
+        "",
+        "text that images are steered away from, used in the unconditional half; dataset-diffusion: the text of that "
+        "project",
+        identity="if given",
+        metavar="TEXT",
+    )
+    allow_unnamed: bool = setting(
+        False, "accept prompts that name none of the class words; their label maps are empty", identity=False
+    )
+    truncate_prompts: bool = setting(
+        False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
+    )
+    number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N", least=1)
+    per_class: int = setting(
+        0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N", least=0
+    )
+    seed: int = setting(0, "seed of image 0; image k has seed + k, of which the last 32 bits count", metavar="N")
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """The labels to make, and how."""
+
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
         "labels to make, comma-separated, by default all that the decoders of --decoder make: "
@@ -106,36 +145,26 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         choices=("", *PARITIES),
         metavar="PROJECT",
     )
-    classes: tuple[str, ...] = setting(
-        (),
-        "class words, comma-separated, or the name of a set (voc, coco, cityscapes, deepfashion, demo): for "
-        "open-vocabulary labels, labels from attention and --per-class",
-        metavar="LIST",
-    )
-    class_table: str = setting(
-        "",
-        "class words of your own: a CSV file (number,name,say,words), or an annotation file of LVIS or COCO; --classes "
-        "then chooses some of them",
+    ignore: str = setting(
+        "nothing",
+        "disagreeing: pixels of label maps are 255 where two labels differ or the prompt does not name the thing",
+        choices=("nothing", "disagreeing"),
         identity="if given",
-        metavar="FILE",
     )
-    negative_prompt: str = setting(
-        "",
-        "text that images are steered away from, used in the unconditional half; dataset-diffusion: the text of that "
-        "project",
+    ignore_below: float = setting(
+        0.0,
+        "pixels of label maps are 255 where the decoder's confidence is below this, 0 to 1",
+        metavar="SHARE",
+        least=0,
+        most=1,
         identity="if given",
-        metavar="TEXT",
     )
-    allow_unnamed: bool = setting(
-        False, "accept prompts that name none of the class words; their label maps are empty", identity=False
-    )
-    truncate_prompts: bool = setting(
-        False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
-    )
-    number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N")
-    per_class: int = setting(
-        0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
-    )
+
+
+@dataclass(frozen=True)
+class KeepSettings:
+    """Which samples the data set takes, and how many this command makes."""
+
     keep: str = setting(
         "all",
         "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
@@ -155,6 +184,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "with --keep trusted or --accept: maximum number of samples made per requested one, for each class if the run "
         "counts by class",
         metavar="N",
+        least=1,
         identity="if given",
     )
     refill: bool = setting(
@@ -163,20 +193,33 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "run that kept all",
         identity=False,
     )
-    ignore_below: float = setting(
-        0.0,
-        "pixels of label maps are 255 where the decoder's confidence is below this, 0 to 1",
-        metavar="SHARE",
-        identity="if given",
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """Where samples are stored, and in which form."""
+
+    out: str = setting(
+        "runs/demo",
+        "run folder; if only other settings are given, a folder in runs/ that is named after them",
+        identity=False,
+        metavar="RUN",
+        output="folder",
     )
-    ignore: str = setting(
-        "nothing",
-        "disagreeing: pixels of label maps are 255 where two labels differ or the prompt does not name the thing",
-        choices=("nothing", "disagreeing"),
-        identity="if given",
+    only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
+    resume: str = setting(
+        "auto",
+        "auto: resume an existing run folder with the same settings; never: refuse it",
+        identity=False,
+        choices=("auto", "never"),
     )
     batch_size: int = setting(
-        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
+        0,
+        "images per batch (changes results by rounding only); 0 = as many as fit into memory",
+        metavar="N",
+        least=0,
+        most=LARGEST_BATCH,
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     palette: str = setting(
@@ -193,72 +236,14 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         choices=EXPORT_FORMATS.names,
         metavar="LIST",
     )
-    out: str = setting(
-        "runs/demo",
-        "run folder; if only other settings are given, a folder in runs/ that is named after them",
-        identity=False,
-        metavar="RUN",
-        output="folder",
-    )
-    only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
-    resume: str = setting(
-        "auto",
-        "auto: resume an existing run folder with the same settings; never: refuse it",
-        identity=False,
-        choices=("auto", "never"),
-    )
-    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
-    verify: int = setting(
-        0,
-        "before the run, compare the first N samples with those of the reference engine; if they do not agree, nothing "
-        "is written",
-        identity=False,
-        metavar="N",
-    )
-    verify_anyway: bool = setting(
-        False, "with --verify: run even if they do not agree, and record that", identity=False
-    )
-    mixed: str = setting(
-        "verified",
-        "verified: another engine, dtype, device or version may continue a run folder, once it has made some of the "
-        "stored samples again and their images and labels agree; no: it is refused, and so is another --batch-size",
-        identity=False,
-        choices=("verified", "no"),
-    )
-    verify_every: int = setting(
-        0,
-        "after every N samples compare the newest with the reference engine, less often after the first time if that "
-        "would take over 1 % of the time; of several processes one does it; if it does not agree, the run stops; "
-        "0 = never",
-        identity=False,
-        metavar="N",
-    )
     page_every: float = setting(
         5.0,
         "minutes between updates of the page and index files of a run in progress, less often if that would take over "
         "1 % of the time; 0 = only at the end",
         identity=False,
         metavar="MINUTES",
-    )
-    threads: int = setting(
-        0,
-        "CPU threads of a process, 0 = all cores, divided among the ranks",
-        identity=False,
-        metavar="N",
-        most=MOST_THREADS,
-    )
-    gpus: str = setting(
-        "",
-        "GPUs to use, one process each: all, how many, or a list such as 0,2,5",
-        identity=False,
-        metavar="all|N|LIST",
-    )
-    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
-    cluster: str = setting(
-        "",
-        "run on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
-        identity=False,
-        metavar="ray[://HEAD]",
+        least=0,
+        most=MOST_MINUTES,
     )
     store: str = setting(
         "",
@@ -267,6 +252,90 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         metavar="URL",
     )
     make_bucket: bool = setting(False, "create the bucket of --store where there is none", identity=False)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """When an engine is compared with the reference, or with the one that began the run."""
+
+    verify: int = setting(
+        0,
+        "before the run, compare the first N samples with those of the reference engine; if they do not agree, nothing "
+        "is written",
+        identity=False,
+        metavar="N",
+        least=0,
+    )
+    verify_anyway: bool = setting(
+        False, "with --verify: run even if they do not agree, and record that", identity=False
+    )
+    verify_every: int = setting(
+        0,
+        "after every N samples compare the newest with the reference engine, less often after the first time if that "
+        "would take over 1 % of the time; of several processes one does it; if it does not agree, the run stops; "
+        "0 = never",
+        identity=False,
+        metavar="N",
+        least=0,
+    )
+    mixed: str = setting(
+        "verified",
+        "verified: another engine, dtype, device or version may continue a run folder, once it has made some of the "
+        "stored samples again and their images and labels agree; no: it is refused, and so is another --batch-size",
+        identity=False,
+        choices=("verified", "no"),
+    )
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """The processes that share a run."""
+
+    gpus: str = setting(
+        "",
+        "GPUs to use, one process each: all, how many, or a list such as 0,2,5",
+        identity=False,
+        metavar="all|N|LIST",
+    )
+    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N", least=0)
+    cluster: str = setting(
+        "",
+        "run on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
+        identity=False,
+        metavar="ray[://HEAD]",
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(
+    ModelSettings,
+    EngineSettings,
+    PromptSettings,
+    SamplingSettings,
+    LabelSettings,
+    KeepSettings,
+    FileSettings,
+    CompareSettings,
+    WorkerSettings,
+    OutputSettings,
+    CommandSettings,
+):
+    FLAGS = (
+        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
+        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
+        "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
+        "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
+        "device provider streams engines trt_flavour"
+    ).split()
+
+    threads: int = setting(
+        0,
+        "CPU threads of a process, 0 = all cores, divided among the ranks",
+        identity=False,
+        metavar="N",
+        most=MOST_THREADS,
+    )
     dtype: str = setting(
         "auto",
         "precision of the fast engines; auto is fp32 on a CPU and fp16 on a GPU, and in a new run of 100 images or "
@@ -274,6 +343,24 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "with TF32 convolutions on a GPU",
         choices=("auto", "fp32", "tf32", "fp16", "bf16"),
     )
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run as it is requested: settings in groups, its prompts, and what decides the bytes of its data set."""
+
+    folder: Path
+    identity: Mapping[str, Any]  # the settings that decide the bytes, as run.json has them
+    number: int  # samples of the data set
+    source: PromptSource
+    prompts: PromptSettings
+    model: ModelSettings
+    engine: EngineSettings
+    sampling: SamplingSettings
+    labels: LabelSettings
+    batch_size: int = 0  # 0: as many as fit into memory
+    limit: int = 0  # samples that this command makes; 0: all
+    may_mix: bool = True  # whether another engine may continue the run
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bench.proof.students.student_data import StudentData, Vocabulary
+from bench.runs import prepare
 from datasetdm_fast.config import DEMO_DEFAULTS
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.disk import storage
@@ -27,8 +28,8 @@ from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings
 from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
-from datasetdm_fast.runs.jobs.job import count_rows, prepare
-from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.jobs.resume import count_rows
+from datasetdm_fast.runs.jobs.writing import write_missing as generate
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.captures.cache import CacheSettings
@@ -152,7 +153,7 @@ QUICK = Scale(
 def pool(folder: Path, count: int, seed: int, engine: str, say: Callable[[str], None]) -> Run:
     """The run folder with the first `count` images of the pool; what is there already stays."""
     config = RunConfig(number=POOL, seed=seed, engine=engine, out=str(folder), quiet=True, **SAMPLING)
-    there = count_rows(config)
+    there = count_rows(Path(config.out))
     if there < count:
         say(f"{folder}: generating {count - there} images with engine {engine}")
         generate(prepare(replace(config, limit=count - there)))

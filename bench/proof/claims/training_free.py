@@ -22,12 +22,13 @@ from bench.proof.students.student import answers
 from bench.proof.students.student_data import BACKGROUND, IGNORED, SIDE, StudentData, Vocabulary
 from bench.proof.students.worth import gain_of, t95
 from bench.report.tables import Row, Table, markdown, text
+from bench.runs import prepare
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.jobs.job import count_rows, prepare
-from datasetdm_fast.runs.jobs.run import run as generate
+from datasetdm_fast.runs.jobs.resume import count_rows
+from datasetdm_fast.runs.jobs.writing import write_missing as generate
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.readers.demo import DemoWorld
@@ -176,7 +177,7 @@ class TrainingFree:
             **sets.SAMPLING,
             **given,
         )
-        if (missing := self.scale.free - count_rows(config)) > 0:
+        if (missing := self.scale.free - count_rows(folder)) > 0:
             labels = "labels from attention, no pixel uncertain" if is_filled else "labels of both kinds"
             self.experiments.say(f"{folder}: generating {missing} images with {labels}")
             generate(prepare(config))

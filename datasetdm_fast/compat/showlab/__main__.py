@@ -78,7 +78,7 @@ def generate(script: Generator | Demo, line: Line, same_command: str) -> int:
     _print_lines(line, f"{speed}; look at {result.path}/gallery/index.html")
     _print_result(line, order.out, result)
     if not result.is_complete:
-        print_unfinished(result.done, result.number, f"go on with: {same_command}", "images")
+        print_unfinished(result.done, result.number, f"resume with: {same_command}", "images")
     return interruption.exit_code(0)
 
 
@@ -96,7 +96,7 @@ def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
     if (code := import_module("datasetdm_fast.train").main(words)) or line["dry_run"]:
         return code
     if (path := checkpoint_of(trainer, line)) is None:
-        print(f"stopped; go on with: {same_command}", file=sys.stderr)
+        print(f"stopped; resume with: {same_command}", file=sys.stderr)
         return 0
     _print_lines(line, f"{path}: a state dict as DatasetDM saves and loads it")
     print(path, flush=True)
@@ -128,7 +128,7 @@ def remake(arguments: Sequence[str]) -> int:
     settings["outdir"] = str(folder.resolve().parent)
     order = script.order(Line(script.name, settings, frozenset()))
     generating.read_stored(order)
-    written = generating.remake(order, generating.prepare(order, stored), values["--only"])
+    written = generating.remake_sample(order, generating.prepare(order, stored), values["--only"])
     changes = f"{count_noun(len(written), 'file')} of the run folder written"
     print(f"sample {values['--only']}: made again, {changes}", file=sys.stderr)
     print(folder, flush=True)
@@ -136,7 +136,7 @@ def remake(arguments: Sequence[str]) -> int:
 
 
 def _print_result(line: Line, out: Path, result) -> None:
-    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
+    facts = {name: result.facts()[name] for name in ("number", "done", "made", "set_aside")}
     facts = {"path": str(out), "run": str(result.path), **facts, "complete": result.is_complete}
     print(json.dumps(facts) if line["json"] else out, flush=True)
     result.check()

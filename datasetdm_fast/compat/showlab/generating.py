@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.outputs import check_output
+from datasetdm_fast.command_line.run_settings import check_settings, describe_run_settings
 from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Quarantined, Sample
@@ -19,25 +20,18 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
-from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs.job import (
-    Job,
-    adopt,
-    check_room,
-    count_rows,
-    describe,
-    moved,
-    recipe_of,
-    row_facts,
-    settled,
-)
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, recipe_of
+from datasetdm_fast.runs.jobs.remake import Remake, remake
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run import facts_of, run
-from datasetdm_fast.runs.jobs.settings import check_settings, identity
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths, row_facts
+from datasetdm_fast.runs.jobs.run import settle
+from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, read_document
-from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
-from datasetdm_fast.runs.run_folder.remaking import remakable
+from datasetdm_fast.runs.run_folder.remaking import find_remake_row
+from datasetdm_fast.runs.run_settings import LabelSettings
+from datasetdm_fast.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +104,7 @@ def identity_of(order: Order) -> dict[str, Any]:
     choices |= {"strict": False} | ({"together": True} if line["together"] else {})  # a mode of earlier versions
     names = [[item.stem, item.seed] for item in order.items]
     plan = {"names": _digest(names), **choices}
-    return identity(order.config, order.source) | {"showlab": plan}
+    return describe_run_settings(order.config, order.source) | {"showlab": plan}
 
 
 def _digest(value: Any) -> str:
@@ -123,7 +117,8 @@ def read_stored(order: Order) -> dict[str, Any] | None:
     check_settings(order.config)
     stored = read_document(order.run_folder)
     if stored is not None:
-        wanted = identity_of(order) | moved(order.config, stored)
+        config = order.config
+        wanted = identity_of(order) | relocated_paths(config.model, config.decoder, config.size, stored)
         if not order.line["together"]:  # the networks process one image at a time, so it changes no byte
             wanted["batch_size"] = stored["config"]["batch_size"]
         check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
@@ -145,7 +140,7 @@ def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
     chosen = config.engine_choices()
     engine, decoders = opening.open_engine(config.model, config.decoder, config.task, size=config.size, **chosen)
     check_decoder(order, engine.decoders)
-    recipe = recipe_of(config, engine, order.words)
+    recipe = recipe_of(config.group(SamplingSettings), config.group(LabelSettings), engine, order.words)
     words = recipe.words or prompt_words(engine, config.task, ())
     size = config.batch_size or (
         stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), len(order.items))
@@ -155,13 +150,22 @@ def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
     plan = Plan(
         prompts.__getitem__, words, len(prompts), config.seed, size, source.digest, len(prompts), has_seeds=True
     )
-    document = describe(identity_of(order), plan, engine, recipe, decoders)
+    document = describe_run(identity_of(order), plan, engine, recipe, decoders)
     document |= {"command": COMMAND, "line": {"script": order.line.script, "values": dict(order.line.values)}}
     recipe = replace(recipe, facts=row_facts(document))
     kind = FilingGenerator if order.line["together"] else SingleGenerator
-    job = Job(config, plan, engine, recipe, document, 0, generator=partial(kind, order=order))
+    job = Job(
+        order.run_folder,
+        plan,
+        engine,
+        recipe,
+        document,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        generator=partial(kind, order=order),
+    )
     if stored is not None:
-        job = replace(adopt(job, stored), done=count_rows(config))
+        job = replace(merge_with_stored(job, stored), done=count_rows(job.folder))
     check_room(job)
     return job
 
@@ -186,7 +190,7 @@ def result_if_complete(order: Order, stored: Mapping[str, Any] | None) -> Result
     """The result of a line that has nothing left to do."""
     if stored is None or missing_files(order):
         return None
-    return settled(order.run_folder, stored, len(order.items), is_dry=order.line["dry_run"])
+    return settle(order.run_folder, stored, len(order.items), is_dry=order.line["dry_run"])
 
 
 def missing_files(order: Order) -> list[int]:
@@ -203,7 +207,7 @@ def make(order: Order, job: Job, **callbacks: Any) -> Result:
     """Makes missing samples and files; the files of a sample are on the disk before the sample counts as made."""
     missing = missing_files(order)
     publish = partial(write_files, order.out)
-    result = run(job, before_commit=publish, **callbacks)
+    result = write_missing(job, before_commit=publish, **callbacks)
     storage.remove_temporaries(order.out, apart=order.run_folder)  # after a run that let no other process in
     for index in sorted({k // job.plan.batch_size for k in missing}):
         ((_, results),) = driver.generate([job.plan.batch(index)], job.engine, job.recipe, make=job.generator)
@@ -218,14 +222,7 @@ def write_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
     )
 
 
-def remake(order: Order, job: Job, id: str) -> list[str]:
+def remake_sample(order: Order, job: Job, id: str) -> list[str]:
     """Makes one sample and its files again; the paths of those in the run folder that were missing or damaged."""
-    _, row = remakable("compat.showlab", job.folder, id)
-    with RunFolder(job.folder, job.document) as folder:
-        batch = job.plan.batch(row.request.index // job.plan.batch_size)
-        ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
-        result = next(each for each in results if each.request.index == row.request.index)
-        if isinstance(result, Quarantined):
-            raise GateFailed(f"sample {id}: {result.reason}; nothing was written", "Try another --dtype.")
-        write_files(order.out, [result])
-        return folder.renew(row, replace(result, provenance={**result.provenance, **facts_of(job.recipe, batch)}))
+    _, row = find_remake_row("compat.showlab", job.folder, id)
+    return remake(Remake.of_job(job, row), on_sample=lambda sample: write_files(order.out, [sample]))

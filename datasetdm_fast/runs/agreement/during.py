@@ -50,7 +50,7 @@ class RepeatedComparison:
         if not results or self.made < self.due or self.spent + self.longest > SHARE * (start - self.begun):
             return
         request = results[-1].request
-        failed, measures = self._failed(request.index)
+        failed, measures = self._compare(request.index)
         taken = time.perf_counter() - start
         self.spent, self.longest = self.spent + taken, max(self.longest, taken)
         self.due = self.made + self.every
@@ -62,14 +62,14 @@ class RepeatedComparison:
             )
         self.on_message(f"verified   sample {request.id}: agrees in all {measures} measures")
 
-    def _failed(self, index: int) -> tuple[list[str], int]:
+    def _compare(self, index: int) -> tuple[list[str], int]:
         """The measures in which a sample does not agree, and how many there are."""
         from datasetdm_fast.engine.engines.memory import free_bytes, weight_bytes
-        from datasetdm_fast.runs.agreement import before
+        from datasetdm_fast.runs.agreement.comparing import compare_with_reference, reference_of
 
         if self.reference is None:
-            self.reference = self.held.enter_context(before.reference_of(self.job))
-        verdict = before.compared(self.job, 1, self.on_unet_call, first=index, reference=self.reference)
+            self.reference = self.held.enter_context(reference_of(self.job.engine))
+        verdict = compare_with_reference(self.job, 1, self.on_unet_call, first=index, reference=self.reference)
         if free_bytes(self.job.engine.device) < weight_bytes(self.reference):
             self.reference = None
             self.held.close()

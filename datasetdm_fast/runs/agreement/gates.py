@@ -14,8 +14,8 @@ SAME: Limit = (1e-5, 4e-5)  # what is fp32 in every precision
 class LabelGates(dict[str, Limit]):
     """Limits by measure, those of labels as their kinds have them."""
 
-    def __init__(self, own: Mapping[str, Limit], labels: str, free: str):
-        super().__init__(own)
+    def __init__(self, limits: Mapping[str, Limit], labels: str, free: str):
+        super().__init__(limits)
         self.fields = {"": labels, "free ": free}
         for task in LABEL_KINDS:
             self |= {f"{start}{task}": self[f"{start}{task}"] for start in self.fields}
@@ -68,7 +68,7 @@ class GateRow:
         return self.median <= self.limit[0] and self.p99 <= self.limit[1]
 
 
-def judge(
+def evaluate_gates(
     distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floors: Mapping[str, np.ndarray]
 ) -> list[GateRow]:
     """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts

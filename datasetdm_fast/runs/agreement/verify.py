@@ -17,7 +17,7 @@ from datasetdm_fast.runs.agreement.distances import (
     rounding_distances,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
 from datasetdm_fast.runs.agreement.observe import SHAKES, Observation, Rounded, observe
 from datasetdm_fast.version import __version__
 
@@ -96,7 +96,7 @@ def verify(
         truths.append(truth)
         founds.append(found)
     joined, floors = ({name: np.concatenate(parts, 1) for name, parts in kind.items()} for kind in (collected, drift))
-    rows = judge(joined, EXACT if dtype == "fp32" else ROUNDED, floors)
+    rows = evaluate_gates(joined, EXACT if dtype == "fp32" else ROUNDED, floors)
     rows.insert(0, weights_row(engine, reference))
     facts = {
         "model": engine.model.name,

@@ -14,7 +14,7 @@ from datasetdm_fast.runs.compositions.composition import ComposedSample, Composi
 from datasetdm_fast.runs.compositions.source import Source, check_filter
 from datasetdm_fast.runs.run_folder.document import FORMAT, damaged, engines_of, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_folder.split import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -196,8 +196,8 @@ def _join(texts: Iterable[str]) -> str:
 
 def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
     """run.json and the row of a sample of a run folder that merge made; refuses settings of another run."""
-    stored, row = remakable("merge", folder, id)
-    check_given(folder, {"kept": any(stored["config"].get("kept", ()))}, settings)
+    stored, row = find_remake_row("merge", folder, id)
+    check_provided(folder, {"kept": any(stored["config"].get("kept", ()))}, settings)
     return stored, row
 
 

@@ -20,14 +20,15 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
 from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_source
-from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.remake import Remake
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run import Remake
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, row_facts
+from datasetdm_fast.runs.jobs.run import settle
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.settings import EngineSettings, flags_of, json_values
+from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,26 +177,29 @@ class Redrawing(ABC):
 def find_result(redrawing: Redrawing, folder: Path, *, is_dry: bool = False) -> Result | None:
     """The result of a run with nothing left to do, found without a network."""
     stored = redrawing.check_folder(folder)
-    return None if stored is None else job.settled(folder, stored, redrawing.number, is_dry=is_dry)
+    return None if stored is None else settle(folder, stored, redrawing.number, is_dry=is_dry)
 
 
 def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     """The job of a redrawing: engine loaded, prompts measured, run folder compared; nothing is written."""
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
     config = _run_config(redrawing, folder, machine)
-    engine, decoders = job.engine_of(config, stored)
+    model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
+    engine, decoders = open_engine(model, engine_settings, config.task, stored)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))
     # A label of another package does not tell which words were requested for it: the plan of the run does.
     requested = [table["classes"][1:] for label, table in source["labels"].items() if _has_words(label)]
-    recipe = job.recipe_of(config, engine, requested[0] if requested else words, choice.strength, table_of(source))
+    sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
+    query_words = requested[0] if requested else words
+    recipe = recipe_of(sampling, labels, engine, query_words, choice.strength, table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
     digest = hashlib.sha256("\n".join(redrawing.prompt(index).text for index in range(number)).encode()).hexdigest()
     plan = Plan(redrawing.prompt, words, number, 0, size, digest, number, has_seeds=True)
     recipe = replace(recipe, origin=redrawing, facts={**recipe.facts, "strength": choice.strength})
-    document = job.describe(redrawing.config, plan, engine, recipe, decoders) | {
+    document = describe_run(redrawing.config, plan, engine, recipe, decoders) | {
         "command": redrawing.command,
         "composition": {
             "told": redrawing.summary,
@@ -203,10 +207,11 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
             "source": redrawing.source.provenance,
         },
     }
-    prepared = Job(config, plan, engine, replace(recipe, facts=job.row_facts(document)), document, 0)
+    recipe = replace(recipe, facts=row_facts(document))
+    prepared = Job(folder, plan, engine, recipe, document, limit=config.limit, batch_size=config.batch_size)
     if stored is not None:
-        prepared = replace(job.adopt(prepared, stored), done=job.count_rows(config))
-    job.check_room(prepared)
+        prepared = replace(merge_with_stored(prepared, stored), done=count_rows(folder))
+    check_room(prepared)
     return prepared
 
 
@@ -251,9 +256,7 @@ def _check_weights(source: TileSource, engine: Engine, decoders: Mapping[str, An
 def prepare_remake(redrawing: Redrawing, folder: Path, row: Row, machine: RedrawMachine) -> Remake:
     """One sample of a run folder in the batch that it was made in."""
     prepared = prepare(redrawing, folder, machine)
-    index, position = divmod(row.request.index, prepared.plan.batch_size)
-    stored = dict(read_document(folder))
-    return Remake(folder, stored, row, prepared.engine, prepared.recipe, prepared.plan.batch(index), position)
+    return Remake.of_job(replace(prepared, document=dict(read_document(folder))), row)
 
 
 def reopen(

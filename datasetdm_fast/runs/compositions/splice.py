@@ -20,7 +20,7 @@ from datasetdm_fast.runs.compositions.grids import Grid, parse_grids, sample_pos
 from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_source
 from datasetdm_fast.runs.run_folder.document import FORMAT
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
+from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_folder.split import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import MOST_PIXELS
@@ -159,10 +159,10 @@ def place_pixels(role: str, placed: Sequence[tuple[Tile, Placement]], sides: tup
 
 def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
     """run.json and the row of a sample of a run folder that splice made; refuses settings of another run."""
-    stored, row = remakable("splice", folder, id)
+    stored, row = find_remake_row("splice", folder, id)
     if "grids" in settings:
         settings = {**settings, "grids": [str(grid) for grid in parse_grids(settings["grids"])]}
-    check_given(folder, stored["config"] | {"kept": bool(stored["config"].get("kept"))}, settings)
+    check_provided(folder, stored["config"] | {"kept": bool(stored["config"].get("kept"))}, settings)
     return stored, row
 
 

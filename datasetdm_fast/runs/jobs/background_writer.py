@@ -18,14 +18,14 @@ WRITERS = 2  # threads that encode and write, a batch each
 
 
 class BackgroundWriter(AbstractContextManager):
-    """Encodes and writes batches in threads and commits their rows in order; `committed` hears of every commit.
+    """Encodes and writes batches in threads and commits their rows in order; `on_commit` is called after every commit.
 
     Leaving the block waits for all of it; after an error nothing more is begun.
     """
 
-    def __init__(self, folder: RunFolder, committed: Callable[[list[Row]], None]):
+    def __init__(self, folder: RunFolder, on_commit: Callable[[list[Row]], None]):
         folder.unseal()
-        self._folder, self._committed = folder, committed
+        self._folder, self._on_commit = folder, on_commit
         self._writers, self._committer = ThreadPoolExecutor(WRITERS, "writer"), ThreadPoolExecutor(1, "committer")
         self._waiting: deque[Future] = deque()
         self._is_whole = True
@@ -42,7 +42,7 @@ class BackgroundWriter(AbstractContextManager):
         rows = written.result()
         if is_whole:  # after a batch that could not be written nothing more is added
             self._folder.commit(rows)
-            self._committed(rows)
+            self._on_commit(rows)
             self._is_whole = True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

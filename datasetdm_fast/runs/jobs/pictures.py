@@ -33,6 +33,7 @@ class Pictures:
     folder: Path
     paths: tuple[Path, ...]
     captions: dict[str, str]
+    captions_file: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +118,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
                 f"IMAGES: the path of {documents.quote(path.name)} is not valid UTF-8",
                 "Rename it, or the folder that holds it.",
             )
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     if captions:
         given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
         names = (path.relative_to(root) for path in paths)
@@ -126,7 +127,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             text = given.get(name, given.get(stem, ""))
             if not isinstance(text, str):
                 raise Refused(f"{captions}: the caption of {name} is not a text", reading.CAPTIONS)
-            said[name] = prompts.check_line(text, f"{captions}: {name}")
+            texts[name] = prompts.check_line(text, f"{captions}: {name}")
         if given and given.keys().isdisjoint([*stems, *stems.values()]):
             raise Refused(f"{captions}: names none of the pictures in {root}", reading.CAPTIONS)
-    return Pictures(root, paths, said)
+    return Pictures(root, paths, texts, captions)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
@@ -16,41 +15,40 @@ from datasetdm_fast.engine.loop.prompts import (
 )
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.class_file import own_table
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.untrusted import documents
 
 LARGEST_FILE = 256 * 2**20  # bytes
 LINES = 'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed": 7}; only prompt is needed.'
 
 
-def read_source(config: RunConfig) -> PromptSource:
-    """The prompts of a run, checked as far as that needs no tokenizer."""
-    table = own_table(config.class_table) if config.class_table else None
-    return replace(_read_source(config), negative=check_line(config.negative_prompt, "--negative-prompt"), table=table)
-
-
-def _read_source(config: RunConfig) -> PromptSource:
-    classes = check_classes(config.classes)
-    if config.per_class:
+def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource:
+    """The prompts of a run, checked as far as that needs no tokenizer; a model may have captions of its own."""
+    classes = check_classes(settings.classes)
+    lines: tuple[PromptLine, ...] = ()
+    if settings.per_class:
         if not classes:
             raise Refused(
-                f"--per-class {config.per_class}: there are no classes to make prompts for",
+                f"--per-class {settings.per_class}: there are no classes to make prompts for",
                 "Name them: --classes ball,cube",
             )
-        if config.prompts:
+        if settings.prompts:
             raise Refused(
                 "--per-class makes its own prompts, so it cannot be combined with --prompts", "Drop one of the two."
             )
-        return PromptSource((), "--classes", classes, config.per_class)
-    if config.prompts:
-        lines, name = read_list(config.prompts, truncate=config.truncate_prompts)
-        return PromptSource(lines, name, classes, 0)
-    if config.model != "demo":
+        name = "--classes"
+    elif settings.prompts:
+        lines, name = read_list(settings.prompts, truncate=settings.truncate_prompts)
+    elif has_captions:
+        name = "the demo world"
+    else:
         raise Refused(
-            f"--model {config.model}: no prompts were given, and only the demo model has captions of its own",
+            "--model: no prompts were given, and only the demo model has captions of its own",
             "Add --prompts FILE, or --classes with --per-class.",
         )
-    return PromptSource((), "the demo world", classes, 0)
+    negative = check_line(settings.negative_prompt, "--negative-prompt")
+    table = own_table(settings.class_table) if settings.class_table else None
+    return PromptSource(lines, name, classes, settings.per_class, negative, table=table)
 
 
 def read_list(given: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, ...], str]:

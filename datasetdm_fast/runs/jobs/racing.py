@@ -29,7 +29,7 @@ class Race:
     """The engine a run takes, a line about the race where there was one, and the seconds of a call where known."""
 
     engine: Engine
-    told: str = ""
+    summary: str = ""
     seconds: float = 0.0
 
 
@@ -63,7 +63,7 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
     rounds = [
         {name: _seconds(engine, latents, timestep, context) for name, engine in entries.items()} for _ in range(ROUNDS)
     ]
-    taken = {name: statistics.median(one[name] for one in rounds) for name in entries}
+    taken = {name: statistics.median(seconds[name] for seconds in rounds) for name in entries}
     best = min(taken, key=taken.get)
     if taken[best] * LEAST_GAIN > taken[opened.name]:
         best = opened.name

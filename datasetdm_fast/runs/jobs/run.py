@@ -1,197 +1,194 @@
-"""One process makes the missing samples of a run, or one sample again."""
+"""A run folder as a command finds it, and what is to be done with it."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from datasetdm_fast.data import Batch, Quarantined, Sample
-from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.loop import driver, prompts
-from datasetdm_fast.engine.loop.labelling import word_slots
-from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
+from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
-from datasetdm_fast.runs.jobs.job import Job, engine_of, recipe_of
-from datasetdm_fast.runs.jobs.result import Result, closed
-from datasetdm_fast.runs.jobs.settings import identity
-from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
-from datasetdm_fast.runs.run_folder.document import check_same, table_of
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.result import Result, result_of
+from datasetdm_fast.runs.jobs.resume import count_rows, relocated_paths, total_samples
+from datasetdm_fast.runs.run_folder.document import GROWING, LEDGER, check_config, grows, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.goal import goal_of
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import open_folder, refuse_stored
-from datasetdm_fast.runs.run_folder.remaking import check_given, remakable
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_folder.goal import counts_by_class
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.score_table import add_distances
+from datasetdm_fast.runs.run_folder.seal import is_indexed
+from datasetdm_fast.runs.run_settings import RunSpec
+
+LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run
+COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide no more than how samples round
+# whose versions engines name
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "openvino")
 
 
-def run(
-    job: Job,
-    *,
-    on_commit: Callable[[int], None] = lambda count: None,
-    on_unet_call: Callable[[], None] = lambda: None,
-    is_stopping: Callable[[], bool] = lambda: False,
-    before_commit: Callable[[list[Sample | Quarantined]], None] = lambda results: None,
-) -> Result:
-    """Makes the missing samples batch by batch; `on_commit` hears of commits, `is_stopping` is asked after each.
-    `before_commit` is given what is about to be committed.
-    """
-    begin, new = time.perf_counter(), 0
+class Outcome(Enum):
+    """What becomes of a run folder; everything else is refused.
 
-    def committed(rows: list[Row]) -> None:
-        nonlocal new
-        new += len(rows)
-        on_commit(sum(row.status != DOUBTFUL for row in rows))
-
-    with RunFolder(job.folder, job.document) as folder:
-        quota = Quota(job, folder.ledger)
-        with BackgroundWriter(folder, committed) as writing:
-            while wanted := quota.lacking():
-                batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
-                stopping = until(is_stopping, batches)
-                for batch, results in made(job, stopping, on_unet_call):
-                    taken = quota.taken(results)
-                    before_commit(taken)
-                    writing.put(taken, facts_of(job.recipe, batch))
-                if is_stopping():
-                    break
-        return closed(folder, job.plan.number, new, begin)
-
-
-def made(
-    job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
-) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
-    """Every batch with its samples, in order; those that the run sets aside have their reason."""
-    rule = acceptance_of(job.document)
-    for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
-        yield batch, rule.judged(results)
-
-
-def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
-    """What the rows of a batch say of how it was made."""
-    return {**recipe.facts, "word_slots": word_slots([recipe.query_words(request) for request in batch.requests])}
-
-
-def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches up to the one after which `is_stopping` says so."""
-    for batch in batches:
-        yield batch
-        if is_stopping():
-            return
-
-
-def in_order(wanted: Iterable[int], size: int) -> list[int]:
-    """The batches that hold these samples, in the order they are handed out."""
-    return sorted({index // size for index in wanted})
-
-
-class Quota:
-    """Which samples of a run are still to be made.
-
-    Where some are set aside, each makes room for one more at the end, of its class where the run counts by class. So
-    the run ends with the sample that is the last one needed, whatever the order in which they are made.
+    | run.json       | settings         | samples       | outcome |
+    |----------------|------------------|---------------|---------|
+    | there is none  | any              |               | NEW     |
+    | there is one   | equal            | complete      | DONE    |
+    | there is one   | equal            | some missing  | RESUME  |
+    | there is one   | equal but number | some missing  | GROW    |
+    | there is one   | others           |               | refused |
     """
 
-    def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
-        """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
-        self._goal = goal_of(job.document["config"], job.plan.number)
-        self._there = ledger.indices_between(first, job.plan.most if stop is None else stop)
-        self._aside = self._goal.tally(ledger).aside if job.sets_aside else [0]
-        self._left = job.config.limit or job.plan.most  # samples that this command may make
-
-    def wants(self, index: int) -> bool:
-        """Whether a sample belongs to the run, as far as is known now."""
-        kind, turn = self._goal.place(index)
-        return turn < self._goal.stop(self._aside[kind])
-
-    def lacking(self) -> list[int]:
-        """Indices still to be made, as far as is known now."""
-        wanted = (index for index in self._goal.wanted(self._aside) if index not in self._there)
-        return list(islice(wanted, self._left))
-
-    def taken(self, results: Iterable[Sample | Quarantined]) -> list[Sample | Quarantined]:
-        """The results of a batch that belong to the run, which are there from now on."""
-        found = []
-        for result in results:
-            index = result.request.index
-            if index not in self._there and self.wants(index) and self._left:
-                found.append(result)
-                self._there.add(index)
-                self._left -= 1
-                if isinstance(result, Sample) and result.aside:
-                    self._aside[self._goal.place(index)[0]] += 1
-        return found
-
-
-_NO_PROMPTS = prompts.PromptSource((), "", (), 0)
+    NEW, GROW, RESUME, DONE = "new", "grow", "resume", "done"
 
 
 @dataclass(frozen=True)
-class Remake:
-    """One sample of a run folder to be made again.
+class Decision:
+    outcome: Outcome
+    number: int  # samples of the run
+    missing: int  # of these
+    result: Result | None = None  # of a run with nothing left to do
 
-    Batch shape and place are as before, so the arithmetic is the same; the other places repeat the sample.
-    """
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its run.json, which is read once."""
 
     folder: Path
-    document: dict[str, Any]
-    row: Row
-    engine: Engine
-    recipe: Recipe
-    batch: Batch
-    place: int
+    stored: Mapping[str, Any] | None  # run.json; None before the run is begun
 
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        return cls(folder, read_document(folder))
 
-def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
-    """The sample `config.only` from its row; settings in `given` must agree with the run folder's."""
-    folder = Path(config.out)
-    stored, row = remakable("", folder, config.only)
-    if row.status == QUARANTINED:
-        refuse_stored(folder)
-    moved = {"model", "decoder"} & set(given)  # their digests tell whether they are the same
-    settings = replace(
-        config,
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in stored["config"].items()
-            if name not in ("prompts", *moved)
-        },
-    )
-    engine = row.recipe.get("engine")
-    if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
-        settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
-    changed = {
-        name: value
-        for name, value in identity(config, _NO_PROMPTS).items()
-        if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)
-    }
-    check_given(folder, stored["config"], changed)
-    engine, decoders = engine_of(settings, stored)
-    weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
-    check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
-    words = tuple(stored["plan"].get("words", ())) or settings.classes
-    recipe = recipe_of(settings, engine, words, table=table_of(stored))
-    size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
-    filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
-    batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
-    return Remake(folder, stored, row, engine, recipe, batch, place)
+    def decide(
+        self, spec: RunSpec, *, may_resume: bool = True, is_alone: bool = True, is_dry: bool = False
+    ) -> Decision:
+        """What becomes of the run, found without a network. Index files of a complete run that are not up to date are
+        rebuilt, unless other processes may be about to do it.
+        """
+        if self.stored is None:
+            return Decision(Outcome.NEW, spec.number, spec.number)
+        check_config(self.folder, self.stored, self.comparable_settings(spec))
+        if not may_resume:
+            raise Refused(
+                f"{self.folder}: the run folder exists, and --resume never asks for a new one",
+                "Choose another --out, or drop --resume never.",
+            )
+        number = total_samples(spec.number, self.stored, self.folder)
+        if result := settle(self.folder, self.stored, number, is_alone=is_alone, is_dry=is_dry):
+            return Decision(Outcome.DONE, number, 0, result)
+        outcome = Outcome.GROW if grows(self.stored["config"], spec.identity) else Outcome.RESUME
+        return Decision(outcome, number, number - count_rows(self.folder))
 
+    def comparable_settings(self, spec: RunSpec) -> dict[str, Any]:
+        """The settings that must be those of the run folder: what merely computes its samples may be mixed."""
+        config = self.stored["config"] if self.stored else {}
+        model, decoder, size = spec.model.model, spec.model.decoder, spec.model.size
+        settings = {**spec.identity, **(relocated_paths(model, decoder, size, self.stored) if self.stored else {})}
+        if not spec.may_mix:
+            return settings
+        return settings | {name: config[name] for name in COMPUTING if name in config}
 
-def remake(task: Remake) -> list[str]:
-    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
-    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
-    result = results[task.place]
-    if isinstance(result, Quarantined):
-        raise GateFailed(
-            f"sample {result.request.id}: {result.reason}; nothing was written",
-            "Try another --dtype in a run of its own.",
+    def may_differ(self, spec: RunSpec) -> bool:
+        """Whether it can be seen without loading the engine that it may be another than the run folder's."""
+        if self.stored is None or not spec.may_mix:
+            return False
+        config, engine = self.stored["config"], self.stored["engine"]
+        return any(config.get(name) != spec.identity.get(name) for name in COMPUTING) or any(
+            _version(name) != engine[name] for name in LIBRARIES if name in engine
         )
-    with open_folder(task.folder, task.document) as folder:
-        if task.row.status == QUARANTINED:
-            folder.add(acceptance_of(task.document).judged([result]), task.row.recipe)
-            finish_run(folder)
-            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
-        return folder.renew(task.row, result)
+
+    def tries_half(self, spec: RunSpec) -> bool:
+        """Whether `--dtype auto` compares samples before this run: of a long one that is new and has no labels of other
+        packages' labellers.
+        """
+        if self.stored is not None or spec.number < LEAST_MEASURED:
+            return False
+        kind = ENGINES["fast" if spec.engine.engine == "auto" else spec.engine.engine]
+        is_default = spec.engine.dtype == "auto" and bool(kind.halves) and not spec.engine.compile
+        return is_default and set(spec.labels.task).isdisjoint(LABELLER_KINDS.others)
+
+    def plan(self, spec: RunSpec) -> Job:
+        """The job of a dry run, which compares no engines."""
+        return prepare_job(spec, self.stored, dtype=HALF if self.tries_half(spec) else "", mixes=True)
+
+    def refill(self, spec: RunSpec, *, keeps_trusted: bool, is_dry: bool = False) -> Run:
+        """The run with others planned in the place of dropped samples; with `keeps_trusted` the doubtful samples of a
+        run that kept all are quarantined, too.
+        """
+        folder, stored = self.folder, self.stored
+        if stored is None or not (folder / LEDGER).exists():
+            if not keeps_trusted:
+                raise Refused(f"--refill: {folder} holds no samples yet", "Drop the flag.")
+            return self
+        settings = self.comparable_settings(spec)
+        check_config(folder, stored, settings | {"keep": stored["config"].get("keep")})
+        settings |= {
+            name: stored["config"][name] for name in GROWING if name in stored["config"]
+        }  # it grows afterwards
+        with Ledger(folder / LEDGER, read_only=True) as ledger:
+            dropped = ledger.count_dropped()
+            is_old = keeps_trusted and any(row.trust is None for row in ledger.rows(parts=("trust",)))
+        if not dropped and not keeps_trusted:
+            raise Refused(
+                f"--refill: no sample of {folder} was dropped, and doubtful ones are kept",
+                "Drop some with python -m datasetdm_fast.drop, or add --keep trusted.",
+            )
+        if dropped and counts_by_class(settings):
+            raise Refused(
+                f"--refill: {folder} counts the samples of each class, so dropped ones cannot be replaced",
+                f"Restore them with python -m datasetdm_fast.restore {quote(folder)} --all, or choose another --out.",
+            )
+        if "seeds" in stored["plan"]:  # and nothing is written yet that would request others
+            raise Refused(
+                f"--refill: the prompts of {folder} have seeds of their own, so that further images would repeat the "
+                "first ones",
+                "Drop --refill and --keep trusted: filter leaves out doubtful samples."
+                if keeps_trusted
+                else "Add prompts at the end of the list, with a larger --number.",
+            )
+        if is_old:
+            raise Refused(
+                f"{folder}: its samples were made by a version that did not record their trust",
+                "Make a new run in another --out with --keep trusted.",
+            )
+        if is_dry:
+            return self
+        number = max(stored["plan"]["number"], stored["config"]["number"] + dropped)
+        document = {**stored, "config": settings, "plan": stored["plan"] | {"number": number}}
+        with RunFolder(folder, document) as opened:
+            if keeps_trusted:
+                opened.set_doubtful_aside()
+                add_distances(opened.ledger, since=0)
+        return Run(folder, document)
+
+
+def settle(
+    folder: Path, stored: Mapping[str, Any], number: int, *, is_alone: bool = True, is_dry: bool = False
+) -> Result | None:
+    """The result of a run folder in which none of `number` samples is missing, its index files rebuilt."""
+    if not (folder / LEDGER).exists():
+        return None
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        result = result_of(folder, stored, number, ledger)
+        # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
+        is_fresh = is_indexed(folder, stored, ledger) and not any(
+            (folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm")
+        )
+    if not result.is_complete or not (is_fresh or is_alone):
+        return None
+    if not is_fresh and not is_dry:
+        with RunFolder(folder, stored) as opened:
+            finish_run(opened)
+    return result
+
+
+def _version(name: str) -> str:
+    try:
+        return version_of(name)
+    except PackageNotFoundError:
+        return ""

@@ -10,7 +10,7 @@ MOST_WORDS = 10  # class words that are listed
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
 
-def table(job: Job, call: float = 0.0) -> list[str]:
+def describe_job(job: Job, call: float = 0.0) -> list[str]:
     """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
     plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
     left, batches = job.images_left, job.batches_left
@@ -26,25 +26,20 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
-        "prompts": unnamed(job),
+        "prompts": count_unnamed(job),
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
-        "time": f"about {format_duration(call * calls_left(job) * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
 
 
-def calls_left(job: Job) -> int:
-    """UNet calls that the run will make."""
-    return job.recipe.facts["calls"] * job.batches_left
-
-
-def unnamed(job: Job) -> str:
+def count_unnamed(job: Job) -> str:
     """How many prompts or captions name no class of the labels, in words; empty where none."""
     count, total = job.unnamed
     if not count:

@@ -28,18 +28,20 @@ class Acceptance:
     tables: Mapping[str, Table]  # those of run.json
 
     def reason(self, sample: Sample) -> str:
-        """Why a sample is set aside, empty where it is taken."""
+        """Why a sample is quarantined, empty where it is taken."""
         if self.needs_trust and sample.is_doubtful:
             return "; ".join(sample.trust.reasons)
         if self.condition is None:
             return ""
-        made = Scored.of_sample(sample, self.tables)
-        values = {name: np.array([SCORERS[name](made)], np.float64) for name in self.names}
+        scored = Scored.of_sample(sample, self.tables)
+        values = {name: np.array([SCORERS[name](scored)], np.float64) for name in self.names}
         return "" if self.condition.passes(values)[0] else self.condition.reason(values, 0)
 
-    def judged(self, results: Sequence[Sample | Quarantined]) -> list[Sample | Quarantined]:
-        """The results of a batch, each sample with the reason why it is set aside, if any."""
-        return [replace(one, aside=self.reason(one)) if isinstance(one, Sample) else one for one in results]
+    def apply(self, results: Sequence[Sample | Quarantined]) -> list[Sample | Quarantined]:
+        """The results of a batch, each sample with the reason why it is quarantined, if any."""
+        return [
+            replace(result, aside=self.reason(result)) if isinstance(result, Sample) else result for result in results
+        ]
 
 
 def acceptance_of(document: Mapping[str, Any]) -> Acceptance:
@@ -59,7 +61,7 @@ def check_scored(document: Mapping[str, Any]) -> None:
     """Refuses a condition on a score that no sample of these labels has."""
     tables, names = document["labels"], acceptance_of(document).names
     classes = [set(table["classes"]) - {BACKGROUND} for table in tables.values() if "classes" in table]
-    if "agreement" in names and not any(one & other for k, one in enumerate(classes) for other in classes[:k]):
+    if "agreement" in names and not any(first & second for k, first in enumerate(classes) for second in classes[:k]):
         raise Refused(f"{FLAG}: no sample of {', '.join(tables)} has the score agreement", ABSENT["agreement"])
     if "score" in names and all(type(kind_of(task)).certainty is LabelKind.certainty for task in tables):
         raise Refused(f"{FLAG}: no sample of {', '.join(tables)} has the score score", "Choose other labels.")

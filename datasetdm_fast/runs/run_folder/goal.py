@@ -11,10 +11,10 @@ from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 @dataclass(frozen=True)
 class Tally:
-    """Samples of each class that have a row, and those of them that were set aside."""
+    """Samples of each class that have a row, and those of them that were quarantined."""
 
-    there: list[int]
-    aside: list[int]
+    made: list[int]
+    quarantined: list[int]
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class Goal:
     of a class that has enough are never made.
     """
 
-    number: int  # samples that are asked for, of each class
+    number: int  # requested samples, of each class
     most: int  # that may be made, of each class
-    names: tuple[str, ...] = ("",)  # of the classes; one without a name where the run does not count by class
+    names: tuple[str, ...] = ("",)  # of the classes; a single empty name where the run does not count by class
 
     def place(self, index: int) -> tuple[int, int]:
         """The class of an index, and which of its samples that is."""
         return class_and_turn(index, self.number, len(self.names))
 
-    def stop(self, aside: int) -> int:
-        """How many samples of a class are to be made where so many of them are set aside."""
-        return min(self.number + aside, self.most)
+    def stop(self, quarantined: int) -> int:
+        """How many samples of a class are to be made where so many of them are quarantined."""
+        return min(self.number + quarantined, self.most)
 
-    def wanted(self, aside: Sequence[int]) -> Iterator[int]:
-        """The indices that are to be made where so many of each class are set aside, in order."""
-        for block in range(-(-max(map(self.stop, aside)) // self.number) * len(self.names)):
+    def required(self, quarantined: Sequence[int]) -> Iterator[int]:
+        """The indices that are to be made where so many of each class are quarantined, in order."""
+        for block in range(-(-max(map(self.stop, quarantined)) // self.number) * len(self.names)):
             turn, kind = divmod(block, len(self.names))
-            count = min(self.number, self.stop(aside[kind]) - turn * self.number)
+            count = min(self.number, self.stop(quarantined[kind]) - turn * self.number)
             yield from range(block * self.number, block * self.number + count)
 
     def tally(self, ledger: Ledger) -> Tally:
@@ -47,14 +47,14 @@ class Goal:
 
     def is_reached(self, tally: Tally) -> bool:
         """Whether nothing more is to be made."""
-        return all(there >= self.stop(aside) for there, aside in zip(tally.there, tally.aside, strict=True))
+        return all(made >= self.stop(count) for made, count in zip(tally.made, tally.quarantined, strict=True))
 
-    def lacking(self, tally: Tally) -> dict[str, int]:
+    def missing(self, tally: Tally) -> dict[str, int]:
         """Class -> samples it has, of those that have too few although no more of them may be made."""
         return {
-            name: there - aside
-            for name, there, aside in zip(self.names, tally.there, tally.aside, strict=True)
-            if there - aside < self.number and there >= self.most
+            name: made - quarantined
+            for name, made, quarantined in zip(self.names, tally.made, tally.quarantined, strict=True)
+            if made - quarantined < self.number and made >= self.most
         }
 
 

@@ -24,7 +24,6 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
-from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
 PIECE = 1 << 20  # bytes of a file copied at once
@@ -40,13 +39,14 @@ class PublishingFolder:
 
     def __init__(
         self,
-        config: RunConfig,
+        folder: Path,
+        store: str,
         document: Mapping[str, Any],
         wanted: Callable[[int, int], Set[int]],
         commit: Callable[[list[Row]], object],
     ):
         self._document, self._wanted, self.commit, self.ledger = document, wanted, commit, self
-        self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
+        self._publish = ObjectStore(store).publish if store else into(folder)
 
     def unseal(self) -> None:
         """Done by whoever has the ledger."""
@@ -58,18 +58,13 @@ class PublishingFolder:
         return set(range(first, stop)) - self._wanted(first, stop)
 
 
-def check(config: RunConfig) -> None:
+def check_store(folder: Path, store: str) -> None:
     """Refuses a run folder whose samples are elsewhere than --store says."""
-    folder = Path(config.out)
-    if config.store and not config.cluster:
-        raise Refused(
-            f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it."
-        )
     noted = stored_at(folder)
-    if read_document(folder) is not None and noted != config.store:
+    if noted != store:
         there = f"at {documents.quote(noted)}" if noted else "in the folder itself"
         raise Refused(
-            f"--store {config.store or 'not given'}: the samples of {folder} are {there}",
+            f"--store {store or 'not given'}: the samples of {folder} are {there}",
             "Give the one that it was started with, or choose another --out.",
         )
 

@@ -11,7 +11,7 @@ from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 LONGEST_ID = 18  # digits
 
 
-def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]:
+def find_remake_row(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]:
     """run.json and the row of a sample; a folder that another command than this made (empty for generate) and an id
     that no sample has are refused.
     """
@@ -32,11 +32,11 @@ def remakable(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]
     return stored, row
 
 
-def check_given(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuses settings given beside --only that are not those of the run folder, which decide what is made again."""
-    found = [line for name in sorted(given) for line in differences(stored.get(name), given[name], name)]
-    if found:
+def check_provided(folder: Path, stored: Mapping[str, Any], provided: Mapping[str, Any]) -> None:
+    """Refuses settings provided with --only that are not those of the run folder, which decide what is made again."""
+    changes = [line for name in sorted(provided) for line in differences(stored.get(name), provided[name], name)]
+    if changes:
         raise Refused(
-            f"{folder}: it holds a run with other settings ({'; '.join(found)})",
+            f"{folder}: it holds a run with other settings ({'; '.join(changes)})",
             "Drop these flags: --only takes them from the run folder.",
         )

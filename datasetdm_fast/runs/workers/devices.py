@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.engine.engines.hardware import choose, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import WorkerSettings
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class Pool:
     threads: int
 
 
-def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
-    """The workers a configuration asks for, on machines with these resources."""
+def pool_of(settings: WorkerSettings, device: str, threads: int, nodes: Sequence[Mapping[str, float]]) -> Pool:
+    """The workers that --gpus or --ranks ask for, on machines with these resources."""
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     hosts = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
-    _check_one_of_two(config)
-    if config.device != "cpu" and (config.gpus or gpus and not config.ranks):
-        if config.gpus not in ("", "all") and not (config.gpus.isdecimal() and int(config.gpus)):
-            raise Refused(f"--gpus {config.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
-        workers = int(config.gpus) if config.gpus.isdecimal() else gpus
+    _check_one_of_two(settings)
+    if device != "cpu" and (settings.gpus or gpus and not settings.ranks):
+        if settings.gpus not in ("", "all") and not (settings.gpus.isdecimal() and int(settings.gpus)):
+            raise Refused(f"--gpus {settings.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
+        workers = int(settings.gpus) if settings.gpus.isdecimal() else gpus
         if not workers:
-            raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may start: --gpus N")
-        return Pool(workers, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)))
-    workers = config.ranks or len(hosts)
-    threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
+            raise Missing(f"--gpus {settings.gpus}: the cluster has no GPU now", "Say how many it may start: --gpus N")
+        return Pool(workers, 1, 1, threads or _power_of_two(sum(hosts) // max(gpus, 1)))
+    workers = settings.ranks or len(hosts)
+    threads = threads or _power_of_two(min(sum(hosts) // workers, *hosts))
     return Pool(workers, 0, threads if workers * threads <= sum(hosts) else sum(hosts) / workers, threads)
 
 
@@ -52,24 +52,24 @@ class Place:
     threads: int = 0
 
 
-def places(config: RunConfig) -> list[Place]:
+def find_places(settings: WorkerSettings, device: str, threads: int) -> list[Place]:
     """The places --gpus or --ranks ask for; none where neither does."""
-    _check_one_of_two(config)
-    if config.gpus:
-        chosen = choose(config.gpus, visible_gpus())
-        if config.device not in ("auto", "cuda"):
+    _check_one_of_two(settings)
+    if settings.gpus:
+        chosen = choose(settings.gpus, visible_gpus())
+        if device not in ("auto", "cuda"):
             raise Refused(
-                f"--gpus {config.gpus} --device {config.device}: they name different devices", "Give one of the two."
+                f"--gpus {settings.gpus} --device {device}: they name different devices", "Give one of the two."
             )
-        threads = config.threads or max(count_cores() // len(chosen), 1)
+        threads = threads or max(count_cores() // len(chosen), 1)
         return [Place({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": str(threads)}, threads) for name in chosen]
-    threads = config.threads or share_of_cores(config.ranks) if config.ranks else 0
-    return [Place({"OMP_NUM_THREADS": str(threads)}, threads)] * config.ranks
+    threads = threads or share_of_cores(settings.ranks) if settings.ranks else 0
+    return [Place({"OMP_NUM_THREADS": str(threads)}, threads)] * settings.ranks
 
 
-def _check_one_of_two(config: RunConfig) -> None:
-    if config.gpus and config.ranks:
-        both = f"--gpus {config.gpus} --ranks {config.ranks}"
+def _check_one_of_two(settings: WorkerSettings) -> None:
+    if settings.gpus and settings.ranks:
+        both = f"--gpus {settings.gpus} --ranks {settings.ranks}"
         raise Refused(f"{both}: both set the number of processes, and there is one per GPU", "Give one of the two.")
 
 

@@ -9,24 +9,23 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.engine.engines.hardware import visible_gpus
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs.job import prepare
-from datasetdm_fast.runs.jobs.result import Result, close, look
-from datasetdm_fast.runs.jobs.settings import count_images
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder import seal
-from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_folder.document import LOCK, read_document
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import share_of_cores
 from datasetdm_fast.runs.workers.heartbeat import Silence, host, is_over
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
-from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join
+from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join_run
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class LaunchedProcess:
         return self.local_world < self.world
 
 
-def this_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
+def find_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
     """This process as torchrun's variables, or those of a Slurm step, describe it; None where it was started alone."""
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -59,25 +58,23 @@ def this_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | 
     return None
 
 
-def settle_on(config: RunConfig, peer: LaunchedProcess) -> RunConfig:
-    """The configuration for this peer's share of its machine: a GPU of its own where there are GPUs, and its part of
-    the cores.
-    """
+def take_share(peer: LaunchedProcess, workers: WorkerSettings, device: str, threads: int) -> int:
+    """The threads of this peer, its part of the cores of its machine; where there are GPUs, it takes one of its own."""
     for name in ("gpus", "ranks"):
-        if getattr(config, name):
+        if getattr(workers, name):
             raise Refused(
-                f"--{name} {getattr(config, name)}: this is one of {peer.world} processes that were started together",
+                f"--{name} {getattr(workers, name)}: this is one of {peer.world} processes that were started together",
                 "Drop the flag.",
             )
-    gpus = visible_gpus() if config.device in ("auto", "cuda") else []
+    gpus = visible_gpus() if device in ("auto", "cuda") else []
     if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
-    return replace(config, threads=config.threads or share_of_cores(peer.local_world))
+    return threads or share_of_cores(peer.local_world)
 
 
-def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Result:
+def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
     """This process's share of the run; returns once the whole run is committed, whoever made it."""
-    folder, begin, here, process = Path(config.out), time.perf_counter(), host(), os.getpid()
+    folder, begin, here, process = spec.folder, time.perf_counter(), host(), os.getpid()
     owner = Owner(f"rank {peer.rank} on {here}, process {process}", peer.rank, here, process)
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
@@ -89,7 +86,7 @@ def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Resul
 
     with shared(folder, expect_all), closing(WorkQueue(folder / seal.QUEUE)) as queue:
         queue.enter(owner)
-        job, opened = join(prepare(config), queue, journal)
+        job, opened = join_run(prepare_job(spec, read_document(folder)), queue, journal)
         for line in callbacks.describe(job):
             callbacks.on_message(line)
         watch = partial(drop_lost, queue, Silence(callbacks.patience), owner)
@@ -104,15 +101,15 @@ def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Resul
                 queue.stop()
                 raise
     is_waiting = peer.rank == 0 and not callbacks.is_stopping()
-    return leave(folder, count_images(config), worker.made, begin, is_waiting=is_waiting)
+    return leave(folder, spec.number, worker.made, begin, is_waiting=is_waiting)
 
 
-def drop_lost(queue: WorkQueue, silence: Silence, own: Owner) -> None:
+def drop_lost(queue: WorkQueue, silence: Silence, this: Owner) -> None:
     """Takes processes that have ended or hang out of the queue, so that their batches go to others."""
     owners = queue.owners()
     silent = silence.too_long(owners)
     for owner in owners:
-        if owner != own and (owner in silent or is_over(owner)):
+        if owner != this and (owner in silent or is_over(owner)):
             queue.leave(owner, DIED)
 
 
@@ -127,8 +124,8 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
                 held.enter_context(locks.hold_lock(folder / LOCK))
             except Refused:  # others are there; what the closing refuses is no such thing
                 if not is_waiting or time.monotonic() > end:
-                    return look(folder, number, made, begin)
+                    return read_result(folder, number, made, begin)
             else:
                 clean(folder)
-                return close(folder, number, made, begin)
+                return close_folder(folder, number, made, begin)
         time.sleep(SECONDS_BETWEEN_TRIES)

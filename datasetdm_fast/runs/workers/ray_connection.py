@@ -14,7 +14,6 @@ from pathlib import Path
 
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_settings import RunConfig
 
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, through which no run goes
@@ -47,11 +46,11 @@ def address_of(text: str) -> str | None:
 
 
 @contextmanager
-def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
+def join_cluster(cluster: str, ranks: int, out: Path) -> Iterator[list[dict[str, float]]]:
     """Within the block this process is a driver on the cluster; the resources of its machines."""
-    address = address_of(config.cluster)
+    address = address_of(cluster)
     if address:
-        _knock(config, address)
+        _knock(cluster, address)
     # Read by Ray when it is imported or started: nothing is reported to anybody, a head that does not answer is not
     # waited for long, and a call that comes too late does not start a Ray of its own.
     os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")
@@ -64,42 +63,40 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     try:
         import ray
     except ImportError as error:
-        raise Missing(
-            f"--cluster {config.cluster}: {error}", "Install it with: pip install 'datasetdm-fast[ray]'"
-        ) from error
-    own = {"num_cpus": max(count_cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    options = {} if address else {**own, "_node_ip_address": "127.0.0.1"}
+        raise Missing(f"--cluster {cluster}: {error}", "Install it with: pip install 'datasetdm-fast[ray]'") from error
+    options = {"num_cpus": max(count_cores(), ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    options = {} if address else {**options, "_node_ip_address": "127.0.0.1"}
     try:
         try:
-            with muted():
+            with mute_stderr():
                 ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         except Exception as error:
-            raise _not_joined(config, address, error) from error
+            raise _refusal(cluster, address, error) from error
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         yield nodes
     except ray.exceptions.RayError as error:
         raise Missing(
-            f"{config.out}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
+            f"{out}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
             "Run the same command again: it resumes.",
         ) from error
     finally:
         ray.shutdown()
 
 
-def _not_joined(config: RunConfig, address: str | None, error: Exception) -> Missing:
+def _refusal(cluster: str, address: str | None, error: Exception) -> Missing:
     if "AuthToken" in "".join(traceback.format_exception(error)):
         return Missing(
-            f"--cluster {config.cluster}: the cluster wants another token",
+            f"--cluster {cluster}: the cluster wants another token",
             "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
         )
     there = "Run this on a machine of the cluster, with the Python and the Ray it runs."
     remedy = there if address else "See what Ray says in /tmp/ray/session_latest/logs."
-    return Missing(f"--cluster {config.cluster}: {first_line(error)}", remedy)
+    return Missing(f"--cluster {cluster}: {first_line(error)}", remedy)
 
 
 @contextmanager
-def muted() -> Iterator[None]:
+def mute_stderr() -> Iterator[None]:
     """Within the block nothing reaches the screen, which Ray's native parts write to past Python."""
     sys.stderr.flush()
     screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -112,7 +109,7 @@ def muted() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _knock(config: RunConfig, address: str) -> None:
+def _knock(cluster: str, address: str) -> None:
     """Refuses an address where nothing answers as a head does, before Ray waits for it for minutes."""
     host, _, port = address.rpartition(":")
     try:
@@ -123,7 +120,7 @@ def _knock(config: RunConfig, address: str) -> None:
                     raise OSError("what answers is no head of a Ray cluster")
     except (OSError, UnicodeError, OverflowError) as error:
         raise Missing(
-            f"--cluster {config.cluster}: no head at {address} ({getattr(error, 'strerror', None) or error})",
+            f"--cluster {cluster}: no head at {address} ({getattr(error, 'strerror', None) or error})",
             "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
         ) from error
 

@@ -4,30 +4,26 @@ commits the rows.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.errors import REFUSALS, Missing
-from datasetdm_fast.runs.jobs import result
-from datasetdm_fast.runs.jobs.job import Job, adopt, check_room, count_rows
-from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run import Quota, in_order
-from datasetdm_fast.runs.jobs.settings import count_images
+from datasetdm_fast.runs.jobs.job import Job, check_room
+from datasetdm_fast.runs.jobs.quota import Quota, batches_of
+from datasetdm_fast.runs.jobs.result import Result, close_run, read_result
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, clean
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import Owner
-from datasetdm_fast.runs.workers.ray_connection import first_line, joined
+from datasetdm_fast.runs.workers.ray_connection import first_line, join_cluster
 from datasetdm_fast.runs.workers.ray_worker import Coordinator, RayWorker, RayWorkerSetup, RemoteQueue
 from datasetdm_fast.runs.workers.spawn import Rank, Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks
@@ -36,24 +32,33 @@ from datasetdm_fast.version import __version__
 NOTHING_HERE = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
 
 
-def run(config: RunConfig, callbacks: Callbacks) -> Result:
+def run_on_cluster(cluster: Cluster, spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
     """The run, made by the workers of a cluster. Calls of Ray last long and its start replaces signal handlers, so they
-    are made in a thread, and the main thread hears of a signal at any moment.
+    are made in a thread, and the main thread receives a signal at any moment.
     """
     with ThreadPoolExecutor(1, "ray") as thread:
-        return thread.submit(_run, config, callbacks).result()
+        return thread.submit(_run, cluster, spec, callbacks).result()
 
 
-def _run(config: RunConfig, callbacks: Callbacks) -> Result:
+def _run(cluster: Cluster, spec: RunSpec, callbacks: Callbacks) -> Result:
     begin = time.perf_counter()
-    with closing(RayDriver(config, callbacks)) as driver:
+    with closing(RayDriver(cluster, spec, callbacks)) as driver:
         try:
-            with joined(config) as nodes:
+            with join_cluster(cluster.workers.cluster, cluster.workers.ranks, spec.folder) as nodes:
                 driver.lead(nodes)
         except tuple(REFUSALS.values()):
             if not callbacks.is_stopping():
                 raise
         return driver.finish(begin)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster of a run, and where its workers put the samples."""
+
+    workers: WorkerSettings
+    store: str = ""  # URL; empty: in the run folder
+    makes_bucket: bool = False
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Actor:
     call: Any
     cluster: str
 
-    def ended(self) -> str | None:
+    def ending(self) -> str | None:
         import ray
 
         if not ray.wait([self.call], timeout=0)[0]:
@@ -88,31 +93,37 @@ class Actor:
 class RayDriver(Supervisor):
     """The driver's side of a run: it fills the queue with what is missing, and commits what is made."""
 
-    def __init__(self, config: RunConfig, callbacks: Callbacks):
-        super().__init__(config.out, callbacks)
-        self.config, self.source = config, read_source(config)
-        self.store = object_store.ObjectStore(config.store) if config.store else None
+    def __init__(self, cluster: Cluster, spec: RunSpec, callbacks: Callbacks):
+        super().__init__(spec.folder, callbacks)
+        self.cluster, self.spec, self.document = cluster, spec, read_document(spec.folder)
+        self.store = object_store.ObjectStore(cluster.store) if cluster.store else None
         if self.store:
-            self.store.require_bucket(is_made=config.make_bucket)
-            if read_document(Path(config.out)) is None:
+            self.store.require_bucket(is_made=cluster.makes_bucket)
+            if self.document is None:
                 self.store.require_empty()
         self.folder: RunFolder | None = None
         self.job: Job | None = None  # of the run folder, once that is open
-        self.wanted: set[int] = set()
+        self.required: set[int] = set()
 
     def lead(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """Has actors on these machines make the run."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        pool = pool_of(self.config, nodes)
+        engine = self.spec.engine
+        pool = pool_of(self.cluster.workers, engine.device, engine.threads, nodes)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         coordinator = ray.remote(num_cpus=0, scheduling_strategy=here)(Coordinator).remote()
-        out = os.path.abspath(self.config.out)
-        config = replace(self.config, out=out, threads=pool.threads, quiet=True, gpus="", ranks=0)
-        self.document, told = read_document(Path(out)), self.callbacks
+        spec = replace(self.spec, folder=self.spec.folder.absolute(), engine=replace(engine, threads=pool.threads))
+        callbacks = self.callbacks
         setup = RayWorkerSetup(
-            config, self.source, self.document, told.describe, told.on_start, told.compare, coordinator
+            spec,
+            self.cluster.store,
+            self.document,
+            callbacks.describe,
+            callbacks.on_start,
+            callbacks.compare,
+            coordinator,
         )
         self.setup = ray.put(setup)
         self.worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, scheduling_strategy="SPREAD")(RayWorker)
@@ -120,16 +131,16 @@ class RayDriver(Supervisor):
 
     def start(self, owner: Owner) -> Actor:
         handle = self.worker.remote()
-        return Actor(handle, handle.work.remote(self.setup, owner), self.config.cluster)
+        return Actor(handle, handle.work.remote(self.setup, owner), self.cluster.workers.cluster)
 
     def handle(self, rank: Rank, kind: str, *content: Any) -> None:
         if kind == "planned":
             self._open(*content)
         elif kind == "rows":
-            rows = {row.request.index: row for row in content[0] if row.request.index in self.wanted}
+            rows = {row.request.index: row for row in content[0] if row.request.index in self.required}
             if rows:
                 self.folder.commit(list(rows.values()))
-                self.wanted -= rows.keys()
+                self.required -= rows.keys()
                 super().handle(rank, "committed", sum(row.status != DOUBTFUL for row in rows.values()))
         else:
             super().handle(rank, kind, *content)
@@ -137,13 +148,13 @@ class RayDriver(Supervisor):
     def _open(self, job: Job, version: str, lines: Sequence[str]) -> None:
         """Opens the run folder for the plan that a worker has made, and fills the queue."""
         if version != __version__:
-            there = f"--cluster {self.config.cluster}: its machines have datasetdm_fast {version}"
+            there = f"--cluster {self.cluster.workers.cluster}: its machines have datasetdm_fast {version}"
             raise Missing(f"{there}, this one {__version__}", NOTHING_HERE)
         if self.folder is not None or self.callbacks.is_stopping():
             return
-        job = replace(job, config=self.config)
+        job = replace(job, folder=self.spec.folder)
         if self.document is not None:
-            job = replace(adopt(job, self.document), done=count_rows(self.config))
+            job = replace(merge_with_stored(job, self.document), done=count_rows(job.folder))
         if not self.store:
             check_room(job)
         for line in lines:
@@ -151,29 +162,29 @@ class RayDriver(Supervisor):
         self.job, self.folder, size = job, RunFolder(job.folder, job.document), job.plan.batch_size
         if self.store:
             self.store.note(job.folder)
-        self.wanted = set(Quota(job, self.folder.ledger).lacking())
+        self.required = set(Quota(job, self.folder.ledger).missing())
         self.folder.unseal()
-        batches, document = in_order(self.wanted, size), self.folder.document
-        self.queue.open(batches, frozenset(self.wanted), document, may_grow=job.makes_up)
+        batches, document = batches_of(self.required, size), self.folder.document
+        self.queue.open(batches, frozenset(self.required), document, may_grow=job.replaces_quarantined)
 
     def _receive(self) -> None:
         super()._receive()
-        if self.job is not None and self.job.makes_up and self.queue.is_all_made():
-            self._hear()  # the rows of the last batches are reported before these are finished
-            self.wanted = set(Quota(self.job, self.folder.ledger).lacking())
-            batches = in_order(self.wanted, self.job.plan.batch_size)
-            self.queue.grow(batches, frozenset(self.wanted))
+        if self.job is not None and self.job.replaces_quarantined and self.queue.is_all_made():
+            self._read_reports()  # the rows of the last batches are reported before these are finished
+            self.required = set(Quota(self.job, self.folder.ledger).missing())
+            batches = batches_of(self.required, self.job.plan.batch_size)
+            self.queue.grow(batches, frozenset(self.required))
 
     def finish(self, begin: float) -> Result:
         """The result, once the index files are there."""
-        folder, number = Path(self.config.out), count_images(self.config)
+        folder, number = self.spec.folder, self.spec.number
         if self.folder is None:
-            return result.look(folder, number, 0, begin)
+            return read_result(folder, number, 0, begin)
         clean(folder)  # what workers that were killed had half-written
-        found = result.closed(self.folder, number, self.committed, begin)
+        result = close_run(self.folder, number, self.committed, begin)
         if self.store:
             self.store.complete(folder)
-        return found
+        return result
 
     def close(self) -> None:
         if self.folder is not None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from datasetdm_fast.engine.loop.prompts import PromptSource
-from datasetdm_fast.runs.jobs.job import Job, adopt, compose
+from datasetdm_fast.runs.jobs.job import Job, build_job
+from datasetdm_fast.runs.jobs.resume import merge_with_stored
 from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
-from datasetdm_fast.runs.workers.spawn import reported
+from datasetdm_fast.runs.workers.spawn import reporting
 from datasetdm_fast.runs.workers.worker import Compare, Worker
 from datasetdm_fast.version import __version__
 
@@ -28,7 +28,7 @@ class Coordinator(WorkQueue):
     def __init__(self):
         super().__init__()
         self._session: Mapping[str, Any] | None = None
-        self._wanted: Set[int] = frozenset()
+        self._required: Set[int] = frozenset()
         self._planner = ""  # the process that makes the plan
         self._reports: list[list[Any]] = []
         self._may_grow = False
@@ -36,7 +36,7 @@ class Coordinator(WorkQueue):
     def open(
         self,
         batches: Sequence[int],
-        wanted: Set[int],
+        required: Set[int],
         document: Mapping[str, Any],
         *,
         may_grow: bool = False,
@@ -44,8 +44,8 @@ class Coordinator(WorkQueue):
         """What the driver has found in the run folder: what is missing, in which batches, and run.json. A queue that
         `may_grow` is complete once the driver has no batch to add.
         """
-        self._may_grow, self._wanted = may_grow, wanted
-        self.fill(batches, max(wanted, default=-1))
+        self._may_grow, self._required = may_grow, required
+        self.fill(batches, max(required, default=-1))
         self._session = document
 
     def is_complete(self) -> bool:
@@ -55,17 +55,17 @@ class Coordinator(WorkQueue):
         """Whether all batches are made, and the driver is to say whether the run has come to need others."""
         return self._may_grow and super().is_complete()
 
-    def grow(self, batches: Sequence[int], wanted: Set[int]) -> None:
+    def grow(self, batches: Sequence[int], required: Set[int]) -> None:
         """Adds the batches of the samples that the run has come to want; without any it is complete."""
         with self.alone():
-            self._may_grow, self._wanted = bool(batches), wanted
+            self._may_grow, self._required = bool(batches), required
             if batches:
-                self.execute("UPDATE session SET last = ?", max(wanted))
+                self.execute("UPDATE session SET last = ?", max(required))
                 self._add(batches)
 
-    def wanted(self, first: int, stop: int) -> set[int]:
-        """The samples from `first` to before `stop` that the driver still lacked when it filled the queue."""
-        return {index for index in range(first, stop) if index in self._wanted}
+    def required(self, first: int, stop: int) -> set[int]:
+        """The samples from `first` to before `stop` that were missing when the driver filled the queue."""
+        return {index for index in range(first, stop) if index in self._required}
 
     def session(self) -> Mapping[str, Any] | None:
         """run.json; None before the run folder is open."""
@@ -81,12 +81,12 @@ class Coordinator(WorkQueue):
     def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
         batch = super().take(owner, is_fresh=is_fresh)
         if batch is not None and self.failures(batch, DIED):
-            self.report(owner.slot, "said", f"batch {batch} is begun again, the process that had it has ended")
+            self.report(owner.slot, "message", f"batch {batch} is retried, as the process that had it has ended")
         return batch
 
     def give_back(self, batch: int, owner: Owner, reason: str) -> None:
         if reason == NOT_FINITE:
-            self.report(owner.slot, "said", f"batch {batch} has numbers that are not finite, it is made again")
+            self.report(owner.slot, "message", f"batch {batch} has numbers that are not finite and is retried")
         super().give_back(batch, owner, reason)
 
     def report(self, slot: int, kind: str, *content: Any) -> None:
@@ -114,8 +114,8 @@ class RemoteQueue:
 class RayWorkerSetup:
     """What a worker receives at its start."""
 
-    config: RunConfig
-    source: PromptSource
+    spec: RunSpec
+    store: str  # URL of the samples, empty where they are in the run folder
     document: Mapping[str, Any] | None  # run.json, where it is known
     describe: Callable[[Job], list[str]]
     on_start: Callable[[], None] | None  # called before anything else
@@ -134,8 +134,8 @@ class RayWorker:
             setup.on_start()
         queue = RemoteQueue(setup.coordinator)
         queue.enter(owner)
-        with reported(queue, owner):
-            job = compose(setup.config, setup.source, setup.document)
+        with reporting(queue, owner):
+            job = build_job(setup.spec, setup.document)
             while (session := queue.session()) is None and not queue.is_over():
                 if queue.is_planner(owner):
                     queue.report(owner.slot, "planned", replace(job, engine=None), __version__, setup.describe(job))
@@ -143,7 +143,9 @@ class RayWorker:
             if session is None:
                 return
             queue.report(owner.slot, "ready", [])
-            folder = PublishingFolder(setup.config, session, queue.wanted, partial(queue.report, owner.slot, "rows"))
-            say = partial(queue.report, owner.slot, "said")
-            compare = setup.compare and partial(setup.compare, on_message=say)
-            Worker(adopt(job, session), folder, queue, owner, has_ledger=False, compare=compare).work()
+            folder = PublishingFolder(
+                setup.spec.folder, setup.store, session, queue.required, partial(queue.report, owner.slot, "rows")
+            )
+            on_message = partial(queue.report, owner.slot, "message")
+            compare = setup.compare and partial(setup.compare, on_message=on_message)
+            Worker(merge_with_stored(job, session), folder, queue, owner, has_ledger=False, compare=compare).work()

@@ -22,17 +22,16 @@ from typing import Any
 from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
-from datasetdm_fast.runs.jobs.job import prepare
-from datasetdm_fast.runs.jobs.result import Result, close
-from datasetdm_fast.runs.jobs.settings import count_images
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.result import Result, close_folder
 from datasetdm_fast.runs.run_folder import seal
-from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_folder.document import LOCK, read_document
 from datasetdm_fast.runs.run_folder.folder import clean
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.heartbeat import Silence
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
-from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join
+from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join_run
 
 MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
 LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
@@ -44,9 +43,9 @@ _WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.
 _BOOT = _WITH_PARENT + "from datasetdm_fast.runs.workers.spawn import enter; enter()"
 
 
-def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Result:
+def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
     """The run, made by one process a place."""
-    folder, begin = Path(config.out), time.perf_counter()
+    folder, begin = spec.folder, time.perf_counter()
     if "torch" in sys.modules:  # engines that were compared before: the first process would lack their memory
         from datasetdm_fast.engine.engines.memory import release
 
@@ -56,16 +55,16 @@ def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Res
         clean(folder)
         try:
             with closing(WorkQueue(folder / seal.QUEUE)) as queue:
-                supervisor = SpawningSupervisor(config, places, callbacks)
+                supervisor = SpawningSupervisor(spec, places, callbacks)
                 supervisor.work(queue, len(places))
         finally:  # a finished run that refuses to go on stays as it was
             clean(folder)
-        return close(folder, count_images(config), supervisor.committed, begin)
+        return close_folder(folder, spec.number, supervisor.committed, begin)
 
 
 @contextmanager
-def reported(queue: WorkQueue, owner: Owner) -> Iterator[None]:
-    """Within the block a process of the run ends with whatever is refused, and its supervisor hears of it."""
+def reporting(queue: WorkQueue, owner: Owner) -> Iterator[None]:
+    """Within the block a process of the run ends with whatever is refused, and its supervisor receives it."""
     try:
         yield
     except (Refused, Missing, GateFailed) as stop:
@@ -86,7 +85,7 @@ class Rank:
     deaths: int = 0  # in a row
     next_start: float = 0.0  # when to start the next process
     is_ready: bool = False
-    last_words: str = ""
+    last_message: str = ""
 
 
 class Supervisor(ABC):
@@ -95,15 +94,15 @@ class Supervisor(ABC):
     queue: WorkQueue
     ranks: list[Rank]
 
-    def __init__(self, out: str, callbacks: Callbacks):
+    def __init__(self, out: Path, callbacks: Callbacks):
         self.out, self.callbacks, self.silence = out, callbacks, Silence(callbacks.patience)
         self.committed = 0
         self.was_ready = self.is_stopping = False
 
     @abstractmethod
     def start(self, owner: Owner) -> Any:
-        """A process that makes batches of the queue under this name. Its `ended()` says in words how it has ended, with
-        none where it was done, and is None while it runs; `kill()` ends it at once.
+        """A process that makes batches of the queue under this name. Its `ending()` is how it has ended, empty where it
+        was done, and None while it runs; `kill()` ends it at once.
         """
 
     def work(self, queue: WorkQueue, count: int) -> None:
@@ -132,7 +131,7 @@ class Supervisor(ABC):
             for rank in self._running():
                 rank.process.kill()
         with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
-            self._hear()
+            self._read_reports()
 
     def _is_comparing(self) -> bool:
         return self.callbacks.compare is not None and not self.callbacks.is_stopping()
@@ -148,7 +147,7 @@ class Supervisor(ABC):
 
     def _fill_places(self) -> None:
         if all(rank.deaths == MOST_DEATHS for rank in self.ranks):
-            words = "; ".join(dict.fromkeys(rank.last_words for rank in self.ranks))
+            words = "; ".join(dict.fromkeys(rank.last_message for rank in self.ranks))
             raise Missing(
                 f"{self.out}: every process of the run ended {MOST_DEATHS} times in a row ({words})",
                 "Fix that and run the same command again: it resumes.",
@@ -167,13 +166,13 @@ class Supervisor(ABC):
 
     def _receive(self) -> None:
         """Deals with what has been reported, and with processes that have ended."""
-        endings = [(rank, rank.process.ended()) for rank in self._running()]
-        self._hear()  # among it everything that those have said
+        endings = [(rank, rank.process.ending()) for rank in self._running()]
+        self._read_reports()  # among it everything that those have said
         for rank, how in endings:
             if how is not None:
                 self._leave(rank, how)
 
-    def _hear(self) -> None:
+    def _read_reports(self) -> None:
         for slot, kind, *content in self.queue.reports():
             self.handle(self.ranks[slot], kind, *content)
 
@@ -184,7 +183,7 @@ class Supervisor(ABC):
                 self.was_ready = True
                 for line in content[0]:
                     self.callbacks.on_message(line)
-        elif kind == "said":
+        elif kind == "message":
             self.callbacks.on_message(*content)
         elif kind == "committed":
             rank.deaths = 0
@@ -192,7 +191,7 @@ class Supervisor(ABC):
             self.callbacks.on_commit(content[0])
         elif kind == "refused":
             name, cause, remedy = content
-            rank.last_words = cause
+            rank.last_message = cause
             # What keeps the first process from starting keeps all of them; a disk that is full is full for all. But a
             # GPU that has vanished concerns one.
             if name != "Missing" or rank.is_ready or not self.was_ready:
@@ -204,7 +203,7 @@ class Supervisor(ABC):
             return
         rank.deaths += 1
         rank.next_start = time.monotonic() + min(2.0 ** (rank.deaths - 1) - 1, LONGEST_WAIT)
-        rank.last_words = rank.last_words or how
+        rank.last_message = rank.last_message or how
         then = f"is not replaced any more, after {MOST_DEATHS} deaths in a row"
         if rank.deaths < MOST_DEATHS:
             self._enter(rank)
@@ -222,7 +221,7 @@ class Supervisor(ABC):
 class SpawnedProcess(subprocess.Popen):
     """A process of the run on this machine."""
 
-    def ended(self) -> str | None:
+    def ending(self) -> str | None:
         code = self.poll()
         if not code:
             return None if code is None else ""
@@ -236,13 +235,13 @@ class SpawnedProcess(subprocess.Popen):
 class SpawningSupervisor(Supervisor):
     """Starts the processes of a run on this machine."""
 
-    def __init__(self, config: RunConfig, places: Sequence[Place], callbacks: Callbacks):
-        super().__init__(config.out, callbacks)
-        self.config, self.places = config, places
+    def __init__(self, spec: RunSpec, places: Sequence[Place], callbacks: Callbacks):
+        super().__init__(spec.folder, callbacks)
+        self.spec, self.places = spec, places
 
     def start(self, owner: Owner) -> SpawnedProcess:
         place = self.places[owner.slot]
-        config = replace(self.config, threads=place.threads, quiet=True, gpus="", ranks=0)
+        spec = replace(self.spec, engine=replace(self.spec.engine, threads=place.threads))
         path = os.pathsep.join(path for path in sys.path if path)
         process = SpawnedProcess(
             [sys.executable, "-P", "-c", _BOOT],
@@ -251,8 +250,8 @@ class SpawningSupervisor(Supervisor):
             stdout=2,  # the standard output of a command holds its result alone
         )
         with suppress(BrokenPipeError):  # it has just ended
-            told = self.callbacks
-            pickle.dump((config, owner, told.describe, told.on_start, told.compare), process.stdin)
+            callbacks = self.callbacks
+            pickle.dump((spec, owner, callbacks.describe, callbacks.on_start, callbacks.compare), process.stdin)
             process.stdin.flush()
         return process
 
@@ -262,16 +261,16 @@ def enter() -> None:
     # a terminal sends them to all of the group; the parent alone decides
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    config, owner, describe, on_start, compare = pickle.load(sys.stdin.buffer)
+    spec, owner, describe, on_start, compare = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if on_start:
         on_start()
-    with closing(WorkQueue(Path(config.out) / seal.QUEUE)) as queue, reported(queue, owner):
-        job, folder = join(prepare(config), queue)
+    with closing(WorkQueue(spec.folder / seal.QUEUE)) as queue, reporting(queue, owner):
+        job, folder = join_run(prepare_job(spec, read_document(spec.folder)), queue)
         with folder:
             queue.report(owner.slot, "ready", describe(job))
-            on_commit, say = (partial(queue.report, owner.slot, kind) for kind in ("committed", "said"))
-            compare = compare and partial(compare, on_message=say)
+            on_commit, on_message = (partial(queue.report, owner.slot, kind) for kind in ("committed", "message"))
+            compare = compare and partial(compare, on_message=on_message)
             Worker(job, folder, queue, owner, on_commit, compare=compare).work()
 
 

@@ -11,9 +11,11 @@ from itertools import chain
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import sqlite
-from datasetdm_fast.runs.jobs import run
 from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
-from datasetdm_fast.runs.jobs.job import Job, adopt
+from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.quota import Quota, batches_of
+from datasetdm_fast.runs.jobs.resume import merge_with_stored
+from datasetdm_fast.runs.jobs.writing import batch_facts, make_samples
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
@@ -34,38 +36,39 @@ Compare = Callable[..., Callable[[list[Sample | Quarantined]], None]]
 
 @dataclass(frozen=True)
 class Callbacks:
-    """How a launcher and whoever starts a run hear of each other."""
+    """How the processes of a run and the command that starts them reach each other."""
 
     describe: Callable[[Job], list[str]]  # lines about a job, for the screen
-    on_message: Callable[[str], None] = lambda line: None  # of every line for the screen
-    on_commit: Callable[[int], None] = lambda count: None  # of the samples of every commit
+    on_message: Callable[[str], None] = lambda line: None  # with every line for the screen
+    on_commit: Callable[[int], None] = lambda count: None  # with the samples of every commit
+    on_unet_call: Callable[[], None] = lambda: None  # after every call, of a run in this process
     is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
     on_start: Callable[[], None] | None = None  # called by every process before anything else
     patience: Patience = USUAL
     compare: Compare | None = None
 
 
-def join(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
+def join_run(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
     """The job as the run folder has it and that folder, open for a member; the first process makes the folder and
     fills the queue.
     """
     with queue.alone():
         stored = read_document(job.folder)
         if stored is not None:
-            job = adopt(job, stored)
+            job = merge_with_stored(job, stored)
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
         if queue.last() is None:
-            wanted = run.Quota(job, folder.ledger).lacking()
-            queue.fill(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
+            missing = Quota(job, folder.ledger).missing()
+            queue.fill(batches_of(missing, job.plan.batch_size), max(missing, default=-1))
     return job, folder
 
 
 class Worker:
-    """Makes batches of a queue; `on_commit` hears of the samples that were committed here first, `on_idle` is called
-    while there is nothing to take.
+    """Makes batches of a queue; `on_commit` is called with the samples that were committed here first, `on_idle` while
+    there is nothing to take.
 
     `folder` is the run folder, or what has its `write`, `unseal`, `commit` and `ledger` on a machine
-    that has none. There `has_ledger` is false, and whoever has the ledger adds the batches that make up for doubtful
+    that has none. There `has_ledger` is false, and whoever has the ledger adds the batches that replace quarantined
     samples.
     """
 
@@ -83,7 +86,7 @@ class Worker:
         compare: Compare | None = None,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
-        self.makes_up = job.makes_up and has_ledger
+        self.replaces_quarantined = job.replaces_quarantined and has_ledger
         self.counts_by_class = counts_by_class(job.document["config"]) and has_ledger
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
@@ -135,12 +138,12 @@ class Worker:
             yield batch
 
     def _retry(self, batch: int) -> None:
-        """Makes a batch that was begun before alone, so that another failure has one reason, or quarantines it."""
+        """Retries a failed batch alone, so that another failure has one reason, or quarantines it."""
         if len(self.queue.failures(batch, DIED)) < MOST_FAILURES:
             self._make([batch])
             return
         reason = f"{MOST_FAILURES} processes ended while they made its batch"
-        with BackgroundWriter(self.folder, self._committed) as writer:
+        with BackgroundWriter(self.folder, self._on_rows) as writer:
             planned = self.job.plan.batch(batch)
             self._put(writer, planned, [Quarantined(request, reason) for request in planned.requests])
 
@@ -154,8 +157,8 @@ class Worker:
 
     def _make(self, batches: Iterable[int]) -> None:
         plan = self.job.plan
-        with BackgroundWriter(self.folder, self._committed) as writer:
-            for batch, results in run.made(self.job, (plan.batch(k) for k in batches), self._beat):
+        with BackgroundWriter(self.folder, self._on_rows) as writer:
+            for batch, results in make_samples(self.job, (plan.batch(k) for k in batches), self._beat):
                 self.count += 1
                 if self._is_doubtful(batch.index, results):
                     self.queue.give_back(batch.index, self.owner, NOT_FINITE)
@@ -163,32 +166,32 @@ class Worker:
                     self._put(writer, batch, results)
 
     def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | Quarantined]) -> None:
-        if kept := self._wanted(batch.index, results):
-            self.before_commit(kept)
-            writer.put(kept, run.facts_of(self.job.recipe, batch))
+        if missing := self._missing(batch.index, results):
+            self.before_commit(missing)
+            writer.put(missing, batch_facts(self.job.recipe, batch))
         else:
             self._finish(batch.index)
 
-    def _committed(self, rows: list[Row]) -> None:
+    def _on_rows(self, rows: list[Row]) -> None:
         self._beat()
         if self._finish(rows[0].request.index // self.job.plan.batch_size):
             self.made += len(rows)
             self.on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     def _finish(self, batch: int) -> bool:
-        return self.queue.finish(batch, self._more) if self.makes_up else self.queue.finish(batch)
+        return self.queue.finish(batch, self._more) if self.replaces_quarantined else self.queue.finish(batch)
 
     def _more(self) -> list[int]:
-        return run.in_order(run.Quota(self.job, self.folder.ledger).lacking(), self.job.plan.batch_size)
+        return batches_of(Quota(self.job, self.folder.ledger).missing(), self.job.plan.batch_size)
 
-    def _wanted(self, batch: int, results: list[Sample | Quarantined]) -> list[Sample | Quarantined]:
-        """The results that the run lacks."""
+    def _missing(self, batch: int, results: list[Sample | Quarantined]) -> list[Sample | Quarantined]:
+        """The results of samples that are missing in the run."""
         size, ledger = self.job.plan.batch_size, self.folder.ledger
         first, stop = batch * size, (batch + 1) * size
-        if self.makes_up:
-            return run.Quota(self.job, ledger, first, stop).taken(results)
+        if self.replaces_quarantined:
+            return Quota(self.job, ledger, first, stop).take(results)
         if self.counts_by_class:  # a batch holds samples of classes that have enough
-            wants = run.Quota(self.job, ledger, first, stop).wants
+            wants = Quota(self.job, ledger, first, stop).wants
             results = [result for result in results if wants(result.request.index)]
         missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.indices_between(first, stop)
         return [result for result in results if result.request.index in missing]

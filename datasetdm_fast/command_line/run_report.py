@@ -1,0 +1,85 @@
+"""What generate and label print about a run: its plan, and what was made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
+from datasetdm_fast.cores import count_cores
+from datasetdm_fast.errors import quote
+from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.run_folder.object_store import ObjectStore
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.jobs.job import Job
+    from datasetdm_fast.runs.jobs.result import Result
+    from datasetdm_fast.runs.run_settings import RunConfig
+
+
+def print_run_plan(config: RunConfig, job: Job) -> int:
+    """The exit code of a dry run, which prints what a run would make."""
+    print_lines(config, *describe_job(job))
+    if config.json:
+        facts = {"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size}
+        names = ("id", "seed", "prompt", "classes")
+        requests = [{name: getattr(request, name) for name in names} for request in job.plan]
+        print(json.dumps({**facts, "bytes": job.bytes_needed, "requests": requests}))
+    else:
+        for request in job.plan:
+            print(f"{request.id}  seed {request.seed}  {request.prompt!r}")
+    print_lines(config, NOTHING_WRITTEN)
+    return 0
+
+
+def print_finished_run(config: RunConfig, result: Result) -> int:
+    """The exit code of a run with nothing left to do."""
+    if config.store and not config.dry_run:
+        ObjectStore(config.store).complete(result.path)
+    print_lines(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+    print_run(config, result)
+    return 0
+
+
+def print_run(config: RunConfig, result: Result, by: str = "") -> None:
+    """Prints the result of a run, writes the formats of a finished one, and fails where samples were quarantined."""
+    rate = result.made / result.seconds if result.made else 0.0
+    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
+    facts |= {"closing_seconds": round(result.closing_seconds, 3)}
+    print_result(config, {"path": str(result.path), **facts}, str(result.path))
+    if result.made:
+        page = f"{result.path}/gallery/index.html"
+        if config.store:
+            place = config.store if result.is_complete else str(result.path)
+            page = f"them with: python -m datasetdm_fast.gallery {quote(place)} --serve"
+        closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
+        images = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
+        print_lines(config, f"{images} ({closing}), {rate:.3g} images per second; look at {page}")
+    if result.trust_message:
+        print_lines(config, result.trust_message)
+    if config.format and result.is_complete and not config.dry_run:
+        _export(config, result.path)
+    result.check()
+
+
+def _export(config: RunConfig, path: Path) -> None:
+    """Writes the formats of a finished run; the same line resumes them where it was interrupted."""
+    from datasetdm_fast.runs.exporting.conversion import export_run
+
+    exported = export_run(path, config.format, config.threads or count_cores())
+    files = f"{exported.samples} samples as {', '.join(config.format)}, {exported.files} files"
+    print_lines(config, f"{path}/exports: {files}")
+
+
+@contextmanager
+def show_calls(is_quiet: bool, title: str, calls: int) -> Iterator[Callable[[], Any]]:
+    """A bar of so many U-Net calls, which is to be called after each."""
+    from tqdm import tqdm
+
+    with tqdm(total=calls, desc=title, unit="call", disable=is_quiet or None, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,302 @@
+"""Settings of generate and label: those that follow from others, checks before anything is loaded, and the run that
+they describe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.command_line.output import remake_sample
+from datasetdm_fast.config import ATTENTION, DECODER, LABELLER_KINDS, LABELS, PARITIES, REFERENCE, UNDECODED
+from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
+from datasetdm_fast.engine.labels import class_tables, kind_of
+from datasetdm_fast.engine.labels.names import by_task, task_of_label
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.loop.checks import check_numbers, check_seed, check_size, check_tasks
+from datasetdm_fast.engine.loop.combining import parse_combinations
+from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.class_file import listed_words, own_table
+from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.jobs.remake import prepare_remake, remake
+from datasetdm_fast.runs.run_folder.acceptance import check_accept
+from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, sets_aside, table_of
+from datasetdm_fast.runs.run_folder.ledger import Row
+from datasetdm_fast.runs.run_folder.object_store import check_store
+from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
+from datasetdm_fast.runs.run_settings import (
+    LabelConfig,
+    LabelSettings,
+    PromptSettings,
+    RunConfig,
+    RunSpec,
+)
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
+
+LONGEST_NAME = 48  # letters of the readable part of a run folder's name
+FIRST_WORDS = 8  # of a prompt, in that part
+WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
+MOVABLE = ("model", "decoder", "class_table")  # settings of a run whose files may lie elsewhere now
+ATTENTION_FLAGS = ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity")
+
+
+def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig:
+    """The settings with the labels and the run folder that follow from others, where `provided` does not name them."""
+    for name in ("prompts", "classes", "accept"):
+        if name in provided and not getattr(config, name):
+            raise Refused(f"--{name}: no value was given", "Drop the flag, or see --help.")
+    folders = parts_of(config.decoder)
+    if "task" not in provided and config.decoder != "demo" and all(path.is_dir() for path in folders):
+        config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
+    config = expand_names(config, provided)
+    return config if "out" in provided else replace(config, out=name_folder(config))
+
+
+def expand_names(config: RunConfig, provided: Collection[str]) -> RunConfig:
+    """The settings with what --classes, --labeller and --parity stand for, where `provided` does not name it."""
+    if config.class_table:
+        config = replace(config, classes=listed_words(config.class_table, config.classes))
+    elif len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
+        names = class_tables.builtin_table(config.classes[0]).names
+        config = replace(config, classes=tuple(name for name in names if name != BACKGROUND))
+    if config.labeller:
+        named = ",".join(config.labeller)
+        decoded = tuple(task for task in config.task if task not in UNDECODED)
+        if DECODER not in config.labeller:
+            if decoded and "task" in provided:
+                raise Refused(
+                    f"--labeller {named}: {decoded[0]} needs a decoder",
+                    f"Write --labeller decoder,{named} for both, or drop --task.",
+                )
+            decoded = ()
+        config = replace(config, task=(*decoded, *(name for name in config.labeller if name != DECODER)))
+    preset = PARITIES.get(config.parity, {})
+    return replace(config, **{name: value for name, value in preset.items() if name not in provided})
+
+
+def name_folder(config: RunConfig) -> str:
+    """A run folder named after what differs from the demo run.
+
+    Settings that a finished run can grow by are left out, so that the longer line finds it again; of prompts, the file
+    counts and not its content.
+    """
+    decisive = {flag.name: flag.default for flag in flags_of(RunConfig) if flag.metadata["identity"]}
+    changed = {name: getattr(config, name) for name in decisive if name not in GROWING or name == "prompts"}
+    changed = {name: value for name, value in changed.items() if value != decisive[name]}
+    if not changed:
+        return config.out
+    words = config.prompts.split()
+    named = [Path(config.prompts).stem] if len(words) == 1 else words[:FIRST_WORDS]
+    named += config.classes[:FIRST_WORDS]
+    named += [Path(value).stem for value in (config.model, *config.decoder.split(",")) if value != "demo"]
+    readable = re.sub(r"[^a-z0-9]+", "-", " ".join(named or changed).lower())[:LONGEST_NAME].strip("-")
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
+    return f"runs/{readable or 'run'}-{digest}"
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuses what can be seen to be wrong before anything is loaded."""
+    check_tasks(config.task, LABELS)
+    _check_files(config.task)
+    _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
+    parse_combinations(config.combine, config.task)
+    check_accept(config.accept)
+    if config.most_tries != RunConfig.most_tries and not sets_aside(config.identity()):
+        raise Refused(
+            f"--most-tries {config.most_tries}: it has no effect, as no sample is quarantined",
+            "Add --accept COND or --keep trusted.",
+        )
+    if config.verify_anyway and not config.verify:
+        raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
+    if config.verify_every and config.engine == REFERENCE:
+        raise Refused(
+            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
+        )
+    check_size(config.size)
+    names = ("guidance", "steps", "streams", *(name for name in ATTENTION_FLAGS if name != "parity"))
+    check_numbers(**{name: getattr(config, name) for name in (*names, "threads")})
+    check_seed(config.seed, most_samples(config.identity(), count_images(config)))
+
+
+def _check_attention(labels: LabelSettings, prompts: PromptSettings, outlines: str) -> None:
+    """Refuses labels from attention without words to look for, and settings of labels that the run does not make."""
+    if outlines != ModelSettings.outlines and set(labels.task) <= set(UNDECODED):
+        raise Refused(f"--outlines {outlines}: no label of this run is made by a decoder", "Drop it.")
+    if ATTENTION in labels.task and not prompts.classes and not prompts.prompts:
+        raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
+    for name in () if ATTENTION in labels.task else ATTENTION_FLAGS:
+        if getattr(labels, name) != getattr(LabelSettings, name):
+            flag = name.replace("_", "-")
+            raise Refused(f"--{flag}: no label of this run is read from attention", "Add --labeller attention.")
+
+
+def _check_files(labels: Sequence[str]) -> None:
+    """Refuses labels that would write the same files; code of another package that does not load is named here, before
+    networks are loaded.
+    """
+    writing: dict[str, str] = {}
+    for label in labels:
+        for role in kind_of(label).roles:
+            if (other := writing.setdefault(role, label)) != label:
+                raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
+
+
+def count_images(config: RunConfig) -> int:
+    return config.per_class * len(config.classes) or config.number
+
+
+def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
+    """The run that the settings describe, checked, its prompts read; `source` has prompts that no file has."""
+    check_settings(config)
+    prompts = config.group(PromptSettings)
+    source = source or read_source(prompts, has_captions=config.model == "demo")
+    return _spec(config, source, describe_run_settings(config, source))
+
+
+def label_spec(config: LabelConfig, stored: Mapping[str, Any] | None) -> RunSpec:
+    """The run of label that the settings describe, checked; its prompts are made of captions later."""
+    check_settings(config)
+    table = own_table(config.class_table) if config.class_table else None
+    if table is None and config.only and stored:
+        table = table_of(stored)
+    source = PromptSource((), "--classes", check_classes(config.classes), 0, table=table)
+    return _spec(config, source, describe_settings(config, table))
+
+
+def describe_run_settings(config: RunConfig, source: PromptSource) -> dict[str, Any]:
+    """The settings of a run; of prompts there is the digest, so that their file may move."""
+    settings = describe_settings(config, source.table)
+    return settings | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
+
+
+def describe_settings(config: RunConfig, table: class_tables.ClassTable | None) -> dict[str, Any]:
+    """The settings that decide the bytes of the data set, as run.json has them."""
+    values = json_values(config.identity())
+    return values if table is None else values | {"class_table": class_tables.digest_of(table, config.classes)}
+
+
+def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) -> RunSpec:
+    return RunSpec(
+        Path(config.out),
+        identity,
+        count_images(config),
+        source,
+        config.group(PromptSettings),
+        config.group(ModelSettings),
+        config.group(EngineSettings),
+        config.group(SamplingSettings),
+        config.group(LabelSettings),
+        config.batch_size,
+        config.limit,
+        config.mixed != "no",
+    )
+
+
+def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
+    """Refuses flags that do not go together, or not in one of several processes that were started together."""
+    if config.store and not config.cluster:
+        raise Refused(
+            f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it."
+        )
+    if is_begun:
+        check_store(Path(config.out), config.store)
+    if config.format:
+        from datasetdm_fast.runs.exporting.conversion import check_formats
+
+        if config.store:
+            raise Refused(
+                "--format: the samples go to an object store", "Convert the run by its URL once it is finished."
+            )
+        check_formats(config.format, config.task)
+    together = f"this is one of {processes} processes that were started together"
+    if processes > 1 and config.cluster:
+        raise Refused(f"--cluster {config.cluster}: {together}", "Start one process alone.")
+    if processes > 1 and config.refill:
+        raise Refused(
+            f"--refill: {together}",
+            "Run the command once with --refill --limit 1, alone; then start them without it.",
+        )
+    if config.verify and not config.dry_run and (processes > 1 or config.cluster):
+        raise Refused(
+            f"--verify {config.verify}: several machines or processes that were started together make this run",
+            "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
+        )
+
+
+def check_export(config: RunConfig) -> None:
+    """Refuses --format for a run that lacks samples and holds an export of those it has."""
+    if config.format:
+        from datasetdm_fast.runs.exporting.conversion import check_not_exported
+
+        check_not_exported(Path(config.out))
+
+
+def remake_from(config: RunConfig, provided: Collection[str]) -> int:
+    """The exit code of `generate --only`, which makes one sample of the run folder again."""
+    folder = Path(config.out)
+    stored, row = find_remake_row("", folder, config.only)
+    check_settings(config)
+    restored = restore_settings(config, provided, stored, row)
+    groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
+    task = prepare_remake(folder, stored, row, *groups, restored.classes)
+    return remake_sample(config, config.out, config.only, partial(remake, task))
+
+
+def restore_settings(config: RunConfig, provided: Collection[str], stored: Mapping[str, Any], row: Row) -> RunConfig:
+    """The settings that a run folder was started with, for a sample to be made again; `provided` ones must agree."""
+    moved = {"model", "decoder"} & set(provided)  # their digests decide whether they are equal
+    restored = replace(config, **_values(stored["config"], {"prompts", *moved}))
+    engine = row.recipe.get("engine")
+    if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
+        restored = replace(restored, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
+    changed = {
+        name: value
+        for name, value in json_values(config.identity()).items()
+        if name in set(provided) - {"prompts"} and getattr(config, name) != getattr(restored, name)
+    }
+    check_provided(Path(config.out), stored["config"], changed)
+    return restored
+
+
+def restore_label_settings(config: LabelConfig, provided: Collection[str], stored: Mapping[str, Any]) -> LabelConfig:
+    """The settings that a run of label was started with; its pictures, captions, model and decoders may have been
+    moved, and other `provided` ones must agree.
+    """
+    decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
+    changed = {name: getattr(config, name) for name in decisive if name in provided and name not in MOVABLE}
+    check_provided(Path(config.out), json_values(decisive | stored["config"]), json_values(changed))
+    # the run folder holds the words of class_table
+    moved = {name for name in ("model", "decoder") if getattr(config, name) != getattr(LabelConfig, name)}
+    values = _values(stored["config"], {"class_table", *moved})
+    source = stored["composition"]["source"]
+    places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
+    return replace(config, **{name: value for name, value in values.items() if name in decisive}, **places)
+
+
+def _values(stored: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """Settings of run.json as their dataclass has them."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in stored.items()
+        if name not in left_out
+    }
+
+
+def without_whole_labels(config: LabelConfig, provided: Collection[str]) -> LabelConfig:
+    """The settings with only the labels that can be read from tiles, where `provided` names none."""
+    whole = [task for task in config.task if task_of_label(task) in (*WHOLE, *LABELLER_KINDS.others)]
+    if not config.tiles or not whole:
+        return config
+    if "task" in provided or whole[0] in LABELLER_KINDS.others:
+        raise Refused(
+            f"--tiles: {whole[0]} needs the whole picture, and a tile shows only a part of it",
+            "Leave it out of --task and --labeller, or drop --tiles.",
+        )
+    return replace(config, task=tuple(task for task in config.task if task not in whole))

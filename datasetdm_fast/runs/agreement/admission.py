@@ -1,0 +1,127 @@
+"""Comparisons before a run begins: whether its engine, in the precision that was chosen, may make its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from datasetdm_fast.config import HALF, REFERENCE
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.messages import count_noun
+from datasetdm_fast.runs.agreement.gates import GateRow
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.run_folder.folder import note
+from datasetdm_fast.runs.run_settings import RunSpec
+
+MEASURED = 4  # samples that --dtype auto compares
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where comparisons are reported."""
+
+    on_message: Callable[[str], None]
+    # a title and a number of U-Net calls -> a bar, which is to be called after each
+    show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
+
+
+def admit_job(
+    run: Run, spec: RunSpec, screen: Screen, *, verify: int = 0, verify_anyway: bool = False, races: bool = False
+) -> Job:
+    """The job in the precision that `--dtype auto` takes, once its engine is known to reproduce the samples of the run
+    folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference.
+    """
+    if run.tries_half(spec):
+        job = _choose_precision(spec, screen, races=races)
+    else:
+        job = _check_engine(prepare_job(spec, run.stored, races=races, mixes=True), screen)
+    return _verify(job, run, min(verify, job.plan.number), screen, is_forced=verify_anyway) if verify else job
+
+
+def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
+    """The job in the half precision that `--dtype auto` tries, if its first samples pass the gates of that precision,
+    else in fp32; run.json stores the figures.
+    """
+    from datasetdm_fast.runs.agreement.comparing import compare_with_reference, count_calls, describe_verdict
+
+    job = prepare_job(spec, None, races=races, dtype=HALF)
+    if not job.half:
+        return job
+    number = min(MEASURED, job.plan.number)
+    with screen.show_calls(job.half, count_calls(job, number)) as on_unet_call:
+        verdict = compare_with_reference(job, number, on_unet_call)
+    failed, half = _failed(verdict.rows), job.half
+    facts: dict[str, Any] = {"precision": {"tried": half, "number": number, "failed": failed}}
+    if failed:
+        summary = f"fp32, as {half} does not agree with {REFERENCE} in {', '.join(failed)} on {number} samples"
+        job = prepare_job(spec, None, races=races, dtype="fp32")
+    else:
+        summary = f"{half}, as it agrees in all {len(verdict.rows)} measures with {REFERENCE} on {number} samples"
+        facts["verified"] = describe_verdict(verdict, job.engine)
+    return replace(job, half="", precision=summary, document=job.document | facts)
+
+
+def _check_engine(job: Job, screen: Screen) -> Job:
+    """The job if its engine is known to the run folder, or reproduces some of its samples."""
+    if not job.differing:
+        return job
+    from datasetdm_fast.runs.agreement.mixing import choose_samples, compare_with_stored
+
+    indices, differences = choose_samples(job.folder), "; ".join(job.differing)
+    screen.on_message(f"mixed      another engine than before ({differences})")
+    calls = -(-len(indices) // job.plan.batch_size) * len(job.recipe.schedule)
+    with screen.show_calls("compare", calls) as on_unet_call:
+        rows = compare_with_stored(job, indices, on_unet_call) if indices else []
+    samples = count_noun(len(indices), "sample")
+    if failed := _failed(rows):
+        raise GateFailed(
+            f"{job.folder}: {job.engine.name} does not reproduce its samples, {', '.join(failed)} beyond the limit in "
+            f"{samples} ({differences}); nothing was written",
+            "Continue with the engine that started it, or choose another --out.",
+        )
+    screen.on_message(f"mixed      {job.engine.name} makes {samples} again as they are there")
+    measures = [asdict(row) | {"passed": row.is_passed} for row in rows]
+    entry = {"engine": dict(job.engine.fingerprint()), "number": len(indices), "measures": measures}
+    engines = [*job.document.get("mixed", []), entry]
+    note(job.folder, "mixed", engines)
+    return replace(job, document=job.document | {"mixed": engines}, differing=())
+
+
+def _verify(job: Job, run: Run, number: int, screen: Screen, *, is_forced: bool) -> Job:
+    """The job with the verdict on its engine, a stored one where that still holds."""
+    from datasetdm_fast.runs.agreement.comparing import (
+        compare_with_reference,
+        count_calls,
+        describe_verdict,
+        still_holds,
+    )
+
+    before = (run.stored or job.document).get("verified")
+    if still_holds(before, job.engine, number):
+        samples = count_noun(before["number"], "sample")
+        screen.on_message(f"verified   {samples} agreed before, with this engine and device")
+        return job
+    with screen.show_calls("verify", count_calls(job, number)) as on_unet_call:
+        verdict = compare_with_reference(job, number, on_unet_call)
+    failed = _failed(verdict.rows)
+    if failed and not is_forced:
+        raise GateFailed(
+            f"--verify {number}: outputs of {job.engine.name} do not match those of {REFERENCE} in "
+            f"{', '.join(failed)}; nothing was written",
+            "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
+        )
+    outcome = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
+    samples = count_noun(number, "sample")
+    screen.on_message(f"verified   {job.engine.name} {outcome} with {REFERENCE} on {samples}")
+    facts = describe_verdict(verdict, job.engine)
+    if run.stored is not None:
+        note(job.folder, "verified", facts)
+    return replace(job, document=job.document | {"verified": facts})
+
+
+def _failed(rows: list[GateRow]) -> list[str]:
+    """The measures that are beyond their limits."""
+    return [row.measure for row in rows if not row.is_passed]

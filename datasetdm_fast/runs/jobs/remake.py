@@ -1,0 +1,88 @@
+"""One sample of a run folder made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.data import Batch, Quarantined, Sample
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.jobs.job import Job, open_engine, recipe_of
+from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
+from datasetdm_fast.runs.run_folder.document import check_same, table_of
+from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
+from datasetdm_fast.runs.run_folder.object_store import open_folder, refuse_stored
+from datasetdm_fast.runs.run_settings import LabelSettings
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
+
+
+@dataclass(frozen=True)
+class Remake:
+    """One sample of a run folder to be made again.
+
+    Batch shape and place are as before, so the arithmetic is, too; other places may repeat the sample.
+    """
+
+    folder: Path
+    document: Mapping[str, Any]
+    row: Row
+    engine: Engine
+    recipe: Recipe
+    batch: Batch
+    place: int
+    generator: Callable[..., driver.BatchGenerator] | None = None
+
+    @classmethod
+    def of_job(cls, job: Job, row: Row) -> Remake:
+        """The sample in the batch that the plan of a job has it in."""
+        index, place = divmod(row.request.index, job.plan.batch_size)
+        batch = job.plan.batch(index)
+        return cls(job.folder, job.document, row, job.engine, job.recipe, batch, place, job.generator)
+
+
+def prepare_remake(
+    folder: Path,
+    stored: Mapping[str, Any],
+    row: Row,
+    model: ModelSettings,
+    engine: EngineSettings,
+    sampling: SamplingSettings,
+    labels: LabelSettings,
+    classes: tuple[str, ...],
+) -> Remake:
+    """The sample of a row, by the settings of the run folder; other weights are refused."""
+    if row.status == QUARANTINED:
+        refuse_stored(folder)
+    opened, decoders = open_engine(model, engine, labels.task, stored)
+    weights = {"model": {"digests": dict(opened.model.digests)}, "decoders": decoders}
+    check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
+    words = tuple(stored["plan"].get("words", ())) or classes
+    recipe = recipe_of(sampling, labels, opened, words, table=table_of(stored))
+    size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
+    filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
+    batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
+    return Remake(folder, stored, row, opened, recipe, batch, place)
+
+
+def remake(task: Remake, on_sample: Callable[[Sample], None] = lambda sample: None) -> list[str]:
+    """Makes the sample again, and returns the files that were missing or damaged and are written anew."""
+    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe, make=task.generator)
+    result = results[task.place]
+    if isinstance(result, Quarantined):
+        raise GateFailed(
+            f"sample {result.request.id}: {result.reason}; nothing was written",
+            "Try another --dtype in a run of its own.",
+        )
+    on_sample(result)
+    with open_folder(task.folder, task.document) as folder:
+        if task.row.status == QUARANTINED:
+            folder.add(acceptance_of(task.document).apply([result]), task.row.recipe)
+            finish_run(folder)
+            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
+        return folder.renew(task.row, result)

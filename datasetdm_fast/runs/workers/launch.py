@@ -1,0 +1,70 @@
+"""The ways to make the samples of a run: in this process, in spawned ones, as one of several that torchrun or Slurm
+has started, or on a Ray cluster. All are called alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.writing import write_missing
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
+from datasetdm_fast.runs.workers.devices import find_places
+from datasetdm_fast.runs.workers.launched import LaunchedProcess, run_launched, take_share
+from datasetdm_fast.runs.workers.worker import Callbacks
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to make the samples of a run."""
+
+    run: Callable[[RunSpec, Job | None, Callbacks], Result]
+    processes: int = 1  # like this one, among which the samples are divided
+    is_here: bool = False  # whether this process makes them, and so needs the job
+    may_compare: bool = False  # whether this process may compare engines before the others start
+    writes_page: bool = True  # whether this process writes the page of the samples so far
+
+
+def choose_launch(
+    spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None, store: str = "", makes_bucket: bool = False
+) -> tuple[RunSpec, Launch]:
+    """The way that the flags and the environment ask for, and the run with the threads that each process has."""
+    device, threads = spec.engine.device, spec.engine.threads
+    if peer:
+        # where several machines share the ledger, a process that reads it keeps the others from committing
+        writes_page = not (peer.rank or peer.is_on_several_machines)
+        threads = take_share(peer, workers, device, threads)
+        spec = replace(spec, engine=replace(spec.engine, threads=threads))
+        return spec, Launch(partial(run_launched, peer), peer.world, writes_page=writes_page)
+    if workers.cluster:
+        from datasetdm_fast.runs.workers.ray_driver import Cluster, run_on_cluster
+
+        return spec, Launch(partial(run_on_cluster, Cluster(workers, store, makes_bucket)))
+    if places := find_places(workers, device, threads):
+        from datasetdm_fast.runs.workers.spawn import run_spawned
+
+        return spec, Launch(partial(run_spawned, places), may_compare=True)
+    return spec, Launch(run_here, is_here=True, may_compare=True)
+
+
+def begin_run(job: Job) -> None:
+    """Writes the run.json of a job whose samples other processes will make."""
+    with RunFolder(job.folder, job.document):
+        pass
+
+
+def run_here(spec: RunSpec, job: Job, callbacks: Callbacks) -> Result:
+    """The run, made by this process."""
+    compare = callbacks.compare
+    options = {"before_commit": compare(job, on_message=callbacks.on_message)} if compare else {}
+    return write_missing(
+        job,
+        on_commit=callbacks.on_commit,
+        on_unet_call=callbacks.on_unet_call,
+        is_stopping=callbacks.is_stopping,
+        **options,
+    )

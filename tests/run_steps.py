@@ -1,0 +1,34 @@
+"""Steps of generate by themselves, from its settings: the job of a run, and the result of a finished one."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.command_line.run_settings import read_spec, restore_settings
+from datasetdm_fast.runs.jobs import remake
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.remake import Remake
+from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.run_folder.document import read_document
+from datasetdm_fast.runs.run_folder.remaking import find_remake_row
+from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
+
+
+def prepare(config: RunConfig, **options: Any) -> Job:
+    spec = read_spec(config)
+    return prepare_job(spec, read_document(spec.folder), **options)
+
+
+def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Remake:
+    """The sample `config.only`; settings that were `provided` must be those of the run folder."""
+    stored, row = find_remake_row("", Path(config.out), config.only)
+    restored = restore_settings(config, provided, stored, row)
+    groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
+    return remake.prepare_remake(Path(config.out), stored, row, *groups, restored.classes)
+
+
+def find_result(config: RunConfig) -> Result | None:
+    """The result of a run with nothing left to do."""
+    return Run.open(Path(config.out)).decide(read_spec(config), may_resume=config.resume != "never").result
