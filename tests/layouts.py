@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pyarrow import ipc, parquet
+from pyarrow import parquet
 from rendered import document, rendered
 
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS
@@ -277,16 +277,6 @@ def id2label(root: Path) -> None:
     text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
 
 
-def hf(root: Path) -> None:
-    (root / "train").mkdir(parents=True)
-    table = hf_table()
-    with ipc.new_stream(str(root / "train" / "data-00000-of-00001.arrow"), table.schema) as file:
-        file.write_table(table)
-    text(root / "train" / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    text(root / "dataset_dict.json", json.dumps({"splits": ["train"]}))
-    id2label(root)
-
-
 def hf_parquet(root: Path) -> None:
     (root / "data").mkdir(parents=True)
     table = hf_table()
@@ -412,10 +402,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "cvat": ("cvat", cvat, ("semantic", "instance", "open-vocabulary")),
     "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
-    "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
     "hf-parquet": ("hf", hf_parquet, ("semantic", "open-vocabulary", "depth")),
     "hf-imagefolder": ("hf", hf_imagefolder, ("semantic", "open-vocabulary", "depth")),
 }
 
 # One of each way to store labels teaches a decoder in `make test`: maps, polygons, rows; the others in the long form.
-TAUGHT = ("voc", "coco", "hf")
+TAUGHT = ("voc", "coco", "hf-parquet")

@@ -63,7 +63,7 @@ def run(capsys, *flags) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("name", ["coco", "voc", "kitti", "folder", "hf"])
+@pytest.mark.parametrize("name", ["coco", "voc", "kitti", "folder", "hf-parquet"])
 def test_real_layouts_are_evaluated(decoders, tmp_path, capsys, name):
     kind, make, tasks = LAYOUTS[name]
     make(tmp_path / "data")
@@ -226,7 +226,7 @@ def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
 
 
 def test_a_curve_of_images_that_show_nothing_is_refused_before_a_decoder_is_trained(monkeypatch, capsys):
-    monkeypatch.setattr("datasetdm_fast.training.session.train_on", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr("datasetdm_fast.training.session.train_decoder", lambda *_, **__: pytest.fail("it was trained"))
     line = ["--data", "demo:6@900", "--curve", "2,3", "--task", "pose", "--quiet"]
     assert main(line) == 2
     assert "no image has the ground truth to compare with" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from datasetdm_fast.training.readers.run import RunSamples
 from datasetdm_fast.training.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.training.readers.voc import Voc
 from datasetdm_fast.training.readers.yolo import Yolo
-from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
+from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, select
 from datasetdm_fast.untrusted import documents
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
@@ -88,7 +88,7 @@ def open_data(
 ) -> LabelledSource:
     """The data set of a KIND:PATH[SPLIT] address, its images at size x size pixels; the split defaults to train.
 
-    `tasks` are those whose truth is wanted, all that the data set has where none is named.
+    `tasks` are those whose truth is required; without any, all that the data set has.
     """
     kind, _, rest = spec.partition(":")
     if kind in READERS:
@@ -96,8 +96,8 @@ def open_data(
         if not match:
             raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
         try:
-            found = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
-            source: LabelledSource = READERS.check_type(kind, found, LabelledSource)
+            source = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
+            READERS.check_type(kind, source, LabelledSource)
         except Missing as stop:
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
@@ -136,4 +136,4 @@ def open_data(
             "Name other data, or another task.",
         )
     source.skip_bad, source.framing = skip_bad, framing
-    return selected(source, selection)
+    return select(source, selection)

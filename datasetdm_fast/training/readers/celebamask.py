@@ -9,7 +9,7 @@ from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 
-PARTS = (  # in the order they are drawn, so that what lies in front comes last
+PARTS = (  # in the order they are drawn, front ones last
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth"
 ).split()
 NAMES = (
@@ -42,7 +42,7 @@ class CelebAMask(PictureSource):
         if (path / MAPPING).exists():
             if split not in SPLITS:
                 raise reading.no_split(path, split)
-            places = _places(path / MAPPING)
+            places = _celeba_numbers(path / MAPPING)
             numbers = [number for number in numbers if places.get(number, -1) in range(*SPLITS[split])]
         elif split != "train":
             raise reading.no_split(path, split)
@@ -54,21 +54,21 @@ class CelebAMask(PictureSource):
         image = reading.colour_image(path)
         folder = self.masks / str(number // IN_A_FOLDER)
         masks = {k: folder / f"{number:05d}_{part}.png" for k, part in enumerate(PARTS, 1)}
-        there = {k: mask for k, mask in masks.items() if mask.exists()}
-        if not there:
+        masks_found = {k: mask for k, mask in masks.items() if mask.exists()}
+        if not masks_found:
             raise reading.bad(folder, f"no mask of the image {number}, expected for example {masks[1].name}")
         labels = np.zeros(image.shape[:2], np.uint8)
-        for k, mask in there.items():
+        for k, mask in masks_found.items():
             labels[reading.binary_mask(mask, image.shape, may_be_smaller=True)] = k
         return Picture(f"{number:05d}", image, "a photo of a face", labels)
 
 
-def _places(path: Path) -> dict[int, int]:
-    """The number that each image has in CelebA."""
-    found = {}
+def _celeba_numbers(path: Path) -> dict[int, int]:
+    """Number in CelebA-HQ -> number in CelebA."""
+    numbers = {}
     for place, line in enumerate(reading.lines(path)[1:], 2):
         words = line.split()
         if len(words) < 2 or not all(word.isdecimal() and len(word) < 10 for word in words[:2]):
             raise reading.bad(path, f"line {place} is not the number of an image, its number in CelebA and its name")
-        found[int(words[0])] = int(words[1])
-    return found
+        numbers[int(words[0])] = int(words[1])
+    return numbers

@@ -11,6 +11,7 @@ from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth.shapes import Things
 
 CITYSCAPES_CLASSES = builtin_table("cityscapes").names
 TRAIN_IDS = dict(
@@ -33,47 +34,43 @@ class Cityscapes(PictureSource):
         self.path, folder = path, path / "leftImg8bit" / split
         self.images = [image for image in reading.listing(folder, "_leftimg8bit.png")]
         self.truth = path / "gtFine" / split
-        has_things = self._beside(self.images[0], "instanceIds").exists()
+        has_things = self._label_file(self.images[0], "instanceIds").exists()
         self.tasks = ("semantic", *(("instance",) if has_things else ()), "open-vocabulary")
         super().__init__(size, len(self.images))
 
-    def _beside(self, image: Path, kind: str) -> Path:
+    def _label_file(self, image: Path, kind: str) -> Path:
         return self.truth / image.parent.name / f"{image.name.removesuffix('_leftImg8bit.png')}_gtFine_{kind}.png"
 
     def picture(self, record: int) -> Picture:
         path = self.images[record]
         image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
-        things = self._things(path, image.shape) if "instance" in self.tasks else {}
-        named = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORE)
-        return Picture(path.stem, image, named, labels, **things)
+        things = self._things(path, image.shape).fields if "instance" in self.tasks else {}
+        names = tuple(self.classes[k] for k in np.unique(labels) if k != IGNORE)
+        return Picture(path.stem, image, names, labels, **things)
 
     def photo_of(self, names: Sequence[str]) -> str:
-        said = ",".join(self.called.get(name, name) for name in names)
-        return f"a photo of a {said}, the urban street"
+        return f"a photo of a {','.join(self.called.get(name, name) for name in names)}, the urban street"
 
     def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-        train_ids = self._beside(path, "labelTrainIds")
-        if train_ids.exists() or not (label_ids := self._beside(path, "labelIds")).exists():
+        train_ids = self._label_file(path, "labelTrainIds")
+        if train_ids.exists() or not (label_ids := self._label_file(path, "labelIds")).exists():
             return reading.label_map(train_ids, shape, self.classes)
-        found = reading.numbers(label_ids, shape)
-        reading.check_numbers(label_ids, found, MOST_LABELS)
+        numbers = reading.numbers(label_ids, shape)
+        reading.check_numbers(label_ids, numbers, MOST_LABELS)
         table = np.full(256, IGNORE, np.uint8)
         table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
-        return table[found]
+        return table[numbers]
 
-    def _things(self, path: Path, shape: tuple[int, ...]) -> dict[str, list]:
-        """Things, and as crowds the groups of things that could not be told apart, which have a label id alone."""
-        numbers = self._beside(path, "instanceIds")
-        found = reading.numbers(numbers, shape)
-        things: dict[str, list] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
-        for k in np.unique(found):
-            label_id = int(k) // THOUSAND if k >= THOUSAND else int(k)
-            if k >= THOUSAND and label_id >= MOST_LABELS:
-                raise reading.bad(numbers, f"the unknown class {label_id} of instance {k}")
-            kind = TRAIN_IDS.get(label_id, -1) - FIRST_THING
-            if kind >= 0:
-                which = ("masks", "mask_classes") if k >= THOUSAND else ("crowds", "crowd_classes")
-                things[which[0]].append(partial(np.equal, found, k))
-                things[which[1]].append(kind)
+    def _things(self, path: Path, shape: tuple[int, ...]) -> Things:
+        """Things, and as crowds the groups of things that were not separated, which have a label id alone."""
+        file, things = self._label_file(path, "instanceIds"), Things()
+        numbers = reading.numbers(file, shape)
+        for number in np.unique(numbers):
+            is_group = number < THOUSAND
+            label_id = int(number) if is_group else int(number) // THOUSAND
+            if not is_group and label_id >= MOST_LABELS:
+                raise reading.bad(file, f"the unknown class {label_id} of instance {number}")
+            if (class_id := TRAIN_IDS.get(label_id, -1) - FIRST_THING) >= 0:
+                things.add(partial(np.equal, numbers, number), class_id, is_group)
         return things

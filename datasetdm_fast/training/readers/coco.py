@@ -13,9 +13,9 @@ from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource, largest
+from datasetdm_fast.engine.pictures.pictures import largest
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth.shapes import MOST_CORNERS, rasterised
+from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, polygon, rasterise
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
@@ -62,7 +62,7 @@ class Annotations:
                         raise ValueError("an id of more than 64 bits")
                     for name, number in zip(
                         rows,
-                        (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value)),
+                        (value["id"], value["image_id"], value["category_id"], start, end, _count_joints(value)),
                     ):
                         rows[name].append(number)
                     areas.append(value.get("area", 0))
@@ -70,8 +70,8 @@ class Annotations:
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
         is_annotated = "annotations" in self.stream.keys  # an empty list says that the images show nothing
-        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
-            if not there:
+        for what, part in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
+            if not part:
                 raise reading.bad(path, f"no {what} in it")
         self.rows = {
             name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64)
@@ -115,11 +115,14 @@ class Annotations:
             np.searchsorted(self.sorted_images, image) : np.searchsorted(self.sorted_images, image, "right")
         ]
 
+    def bad_annotation(self, row: int, reason: str) -> Refused:
+        return reading.bad(self.path, f"annotation {self.rows['id'][row]}: {reason}")
+
     def read(self, row: int) -> dict[str, Any]:
         return self.stream.at(int(self.rows["start"][row]), int(self.rows["end"][row]))
 
 
-class Coco(PictureSource):
+class Coco(OutlineSource):
     """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017; or all of them
     without the year.
 
@@ -154,10 +157,7 @@ class Coco(PictureSource):
         if things:
             ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
             self.numbers = {category: k for k, category in enumerate(ids)}
-            self.thing_classes = tuple(things.categories[category] for category in ids)
-            self.captions_name_all = True
-            self.classes = ("background", *self.thing_classes) if len(ids) < MOST_SEMANTIC else ()
-            self.tasks = (*(("semantic",) if self.classes else ()), "instance", "open-vocabulary")
+            self.set_things(things.categories[category] for category in ids)
         if persons:
             self.tasks += ("pose",)
             self.joints = persons.joints or COCO_JOINTS
@@ -185,25 +185,22 @@ class Coco(PictureSource):
 
     def image_path(self, image: int) -> Path:
         first = self.things or self.persons
-        said = first.images[image].get("file_name")
-        if not isinstance(said, str):
+        name = first.images[image].get("file_name")
+        if not isinstance(name, str):
             raise reading.bad(first.path, f"image {image} has no file_name")
-        return reading.inside(self.folder, said, first.path)
+        return reading.inside(self.folder, name, first.path)
 
     def picture(self, record: int) -> Picture:
         image, first = self._image_of(record), self.things or self.persons
-        path, said = self.image_path(image), first.images[image]
+        path, facts = self.image_path(image), first.images[image]
         for source in (self.things, self.persons):
             if source and image in source.bad:
                 raise reading.bad(source.path, source.bad[image])
-        entry, sides = f"its entry in {first.path.name}", (said["width"], said["height"])
-        pixels = reading.colour_image(path, reading.as_sized(entry, lambda: sides))
-        if pixels.shape[:2] != (said["height"], said["width"]):
-            raise reading.bad(
-                path,
-                f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x "
-                f"{said['height']}",
-            )
+        entry, (width, height) = f"its entry in {first.path.name}", (facts["width"], facts["height"])
+        pixels = reading.colour_image(path, reading.as_sized(entry, lambda: (width, height)))
+        if pixels.shape[:2] != (height, width):
+            shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise reading.bad(path, f"{shape} pixels, but {first.path.name} says {width} x {height}")
         fields: dict[str, Any] = {"caption": self.photo_of(["person"])}
         if self.things:
             fields |= self._things(image, pixels.shape[:2])
@@ -214,21 +211,16 @@ class Coco(PictureSource):
         return Picture(f"{path.stem}{suffix}", pixels, **fields)
 
     def _things(self, image: int, shape: tuple[int, int]) -> dict[str, Any]:
-        found = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        things = Things()
         for row in self.things.of(image):
-            if (kind := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
+            if (class_id := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
                 continue
-            value = self.things.read(row)
             try:
-                make = _mask_maker(value.get("segmentation"), shape)
+                mask = _mask(self.things.read(row).get("segmentation"), shape)
             except ValueError as error:
-                raise reading.bad(
-                    self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}"
-                ) from error
-            which = ("crowds", "crowd_classes") if self.things.crowds[row] else ("masks", "mask_classes")
-            found[which[0]].append(make)
-            found[which[1]].append(kind)
-        return found | {"caption": tuple(self.thing_classes[k] for k in sorted(set(found["mask_classes"])))}
+                raise self.things.bad_annotation(row, documents.reason_of(error)) from error
+            things.add(mask, class_id, bool(self.things.crowds[row]))
+        return things.fields | {"caption": self.names_of(things)}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
         points, boxes, areas = [], [], []
@@ -251,7 +243,7 @@ class Coco(PictureSource):
                 ):
                     raise ValueError("a joint or box out of range")
             except ValueError as error:
-                raise reading.bad(self.persons.path, f"annotation {self.persons.rows['id'][row]}: {error}") from error
+                raise self.persons.bad_annotation(row, str(error)) from error
             joints[:, :2] += 0.5  # COCO counts from the middle of the first pixel
             points.append(joints)
             boxes.append(value["bbox"])
@@ -278,11 +270,11 @@ class Coco(PictureSource):
         """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""
         if self.people is None:
             return True
-        found = self._joints([self.people[record]])
-        seen = found["keypoints"][0][:, 2] > 0
-        x, y, width, height = found["keypoint_boxes"][0]
+        person = self._joints([self.people[record]])
+        seen = person["keypoints"][0][:, 2] > 0
+        x, y, width, height = person["keypoint_boxes"][0]
         side = max(width, height) * framing.PERSON_MARGIN
-        away = found["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
+        away = person["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
 
@@ -300,42 +292,35 @@ def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
 
 
 def _is_crowd(annotation: dict[str, Any]) -> bool:
-    """Whether an annotation is of many things; where it is neither said nor denied, it is of one."""
-    said = annotation.get("iscrowd") or 0
-    if said not in (0, 1):
-        raise ValueError(f"iscrowd is {documents.quote(said)}, expected 0 or 1")
-    return bool(said)
+    """Whether an annotation is of many things; without the field, it is of one."""
+    is_crowd = annotation.get("iscrowd") or 0
+    if is_crowd not in (0, 1):
+        raise ValueError(f"iscrowd is {documents.quote(is_crowd)}, expected 0 or 1")
+    return bool(is_crowd)
 
 
-def _joints_in_sight(annotation: dict[str, Any]) -> int:
-    """As the file counts them, else as it lists them: many programs leave the count out."""
-    said, listed = annotation.get("num_keypoints"), annotation.get("keypoints")
-    documents.check_form(said or 0, int, "num_keypoints")
-    if said is None and isinstance(listed, list):
-        return sum(isinstance(value, (int, float)) and value > 0 for value in listed[2::3])
-    return said or 0
+def _count_joints(annotation: dict[str, Any]) -> int:
+    """The visible joints as the file counts them, else as it lists them: many programs leave the count out."""
+    count, points = annotation.get("num_keypoints"), annotation.get("keypoints")
+    documents.check_form(count or 0, int, "num_keypoints")
+    if count is None and isinstance(points, list):
+        return sum(isinstance(value, (int, float)) and value > 0 for value in points[2::3])
+    return count or 0
 
 
-def _mask_maker(segmentation: Any, shape: tuple[int, int]):
-    """What makes the mask of a polygon list or a run-length string that was checked to fit the image."""
+def _mask(segmentation: Any, shape: tuple[int, int]) -> Mask:
+    """The mask of a polygon list or a run-length string that fits the image."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(shape):
-            raise ValueError(
-                f"an RLE of size {documents.quote(segmentation.get('size'))}, but its image has {list(shape)}"
-            )
+            size = documents.quote(segmentation.get("size"))
+            raise ValueError(f"an RLE of size {size}, but its image has {list(shape)}")
         mask_rle.run_lengths(segmentation)
         return partial(mask_rle.decode, segmentation)
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("no segmentation")
     documents.check_form(segmentation, [[float]], "segmentation")
-    if sum(map(len, segmentation)) > 2 * MOST_CORNERS or any(
-        len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
-    ):
-        raise ValueError("a polygon of fewer than three corners, of half a corner or of too many")
-    height, width = shape
-    for polygon in segmentation:
-        if not all(-width <= x <= 2 * width for x in polygon[::2]) or not all(
-            -height <= y <= 2 * height for y in polygon[1::2]
-        ):
-            raise ValueError("a polygon far outside its image")
-    return partial(rasterised, segmentation, shape)
+    if sum(map(len, segmentation)) > 2 * MOST_CORNERS:
+        raise ValueError(f"polygons of more than {MOST_CORNERS} corners")
+    for corners in segmentation:
+        polygon(corners, shape)
+    return partial(rasterise, segmentation, shape)

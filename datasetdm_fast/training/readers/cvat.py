@@ -1,4 +1,4 @@
-"""cvat:PATH[SPLIT]: pictures with the annotations.xml of "CVAT for images"."""
+"""cvat:PATH[SPLIT]: images with the annotations.xml of "CVAT for images"."""
 
 from functools import partial
 from pathlib import Path
@@ -8,24 +8,22 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents
 
 LARGEST_TASK = 64 * 2**20  # bytes
-NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes, and of labels, that bound none
+NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes, and of labels, without an area
 
 
-class Cvat(PictureSource):
-    """annotations.xml in PATH or PATH/SPLIT, pictures in images beside it, or in the folder of its subset.
+class Cvat(shapes.OutlineSource):
+    """annotations.xml in PATH or PATH/SPLIT, images in `images` beside it, or in the folder of their subset.
 
-    Polygons, boxes, ellipses and masks are read, what bounds no area is left out; shapes of one label and group are one
-    thing. Classes are those of the task in its order, without labels of what is left out; an image without shapes shows
-    nothing.
+    Polygons, boxes, ellipses and masks are read, shapes without an area are left out; shapes of one label and group are
+    one thing. Classes are those of the task in its order, without labels of shapes that are left out; an image without
+    shapes shows nothing.
     """
 
     rule = framing.RULES["coco"]
-    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():
@@ -33,17 +31,15 @@ class Cvat(PictureSource):
         path = path / split if (path / split).is_dir() else path
         self.file = reading.first_there(path / "annotations.xml")
         root = documents.read_xml(self.file, most=LARGEST_TASK)
-        self.entries = [entry for entry in root.iterfind("image")]
+        self.entries = list(root.iterfind("image"))
         if root.tag != "annotations" or not self.entries:
             raise reading.bad(self.file, 'no image in it, expected what CVAT calls "CVAT for images 1.1"')
         labels = [label for label in root.iterfind("meta//label") if label.findtext("type") not in NO_AREA]
-        named = [label.findtext("name") or "" for label in labels]
+        names = [label.findtext("name") or "" for label in labels]
         used = sorted({shape.get("label", "") for entry in self.entries for shape in entry if shape.tag not in NO_AREA})
-        self.thing_classes = tuple(filter(shapes.is_thing, dict.fromkeys(named or used)))
+        self.set_things(filter(shapes.is_thing, dict.fromkeys(names or used)))
         if not all(self.thing_classes) or not self.thing_classes:
             raise reading.bad(self.file, "a label without a name, or no label")
-        self.classes = ("background", *self.thing_classes) if len(self.thing_classes) < MOST_SEMANTIC else ()
-        self.tasks = ("semantic", "instance", "open-vocabulary") if self.classes else ("instance", "open-vocabulary")
         self.folder = path / "images" if (path / "images").is_dir() else path
         super().__init__(size, len(self.entries))
 
@@ -61,7 +57,7 @@ class Cvat(PictureSource):
         if image.shape[:2] != sides:
             shape = f"{image.shape[1]} x {image.shape[0]}"
             raise reading.bad(path, f"{shape} pixels, but {self.file.name} says {sides[1]} x {sides[0]}")
-        found = []
+        outlines = []
         for number, shape in enumerate(entry):
             try:
                 if (mask := _mask(shape, image.shape)) is None:
@@ -70,24 +66,24 @@ class Cvat(PictureSource):
                 if shapes.is_thing(label) and label not in self.thing_classes:
                     raise ValueError(f"the unknown label {documents.quote(label)}")
                 group = shape.get("group_id", "")
-                found.append(shapes.Shape(label, mask, "" if group == "0" else group))
+                outlines.append(shapes.Shape(label, mask, "" if group == "0" else group))
             except (ValueError, OverflowError) as error:
                 raise reading.bad(self.file, f"{path.name}, shape {number}: {documents.reason_of(error)}") from error
-        truth = shapes.things(found, self.thing_classes)
-        named = tuple(self.thing_classes[k] for k in sorted(set(truth["mask_classes"])))
-        return Picture(Path(entry.get("name", "")).with_suffix("").as_posix(), image, named, **truth)
+        things = shapes.things_of(outlines, self.thing_classes)
+        stem = Path(entry.get("name", "")).with_suffix("").as_posix()
+        return Picture(stem, image, self.names_of(things), **things.fields)
 
     def _path(self, entry: Element) -> Path:
         name = entry.get("name", "")
-        there = [
+        paths = [
             reading.inside(self.folder, f"{subset}/{name}" if subset else name, self.file)
             for subset in (entry.get("subset", ""), "")
         ]
-        return there[0] if there[0].exists() else there[1]
+        return paths[0] if paths[0].exists() else paths[1]
 
 
 def _mask(shape: Element, sides: tuple[int, ...]) -> shapes.Mask | None:
-    """What draws a shape, None for one that bounds no area."""
+    """The mask of a shape, None for one without an area."""
 
     def numbers(*names: str) -> list[float]:
         return [float(shape.get(name, "")) for name in names]
@@ -115,4 +111,4 @@ def _runs(shape: Element, sides: tuple[int, ...]) -> shapes.Mask:
     if (counts < 0).any() or counts.sum() != width * height or len(counts) > width * height + 1:
         raise ValueError(f"runs that do not add up to the {width} x {height} pixels of their box")
     pixels = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
-    return partial(shapes.placed, pixels, top, left, sides)
+    return partial(shapes.place, pixels, top, left, sides)

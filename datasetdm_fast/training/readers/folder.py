@@ -50,7 +50,7 @@ class Folder(PictureSource):
         self.captions = {}
         if captions.exists():
             self.captions = documents.read_object(captions, most=reading.LARGEST_LIST, remedy=reading.CAPTIONS)
-        if self.captions and all(self._said(record) is None for record in range(len(self.images))):
+        if self.captions and all(self._caption(record) is None for record in range(len(self.images))):
             raise Refused(
                 f"{captions}: names none of the images in {path / 'images'}",
                 f"Name them by their paths there, such as {documents.quote(self.ids[0])}.",
@@ -58,8 +58,8 @@ class Folder(PictureSource):
         self.captions_name_all = not self.captions
         super().__init__(size, len(self.images))
 
-    def _said(self, record: int) -> object:
-        """What captions.json says of an image, by its file name or without the ending."""
+    def _caption(self, record: int) -> object:
+        """The caption of an image in captions.json, by its file name or without the ending."""
         name = self.ids[record]
         return self.captions.get(f"{name}{self.images[record].suffix}", self.captions.get(name))
 
@@ -69,7 +69,7 @@ class Folder(PictureSource):
         image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
         labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
         depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None
-        caption = self._said(record)
+        caption = self._caption(record)
         if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is not a text")
         return Picture(name, image, self.things_in(labels) if caption is None else caption, labels, depth=depth)

@@ -19,6 +19,7 @@ from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import tables
+from datasetdm_fast.training.truth.shapes import Things
 from datasetdm_fast.untrusted import documents, images
 
 COLUMNS = {
@@ -38,16 +39,15 @@ NOTE = "depth unit"  # of a depth map that says in which unit it is
 
 
 class HuggingFace(PictureSource):
-    """Pictures with metadata.jsonl or metadata.csv, Parquet files, or what save_to_disk wrote; columns by their usual
-    names. The numbers of a label map are named by id2label.json, {"0": name, ...}, by the features of the table, or by
-    classes.txt; max_depth.txt is as in a plain folder. What convert wrote has all of it in classes.json, and its things
-    and people in lists.
+    """Images with metadata.jsonl or metadata.csv, or Parquet files; columns by their usual names. The numbers of label
+    maps are named by id2label.json, {"0": name, ...}, by the features of the table, or by classes.txt; max_depth.txt is
+    as in a plain folder. What convert wrote has all of it in classes.json, and its things and people in lists.
     """
 
     rule = framing.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        self.path, self.rows = path, tables.opened(path, split)
+        self.path, self.rows = path, tables.open_rows(path, split)
         names = self.rows.columns
         self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
         first = self._first_row()
@@ -85,30 +85,30 @@ class HuggingFace(PictureSource):
             return {}
 
     def _table(self) -> dict[str, Any]:
-        """What classes.json says, empty where there is none."""
+        """The content of classes.json, empty where there is none."""
         path = self.path / TABLE
         if not path.exists():
             return {}
-        found = documents.read_object(path)
+        table = documents.read_object(path)
         try:
-            documents.check_form(found, {name: form for name, form in TABLE_FORM.items() if name in found})
-            limbs = found.get("limbs", [])
-            if any(len(limb) != 2 or not all(0 <= end < len(found["joints"]) for end in limb) for limb in limbs):
+            documents.check_form(table, {name: form for name, form in TABLE_FORM.items() if name in table})
+            limbs = table.get("limbs", [])
+            if any(len(limb) != 2 or not all(0 <= end < len(table["joints"]) for end in limb) for limb in limbs):
                 raise ValueError("a limb that joins no two joints")
-            if not 0 <= found.get("max_depth", 0) <= LARGEST_STEP or found.get("depth_steps_of_a_metre", 1) <= 0:
+            if not 0 <= table.get("max_depth", 0) <= LARGEST_STEP or table.get("depth_steps_of_a_metre", 1) <= 0:
                 raise ValueError("a depth out of range")
         except (ValueError, KeyError) as error:
             raise reading.bad(path, f"not what convert writes ({error})") from error
-        return found
+        return table
 
     def _classes(self) -> tuple[str, ...]:
         if "id2label" in self.table:
-            return _numbered(self.path / TABLE, self.table["id2label"])
+            return _class_names(self.path / TABLE, self.table["id2label"])
         for folder in dict.fromkeys((self.rows.folder, self.path)):
             if (file := folder / "id2label.json").exists():
-                return _numbered(file, documents.read_object(file))
-        if found := next(_names(self.rows.features(self.columns["label"])), ()):
-            return reading.with_background(found)
+                return _class_names(file, documents.read_object(file))
+        if names := next(_feature_names(self.rows.features(self.columns["label"])), ()):
+            return reading.with_background(names)
         return reading.class_file(reading.first_there(self.path / "id2label.json", self.path / "classes.txt"))
 
     def name(self, record: int) -> str:
@@ -136,28 +136,26 @@ class HuggingFace(PictureSource):
         if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.name(record), "its caption is not a text")
         lists = self._things(row, record, image.shape) | self._people(row, record)
-        said = self.things_in(labels) if caption is None else caption
-        return Picture(f"{record:08d}", image, said, labels, depth=depth, **lists)
+        caption = self.things_in(labels) if caption is None else caption
+        return Picture(f"{record:08d}", image, caption, labels, depth=depth, **lists)
 
     def _things(self, row: dict[str, Any], record: int, shape: tuple[int, ...]) -> dict[str, Any]:
         """The things of a row: the sure ones are masks, the others crowds."""
         if not self.columns["objects"]:
             return {}
-        found: dict[str, Any] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
-        things = row[self.columns["objects"]]
+        things, objects = Things(), row[self.columns["objects"]]
         try:
-            documents.check_form(things, OBJECT_FORM)
-            for number, counts, score in zip(*(things[name] for name in OBJECT_FORM), strict=True):
+            documents.check_form(objects, OBJECT_FORM)
+            for number, counts, score in zip(*(objects[name] for name in OBJECT_FORM), strict=True):
                 rle = {"size": list(shape[:2]), "counts": counts}
                 mask_rle.run_lengths(rle)
-                which = ("masks", "mask_classes") if score >= SHOWN_SCORE else ("crowds", "crowd_classes")
                 if not 0 <= number < len(self.classes) or self.classes[number] not in self.thing_classes:
                     raise ValueError(f"the unknown category {number}")
-                found[which[0]].append(partial(mask_rle.decode, rle))
-                found[which[1]].append(self.thing_classes.index(self.classes[number]))
+                class_id = self.thing_classes.index(self.classes[number])
+                things.add(partial(mask_rle.decode, rle), class_id, is_crowd=score < SHOWN_SCORE)
         except (ValueError, TypeError) as error:
             raise reading.bad(self.name(record), f"its objects are not what convert writes ({error})") from error
-        return found
+        return things.fields
 
     def _people(self, row: dict[str, Any], record: int) -> dict[str, Any]:
         if not self.columns["people"]:
@@ -166,9 +164,9 @@ class HuggingFace(PictureSource):
         try:
             documents.check_form(people, PEOPLE_FORM)
             boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
-            said = people.get("area")  # which earlier versions did not tell
-            documents.check_form([] if said is None else said, [float], "area")
-            areas = (boxes[:, 2:].prod(1) if said is None else np.array(said, np.float32)).reshape(len(boxes))
+            areas = people.get("area")  # which earlier versions did not write
+            documents.check_form([] if areas is None else areas, [float], "area")
+            areas = (boxes[:, 2:].prod(1) if areas is None else np.array(areas, np.float32)).reshape(len(boxes))
             points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
         except (ValueError, TypeError) as error:
             raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
@@ -181,12 +179,12 @@ class HuggingFace(PictureSource):
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise reading.bad(self.name(record), f"no picture in the column {self.columns[what]}")
         name = f"{self.name(record)}, {self.columns[what]}"
-        given = {"most_pixels": reading.MOST_PIXELS, "holds_numbers": holds_numbers}
+        options = {"most_pixels": reading.MOST_PIXELS, "holds_numbers": holds_numbers}
         if value.get("bytes"):
-            image = images.decode_image(value["bytes"], name, **given)
+            image = images.decode_image(value["bytes"], name, **options)
         else:
             file = reading.inside(self.rows.folder, value["path"], name)
-            image = images.read_image(file, **given)
+            image = images.read_image(file, **options)
         reading.check_sides(name, image.size)
         return image
 
@@ -194,15 +192,15 @@ class HuggingFace(PictureSource):
         self, row: dict[str, Any], record: int, maps: Mapping[str, tuple[np.ndarray, float]]
     ) -> np.ndarray:  # [H, W, 3] uint8
         """The picture of a row, turned as its maps lie; maps of another size are refused."""
-        sizes = {self.columns[what]: found.shape[::-1] for what, (found, _) in maps.items()}
+        sizes = {self.columns[what]: array.shape[::-1] for what, (array, _) in maps.items()}
         column, first = next(iter(sizes.items()), ("", ()))
         turned = reading.as_sized(column, lambda: first) if column else None
         image = reading.colours(f"{self.name(record)}, image", self._image(row, "image", record), turned)
         for column, size in sizes.items():
             if size != image.shape[1::-1]:
-                told = " x ".join(map(str, size))
                 shape = f"{image.shape[1]} x {image.shape[0]}"
-                raise reading.bad(self.name(record), f"{column} has {told} pixels, but its image has {shape}")
+                size = " x ".join(map(str, size))
+                raise reading.bad(self.name(record), f"{column} has {size} pixels, but its image has {shape}")
         return image
 
     def _map(self, row: dict[str, Any], what: str, record: int) -> tuple[np.ndarray, float]:
@@ -213,26 +211,26 @@ class HuggingFace(PictureSource):
         if isinstance(value, (dict, str, bytes)):
             image = self._image(row, what, record, holds_numbers=True)
             if image.mode not in ("I", "I;16", *(() if what == "depth" else reading.EIGHT_BITS)):
-                wanted = "one number of 16 bits each" if what == "depth" else "one number each"
-                raise reading.bad(self.name(record), f"the pixels of {column} are {image.mode}, expected {wanted}")
-            found = np.asarray(image).astype(np.int32)
-            said = self.table.get("depth_steps_of_a_metre") or UNITS.get(image.info.get(NOTE, ""))
-            steps = said or UNITS[unit_of(self.max_depth)]
+                expected = "one number of 16 bits each" if what == "depth" else "one number each"
+                raise reading.bad(self.name(record), f"the pixels of {column} are {image.mode}, expected {expected}")
+            array = np.asarray(image).astype(np.int32)
+            named_steps = self.table.get("depth_steps_of_a_metre") or UNITS.get(image.info.get(NOTE, ""))
+            steps = named_steps or UNITS[unit_of(self.max_depth)]
         else:
             try:
-                found = np.asarray(value, np.float32 if what == "depth" else np.int32)
-                if found.ndim != 2:
+                array = np.asarray(value, np.float32 if what == "depth" else np.int32)
+                if array.ndim != 2:
                     raise ValueError("no rows of numbers")
             except (TypeError, ValueError, OverflowError):
                 raise reading.bad(self.name(record), f"{column} is no table of numbers") from None
-        return found, steps
+        return array, steps
 
 
 def _map_column(known: Sequence[str], names: Sequence[str], row: Mapping[str, Any]) -> str:
     """The first of the known columns that holds maps: a label may be the class of the whole picture."""
-    there = [name for name in known if name in names]
-    maps = [name for name in there if _may_be_map(row.get(name))]
-    return next(iter(maps or [name for name in there if not isinstance(row.get(name), (int, float))]), "")
+    present = [name for name in known if name in names]
+    maps = [name for name in present if _may_be_map(row.get(name))]
+    return next(iter(maps or [name for name in present if not isinstance(row.get(name), (int, float))]), "")
 
 
 def _may_be_map(value: Any) -> bool:
@@ -241,25 +239,22 @@ def _may_be_map(value: Any) -> bool:
     return value is None or is_path or isinstance(value, (bytes, dict, list))
 
 
-def _names(feature: Any) -> Iterator[tuple[str, ...]]:
-    """Class names that a feature tells, however deep in lists it stands."""
+def _feature_names(feature: Any) -> Iterator[tuple[str, ...]]:
+    """Class names in the description of a column, at any depth of lists."""
     if isinstance(feature, dict):
         names = feature.get("names")
         if isinstance(names, list) and names and len(names) <= IGNORE and all(isinstance(name, str) for name in names):
             yield tuple(names)
         for inner in feature.values():
-            yield from _names(inner)
+            yield from _feature_names(inner)
     elif isinstance(feature, list):
         for inner in feature:
-            yield from _names(inner)
+            yield from _feature_names(inner)
 
 
-def _numbered(path: Path, found: dict[str, Any]) -> tuple[str, ...]:
-    if (
-        not found
-        or set(found) != {str(k) for k in range(len(found))}
-        or not all(isinstance(name, str) for name in found.values())
-        or len(found) > IGNORE
-    ):
+def _class_names(path: Path, id2label: dict[str, Any]) -> tuple[str, ...]:
+    """The classes of an object from their numbers to their names, in the order of the numbers."""
+    are_names = all(isinstance(name, str) for name in id2label.values())
+    if not (0 < len(id2label) <= IGNORE and set(id2label) == {str(k) for k in range(len(id2label))} and are_names):
         raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
-    return reading.with_background([found[str(k)] for k in range(len(found))])
+    return reading.with_background([id2label[str(k)] for k in range(len(id2label))])

@@ -23,7 +23,7 @@ class Kitti(PictureSource):
         split = "test" if split == "val" and not (path / "kitti_eigen_val.txt").exists() else split
         self.list = path / f"kitti_eigen_{split}.txt"
         self.rows = reading.pairs(self.list)
-        self.images = [path / "input" / said for said, _ in self.rows]
+        self.images = [path / "input" / name for name, _ in self.rows]
         super().__init__(size, len(self.rows))
 
     def sequence(self, record: int) -> str:
@@ -31,9 +31,9 @@ class Kitti(PictureSource):
         return next((part for part in Path(self.rows[record][0]).parts if "_drive_" in part), "")
 
     def picture(self, record: int) -> Picture:
-        said, depth = self.rows[record]
-        image = reading.colour_image(reading.inside(self.path / "input", said, self.list))
+        name, depth = self.rows[record]
+        image = reading.colour_image(reading.inside(self.path / "input", name, self.list))
         metres = reading.depth_map(
             reading.inside(self.path / "gt_depth", depth, self.list), image.shape, 256, self.max_depth
         )
-        return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, CAPTION, depth=metres)
+        return Picture(name.removesuffix(Path(name).suffix).replace("/", "_"), image, CAPTION, depth=metres)

@@ -11,24 +11,22 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents, images
 
 LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
 FORM = {"shapes": [{"label": str, "points": [[float]]}], "imagePath": str, "imageHeight": int, "imageWidth": int}
-NO_AREA = ("point", "points", "line", "linestrip")  # kinds of shapes that bound none
+NO_AREA = ("point", "points", "line", "linestrip")  # kinds of shapes without one
 
 
-class LabelMe(PictureSource):
+class LabelMe(shapes.OutlineSource):
     """NAME.json beside its picture, in PATH or PATH/SPLIT; classes in the order of classes.txt or labels.txt, or else
-    by name. Polygons, rectangles, circles and masks are read, what bounds no area is left out; shapes of one label and
-    group_id are one thing, `__ignore__` is ignored.
+    by name. Polygons, rectangles, circles and masks are read, shapes without an area are left out; shapes of one label
+    and group_id are one thing, `__ignore__` is ignored.
     """
 
     rule = framing.RULES["coco"]
-    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():
@@ -36,15 +34,14 @@ class LabelMe(PictureSource):
         whole, path = path, path / split if (path / split).is_dir() else path
         self.files = reading.listing(path, ".json")
         lists = [folder / name for folder in (path, whole) for name in ("classes.txt", "labels.txt")]
-        if there := [file for file in lists if file.exists()]:
-            self.list, names = there[0], reading.class_file(there[0])
+        self.list = next((file for file in lists if file.exists()), path)
+        if self.list == path:
+            names = sorted({name for file in self.files for name in _labels(file)})
         else:
-            self.list, names = path, sorted({name for file in self.files for name in _labels(file)})
-        self.thing_classes = tuple(name for name in names if shapes.is_thing(name))
+            names = reading.class_file(self.list)
+        self.set_things(filter(shapes.is_thing, names))
         if not self.thing_classes:
             raise reading.bad(self.list, "no class in it")
-        self.classes = ("background", *self.thing_classes) if len(self.thing_classes) < MOST_SEMANTIC else ()
-        self.tasks = ("semantic", "instance", "open-vocabulary") if self.classes else ("instance", "open-vocabulary")
         super().__init__(size, len(self.files))
 
     def name(self, record: int) -> str:
@@ -55,7 +52,7 @@ class LabelMe(PictureSource):
         document = _document(path)
         sides = (document["imageHeight"], document["imageWidth"])
         image = self._image(path, document, sides)
-        found = []
+        outlines = []
         for number, shape in enumerate(document["shapes"]):
             try:
                 if (mask := _mask(shape, image.shape, f"{path}, shape {number}")) is None:
@@ -63,27 +60,26 @@ class LabelMe(PictureSource):
                 if shapes.is_thing(shape["label"]) and shape["label"] not in self.thing_classes:
                     raise ValueError(f"the unknown class {documents.quote(shape['label'])}, {self.list} lacks it")
                 group = shape.get("group_id")
-                found.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
-            except Refused:  # the picture of a mask, which is named
+                outlines.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
+            except Refused:  # the image of a mask, which it names
                 raise
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"shape {number}: {documents.reason_of(error)}") from error
-        truth = shapes.things(found, self.thing_classes)
-        named = tuple(self.thing_classes[k] for k in sorted(set(truth["mask_classes"])))
-        return Picture(path.stem, image, named, **truth)
+        things = shapes.things_of(outlines, self.thing_classes)
+        return Picture(path.stem, image, self.names_of(things), **things.fields)
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
-        said = reading.as_drawn(sides[::-1])
+        orientation = reading.as_drawn(sides[::-1])
         try:
             file = reading.inside(path.parent, document["imagePath"].replace("\\", "/"), path)
-        except Refused:  # labelme may keep its files in a folder beside that of the pictures
+        except Refused:  # labelme may keep its files in a folder beside that of the images
             if not document.get("imageData"):
                 raise
             file = None
         if file and (file.exists() or not document.get("imageData")):
-            image = reading.colour_image(file, said)
+            image = reading.colour_image(file, orientation)
         else:
-            image = reading.colours(path, _inner(document["imageData"], path), said)
+            image = reading.colours(path, _decode_image(document["imageData"], path), orientation)
         if image.shape[:2] != sides:
             shape = f"{image.shape[1]} x {image.shape[0]}"
             raise reading.bad(path, f"says {sides[1]} x {sides[0]} pixels, but its image has {shape}")
@@ -100,12 +96,12 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _labels(path: Path) -> list[str]:
-    """The labels of the shapes that bound an area."""
+    """The labels of the shapes with an area."""
     return [shape["label"] for shape in _document(path)["shapes"] if shape.get("shape_type") not in NO_AREA]
 
 
 def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Mask | None:
-    """What draws a shape, None for one that bounds no area."""
+    """The mask of a shape, None for one without an area."""
     kind, points = shape.get("shape_type", "polygon"), shape["points"]
     if any(len(point) != 2 for point in points):
         raise ValueError("a point that is not x and y")
@@ -122,15 +118,15 @@ def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Ma
         return shapes.box((min(x, right), min(y, bottom), max(x, right), max(y, bottom)), sides)
     if kind == "circle":
         return shapes.ellipse((x, y), (math.dist(*points),) * 2, sides)
-    pixels = np.asarray(_inner(shape.get("mask"), name).convert("L")) > 0
+    pixels = np.asarray(_decode_image(shape.get("mask"), name).convert("L")) > 0
     left, top = round(x), round(y)
     if not (0 <= left <= sides[1] - pixels.shape[1] and 0 <= top <= sides[0] - pixels.shape[0]):
         raise ValueError("a mask that lies outside of its picture")
-    return partial(shapes.placed, pixels, top, left, sides)
+    return partial(shapes.place, pixels, top, left, sides)
 
 
-def _inner(text: Any, name: Path | str):
-    """The picture that stands in a document as text."""
+def _decode_image(text: Any, name: Path | str):
+    """The image that a document holds as base64."""
     try:
         data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except binascii.Error as error:

@@ -25,18 +25,20 @@ class Lvis(Coco):
 
     def _was_searched(self, image: int) -> bool:
         """Whether an image without annotations says what it does not show; of another one nothing is known."""
-        said = self.things.images[image]
-        return image in self.things.bad or SEARCHED[0] not in said or not {*said[SEARCHED[0]]}.isdisjoint(self.numbers)
+        facts = self.things.images[image]
+        return (
+            image in self.things.bad or SEARCHED[0] not in facts or not {*facts[SEARCHED[0]]}.isdisjoint(self.numbers)
+        )
 
     def picture(self, record: int) -> Picture:
-        picture, said = super().picture(record), self.things.images[self.images[record]]
-        absent, more = (tuple(self.numbers[k] for k in said.get(name, ()) if k in self.numbers) for name in SEARCHED)
-        searched = tuple(sorted({*absent, *picture.mask_classes})) if SEARCHED[0] in said else None
+        picture, facts = super().picture(record), self.things.images[self.images[record]]
+        absent, more = (tuple(self.numbers[k] for k in facts.get(name, ()) if k in self.numbers) for name in SEARCHED)
+        searched = tuple(sorted({*absent, *picture.mask_classes})) if SEARCHED[0] in facts else None
         return replace(picture, searched=searched, not_exhausted=more)
 
     def image_path(self, image: int) -> Path:
-        said = self.things.images[image].get("coco_url")
-        parts = PurePosixPath(said).parts[-2:] if isinstance(said, str) else ()
+        url = self.things.images[image].get("coco_url")
+        parts = PurePosixPath(url).parts[-2:] if isinstance(url, str) else ()
         if len(parts) < 2:
             raise reading.bad(self.things.path, f"image {image} has no coco_url")
         below = reading.inside(self.path, "/".join(parts), self.things.path)

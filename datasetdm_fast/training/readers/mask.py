@@ -25,19 +25,19 @@ class Masks(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         whole = path
-        path = next((found for name in (split, DIS5K.get(split, split)) if (found := path / name).is_dir()), path)
+        path = next((inner for name in (split, DIS5K.get(split, split)) if (inner := path / name).is_dir()), path)
         if path == whole and split != "train":
             raise reading.no_split(path, split)
-        there = [pair for pair in FOLDERS if all((path / name).is_dir() for name in pair)]
-        if not there:
+        pairs = [pair for pair in FOLDERS if all((path / name).is_dir() for name in pair)]
+        if not pairs:
             expected = ", ".join(" and ".join(pair) for pair in FOLDERS)
             raise reading.bad(path, f"no folder of images beside one of masks, expected {expected}")
-        self.folder, self.masks = (path / name for name in there[0])
+        self.folder, self.masks = (path / name for name in pairs[0])
         self.images = reading.listing(self.folder, *reading.PICTURES, *reading.OTHER_PICTURES)
         self.names = reading.names_of(self.folder, self.images)
         names = [path / "classes.txt", whole / "classes.txt"]
-        found = [reading.class_file(file) for file in names if file.exists()]
-        self.thing_classes = reading.without_background(found[0]) if found else (OBJECT,)
+        class_lists = [reading.class_file(file) for file in names if file.exists()]
+        self.thing_classes = reading.without_background(class_lists[0]) if class_lists else (OBJECT,)
         if len(self.thing_classes) != 1:
             raise reading.bad(path / "classes.txt", f"{len(self.thing_classes)} classes, a binary mask tells one")
         self.classes = ("background", *self.thing_classes)

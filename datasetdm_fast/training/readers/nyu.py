@@ -26,8 +26,8 @@ class Nyu(PictureSource):
         self.list = path / f"{split}_list.txt"
         folders = FOLDERS.get(split, (f"official_splits/{split}", split))
         self.folder = reading.first_there(*(path / folder for folder in folders))
-        self.rows = [(said.lstrip("/"), depth.lstrip("/")) for said, depth in reading.pairs(self.list)]
-        self.images = [self.folder / said for said, _ in self.rows]
+        self.rows = [(name.lstrip("/"), depth.lstrip("/")) for name, depth in reading.pairs(self.list)]
+        self.images = [self.folder / name for name, _ in self.rows]
         kinds = path / "nyu_class_list.json"
         self.kinds: tuple[str, ...] = ()
         if kinds.exists():
@@ -43,15 +43,15 @@ class Nyu(PictureSource):
         return scene[1] if scene else ""
 
     def picture(self, record: int) -> Picture:
-        said, depth = self.rows[record]
-        scene = Path(said).parent.name
+        name, depth = self.rows[record]
+        scene = Path(name).parent.name
         if self.kinds and not any(kind in scene for kind in self.kinds):
-            raise reading.bad(self.list, f"{documents.quote(said)} is of no scene that nyu_class_list.json names")
-        image = reading.colour_image(reading.inside(self.folder, said, self.list))
+            raise reading.bad(self.list, f"{documents.quote(name)} is of no scene that nyu_class_list.json names")
+        image = reading.colour_image(reading.inside(self.folder, name, self.list))
         metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
         place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()
         return Picture(
-            said.removesuffix(Path(said).suffix).replace("/", "_"),
+            name.removesuffix(Path(name).suffix).replace("/", "_"),
             image,
             f"a photo of a {place or 'room'}",
             depth=metres,

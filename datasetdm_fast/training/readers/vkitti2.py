@@ -38,20 +38,20 @@ class VirtualKitti(PictureSource):
             )
         inside = [part for part in root.absolute().parts[-2:] if SCENE.fullmatch(part)]  # or a weather of it
         self.scene = inside[-1] if inside else ""
-        self.images = [root / said for said in self.rows]
+        self.images = [root / name for name in self.rows]
         super().__init__(size, len(self.rows))
 
     def origins(self, record: int) -> tuple[str, ...]:
         """The frame of a scene, which is there from both cameras and in every weather."""
-        said = self.rows[record]
-        return (f"{self.sequence(record)}/{said.name}",)
+        name = self.rows[record]
+        return (f"{self.sequence(record)}/{name.name}",)
 
     def sequence(self, record: int) -> str:
         return self.scene or self.rows[record].parts[0]
 
     def picture(self, record: int) -> Picture:
-        said = self.rows[record]
+        name = self.rows[record]
         image = reading.colour_image(self.images[record])
-        depth = str(said).replace("rgb", "depth").removesuffix(".jpg") + ".png"
+        depth = str(name).replace("rgb", "depth").removesuffix(".jpg") + ".png"
         metres = reading.depth_map(self.depths / depth, image.shape, 100, self.max_depth)
-        return Picture(str(said.with_suffix("")).replace("/", "_"), image, CAPTION, depth=metres)
+        return Picture(str(name.with_suffix("")).replace("/", "_"), image, CAPTION, depth=metres)

@@ -1,4 +1,4 @@
-"""--images FILE: the images of a data set that a list names, as people write one and as DatasetDM published its own."""
+"""--images FILE: a list of the images to take from a data set, one a line or as DatasetDM published its own."""
 
 import ast
 from collections import defaultdict
@@ -22,16 +22,16 @@ def read_image_list(path: Path) -> tuple[str, ...]:
     storage.check_given(path, "--images", "Name a file that lists paths of images.")
     try:
         text = storage.read(path, LARGEST_IMAGE_LIST).decode("utf-8-sig").strip()
-        found = ast.literal_eval(text) if text.startswith("[") else _lines(text)
-        documents.check_form(found, [str])
+        paths = ast.literal_eval(text) if text.startswith("[") else _lines(text)
+        documents.check_form(paths, [str])
     except UnicodeDecodeError as error:
         raise Refused(f"--images {path}: not UTF-8 at byte {error.start}", EXPECTED) from error
+    except Refused:
+        raise
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        if isinstance(error, Refused):
-            raise
-        reason = documents.reason_of(error)
-        raise Refused(f"--images {path}: no list of paths ({documents.one_line(reason)})", EXPECTED) from error
-    names = tuple(dict.fromkeys(name.strip() for name in found if name.strip()))
+        reason = documents.one_line(documents.reason_of(error))
+        raise Refused(f"--images {path}: no list of paths ({reason})", EXPECTED) from error
+    names = tuple(dict.fromkeys(name.strip() for name in paths if name.strip()))
     if not names:
         raise Refused(f"--images {path}: no path in it", EXPECTED)
     return names
@@ -41,24 +41,24 @@ def _lines(text: str) -> list[str]:
     return [part.strip(" \t[]'\",") for line in text.splitlines() for part in line.split(BETWEEN)]
 
 
-def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
+def find_listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
     """The items of a data set that a list names, in its order.
 
-    A path is told by as many of its last parts as name no two images; where it led to its folder may differ, and its
-    ending may be left out.
+    A path is matched by as many of its last parts as name no two images: the path to its folder may differ, and its
+    ending may be missing.
     """
-    places, items = defaultdict(set), defaultdict(list)
+    images, items = defaultdict(set), defaultdict(list)  # name -> paths; path -> items
     for number, record in enumerate(source.order):
         image = _parts(source.path_of(record))
         items[image].append(number)
-        places[image[-1]].add(image)
+        images[image[-1]].add(image)
     chosen, missing = [], []
     for name in names:
         parts = _parts(name)
-        if not name.lower().endswith(PICTURE_ENDINGS) and (whole := _folders_and_name(name))[-1] in places:
-            parts = whole  # the ending was left out, and what follows the last dot is of the name: frame.10
-        alike = {image: _common(image, parts) for image in places.get(parts[-1], ())}
-        best = [image for image, count in alike.items() if count == max(alike.values())]
+        if not name.lower().endswith(PICTURE_ENDINGS) and (whole := _parts_with_ending(name))[-1] in images:
+            parts = whole  # the ending is missing, and what follows the last dot is of the name: frame.10
+        common = {image: _count_common(image, parts) for image in images.get(parts[-1], ())}
+        best = [image for image, count in common.items() if count == max(common.values())]
         if len(best) > 1:
             raise Refused(
                 f"--images: {documents.quote(name)} may be {len(best)} images of the data set",
@@ -76,18 +76,17 @@ def listed(source: LabelledSource, names: Sequence[str]) -> list[int]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """The parts of a path, whichever way its slashes lean, without the ending of its file."""
-    *folders, name = _folders_and_name(path)
+    """The parts of a path with slashes of either kind, without the ending of its file."""
+    *folders, name = _parts_with_ending(path)
     stem, dot, ending = name.rpartition(".")
     return (*folders, stem if dot and stem and len(ending) <= 4 else name)
 
 
-def _folders_and_name(path: str) -> tuple[str, ...]:
-    """The same with the ending."""
+def _parts_with_ending(path: str) -> tuple[str, ...]:
     return tuple(part for part in path.replace("\\", "/").split("/") if part not in ("", ".")) or ("",)
 
 
-def _common(first: Sequence[str], second: Sequence[str]) -> int:
+def _count_common(first: Sequence[str], second: Sequence[str]) -> int:
     """How many last parts two paths have in common."""
     shorter = min(len(first), len(second))
     return next((k for k in range(shorter) if first[-1 - k] != second[-1 - k]), shorter)

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.pictures.framing import UPSTREAM_SIDE
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.settings import setting
-from datasetdm_fast.training.truth.image_list import listed, read_image_list
+from datasetdm_fast.training.truth.image_list import find_listed, read_image_list
 
 VOC_CLASSES = builtin_table("voc").names
 
@@ -102,19 +102,19 @@ class DataSettings:
         )
 
 
-def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
+def select(source: LabelledSource, selection: Selection) -> LabelledSource:
     """The data set narrowed to what the selection chooses; images are read one by one, and no further than needed."""
     source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
     if selection.is_everything:
         return source
     if selection.images:
-        source = source.subset(listed(source, selection.images))
+        source = source.narrowed(find_listed(source, selection.images))
     known = source.thing_classes or source.classes
     by_class = {"--limit-per-class": selection.per_class, "--min-area": selection.min_area}
     by_class |= {"--only-classes": selection.classes}
-    if not known and (asked := [flag for flag, value in by_class.items() if value]):
+    if not known and (flags := [flag for flag, value in by_class.items() if value]):
         raise Refused(
-            f"selection: the data set names no classes, by which {asked[0]} or --select would choose images",
+            f"selection: the data set names no classes, by which {flags[0]} or --select would choose images",
             "Choose by --limit-images or --images.",
         )
     if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
@@ -122,13 +122,13 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
             f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
             f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
         )
-    chosen = source.subset(list(_chosen(source, selection)))
+    chosen = source.narrowed(list(_choose(source, selection)))
     if not len(chosen):
         raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
     return chosen
 
 
-def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
+def _choose(source: LabelledSource, selection: Selection) -> Iterator[int]:
     order = (
         np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
     )

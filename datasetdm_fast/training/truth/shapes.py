@@ -1,8 +1,8 @@
-"""Outlines that people drew on a picture, as polygons in its pixels, and as the truth of a picture."""
+"""Outlines drawn on an image, as masks in its pixels and as the truth of an image."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
+from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
-CORNERS_OF_A_CIRCLE = 64
-IGNORED_NAMES = ("__ignore__", "ignore")  # of regions that are neither right nor wrong to find
+CIRCLE_CORNERS = 64
+IGNORED_NAMES = ("__ignore__", "ignore")  # of regions in which every prediction is ignored
 Mask = Callable[[], np.ndarray]  # [H, W] bool
 
 
@@ -27,8 +28,46 @@ class Shape:
     group: str = ""
 
 
+@dataclass
+class Things:
+    """The masks of an image's things, and of crowds, in which every prediction is ignored."""
+
+    masks: list[Mask] = field(default_factory=list)
+    mask_classes: list[int] = field(default_factory=list)
+    crowds: list[Mask] = field(default_factory=list)
+    crowd_classes: list[int] = field(default_factory=list)
+
+    def add(self, mask: Mask, class_id: int, is_crowd: bool = False) -> None:
+        (self.crowds if is_crowd else self.masks).append(mask)
+        (self.crowd_classes if is_crowd else self.mask_classes).append(class_id)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As fields of a Picture."""
+        return dict(vars(self))
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes of the things, each once."""
+        return sorted(set(self.mask_classes))
+
+
+class OutlineSource(PictureSource):
+    """A data set whose truth is outlines of things; its label maps are drawn from them, where 8 bits suffice."""
+
+    captions_name_all = True
+
+    def set_things(self, names: Iterable[str]) -> None:
+        self.thing_classes = tuple(names)
+        self.classes = ("background", *self.thing_classes) if len(self.thing_classes) < MOST_SEMANTIC else ()
+        self.tasks = (*(("semantic",) if self.classes else ()), "instance", "open-vocabulary")
+
+    def names_of(self, things: Things) -> tuple[str, ...]:
+        return tuple(self.thing_classes[k] for k in things.classes)
+
+
 def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
-    """What draws a polygon x, y, x, y, ...; a ValueError where it is none, or lies far outside of its picture."""
+    """The mask of a polygon x, y, x, y, ...; a ValueError where it is none, or lies far outside of its image."""
     height, width = sides[:2]
     if len(places) < 6 or len(places) % 2 or len(places) > 2 * MOST_CORNERS:
         raise ValueError(f"a polygon of {len(places)} numbers, expected x and y of at least three corners")
@@ -36,41 +75,41 @@ def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
         -height <= y <= 2 * height for y in places[1::2]
     ):
         raise ValueError("an outline far outside of its picture")
-    return partial(rasterised, [list(places)], sides)
+    return partial(rasterise, [list(places)], sides)
 
 
 def box(corners: Sequence[float], sides: Sequence[int], angle: float = 0.0) -> Mask:
-    """A rectangle between two corners, turned about its middle by so many degrees, clockwise."""
+    """A rectangle between two corners, rotated about its centre by so many degrees, clockwise."""
     left, top, right, bottom = corners
-    middle = ((left + right) / 2, (top + bottom) / 2)
+    centre = ((left + right) / 2, (top + bottom) / 2)
     points = [(left, top), (right, top), (right, bottom), (left, bottom)]
-    return polygon(_turned(points, middle, angle), sides)
+    return polygon(_rotate(points, centre, angle), sides)
 
 
-def ellipse(middle: Sequence[float], radii: Sequence[float], sides: Sequence[int], angle: float = 0.0) -> Mask:
-    """The same for an ellipse of these radii."""
-    steps = (2 * math.pi * k / CORNERS_OF_A_CIRCLE for k in range(CORNERS_OF_A_CIRCLE))
-    points = [(middle[0] + radii[0] * math.cos(step), middle[1] + radii[1] * math.sin(step)) for step in steps]
-    return polygon(_turned(points, middle, angle), sides)
+def ellipse(centre: Sequence[float], radii: Sequence[float], sides: Sequence[int], angle: float = 0.0) -> Mask:
+    """An ellipse of these radii, rotated about its centre by so many degrees, clockwise."""
+    steps = (2 * math.pi * k / CIRCLE_CORNERS for k in range(CIRCLE_CORNERS))
+    points = [(centre[0] + radii[0] * math.cos(step), centre[1] + radii[1] * math.sin(step)) for step in steps]
+    return polygon(_rotate(points, centre, angle), sides)
 
 
-def _turned(points: Iterable[Sequence[float]], middle: Sequence[float], angle: float) -> list[float]:
+def _rotate(points: Iterable[Sequence[float]], centre: Sequence[float], angle: float) -> list[float]:
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    away = [(x - middle[0], y - middle[1]) for x, y in points]
-    return [value for x, y in away for value in (middle[0] + c * x - s * y, middle[1] + s * x + c * y)]
+    offsets = [(x - centre[0], y - centre[1]) for x, y in points]
+    return [value for x, y in offsets for value in (centre[0] + c * x - s * y, centre[1] + s * x + c * y)]
 
 
-def rasterised(polygons: Sequence[Sequence[float]], sides: Sequence[int]) -> np.ndarray:
+def rasterise(polygons: Sequence[Sequence[float]], sides: Sequence[int]) -> np.ndarray:
     """[H, W] bool inside any of the polygons (x, y, x, y, ...), filled as pycocotools fills them."""
     from pycocotools import mask as coco_mask
 
     height, width = sides[:2]
-    drawn = coco_mask.merge(coco_mask.frPyObjects([list(map(float, corners)) for corners in polygons], height, width))
-    return mask_rle.decode(drawn)
+    rles = coco_mask.frPyObjects([list(map(float, corners)) for corners in polygons], height, width)
+    return mask_rle.decode(coco_mask.merge(rles))
 
 
-def placed(pixels: np.ndarray, top: int, left: int, sides: Sequence[int]) -> np.ndarray:
-    """[H, W] bool of a small mask at its place in the picture."""
+def place(pixels: np.ndarray, top: int, left: int, sides: Sequence[int]) -> np.ndarray:
+    """[H, W] bool of a small mask at its place in the image."""
     mask = np.zeros(tuple(sides[:2]), bool)
     mask[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
     return mask
@@ -80,22 +119,19 @@ def is_thing(name: str) -> bool:
     return name not in IGNORED_NAMES and not reading.is_background(name)
 
 
-def things(shapes: Iterable[Shape], classes: Sequence[str]) -> dict[str, Any]:
-    """The masks of a picture and their classes, shapes of one group joined; what is to be ignored is a crowd of
-    every class.
-    """
-    found: dict[tuple[str, str], list[Mask]] = {}
-    for place, shape in enumerate(shapes):
-        found.setdefault((shape.name, shape.group or f"#{place}"), []).append(shape.mask)
-    masks = {key: parts for key, parts in found.items() if is_thing(key[0])}
-    ignored = [parts for (name, _), parts in found.items() if name in IGNORED_NAMES]
-    return {
-        "masks": [partial(_joined, parts) for parts in masks.values()],
-        "mask_classes": [classes.index(name) for name, _ in masks],
-        "crowds": [partial(_joined, parts) for parts in ignored],
-        "crowd_classes": [EVERY_CLASS] * len(ignored),
-    }
+def things_of(shapes: Iterable[Shape], classes: Sequence[str]) -> Things:
+    """The things of an image, shapes of one group joined; regions to ignore are crowds of every class."""
+    parts: dict[tuple[str, str], list[Mask]] = {}
+    for number, shape in enumerate(shapes):
+        parts.setdefault((shape.name, shape.group or f"#{number}"), []).append(shape.mask)
+    things = Things()
+    for (name, _), masks in parts.items():
+        if is_thing(name):
+            things.add(partial(_union, masks), classes.index(name))
+        elif name in IGNORED_NAMES:
+            things.add(partial(_union, masks), EVERY_CLASS, is_crowd=True)
+    return things
 
 
-def _joined(parts: Sequence[Mask]) -> np.ndarray:
-    return np.any([part() for part in parts], axis=0)
+def _union(masks: Sequence[Mask]) -> np.ndarray:
+    return np.any([mask() for mask in masks], axis=0)
