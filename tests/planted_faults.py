@@ -380,8 +380,8 @@ FAULTS = {
     ),
     "words of a prompt copied while the host waits": Fault(
         "datasetdm_fast.training.evaluation.measure:measure",
-        "text = words[task][None].expand",
-        "text = words[task].cpu()[None].expand",
+        "text = words[label][None].expand",
+        "text = words[label].cpu()[None].expand",
         {"scenario": "evaluation"},
     ),
     "texts of a graph that are freed": Fault(

@@ -10,8 +10,9 @@ from layouts import LAYOUTS
 from datasetdm_fast.data import DepthMap, Keypoints
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import main
-from datasetdm_fast.training.evaluation.curve import learning_curve, parse_counts, power_law, to_learn_from, told
+from datasetdm_fast.training.evaluation.curve import learning_curve, parse_counts, power_law, training_address
 from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.evaluation.report import curve_table
 from datasetdm_fast.training.readers import open_data
 
 COUNTS = [10, 30, 100, 300]
@@ -57,14 +58,14 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
     assert [len(point["repeats"]) for point in found["points"]] == [2] * 4
     for point in found["points"]:
         assert point["interval"][0] <= point["value"] <= point["interval"][1]
-    lines = told("depth", found, 0.95).splitlines()
+    lines = curve_table("depth", found, 0.95).splitlines()
     assert (
         lines[-1].startswith("50 more labels would bring AbsRel to about 0.0")
         and "lower" in lines[-1]
         and len(lines) == 7
     )
     level = {**found, "more": {**found["more"], "gain": 4e-5}}
-    assert ": no change (95% interval " in told("depth", level, 0.95).splitlines()[-1]
+    assert ": no change (95% interval " in curve_table("depth", level, 0.95).splitlines()[-1]
 
 
 def test_images_without_truth_have_no_curve():
@@ -90,13 +91,13 @@ def test_draws_of_images_that_show_nothing_are_no_figures_of_0():
 
 def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():
     found = learning_curve("depth", COUNTS[:3], 1, judge_of(lambda n: 1.2 * n**-0.6), bootstrap=50, level=0.95)
-    assert told("depth", found, 0.95).splitlines()[-1].startswith("Fewer than 4 numbers")
+    assert curve_table("depth", found, 0.95).splitlines()[-1].startswith("Fewer than 4 numbers")
 
 
 def test_a_flat_curve_promises_nothing():
     found = learning_curve("depth", COUNTS, 1, judge_of(lambda n: 0.2), bootstrap=100, level=0.9, more=100)
     assert abs(found["more"]["gain"]) < 1e-6 and found["more"]["labels"] == 400
-    assert told("depth", found, 0.9).splitlines()[-1].startswith("The figures do not improve")
+    assert curve_table("depth", found, 0.9).splitlines()[-1].startswith("The figures do not improve")
 
 
 def test_few_images_leave_a_wider_interval(monkeypatch):
@@ -118,14 +119,14 @@ def test_counts_that_are_no_curve_are_refused(words):
 
 
 def test_those_that_judge_do_not_teach():
-    assert to_learn_from("coco:/data[val]", "", 9) == "coco:/data"
-    assert to_learn_from("demo:500@900000", "", 300) == "demo:300@1000"
-    assert to_learn_from("voc:/a", "voc:/b", 9) == "voc:/b"
+    assert training_address("coco:/data[val]", "", 9) == "coco:/data"
+    assert training_address("demo:500@900000", "", 300) == "demo:300@1000"
+    assert training_address("voc:/a", "voc:/b", 9) == "voc:/b"
     same = (("voc:/a", ""), ("voc:/a[train]", "voc:/a"), ("voc:/a[val]", "voc:/a[val]"), ("demo:5@3", "demo:5@3"))
     overlapping = (("demo:500@1005", ""), ("demo:5@3", "demo:4"), ("vkitti2:/a[Scene20]", ""))
     for data, learn_from in (*same, *overlapping):
         with pytest.raises(Refused, match="none are left"):
-            to_learn_from(data, learn_from, 9)
+            training_address(data, learn_from, 9)
 
 
 def test_those_that_judge_do_not_teach_under_another_address(tmp_path):
@@ -133,8 +134,8 @@ def test_those_that_judge_do_not_teach_under_another_address(tmp_path):
     addresses = (f"folder:{tmp_path}[val]", f"folder:{tmp_path}/val", f"folder:{tmp_path}/./val[train]")
     for learn_from in addresses:
         with pytest.raises(Refused, match="none are left"):
-            to_learn_from(addresses[0], learn_from, 9)
-    assert to_learn_from(addresses[0], f"folder:{tmp_path}/val/..", 9)
+            training_address(addresses[0], learn_from, 9)
+    assert training_address(addresses[0], f"folder:{tmp_path}/val/..", 9)
 
 
 def test_images_that_teach_and_judge_are_counted_under_any_address(capsys, tmp_path, monkeypatch):

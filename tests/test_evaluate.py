@@ -13,7 +13,7 @@ from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decode
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluate import _end, main
+from datasetdm_fast.evaluate import _finish, main
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
@@ -126,7 +126,7 @@ def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, cap
     result = json.loads(out)
     assert code == 0 and result["depth"]["images"] == 2
     assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and not said
-    assert _end(EvaluateConfig(skip_bad=True), {}, result["skipped"]) == 0
+    assert _finish(EvaluateConfig(skip_bad=True), {}, result["skipped"]) == 0
     assert capsys.readouterr().err.startswith("1 image was skipped:")
     shutil.rmtree(tmp_path / "data" / "images")
     shutil.copytree(tmp_path / "data" / "depth", tmp_path / "data" / "images")  # no pictures of colours
@@ -226,7 +226,9 @@ def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
 
 
 def test_a_curve_of_images_that_show_nothing_is_refused_before_a_decoder_is_trained(monkeypatch, capsys):
-    monkeypatch.setattr("datasetdm_fast.training.session.train_decoder", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr(
+        "datasetdm_fast.training.evaluation.curve.train_decoder", lambda *_, **__: pytest.fail("it was trained")
+    )
     line = ["--data", "demo:6@900", "--curve", "2,3", "--task", "pose", "--quiet"]
     assert main(line) == 2
     assert "no image has the ground truth to compare with" in capsys.readouterr().err

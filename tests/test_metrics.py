@@ -10,7 +10,7 @@ from bench.proof.students.examples import Examples
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation.intervals import expanded, intervals
+from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
@@ -182,7 +182,7 @@ def test_average_precision_is_pycocotools_own(task, kind, capsys):
     truth = COCO()
     truth.dataset = {"info": {}, "images": meter.images, "categories": meter.categories, "annotations": meter.truth}
     truth.createIndex()
-    judge = COCOeval(truth, truth.loadRes([dict(row) for row in meter.found]), kind)
+    judge = COCOeval(truth, truth.loadRes([dict(row) for row in meter.predicted]), kind)
     if meter.sigmas is not None:
         judge.params.kpt_oks_sigmas = meter.sigmas
     judge.evaluate()
@@ -241,7 +241,7 @@ def test_intervals_of_folds_are_wider():
     meter = meters_of(source, wrong_in_many_ways(source))["semantic"]
     one, five = (np.diff(intervals(meter, 20_000, folds=folds)["miou"])[0] for folds in (0, 5))
     assert 1.4 < five / one < 1.8
-    assert expanded(0.95, 40, 5) > expanded(0.95, 40, 10) > expanded(0.95, 40)
+    assert expanded_level(0.95, 40, 5) > expanded_level(0.95, 40, 10) > expanded_level(0.95, 40)
 
 
 def test_a_class_that_one_image_shows_has_no_interval():
@@ -250,17 +250,17 @@ def test_a_class_that_one_image_shows_has_no_interval():
     meters = meters_of(source, wrong_in_many_ways(source))
     for task in ("semantic", "instance", "pose"):
         meter = meters[task]
-        assert meter.shown().tolist() == Meter.shown(meter).tolist()
-        counts = dict(zip(meter.columns, meter.shown().tolist(), strict=True))
+        assert meter.count_images().tolist() == Meter.count_images(meter).tolist()
+        counts = dict(zip(meter.columns, meter.count_images().tolist(), strict=True))
         found = intervals(meter)[meter.each]
         assert set(found) == {name for name, count in counts.items() if count > 1}, task
         for name, values in zip(meter.columns, meter.draws(2000)[meter.each].T, strict=True):
             if name in found:
                 low, high = np.nanquantile(values, [0.025, 0.975])
                 assert found[name][0] <= low + 1e-6 and np.diff(found[name]) > high - low - 1e-6, (task, name)
-    counts = meters["semantic"].shown()
+    counts = meters["semantic"].count_images()
     assert 1 in counts and counts.max() == 5
-    assert expanded(0.95, 2) > expanded(0.95, 6) > expanded(0.95, 200) > 0.95
+    assert expanded_level(0.95, 2) > expanded_level(0.95, 6) > expanded_level(0.95, 200) > 0.95
 
 
 def test_intervals_of_few_images_allow_for_classes_that_none_of_them_shows():
@@ -279,7 +279,7 @@ def test_intervals_of_few_images_allow_for_classes_that_none_of_them_shows():
         low, high = intervals(meter, classes=len(quality))["miou"]
         assert low <= meter.result()["miou"] <= high
         held += low <= quality.mean() <= high
-        low, high = np.quantile(meter.draws(2000)["miou"], np.array([-1, 1]) * expanded(0.95, images) / 2 + 0.5)
+        low, high = np.quantile(meter.draws(2000)["miou"], np.array([-1, 1]) * expanded_level(0.95, images) / 2 + 0.5)
         plain += low <= quality.mean() <= high
     assert held >= 57 and plain < 40, (held, plain)
 
@@ -404,7 +404,9 @@ def test_what_an_image_was_not_searched_for_is_neither_right_nor_wrong(source):
         meter.add(Examples(source, vocabulary, "instance")._numbered(replace(truth, **more)), given)
         return meter
 
-    assert len(found(things).found) == len(item.masks) and len(found(things, searched=(kind,)).found) == own.sum()
+    assert (
+        len(found(things).predicted) == len(item.masks) and len(found(things, searched=(kind,)).predicted) == own.sum()
+    )
     assert found(twice).result()["ap"] < 0.9 and found(twice, not_exhausted=(kind,)).result()["ap"] == pytest.approx(1)
 
 

@@ -13,6 +13,7 @@ from datasetdm_fast import recipe
 from datasetdm_fast.evaluate import main as evaluate
 from datasetdm_fast.runs.exporting.conversion import check_formats
 from datasetdm_fast.training.evaluation import naming
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
 
 PARSED = 77
@@ -70,7 +71,9 @@ def test_every_data_set_of_a_line_is_there_in_its_published_layout(data):
         for step in steps(name, "--root", str(data), "--model", "demo"):
             assert not step.missing, step.missing
             given = [after for flag, after in zip(step.words, step.words[1:]) if flag in ("--data", "--learn-from")]
-            for address in {one for text in given for one in naming.addresses(text) if not one.startswith("run:")}:
+            for address in {
+                one for text in given for one in EvaluateConfig(data=text).addresses if not one.startswith("run:")
+            }:
                 opened[address] = opened.get(address) or len(open_data(address, 64))
     assert len(opened) == 12 and set(opened.values()) == {layouts.COUNT}
 
@@ -145,7 +148,7 @@ def test_a_finished_step_is_not_repeated(tmp_path, monkeypatch, capsys):
 
 
 def test_several_data_sets_and_names_of_classes(tmp_path, capsys):
-    assert naming.addresses("voc:a,b[val],coco:c") == ["voc:a,b[val]", "coco:c"]
+    assert EvaluateConfig(data="voc:a,b[val],coco:c").addresses == ["voc:a,b[val]", "coco:c"]
     layouts.voc(tmp_path)
     data = f"demo:1@5,voc:{tmp_path}[val]"
     line = ["--data", data, "--task", "semantic", "--bootstrap", "0", "--quiet"]
@@ -165,5 +168,5 @@ def test_captions_made_of_labels_say_the_names_that_a_decoder_has(name, tmp_path
     write(tmp_path)
     caption = open_data(f"{kind}:{tmp_path}", 64)[0].caption
     shown = next(one for one in open_data(f"{kind}:{tmp_path}", 64).thing_classes if one in caption)
-    source = naming.renamed(open_data(f"{kind}:{tmp_path}", 64), {shown: "zebra"}, ("zebra",), finds=False)
+    source = naming.rename(open_data(f"{kind}:{tmp_path}", 64), {shown: "zebra"}, ("zebra",), is_auto=False)
     assert source[0].caption == caption.replace(shown, "zebra") != caption

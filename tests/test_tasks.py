@@ -309,7 +309,7 @@ def test_more_words_than_a_label_file_holds_are_told_apart():
     meter = METRICS["open-vocabulary"](source)
     meter.add(item, label)
     assert meter.result() == {"miou": 1.0, "per_class": {asked[299]: 1.0}}
-    picture = np.array(LABEL_KINDS["open-vocabulary"].picture(page._coloured(source, label), image))
+    picture = np.array(LABEL_KINDS["open-vocabulary"].picture(page._recolour(source, label), image))
     assert f'rgb{tuple(picture[0, 0].tolist())}"></i>{asked[299]}' in page._legend("open-vocabulary", source)[0]
 
 

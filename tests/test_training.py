@@ -438,7 +438,7 @@ def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
         joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
         class_table = None
 
-        def drawn(self, number, seed):
+        def draw_view(self, number, seed):
             self.asked.append((number, seed))
             return source[number]
 

@@ -27,7 +27,7 @@ from datasetdm_fast.engine.decoders import checkpoint as decoders
 from datasetdm_fast.engine.loading import checkpoint as states
 from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.evaluation.measure import measure
+from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure
 from datasetdm_fast.training.processes import SOLO, Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
@@ -94,13 +94,13 @@ def evaluation(machine: Machine) -> int:
     engine, found = machine.engine(*labels), 0
     machine.timeline.thread.work = FIGURES
 
-    def moved(count: int) -> None:
+    def moved(count: int, total: int) -> None:
         nonlocal found
         found, machine.timeline.phase = count, f"batch {count // machine.batch}"
 
     machine.timeline.phase = FIRST
     source = open_data(ALL.format(machine.batch * machine.batches), engine.model.size)
-    measure(engine, source, labels, batch_size=machine.batch, progress=moved)
+    measure(engine, source, labels, ScoreSettings(batch_size=machine.batch), moved)
     return found
 
 

@@ -98,9 +98,9 @@ def compare_small(config: StudentConfig) -> int:
     from bench.proof.students import worth
     from bench.proof.students.student_data import SIDE
     from datasetdm_fast.runs.run_folder.reader import open_run
-    from datasetdm_fast.training.evaluation.curve import to_learn_from
+    from datasetdm_fast.training.evaluation.curve import training_address
 
-    address = to_learn_from(config.data, config.learn_from, config.real)
+    address = training_address(config.data, config.learn_from, config.real)
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
     with open_run(config.run, kept=True) as run:
         learnt = open_source(config, address, SIDE, selection=config.selection())
@@ -128,7 +128,7 @@ def compare_networks(config: StudentConfig) -> int:
     from bench.proof.students.networks.weights import check_folder, size_of
     from bench.proof.students.worth import check_classes
     from datasetdm_fast.runs.run_folder.document import read_document
-    from datasetdm_fast.training.evaluation.curve import to_learn_from
+    from datasetdm_fast.training.evaluation.curve import training_address
     from datasetdm_fast.training.evaluation.measure import check_shown
 
     network = open_network(config.student)
@@ -141,7 +141,7 @@ def compare_networks(config: StudentConfig) -> int:
         raise Refused(f"--self-train: {config.student} learns {task}, no label map", "Leave it out.")
     names = ("synthetic",) if config.only_synthetic else ("both",) if config.both else ("real", "both")
     has_real = any("real" in arms.ARMS[name] for name in names)
-    address = to_learn_from(config.data, config.learn_from, config.real) if has_real else ""
+    address = training_address(config.data, config.learn_from, config.real) if has_real else ""
     size = "" if config.weights else size_of(network, config.student_size)
     if config.weights:
         check_folder(network, Path(config.weights))

@@ -1,18 +1,27 @@
-"""The learning curve: how true labels become with the number of labelled images, and what more of them would bring."""
+"""The learning curve: figures by the number of labelled images, and a forecast for more of them."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from datasetdm_fast.engine.decoders.trunk import fold
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation.intervals import expanded
-from datasetdm_fast.training.evaluation.meter import check_count, figure_name
+from datasetdm_fast.training import data_record
+from datasetdm_fast.training.captures.views import ViewSettings
+from datasetdm_fast.training.evaluation.intervals import expanded_level
+from datasetdm_fast.training.evaluation.measure import ScoreSettings, check_shown, measure
+from datasetdm_fast.training.evaluation.meter import check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import RENDERED_KINDS
+from datasetdm_fast.training.evaluation.settings import ANY_SIZE
+from datasetdm_fast.training.readers import RENDERED_KINDS, parse_address
+from datasetdm_fast.training.recipes import RecipeSettings
+from datasetdm_fast.training.session import train_decoder
 
 MORE = 50  # labels that the forecast adds
 FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
@@ -49,22 +58,26 @@ def power_law(counts: Sequence[int], errors: np.ndarray) -> PowerLaw:
 
 
 def error_of(task: str, values: np.ndarray) -> np.ndarray:
-    """What is missing to perfect labels; its own inverse."""
+    """The distance of figures from perfect ones; its own inverse."""
     return np.asarray(values) if METRICS[task].less_is_better else 1 - np.asarray(values)
 
 
 def forecast(
     task: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float
 ) -> dict[str, Any]:
-    """What `more` labels bring, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
-    law = power_law(counts, error_of(task, values)[None])
-    drawn = power_law(counts, error_of(task, draws))
-    last = counts[-1]
-    gains = drawn.at(last) - drawn.at(last + more)
-    error = float(law.at(last + more)[0])
-    fit = {"floor": float(law.floor[0]), "scale": float(law.scale[0]), "exponent": float(law.exponent[0])}
-    found = {"labels": last + more, "value": float(error_of(task, np.array(error)))}
-    return {"fit": fit, "more": found | {"gain": float(law.at(last)[0]) - error, "interval": bounds(gains, level)}}
+    """The gain of `more` labels, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
+    law, resampled = power_law(counts, error_of(task, values)[None]), power_law(counts, error_of(task, draws))
+    last, labels = counts[-1], counts[-1] + more
+    error = float(law.at(labels)[0])
+    return {
+        "fit": {name: float(getattr(law, name)[0]) for name in ("floor", "scale", "exponent")},
+        "more": {
+            "labels": labels,
+            "value": float(error_of(task, np.array(error))),
+            "gain": float(law.at(last)[0]) - error,
+            "interval": bounds(resampled.at(last) - resampled.at(labels), level),
+        },
+    }
 
 
 def bounds(values: np.ndarray, level: float) -> list[float]:
@@ -76,7 +89,7 @@ def learning_curve(
     task: str,
     counts: Sequence[int],
     repeats: int,
-    judge: Callable[[int, int], Any],
+    score: Callable[[int, int], Any],
     *,
     bootstrap: int,
     level: float,
@@ -84,25 +97,24 @@ def learning_curve(
 ) -> dict[str, Any]:
     """The task's figure at every count, with intervals over images and repeats, and the forecast.
 
-    `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the
-    same images.
+    `score(count, repeat)` is the meter of a decoder trained on that many labels; all meters scored the same images.
     """
-    figure, draws, each = METRICS[task].figure, [], []
+    figure, draws, figures = METRICS[task].figure, [], []
     random = np.random.default_rng(0)
     for count in counts:
-        meters = [judge(count, repeat) for repeat in range(repeats)]
-        each.append([check_count(meter)[figure] for meter in meters])
-        drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
-        draws.append(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
-    values, drawn = np.array([float(np.mean(own)) for own in each]), np.stack(draws, 1)
-    is_known = np.isfinite(drawn).all(1)  # a draw none of whose images shows anything says nothing
-    drawn = drawn[is_known] if is_known.any() else values[None]
-    level = expanded(level, meters[0].telling)
+        meters = [score(count, repeat) for repeat in range(repeats)]
+        figures.append([check_count(meter)[figure] for meter in meters])
+        of_meters = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
+        draws.append(of_meters[random.integers(repeats, size=of_meters.shape[1]), np.arange(of_meters.shape[1])])
+    values, resampled = np.array([float(np.mean(repeated)) for repeated in figures]), np.stack(draws, 1)
+    is_known = np.isfinite(resampled).all(1)  # a draw none of whose images shows anything has no figure
+    resampled = resampled[is_known] if is_known.any() else values[None]
+    level = expanded_level(level, meters[0].telling)
     points = [
-        {"labels": count, "value": value, "interval": bounds(column, level), "repeats": own}
-        for count, value, column, own in zip(counts, values.tolist(), drawn.T, each, strict=True)
+        {"labels": count, "value": value, "interval": bounds(column, level), "repeats": repeated}
+        for count, value, column, repeated in zip(counts, values.tolist(), resampled.T, figures, strict=True)
     ]
-    return {"figure": figure, "points": points} | forecast(task, counts, values, drawn, more, level)
+    return {"figure": figure, "points": points} | forecast(task, counts, values, resampled, more, level)
 
 
 def parse_counts(words: Sequence[str]) -> list[int]:
@@ -114,12 +126,10 @@ def parse_counts(words: Sequence[str]) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def to_learn_from(data: str, learn_from: str, most: int) -> str:
-    """The address of the images that teach: not those that judge."""
+def training_address(data: str, learn_from: str, most: int) -> str:
+    """The address of the images to train on, which are not those for scoring."""
     if not learn_from:
         if (kind := data.partition(":")[0]) in RENDERED_KINDS:
-            if not most:
-                raise Refused("--real 0: there is no end of rendered scenes", "Give the number of them to learn from.")
             learn_from = f"{kind}:{most}@1000"
         elif not data.startswith("vkitti2:"):  # whose address without brackets is every scene
             match = re.fullmatch(r"(.+)\[(.+)\]", data)
@@ -134,41 +144,95 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
 
 def _place(address: str) -> tuple[str, Path, str]:
     """Where the images of an address lie, however it is written: a split may be a folder of its own."""
-    kind, _, rest = address.partition(":")
-    match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
-    path, split = (Path(match[1]).expanduser().resolve(), match[2] or TRAIN) if match else (Path(rest), TRAIN)
+    kind, path, split = parse_address(address) or (address, Path(), None)
+    path, split = path.resolve(), split or TRAIN
     return (kind, path / split, TRAIN) if (path / split).is_dir() else (kind, path, split)
 
 
 def _share_scenes(*addresses: str) -> bool:
     """Whether two addresses of rendered scenes name some of the same."""
-    found = [re.fullmatch(rf"({'|'.join(RENDERED_KINDS)}):(\d+)(?:@(\d+))?", address) for address in addresses]
-    if not all(found) or found[0][1] != found[1][1]:
+    matches = [re.fullmatch(rf"({'|'.join(RENDERED_KINDS)}):(\d+)(?:@(\d+))?", address) for address in addresses]
+    if not all(matches) or matches[0][1] != matches[1][1]:
         return False
-    (first, end), (other, other_end) = ((int(match[3] or 0), int(match[3] or 0) + int(match[2])) for match in found)
+    (first, end), (other, other_end) = ((int(match[3] or 0), int(match[3] or 0) + int(match[2])) for match in matches)
     return first < other_end and other < end
 
 
-def told(task: str, found: dict[str, Any], level: float) -> str:
-    """The curve as lines to read."""
-    figure, more, last = figure_name(found["figure"]), found["more"], found["points"][-1]
-    lines = [f"{task}, {figure}", f"{'labels':>8}   value   {level:.0%} interval"]
-    for point in found["points"]:
-        low, high = point["interval"]
-        lines.append(f"{point['labels']:8}  {point['value']:6.4f}   {low:.4f} to {high:.4f}")
-    low, high = more["interval"]
-    added = more["labels"] - last["labels"]
-    if not high:  # no draw falls
-        return "\n".join([*lines, "The figures do not improve with the number of labels, so nothing can be forecast."])
-    better = f"{more['gain']:.4f} {'lower' if METRICS[task].less_is_better else 'higher'}"
-    better = "no change" if float(f"{more['gain']:.4f}") == 0 else better
-    lines.append(
-        f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval "
-        f"{low:.4f} to {high:.4f})."
-    )
-    if len(found["points"]) < POINTS_FOR_FLOOR:
-        lines.append(
-            f"Fewer than {POINTS_FOR_FLOOR} numbers cannot show where the curve levels off: take this as the most "
-            "that can be hoped for."
-        )
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class CurveSettings:
+    """How the decoders of a learning curve are trained, and on what they run."""
+
+    repeats: int = 1  # decoders with other seeds
+    steps: int = 0  # 0 = the usual number
+    more: int = MORE
+    skip_bad: bool = False
+    engine: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """A learning curve to be measured: its numbers of labels, and the data sets to train and to score on."""
+
+    counts: list[int]
+    address: str  # of the images to train on
+    data: str  # address of those for scoring
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def open(
+        cls, words: Sequence[str], learn_from: str, data: str, tasks: Sequence[str], open_source: Callable[..., Any]
+    ) -> Self:
+        """Checks, before a model loads, that the data sets can be read and have enough images."""
+        counts = parse_counts(words)
+        address = training_address(data, learn_from, counts[-1])
+        tasks = tuple(tasks) or open_source(data, ANY_SIZE, ()).tasks[:1]
+        open_source(data, ANY_SIZE, tasks)
+        curve = cls(counts, address, data, tasks)
+        for task in tasks:
+            curve.check_enough(open_source(address, ANY_SIZE, (task,)))
+        return curve
+
+    def check_enough(self, source: LabelledSource) -> None:
+        if self.counts[-1] > len(source):
+            raise Refused(
+                f"--curve: {self.counts[-1]} labels, but {self.address} has {len(source)} of the selected images",
+                "Ask for fewer.",
+            )
+
+    def measure(
+        self,
+        engine: Any,
+        task: str,
+        open_selected: Callable[..., LabelledSource],
+        open_whole: Callable[..., LabelledSource],
+        scoring: ScoreSettings,
+        settings: CurveSettings,
+        on_images: Callable[[int, int, str], None],
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The curve of a task, and the images that were skipped."""
+        size = engine.model.size
+        labelled, scored = open_selected(self.address, size, (task,)), open_whole(self.data, size, (task,))
+        check_shown(scored, task)  # which is else noticed only once a decoder is trained
+        if settings.skip_bad:
+            labelled = labelled.readable()
+        self.check_enough(labelled)
+
+        def score(count: int, repeat: int) -> Any:
+            seed = scoring.seed + repeat
+            options = {
+                "view_settings": ViewSettings(captions=scoring.captions, seed=seed),
+                "recipe_settings": RecipeSettings(steps=settings.steps, seed=seed),
+            }
+            decoder = train_decoder(engine, labelled, task, count, self.address, **options)
+            decoders = {task: fold(decoder).requires_grad_(False)}
+            reader = build_engine(settings.engine, engine.model, decoders, dtype=settings.dtype, device=settings.device)
+            title = f"{task}, {count} labels"
+            return measure(reader, scored, (task,), scoring, lambda done, total: on_images(done, total, title))[task]
+
+        bounds = {"bootstrap": scoring.bootstrap, "level": scoring.level, "more": settings.more}
+        result = learning_curve(task, self.counts, settings.repeats, score, **bounds) | {"captions": scoring.captions}
+        if seen := data_record.count_shared(scored, labelled, self.counts[-1]):
+            result["seen_in_training"] = seen
+        return result, labelled.skipped | scored.skipped

@@ -27,23 +27,23 @@ def intervals(
     """
     if meter.count < 2:
         return {}
-    figures, bounds, drawn = meter.result(), {}, meter.draws(draws)
-    shown = meter.shown() if meter.each in drawn else np.zeros(0)
+    figures, bounds, resampled = meter.result(), {}, meter.draws(draws)
+    shown = meter.count_images() if meter.each in resampled else np.zeros(0)
     if classes := max(classes, int((shown > 0).sum())):
-        drawn |= _over_classes(drawn, meter.each, classes)
-    for name, values in drawn.items():
+        resampled |= _over_classes(resampled, meter.each, classes)
+    for name, values in resampled.items():
         if name not in figures:  # as no image shows what it is a mean of
             continue
         images = shown if name == meter.each else meter.telling
         values = _with_further(values, images) if meter.counts_hits(name) else values
         if name == meter.each:
-            levels = [expanded(level, count, folds) for count in images]
-            found = [_between(*one) for one in zip(values.T, levels, strict=True)]
+            levels = [expanded_level(level, count, folds) for count in images]
+            limits = [_between(*column) for column in zip(values.T, levels, strict=True)]
             is_alone = np.isnan(values).mean(0) > ALONE
-            named = meter.named(np.where(is_alone[:, None], np.nan, found))
-            bounds[name] = {one: _holding(figures[name][one], *between) for one, between in named.items()}
+            named = meter.by_name(np.where(is_alone[:, None], np.nan, limits))
+            bounds[name] = {column: _holding(figures[name][column], *limits) for column, limits in named.items()}
         else:
-            low, high = np.nan_to_num(_between(values, expanded(level, images, folds))).tolist()
+            low, high = np.nan_to_num(_between(values, expanded_level(level, images, folds))).tolist()
             if low < high:
                 bounds[name] = _holding(figures[name], low, high)
     return bounds
@@ -53,7 +53,7 @@ def _holding(figure: float, low: float, high: float) -> list[float]:
     return [min(low, figure), max(high, figure)]
 
 
-def expanded(level: float, images: int, folds: int = 0) -> float:
+def expanded_level(level: float, images: int, folds: int = 0) -> float:
     """The level of bootstrap percentiles of so many images that lie as far out as those of a t distribution (Hesterberg
     2015, 5.2), and further for `folds`, whose decoders would be others had they learnt from other images (Nadeau and
     Bengio 2003).
@@ -65,13 +65,13 @@ def expanded(level: float, images: int, folds: int = 0) -> float:
     return float(2 * stats.norm.cdf(away) - 1)
 
 
-def _over_classes(drawn: Mapping[str, np.ndarray], each: str, classes: int) -> dict[str, np.ndarray]:
-    """The draws of every mean over classes if it were over `classes` of them. All that a draw does not show have one
+def _over_classes(resampled: Mapping[str, np.ndarray], each: str, classes: int) -> dict[str, np.ndarray]:
+    """The resampled means over classes as if over `classes` of them. All classes that a draw does not show have one
     value, as a decoder that is bad at one rare class is often bad at others.
     """
-    share = np.minimum(np.isfinite(drawn[each]).sum(1) / classes, 1)
+    share = np.minimum(np.isfinite(resampled[each]).sum(1) / classes, 1)
     unknown = (1 - share) * np.random.default_rng([0, classes]).random(len(share))
-    return {name: np.nan_to_num(values) * share + unknown for name, values in drawn.items() if name != each}
+    return {name: np.nan_to_num(values) * share + unknown for name, values in resampled.items() if name != each}
 
 
 def _with_further(values: np.ndarray, images: np.ndarray | int) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Labels of trained decoders measured against ground truth."""
+"""Figures of trained decoders: their labels are compared with the ground truth of a data set."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -9,83 +10,149 @@ import torch
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.labels.names import by_task, tasks_of
 from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.training import data_record
+from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count, nothing_shown
 from datasetdm_fast.training.evaluation.metrics import METRICS
 
 
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How decoders are scored."""
+
+    captions: str = "true"  # unread: as text condition only; none: neither
+    batch_size: int = 10
+    seed: int = 0
+    unseen: tuple[str, ...] = ()  # classes not seen in training
+    bootstrap: int = 0  # resamples
+    level: float = 0.95
+
+
+def evaluate_decoders(
+    engine: Any,
+    folder: str,
+    address: str,
+    tasks: Sequence[str],
+    requested: Sequence[str],
+    open_source: Callable[[str, Sequence[str]], Any],
+    settings: ScoreSettings,
+    *,
+    names: Mapping[str, str] | None = None,
+    is_auto: bool = False,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+    on_message: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """The figures by label of the engine's decoders, which lie in `folder`, on one data set with truth for `tasks`, and
+    the images that were skipped. `open_source` opens it for some tasks. `names` are other names for its classes,
+    `is_auto` adds those that the decoders use.
+    """
+    configs = {label: decoder.config for label, decoder in engine.decoders.items()}
+    if missing := [label for label in requested if label not in configs]:
+        raise Refused(f"--task: {folder} holds no decoder for {', '.join(missing)}", f"It has {', '.join(configs)}.")
+    labels = tuple(requested) or tuple(label for label in by_task(configs) if configs[label].task in tasks)
+    if not labels:
+        raise Refused(
+            f"--data {address}: ground truth for {', '.join(tasks)}, but only decoders for {', '.join(configs)}",
+            "Choose other data or decoders.",
+        )
+    result, skipped, reads_captions = {}, {}, settings.captions == "true"
+    for group in passes(address, {label: configs[label] for label in labels}):
+        source = open_source(address, tasks_of(group))
+        seen = data_record.count_seen_in_training(folder, source, group)
+        known = tuple(dict.fromkeys(name for label in group for name in configs[label].classes))
+        # captions made of the labels use the words that they had in training
+        source.class_table = next((table for label in group if (table := configs[label].table)), None)
+        source = naming.rename(source, names or {}, known, is_auto=is_auto)
+        meters = measure(engine, source, group, settings, on_images)
+        for label, meter in meters.items():
+            if not requested and not meter.result():
+                on_message(f"{label} is left out: no image of {address} shows anything to compare with")
+                continue
+            result[label] = figures(meter, settings.bootstrap, settings.level) | {
+                "captions": settings.captions,
+                "captions_name_all": reads_captions and source.captions_name_all,
+                "named_by_captions": reads_captions and bool(configs[label].named),
+                **({"seen_in_training": seen[label]} if seen.get(label) else {}),
+            }
+            if names is not None:
+                result[label] |= naming.in_common(result[label], known)
+        skipped |= source.skipped
+    if not result:
+        raise nothing_shown()
+    return {label: result[label] for label in labels if label in result}, skipped
+
+
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
     """A meter's result {metric: value}, some of it `by_things` {number of things: {metric: value}}, and, with
-    `bootstrap` draws, `intervals` of [low, high] under the same keys, where there is one.
+    `bootstrap` resamples, `intervals` of [low, high] under the same keys, where there is one.
     """
-    found = check_count(meter)
-    drawn = {"images": meter.count, "intervals": intervals(meter, bootstrap, level)} if bootstrap else {}
-    things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
-    return found | things | drawn
+    result = check_count(meter)
+    resampled = {"images": meter.count, "intervals": intervals(meter, bootstrap, level)} if bootstrap else {}
+    things = {"by_things": counts} if len(counts := meter.by_things()) > 1 else {}
+    return result | things | resampled
 
 
 def measure(
-    engine,
-    source,
-    tasks: Sequence[str],
-    captions: str = "true",
-    batch_size: int = 10,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
-    *,
-    unseen: Sequence[str] = (),
+    engine: Any,
+    source: Any,
+    labels: Sequence[str],
+    settings: ScoreSettings,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Meter]:
-    """{label: meter} of the engine's decoders of `tasks` after every image of the data set, read through the capture
-    path; the decoders were trained at one timestep, and each task may be given as TASK:NAME.
+    """{label: meter} of the engine's decoders after every image of the data set, read through the capture path; the
+    decoders were trained at one timestep.
     """
-    configs = {task: engine.decoders[task].config for task in tasks}
-    meters = {task: METRICS[config.task].judging(source, config, unseen) for task, config in configs.items()}
-    timestep = capture_timestep(configs)
+    configs = {label: engine.decoders[label].config for label in labels}
+    meters = {label: METRICS[config.task].judging(source, config, settings.unseen) for label, config in configs.items()}
+    timestep, start, images = capture_timestep(configs), 0, iter(source)
     words = {
-        task: engine.encode_classes(spoken(source.thing_classes, config.table))
-        for task, config in configs.items()
+        label: engine.encode_classes(spoken(source.thing_classes, config.table))
+        for label, config in configs.items()
         if config.has_text
     }
-    start, left = 0, iter(source)
-    while items := list(islice(left, batch_size)):
-        said = ["" if captions == "none" else item.caption for item in items]
+    while items := list(islice(images, settings.batch_size)):
+        captions = ["" if settings.captions == "none" else item.caption for item in items]
         pixels = torch.from_numpy(np.stack([item.image for item in items]))
-        capture = invert(engine, pixels, said, timestep, range(seed + start, seed + start + len(items)))
-        for task, meter in meters.items():
-            config = METRICS[configs[task].task].reading(configs[task])
-            text = words[task][None].expand(len(items), -1, -1) if task in words else None
-            raw = engine.annotate(task, capture, text)
-            if captions == "true":
-                asked = source.thing_classes if config.has_text else ()
-                raw = held_to(raw, config, said, asked, tokenizer=engine.model.tokenizer)
-            asked = {"words": source.thing_classes} if config.has_text else {}
-            found = read_labels(raw, (item.image for item in items), config, engine.model.size, **asked)
-            for item, label in zip(items, found):
+        seeds = range(settings.seed + start, settings.seed + start + len(items))
+        capture = invert(engine, pixels, captions, timestep, seeds)
+        for label, meter in meters.items():
+            config = METRICS[configs[label].task].reading(configs[label])
+            queries = source.thing_classes if config.has_text else ()
+            text = words[label][None].expand(len(items), -1, -1) if label in words else None
+            raw = engine.annotate(label, capture, text)
+            if settings.captions == "true":
+                raw = held_to(raw, config, captions, queries, tokenizer=engine.model.tokenizer)
+            options = {"words": queries} if queries else {}
+            predicted = read_labels(raw, (item.image for item in items), config, engine.model.size, **options)
+            for item, label_of_item in zip(items, predicted):
                 before = meter.count
-                meter.add(item, label)
+                meter.add(item, label_of_item)
                 meter.things += [0 if item.masks is None else len(item.masks)] * (meter.count - before)
         start += len(items)
-        progress(start)
+        on_images(start, len(source))
     return meters
 
 
-def check_shown(source, task: str) -> None:
+def check_shown(source: Any, task: str) -> None:
     """Refuses images none of which shows anything of a task; reads up to the first that does."""
     targets = (TASKS[task].target(source, item) for item in source)
-    if not any(found and TASKS[task].is_shown(source, found) for found in targets):
+    if not any(target and TASKS[task].is_shown(source, target) for target in targets):
         raise nothing_shown()
 
 
-def passes(data: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
+def passes(address: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
     """The labels that share their images and their captures: a pose decoder sees one person of COCO at a time, the
     others whole images, and each is read at the timestep it was trained at.
     """
-    found: dict[tuple[bool, int], tuple[str, ...]] = {}
+    groups: dict[tuple[bool, int], tuple[str, ...]] = {}
     for label, config in configs.items():
-        place = TASKS[config.task].sees_one_person(data), config.capture_timestep or 0
-        found[place] = (*found.get(place, ()), label)
-    return [found[place] for place in sorted(found)]
+        place = TASKS[config.task].sees_one_person(address), config.capture_timestep or 0
+        groups[place] = (*groups.get(place, ()), label)
+    return [groups[place] for place in sorted(groups)]

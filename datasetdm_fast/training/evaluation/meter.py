@@ -1,4 +1,4 @@
-"""One meter per task: fed predictions and truth image by image, read as figures."""
+"""One meter per task: it adds predictions and truth image by image, and computes figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
 
-BLOCK = 256  # images that are looked at together
+BLOCK = 256  # images whose figures are computed together
 
 FIGURES = {
     "miou": "mIoU",
@@ -43,14 +43,14 @@ class Meter:
     """What every task's figures share."""
 
     each = "per_class"
-    figure = ""  # of learning curves
+    figure = ""  # the one of learning curves
     held_out_figure = ""  # by which a training keeps its best weights
     less_is_better = False
-    shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
+    shown_by_things: tuple[str, ...] = ()  # figures that are also computed by the number of things in an image
 
     @cached_property
     def things(self) -> list[int]:
-        """How many things each image shows that `add` has kept; whoever adds an image says so here."""
+        """How many things each image that was added shows; the caller of `add` appends it."""
         return []
 
     @classmethod
@@ -60,7 +60,7 @@ class Meter:
 
     @classmethod
     def reading(cls, config: DecoderConfig) -> DecoderConfig:
-        """How the answers of a decoder are to be read."""
+        """The configuration with which labels are read from a decoder's outputs."""
         return config
 
     @property
@@ -70,10 +70,10 @@ class Meter:
 
     @property
     def count(self) -> int:
-        return len(self.rows)  # what `add` has kept, an entry an image
+        return len(self.rows)  # of `add`, an entry an image
 
     def counts_hits(self, figure: str) -> bool:
-        """Whether a figure is a share of what was to be found, of which a few images may show no miss."""
+        """Whether a figure is a share of hits, of which a few images may show no miss."""
         return True
 
     @property
@@ -86,16 +86,16 @@ class Meter:
         raise NotImplementedError
 
     def result(self) -> dict:
-        """Every figure over all images for which they show something to find, and those of each class there is; empty
-        where they show nothing to find.
+        """Every figure that the images show something for, and those of each class they show; empty where they show
+        nothing.
         """
         if not self.count:
             return {}
-        found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
-        single = {name: float(value) for name, value in found.items() if name != self.each and np.isfinite(value)}
+        figures = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
+        single = {name: float(value) for name, value in figures.items() if name != self.each and np.isfinite(value)}
         if not single:
             return {}
-        return single | ({self.each: self.named(found[self.each])} if self.each in found else {})
+        return single | ({self.each: self.by_name(figures[self.each])} if self.each in figures else {})
 
     def not_shown(self, result: Mapping[str, Any]) -> list[str]:
         """The classes or joints that have no figure in a result, as no image shows them."""
@@ -103,13 +103,13 @@ class Meter:
 
     def by_things(self) -> dict[str, dict[str, float]]:
         """The figures of `shown_by_things` over the images with 1, 2, 3 ... things, and how many images these are."""
-        found = {}
+        result = {}
         for count in sorted(set(self.things) - {0}) if self.shown_by_things else ():
             chosen = np.array(self.things) == count
             figures = self.figures(chosen[None].astype(np.float64))
             values = {name: float(np.nan_to_num(figures[name][0])) for name in self.shown_by_things}
-            found[str(count)] = {"images": int(chosen.sum()), **values}
-        return found
+            result[str(count)] = {"images": int(chosen.sum()), **values}
+        return result
 
     def draws(self, number: int, seed: int = 0) -> dict[str, np.ndarray]:
         """The figures [number] of as many bootstrap draws: images with replacement, as many as there are."""
@@ -117,28 +117,28 @@ class Meter:
         weights = random.multinomial(self.count, np.full(self.count, 1 / self.count), size=number).astype(np.float64)
         return self.figures(weights)
 
-    def shown(self) -> np.ndarray:
+    def count_images(self) -> np.ndarray:
         """How many images show each class or joint."""
         blocks = range(0, self.count, BLOCK)
         alone = (np.eye(min(BLOCK, self.count - start), self.count, start) for start in blocks)
         return sum(np.isfinite(self.figures(weights)[self.each]).sum(0) for weights in alone)
 
-    def named(self, values: np.ndarray) -> dict[str, Any]:
-        """What there is a figure of, by name."""
+    def by_name(self, values: np.ndarray) -> dict[str, Any]:
+        """Values by the names of the columns, without those that are no number."""
         return {name: value.tolist() for name, value in zip(self.columns, values) if np.isfinite(value).all()}
 
 
-def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
-    """For each number a decoder may say, the number of the same name in the data set, -1 where it has none."""
-    table = np.full(max(length, len(said)), -1, np.int64)
-    table[: len(said)] = [known.index(name) if name in known else -1 for name in said]
+def translation(predicted: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
+    """For each number that a decoder predicts, the number of that name in the data set, -1 where it has none."""
+    table = np.full(max(length, len(predicted)), -1, np.int64)
+    table[: len(predicted)] = [known.index(name) if name in known else -1 for name in predicted]
     return table
 
 
-def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses to compare answers and truth that have no name in common."""
-    if known and not set(said) & set(known):
-        shown = ", ".join(said[:5]), ", ".join(known[:5])
+def check_names(task: str, predicted: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses to compare predictions and truth that have no name in common."""
+    if known and not set(predicted) & set(known):
+        shown = ", ".join(predicted[:5]), ", ".join(known[:5])
         raise Refused(
             f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common",
             "Evaluate on data with the decoder's classes.",
@@ -146,16 +146,14 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_count(meter: Meter) -> dict:
-    """The result; figures of no image are refused, as where all that there is of truth is ignored, or no image shows a
-    person.
-    """
-    if not (found := meter.result()):
+    """The result; refuses figures of no image, as where all truth is ignored, or no image shows a person."""
+    if not (result := meter.result()):
         raise nothing_shown()
-    return found
+    return result
 
 
 def nothing_shown() -> Refused:
-    """The refusal of images of which there is nothing to tell."""
+    """The refusal of images without anything to compare with."""
     return Refused("evaluate: no image has the ground truth to compare with", "Choose other data.")
 
 

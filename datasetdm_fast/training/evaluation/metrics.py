@@ -1,7 +1,7 @@
-"""How true labels are: mIoU, COCO AP, AbsRel, PCK and OKS-AP, fed image by image; bootstrap intervals over the images.
+"""Accuracy of labels: mIoU of semantic maps and class words, errors of depth; ranking.py has AP, PCK and OKS-AP.
 
-A meter keeps what each image says, and `figures` combines the images by weights: all ones for the result, drawn counts
-for a bootstrap.
+A meter keeps counts of each image, and `figures` combines the images by weights: all ones for the result, resampled
+counts for a bootstrap.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ class _Overlap(Meter):
         self.is_background = np.array([name in BACKGROUND for name in self.classes], bool)
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        both, either, there = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))
+        both, either, truth = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))
         with np.errstate(invalid="ignore", divide="ignore"):
-            iou = np.where(self.counted(either, there), both / either, np.nan)
-            found = {"miou": mean(iou), "per_class": iou}
+            iou = np.where(self.has_figure(either, truth), both / either, np.nan)
+            figures = {"miou": mean(iou), "per_class": iou}
             if self.unseen.any():
                 seen, unseen = mean(iou[:, ~self.unseen & ~self.is_background]), mean(iou[:, self.unseen])
                 harmonic = np.where(seen + unseen == 0, 0, 2 * seen * unseen / (seen + unseen))
-                found |= {"seen": seen, "unseen": unseen, "harmonic": harmonic}
-        return found
+                figures |= {"seen": seen, "unseen": unseen, "harmonic": harmonic}
+        return figures
 
     @property
     def columns(self) -> Sequence[str]:
         return self.classes
 
-    def shown(self) -> np.ndarray:
-        return np.stack([self.counted(either, there) for _, either, there in self.rows]).sum(0)
+    def count_images(self) -> np.ndarray:
+        return np.stack([self.has_figure(either, truth) for _, either, truth in self.rows]).sum(0)
 
-    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
+    def has_figure(self, either: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """Whether a class has a figure: where the truth shows it."""
-        return there > 0
+        return truth > 0
 
 
-def _told_apart(known: Sequence[str], unseen: Sequence[str]) -> Sequence[str]:
+def _separate_unseen(known: Sequence[str], unseen: Sequence[str]) -> Sequence[str]:
     """The unseen classes, none where all of them are."""
     if unknown := [name for name in unseen if name not in known]:
         raise Refused(
@@ -74,22 +74,22 @@ class Semantic(_Overlap):
     @classmethod
     def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Semantic:
         check_names(config.task, config.classes, source.classes)
-        return cls(source, _told_apart(source.classes, unseen))
+        return cls(source, _separate_unseen(source.classes, unseen))
 
-    def add(self, truth: Labelled, found: SemanticMap) -> None:
+    def add(self, truth: Labelled, predicted: SemanticMap) -> None:
         known, count = truth.semantic != 255, len(self.classes)
         if not known.any():
             return
         real = truth.semantic[known].astype(np.int64)
-        guess = translation(found.classes, self.classes, 256)[found.labels[known]]
+        guess = translation(predicted.classes, self.classes, 256)[predicted.labels[known]]
         both = np.bincount(real[real == guess], minlength=count)
-        there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
-        self.rows.append(np.stack([both, there + said - both, there]))
+        total, guessed = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
+        self.rows.append(np.stack([both, total + guessed - both, total]))
 
 
 class OpenVocabulary(_Overlap):
-    """The same of each class word asked for: asked of every image, so that naming what is not there costs too. What
-    lies in a crowd is left out, and so is what an image was not searched for.
+    """Mean intersection over union of each class word, queried in every image, so that false positives count, too.
+    Crowds are left out, and so are classes that an image was not searched for.
     """
 
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
@@ -97,16 +97,16 @@ class OpenVocabulary(_Overlap):
 
     @classmethod
     def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> OpenVocabulary:
-        """Classes a decoder of words was not taught are told apart without being named."""
-        untaught = [name for name in source.thing_classes if config.classes and name not in config.classes]
-        return cls(source, _told_apart(source.thing_classes, unseen or untaught))
+        """Classes that a decoder of words was not trained on are unseen by default."""
+        untrained = [name for name in source.thing_classes if config.classes and name not in config.classes]
+        return cls(source, _separate_unseen(source.thing_classes, unseen or untrained))
 
-    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
+    def has_figure(self, either: np.ndarray, truth: np.ndarray) -> np.ndarray:
         return either > 0
 
-    def add(self, truth: Labelled, found: SemanticMap) -> None:
+    def add(self, truth: Labelled, predicted: SemanticMap) -> None:
         row = np.zeros((3, len(self.classes)), np.int64)
-        known = _told(truth)
+        known = _known_pixels(truth)
         if not known.any():
             return
         for k, name in enumerate(self.classes):
@@ -114,15 +114,17 @@ class OpenVocabulary(_Overlap):
                 continue
             mine = truth.mask_classes == k
             here = truth.masks[mine].any(0) & known if mine.any() else np.zeros(truth.image.shape[:2], bool)
-            seen = (found.labels == found.classes.index(name)) & known if name in found.classes else np.zeros_like(here)
+            seen = np.zeros_like(here)
+            if name in predicted.classes:
+                seen = (predicted.labels == predicted.classes.index(name)) & known
             if k in truth.not_exhausted:
                 seen = seen & here
             row[:, k] = (here & seen).sum(), (here | seen).sum(), here.sum()
         self.rows.append(row)
 
 
-def _told(truth: Labelled) -> np.ndarray:
-    """[H, W] bool: of which pixels it is known what they show."""
+def _known_pixels(truth: Labelled) -> np.ndarray:
+    """[H, W] bool: the pixels whose truth is known."""
     if truth.semantic is not None:
         return truth.semantic != 255
     if truth.crowds is None:
@@ -142,11 +144,11 @@ class Depth(Meter):
     def counts_hits(self, figure: str) -> bool:
         return figure not in ("absrel", "rmse")  # which are errors
 
-    def add(self, truth: Labelled, found: DepthMap) -> None:
+    def add(self, truth: Labelled, predicted: DepthMap) -> None:
         known = truth.depth > 0
         if not known.any():  # nothing to compare with
             return
-        real, guess = truth.depth[known].astype(np.float64), found.metres[known].astype(np.float64)
+        real, guess = truth.depth[known].astype(np.float64), predicted.metres[known].astype(np.float64)
         ratio = np.maximum(guess / real, real / np.maximum(guess, 1e-6))
         within = (float(np.mean(ratio < 1.25**power)) for power in (1, 2, 3))
         self.rows.append((float(np.mean(np.abs(guess - real) / real)), float(np.mean((guess - real) ** 2)), *within))

@@ -23,7 +23,7 @@ MOST_TOGETHER = 4_000_000  # numbers a bootstrap holds at a time
 
 
 class _Ranked(Meter):
-    """Average precision as COCO defines it; pycocotools matches what was found with the truth, image by image."""
+    """Average precision as COCO defines it; pycocotools matches predictions with the truth, image by image."""
 
     kind = "segm"
     sigmas: np.ndarray | None = None
@@ -31,7 +31,7 @@ class _Ranked(Meter):
     def __init__(self, classes: Sequence[str]):
         self.classes = tuple(classes)
         self.categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
-        self.images, self.truth, self.found = [], [], []
+        self.images, self.truth, self.predicted = [], [], []
         self._matched: tuple[int, list[_Ranking]] = (-1, [])  # of how many images
 
     @property
@@ -42,7 +42,7 @@ class _Ranked(Meter):
     def columns(self) -> Sequence[str]:
         return self.classes
 
-    def shown(self) -> np.ndarray:
+    def count_images(self) -> np.ndarray:
         return np.array([np.count_nonzero(ranking.positives) for ranking in self.rankings()])
 
     def add_image(self, truth: Labelled) -> int:
@@ -65,8 +65,8 @@ class _Ranked(Meter):
 
 
 class Instance(_Ranked):
-    """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; what lies in a crowd is neither right nor wrong, nor is what an
-    image was not searched for.
+    """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; predictions in crowds are ignored, and so are those of classes
+    that an image was not searched for.
     """
 
     figure = "ap"
@@ -85,7 +85,7 @@ class Instance(_Ranked):
     def __init__(self, source: LabelledSource):
         super().__init__(source.thing_classes)
 
-    def add(self, truth: Labelled, found: Instances) -> None:
+    def add(self, truth: Labelled, predicted: Instances) -> None:
         image = self.add_image(truth)
         for masks, classes, is_crowd in ((truth.masks, truth.mask_classes, 0), (truth.crowds, truth.crowd_classes, 1)):
             if masks is None or not len(masks):
@@ -95,19 +95,19 @@ class Instance(_Ranked):
                 shape = {"area": float(area), "bbox": [float(x) for x in box], "segmentation": rle}
                 for kind in range(len(self.classes)) if category == EVERY_CLASS else (int(category),):
                     self.add_truth(image, kind + 1, shape | {"iscrowd": is_crowd})
-        if truth.not_exhausted:  # a thing of these classes that has no mask is neither right nor wrong
+        if truth.not_exhausted:  # a thing of these classes without a mask is ignored
             height, width = truth.image.shape[:2]
             (everywhere,) = mask_rle.encode(np.ones((1, height, width), bool)).rles
             whole = {"area": float(height * width), "bbox": [0.0, 0.0, width, height], "segmentation": everywhere}
             for kind in truth.not_exhausted:
                 self.add_truth(image, kind + 1, whole | {"iscrowd": 1})
-        number = translation(found.classes, self.classes, len(found.classes))
-        if truth.searched is not None:  # as LVIS has it: of other classes nobody knows whether the image shows them
+        number = translation(predicted.classes, self.classes, len(predicted.classes))
+        if truth.searched is not None:  # as LVIS has it: whether the image shows other classes is unknown
             number[~np.isin(number, truth.searched)] = -1
-        for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
+        for rle, category, score in zip(mask_rle.encode(predicted.masks).rles, predicted.class_ids, predicted.scores):
             if number[category] >= 0:
                 row = {"image_id": image, "category_id": int(number[category]) + 1}
-                self.found.append(row | {"segmentation": rle, "score": float(score)})
+                self.predicted.append(row | {"segmentation": rle, "score": float(score)})
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         precision = self.precision(weights)
@@ -145,7 +145,7 @@ class Pose(_Ranked):
     def columns(self) -> Sequence[str]:
         return self.joints
 
-    def add(self, truth: Labelled, found: Keypoints) -> None:
+    def add(self, truth: Labelled, predicted: Keypoints) -> None:
         image = self.add_image(truth)
         for points, box, area in zip(truth.keypoints, truth.keypoint_boxes, truth.keypoint_areas):
             flat = points.copy()
@@ -153,25 +153,25 @@ class Pose(_Ranked):
             shape = {"area": float(area), "bbox": box.astype(float).tolist(), "iscrowd": 0}
             joints = {"keypoints": flat.astype(float).ravel().tolist(), "num_keypoints": int((points[:, 2] > 0).sum())}
             self.add_truth(image, 1, shape | joints)
-        for points, score in zip(found.points, found.scores):
+        for points, score in zip(predicted.points, predicted.scores):
             keypoints = points.astype(float).ravel().tolist()
-            self.found.append({"image_id": image, "category_id": 1, "keypoints": keypoints, "score": float(score)})
+            self.predicted.append({"image_id": image, "category_id": 1, "keypoints": keypoints, "score": float(score)})
         counts = np.zeros((2, len(self.joints)))
         if len(truth.keypoints):
             person = int(np.argmax(truth.keypoint_areas))
             labelled = truth.keypoints[person, :, 2] > 0
             reach = self.TOLERANCE * truth.keypoint_boxes[person, 2:].max()
             counts[1] = labelled
-            if len(found.points):
-                miss = np.linalg.norm(found.points[0, :, :2] - truth.keypoints[person, :, :2], axis=1)
-                counts[0] = labelled & (miss <= reach) & (found.visibility[0] > 0)
+            if len(predicted.points):
+                miss = np.linalg.norm(predicted.points[0, :, :2] - truth.keypoints[person, :, :2], axis=1)
+                counts[0] = labelled & (miss <= reach) & (predicted.visibility[0] > 0)
         self.rows.append(counts)
 
     @property
     def telling(self) -> int:
         return sum(bool(labelled.any()) for _, labelled in self.rows)
 
-    def shown(self) -> np.ndarray:
+    def count_images(self) -> np.ndarray:
         return np.stack([labelled > 0 for _, labelled in self.rows]).sum(0)
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -187,7 +187,7 @@ class Pose(_Ranked):
 
 
 class _Ranking:
-    """What was found of one class in all images, best first."""
+    """Predictions of one class in all images, best first."""
 
     def __init__(
         self, scores: np.ndarray, is_right: np.ndarray, is_ignored: np.ndarray, image: np.ndarray, positives: np.ndarray
@@ -205,18 +205,18 @@ class _Ranking:
 
     def _precision(self, weights: np.ndarray) -> np.ndarray:
         total = weights @ self.positives
-        drawn = weights[:, self.image][:, None]
-        right, wrong = np.cumsum(drawn * self.is_right, 2), np.cumsum(drawn * self.is_wrong, 2)
+        counts = weights[:, self.image][:, None]
+        right, wrong = np.cumsum(counts * self.is_right, 2), np.cumsum(counts * self.is_wrong, 2)
         with np.errstate(invalid="ignore", divide="ignore"):
             recall = right / total[:, None, None]
             precision = right / (right + wrong + np.spacing(1))
         best = np.maximum.accumulate(precision[..., ::-1], 2)[..., ::-1]
         best = np.concatenate([best, np.zeros((*best.shape[:2], 1))], 2)
-        found = np.full(best.shape[:2], np.nan)
+        average = np.full(best.shape[:2], np.nan)
         for b in np.flatnonzero(total > 0):
             for t in range(best.shape[1]):
-                found[b, t] = best[b, t, np.searchsorted(recall[b, t], RECALLS, side="left")].mean()
-        return found
+                average[b, t] = best[b, t, np.searchsorted(recall[b, t], RECALLS, side="left")].mean()
+        return average
 
 
 def _rankings(meter: _Ranked) -> list[_Ranking]:
@@ -224,23 +224,23 @@ def _rankings(meter: _Ranked) -> list[_Ranking]:
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth, found = COCO(), COCO()
+        truth, predicted = COCO(), COCO()
         truth.dataset = {"info": {}, "images": meter.images, "categories": meter.categories, "annotations": meter.truth}
         truth.createIndex()
-        if meter.found:
-            found = truth.loadRes([dict(row) for row in meter.found])  # it writes into what it is given
+        if meter.predicted:
+            predicted = truth.loadRes([dict(row) for row in meter.predicted])  # it writes into its argument
         else:
-            found.dataset = truth.dataset | {"annotations": []}
-            found.createIndex()
-        judge = COCOeval(truth, found, meter.kind)
-        judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
-        judge.params.maxDets = judge.params.maxDets[-1:]
+            predicted.dataset = truth.dataset | {"annotations": []}
+            predicted.createIndex()
+        evaluator = COCOeval(truth, predicted, meter.kind)
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.params.maxDets = evaluator.params.maxDets[-1:]
         if meter.sigmas is not None:
-            judge.params.kpt_oks_sigmas = meter.sigmas
-        judge.evaluate()
+            evaluator.params.kpt_oks_sigmas = meter.sigmas
+        evaluator.evaluate()
     images, rankings = len(meter.images), []
     for k in range(len(meter.classes)):
-        shown = enumerate(judge.evalImgs[k * images : (k + 1) * images])
+        shown = enumerate(evaluator.evalImgs[k * images : (k + 1) * images])
         entries = [(number, entry) for number, entry in shown if entry is not None]
         positives = np.zeros(images)
         for number, entry in entries:

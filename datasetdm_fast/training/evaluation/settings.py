@@ -1,13 +1,26 @@
-"""The settings of the command evaluate."""
+"""The flags of the command evaluate, and the groups of settings that its modules take."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import SEEDS, TASKS
+from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
-from datasetdm_fast.training.truth.selection import DataSettings
+from datasetdm_fast.training.truth.selection import EVERYTHING, DataSettings, Selection
+
+if TYPE_CHECKING:  # these import torch, which --help does without
+    from datasetdm_fast.engine.pictures.labelled import LabelledSource
+    from datasetdm_fast.training.evaluation.curve import CurveSettings
+    from datasetdm_fast.training.evaluation.measure import ScoreSettings
 
 MOST_DRAWS = 10_000  # bootstrap resamples of an interval
+ANY_SIZE = 64  # pixels per side, where no image is read yet
+OF_TRAINING = ("learn_from", "repeats", "steps", "more")  # settings of decoders that are trained here
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
     json: bool = setting(False, "the figures as one JSON object on stdout")
 
-    def check(self) -> None:
-        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}
-        bounds |= {"repeats": 1, "steps": 0, "more": 1}
+    def check(self, provided: Collection[str] = ()) -> None:
+        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0, "repeats": 1, "steps": 0, "more": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise Refused(
@@ -80,11 +92,59 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         for name, most in (("seed", SEEDS - 1), ("bootstrap", MOST_DRAWS)):
             if getattr(self, name) > most:
                 raise Refused(f"--{name}: {getattr(self, name)} is not at most {most}", "Choose a smaller number.")
-        named = [label for label in self.task if ":" in label]
-        if named and self.curve:
+        if not 0 < self.level < 1:
+            raise Refused(f"--level: {self.level:g} is not between 0 and 1", "For example --level 0.95.")
+        if self.curve:
+            self._check_curve()
+        elif idle := [name for name in OF_TRAINING if name in provided]:
+            raise Refused(f"--{idle[0].replace('_', '-')}: for --curve, which is not given", "Add --curve, or drop it.")
+
+    def _check_curve(self) -> None:
+        if named := [label for label in self.task if ":" in label]:
             raise Refused(
                 f"--task {named[0]}: --curve trains decoders of its own, which have no names",
                 f"Ask for {named[0].partition(':')[0]}.",
             )
-        if not 0 < self.level < 1:
-            raise Refused(f"--level: {self.level:g} is not between 0 and 1", "For example --level 0.95.")
+        if len(self.addresses) > 1 or self.class_names:
+            raise Refused(
+                "--data: several data sets, or --class-names, can only be used to evaluate trained decoders",
+                "Leave out --curve, or give one data set without --class-names.",
+            )
+
+    @property
+    def addresses(self) -> list[str]:
+        """The data sets of --data: a comma separates them where a kind and a colon follow."""
+        return re.split(r",\s*(?=[a-z0-9-]+:)", self.data)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tasks_of(self.task)
+
+    def open_whole(
+        self, address: str, size: int, tasks: Sequence[str], selection: Selection = EVERYTHING
+    ) -> LabelledSource:
+        """A data set without the selection of images, unless one is given."""
+        from datasetdm_fast.training.readers import open_data
+
+        options = {"skip_bad": self.skip_bad, "framing": self.framing, "selection": selection}
+        return open_data(address, size, tasks=tasks, **options)
+
+    def open_selected(self, address: str, size: int, tasks: Sequence[str]) -> LabelledSource:
+        return self.open_whole(address, size, tasks, self.selection())
+
+    def open_engine(self, decoder: str | None = None) -> Any:
+        from datasetdm_fast.engine.engines.opening import open_engine
+
+        options = {"allow_download": self.allow_download, "outlines": self.outlines, **self.engine_choices()}
+        return open_engine(self.model, decoder, **options)[0]
+
+    def score_settings(self) -> ScoreSettings:
+        from datasetdm_fast.training.evaluation.measure import ScoreSettings
+
+        return ScoreSettings(self.captions, self.batch_size, self.seed, self.unseen, self.bootstrap, self.level)
+
+    def curve_settings(self) -> CurveSettings:
+        from datasetdm_fast.training.evaluation.curve import CurveSettings
+
+        run = (self.engine, self.dtype, self.device)
+        return CurveSettings(self.repeats, self.steps, self.more, self.skip_bad, *run)

@@ -108,7 +108,7 @@ def select(source: LabelledSource, selection: Selection) -> LabelledSource:
     if selection.is_everything:
         return source
     if selection.images:
-        source = source.narrowed(find_listed(source, selection.images))
+        source = source.subset(find_listed(source, selection.images))
     known = source.thing_classes or source.classes
     by_class = {"--limit-per-class": selection.per_class, "--min-area": selection.min_area}
     by_class |= {"--only-classes": selection.classes}
@@ -122,7 +122,7 @@ def select(source: LabelledSource, selection: Selection) -> LabelledSource:
             f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
             f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
         )
-    chosen = source.narrowed(list(_choose(source, selection)))
+    chosen = source.subset(list(_choose(source, selection)))
     if not len(chosen):
         raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
     return chosen
