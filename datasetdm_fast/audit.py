@@ -13,8 +13,8 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.exporting.check import audit_export, exports_of
-from datasetdm_fast.runs.exporting.target import DOCUMENT as EXPORT
+from datasetdm_fast.runs.exporting.export_folder import DOCUMENT as EXPORT
+from datasetdm_fast.runs.exporting.export_folder import audit_export, exports_of
 from datasetdm_fast.runs.run_folder.audit import Report, audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasetdm_fast.command_line.checkpoints import convert_checkpoint, is_of_checkpoints
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -20,10 +21,10 @@ from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.exporting import checkpoints
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.run_folder.document import EXPORTS
 from datasetdm_fast.runs.run_folder.object_store import is_url
+from datasetdm_fast.settings import json_values
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.exporting.conversion import Conversion
@@ -37,39 +38,28 @@ EXAMPLES = (
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    if checkpoints.is_meant(arguments):
-        return checkpoints.run(arguments)
-    settings, given = parse(arguments, ExportSettings, PROG, __doc__, EXAMPLES)
-    settings.check()
+    if is_of_checkpoints(arguments):
+        return convert_checkpoint(arguments)
+    settings, flags = parse(arguments, ExportSettings, PROG, __doc__, EXAMPLES)
     if not settings.runs:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if not settings.to:
         raise Refused(f"{PROG}: --to is missing", "Name one or more formats, for example --to coco.")
-    if not settings.out and len(settings.runs) > 1:
-        raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of several runs.")
-    if "quality" in given and settings.image_format == "png":
+    if not settings.out and (len(settings.runs) > 1 or is_url(settings.runs[0])):
+        raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of several runs, or of a remote one.")
+    if "quality" in flags and settings.image_format == "png":
         raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
-    if "where" in given and not settings.where.strip():
+    if "where" in flags and not settings.where.strip():
         raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
-    if not settings.out and is_url(settings.runs[0]):
-        raise Refused(f"{PROG}: --out is missing", "Name a folder here for the export of a run in an object store.")
     folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / EXPORTS
-    conversion = _opened(settings, folder)
-    for source in conversion.sources:
-        if not source.run.is_complete:
-            there = count_noun(len(source.run), "sample")
-            print_lines(settings, f"{source.run.path}: not finished; what is there is converted: {there}")
-    for path in conversion.unsplit:
-        print_lines(settings, f"{path}: not split as the other runs are, so that all of its samples are in train")
-    for name, format in conversion.formats.items():
-        if unknown := format.unknown(conversion.plan):
-            print_lines(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
+    conversion = _open_conversion(settings, folder)
+    print_lines(settings, *conversion.notes())
+    formats, facts = ", ".join(settings.to), {"path": str(folder), "samples": conversion.samples}
     if settings.dry_run:
-        would = f"{count_noun(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
-        facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
+        plan = f"{count_noun(conversion.samples, 'sample')} would be written as {formats}"
         conversion.close()
-        told = f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}"
-        return print_plan(settings, facts, str(folder), told)
+        plan = "complete, nothing to do" if conversion.is_complete else plan
+        return print_plan(settings, {**facts, "splits": conversion.splits}, str(folder), f"{folder}: {plan}")
     with (
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,
@@ -81,37 +71,29 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{folder}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
-    samples, files = count_noun(result.samples, "sample"), count_noun(result.files, "file")
-    told = f"{samples} ({splits}) as {', '.join(settings.to)}, {files}"
-    print_lines(
-        settings, f"{folder}: complete, {told}; nothing to do" if conversion.is_complete else f"{folder}: {told}"
-    )
-    facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
-    print_result(settings, {**facts, "splits": conversion.splits}, str(folder))
+    summary = f"{count_noun(result.samples, 'sample')} ({splits}) as {formats}, {count_noun(result.files, 'file')}"
+    if conversion.is_complete:
+        summary = f"complete, {summary}; nothing to do"
+    print_lines(settings, f"{folder}: {summary}")
+    facts |= {"made": result.made, "files": result.files, "splits": conversion.splits}
+    print_result(settings, facts, str(folder))
     return interruption.exit_code(0)
 
 
-def _opened(settings: ExportSettings, folder: Path) -> Conversion:
-    from datasetdm_fast.runs.exporting.conversion import Conversion, open_source
+def _open_conversion(settings: ExportSettings, folder: Path) -> Conversion:
+    from datasetdm_fast.runs.curation.filtering import select
+    from datasetdm_fast.runs.exporting.conversion import Conversion
+    from datasetdm_fast.runs.exporting.sources import open_source
 
     places = [place if is_url(place) else str(Path(place).resolve()) for place in settings.runs]
-    if twice := [place for k, place in enumerate(settings.runs) if places[k] in places[:k]]:
-        raise Refused(f"{twice[0]}: was named twice, so its samples would be, too", "Name each run once.")
-    sources = []
-    for place in settings.runs:
-        chosen = _passing(Path(place), settings.where) if settings.where else None
-        sources.append(open_source(place, settings, chosen))
-    return Conversion(sources, settings, folder)
-
-
-def _passing(path: Path, where: str) -> frozenset[int]:
-    """The samples of a run for which a condition on scores holds."""
-    from datasetdm_fast.runs.curation import filtering
-    from datasetdm_fast.runs.run_folder.score_table import passing
-
-    run = filtering.check(path)
-    filtering.check_all_scored(run)
-    return frozenset(passing(path, where).kept)
+    if repeated := [place for k, place in enumerate(settings.runs) if places[k] in places[:k]]:
+        raise Refused(f"{repeated[0]}: was named twice, so its samples would be, too", "Name each run once.")
+    selected = [select(Path(place), settings.where) if settings.where else None for place in settings.runs]
+    options = {"tasks": settings.task, "only_kept": settings.kept}
+    sources = [open_source(place, chosen=chosen, **options) for place, chosen in zip(settings.runs, selected)]
+    renaming, identity = settings.classes, json_values(settings.identity())
+    options = {"renaming": renaming, "pictures": settings, "layout": settings, "is_copied": settings.copy}
+    return Conversion(sources, settings.to, folder, identity, **options)
 
 
 if __name__ == "__main__":

@@ -30,31 +30,30 @@ class DropConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, DropConfig, PROG, __doc__, EXAMPLES)
+    config, flags = parse(arguments, DropConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     for name in ("file", "where"):
-        if name in given and not getattr(config, name).strip():
+        if name in flags and not getattr(config, name).strip():
             raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")
     if not (config.ids or config.file or config.where):
         raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
     from datasetdm_fast.runs.curation import dropping
 
     run = dropping.open_folder(Path(config.run))
-    wanted = set(dropping.read_ids(config.ids, config.file))
-    wanted |= set(dropping.matching(run, config.where)) if config.where else set()
-    before, aside = len(run), wanted & dropping.set_aside(run)
-    chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
-    ids = [f"{index:08d}" for index in chosen]
-    earlier = len(wanted) - len(ids) - len(aside)
+    requested = dropping.read_ids(config.ids, config.file)
+    requested |= dropping.match_samples(run, config.where) if config.where else set()
+    total, doubtful = len(run), requested & dropping.find_doubtful(run)
+    ids = [f"{index:08d}" for index in dropping.drop(run, requested, is_dry=config.dry_run)]
+    earlier = len(requested) - len(ids) - len(doubtful)
     verb = "would be" if config.dry_run else "is" if len(ids) == 1 else "are"
-    told = f"{config.run}: {len(ids) or 'none'} of {before} samples {verb} dropped"
-    told += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
-    told += dropping.told_aside(len(aside))
-    facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
+    line = f"{config.run}: {len(ids) or 'none'} of {total} samples {verb} dropped"
+    line += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
+    line += dropping.describe_doubtful(len(doubtful))
+    facts = {"path": config.run, "dropped": ids, "left": total - len(ids)}
     if config.dry_run:
-        return print_plan(config, facts, "\n".join(ids), told)
-    print_lines(config, told)
+        return print_plan(config, facts, "\n".join(ids), line)
+    print_lines(config, line)
     if ids and (exports := dropping.exports_of(run)):
         print_lines(config, f"{exports}: was made before and is as it was; delete it and convert again")
     print_result(config, facts, config.run)

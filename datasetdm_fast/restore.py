@@ -29,25 +29,25 @@ class RestoreConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, RestoreConfig, PROG, __doc__, EXAMPLES)
+    config, flags = parse(arguments, RestoreConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
-    if "file" in given and not config.file.strip():
+    if "file" in flags and not config.file.strip():
         raise Refused("--file: no file was given", "Give a value, or drop the flag.")
     if bool(config.ids or config.file) == config.all:
         raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
     from datasetdm_fast.runs.curation import dropping
 
     run = dropping.open_folder(Path(config.run))
-    wanted = None if config.all else dropping.read_ids(config.ids, config.file)
-    aside = len(dropping.set_aside(run) & set(wanted or ()))
-    ids = [f"{index:08d}" for index in dropping.restore(run, wanted, is_dry=config.dry_run)]
-    told = f"{config.run}: {count_noun(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
-    told += dropping.told_aside(aside)
+    requested = None if config.all else dropping.read_ids(config.ids, config.file)
+    doubtful = len(dropping.find_doubtful(run) & (requested or set()))
+    ids = [f"{index:08d}" for index in dropping.restore(run, requested, is_dry=config.dry_run)]
+    line = f"{config.run}: {count_noun(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
+    line += dropping.describe_doubtful(doubtful)
     facts = {"path": config.run, "restored": ids}
     if config.dry_run:
-        return print_plan(config, facts, "\n".join(ids), told)
-    print_lines(config, told)
+        return print_plan(config, facts, "\n".join(ids), line)
+    print_lines(config, line)
     print_result(config, facts, config.run)
     return 0
 

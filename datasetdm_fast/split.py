@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +15,13 @@ from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.split"
 EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")
-USUAL = ("train", "val", "test")
-ROUNDED = 0.005  # of the sum, such as that of 33.3,33.3,33.3
-NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
-    names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
+    names: tuple[str, ...] = setting(("train", "val", "test"), "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
     seed: int = setting(0, "seed of the random order of the samples", metavar="N")
     undo: bool = setting(False, "remove the split")
@@ -35,80 +29,36 @@ class SplitConfig:
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 
-    def parts(self) -> dict[str, float]:
-        """Share by name."""
-        try:
-            shares = [float(share) for share in self.shares.split(",")]
-        except ValueError:
-            shares = []
-        if not shares or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
-            raise Refused(
-                f"--shares {self.shares}: expected numbers of 0 or more, not all of them 0", "For example 80,10,10."
-            )
-        if not any(math.isclose(sum(shares), whole, rel_tol=ROUNDED) for whole in (100, 1)):
-            near = ",".join(f"{100 * share / sum(shares):.3g}" for share in shares)
-            raise Refused(f"--shares {self.shares}: add up to {sum(shares):g}, expected 100", f"For example {near}.")
-        if len(self.names) < len(shares) or (len(self.names) > len(shares) and self.names != USUAL):
-            raise Refused(
-                f"--names {','.join(self.names)}: expected {len(shares)} different names, one for each share",
-                "For example train,val,test.",
-            )
-        if bad := [name for name in self.names if not NAME.fullmatch(name)]:
-            raise Refused(f"--names {bad[0]!r}: expected small letters, digits, - or _", "For example train,val,test.")
-        return {name: share for name, share in zip(self.names, shares) if share}
-
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, SplitConfig, PROG, __doc__, EXAMPLES)
+    config, flags = parse(arguments, SplitConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
-    if config.undo and given & {"shares", "names", "by_source", "seed"}:
+    if config.undo and flags & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
-    parts = config.parts()
-    from datasetdm_fast.runs.run_folder.object_store import refuse_stored
+    from datasetdm_fast.runs.curation.splitting import parse_shares, split_run
     from datasetdm_fast.runs.run_folder.reader import Run
     from datasetdm_fast.runs.run_folder.seal import SPLIT
-    from datasetdm_fast.runs.run_folder.split import Split, dealt, groups, origins, write_split
+    from datasetdm_fast.runs.run_folder.split import write_split
 
-    path = Path(config.run)
+    path, split, counts = Path(config.run), None, {}
+    shares = parse_shares(config.shares, config.names)
     with Run(path) as run:
-        document = run.document
-        if config.undo:
-            if not (path / SPLIT).exists():
-                raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
-            if not config.dry_run:
-                write_split(path, document, None)
-            return _end(config, {}, f"{path}: {'would be' if config.dry_run else 'is'} split no more")
-        refuse_stored(path)  # convert reads the split that is beside the samples
-        if not len(run):
-            raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
-        indices, keys = [], []
-        for row in run.rows(("files",)):
-            indices.append(row.request.index)
-            keys.append(origins(document, row) if config.by_source else (row.request.id,))
-    found = dealt(keys, parts, config.seed)
-    split = Split(
-        config.seed,
-        config.by_source,
-        {name: tuple(index for index, part in zip(indices, found) if part == name) for name in parts},
-    )
-    if not config.dry_run:
-        write_split(path, document, split)
-    counts = Counter(found)
-    told = ", ".join(f"{name} {counts[name]}" for name in parts)
-    lone = [name for name in parts if not counts[name]]
-    is_apart = len(set(groups(keys))) == len(keys)
-    why = "there are too few samples" if is_apart else "too many samples were made of one picture"
-    more = f"; none left for {', '.join(lone)}, as {why}" if lone else ""
-    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}")
-
-
-def _end(config: SplitConfig, counts: dict[str, int], line: str) -> int:
+        if not config.undo:
+            split, problem = split_run(run, shares, config.seed, by_source=config.by_source)
+            counts = {name: len(indices) for name, indices in split.parts.items()}
+            line = ", ".join(f"{name} {count}" for name, count in counts.items())
+            line += f"; {problem}" if problem else ""
+        elif (path / SPLIT).exists():
+            line = f"{'would be' if config.dry_run else 'is'} split no more"
+        else:
+            raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
     facts = {"path": config.run, "parts": counts}
     if config.dry_run:
-        return print_plan(config, facts, config.run, line)
-    print_lines(config, line)
+        return print_plan(config, facts, config.run, f"{path}: {line}")
+    write_split(path, run.document, split)
+    print_lines(config, f"{path}: {line}")
     print_result(config, facts, config.run)
     return 0
 

@@ -694,7 +694,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--classes", "bal=x"), "did you mean ball"),
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),
-        (("--resize", "3"), "expected 16 to 4096"),
+        (("--resize", "5000"), "expected 0 to 4096"),
         (("--kept",), "has not been filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
         (("--quality", "50"), "expected 75 to 100"),

@@ -302,7 +302,7 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
 
 def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path, monkeypatch):
     number, path = 100_000, tmp_path / "run"
-    monkeypatch.setattr(filtering, "close", lambda run: None)  # without images there is no page of them
+    monkeypatch.setattr(filtering, "finish_scored", lambda run: None)  # without images there is no page of them
     dice = np.random.default_rng(0)
     with RunFolder(path, document(number)) as folder:
         folder.ledger.commit(Row(Request(k, f"a ball {k}", k, ("ball",)), {}) for k in range(number))

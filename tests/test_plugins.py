@@ -82,23 +82,23 @@ from datasetdm_fast.runs.exporting.configs import MmsegFormat
 class Listing(MmsegFormat):
     needs = (("semantic",), ("bright",))
 
-    def shared(self, plan, samples):
+    def shared_files(self, plan, samples):
         return {"list.txt": [b"one"]}
 
 class Leaving(Listing):
-    def converted(self, sample, plan):
+    def convert_sample(self, sample, plan):
         return {"../../left.txt": b""}, {}
 
 class Torn(Listing):
-    def converted(self, sample, plan):
+    def convert_sample(self, sample, plan):
         return {}["context"]
 
 class Repeated(Listing):
-    def converted(self, sample, plan):
+    def convert_sample(self, sample, plan):
         return {"list.txt": b""}, {}
 
 class Text(Listing):
-    def shared(self, plan, samples):
+    def shared_files(self, plan, samples):
         return {"list.txt": "one"}
 
 class Flat(Listing):

@@ -15,7 +15,7 @@ from datasetdm_fast import convert, filter, generate, label, open_run, splice, s
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.exporting import target
+from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.run_folder import document, events
 from datasetdm_fast.runs.run_folder.audit import audit
 
@@ -42,7 +42,12 @@ def test_the_schemas_are_schemas(path):
 
 
 def test_the_schemas_have_the_formats_of_the_code():
-    numbers = {"run": document.FORMAT, "sample": document.FORMAT, "event": events.FORMAT, "export": target.FORMAT}
+    numbers = {
+        "run": document.FORMAT,
+        "sample": document.FORMAT,
+        "event": events.FORMAT,
+        "export": export_folder.FORMAT,
+    }
     for name, number in numbers.items():
         assert schema(name)["$id"] == f"urn:datasetdm-fast:{name}:{number}"
     assert set(schema("run")["properties"]["format"]["enum"]) == set(document.READ_FORMATS)

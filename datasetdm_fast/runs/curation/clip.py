@@ -25,13 +25,13 @@ def digest_of(folder: Path) -> str:
             f"--clip {folder}: holds no config.json",
             "Name a folder with a CLIP as transformers saves it, such as a copy of openai/clip-vit-base-patch32.",
         )
-    found = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
-    digests = ((path.name, storage.sha256_of(path)) for path in found)
+    paths = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
+    digests = ((path.name, storage.sha256_of(path)) for path in paths)
     return hashlib.sha256(json.dumps(list(digests)).encode()).hexdigest()
 
 
 class Clip:
-    """A CLIP with its tokenizer; its images are scaled and cut as it was trained."""
+    """A CLIP with its tokenizer; its images are scaled and cropped as in its training."""
 
     def __init__(self, folder: Path, digest: str):
         self.digest = digest
@@ -39,13 +39,13 @@ class Clip:
 
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
-            model, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+            model, report = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # transformers raises nearly anything
             raise Missing(
                 f"--clip {folder}: transformers cannot read it ({type(error).__name__}: {error})", NEEDED
             ) from error
-        if absent := sorted(told["missing_keys"]):  # which transformers draws at random
+        if absent := sorted(report["missing_keys"]):  # which transformers initialises at random
             raise Missing(f"--clip {folder}: {len(absent)} tensors of a CLIP are missing, such as {absent[0]}", NEEDED)
         self.model = model.eval()
         self.side: int = self.model.config.vision_config.image_size
@@ -55,7 +55,7 @@ class Clip:
         """The cosine of image and prompt of each sample; a prompt that is too long is cut."""
         import torch
 
-        found: list[float] = []
+        cosines: list[float] = []
         for first in range(0, len(samples), BATCH):
             block = samples[first : first + BATCH]
             pixels = torch.from_numpy(np.stack([self._pixels(sample.image) for sample in block]))
@@ -66,8 +66,8 @@ class Clip:
                     input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=pixels
                 )
             cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
-            found += [round(value, 6) for value in cosine.tolist()]
-        return found
+            cosines += [round(value, 6) for value in cosine.tolist()]
+        return cosines
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:  # [3, side, side] float32
         whole = Image.fromarray(image)
@@ -77,5 +77,5 @@ class Clip:
             Image.Resampling.BICUBIC,
         )
         left, top = (whole.width - self.side) // 2, (whole.height - self.side) // 2
-        cut = np.asarray(whole.crop((left, top, left + self.side, top + self.side)), np.float32) / 255
-        return ((cut - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)
+        crop = np.asarray(whole.crop((left, top, left + self.side, top + self.side)), np.float32) / 255
+        return ((crop - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""What a stored sample is scored by: its labels and its image."""
+"""Scores of a stored sample from its labels and its image."""
 
 import numpy as np
 from PIL import Image
@@ -8,13 +8,13 @@ from datasetdm_fast.runs.run_folder.sample_scores import SCORERS, Scored
 from datasetdm_fast.runs.run_folder.score_table import HASH
 
 
-def scored(sample: StoredSample) -> dict[str, float | int | None]:
+def score_sample(sample: StoredSample) -> dict[str, float | int | None]:
     """The scores that labels and image give; None where a sample has nothing to score."""
-    made = Scored(
+    scored = Scored(
         sample.image, sample.classes, sample.row.labels, sample.label, sample.document["labels"], sample.trust
     )
-    scores: dict[str, float | int | None] = {name: score(made) for name, score in SCORERS.items()}
-    return {**scores, HASH: difference_hash(Image.fromarray(made.image))}
+    scores: dict[str, float | int | None] = {name: score(scored) for name, score in SCORERS.items()}
+    return {**scores, HASH: difference_hash(Image.fromarray(scored.image))}
 
 
 def difference_hash(image: Image.Image) -> int:

@@ -43,21 +43,23 @@ class Stability:
         stored = {"model": {"digests": run.document["model"]["digests"]}, "decoders": run.document["decoders"]}
         check_same(run.path, stored, weights)
         configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
-        self.configs = {label: found for label, found in configs.items() if found.classes and not found.has_text}
+        self.configs = {label: config for label, config in configs.items() if config.classes and not config.has_text}
         if not self.configs:
             raise Refused(f"--stability: {run.path} has no semantic or instance labels of a decoder", "Drop the flag.")
 
     def scores(self, samples: Sequence[StoredSample]) -> list[float]:
         """Of the pixels that either of two draws calls a thing, the share that both call the same, mean over labels."""
-        found: list[float] = []
-        for first in range(0, len(samples), BATCH):
-            block = samples[first : first + BATCH]
-            one, other = (self._maps(block, shift) for shift in OTHER_NOISE)
+        scores: list[float] = []
+        for start in range(0, len(samples), BATCH):
+            block = samples[start : start + BATCH]
+            first, second = (self._maps(block, shift) for shift in OTHER_NOISE)
             for k in range(len(block)):
-                values = [agreement([named_map(one[label][k]), named_map(other[label][k])]) for label in self.configs]
-                told = [value for value in values if value is not None]
-                found.append(round(sum(told) / len(told), 6) if told else 1.0)
-        return found
+                values = [
+                    agreement([named_map(first[label][k]), named_map(second[label][k])]) for label in self.configs
+                ]
+                known = [value for value in values if value is not None]
+                scores.append(round(sum(known) / len(known), 6) if known else 1.0)
+        return scores
 
     def _maps(self, samples: Sequence[StoredSample], shift: int) -> dict[str, list[SemanticMap | Instances]]:
         import torch

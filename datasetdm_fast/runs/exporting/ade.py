@@ -12,13 +12,13 @@ FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 class AdeFormat(Format):
-    """Classes are counted from 1; 0 is what is none of them, or unknown, and is ignored by trainers."""
+    """Classes are counted from 1; 0 stands for other and unknown pixels, which trainers ignore."""
 
     needs = (("semantic",),)
     forms = ("jpg",)
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         _, image = sample.picture(self.forms)
         labels = sample.semantic.copy()
         labels[labels == IGNORED] = 0
@@ -26,7 +26,7 @@ class AdeFormat(Format):
         files: Files = {f"images/{name}.jpg": image, f"annotations/{name}.png": _C.png_encode(labels)}
         return files, {"counts": count_pixels(labels)}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {"objectInfo150.txt": _classes(plan, samples)}
 
 
@@ -45,8 +45,8 @@ def _classes(plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
     for name, number in plan.classes.numbers.items():
         counts = (images.get((number, is_train), 0) for is_train in (True, False))
         stuff = int(name in plan.classes.stuff)
-        told = [number, f"{pixels.get(number, 0) / total:.4f}", *counts, stuff, one_line(name)]
-        yield ("\t".join(map(str, told)) + "\n").encode()
+        cells = [number, f"{pixels.get(number, 0) / total:.4f}", *counts, stuff, one_line(name)]
+        yield ("\t".join(map(str, cells)) + "\n").encode()
 
 
 ADE = AdeFormat()

@@ -9,8 +9,8 @@ from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED
 from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.maps import class_map, numbered_things
-from datasetdm_fast.runs.exporting.rings import joined, on_pixels, parts, rings
+from datasetdm_fast.runs.exporting.maps import class_map, number_things
+from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, on_pixels, rings
 from datasetdm_fast.runs.exporting.view import SampleView
 
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # by train id
@@ -22,29 +22,29 @@ MOST_THINGS = 1000  # of a class in a picture: an instance is its label id times
 
 
 class CityscapesFormat(Format):
-    """What is none of the 19 classes that are trained on is unlabelled, 255 among train ids."""
+    """Pixels of none of the 19 classes with a train id are unlabelled, 255 among train ids."""
 
     needs = (("semantic",), ("instance",))
     forms = ("png",)
     known = tuple(WORDS)
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         stem = f"{CITY}_000000_{sample.number:06d}"
         _, image = sample.picture(self.forms)
         place = f"gtFine/{sample.split}/{CITY}/{stem}_gtFine"
         label_ids, train_ids, colours = (self._table(plan, kind) for kind in range(3))
         classes = class_map(sample, plan)
-        found = label_ids[classes]
+        ids = label_ids[classes]
         files: Files = {
             f"leftImg8bit/{sample.split}/{CITY}/{stem}_leftImg8bit.png": image,
-            f"{place}_labelIds.png": _C.png_encode(found),
+            f"{place}_labelIds.png": _C.png_encode(ids),
             f"{place}_labelTrainIds.png": _C.png_encode(train_ids[classes]),
             f"{place}_color.png": _C.png_encode(np.ascontiguousarray(colours[classes])),
-            f"{place}_polygons.json": json.dumps(_polygons(sample, plan, found)).encode(),
+            f"{place}_polygons.json": json.dumps(_polygons(sample, plan, ids)).encode(),
         }
         if "instance" in plan.tasks:
-            files[f"{place}_instanceIds.png"] = _C.png_encode_words(_instances(sample, found))
+            files[f"{place}_instanceIds.png"] = _C.png_encode_words(_instances(sample, ids))
         return files, {}
 
     def _table(self, plan: ExportPlan, kind: int) -> np.ndarray:
@@ -59,31 +59,31 @@ class CityscapesFormat(Format):
 
 def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, W] uint16
     """The label id of each pixel, of things its thousandfold and a number within the class."""
-    found, counts = label_ids.astype(np.uint16), dict.fromkeys(range(256), 0)
-    places = numbered_things(sample)
+    ids, counts = label_ids.astype(np.uint16), dict.fromkeys(range(256), 0)
+    places = number_things(sample)
     for k, thing in enumerate(sample.things, 1):
         label_id = WORDS[thing.name][1] if thing.name in WORDS else UNLABELLED
         if label_id >= FIRST_THING and counts[label_id] < MOST_THINGS:
             inside = places == k
             if inside.any():
-                found[inside] = label_id * 1000 + counts[label_id]
+                ids[inside] = label_id * 1000 + counts[label_id]
                 counts[label_id] += 1
-    return found
+    return ids
 
 
 def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> dict[str, Any]:
-    """A closed line for each part of the area of a class, and one for what is seen of each thing; painted one after
+    """A closed line for each part of the area of a class, and one for the visible part of each thing; painted one after
     another as cityscapesScripts does, border pixels included, they are the map of label ids. Pixels of a class of
     things that belong to no instance are a group, as in Cityscapes.
     """
     has_things = "instance" in plan.tasks
-    places = numbered_things(sample) if has_things else np.zeros(label_ids.shape, np.int32)
+    places = number_things(sample) if has_things else np.zeros(label_ids.shape, np.int32)
     objects = []
     for name, (_, label_id, _) in WORDS.items():
         area = label_ids == label_id
         if has_things and label_id >= FIRST_THING:
             area, name = area & (places == 0), f"{name}group"
-        objects += [(name, part) for part in parts(rings(area))]
+        objects += [(name, part) for part in group_parts(rings(area))]
     for k, thing in enumerate(sample.things if has_things else (), 1):
         if thing.name in WORDS and WORDS[thing.name][1] >= FIRST_THING:
             objects.append((thing.name, rings(places == k)))
@@ -91,9 +91,9 @@ def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> di
         "imgHeight": sample.height,
         "imgWidth": sample.width,
         "objects": [
-            {"label": name, "polygon": [[int(x), int(y)] for x, y in joined([on_pixels(ring) for ring in found])]}
-            for name, found in objects
-            if found
+            {"label": name, "polygon": [[int(x), int(y)] for x, y in join_rings([on_pixels(ring) for ring in outline])]}
+            for name, outline in objects
+            if outline
         ],
     }
 

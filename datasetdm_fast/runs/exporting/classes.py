@@ -1,6 +1,6 @@
-"""The classes of an export: one number each, the same in all of its files, and how those of its runs become them."""
+"""The classes of an export: one number each, the same in all of its files, and how classes of its runs become them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 
 class Renaming:
     """Other names for classes; a class whose new name is empty, or that of the background, is left out."""
 
-    renamed: Mapping[str, str]
+    names: Mapping[str, str]
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> "Renaming":
         """From texts OLD=NEW or OLD=."""
-        found: dict[str, str] = {}
+        names: dict[str, str] = {}
         for pair in pairs:
             old, sign, new = (part.strip() for part in pair.partition("="))
             if not sign or not old:
@@ -33,17 +33,16 @@ class Renaming:
                     "For example --classes sofa=couch,wall=",
                 )
             new = "" if new == BACKGROUND else new
-            if found.setdefault(old, new) != new:
+            if names.setdefault(old, new) != new:
                 raise Refused(f"--classes: {quote(old)} is given two names", "Give it one.")
-        return cls(found)
+        return cls(names)
 
     def __call__(self, name: str) -> str:
-        return self.renamed.get(name, name)
+        return self.names.get(name, name)
 
-    def check(self, known: Iterable[str]) -> None:
+    def check(self, known: Sequence[str]) -> None:
         """Refuses a name that no run has."""
-        known = list(known)
-        for old in self.renamed:
+        for old in self.names:
             if old not in known:
                 raise Refused(
                     f"--classes: no class is called {quote(old)}{nearest(old, known)}",
@@ -79,13 +78,13 @@ def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
 
 
-def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], renamed: Renaming) -> Classes:
-    """The classes of several runs by name, in the order in which they come; each run.json with its label for each task.
+def join_classes(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], renamed: Renaming) -> Classes:
+    """The classes of several runs by name, in the order in which they come; `runs` are run.json and label by task.
 
     Those of maps come first, as they hold the things as well where a run has both.
     """
     maps, things, people, known = {}, {}, {}, {}
-    for document, labels in documents:
+    for document, labels in runs:
         for task, into in (("semantic", maps), ("instance", things)):
             if task in labels:
                 names = [name for _, name in sorted(class_names(document, labels[task]).items())]
@@ -94,7 +93,7 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
         if "pose" in labels:
             known[PERSON] = None
             people[renamed(PERSON)] = None
-    renamed.check(name for name in known if name != BACKGROUND)
+    renamed.check([name for name in known if name != BACKGROUND])
     names = tuple(name for name in maps | things | people if name and name != BACKGROUND)
     if not names and known:
         raise Refused("--classes: no class is left", "Leave fewer out.")
@@ -107,7 +106,7 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
     return Classes(names, tuple(name for name in names if name in things), stuff)
 
 
-def lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:
+def number_lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:
     """[256] uint8: the number in the export of each value of a run's label map; classes left out are background."""
     table = np.full(256, IGNORED, np.uint8)
     numbers = classes.numbers

@@ -10,9 +10,9 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.json_lists import document
-from datasetdm_fast.runs.exporting.rings import is_hole, joined, rings
+from datasetdm_fast.runs.exporting.rings import is_hole, join_rings, rings
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing, SampleView
+from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.version import __version__
 
 YEAR = "2017"
@@ -27,7 +27,7 @@ class CocoFormat(Format):
 
     needs = (("instance",), ("semantic",), ("pose",))
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, content = sample.picture(self.forms)
         files: Files = {f"images/{sample.split}{YEAR}/{sample.name}.{ending}": content}
         entry: Entry = {"image": image_entry(sample, f"{sample.name}.{ending}")}
@@ -43,13 +43,13 @@ class CocoFormat(Format):
             files[f"annotations/panoptic_{sample.split}{YEAR}/{sample.name}.png"] = _C.png_encode(colours)
         return files, entry
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         kinds = {
             "instances": ("instance", plan.classes.things),
             "person_keypoints": ("pose", ()),
             "stuff": ("semantic", plan.classes.stuff),
         }
-        found = {
+        files = {
             f"annotations/{kind}_{split}{YEAR}.json": _annotations(plan, samples, kind, split, names)
             for kind, (task, names) in kinds.items()
             if task in plan.tasks
@@ -57,8 +57,8 @@ class CocoFormat(Format):
         }
         if _has_panoptic(plan):
             for split in plan.splits:
-                found[f"annotations/panoptic_{split}{YEAR}.json"] = _panoptic(plan, samples, split)
-        return found
+                files[f"annotations/panoptic_{split}{YEAR}.json"] = _panoptic(plan, samples, split)
+        return files
 
 
 def _has_panoptic(plan: ExportPlan) -> bool:
@@ -83,7 +83,7 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = F
     """The annotation of an instance, but for its id and image."""
     return {
         "category_id": plan.classes.numbers[thing.name],
-        "segmentation": segmentation(thing, joins_holes) if plan.settings.polygons else thing.rle,
+        "segmentation": segmentation(thing, joins_holes) if plan.layout.polygons else thing.rle,
         "area": thing.area,
         "bbox": list(thing.box),
         "iscrowd": 0,
@@ -92,13 +92,11 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = F
 
 
 def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | mask_rle.Rle:
-    """Polygons of an instance; where it has holes, which COCO's cannot say, one closed line or its run lengths."""
-    found = rings(thing.mask)
-    if found and joins_holes and any(map(is_hole, found)):
-        return [joined(found).ravel().tolist()]
-    if not found or any(map(is_hole, found)):
-        return thing.rle
-    return [ring.ravel().tolist() for ring in found]
+    """Polygons of an instance; where it has holes, which COCO's cannot hold, one closed line or its run lengths."""
+    outline = rings(thing.mask)
+    if outline and not any(map(is_hole, outline)):
+        return [ring.ravel().tolist() for ring in outline]
+    return [join_rings(outline).ravel().tolist()] if outline and joins_holes else thing.rle
 
 
 def _person(person: ExportedPerson, classes: Classes) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def _person(person: ExportedPerson, classes: Classes) -> dict[str, Any]:
         "category_id": classes.numbers[person.name],
         "keypoints": flat,
         "num_keypoints": int((person.joints[:, 2] > 0).sum()),
-        "keypoint_scores": list(person.sure),
+        "keypoint_scores": list(person.joint_scores),
         "score": person.score,
         "area": round(person.area, 3),
         "bbox": [round(value, 3) for value in person.box],
@@ -132,52 +130,64 @@ def _stuff(labels: np.ndarray, classes: Classes) -> Iterator[dict[str, Any]]:
 
 
 def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Segment of each pixel [H, W] int32, 0 where nothing is told, and the segments.
+    """Segment of each pixel [H, W] int32, 0 where it has none, and the segments.
 
-    Of two instances the surer one has a pixel; what no instance has goes to the classes that only maps show. What the
-    run ignores is told nothing of.
+    Of two instances that of the higher score has a pixel; other pixels go to the classes that only maps show. Pixels
+    that the run ignores have no segment.
     """
-    found, told = np.zeros((sample.height, sample.width), np.int32), ~sample.ignored
-    kinds = []
+    numbers, is_known = np.zeros((sample.height, sample.width), np.int32), ~sample.ignored
+    categories = []
     for thing in sorted(sample.things, key=lambda thing: -thing.score):
-        free = thing.mask & (found == 0) & told
+        free = thing.mask & (numbers == 0) & is_known
         if free.any():
-            kinds.append(classes.numbers[thing.name])
-            found[free] = len(kinds)
+            categories.append(classes.numbers[thing.name])
+            numbers[free] = len(categories)
     for name in classes.stuff:
-        number = classes.numbers[name]
-        free = (sample.semantic == number) & (found == 0)
+        free = (sample.semantic == classes.numbers[name]) & (numbers == 0)
         if free.any():
-            kinds.append(number)
-            found[free] = len(kinds)
+            categories.append(classes.numbers[name])
+            numbers[free] = len(categories)
     segments = []
-    for k, kind in enumerate(kinds, 1):
-        down, across = (np.flatnonzero((found == k).any(axis)) for axis in (1, 0))
+    for k, category in enumerate(categories, 1):
+        down, across = (np.flatnonzero((numbers == k).any(axis)) for axis in (1, 0))
         x, y, width, height = across[0], down[0], across[-1] - across[0] + 1, down[-1] - down[0] + 1
         segments.append(
             {
                 "id": k,
-                "category_id": kind,
-                "area": int((found == k).sum()),
+                "category_id": category,
+                "area": int((numbers == k).sum()),
                 "bbox": [int(value) for value in (x, y, width, height)],
                 "iscrowd": 0,
             }
         )
-    return found, segments
+    return numbers, segments
 
 
 def _annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str, names: Iterable[str]) -> Iterator[bytes]:
     if kind == "person_keypoints":
         skeleton = [[a + 1, b + 1] for a, b in plan.limbs]  # COCO counts joints from 1
-        known = categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)
+        rows = categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)
     else:
-        known = categories(plan, names)
-    fields = {"info": info(), "licenses": [], "categories": known}
+        rows = categories(plan, names)
+    fields = {"info": info(), "licenses": [], "categories": rows}
     images = (entry["image"] for entry in samples.entries(split))
-    return document(fields, images=images, annotations=numbered(plan, samples, kind, split))
+    return json_document(fields, images=images, annotations=number_annotations(plan, samples, kind, split))
 
 
-def numbered(plan: ExportPlan, samples: AllSamples, kind: str, split: str) -> Iterator[dict[str, Any]]:
+def json_document(fields: Mapping[str, Any], **lists: Iterable[Any]) -> Iterator[bytes]:
+    """A JSON object of these fields and lists in chunks, an item of a list per line."""
+    yield b"{"
+    for k, (name, value) in enumerate(fields.items()):
+        yield f"{',' if k else ''}\n{canonical(name)}:{canonical(value)}".encode()
+    for k, (name, items) in enumerate(lists.items()):
+        yield f"{',' if k or fields else ''}\n{canonical(name)}:[".encode()
+        for place, item in enumerate(items):
+            yield f"{',' if place else ''}\n{canonical(item)}".encode()
+        yield b"]"
+    yield b"}\n"
+
+
+def number_annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str) -> Iterator[dict[str, Any]]:
     """The annotations of a split with ids from 1 on, which no other split has."""
     number = 0  # pycocotools takes annotation 0 for "no match"
     for name in plan.splits:
@@ -191,19 +201,12 @@ def numbered(plan: ExportPlan, samples: AllSamples, kind: str, split: str) -> It
 
 
 def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[bytes]:
-    numbers = plan.classes.numbers
-    known = [
-        {
-            "id": numbers[name],
-            "name": name,
-            "supercategory": "",
-            "isthing": int(name in plan.classes.things),
-            "color": list(colour(numbers[name])),
-        }
-        for name in plan.classes.names
+    numbers, things = plan.classes.numbers, plan.classes.things
+    rows = [
+        row | {"isthing": int(row["name"] in things), "color": list(colour(numbers[row["name"]]))}
+        for row in categories(plan, plan.classes.names)
     ]
-    fields = {"info": info(), "licenses": [], "categories": known}
-    told = (
+    annotations = (
         {
             "image_id": entry["image"]["id"],
             "file_name": f"{entry['image']['file_name'].rpartition('.')[0]}.png",
@@ -211,7 +214,9 @@ def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[byt
         }
         for entry in samples.entries(split)
     )
-    return document(fields, images=(entry["image"] for entry in samples.entries(split)), annotations=told)
+    fields = {"info": info(), "licenses": [], "categories": rows}
+    images = (entry["image"] for entry in samples.entries(split))
+    return json_document(fields, images=images, annotations=annotations)
 
 
 COCO = CocoFormat()

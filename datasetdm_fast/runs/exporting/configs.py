@@ -17,7 +17,7 @@ WIDTH = 120
 
 
 def python(note: str, **values: Any) -> list[bytes]:
-    """A Python file of constants; whatever stands in a name, it is a literal."""
+    """A Python file of constants, names included as literals."""
     lines = [f"{name} = {pformat(value, width=WIDTH, sort_dicts=False)}\n" for name, value in values.items()]
     return [f"# {note}\n{''.join(lines)}".encode()]
 
@@ -28,7 +28,7 @@ class MmsegFormat(Format):
     needs = (("semantic",),)
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, image = sample.picture(self.forms)
         labels = _C.png_encode(sample.semantic, palette())
         files: Files = {
@@ -37,7 +37,7 @@ class MmsegFormat(Format):
         }
         return files, {"ending": ending}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {"dataset.py": self._config(plan, samples)}
 
     def _config(self, plan: ExportPlan, samples: AllSamples) -> Iterable[bytes]:
@@ -45,15 +45,15 @@ class MmsegFormat(Format):
         endings = {split: sorted({entry["ending"] for entry in samples.entries(split)}) for split in plan.splits}
         names = ("background", *plan.classes.names)
         loaders = {
-            f"{split}_{ending}" if len(found) > 1 else split: {
+            f"{split}_{ending}" if len(forms) > 1 else split: {
                 "type": "BaseSegDataset",
                 "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
                 "img_suffix": f".{ending}",
                 "seg_map_suffix": ".png",
                 "reduce_zero_label": False,
             }
-            for split, found in endings.items()
-            for ending in found
+            for split, forms in endings.items()
+            for ending in forms
         }
         yield from python(
             "For an mmsegmentation config: add metainfo, data_root and a pipeline to the dataset of each dataloader.",
@@ -68,7 +68,7 @@ class Mask2FormerFormat(CocoFormat):
 
     needs = (("instance", "semantic"),)
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         numbers = plan.classes.numbers
         things = [numbers[name] for name in plan.classes.things]
         files = {
@@ -88,7 +88,7 @@ class Mask2FormerFormat(CocoFormat):
             contiguous_ids={number: k for k, number in enumerate(numbers.values())},
             files=files,
         )
-        return {**super().shared(plan, samples), "dataset.py": config}
+        return {**super().shared_files(plan, samples), "dataset.py": config}
 
 
 class SimccFormat(CocoFormat):
@@ -96,7 +96,7 @@ class SimccFormat(CocoFormat):
 
     needs = (("pose",),)
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         swapped = mirrored_names(plan.joints)
         joints = {
             k: {
@@ -132,13 +132,13 @@ class SimccFormat(CocoFormat):
             },
             datasets=loaders,
         )
-        return {**super().shared(plan, samples), "dataset.py": config}
+        return {**super().shared_files(plan, samples), "dataset.py": config}
 
 
 class DepthFormerFormat(NyuFormat):
     """NYU Depth v2's layout, with the lists of this toolbox, which has one folder for all splits, beside its own."""
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         loaders = {
             split: {
                 "type": "NYUDataset",
@@ -155,7 +155,7 @@ class DepthFormerFormat(NyuFormat):
             datasets=loaders,
         )
         lists = {loaders[split]["split"]: lines(samples, split, "nyu", self.root(split, plan)) for split in plan.splits}
-        return {**super().shared(plan, samples), **lists, "dataset.py": config}
+        return {**super().shared_files(plan, samples), **lists, "dataset.py": config}
 
 
 MMSEG, MASK2FORMER, SIMCC, DEPTHFORMER = MmsegFormat(), Mask2FormerFormat(), SimccFormat(), DepthFormerFormat()

@@ -22,7 +22,7 @@ class DeepFashionFormat(Format):
     known = tuple(NUMBERS)
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         _, image = sample.picture(self.forms)
         translated = np.full(256, BACKGROUND, np.uint8)
         translated[IGNORED] = IGNORED
@@ -34,7 +34,7 @@ class DeepFashionFormat(Format):
         }
         return files, {"name": f"{sample.name}.jpg", "prompt": sample.prompt}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {"captions.json": _captions(plan, samples)}
 
 

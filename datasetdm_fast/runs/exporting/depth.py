@@ -9,16 +9,16 @@ from datasetdm_fast.runs.exporting.view import SampleView
 
 SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
 SCENES = ("Scene01", "Scene02", "Scene06", "Scene18", "Scene20")  # of Virtual KITTI, one for each split here
-FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # what the lists say of the originals' cameras, which no trainer reads
+FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # pixels, of the originals' cameras in the lists; no trainer reads them
 
 
 class DepthFormat(Format):
-    """Images and depths in two places, and what the lists say of each pair."""
+    """Images and depths in two places, and lists of the pairs."""
 
     needs = (("depth",),)
     steps: float  # of a metre
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, content = sample.picture(self.forms)
         root, image, depth = self.places(sample.split, sample.name, ending, plan)
         return {f"{root[0]}{image}": content, f"{root[1]}{depth}": sample.depth_file(self.steps)}, {
@@ -48,7 +48,7 @@ class NyuFormat(DepthFormat):
         root = self.root(split, plan)
         return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         lists = {f"{published_split(split, plan)}_list.txt": lines(samples, split, "nyu") for split in plan.splits}
         return {**lists, "nyu_class_list.json": [json.dumps([SCENE]).encode()]}
 
@@ -59,7 +59,7 @@ class KittiFormat(DepthFormat):
     def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
         return ("input/", "gt_depth/"), f"{SCENE}/{name}.{ending}", f"{SCENE}/{name}.png"
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {
             f"kitti_eigen_{published_split(split, plan)}.txt": lines(samples, split, "kitti") for split in plan.splits
         }

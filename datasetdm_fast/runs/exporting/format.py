@@ -1,4 +1,4 @@
-"""What a format is to the rest: the labels it needs, the files of a sample, and the files that all samples share."""
+"""Formats: the labels they need, the files of a sample, and the files of all samples together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -7,19 +7,19 @@ from typing import Any, Protocol
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.classes import Classes
-from datasetdm_fast.runs.exporting.settings import ExportSettings
+from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.view import Linked, SampleView
 
 Content = bytes | Linked
 Files = dict[str, Content]  # path inside the format's folder, content
-Entry = dict[str, Any]  # what the shared files need of a sample, as JSON
+Entry = dict[str, Any]  # what the files of all samples need of one, as JSON
 
 
 class AllSamples(Protocol):
-    """The samples of an export, once the files of each are there."""
+    """The samples of an export, once the files of each are written."""
 
     def entries(self, split: str) -> Iterator[Entry]:
-        """What the format needs of the samples of a split, in order."""
+        """Entries of the samples of a split, in order."""
 
     def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
         """Samples of a split by their position in it."""
@@ -27,7 +27,7 @@ class AllSamples(Protocol):
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What every file of an export follows."""
+    """Facts of an export that all of its files follow."""
 
     classes: Classes
     splits: Mapping[str, int]  # name -> samples
@@ -36,22 +36,30 @@ class ExportPlan:
     joints: tuple[str, ...]
     limbs: tuple[tuple[int, int], ...]
     max_depth: float
-    settings: ExportSettings
+    pictures: PictureSettings
+    layout: LayoutSettings
 
 
 class Format(ABC):
     """A layout that trainers read."""
 
     needs: tuple[tuple[str, ...], ...] = ()  # tasks of which the run must have all of one group
-
     forms: tuple[str, ...] = ("png", "jpg")  # of its image files
     known: Collection[str] | None = None  # classes that its consumers know, None = any
     has_maps = False  # whether it has label maps of 8 bits
 
+    @abstractmethod
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        """The files of one sample, and its entry for the files of all."""
+
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        """Files of all samples together, in chunks, by their path inside the format's folder."""
+        return {}
+
     def check(self, name: str, plan: ExportPlan) -> None:
         """Refuses what the format, which the user calls by this name, cannot hold."""
         self.check_tasks(f"--to {name}", plan.tasks)
-        if (form := plan.settings.image_format) not in ("same", *self.forms):
+        if (form := plan.pictures.image_format) not in ("same", *self.forms):
             raise Refused(f"--image-format {form}: {name} has {' or '.join(self.forms)} files", "Drop the flag.")
         if self.known is not None and not set(plan.classes.names) & set(self.known):
             raise Refused(
@@ -64,20 +72,12 @@ class Format(ABC):
     def check_tasks(self, flag: str, tasks: Collection[str]) -> None:
         """Refuses a run without the labels that the format needs."""
         if self.needs and not any(set(group) <= set(tasks) for group in self.needs):
-            wanted = " or ".join(" and ".join(group) for group in self.needs)
+            needs = " or ".join(" and ".join(group) for group in self.needs)
             raise Refused(
-                f"{flag}: it needs labels for {wanted}, there are some for {', '.join(sorted(tasks))}",
+                f"{flag}: it needs labels for {needs}, there are some for {', '.join(sorted(tasks))}",
                 "Choose another format, or make the run with these labels.",
             )
 
-    def unknown(self, plan: ExportPlan) -> list[str]:
+    def unknown_classes(self, plan: ExportPlan) -> list[str]:
         """The classes that it cannot show."""
         return [] if self.known is None else [name for name in plan.classes.names if name not in self.known]
-
-    @abstractmethod
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
-        """The files of one sample, and what the shared files need of it."""
-
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        """Files of all samples together, in chunks, by their path inside the format's folder."""
-        return {}

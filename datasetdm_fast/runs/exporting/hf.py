@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.runs.exporting.described import described, maps, tables
+from datasetdm_fast.runs.exporting.described import describe_sample, map_files, table_files
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.runs.exporting.wds import held
+from datasetdm_fast.runs.exporting.wds import read_content
 from datasetdm_fast.runs.run_folder.ledger import canonical
 
 SPLITS = {"val": "validation"}  # as `datasets` names them
@@ -23,22 +23,22 @@ class ImageFolderFormat(Format):
 
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, image = sample.picture(self.forms)
         # beside other pictures the plain name `file_name` is not taken for the column image
         names = {"image_file_name": f"images/{sample.name}.{ending}"}
         files: Files = {f"{sample.split}/images/{sample.name}.{ending}": image}
-        for name, content in maps(sample, plan, has_colours=True):
+        for name, content in map_files(sample, plan, has_colours=True):
             names[f"{name}_file_name"] = f"{name}/{sample.name}.png"
             files[f"{sample.split}/{name}/{sample.name}.png"] = content
-        return files, {**names, **described(sample, plan)}
+        return files, {**names, **describe_sample(sample, plan)}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         rows = {
             f"{split}/metadata.jsonl": (f"{canonical(entry)}\n".encode() for entry in samples.entries(split))
             for split in plan.splits
         }
-        return {**rows, **tables(plan)}
+        return {**rows, **table_files(plan)}
 
 
 class ParquetFormat(Format):
@@ -53,21 +53,21 @@ class ParquetFormat(Format):
         except ImportError as error:
             raise Missing(f"--to {name}: pyarrow is not installed", "Install datasetdm-fast[hf].") from error
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         return {}, {}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        size, found = plan.settings.shard, {}
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        size, files = plan.layout.shard, {}
         for split, count in plan.splits.items():
             shards = -(-count // size)
             for k in range(shards):
                 name = f"data/{SPLITS.get(split, split)}-{k:05d}-of-{shards:05d}.parquet"
-                found[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
-        return {**found, **tables(plan)}
+                files[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
+        return {**files, **table_files(plan)}
 
 
 class _Sink(io.RawIOBase):
-    """Collects what is written, to be taken away piece by piece."""
+    """A buffer of written bytes that is emptied piece by piece."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -84,7 +84,7 @@ class _Sink(io.RawIOBase):
         self.size += len(self.parts[-1])
         return len(self.parts[-1])
 
-    def taken(self) -> Iterator[bytes]:
+    def take(self) -> Iterator[bytes]:
         yield from self.parts
         self.parts.clear()
 
@@ -97,8 +97,8 @@ def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
     with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="none") as writer:
         for rows in _groups(views, plan):
             writer.write_table(pa.Table.from_pylist(rows, schema))
-            yield from sink.taken()
-    yield from sink.taken()
+            yield from sink.take()
+    yield from sink.take()
 
 
 def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict[str, Any]]]:
@@ -117,17 +117,17 @@ def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict
 
 def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
     ending, image = sample.picture(ParquetFormat.forms)
-    row: dict[str, Any] = {"image": {"bytes": held(image), "path": f"{sample.name}.{ending}"}}
-    for name, content in maps(sample, plan, has_colours=True):
-        row[name] = {"bytes": held(content), "path": f"{sample.name}.png"}
-    return row | described(sample, plan)
+    row: dict[str, Any] = {"image": {"bytes": read_content(image), "path": f"{sample.name}.{ending}"}}
+    for name, content in map_files(sample, plan, has_colours=True):
+        row[name] = {"bytes": read_content(content), "path": f"{sample.name}.png"}
+    return row | describe_sample(sample, plan)
 
 
 def _schema(plan: ExportPlan) -> Any:
     """Columns with the features of `datasets` as metadata."""
     import pyarrow as pa
 
-    def listed(inner: Any, length: int = -1) -> tuple[Any, dict[str, Any]]:
+    def list_of(inner: Any, length: int = -1) -> tuple[Any, dict[str, Any]]:
         kind, feature = inner
         return pa.list_(kind), {"feature": feature, "length": length, "_type": "Sequence"}
 
@@ -137,23 +137,23 @@ def _schema(plan: ExportPlan) -> Any:
     picture = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
     names = ["background", *plan.classes.names]
     number, category = value("float64"), (pa.int64(), {"names": names, "_type": "ClassLabel"})
-    box = listed(number)
+    box = list_of(number)
     columns = {"image": picture}
     columns |= {name: picture for name in ("semantic", "depth") if name in plan.tasks}
     columns |= {name: value(kind) for name, kind in VALUES.items()}
     things = {"category": category, "bbox": box, "area": value("int64"), "score": number, "rle": value("string")}
     groups = {
         "instance": ("objects", things),
-        "pose": ("people", {"bbox": box, "area": number, "score": number, "keypoints": listed(number)}),
+        "pose": ("people", {"bbox": box, "area": number, "score": number, "keypoints": list_of(number)}),
     }
     for task, (name, parts) in groups.items():
         if task in plan.tasks:
-            lists = {part: listed(inner) for part, inner in parts.items()}
+            lists = {part: list_of(inner) for part, inner in parts.items()}
             kind = pa.struct({part: kind for part, (kind, _) in lists.items()})
             columns[name] = kind, {part: feature for part, (_, feature) in lists.items()}
     features = {name: feature for name, (_, feature) in columns.items()}
-    told = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
-    return pa.schema([(name, kind) for name, (kind, _) in columns.items()], metadata=told)
+    metadata = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
+    return pa.schema([(name, kind) for name, (kind, _) in columns.items()], metadata=metadata)
 
 
 IMAGEFOLDER, PARQUET = ImageFolderFormat(), ParquetFormat()

@@ -2,23 +2,30 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from datasetdm_fast.runs.exporting.coco import YEAR, categories, image_entry, info, numbered, thing_entry
+from datasetdm_fast.runs.exporting.coco import (
+    YEAR,
+    categories,
+    image_entry,
+    info,
+    json_document,
+    number_annotations,
+    thing_entry,
+)
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.json_lists import document
 from datasetdm_fast.runs.exporting.view import SampleView
 
 RARE, COMMON = 10, 100  # images up to which LVIS calls a class rare, and common
 
 
 class LvisFormat(Format):
-    """Every class is looked for in every image, so what an image does not show is known to be absent.
+    """Every class is searched in every image: a class that an image does not show is known to be absent.
 
     Its polygons are polygons alone, as detectron2 reads no others.
     """
 
     needs = (("instance",),)
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, content = sample.picture(self.forms)
         name = f"{sample.split}{YEAR}/{sample.name}.{ending}"
         things = [thing_entry(thing, plan, joins_holes=True) for thing in sample.things]
@@ -31,7 +38,7 @@ class LvisFormat(Format):
         }
         return {name: content}, {"image": image, "instances": things}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {f"lvis_v1_{split}.json": _annotations(plan, samples, split) for split in plan.splits}
 
 
@@ -57,8 +64,10 @@ def _annotations(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[
         for category in categories(plan, plan.classes.things)
     ]
     fields = {"info": info(), "licenses": [], "categories": known}
-    shown = (entry["image"] for entry in samples.entries(split))
-    yield from document(fields, images=shown, annotations=numbered(plan, samples, "instances", split))
+    all_images = (entry["image"] for entry in samples.entries(split))
+    yield from json_document(
+        fields, images=all_images, annotations=number_annotations(plan, samples, "instances", split)
+    )
 
 
 LVIS = LvisFormat()

@@ -1,4 +1,4 @@
-"""Things painted into maps: the surest of them on top, none where the label map of the run is to be ignored."""
+"""Instances as maps: those of higher scores on top, none where the label map of the run is ignored."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from datasetdm_fast.runs.exporting.format import ExportPlan
 from datasetdm_fast.runs.exporting.view import SampleView
 
 
-def numbered_things(sample: SampleView) -> np.ndarray:  # [H, W] int32
-    """0 where there is nothing, else the place of the instance, from 1 on."""
-    found = np.zeros((sample.height, sample.width), np.int32)
+def number_things(sample: SampleView) -> np.ndarray:  # [H, W] int32
+    """0 where there is no instance, else its place among those of the sample, from 1 on."""
+    places = np.zeros((sample.height, sample.width), np.int32)
     order = np.argsort([thing.score for thing in sample.things], kind="stable")
     for k in order.tolist():
-        found[sample.things[k].mask] = k + 1
-    found[sample.ignored] = 0
-    return found
+        places[sample.things[k].mask] = k + 1
+    places[sample.ignored] = 0
+    return places
 
 
 def class_map(sample: SampleView, plan: ExportPlan) -> np.ndarray:  # [H, W] uint8
@@ -21,6 +21,6 @@ def class_map(sample: SampleView, plan: ExportPlan) -> np.ndarray:  # [H, W] uin
     below = sample.semantic if "semantic" in plan.tasks else np.zeros((sample.height, sample.width), np.uint8)
     if "instance" not in plan.tasks:
         return below
-    numbers, places = plan.classes.numbers, numbered_things(sample)
+    numbers, places = plan.classes.numbers, number_things(sample)
     kinds = np.array([0, *(numbers[thing.name] for thing in sample.things)], np.uint8)
     return np.where(places > 0, kinds[places], below)

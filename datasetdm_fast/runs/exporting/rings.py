@@ -21,17 +21,17 @@ def _corners(ring: np.ndarray) -> np.ndarray:
 
 
 def is_hole(ring: np.ndarray) -> bool:
-    """Whether a ring runs around what is outside."""
+    """Whether a ring runs around pixels outside of the mask."""
     x, y = ring[:, 0], ring[:, 1]
     return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) < 0
 
 
-def joined(found: list[np.ndarray]) -> np.ndarray:
+def join_rings(outline: list[np.ndarray]) -> np.ndarray:
     """One closed line through all rings: each next one is reached, and left, along the same line of no width."""
-    line = found[0]
-    for ring in found[1:]:
-        here = int(np.abs(line - ring[0]).sum(1).argmin())
-        line = np.concatenate([line[: here + 1], ring, ring[:1], line[here:]])
+    line = outline[0]
+    for ring in outline[1:]:
+        near = int(np.abs(line - ring[0]).sum(1).argmin())
+        line = np.concatenate([line[: near + 1], ring, ring[:1], line[near:]])
     return line
 
 
@@ -43,15 +43,15 @@ def on_pixels(ring: np.ndarray) -> np.ndarray:
     return ring - np.stack([way[:, 1] > 0, way[:, 0] < 0], 1)
 
 
-def parts(found: list[np.ndarray]) -> list[list[np.ndarray]]:
+def group_parts(outline: list[np.ndarray]) -> list[list[np.ndarray]]:
     """The rings of each part of a mask: its border and its own holes."""
-    outer = [ring for ring in found if not is_hole(ring)]
-    held: list[list[np.ndarray]] = [[ring] for ring in outer]
-    for hole in filter(is_hole, found):
+    outer = [ring for ring in outline if not is_hole(ring)]
+    parts: list[list[np.ndarray]] = [[ring] for ring in outer]
+    for hole in filter(is_hole, outline):
         inside = [k for k, ring in enumerate(outer) if _holds(ring, hole)]
         # of parts within each other, the one that the hole is cut from is the smallest
-        held[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
-    return held
+        parts[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
+    return parts
 
 
 def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""A sample as an export shows it: chosen labels, classes by the export's numbers, at the size asked for."""
+"""A sample as an export shows it: chosen labels, classes by the export's numbers, at the requested size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,16 @@ from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.labels.pose import MIDDLE, TO_EDGE
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.exporting.classes import BACKGROUND, IGNORED, PERSON, Classes, Renaming, class_names, lookup
-from datasetdm_fast.runs.exporting.settings import ExportSettings
+from datasetdm_fast.runs.exporting.classes import (
+    BACKGROUND,
+    IGNORED,
+    PERSON,
+    Classes,
+    Renaming,
+    class_names,
+    number_lookup,
+)
+from datasetdm_fast.runs.exporting.settings import PictureSettings
 from datasetdm_fast.runs.run_folder.document import runs_of, sides, to_see_damage
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.untrusted import images
@@ -33,10 +41,13 @@ class Linked:
     path: Path
     stored: StoredFile
 
+    def read(self) -> bytes:
+        return storage.read(self.path, self.stored.size)
+
 
 @dataclass(frozen=True)
 class RunView:
-    """What the samples of one run have in common."""
+    """Facts that the samples of one run share."""
 
     labels: Mapping[str, str]  # task -> label of the run
     things: Mapping[int, str]  # category in the run's records -> class name in the export
@@ -53,7 +64,7 @@ class RunView:
         return cls(
             labels,
             {number: new for number, name in things.items() if (new := renamed(name)) in classes.things},
-            lookup(maps, classes, renamed),
+            number_lookup(maps, classes, renamed),
             renamed(PERSON),
             "semantic" in labels and _is_partial(document, labels["semantic"]),
         )
@@ -61,9 +72,9 @@ class RunView:
 
 def _is_partial(document: Mapping[str, Any], label: str) -> bool:
     """Whether a run holds a label map only within another label, and it has no class for what lies outside."""
-    found = [text.partition(" within ")[0] for run in runs_of(document) for text in run["config"].get("combine", ())]
-    called = {label, LabelName.parse(label).decoder} - {""}
-    return BACKGROUND not in document["labels"][label]["classes"] and not called.isdisjoint(found)
+    limited = [text.partition(" within ")[0] for run in runs_of(document) for text in run["config"].get("combine", ())]
+    names = {label, LabelName.parse(label).decoder} - {""}
+    return BACKGROUND not in document["labels"][label]["classes"] and not names.isdisjoint(limited)
 
 
 @dataclass(frozen=True)
@@ -87,20 +98,20 @@ class ExportedPerson:
 
     name: str  # of its class
     joints: np.ndarray  # [J, 3] float64: x, y, visibility; zeros where a joint is absent
-    sure: tuple[float, ...]  # score of each joint
+    joint_scores: tuple[float, ...]
     score: float
     area: float  # pixels
     box: tuple[float, float, float, float]  # x, y, width, height
 
 
 class SampleView:
-    """One sample of an export; pixels are read when they are asked for, and compared with their digests."""
+    """One sample of an export; pixels are read on first use, and compared with their digests."""
 
-    def __init__(self, stored: StoredSample, number: int, split: str, run: RunView, settings: ExportSettings):
-        self.stored, self.number, self.split, self.run, self.settings = stored, number, split, run, settings
+    def __init__(self, stored: StoredSample, number: int, split: str, run: RunView, pictures: PictureSettings):
+        self.stored, self.number, self.split, self.run, self.pictures = stored, number, split, run, pictures
         self.name = f"{number:08d}"
         height, width = sides(stored.document, stored.row.recipe)
-        longest = settings.resize or max(height, width)
+        longest = pictures.resize or max(height, width)
         rows, columns = (max(round(side * longest / max(height, width)), 1) for side in (height, width))
         self.place = Placement(height, width, 0, 0, rows, columns, (rows, columns))
 
@@ -117,18 +128,16 @@ class SampleView:
         return self.stored.prompt
 
     def read(self, role: str) -> bytes:
-        """The bytes of a file of the run; others than were written are refused."""
+        """The bytes of a file of the run; refuses others than were written."""
         name, written = self.stored.row.files[role]
         try:
             data = storage.read_written(self.stored.folder / name, written, images.LARGEST_IMAGE_FILE)
         except (Missing, Refused) as error:
-            raise self._damaged(error.cause) from error
+            raise GateFailed(error.cause, to_see_damage(self.stored.run)) from error
         if data is None:
-            raise self._damaged(f"{self.stored.run}/{name}: it is missing or has changed since it was written")
+            cause = f"{self.stored.run}/{name}: it is missing or has changed since it was written"
+            raise GateFailed(cause, to_see_damage(self.stored.run))
         return data
-
-    def _damaged(self, cause: str) -> GateFailed:
-        return GateFailed(cause, to_see_damage(self.stored.run))
 
     def _pixels(self, role: str) -> np.ndarray:
         return np.asarray(images.decode_image(self.read(role), self.stored.row.files[role][0]))
@@ -137,19 +146,19 @@ class SampleView:
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
         pixels = self._pixels("image")
         if self.place.is_scaled:
-            shrunk = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.LANCZOS)
-            pixels = np.asarray(shrunk)
+            resized = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(resized)
         return pixels
 
     def picture(self, forms: Sequence[str]) -> tuple[str, bytes | Linked]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
-        there = self.stored.row.files["image"][0].rpartition(".")[2]
-        wanted = there if self.settings.image_format == "same" else self.settings.image_format
-        if wanted not in forms:
-            wanted = forms[0]
-        if wanted == there and not self.place.is_scaled:
-            return wanted, self.linked("image")
-        return wanted, image_bytes(self.image, wanted, self.settings.quality)
+        stored = self.stored.row.files["image"][0].rpartition(".")[2]
+        form = stored if self.pictures.image_format == "same" else self.pictures.image_format
+        if form not in forms:
+            form = forms[0]
+        if form == stored and not self.place.is_scaled:
+            return form, self.linked("image")
+        return form, image_bytes(self.image, form, self.pictures.quality)
 
     def linked(self, role: str) -> Linked:
         """A file of the run, as it is."""
@@ -164,76 +173,59 @@ class SampleView:
 
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
-        """Class numbers of the export, 0 = background, 255 = to be ignored."""
+        """Class numbers of the export, 0 = background, 255 = ignored."""
         return self.run.numbers[self._map]
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
-        """Where the label map of the run is to be ignored: not what the export leaves out, nor what lies outside."""
+        """Where the label map of the run is ignored: not classes that the export leaves out, nor what lies outside."""
         if "semantic" not in self.run.labels or self.run.is_partial:
             return np.zeros((self.height, self.width), bool)
         return self._map == IGNORED
 
-    @property
-    def depth_role(self) -> str:
-        """The role of the depth file of the run."""
-        return kind_of(self.run.labels["depth"]).roles[0]
-
-    @property
-    def depth_steps(self) -> float:
-        """Steps of a metre in that file."""
-        return UNITS[self._table("depth").get("unit", DEFAULT_UNIT)]
-
-    @cached_property
-    def depth(self) -> np.ndarray:  # [H, W] float32 metres
-        label = self.run.labels["depth"]
-        pixels = {role: self._pixels(role) for role in kind_of(label).roles}
-        found = kind_of(label).decode(pixels, self.stored.row.labels[label], self._table("depth"))
-        return self.place.scale(found.metres)
-
     def depth_file(self, steps: float) -> bytes | Linked:
-        """A 16-bit PNG with so many steps to the metre; what it has no number for is 0, as what is unknown."""
-        if self.depth_steps == steps and not self.place.is_scaled:
-            return self.linked(self.depth_role)
-        pixels = np.rint(self.depth.astype(np.float64) * steps)
-        return _C.png_encode_words(np.where(pixels <= LARGEST_STEP, pixels, 0).astype(np.uint16))
-
-    def _table(self, task: str) -> Mapping[str, Any]:
-        return self.stored.document["labels"][self.run.labels[task]]
+        """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""
+        label = self.run.labels["depth"]
+        kind, table = kind_of(label), self.stored.document["labels"][label]
+        if UNITS[table.get("unit", DEFAULT_UNIT)] == steps and not self.place.is_scaled:
+            return self.linked(kind.roles[0])
+        pixels = {role: self._pixels(role) for role in kind.roles}
+        depth = kind.decode(pixels, self.stored.row.labels[label], table)
+        numbers = np.rint(self.place.scale(depth.metres).astype(np.float64) * steps)
+        return _C.png_encode_words(np.where(numbers <= LARGEST_STEP, numbers, 0).astype(np.uint16))
 
     @cached_property
     def things(self) -> tuple[ExportedThing, ...]:
         """Instances in the order of the run."""
         label = self.run.labels["instance"]
-        found = []
+        things = []
         for item in self.stored.row.labels[label]:
             name = self.run.things.get(item["category_id"])
-            if name is None or item["score"] < self.settings.least_score:
+            if name is None or item["score"] < self.pictures.least_score:
                 continue
-            moved = kind_of(label).move(item, self.place) if self.place.is_scaled else item
-            if moved is not None:
-                found.append(
-                    ExportedThing(name, item["score"], moved["segmentation"], moved["area"], tuple(moved["bbox"]))
+            item = kind_of(label).move(item, self.place) if self.place.is_scaled else item
+            if item is not None:
+                things.append(
+                    ExportedThing(name, item["score"], item["segmentation"], item["area"], tuple(item["bbox"]))
                 )
-        return tuple(found)
+        return tuple(things)
 
     @cached_property
     def people(self) -> tuple[ExportedPerson, ...]:
-        """Persons of whom a joint is there, in the order of the run."""
-        label, found = self.run.labels["pose"], []
-        is_from_middle = self._table("pose").get("origin") == MIDDLE
+        """Persons with at least one joint, in the order of the run."""
+        label, people, name = self.run.labels["pose"], [], self.run.person
+        is_from_middle = self.stored.document["labels"][label].get("origin") == MIDDLE
         right, down = self.width / self.place.width, self.height / self.place.height
         for item in self.stored.row.labels[label]:
-            if not (self.run.person and item["num_keypoints"] and item["score"] >= self.settings.least_score):
+            if not (name and item["num_keypoints"] and item["score"] >= self.pictures.least_score):
                 continue
             joints = np.array(item["keypoints"], np.float64).reshape(-1, 3)
-            seen = joints[:, 2] > 0
+            is_present = joints[:, 2] > 0
             if not is_from_middle:
-                joints[seen, :2] -= TO_EDGE
+                joints[is_present, :2] -= TO_EDGE
             if self.place.is_scaled:
-                joints[seen, :2] = (joints[seen, :2] + TO_EDGE) * (right, down) - TO_EDGE
+                joints[is_present, :2] = (joints[is_present, :2] + TO_EDGE) * (right, down) - TO_EDGE
             x, y, width, height = item["bbox"]
-            box = (x * right, y * down, width * right, height * down)
-            sure = tuple(item["keypoint_scores"])
-            found.append(ExportedPerson(self.run.person, joints, sure, item["score"], item["area"] * right * down, box))
-        return tuple(found)
+            box, area = (x * right, y * down, width * right, height * down), item["area"] * right * down
+            people.append(ExportedPerson(name, joints, tuple(item["keypoint_scores"]), item["score"], area, box))
+        return tuple(people)

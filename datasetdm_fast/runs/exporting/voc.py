@@ -10,11 +10,11 @@ from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.maps import class_map, numbered_things
+from datasetdm_fast.runs.exporting.maps import class_map, number_things
 from datasetdm_fast.runs.exporting.view import SampleView
 
 ROOT = "VOCdevkit/VOC2012"
-MOST_OBJECTS = 254  # of a picture, what 8 bits tell beside nothing and the border
+MOST_OBJECTS = 254  # of a picture, in 8 bits beside nothing and the border
 OFFICIAL = {word.name: word.number for word in builtin_table("voc").classes}
 
 
@@ -38,29 +38,29 @@ class VocFormat(Format):
     forms = ("jpg",)
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         _, image = sample.picture(self.forms)
-        known = numbers(plan.classes)
+        voc_numbers = numbers(plan.classes)
         translated = np.full(256, IGNORED, np.uint8)
         translated[0] = 0
         for name, number in plan.classes.numbers.items():
-            translated[number] = known[name]
+            translated[number] = voc_numbers[name]
         classes = translated[class_map(sample, plan)]
         files: Files = {f"{ROOT}/JPEGImages/{sample.name}.jpg": image}
         has_things = "instance" in plan.tasks
         if has_things:
-            objects = numbered_things(sample)
+            objects = number_things(sample)
             objects[objects > MOST_OBJECTS] = 0
             objects[sample.ignored] = IGNORED
-            if plan.settings.border:
-                edge = borders(objects, plan.settings.border)
+            if plan.layout.border:
+                edge = borders(objects, plan.layout.border)
                 objects[edge] = classes[edge] = IGNORED
             files[f"{ROOT}/SegmentationObject/{sample.name}.png"] = _C.png_encode(objects.astype(np.uint8), PALETTE)
         files[f"{ROOT}/SegmentationClass/{sample.name}.png"] = _C.png_encode(classes, PALETTE)
         files[f"{ROOT}/Annotations/{sample.name}.xml"] = "".join(_annotation(sample, has_things)).encode()
         return files, {"name": sample.name}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         lists = {
             f"{ROOT}/ImageSets/{kind}/{split}.txt": (f"{entry['name']}\n".encode() for entry in samples.entries(split))
             for kind in ("Main", "Segmentation")
@@ -76,24 +76,24 @@ def numbers(classes: Classes) -> dict[str, int]:
 
 def borders(objects: np.ndarray, width: int) -> np.ndarray:
     """[H, W] bool: the pixels within a border of this width around each object, about half of it inside."""
-    found = np.zeros(objects.shape, bool)
+    edge = np.zeros(objects.shape, bool)
     for number in np.unique(objects[objects > 0]):
         inside = Image.fromarray((objects == number).astype(np.uint8) * 255)
         grown = inside.filter(ImageFilter.MaxFilter(2 * (width - width // 2) + 1))
         shrunk = inside.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
-        found |= np.asarray(grown) != np.asarray(shrunk)
-    return found
+        edge |= np.asarray(grown) != np.asarray(shrunk)
+    return edge
 
 
 def _label_map(classes: Classes) -> Iterator[bytes]:
     yield b"# label:color_rgb:parts:actions\n"
-    known = {"background": 0, **numbers(classes)}
-    for name, number in sorted(known.items(), key=lambda item: item[1]):
+    table = {"background": 0, **numbers(classes)}
+    for name, number in sorted(table.items(), key=lambda item: item[1]):
         red, green, blue = PALETTE[3 * number : 3 * number + 3]
-        yield f"{_named(name)}:{red},{green},{blue}::\n".encode()
+        yield f"{_clean_name(name)}:{red},{green},{blue}::\n".encode()
 
 
-def _named(name: str) -> str:
+def _clean_name(name: str) -> str:
     """A class name as labelmap.txt and annotations have it: a colon would end it, and a # at its begin the line."""
     return one_line(name.replace(":", " ").lstrip("# "))
 
@@ -106,11 +106,11 @@ def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
     for thing in sample.things if has_things else ():
         x, y, width, height = thing.box  # places are counted from 1, and the last pixel is inside
         box = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
-        told = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in box.items())
+        sides = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in box.items())
         is_cut = x == 0 or y == 0 or x + width == sample.width or y + height == sample.height
-        yield f"\t<object>\n\t\t<name>{escape(_named(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
+        yield f"\t<object>\n\t\t<name>{escape(_clean_name(thing.name))}</name>\n\t\t<pose>Unspecified</pose>\n"
         yield f"\t\t<truncated>{is_cut:d}</truncated>\n\t\t<difficult>0</difficult>\n"
-        yield f"\t\t<bndbox>{told}</bndbox>\n\t</object>\n"
+        yield f"\t\t<bndbox>{sides}</bndbox>\n\t</object>\n"
     yield "</annotation>\n"
 
 

@@ -1,11 +1,10 @@
-"""wds: tar shards for WebDataset, the same bytes for the same samples, and what their numbers mean."""
+"""wds: tar shards for WebDataset, equal bytes for equal samples, and tables of their numbers."""
 
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 
-from datasetdm_fast.disk import storage
-from datasetdm_fast.runs.exporting.described import described, maps, tables
+from datasetdm_fast.runs.exporting.described import describe_sample, map_files, table_files
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
 
@@ -15,37 +14,37 @@ class WebDatasetFormat(Format):
 
     has_maps = True
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         return {}, {}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        size = plan.settings.shard
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        size = plan.layout.shard
         shards = {
             f"{split}-{k:06d}.tar": _shard(plan, samples, split, k * size)
             for split, count in plan.splits.items()
             for k in range(-(-count // size))
         }
-        return {**shards, **tables(plan)}
+        return {**shards, **table_files(plan)}
 
 
 def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[bytes]:
     size = 0
-    for sample in samples.views(split, first, first + plan.settings.shard):
+    for sample in samples.views(split, first, first + plan.layout.shard):
         ending, image = sample.picture(WebDatasetFormat.forms)
-        told = json.dumps(described(sample, plan), ensure_ascii=False).encode()
+        record = json.dumps(describe_sample(sample, plan), ensure_ascii=False).encode()
         # grey, as its decoders make a palette's colours of the numbers
-        labels = {f"{name}.png": content for name, content in maps(sample, plan, has_colours=False)}
-        members = {ending: image, "json": told, **labels}
+        labels = {f"{name}.png": content for name, content in map_files(sample, plan, has_colours=False)}
+        members = {ending: image, "json": record, **labels}
         for name, content in members.items():
-            data = member(f"{sample.name}.{name}", held(content))
+            data = member(f"{sample.name}.{name}", read_content(content))
             size += len(data)
             yield data
     yield b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
 
 
-def held(content: Content) -> bytes:
+def read_content(content: Content) -> bytes:
     """The bytes of a file."""
-    return content if isinstance(content, bytes) else storage.read(content.path, content.stored.size)
+    return content if isinstance(content, bytes) else content.read()
 
 
 def member(name: str, data: bytes) -> bytes:

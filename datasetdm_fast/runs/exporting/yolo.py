@@ -8,7 +8,7 @@ import numpy as np
 from datasetdm_fast.engine.labels.pose import TO_EDGE
 from datasetdm_fast.engine.labels.words import mirrored_names
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.rings import joined, parts, rings
+from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, rings
 from datasetdm_fast.runs.exporting.view import SampleView
 
 DIGITS = 10  # of a share
@@ -17,7 +17,7 @@ DIGITS = 10  # of a share
 class YoloFormat(Format):
     """A class is its place among those that have instances, from 0 on; an image without labels has an empty file."""
 
-    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, image = sample.picture(self.forms)
         lines = "".join(f"{line}\n" for line in self.lines(sample, plan))
         files: Files = {
@@ -35,10 +35,10 @@ class YoloFormat(Format):
         return plan.classes.things
 
     def fields(self, plan: ExportPlan) -> dict[str, object]:
-        """What data.yaml says beside paths and names."""
+        """Fields of data.yaml beside paths and names."""
         return {}
 
-    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         return {"data.yaml": [self._description(plan)]}
 
     def _description(self, plan: ExportPlan) -> bytes:
@@ -48,8 +48,8 @@ class YoloFormat(Format):
         places = {split: f"images/{split}" for split in plan.splits}
         first = next(iter(places.values()))
         names = dict(enumerate(self.names(plan)))
-        told = {"train": first, "val": first} | places | {"nc": len(names)} | self.fields(plan) | {"names": names}
-        return yaml.safe_dump(told, allow_unicode=True, sort_keys=False).encode()
+        document = {"train": first, "val": first} | places | {"nc": len(names)} | self.fields(plan) | {"names": names}
+        return yaml.safe_dump(document, allow_unicode=True, sort_keys=False).encode()
 
 
 class YoloDetect(YoloFormat):
@@ -68,10 +68,10 @@ class YoloSegment(YoloFormat):
         """A closed line for an instance, holes and parts joined by lines of no width, or one for each part."""
         sides = np.array([sample.width, sample.height])
         for thing in sample.things:
-            kind, found = plan.classes.things.index(thing.name), rings(thing.mask)
-            if found:
-                groups = [found] if plan.settings.parts == "joined" else parts(found)
-                yield from (f"{kind} {' '.join(map(_share, (joined(group) / sides).ravel()))}" for group in groups)
+            kind, outline = plan.classes.things.index(thing.name), rings(thing.mask)
+            if outline:
+                groups = [outline] if plan.layout.parts == "joined" else group_parts(outline)
+                yield from (f"{kind} {' '.join(map(_share, (join_rings(group) / sides).ravel()))}" for group in groups)
 
 
 class YoloPose(YoloFormat):
@@ -80,9 +80,9 @@ class YoloPose(YoloFormat):
     def lines(self, sample: SampleView, plan: ExportPlan) -> Iterator[str]:
         for person in sample.people:
             joints = []
-            for x, y, seen in person.joints.tolist():
-                x, y = ((x + TO_EDGE) / sample.width, (y + TO_EDGE) / sample.height) if seen else (0.0, 0.0)
-                joints += [_share(min(max(x, 0.0), 1.0)), _share(min(max(y, 0.0), 1.0)), f"{seen:.0f}"]
+            for x, y, visibility in person.joints.tolist():
+                x, y = ((x + TO_EDGE) / sample.width, (y + TO_EDGE) / sample.height) if visibility else (0.0, 0.0)
+                joints += [_share(min(max(x, 0.0), 1.0)), _share(min(max(y, 0.0), 1.0)), f"{visibility:.0f}"]
             yield f"0 {' '.join([*_box(person.box, sample), *joints])}"
 
     def names(self, plan: ExportPlan) -> Sequence[str]:
