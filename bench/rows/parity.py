@@ -17,7 +17,7 @@ from datasetdm_fast.runs.agreement.distances import (
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
 from datasetdm_fast.runs.agreement.observe import Rounded, level_tensors, observe
 
 # The storage type whose drift is allowed; TF32 keeps as many bits as fp16.
@@ -40,10 +40,10 @@ class ParityJudge:
         """
         distances = {**self._teacher_forced(peer), **self._free_running(peer, first)}
         if peer.dtype == "fp32":
-            return judge(distances, EXACT, {})
+            return evaluate_gates(distances, EXACT, {})
         floors = self.floors(STORED[peer.dtype])
         gates = {**ROUNDED, "text": ROUNDED["call"]} if peer.rounds_text else ROUNDED
-        return judge(distances, gates, {name: value for name, value in floors.items() if name in distances})
+        return evaluate_gates(distances, gates, {name: value for name, value in floors.items() if name in distances})
 
     def inputs(self, call: int, batch: int) -> tuple[Tensor, float, Tensor]:
         """Latents, timestep and context of one UNet call of the reference, for a batch of that size."""
