@@ -49,9 +49,7 @@ class Capture:
     """What the decoders read, taken at one UNet call: levels low, mid, high, highest (stages.LEVELS)."""
 
     features: tuple[tuple[Tensor, ...], ...]  # per level: [B, 2C, h, w], halves joined per image: [uncond_b | cond_b]
-    maps: tuple[
-        tuple[Tensor, ...], ...
-    ]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
+    maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up before down layers
 
     def to(self, dtype: torch.dtype) -> Capture:
         features, maps = (
@@ -73,16 +71,16 @@ class Capture:
 
 @dataclass(frozen=True)
 class ProjectedCapture:
-    """The same after the first layers of the decoders of a run: the only thing they make of it, and far smaller."""
+    """A capture after the first layers of a run's decoders: the only thing they read of it, and far smaller."""
 
     sums: tuple[Tensor, ...]  # per level: [B, F, h, w] fp32, the widths of all decoders end to end
     slices: Mapping[str, tuple[slice, ...]]  # task -> per level, the channels that are its own
 
     def of(self, task: str) -> ProjectedCapture:
         """The part of one task."""
-        own = self.slices[task]
-        parts = tuple(total[:, part] for total, part in zip(self.sums, own))
-        return ProjectedCapture(parts, {task: tuple(slice(0, part.stop - part.start) for part in own)})
+        slices = self.slices[task]
+        parts = tuple(total[:, part] for total, part in zip(self.sums, slices))
+        return ProjectedCapture(parts, {task: tuple(slice(0, part.stop - part.start) for part in slices)})
 
     def to(self, dtype: torch.dtype) -> ProjectedCapture:
         return ProjectedCapture(tuple(total.to(dtype) for total in self.sums), self.slices)
@@ -186,8 +184,8 @@ class Sample:
     image: np.ndarray  # [H, W, 3] uint8
     annotations: dict[str, Annotation]  # task -> label
     provenance: dict[str, Any] = field(default_factory=dict)
-    trust: Trust | None = None  # None where nothing has judged its labels
-    aside: str = ""  # why its run sets it aside; empty where the data set has it
+    trust: Trust | None = None  # None if its labels have no trust score
+    rejection: str = ""  # why its run sets it aside; empty for a sample of the data set
 
     def __repr__(self) -> str:
         labels, request = ", ".join(self.annotations), self.request

@@ -84,7 +84,7 @@ STAGES = {
     "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", 8, "h", "w"), "float32")}),
 }
 
-ANSWERS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outputs
+RAW_OUTPUTS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outputs
     "segmentation": {"pred_logits": ("B", "N", "L"), "pred_masks": ("B", "N", "M", "M")},
     "open-vocabulary": {"pred_logits": ("B", "K", "N", "L"), "pred_masks": ("B", "K", "N", "M", "M")},
     "depth": {"depth": ("B", 1, "H", "W")},
@@ -121,10 +121,10 @@ def average(self_side: int, cross_side: int) -> Tensors:
 
 
 def annotate(kind: str, levels_read: Sequence[str], tells_words: bool = False) -> Tensors:
-    """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings; one
-    that tells the words of a prompt apart also answers with the attention to each token.
+    """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings. With
+    `tells_words`, its outputs include the attention to each token of a prompt.
     """
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
     text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
-    answers = ANSWERS[kind] | ({"token_attention": ("B", "T", "h", "w")} if tells_words else {})
-    return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in answers.items()})
+    outputs = RAW_OUTPUTS[kind] | ({"token_attention": ("B", "T", "h", "w")} if tells_words else {})
+    return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in outputs.items()})

@@ -112,7 +112,7 @@ def test_a_plural_is_spelled_as_people_do():
 def test_a_class_that_ends_a_prompt_is_found_where_longer_phrases_begin_with_it(name):
     table = class_tables.builtin_table(name)
     for word in table.classes[1:] if table.names[0] == "background" else table.classes:
-        assert word.name in find_classes(f"a photo of a {word.say}", table.names)
+        assert word.name in find_classes(f"a photo of a {word.spoken}", table.names)
 
 
 def test_an_own_table_goes_before_ours():

@@ -135,7 +135,7 @@ def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
 def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(3)) as folder:
-        folder.add([rendered(0), replace(rendered(1), aside="it is blurred"), rendered(2)], {})
+        folder.add([rendered(0), replace(rendered(1), rejection="it is blurred"), rendered(2)], {})
         finish_run(folder)
     (tmp_path / "bad.txt").write_text("00000001\n00000002\n")
     assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0

@@ -506,7 +506,7 @@ def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, 
 def test_samples_that_are_set_aside_are_counted_apart(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(2, 32)) as folder:
-        folder.add([rendered(0, 32), *(replace(rendered(k, 32), aside="it is blurred") for k in (1, 2, 3))], {})
+        folder.add([rendered(0, 32), *(replace(rendered(k, 32), rejection="it is blurred") for k in (1, 2, 3))], {})
         finish_run(folder)
     assert command.main([str(run), "--json"]) == 0
     out, err = capsys.readouterr()

@@ -527,7 +527,7 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
 @pytest.mark.loopback
 def test_a_sample_that_the_other_run_has_set_aside_is_shown_beside_this_one(chromium, run, tmp_path):
     with RunFolder(tmp_path / "other", document(2, 48)) as folder:
-        folder.add([rendered(0, 48), replace(rendered(1, 48), aside="it looks odd")], {})
+        folder.add([rendered(0, 48), replace(rendered(1, 48), rejection="it looks odd")], {})
         finish_run(folder)
     with at_work(served(run), 18900, print, served(tmp_path / "other")) as serving:
         page = Watched(chromium).open(serving.address + "#id=00000001&layer=semantic")

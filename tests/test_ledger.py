@@ -20,7 +20,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Req
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.labels.numbering import check_numbers, laid_out, number_classes
+from datasetdm_fast.engine.labels.numbering import as_stored_layout, check_numbers, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -377,14 +377,14 @@ def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tm
     """Its labels number their classes each on its own, and joints count from the edge of the first pixel."""
     old = document(3)
     del old["classes"]
-    old["format"], old["labels"] = 2, laid_out(old["labels"], dict.fromkeys(old["labels"], {}))
+    old["format"], old["labels"] = 2, as_stored_layout(old["labels"], dict.fromkeys(old["labels"], {}))
     assert old["labels"]["pose"].keys() == {"joints", "limbs"} and old["labels"]["depth"].keys() == {"max_depth"}
     for number in (2, 3):  # opened twice, as where a run goes on
         with RunFolder(tmp_path / "run", old) as folder:
             folder.add([rendered(number - 1)] if number == 3 else [rendered(0), rendered(1)], {"batch_size": 4})
             finish_run(folder)
     assert read_document(tmp_path / "run")["format"] == 2 and audit(tmp_path / "run").findings == []
-    assert laid_out(document(3)["labels"], old["labels"]) == old["labels"]
+    assert as_stored_layout(document(3)["labels"], old["labels"]) == old["labels"]
     with open_run(tmp_path / "run") as run:
         for k, sample in enumerate(run):
             made = rendered(k).annotations

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO, find_decoders
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.engine.loop.combining import Combination, combined, parse_combinations
+from datasetdm_fast.engine.loop.combining import Combination, apply_combinations, parse_combinations
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -196,7 +196,7 @@ def test_outside_the_mask_a_map_is_its_background_or_ignored():
     for classes, outside in ((("background", "shirt"), 0), (("skirt", "shirt"), 255)):
         labels = {"semantic:clothes": _map(np.ones((4, 4)), classes, 0.5), "open-vocabulary": person}
         (wish,) = parse_combinations(["clothes within open-vocabulary:person"], tuple(labels))
-        found = combined(labels, [wish])
+        found = apply_combinations(labels, [wish])
         masked = found["semantic:clothes"]
         assert (masked.labels == np.where(LEFT, 1, outside)).all() and found["open-vocabulary"] is person
         assert (masked.confidence == np.where(LEFT, 0.5, 0.75).astype(np.float32)).all()
@@ -219,7 +219,7 @@ def test_instances_are_cut_and_mask_others():
     left = _map(np.where(LEFT, 1, 0))
     labels = {"instance": things, "semantic": left, "depth": DepthMap(np.ones((4, 4), np.float32), 4.0)}
     wishes = [Combination("instance", "semantic", "ball"), Combination("semantic", "instance", "person")]
-    found = combined(labels, wishes)  # each by what the other was before
+    found = apply_combinations(labels, wishes)  # each by what the other was before
     assert found["instance"].scores.tolist() == pytest.approx([0.9, 0.3])
     assert (found["instance"].masks == LEFT).all()
     assert not found["semantic"].labels.any()  # the only person is too unsure to be shown

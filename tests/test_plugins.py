@@ -367,7 +367,7 @@ for ask in asking:
 told = []
 for name in ("slow", "torn"):
     exec(doctor.QUESTIONS[f"engine {name}"], {"tell": told.append})
-parts = LABEL_KINDS["edges"].title, TASKS["edges"].wanted, METRICS["edges"].figure, EXACT["free edges"][0] >= 0
+parts = LABEL_KINDS["edges"].title, TASKS["edges"].requirement, METRICS["edges"].figure, EXACT["free edges"][0] >= 0
 print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, parts, said, told]))
 """
 

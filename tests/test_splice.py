@@ -260,5 +260,5 @@ def test_a_joint_in_the_outer_half_of_a_border_pixel_keeps_its_place():
 
 def test_every_label_kind_can_be_spliced():
     for kind in LABEL_KINDS.values():
-        assert kind.roles or type(kind).moved is not LabelKind.moved
+        assert kind.roles or type(kind).move is not LabelKind.move
     assert set(LABEL_KINDS) == {*TASKS, "attention"}

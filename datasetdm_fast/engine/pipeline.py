@@ -46,11 +46,11 @@ class Output:
     samples: list[Sample]
 
     @property
-    def _counted(self) -> str:
+    def _count(self) -> str:
         return "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
 
     def __repr__(self) -> str:
-        return f"<Output of {self._counted}>" + "".join(f"\n  {sample}" for sample in self.samples)
+        return f"<Output of {self._count}>" + "".join(f"\n  {sample}" for sample in self.samples)
 
     def _repr_html_(self) -> str:
         pictures = []
@@ -58,7 +58,7 @@ class Output:
             pictures.append((sample.image, sample.request.prompt))
             labels = sample.annotations.items()
             pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
-        return preview(pictures, self._counted)
+        return preview(pictures, self._count)
 
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
@@ -143,10 +143,10 @@ class Pipeline:
         _check_options(size, options)
         adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
         decoder = "demo" if decoder is None and model == "demo" else decoder
-        found, _ = opening.open_engine(
+        engine, _ = opening.open_engine(
             str(model), decoder, size=size, allow_download=allow_download, lora=adapters, **options
         )
-        return cls(found)
+        return cls(engine)
 
     @classmethod
     @in_own_precision()
@@ -157,8 +157,8 @@ class Pipeline:
         from datasetdm_fast.engine.loading.in_memory import model_of
 
         _check_options(size, options)
-        found, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
-        return cls(found)
+        engine, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
+        return cls(engine)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -175,20 +175,20 @@ class Pipeline:
         **choices: Any,
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
-        given = _CheckedFirst(checks.as_texts("prompts", prompts))
+        texts = _CheckedFirst(checks.as_texts("prompts", prompts))
         _check_several(seeds)
         checks.check_batch_size(batch_size)
         if not isinstance(seeds, Sized | None):
             raise Refused(f"seeds: {seeds!r} has no length, expected one per prompt", "Write list(seeds).")
-        if seeds is not None and len(seeds) != len(given):
-            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed per prompt.")
+        if seeds is not None and len(seeds) != len(texts):
+            raise Refused(f"seeds: {len(seeds)} were given for {len(texts)} prompts", "Give one seed per prompt.")
         negative = choices.get("negative_prompt", "")
-        if isinstance(negative, Sized) and not isinstance(negative, str) and len(negative) > len(given):
+        if isinstance(negative, Sized) and not isinstance(negative, str) and len(negative) > len(texts):
             raise Refused(
-                f"negative_prompt: {len(negative)} were given for {len(given)} prompts", "Give one, or one per prompt."
+                f"negative_prompt: {len(negative)} were given for {len(texts)} prompts", "Give one, or one per prompt."
             )
-        size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
-        return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
+        size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
+        return Output(list(self.stream(texts, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
     def stream(
         self,
@@ -220,11 +220,11 @@ class Pipeline:
         threshold, uncertainty, self_cells and cross_cells of the generate command.
         """
         _check_several(seeds)
-        chosen = self._chosen(tasks)
+        labels = self._check_tasks(tasks)
         checks.check_numbers(steps=steps, guidance=guidance, seed=seed)
         checks.check_batch_size(batch_size)
         recipe, words = self._recipe(
-            chosen,
+            labels,
             classes,
             sampler=sampler,
             steps=steps,
@@ -234,11 +234,11 @@ class Pipeline:
             ask=ask,
             **attention,
         )
-        given = checks.as_texts("prompts", prompts)
+        texts = checks.as_texts("prompts", prompts)
         if not isinstance(negative_prompt, str | None):
             checks.as_texts("negative_prompt", negative_prompt)
         requests = self._requests(
-            given, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
+            texts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
         )
         requests = map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
         if isinstance(prompts, _CheckedFirst):
@@ -281,26 +281,26 @@ class Pipeline:
             )
         diffusing.check_sides(height, width, self.engine.model.size)
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
-        chosen = self._chosen(tasks)
+        labels = self._check_tasks(tasks)
         checks.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
         checks.check_batch_size(batch_size)
         recipe, words = self._recipe(
-            chosen,
+            labels,
             classes,
             sampler=sampler or diffusing.sampler_of(self.engine.model),
             steps=num_inference_steps,
             guidance=max(guidance_scale, 1.0),  # up to 1 the text alone decides, as in diffusers
             **{"profile": diffusing.PROFILE, **choices},
         )
-        fitted = [
+        fitting = [
             recipe.check_request(request, self.engine.model.tokenizer)
             for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
         ]
         noise, seeds = diffusing.draw_noise(generator, len(texts), recipe.size)
-        told = None if callback_on_step_end is None else partial(callback_on_step_end, self)
+        on_step_end = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         facts = {**recipe.facts, "noise": "of the caller's generators"}
-        recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, told))
-        requests = (replace(each, seed=seed) for each, seed in zip(fitted, seeds, strict=True))
+        recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, on_step_end))
+        requests = (replace(each, seed=seed) for each, seed in zip(fitting, seeds, strict=True))
         latents: dict[int, Tensor] = {}
         size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
         make = partial(diffusing.LatentGenerator, latents=latents) if output_type == "latent" else None
@@ -329,12 +329,12 @@ class Pipeline:
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
         is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
-        given = [images] if is_one else list(checks.check_iterable("images", images, "an image or several images"))
-        pictures = pictures_in_memory(given)
-        texts = [prompts] * len(given) if isinstance(prompts, str) else list(checks.as_texts("prompts", prompts))
-        if len(texts) != len(given):
-            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt per image.")
-        chosen = self._chosen(tasks)
+        sources = [images] if is_one else list(checks.check_iterable("images", images, "an image or several images"))
+        pictures = pictures_in_memory(sources)
+        texts = [prompts] * len(sources) if isinstance(prompts, str) else list(checks.as_texts("prompts", prompts))
+        if len(texts) != len(sources):
+            raise Refused(f"prompts: {len(texts)} were given for {len(sources)} images", "Give one prompt per image.")
+        chosen = self._check_tasks(tasks)
         checks.check_numbers(seed=seed)
         checks.check_batch_size(batch_size)
         recipe, words = self._recipe(chosen, classes, **choices)
@@ -344,7 +344,7 @@ class Pipeline:
             line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
             request = Request(place, line.text, checks.check_seed(seed + place), line.classes or ())
             requests.append(recipe.check_request(request, self.engine.model.tokenizer))
-        batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
+        batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(sources)), 1))
         return Output(list(self._samples(batches, recipe, inversion_generator(recipe, pictures))))
 
     @in_own_precision()
@@ -360,9 +360,9 @@ class Pipeline:
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         return replace(recipe, facts=facts), words
 
-    def _chosen(self, given: Sequence[str] | None) -> tuple[str, ...]:
+    def _check_tasks(self, names: Sequence[str] | None) -> tuple[str, ...]:
         """The labels that were asked for, all that there is a decoder for where none were named."""
-        tasks = self.tasks if given is None else _several("tasks", given, "labels")
+        tasks = self.tasks if names is None else _several("tasks", names, "labels")
         if tasks:
             checks.check_tasks(tasks, LABELS)
         for task in tasks:
@@ -375,7 +375,7 @@ class Pipeline:
 
     def _requests(
         self,
-        given: Iterable[str],
+        texts: Iterable[str],
         seeds: Iterable[int],
         words: tuple[str, ...],
         truncate: bool,
@@ -385,13 +385,13 @@ class Pipeline:
         tokenizer = self.engine.model.tokenizer
 
         @lru_cache(1024)
-        def fitted(text: str, where: str) -> str:
+        def fit_negative(text: str, where: str) -> str:
             return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
 
         negative = "" if negative is None else negative
         is_one, remaining = isinstance(negative, str), iter(seeds)
         negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
-        for index, prompt in enumerate(given):
+        for index, prompt in enumerate(texts):
             where = f"prompt {index}"
             if (seed := next(remaining, None)) is None:
                 raise Refused(f"seeds: there is none for {where}", "Give one per prompt.")
@@ -400,7 +400,7 @@ class Pipeline:
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=table)
-            unwanted = fitted(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
+            unwanted = fit_negative(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
             yield Request(index, text, checks.check_seed(seed), find_classes(text, words, table), unwanted)
 
     def _samples(
@@ -483,8 +483,8 @@ class Pipeline:
                 capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
         if not projected:
             assert isinstance(capture, Capture)  # as it was asked for raw
-            return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
-        return {label: self._projected(capture, label) for label in self.tasks}
+            return {name: _concatenate(capture, level) for level, name in enumerate(LEVELS)}
+        return {label: self._project(capture, label) for label in self.tasks}
 
     def _sampled_capture(
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
@@ -508,7 +508,7 @@ class Pipeline:
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
         return capturing(state.latents, schedule.timesteps[last], context)[1]
 
-    def _projected(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
+    def _project(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
         """Level -> what the decoder of a label reads of it, [1, F, h, w]."""
         from datasetdm_fast.kernels import pyramid
 
@@ -535,16 +535,16 @@ def _check_options(size: int, options: dict[str, Any]) -> None:
     checks.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
 
 
-def _several(name: str, given: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
+def _several(name: str, values: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
     """Texts of a caller as a tuple; one text in the place of several is refused, and what is no text."""
-    if isinstance(given, kinds):
-        text = str(given)
+    if isinstance(values, kinds):
+        text = str(values)
         raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
-    found = tuple(checks.check_iterable(name, given, f"a sequence of {expected}"))
-    for one in found:
-        if not isinstance(one, kinds):
-            raise Refused(f"{name}: {one!r} is not a text", f"Give a sequence of {expected}.")
-    return found
+    items = tuple(checks.check_iterable(name, values, f"a sequence of {expected}"))
+    for item in items:
+        if not isinstance(item, kinds):
+            raise Refused(f"{name}: {item!r} is not a text", f"Give a sequence of {expected}.")
+    return items
 
 
 def _check_several(seeds: object) -> None:
@@ -555,9 +555,9 @@ def _check_several(seeds: object) -> None:
         checks.check_iterable("seeds", seeds, "one per prompt")
 
 
-def _check_text(given: object, where: str) -> None:
-    if not isinstance(given, str):
-        raise Refused(f"{where}: {given!r} is not a text", "Give a text for every image.")
+def _check_text(text: object, where: str) -> None:
+    if not isinstance(text, str):
+        raise Refused(f"{where}: {text!r} is not a text", "Give a text for every image.")
 
 
 def _line(text: str, where: str) -> str:
@@ -566,7 +566,7 @@ def _line(text: str, where: str) -> str:
     return check_line(text, where)
 
 
-def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
+def _concatenate(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
     """One level as the decoders were defined on it: features in capture order, then maps by layer, head and token."""
     import torch
 

@@ -104,7 +104,7 @@ class Generator:
                 table = class_tables.of_categories(categories, "lvis")
             except ValueError as error:
                 raise Refused(f"{path}: {error}", "Name LVIS's annotation file.") from error
-            return tuple(ClassName(word.name, word.say, word.name) for word in table.classes)
+            return tuple(ClassName(word.name, word.spoken, word.name) for word in table.classes)
         names = [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
         return tuple(ClassName(SPOKEN.get(name, name), SPOKEN.get(name, name), name) for name in names)
 

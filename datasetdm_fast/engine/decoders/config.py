@@ -169,7 +169,9 @@ class DecoderConfig:
         nothing here.
         """
         values = asdict(self)
-        values["class_words"] = [{name: word[name] for name in WORD_FORM} for word in values["class_words"]]
+        values["class_words"] = [
+            {"name": word.name, "say": word.spoken, "words": word.words} for word in self.class_words
+        ]
         idle = {"class_words": [], "outlines": FROM_DECODER}
         return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
 
@@ -209,7 +211,7 @@ class DecoderConfig:
         for name in ("classes", "named", "word_heads", "joints"):
             values[name] = tuple(values.get(name, ()))
         values["class_words"] = tuple(
-            ClassWord(**{**word, "words": tuple(word["words"])}) for word in values.get("class_words", ())
+            ClassWord(word["name"], word["say"], tuple(word["words"])) for word in values.get("class_words", ())
         )
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
         return DecoderConfig(**values)

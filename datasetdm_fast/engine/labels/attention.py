@@ -15,8 +15,8 @@ def agreement(label: SemanticMap, other: SemanticMap) -> float | None:
     """Share of the pixels certain in both on which two maps tell the same of the words that both know."""
     shared = [word for word in label.classes[1:] if word in other.classes]
     ours, theirs = (
-        sum((k + 1) * (one.labels == one.classes.index(word)) for k, word in enumerate(shared))
-        for one in (label, other)
+        sum((k + 1) * (label_map.labels == label_map.classes.index(word)) for k, word in enumerate(shared))
+        for label_map in (label, other)
     )
     is_certain = (label.labels != IGNORE) & (other.labels != IGNORE)
     return round(float((ours == theirs)[is_certain].mean()), 4) if shared and is_certain.any() else None
@@ -38,18 +38,18 @@ class AttentionKind(OpenVocabularyKind):
         self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: bytes = b""
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         files, record = super().encode(label, labels, table, colours)
-        found = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
-        told = {task: share for task, share in found.items() if share is not None}
-        return files, {**record, **({"agreement": told} if told else {})}
+        agreements = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
+        known = {task: share for task, share in agreements.items() if share is not None}
+        return files, {**record, **({"agreement": known} if known else {})}
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {**super().table(config, size, words), "ignore": IGNORE}
 
     def count(self, record: Any) -> dict[int | tuple[str, str], float]:
         """Pixels by class, and the sum and number of its agreements with the maps of other tasks."""
-        told = record.get("agreement", {})
-        sums = {("sum", task): share for task, share in told.items()}
-        return {**super().count(record), **sums, **{("number", task): 1 for task in told}}
+        agreements = record.get("agreement", {})
+        sums = {("sum", task): share for task, share in agreements.items()}
+        return {**super().count(record), **sums, **{("number", task): 1 for task in agreements}}
 
     def section(self, table: Table, counts: Mapping[Any, float]) -> Iterator[str]:
         yield from super().section(table, {name: count for name, count in counts.items() if isinstance(name, int)})

@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ COLUMNS = ["number", "name", "say", "colour", "words"]
 
 @dataclass(frozen=True)
 class ClassWord:
-    """One class: `say` is its name in a sentence, `words` are further words that mean it."""
+    """One class: `spoken` is its name in a sentence, `words` are further words that mean it."""
 
     name: str
-    say: str
+    spoken: str
     words: tuple[str, ...] = ()
     number: int | None = None
     colour: tuple[int, int, int] | None = None
@@ -40,7 +40,8 @@ class ClassTable:
 
     def colour(self, name: str) -> tuple[int, int, int] | None:
         """The official colour of a class, None where the table has no such class."""
-        return _colours(self).get(name_key(name))
+        word = _by_key(self).get(name_key(name))
+        return word.colour if word else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,26 +65,26 @@ def parse(text: str, name: str) -> ClassTable:
             if colour and not (len(colour) == 3 and all(re.fullmatch(r"\d{1,3}", c) and int(c) < 256 for c in colour)):
                 raise ValueError(f"line {reader.line_num}: a colour is three numbers from 0 to 255, like 128 0 64")
             red_green_blue = tuple(map(int, colour)) or None
-            said = row.get("say", "").strip() or _readable(class_name)
-            classes.append(ClassWord(class_name, said, words, int(number) if number else None, red_green_blue))
+            spoken_name = row.get("say", "").strip() or _readable(class_name)
+            classes.append(ClassWord(class_name, spoken_name, words, int(number) if number else None, red_green_blue))
         else:
             other += words
     for column in ("name", "number"):
-        given = [value for word in classes if (value := getattr(word, column)) is not None]
-        if twice := next((value for k, value in enumerate(given) if value in given[:k]), None):
+        values = [value for word in classes if (value := getattr(word, column)) is not None]
+        if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
             raise ValueError(f"the {column} {twice!r} occurs twice")
     return ClassTable(name, tuple(classes), tuple(other))
 
 
-def _chosen(table: ClassTable, names: Sequence[str]) -> list[ClassWord]:
+def _select(table: ClassTable, names: Sequence[str]) -> list[ClassWord]:
     keys = set(map(name_key, names))
     return [word for word in table.classes if name_key(word.name) in keys]
 
 
 def words_of(table: ClassTable, names: Sequence[str]) -> tuple[ClassWord, ...]:
     """What a table says of some classes, and its phrases of no class under an empty name."""
-    kept = (ClassWord(word.name, word.say, word.words) for word in _chosen(table, names))
-    return *kept, ClassWord("", "", table.other)
+    selected = (ClassWord(word.name, word.spoken, word.words) for word in _select(table, names))
+    return *selected, ClassWord("", "", table.other)
 
 
 @cache
@@ -95,10 +96,12 @@ def of_words(words: tuple[ClassWord, ...], name: str = "") -> ClassTable:
 
 def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:
     """Some classes of a table as JSON, and its phrases of no class under an empty name."""
-    kept = _chosen(table, names)
-    rows: list[dict[str, Any]] = [{"name": word.name, "say": word.say, "words": list(word.words)} for word in kept]
+    selected = _select(table, names)
+    rows: list[dict[str, Any]] = [
+        {"name": word.name, "say": word.spoken, "words": list(word.words)} for word in selected
+    ]
     if has_colours:
-        rows = [row | ({"colour": list(word.colour)} if word.colour else {}) for row, word in zip(rows, kept)]
+        rows = [row | ({"colour": list(word.colour)} if word.colour else {}) for row, word in zip(rows, selected)]
     return [*rows, {"name": "", "say": "", "words": list(table.other)}]
 
 
@@ -150,35 +153,34 @@ def _readable(name: str) -> str:
 
 
 @cache
-def look_up(names: tuple[str, ...], table: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
+def look_up(names: tuple[str, ...], custom: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
     keys = [name_key(name) for name in names]
-    tables = [({name_key(word.name): word for word in one.classes}, one) for one in map(builtin_table, TABLES)]
-    tables.sort(key=lambda pair: -sum(key in pair[0] for key in keys))
-    if table is not None:
-        tables.insert(0, ({name_key(word.name): word for word in table.classes}, table))
-    found, used = [], []
+    tables = sorted(map(builtin_table, TABLES), key=lambda table: -sum(key in _by_key(table) for key in keys))
+    if custom is not None:
+        tables.insert(0, custom)
+    words, used = [], []
     for name, key in zip(names, keys):
-        word, of = next(((words[key], one) for words, one in tables if key in words), (None, None))
-        if word is None:
-            found.append(ClassWord(name, _readable(name)))
+        source = next((table for table in tables if key in _by_key(table)), None)
+        if source is None:
+            words.append(ClassWord(name, _readable(name)))
         else:
-            found.append(ClassWord(name, word.say, word.words, word.number, word.colour))
-            used += [of] if of not in used else []
-    return tuple(found), tuple(phrase for one in used for phrase in one.other)
+            words.append(replace(_by_key(source)[key], name=name))
+            used += [source] if source not in used else []
+    return tuple(words), tuple(phrase for source in used for phrase in source.other)
 
 
 @cache
-def _colours(table: ClassTable) -> dict[str, tuple[int, int, int]]:
-    return {name_key(word.name): word.colour for word in table.classes if word.colour}
+def _by_key(table: ClassTable) -> dict[str, ClassWord]:
+    return {name_key(word.name): word for word in table.classes}
 
 
 def spoken(names: Sequence[str], table: ClassTable | None = None) -> list[str]:
     """Class names as a person says them, for prompts and text encoders: "dining table" for diningtable."""
-    return [word.say for word in look_up(tuple(names), table)[0]]
+    return [word.spoken for word in look_up(tuple(names), table)[0]]
 
 
 def name_key(name: str) -> str:
-    """The same for all spellings of a class name, which differ in capitals, underscores or how accents are stored."""
+    """A key shared by all spellings of a class name: they differ in capitals, underscores or how accents are stored."""
     return " ".join(unicodedata.normalize("NFC", name.lower()).replace("_", " ").split())

@@ -55,8 +55,8 @@ def palette(numbers: tuple[int, ...] = ()) -> bytes:
 
 def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     """The colour of a class in a palette of `--palette`, by its name, and in ours by its number."""
-    found = None if palette == OURS else class_tables.builtin_table(palette).colour(name)
-    return found or (NOTHING if palette != OURS and name == "background" else colour(index))
+    official = None if palette == OURS else class_tables.builtin_table(palette).colour(name)
+    return official or (NOTHING if palette != OURS and name == "background" else colour(index))
 
 
 def own_colours(table: class_tables.ClassTable, names: Iterable[str]) -> list[list[int]]:
@@ -66,8 +66,8 @@ def own_colours(table: class_tables.ClassTable, names: Iterable[str]) -> list[li
 
 def own_palette(numbers: Iterable[int], colours: Iterable[Iterable[int]]) -> bytes:
     """The 256 colours of an index PNG whose class numbers have these colours."""
-    given = dict(zip(numbers, map(tuple, colours), strict=True))
-    return bytes(value for number in range(256) for value in given.get(number, colour(number)))
+    official = dict(zip(numbers, map(tuple, colours), strict=True))
+    return bytes(value for number in range(256) for value in official.get(number, colour(number)))
 
 
 @cache

@@ -84,20 +84,20 @@ class DepthKind(LabelKind):
         return depth_picture((label.metres * MILLIMETRES).astype(np.int32))
 
     def check(self, record: Any, pixels: Pixels, table: Table, _: tuple[int, int]) -> Iterator[str]:
-        found, unit = pixels[self.roles[0]], _unit(table)
-        figures = depth_figures(found, unit)
-        if record not in (figures, _figures(found, unit)):  # earlier versions counted what is not known as 0 m
+        depths, unit = pixels[self.roles[0]], _unit(table)
+        figures = depth_figures(depths, unit)
+        if record not in (figures, _figures(depths, unit)):  # earlier versions counted what is not known as 0 m
             yield f"its depth map has {figures}, the ledger says {record}"
 
-    def distance(self, found: DepthMap, truth: DepthMap) -> float:
+    def distance(self, predicted: DepthMap, truth: DepthMap) -> float:
         """Mean relative error."""
-        return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
+        return float((np.abs(predicted.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
 
     def follow_colours(self, label: DepthMap, image: np.ndarray) -> DepthMap:
         return replace(label, metres=_C.outlines_of_depth(label.metres, image))
 
-    def merge(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
-        return replace(kept, metres=np.where(region, found.metres, kept.metres))
+    def merge(self, old: DepthMap, new: DepthMap, region: np.ndarray) -> DepthMap:
+        return replace(old, metres=np.where(region, new.metres, old.metres))
 
     def agreeing(self, first: DepthMap, second: DepthMap) -> DepthMap:
         """The first map, 0 m where the two differ by more than a factor of 1.25, or where one of them is 0."""

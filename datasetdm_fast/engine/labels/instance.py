@@ -30,12 +30,12 @@ from datasetdm_fast.engine.labels.pictures import outline, paint_masks
 LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
 
 
-def outlines(record: Any) -> list[str]:
+def trace_outlines(record: Any) -> list[str]:
     """The outline of every instance, as the path of an SVG."""
     return [outline(mask_rle.decode(item["segmentation"])) for item in record]
 
 
-def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
+def outline_values(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
     names = InstanceKind().names(table)
     return [
         [names[item["category_id"]], round(item["score"], 3), path] for item, path in zip(record, paths, strict=True)
@@ -48,7 +48,7 @@ def _corners(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
-def _taken(label: Instances, chosen: Sequence[int]) -> Instances:
+def _select(label: Instances, chosen: Sequence[int]) -> Instances:
     """Some of the instances, in this order."""
     order = np.array(chosen, np.int64)
     ids = None if label.ids is None else label.ids[order]
@@ -63,17 +63,17 @@ def _matches(first: Instances, second: Instances, least: float = SAME) -> dict[i
         for b, other in enumerate(second.masks)
         if first.class_ids[a] == second.class_ids[b]
     ]
-    found: dict[int, int] = {}
+    matches: dict[int, int] = {}
     for like, a, b in sorted(pairs, key=lambda pair: (-pair[0], pair[1:])):
-        if like >= least and a not in found and b not in found.values():
-            found[a] = b
-    return found
+        if like >= least and a not in matches and b not in matches.values():
+            matches[a] = b
+    return matches
 
 
 class InstanceKind(LabelKind):
     attribute, title = "instances", "Instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
-    layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
+    layers = (GalleryLayer("instance", "Instances", "outlines", values=outline_values, trace=trace_outlines),)
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(2e-2, 0.1), free_rounded=(5e-2, 0.4))
     table_form = {"classes": [str], "size": [int]}
     layout = ("numbers",)
@@ -111,8 +111,10 @@ class InstanceKind(LabelKind):
         numbers = self.numbers(table)
         ids, scores = [numbers.index(item["category_id"]) for item in record], [item["score"] for item in record]
         has_ids = any("id" in item for item in record)
-        given = np.array([item["id"] for item in record], np.int64) if has_ids else None
-        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), given)
+        stored_ids = np.array([item["id"] for item in record], np.int64) if has_ids else None
+        return Instances(
+            masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), stored_ids
+        )
 
     def arrays(self, label: Instances, table: Table) -> dict[str, np.ndarray]:
         boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
@@ -199,55 +201,55 @@ class InstanceKind(LabelKind):
             yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
         yield ""
 
-    def distance(self, found: Instances, truth: Instances) -> float:
+    def distance(self, predicted: Instances, truth: Instances) -> float:
         """The share of the scores that the two do not have in common: a pair of one class has that of its masks' IoU.
 
         So a sure thing that only one of them has counts much, a doubtful one little.
         """
         common = sum(
-            iou(found.masks[a], truth.masks[b]) * min(float(found.scores[a]), float(truth.scores[b]))
-            for a, b in _matches(found, truth, least=0.0).items()
+            iou(predicted.masks[a], truth.masks[b]) * min(float(predicted.scores[a]), float(truth.scores[b]))
+            for a, b in _matches(predicted, truth, least=0.0).items()
         )
-        total = float(found.scores.sum() + truth.scores.sum())
+        total = float(predicted.scores.sum() + truth.scores.sum())
         return (total - 2 * common) / max(total, 1.0)
 
-    def overlap(self, found: Instances, truth: Instances) -> float:
+    def overlap(self, predicted: Instances, truth: Instances) -> float:
         """Mean over the instances of `truth` of the IoU with the one of their class that is most like them."""
         best = [
-            max([iou(mask, other) for other in found.masks[found.class_ids == kind]], default=0.0)
+            max([iou(mask, other) for other in predicted.masks[predicted.class_ids == kind]], default=0.0)
             for mask, kind in zip(truth.masks, truth.class_ids)
         ]
         return float(np.mean(best)) if best else 1.0
 
-    def merge(self, kept: Instances, found: Instances, region: np.ndarray) -> Instances:
+    def merge(self, old: Instances, new: Instances, region: np.ndarray) -> Instances:
         """Instances keep their pixels outside of the region, their order and their ids.
 
         One that was found again goes on inside. One that was not, and of which less than a tenth is left, is dropped.
-        What else was found, at least half of it inside, is added with the id 0.
+        Any other instance of `new`, at least half of it inside, is added with the id 0.
         """
-        same = _matches(kept, found)
-        masks, scores, left = kept.masks & ~region, kept.scores.copy(), []
-        for k, whole in enumerate(kept.masks):
+        same = _matches(old, new)
+        masks, scores, left = old.masks & ~region, old.scores.copy(), []
+        for k, whole in enumerate(old.masks):
             if (match := same.get(k)) is not None:
-                inside = found.masks[match] & region
-                scores[k] = found.scores[match] if inside.sum() > masks[k].sum() else scores[k]
+                inside = new.masks[match] & region
+                scores[k] = new.scores[match] if inside.sum() > masks[k].sum() else scores[k]
                 masks[k] |= inside
             if masks[k].any() and (match is not None or masks[k].sum() >= LEAST_LEFT * whole.sum()):
                 left.append(k)
-        areas = found.masks.sum((1, 2))
-        is_new = 2 * (found.masks & region).sum((1, 2)) >= np.maximum(areas, 1)
-        new = [k for k in range(len(found.masks)) if is_new[k] and k not in same.values()]
-        ids = None if kept.ids is None else np.concatenate([kept.ids[left], np.zeros(len(new), np.int64)])
+        areas = new.masks.sum((1, 2))
+        is_added = 2 * (new.masks & region).sum((1, 2)) >= np.maximum(areas, 1)
+        added = [k for k in range(len(new.masks)) if is_added[k] and k not in same.values()]
+        ids = None if old.ids is None else np.concatenate([old.ids[left], np.zeros(len(added), np.int64)])
         return Instances(
-            np.concatenate([masks[left], found.masks[new] & region]),
-            np.concatenate([kept.class_ids[left], found.class_ids[new]]),
-            np.concatenate([scores[left], found.scores[new]]),
-            kept.classes,
+            np.concatenate([masks[left], new.masks[added] & region]),
+            np.concatenate([old.class_ids[left], new.class_ids[added]]),
+            np.concatenate([scores[left], new.scores[added]]),
+            old.classes,
             ids,
         )
 
     def agreeing(self, first: Instances, second: Instances) -> Instances:
-        return _taken(first, sorted(_matches(first, second)))
+        return _select(first, sorted(_matches(first, second)))
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(words if config.is_open else config.classes), "size": [size, size]}

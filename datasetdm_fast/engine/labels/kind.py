@@ -98,10 +98,10 @@ class LabelKind(ABC):
 
     def for_decoder(self, decoder: str) -> "LabelKind":
         """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
-        own = copy.copy(self)
-        own.title = f"{self.title}: {decoder}"
-        own.roles = tuple(file_stem(role, decoder) for role in self.roles)
-        own.layers = tuple(
+        kind = copy.copy(self)
+        kind.title = f"{self.title}: {decoder}"
+        kind.roles = tuple(file_stem(role, decoder) for role in self.roles)
+        kind.layers = tuple(
             replace(
                 layer,
                 name=f"{layer.name}--{decoder}",
@@ -112,10 +112,10 @@ class LabelKind(ABC):
         )
         if self.coco_file:
             stem, dot, ending = self.coco_file.rpartition(".")
-            own.coco_file = file_stem(stem, decoder) + dot + ending
-        for before, after in zip((*self.roles, self.coco_file), (*own.roles, own.coco_file)):
-            own.contents = own.contents.replace(f"`{before}", f"`{after}") if before else own.contents
-        return own
+            kind.coco_file = file_stem(stem, decoder) + dot + ending
+        for before, after in zip((*self.roles, self.coco_file), (*kind.roles, kind.coco_file)):
+            kind.contents = kind.contents.replace(f"`{before}", f"`{after}") if before else kind.contents
+        return kind
 
     @abstractmethod
     def encode(self, label: Any, labels: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], Any]:
@@ -142,8 +142,8 @@ class LabelKind(ABC):
         """What is wrong with a stored label of an image of this height and width."""
 
     @abstractmethod
-    def distance(self, found: Any, truth: Any) -> float:
-        """Of two labels, 0 where both say the same."""
+    def distance(self, predicted: Any, truth: Any) -> float:
+        """The distance of two labels, 0 if they are equal."""
 
     def follow_colours(self, label: Any, image: np.ndarray) -> Any:
         """The label with outlines that follow the colours of its image [H, W, 3] uint8; of a kind without outlines the
@@ -151,17 +151,17 @@ class LabelKind(ABC):
         """
         return label
 
-    def overlap(self, found: Any, truth: Any) -> float | None:
-        """Mean IoU of what `truth` shows with the same in `found`; None for labels without areas."""
+    def overlap(self, predicted: Any, truth: Any) -> float | None:
+        """Mean IoU of what `truth` shows with the same in `predicted`; None for labels without areas."""
         return None
 
     @abstractmethod
-    def merge(self, kept: Any, found: Any, region: np.ndarray) -> Any:
-        """The label `kept` with what was found inside of a region [H, W] bool in place of what it said there."""
+    def merge(self, old: Any, new: Any, region: np.ndarray) -> Any:
+        """The label `old` with the content of `new` inside of a region [H, W] bool."""
 
     @abstractmethod
     def agreeing(self, first: Any, second: Any) -> Any:
-        """What two labels of one image both say, as the first of them says it; the rest is left open."""
+        """The part of the first label that the second agrees with; the rest is unknown."""
 
     def certainty(self, record: Any) -> float | None:
         """Mean confidence told by a record, 0..1; None where it tells none."""

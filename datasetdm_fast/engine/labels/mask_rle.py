@@ -62,12 +62,9 @@ def shift(rle: Mapping[str, Any], top: int, left: int, sides: tuple[int, int]) -
         begins, ends = begins + left * tall, ends + left * tall
     edges = np.stack([begins, ends], 1).ravel()
     runs = np.diff(edges, prepend=0, append=tall * wide)
-    return Rle(size=[tall, wide], counts=_C.rle_from_runs(np.ascontiguousarray(_trimmed(runs)), tall, wide))
-
-
-def _trimmed(runs: np.ndarray) -> np.ndarray:
-    """Run lengths without a last run of nothing."""
-    return runs[:-1] if len(runs) > 1 and not runs[-1] else runs
+    if len(runs) > 1 and not runs[-1]:
+        runs = runs[:-1]
+    return Rle(size=[tall, wide], counts=_C.rle_from_runs(np.ascontiguousarray(runs), tall, wide))
 
 
 def _parts(rle: Mapping[str, Any]) -> tuple[int, int, str]:

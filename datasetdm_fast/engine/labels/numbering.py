@@ -53,10 +53,12 @@ def with_palette(tables: Mapping[str, Table], palette: str, custom: ClassTable |
                 f"--palette {palette}: has no colour for {documents.quote(unknown[0])} of {label}",
                 "Choose a palette that has all classes of the label maps, or ours.",
             )
-    told = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
+    additions = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
     if palette == CUSTOM:
-        told = {label: {**told[label], "colours": own_colours(custom, tables[label]["classes"])} for label in told}
-    return {label: {**table, **told.get(label, {})} for label, table in tables.items()}
+        additions = {
+            label: {**additions[label], "colours": own_colours(custom, tables[label]["classes"])} for label in additions
+        }
+    return {label: {**table, **additions.get(label, {})} for label, table in tables.items()}
 
 
 def check_palette(table: Table) -> None:
@@ -81,22 +83,20 @@ def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
         raise ValueError("classes names a class twice")
     for label, table in tables.items():
         try:
-            wanted = kind_of(label).with_numbers(table, order)
+            expected = kind_of(label).with_numbers(table, order)
         except KeyError as error:
             raise ValueError(f"classes lacks {documents.quote(error.args[0])}, which labels.{label} names") from error
-        if wanted != table:
+        if expected != table:
             raise ValueError(f"labels.{label} numbers its classes otherwise than classes")
 
 
-def laid_out(wanted: Mapping[str, Table], stored: Mapping[str, Table]) -> dict[str, Table]:
-    """The tables of a run as they would be in a run folder that an earlier version began: without what it did not know
-    of how files are written.
-    """
+def as_stored_layout(current: Mapping[str, Table], stored: Mapping[str, Table]) -> dict[str, Table]:
+    """The tables of a run as an earlier version would have written them to the run folder that it began."""
     return {
         label: {
             name: value
             for name, value in table.items()
             if name not in kind_of(label).layout or name in stored.get(label, {})
         }
-        for label, table in wanted.items()
+        for label, table in current.items()
     }

@@ -10,12 +10,12 @@ from datasetdm_fast.engine.labels.kind import GalleryLayer, Table
 from datasetdm_fast.engine.labels.semantic import ClassMap, shares
 
 
-def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """The class number whose colour each asked word takes in a run whose labels have no table in common: its own in the
+def colour_numbers(known: Sequence[str], words: Sequence[str]) -> list[int]:
+    """The class number whose colour each query word takes in a run whose labels have no table in common: that of the
     semantic maps.
     """
     free = count(len(known))
-    return [0] + [known.index(word) if word in known else next(free) for word in asked[1:]]
+    return [0] + [known.index(word) if word in known else next(free) for word in words[1:]]
 
 
 class OpenVocabularyKind(ClassMap):
@@ -45,7 +45,7 @@ class OpenVocabularyKind(ClassMap):
         return {"classes": ["background", *words], "has_confidence": True}
 
     def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
-        asked, known = table["classes"], tables.get("semantic", {}).get("classes", [])
+        words, known = table["classes"], tables.get("semantic", {}).get("classes", [])
         if not known or "numbers" in table:
             return super().colours(table, tables)
-        return dict(zip(asked[1:], colour_numbers(known, asked)[1:], strict=True))
+        return dict(zip(words[1:], colour_numbers(known, words)[1:], strict=True))

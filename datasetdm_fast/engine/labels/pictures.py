@@ -85,9 +85,9 @@ def _path(ring: np.ndarray) -> str:
 @lru_cache(KEPT_OUTLINES)  # samples that lie in several pictures of a spliced run bring the same things again
 def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) -> list[np.ndarray]:
     """The simplified borders of a mask without an empty row or column at its sides, from its upper left corner on."""
-    found = borders(np.frombuffer(content, bool).reshape(shape))
+    rings = borders(np.frombuffer(content, bool).reshape(shape))
     # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
-    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in found)
+    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in rings)
     return [simplify(ring, tolerance) for ring in middles]
 
 
@@ -125,7 +125,7 @@ def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
     """The ring without points within `tolerance` of the line between their neighbours (Douglas and Peucker)."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
     closed = np.concatenate([ring, ring[:1]]).tolist()  # plain numbers, as most spans are too short for arrays
-    kept, spans = {0, far}, [(0, far), (far, len(ring))]
+    corners, spans = {0, far}, [(0, far), (far, len(ring))]
     while spans:
         a, b = spans.pop()
         (x, y), (end_x, end_y) = closed[a], closed[b]
@@ -136,9 +136,9 @@ def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
             if offset > most:
                 most, worst = offset, k
         if worst:
-            kept.add(worst)
+            corners.add(worst)
             spans += [(a, worst), (worst, b)]
-    return ring[sorted(kept)]
+    return ring[sorted(corners)]
 
 
 def paint_map(labels: np.ndarray) -> Image.Image:

@@ -44,7 +44,7 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, points[seen, :2].max(0) - low
 
 
-def _widened(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
+def _widen(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
     """The box [x, y, width, height] around the joints of a person, counted from the edge of the first pixel, widened by
     a share and cut to a picture of this height and width.
     """
@@ -57,24 +57,24 @@ def _widened(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: 
 
 def _masks_of(label: Keypoints, labels: Mapping[str, Any]) -> dict[int, np.ndarray]:
     """Place of a person -> the mask of the instance on which most of the seen joints lie, none taken twice."""
-    found = [label for label in labels.values() if isinstance(label, Instances)]
     words = persons()
     masks = [
         mask
-        for one in found
-        for mask, kind, score in zip(one.masks, one.class_ids, one.scores, strict=True)
-        if one.classes[kind].lower() in words and score >= SHOWN_SCORE
+        for instances in labels.values()
+        if isinstance(instances, Instances)
+        for mask, kind, score in zip(instances.masks, instances.class_ids, instances.scores, strict=True)
+        if instances.classes[kind].lower() in words and score >= SHOWN_SCORE
     ]
     shares = []
     for person, (points, visibility) in enumerate(zip(label.points, label.visibility, strict=True)):
         for k, mask in enumerate(masks if (visibility > 0).any() else ()):
             share = _inside(points, visibility, mask).sum() / (visibility > 0).sum()
             shares += [(-share, person, k)] if share >= MOST_JOINTS else []
-    own: dict[int, int] = {}
+    taken: dict[int, int] = {}
     for _, person, k in sorted(shares):
-        if person not in own and k not in own.values():
-            own[person] = k
-    return {person: masks[k] for person, k in own.items()}
+        if person not in taken and k not in taken.values():
+            taken[person] = k
+    return {person: masks[k] for person, k in taken.items()}
 
 
 @cache
@@ -86,13 +86,13 @@ def persons() -> frozenset[str]:
 
 def _matches(first: Keypoints, second: Keypoints) -> dict[int, int]:
     """Place of a person in the first label -> place of the same person in the second, by the boxes of their joints."""
-    found: dict[int, int] = {}
+    matches: dict[int, int] = {}
     for a, (points, seen) in enumerate(zip(first.points, first.visibility)):
         for b, (others, known) in enumerate(zip(second.points, second.visibility)):
-            if b not in found.values() and _box_iou(_box(points, seen > 0), _box(others, known > 0)) >= SAME:
-                found[a] = b
+            if b not in matches.values() and _box_iou(_box(points, seen > 0), _box(others, known > 0)) >= SAME:
+                matches[a] = b
                 break
-    return found
+    return matches
 
 
 def _box_iou(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
@@ -131,8 +131,8 @@ def _to_edge(table: Table) -> float:
 def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
     """Places and visibility of each person's joints, in pixels of the picture."""
     added = np.array([_to_edge(table), _to_edge(table), 0])
-    found = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]
-    return [[round(value, 1) for value in (joints + added).flatten().tolist()] for joints in found]
+    places = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]
+    return [[round(value, 1) for value in (joints + added).flatten().tolist()] for joints in places]
 
 
 class PoseKind(LabelKind):
@@ -186,7 +186,7 @@ class PoseKind(LabelKind):
             encoded = mask_rle.encode(mask[None])
             box, area = encoded.boxes[0].tolist(), int(encoded.areas[0])
         else:
-            box = _widened(points, seen, table["size"], table["widened"])
+            box = _widen(points, seen, table["size"], table["widened"])
             area = round_float(box[2] * box[3])
         return {
             "bbox": [round_float(value) for value in box],
@@ -283,33 +283,33 @@ class PoseKind(LabelKind):
     def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
         return [f"## {self.title}\n", f"{counts.get('people', 0)} in all samples.\n"]
 
-    def distance(self, found: Keypoints, truth: Keypoints) -> float:
+    def distance(self, predicted: Keypoints, truth: Keypoints) -> float:
         """Mean distance in pixels of the joints that either sees, infinite where one found a person and the other none:
         the place of a joint that neither sees is written nowhere, and leaps about.
         """
-        if found.points.shape != truth.points.shape:
+        if predicted.points.shape != truth.points.shape:
             return float("inf")
-        apart = np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1)
-        apart = apart[(found.visibility > 0) | (truth.visibility > 0)]
+        apart = np.linalg.norm(predicted.points[..., :2] - truth.points[..., :2], axis=-1)
+        apart = apart[(predicted.visibility > 0) | (truth.visibility > 0)]
         return float(apart.mean()) if apart.size else 0.0
 
-    def merge(self, kept: Keypoints, found: Keypoints, region: np.ndarray) -> Keypoints:
+    def merge(self, old: Keypoints, new: Keypoints, region: np.ndarray) -> Keypoints:
         """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
         that was found there only is added.
         """
-        same, people = _matches(kept, found), []
-        for k in range(len(kept.points)):
-            points, seen, match = kept.points[k].copy(), kept.visibility[k].copy(), same.get(k)
+        same, people = _matches(old, new), []
+        for k in range(len(old.points)):
+            points, seen, match = old.points[k].copy(), old.visibility[k].copy(), same.get(k)
             seen[_inside(points, seen, region)] = 0
             if match is not None:
-                new = _inside(found.points[match], found.visibility[match], region) & (seen == 0)
-                points[new], seen[new] = found.points[match][new], found.visibility[match][new]
-            people.append((points, seen, kept.scores[k]))
-        for k in sorted(set(range(len(found.points))) - set(same.values())):
-            inside = _inside(found.points[k], found.visibility[k], region)
-            if 2 * inside.sum() >= (found.visibility[k] > 0).sum():
-                people.append((found.points[k], np.where(inside, found.visibility[k], 0), found.scores[k]))
-        return _people(kept, people)
+                is_new = _inside(new.points[match], new.visibility[match], region) & (seen == 0)
+                points[is_new], seen[is_new] = new.points[match][is_new], new.visibility[match][is_new]
+            people.append((points, seen, old.scores[k]))
+        for k in sorted(set(range(len(new.points))) - set(same.values())):
+            inside = _inside(new.points[k], new.visibility[k], region)
+            if 2 * inside.sum() >= (new.visibility[k] > 0).sum():
+                people.append((new.points[k], np.where(inside, new.visibility[k], 0), new.scores[k]))
+        return _people(old, people)
 
     def agreeing(self, first: Keypoints, second: Keypoints) -> Keypoints:
         """The joints of the first label that the second has nearly there, on the same person."""

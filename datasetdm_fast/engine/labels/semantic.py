@@ -40,9 +40,9 @@ def mean_confidence(sure: np.ndarray) -> float:
 def shares(record: Any, table: Table, _: Any) -> list[Any]:
     """Shares of the pixels that are background and that are ignored, and of the other classes by number."""
     names, counts = SemanticKind().names(table), SemanticKind().count(record)
-    found = {number: round_float(count / sum(counts.values())) for number, count in counts.items()}
-    background = sum(found.pop(number, 0) for number, name in names.items() if name == BACKGROUND)
-    return [background, found.pop(IGNORE, 0), found]
+    rest = {number: round_float(count / sum(counts.values())) for number, count in counts.items()}
+    background = sum(rest.pop(number, 0) for number, name in names.items() if name == BACKGROUND)
+    return [background, rest.pop(IGNORE, 0), rest]
 
 
 class ClassMap(LabelKind):
@@ -56,9 +56,9 @@ class ClassMap(LabelKind):
 
     def file_numbers(self, labels: np.ndarray, table: Table) -> np.ndarray:
         """The numbers in files [H, W] uint8 of places in `classes`."""
-        own = np.arange(256, dtype=np.uint8)
-        own[: len(table["classes"])] = self.numbers(table)
-        return own[labels]
+        numbers = np.arange(256, dtype=np.uint8)
+        numbers[: len(table["classes"])] = self.numbers(table)
+        return numbers[labels]
 
     def places(self, pixels: np.ndarray, table: Table) -> np.ndarray:
         """Places in `classes` [H, W] uint8 of the numbers in a file; what is no number of a class is ignored."""
@@ -114,9 +114,9 @@ class ClassMap(LabelKind):
     def certainty(self, record: Any) -> float | None:
         return record.get("mean_confidence")
 
-    def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
+    def distance(self, predicted: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
-        return float((found.labels != truth.labels).mean())
+        return float((predicted.labels != truth.labels).mean())
 
     def follow_colours(self, label: SemanticMap, image: np.ndarray) -> SemanticMap:
         if label.labels.dtype == np.uint8:
@@ -124,8 +124,8 @@ class ClassMap(LabelKind):
         shown, places = np.unique(label.labels, return_inverse=True)
         if len(shown) > PLACES:
             return label
-        found = _C.outlines_of_labels(places.reshape(label.labels.shape).astype(np.uint8), image)
-        return replace(label, labels=shown[found])
+        followed = _C.outlines_of_labels(places.reshape(label.labels.shape).astype(np.uint8), image)
+        return replace(label, labels=shown[followed])
 
     def mask_of(self, label: SemanticMap, word: str) -> tuple[np.ndarray, np.ndarray]:
         return label.labels == label.classes.index(word), label.confidence
@@ -139,16 +139,16 @@ class ClassMap(LabelKind):
             label.classes,
         )
 
-    def overlap(self, found: SemanticMap, truth: SemanticMap) -> float:
+    def overlap(self, predicted: SemanticMap, truth: SemanticMap) -> float:
         """Mean IoU of the classes that `truth` shows, over the pixels that it does not ignore."""
         shown = [number for number in np.unique(truth.labels) if number != IGNORE]
-        told = truth.labels != IGNORE
-        ious = [iou((found.labels == number) & told, truth.labels == number) for number in shown]
+        is_known = truth.labels != IGNORE
+        ious = [iou((predicted.labels == number) & is_known, truth.labels == number) for number in shown]
         return float(np.mean(ious)) if ious else 1.0
 
-    def merge(self, kept: SemanticMap, found: SemanticMap, region: np.ndarray) -> SemanticMap:
-        labels = np.where(region, found.labels, kept.labels)
-        return replace(kept, labels=labels, confidence=np.where(region, found.confidence, kept.confidence))
+    def merge(self, old: SemanticMap, new: SemanticMap, region: np.ndarray) -> SemanticMap:
+        labels = np.where(region, new.labels, old.labels)
+        return replace(old, labels=labels, confidence=np.where(region, new.confidence, old.confidence))
 
     def agreeing(self, first: SemanticMap, second: SemanticMap) -> SemanticMap:
         return replace(first, labels=np.where(first.labels == second.labels, first.labels, IGNORE).astype(np.uint8))

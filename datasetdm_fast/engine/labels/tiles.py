@@ -90,7 +90,7 @@ class _Piece:
             slice(max(first.start, second.start), min(first.stop, second.stop))
             for first, second in zip(part(self.place), part(other.place))
         ]
-        if any(one.start >= one.stop for one in shared):
+        if any(overlap.start >= overlap.stop for overlap in shared):
             return False
         first, second = self.on(*shared), other.on(*shared)
         smaller = min(np.count_nonzero(first), np.count_nonzero(second))
@@ -108,12 +108,12 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     for (a, first), (b, second) in combinations(enumerate(pieces), 2):
         if group[a] != group[b] and first.is_same(second):
             low, high = sorted((group[a], group[b]))
-            group = [low if one == high else one for one in group]
-    things = sorted(set(group), key=lambda one: (-max(_scores(pieces, group, one)), one))
+            group = [low if number == high else number for number in group]
+    things = sorted(set(group), key=lambda number: (-max(_scores(pieces, group, number)), number))
     masks = np.zeros((len(things), *tiling.sides), bool)
     for mask, thing in zip(masks, things):
-        for piece, own in zip(pieces, group):
-            if own == thing:
+        for piece, first in zip(pieces, group):
+            if first == thing:
                 mask[part(piece.place)] |= piece.mask
     return Instances(
         masks,
@@ -124,7 +124,7 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
 
 
 def _scores(pieces: Sequence[_Piece], group: Sequence[int], thing: int) -> list[float]:
-    return [piece.score for piece, own in zip(pieces, group) if own == thing]
+    return [piece.score for piece, first in zip(pieces, group) if first == thing]
 
 
 def _size(labels: Sequence[Instances]) -> int:

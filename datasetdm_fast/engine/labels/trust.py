@@ -67,20 +67,20 @@ def trust_of(
     """How far the labels of a sample can be trusted; `named` are the classes of its prompt that were asked for, and
     `prompt` is its text, which may name further ones.
     """
-    maps = {task: found for task, label in labels.items() if (found := named_map(label))}
-    shares = {task: found.shares() for task, found in maps.items()}
+    maps = {task: shown_map for task, label in labels.items() if (shown_map := named_map(label))}
+    shares = {task: shown_map.shares() for task, shown_map in maps.items()}
     reasons, missing, unnamed = [], {}, {}
     for name in named:
-        if lacking := [task for task in maps if _lacks(maps[task], shares[task], name)]:
+        if tasks := [task for task in maps if _is_missing(maps[task], shares[task], name)]:
             missing[name] = None
-            places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in lacking)
+            places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in tasks)
             reasons.append(f"{name} is in the prompt, but not in {places}")
     for name in sorted(_foreign(named, labels, prompt, table)):
-        if shown := [task for task, found in shares.items() if found.get(name, 0) >= LEAST_SHARE]:
+        if shown := [task for task, by_name in shares.items() if by_name.get(name, 0) >= LEAST_SHARE]:
             unnamed[name] = None
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
-    told = [value for label in labels.values() if (value := _confidence(label)) is not None]
-    confidence = round(sum(told) / len(told), 4) if told else None
+    confidences = [value for label in labels.values() if (value := _confidence(label)) is not None]
+    confidence = round(sum(confidences) / len(confidences), 4) if confidences else None
     disagreeing = _disagreeing(maps)
     if disagreeing > MOST_DISAGREEING:
         reasons.append(f"{disagreeing:.0%} of the pixels of things have two names")
@@ -89,8 +89,8 @@ def trust_of(
     return Trust(tuple(missing), tuple(unnamed), round(disagreeing, 4), confidence, tuple(reasons))
 
 
-def _lacks(found: NamedMap, shares: Mapping[str, float], name: str) -> bool:
-    return name in found.names and shares.get(name, 0) < LEAST_SHARE
+def _is_missing(shown_map: NamedMap, shares: Mapping[str, float], name: str) -> bool:
+    return name in shown_map.names and shares.get(name, 0) < LEAST_SHARE
 
 
 def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:
@@ -99,8 +99,8 @@ def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:
     for first, second in product(by_task["semantic"], by_task["instance"]):
         for name in named:
             if name in maps[first].names and name in maps[second].names:
-                one, other = (maps[label].numbers_in({name: 1}) > 0 for label in (first, second))
-                overlap = np.count_nonzero(one & other) / np.count_nonzero(one | other)
+                first_mask, second_mask = (maps[label].numbers_in({name: 1}) > 0 for label in (first, second))
+                overlap = np.count_nonzero(first_mask & second_mask) / np.count_nonzero(first_mask | second_mask)
                 if overlap < LEAST_OVERLAP:
                     yield f"{name} in {first} overlaps {name} in {second} with an IoU of {overlap:.2f}"
 
@@ -152,7 +152,7 @@ def without_doubtful(
     named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", table: ClassTable | None = None
 ) -> dict[str, Annotation]:
     """The labels with IGNORE in their maps of classes where two differ, or a thing is not named by the prompt."""
-    maps = {task: found for task, label in labels.items() if (found := named_map(label))}
+    maps = {task: shown_map for task, label in labels.items() if (shown_map := named_map(label))}
     foreign, cleaned = _foreign(named, labels, prompt, table), dict(labels)
     for task in maps:
         label = labels[task]

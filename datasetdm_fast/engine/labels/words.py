@@ -58,7 +58,7 @@ class ClassMatcher:
         self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
         for phrase in other:
             self._add(phrase)
-        for texts in zip(*([word.words, (word.say,), (word.name,)] for word in words), strict=True):
+        for texts in zip(*([word.words, (word.spoken,), (word.name,)] for word in words), strict=True):
             for index in reversed(range(len(texts))):  # where two classes claim a word, the first has it
                 for text in texts[index]:
                     self._add(text, index)
@@ -77,28 +77,28 @@ class ClassMatcher:
         """The classes named, in the order of `classes`."""
         return tuple(self.classes[index] for index in sorted(self._spans(text)))
 
-    def classes_in_order(self, text: str) -> tuple[str, ...]:
-        """The same, in the order of the text."""
+    def in_order(self, text: str) -> tuple[str, ...]:
+        """The classes named, in the order of the text."""
         return tuple(self.classes[index] for index in self._spans(text))
 
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
-        """The same with where in the text, in lower case, the phrases begin and end that name a class."""
+        """Each class named with the begin and end of its phrases in the text in lower case."""
         return {self.classes[index]: spans for index, spans in self._spans(text).items()}
 
     def _spans(self, text: str) -> dict[int, list[tuple[int, int]]]:
         marks = _marks(text)
-        tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
+        tokens, at, spans = tuple(mark.group() for mark in marks), 0, {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
                 phrase = marks[at : at + length]  # shorter at the end of the text
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
                 if match and not (match[1] and _goes_on(tokens, at + length)):
                     for index in match[0]:
-                        found.setdefault(index, []).append((phrase[0].start(), phrase[-1].end()))
+                        spans.setdefault(index, []).append((phrase[0].start(), phrase[-1].end()))
                     at += length - 1
                     break
             at += 1
-        return found
+        return spans
 
 
 @lru_cache(maxsize=64)
@@ -112,8 +112,8 @@ def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None =
 
 
 def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
-    """The same in the order of the prompt."""
-    return matcher(tuple(classes), table).classes_in_order(prompt)
+    """The classes a prompt names, in the order of the prompt."""
+    return matcher(tuple(classes), table).in_order(prompt)
 
 
 def always_named(
@@ -137,20 +137,20 @@ def _other_sides(name: str) -> Iterator[str]:
     """What a name may be called on the other side, the likeliest first."""
     if SIDE_WORD.search(name):
         yield SIDE_WORD.sub(_other_side, name)
-    for found in SIDE.finditer(name):
-        yield name[: found.start()] + _other_side(found) + name[found.end() :]
+    for match in SIDE.finditer(name):
+        yield name[: match.start()] + _other_side(match) + name[match.end() :]
     yield SIDE.sub(_other_side, name)
 
 
-def _other_side(found: re.Match[str]) -> str:
-    return OTHER_SIDE[found[0]]
+def _other_side(match: re.Match[str]) -> str:
+    return OTHER_SIDE[match[0]]
 
 
 def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
     """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
     order = mirrored_names(classes)
     sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
-    if not sided or len(_lowered(text)) != len(text):
+    if not sided or len(_lower(text)) != len(text):
         return text
     named = matcher(tuple(classes), table).spans(text)
     for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
@@ -163,7 +163,7 @@ def replaced_text(text: str, name: str, other: str, classes: Sequence[str], tabl
     """The text with `other` in place of what it says of one of the classes ("an orange ball"), empty where it does not
     name it.
     """
-    lowered = _lowered(text)
+    lowered = _lower(text)
     text = unicodedata.normalize("NFC", text)
     text = text if len(text) == len(lowered) else lowered
     parts, end = [], 0
@@ -180,12 +180,12 @@ def token_places(
     """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
     tokens of a text without marks, and places from `limit` on are left out.
     """
-    text, found = _lowered(prompt), {}
+    text, places = _lower(prompt), {}
     for name, spans in matcher(tuple(classes), table).spans(prompt).items():
         ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
         # the start mark is the first token
-        found[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
-    return {name: places for name, places in found.items() if places}
+        places[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
+    return {name: columns for name, columns in places.items() if columns}
 
 
 def _tokens(text: str) -> tuple[str, ...]:
@@ -194,11 +194,11 @@ def _tokens(text: str) -> tuple[str, ...]:
 
 
 def _marks(text: str) -> list[re.Match[str]]:
-    """The same where they stand in the text in lower case."""
-    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lowered(text))))
+    """Matches of words and marks in the text in lower case."""
+    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lower(text))))
 
 
-def _lowered(text: str) -> str:
+def _lower(text: str) -> str:
     """The text in lower case, with each accent in its letter: some systems write it as a character of its own."""
     return unicodedata.normalize("NFC", text.lower())
 
@@ -250,5 +250,5 @@ def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
             nouns.add(noun.removesuffix(ending) + plural)
     if re.search(r"[^aeiou]y$", noun):
         nouns.add(noun[:-1] + "ies")
-    forms = [(*tokens[:head], one, *tokens[head + 1 :]) for one in sorted(nouns)]
+    forms = [(*tokens[:head], form, *tokens[head + 1 :]) for form in sorted(nouns)]
     return forms + [("".join(form),) for form in forms if len(form) == 2]

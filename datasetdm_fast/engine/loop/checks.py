@@ -59,22 +59,22 @@ CHOICES: dict[str, Sequence[str]] = {
 }
 
 
-def check_iterable(name: str, given: Any, expected: str) -> Iterable[Any]:
-    """What a caller of the library gave where several are expected; refused where it cannot be iterated over."""
+def check_iterable(name: str, value: Any, expected: str) -> Iterable[Any]:
+    """An argument of the library that must be iterable; refused if it is not."""
     try:
-        iter(given)
+        iter(value)
     except TypeError:
         is_several = False
     else:
-        is_several = not isinstance(given, bytes)
+        is_several = not isinstance(value, bytes)
     if not is_several:
-        raise Refused(f"{name}: {given!r} was given, expected {expected}", f"Give {expected}.")
-    return given
+        raise Refused(f"{name}: {value!r} was given, expected {expected}", f"Give {expected}.")
+    return value
 
 
-def as_texts(name: str, given: str | Iterable[str]) -> Iterable[str]:
-    """The texts of such a caller, who may also give one alone."""
-    return [given] if isinstance(given, str) else check_iterable(name, given, "a text or several texts")
+def as_texts(name: str, texts: str | Iterable[str]) -> Iterable[str]:
+    """Texts of a caller of the library, who may also pass one alone."""
+    return [texts] if isinstance(texts, str) else check_iterable(name, texts, "a text or several texts")
 
 
 def check_size(size: int) -> None:
@@ -82,7 +82,7 @@ def check_size(size: int) -> None:
     if not is_whole or size % 64 or not 0 <= size <= LARGEST_SIDE:
         near = min(max(round(size / 64), 1) * 64, LARGEST_SIDE) if is_whole else 512
         raise Refused(
-            f"--size {_shown(size)}: expected a multiple of 64 up to {LARGEST_SIDE}",
+            f"--size {_quote(size)}: expected a multiple of 64 up to {LARGEST_SIDE}",
             f"Try --size {near}; 0 takes what the model was made for.",
         )
 
@@ -100,7 +100,7 @@ def check_numbers(**values: float) -> None:
         kind, form = (Integral, "whole number") if isinstance(LEAST_SETTINGS[name], int) else (Real, "number")
         if not (isinstance(value, kind) and math.isfinite(value) and value >= LEAST_SETTINGS[name]):
             raise Refused(
-                f"{_flag(name)} {_shown(value)}: expected a {form} of {LEAST_SETTINGS[name]} or more",
+                f"{_flag(name)} {_quote(value)}: expected a {form} of {LEAST_SETTINGS[name]} or more",
                 "Choose another number.",
             )
 
@@ -119,7 +119,7 @@ def check_seed(seed: int, number: int = 1) -> int:
         whole = -1
     if not 0 <= whole <= SEEDS - number:
         raise Refused(
-            f"--seed {_shown(seed)}: expected a whole number from 0 to {SEEDS - number}",
+            f"--seed {_quote(seed)}: expected a whole number from 0 to {SEEDS - number}",
             "Choose another seed.",
         )
     return whole
@@ -143,6 +143,6 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(value: object) -> str:
+def _quote(value: object) -> str:
     """A value that is no number, such as the text '3', as its caller wrote it."""
     return repr(value) if isinstance(value, str) else str(value)

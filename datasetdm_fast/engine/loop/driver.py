@@ -191,7 +191,7 @@ class BatchGenerator:
         self, task: str, sampled: SampledBatch, requests: Sequence[Request]
     ) -> Callable[[], dict[str, Tensor]]:
         """The call that returns a decoder's raw outputs."""
-        text = self.words.embed(task, requests)
+        text = self.words.embeddings_of(task, requests)
         return partial(self.engine.annotate, task, sampled.captures[self.recipe.captures[task]], text)
 
     def collect(

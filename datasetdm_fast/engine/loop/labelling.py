@@ -185,7 +185,7 @@ class WordTable:
         is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
         self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
 
-    def embed(self, task: str, requests: Sequence[Request]) -> Tensor | None:
+    def embeddings_of(self, task: str, requests: Sequence[Request]) -> Tensor | None:
         """[B, K, D] of the query words of each image, the last repeated up to the longest's K; the first word where
         there are none. None for decoders that read no words.
         """

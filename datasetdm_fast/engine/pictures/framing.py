@@ -1,6 +1,7 @@
 """From a picture of any size to the model's square with its labels: the one place that resizes or crops."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,10 +80,10 @@ def _centre(picture: Picture, random: np.random.Generator) -> tuple[float, float
     """Column and row of the middle of one labelled class that is no background."""
     if picture.semantic is None:
         return None
-    there = [k for k in np.flatnonzero(np.bincount(picture.semantic.ravel(), minlength=256)) if k not in (0, IGNORE)]
-    if not there:
+    numbers = [k for k in np.flatnonzero(np.bincount(picture.semantic.ravel(), minlength=256)) if k not in (0, IGNORE)]
+    if not numbers:
         return None
-    rows, columns = np.nonzero(picture.semantic == random.choice(there))
+    rows, columns = np.nonzero(picture.semantic == random.choice(numbers))
     return float(columns.mean()), float(rows.mean())
 
 
@@ -93,31 +94,38 @@ def frame_picture(picture: Picture, window: Window, size: int, least_mask: float
         _nearest(picture.image.shape[1], window.left, window.scale, size),
     )
 
-    def taken(label: np.ndarray, outside: int) -> np.ndarray:
-        found = label[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)[None]]
-        found[rows < 0] = outside
-        found[:, columns < 0] = outside
-        return found
+    def resample(label: np.ndarray, outside: int) -> np.ndarray:
+        pixels = label[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)[None]]
+        pixels[rows < 0] = outside
+        pixels[:, columns < 0] = outside
+        return pixels
 
-    masks, kept = (None, None) if picture.masks is None else _masks(picture.masks, taken, size, least_mask)
-    crowds, kept_crowds = _masks(picture.crowds, taken, size, 1)
-    labels = {}
-    if picture.keypoints is not None:
-        labels = _persons(picture, window, size)
+    def resample_masks(
+        makers: Sequence[Callable[[], np.ndarray]], classes: Sequence[int], least: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The masks of at least so many pixels, and their classes."""
+        masks = ((resample(make(), 0), kind) for make, kind in zip(makers, classes))
+        large = [(mask, kind) for mask, kind in masks if mask.sum() >= least]
+        shape = (len(large), size, size)
+        return np.array([mask for mask, _ in large], bool).reshape(shape), np.array(
+            [kind for _, kind in large], np.int64
+        )
+
+    masks: dict[str, np.ndarray] = {}
+    if picture.masks is not None:
+        masks["masks"], masks["mask_classes"] = resample_masks(picture.masks, picture.mask_classes, least_mask)
+        masks["crowds"], masks["crowd_classes"] = resample_masks(picture.crowds, picture.crowd_classes, 1)
     return Labelled(
         id=picture.id,
-        image=_filtered(picture.image, window, rows, columns, size),
+        image=_resize(picture.image, window, rows, columns, size),
         caption=picture.text,
         named=picture.named,
-        semantic=None if picture.semantic is None else taken(picture.semantic, IGNORE).astype(np.uint8),
-        masks=masks,
-        mask_classes=None if masks is None else np.array([picture.mask_classes[k] for k in kept], np.int64),
-        depth=None if picture.depth is None else taken(picture.depth, 0).astype(np.float32),
-        crowds=None if masks is None else crowds,
-        crowd_classes=None if masks is None else np.array([picture.crowd_classes[k] for k in kept_crowds], np.int64),
+        semantic=None if picture.semantic is None else resample(picture.semantic, IGNORE).astype(np.uint8),
+        depth=None if picture.depth is None else resample(picture.depth, 0).astype(np.float32),
         searched=picture.searched,
         not_exhausted=picture.not_exhausted,
-        **labels,
+        **masks,
+        **({} if picture.keypoints is None else _frame_persons(picture, window, size)),
     )
 
 
@@ -127,16 +135,7 @@ def _nearest(length: int, start: float, scale: float, size: int) -> np.ndarray:
     return np.where((places >= 0) & (places < length), places, -1)
 
 
-def _masks(makers, taken, size: int, least: float) -> tuple[np.ndarray, list[int]]:
-    found = []
-    for k, make in enumerate(makers):
-        mask = taken(make(), 0)
-        if mask.sum() >= least:
-            found.append((k, mask))
-    return np.stack([mask for _, mask in found]) if found else np.zeros((0, size, size), bool), [k for k, _ in found]
-
-
-def _filtered(image: np.ndarray, window: Window, rows: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
+def _resize(image: np.ndarray, window: Window, rows: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
     """The image under the window, each new pixel the mean of what it covers; black where there is none."""
     canvas = np.zeros((size, size, 3), np.uint8)
     inside_rows, inside_columns = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
@@ -160,8 +159,9 @@ def _filtered(image: np.ndarray, window: Window, rows: np.ndarray, columns: np.n
     return canvas
 
 
-def _persons(picture: Picture, window: Window, size: int) -> dict[str, np.ndarray]:
+def _frame_persons(picture: Picture, window: Window, size: int) -> dict[str, np.ndarray]:
     """Joints, boxes and areas in the window's pixels; outside joints are absent, persons without joints dropped."""
+    assert picture.keypoints is not None and picture.keypoint_boxes is not None and picture.keypoint_areas is not None
     points = picture.keypoints.astype(np.float32).copy()
     points[..., :2] = (points[..., :2] - [window.left, window.top]) * window.scale
     is_outside = ((points[..., :2] < 0) | (points[..., :2] >= size)).any(-1)

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.errors import Missing, Refused
 
 EVERY_CLASS = -1  # the class of a crowd in which nothing is right or wrong to find
-MEND = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
+REPAIR = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Picture:
-    """The same at its own size, places in pixels; masks are made one at a time, as there may be thousands."""
+    """A labelled image at its own size, places in pixels; masks are made one at a time, as there may be thousands."""
 
     id: str
     image: np.ndarray  # [H, W, 3] uint8
@@ -124,7 +124,7 @@ class LabelledSource:
         raise NotImplementedError
 
     def map_areas(self, record: int) -> dict[str, int]:
-        """The same of all classes of a label map, where the data set has them."""
+        """Pixels of all classes of a label map, if the data set has them."""
         return self.areas(record)
 
     def is_centred(self, record: int) -> bool:
@@ -145,7 +145,7 @@ class LabelledSource:
         return (*self.origins(record), *([self.digests[record]] if record in self.digests else ()))
 
     def filmed_in(self, index: int) -> tuple[str, ...]:
-        """The same with the sequence of item `index`, whose frames are much alike."""
+        """The origins of item `index` and its sequence, whose frames are much alike."""
         sequence = self.sequence(self.order[index])
         return (*self.made_of(index), *([f"sequence {sequence}"] if sequence else ()))
 
@@ -159,8 +159,8 @@ class LabelledSource:
             return [(self.thing_classes[k], mask) for k, mask in zip(item.mask_classes, item.masks)]
         if item.semantic is None:
             return []
-        found = ((name, item.semantic == k) for k, name in enumerate(self.classes) if name in self.thing_classes)
-        return [(name, mask) for name, mask in found if mask.any()]
+        masks = ((name, item.semantic == k) for k, name in enumerate(self.classes) if name in self.thing_classes)
+        return [(name, mask) for name, mask in masks if mask.any()]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -193,18 +193,16 @@ class LabelledSource:
         return self.guard(self.load, self.order[index], seed)
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """The same data set with only these items, in this order."""
+        """The data set with only these items, in this order."""
         fewer = copy.copy(self)
         fewer.order = [self.order[index] for index in indices]
         return fewer
 
     def readable(self) -> Self:
-        """The same data set with only the items that can be read, refused where none can; the others are listed in
-        `skipped`.
-        """
-        found = [index for index in range(len(self.order)) if self.is_readable(index)]
-        self._check_readable(not found)
-        return self.subset(found)
+        """The data set with only the items that can be read, refused if none can; others are listed in `skipped`."""
+        indices = [index for index in range(len(self.order)) if self.is_readable(index)]
+        self._check_readable(not indices)
+        return self.subset(indices)
 
     def is_readable(self, index: int) -> bool:
         """Whether an item can be read; one that cannot is listed in `skipped`."""
@@ -227,12 +225,12 @@ class LabelledSource:
         try:
             return read(*arguments)
         except OSError as error:
-            raise Refused(storage.refusal(error, error.filename or "the data set").cause, MEND) from error
+            raise Refused(storage.refusal(error, error.filename or "the data set").cause, REPAIR) from error
         except Missing as stop:
-            raise Refused(stop.cause, MEND if isinstance(stop.__cause__, OSError) else stop.remedy) from stop
+            raise Refused(stop.cause, REPAIR if isinstance(stop.__cause__, OSError) else stop.remedy) from stop
 
 
 def _check(name: str, array: np.ndarray, shape: tuple[int, ...], kind: type, expected: str) -> None:
     if array.shape != shape or not np.issubdtype(array.dtype, kind):
-        found = f"{array.dtype} of shape {list(array.shape)}"
-        raise ValueError(f"{name}: {found}, expected {expected} of shape {list(shape)}")
+        value = f"{array.dtype} of shape {list(array.shape)}"
+        raise ValueError(f"{name}: {value}, expected {expected} of shape {list(shape)}")

@@ -54,9 +54,9 @@ class PictureSource(LabelledSource):
         if picture.person:  # a part of a picture is looked at, and has no size of its own
             return self[index]
         masks = {
-            "masks": _stacked(picture.masks, picture.image.shape[:2]),
+            "masks": _stack(picture.masks, picture.image.shape[:2]),
             "mask_classes": np.array(picture.mask_classes, np.int64),
-            "crowds": _stacked(picture.crowds, picture.image.shape[:2]),
+            "crowds": _stack(picture.crowds, picture.image.shape[:2]),
             "crowd_classes": np.array(picture.crowd_classes, np.int64),
         }
         labels = {"semantic": picture.semantic, "depth": picture.depth}
@@ -92,8 +92,8 @@ class PictureSource(LabelledSource):
     def photo_of(self, names: Sequence[str]) -> str:
         """A caption of these classes, as a person says them."""
         known = tuple(dict.fromkeys((*self.classes, *self.thing_classes, *names)))
-        said = dict(zip(known, spoken([self.called.get(name, name) for name in known], self.class_table), strict=True))
-        return photo_of([said[name] for name in names])
+        words = dict(zip(known, spoken([self.called.get(name, name) for name in known], self.class_table), strict=True))
+        return photo_of([words[name] for name in names])
 
     def areas(self, record: int) -> dict[str, int]:
         picture = self.picture(record)
@@ -101,11 +101,11 @@ class PictureSource(LabelledSource):
             return largest(
                 (self.thing_classes[k], int(make().sum())) for make, k in zip(picture.masks, picture.mask_classes)
             )
-        counted = _counted(picture, self.classes)
-        return {name: area for name, area in counted.items() if name in self.thing_classes or not self.thing_classes}
+        areas = _count_pixels(picture, self.classes)
+        return {name: area for name, area in areas.items() if name in self.thing_classes or not self.thing_classes}
 
     def map_areas(self, record: int) -> dict[str, int]:
-        return _counted(self.picture(record), self.classes)
+        return _count_pixels(self.picture(record), self.classes)
 
 
 def whole_characters(text: str) -> str:
@@ -113,7 +113,7 @@ def whole_characters(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _counted(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
+def _count_pixels(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
     """Pixels of each class that a label map shows."""
     if picture.semantic is None:
         return {}
@@ -126,13 +126,13 @@ def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
     return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
 
 
-def _stacked(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:
+def _stack(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:
     """Masks [N, H, W] bool."""
     return np.stack([make() for make in makers]).astype(bool) if makers else np.zeros((0, *sides), bool)
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for name, pixels in areas:
-        found[name] = max(found.get(name, 0), pixels)
-    return found
+        result[name] = max(result.get(name, 0), pixels)
+    return result

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.kind import LARGEST_STEP
-from datasetdm_fast.engine.pictures.labelled import MEND
+from datasetdm_fast.engine.pictures.labelled import REPAIR
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, images
 
@@ -37,12 +37,12 @@ Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a 
 CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 AS_PUBLISHED = "Give the data set's own folder, laid out as it was published."
 OF_DATA = "Give the folder of the data set itself."
-MEND_FIRST = "Mend it first: every image of the data set rests on it."
+REPAIR_FIRST = "Mend it first: every image of the data set rests on it."
 
 
 def bad(path: Path | str, reason: str) -> Refused:
     """The refusal of one file."""
-    return Refused(f"{path}: {reason}", MEND)
+    return Refused(f"{path}: {reason}", REPAIR)
 
 
 def colour_image(path: Path, turned: Turning | None = None) -> np.ndarray:
@@ -54,7 +54,7 @@ def colour_image(path: Path, turned: Turning | None = None) -> np.ndarray:
 
 
 def colours(path: Path | str, image: Image.Image, turned: Turning | None = None) -> np.ndarray:
-    """The same of a decoded picture, which messages call by its path."""
+    """The pixels [H, W, 3] uint8 of a decoded picture, which messages call by its path."""
     check_sides(path, image.size)
     if image.mode not in COLOURS:
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
@@ -78,9 +78,9 @@ def as_its_labels(labels: Path) -> Turning:
 
 
 def as_sized(labels: str, size: Callable[[], Sequence[int]]) -> Turning:
-    """The same for labels of a name, whose size is only looked at where EXIF says to turn their picture."""
+    """For labels of a name, whose size is only looked at if EXIF says to turn their picture."""
 
-    def turned(path: Path | str, stored: Image.Image, upright: Image.Image) -> Image.Image:
+    def turn(path: Path | str, stored: Image.Image, upright: Image.Image) -> Image.Image:
         if stored.size == upright.size:
             raise Refused(
                 f"{path}: its EXIF data turns it, and whether {labels} is turned too cannot be told from its size",
@@ -88,7 +88,7 @@ def as_sized(labels: str, size: Callable[[], Sequence[int]]) -> Turning:
             )
         return upright if tuple(size()) == upright.size else stored
 
-    return turned
+    return turn
 
 
 def as_drawn(size: tuple[int, int]) -> Turning:
@@ -106,10 +106,10 @@ def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarr
     image = images.read_image(path, most_pixels=MOST_PIXELS, holds_numbers=True)
     if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
         raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")
-    found = np.asarray(image).astype(np.int32)
-    if found.shape != tuple(shape[:2]):
-        raise bad(path, f"{found.shape[1]} x {found.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
-    return found
+    pixels = np.asarray(image).astype(np.int32)
+    if pixels.shape != tuple(shape[:2]):
+        raise bad(path, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
+    return pixels
 
 
 def binary_mask(path: Path, shape: Sequence[int], may_be_smaller: bool = False) -> np.ndarray:
@@ -153,13 +153,13 @@ def _opaque(grey: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.ndarray:
     """[H, W] uint8 class numbers, 255 = ignore; a number that names no class is refused."""
-    found = numbers(path, shape)
-    check_numbers(path, found, len(classes))
-    return found.astype(np.uint8)
+    pixels = numbers(path, shape)
+    check_numbers(path, pixels, len(classes))
+    return pixels.astype(np.uint8)
 
 
-def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
-    unknown = found[(found < 0) | ((found >= classes) & (found != IGNORE))]  # faster than sorting a photo's pixels
+def check_numbers(path: Path | str, pixels: np.ndarray, classes: int) -> None:
+    unknown = pixels[(pixels < 0) | ((pixels >= classes) & (pixels != IGNORE))]  # faster than sorting a photo's pixels
     if len(unknown):
         raise bad(
             path, f"the unknown class {unknown.min()}, expected 0 to {classes - 1}, or {IGNORE} for pixels to ignore"
@@ -181,10 +181,10 @@ def lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) ->
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
     # other marks that Python takes for the end of a line may stand in a name or in a JSON text
-    found = [line.strip() for line in re.split("\r\n|\n|\r", text) if line.strip()]
-    if not found and not may_be_none:
+    texts = [line.strip() for line in re.split("\r\n|\n|\r", text) if line.strip()]
+    if not texts and not may_be_none:
         raise bad(path, "no line in it")
-    return found
+    return texts
 
 
 def pairs(path: Path) -> list[tuple[str, str]]:
@@ -193,10 +193,10 @@ def pairs(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, 1):
         if len(row) < 2:
             raise bad(path, f"line {number} names no image and depth")
-    found = [(row[0], row[1]) for row in rows if row[1] != "None"]
-    if not found:
+    named = [(row[0], row[1]) for row in rows if row[1] != "None"]
+    if not named:
         raise bad(path, "no line names a depth")
-    return found
+    return named
 
 
 def inside(root: Path, name: str, listed_in: Path | str) -> Path:
@@ -211,7 +211,7 @@ def listing(folder: Path, *endings: str, remedy: str = OF_DATA) -> list[Path]:
     """The files of a folder and its sub-folders with one of the endings, sorted by name."""
     if not storage.is_there(folder):
         raise Refused(f"{folder}: no such folder{storage.named_alike(folder)}", remedy)
-    found, seen = [], set()
+    files, seen = [], set()
 
     def refuse(error: OSError) -> NoReturn:
         raise storage.refusal(error, error.filename) from error
@@ -222,10 +222,10 @@ def listing(folder: Path, *endings: str, remedy: str = OF_DATA) -> list[Path]:
             continue
         seen.add(real)
         folders.sort()
-        found += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
-    if not found:
+        files += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
+    if not files:
         raise Refused(f"{folder}: no file that ends in {' or '.join(endings)}", remedy)
-    return sorted(found)
+    return sorted(files)
 
 
 def no_split(path: Path, split: str) -> Refused:
@@ -243,7 +243,7 @@ def names_of(folder: Path, paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def beside(folder: Path, name: str, ending: str) -> Path:
+def label_file(folder: Path, name: str, ending: str) -> Path:
     """The label file of a name, whose ending may be in capitals."""
     path, other = folder / f"{name}{ending}", folder / f"{name}{ending.upper()}"
     return other if other.exists() and not path.exists() else path

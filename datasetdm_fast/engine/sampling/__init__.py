@@ -53,8 +53,8 @@ def make_schedule(
 
 def open_sampler(name: str) -> Sampler:
     """The record of a sampler, which is one of SAMPLERS."""
-    found = SAMPLERS[name]
+    entry = SAMPLERS[name]
     sampler: Sampler = (
-        import_module(found).SAMPLER if isinstance(found, str) else SAMPLERS.check_type(name, found, Sampler)
+        import_module(entry).SAMPLER if isinstance(entry, str) else SAMPLERS.check_type(name, entry, Sampler)
     )
     return sampler

@@ -31,8 +31,8 @@ def dpm_solver(
     times, updates = check_times(falling, count), []
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper
     for k, time in enumerate(times):
-        kept, noisy = math.sqrt(values[time]), math.sqrt(1 - values[time])
-        entry = (1 / kept, -noisy / kept) if prediction == "epsilon" else (kept, -noisy)
+        signal, noisy = math.sqrt(values[time]), math.sqrt(1 - values[time])
+        entry = (1 / signal, -noisy / signal) if prediction == "epsilon" else (signal, -noisy)
         if k == len(times) - 1:
             updates.append(Update(0.0, (1.0,), entry))
             continue

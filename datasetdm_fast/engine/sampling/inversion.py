@@ -40,8 +40,8 @@ def invert(
     if ddim_steps:
         latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
     else:
-        drawn = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
-        noise = to_device(drawn, clean.device).to(clean.dtype)
+        noises = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
+        noise = to_device(noises, clean.device).to(clean.dtype)
         latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]
@@ -63,11 +63,11 @@ def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: i
     latents, alpha, time = clean.clone(), 1.0, 0
     for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
         output = engine.denoise(latents, time, context).chunk(2)[1].to(latents)
-        kept, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
+        signal, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
         if scheduler.get("prediction_type", "epsilon") == "v_prediction":
-            image, noise = kept * latents - noisy * output, kept * output + noisy * latents
+            image, noise = signal * latents - noisy * output, signal * output + noisy * latents
         else:
-            image, noise = (latents - noisy * output) / kept, output
+            image, noise = (latents - noisy * output) / signal, output
         alpha, time = alphas[target], target
         latents = math.sqrt(alpha) * image + math.sqrt(1 - alpha) * noise
     return latents

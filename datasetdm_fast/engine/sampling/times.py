@@ -57,9 +57,9 @@ class OneGenerator:
             self.generator.manual_seed(seed)
             self.seed, self.next = seed, 0
         for _ in range(place - self.next + 1):
-            found = torch.randn((4, side, side), generator=self.generator)
+            noise = torch.randn((4, side, side), generator=self.generator)
         self.next = place + 1
-        return found
+        return noise
 
 
 def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:

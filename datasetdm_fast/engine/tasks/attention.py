@@ -19,25 +19,25 @@ FLAT = 1e-12  # a map whose values lie no farther apart says nothing
 
 def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
     """Per image the maps [K, s, s] of its classes, 0 to 1; `columns` names the tokens of each class of each image."""
-    return [scale_maps(one) for one in spread_maps(averages, columns, exponent)]
+    return [scale_maps(maps) for maps in spread_maps(averages, columns, exponent)]
 
 
 def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
-    """The same as shares of attention, which can be compared from image to image."""
-    side, cross = (round(one.shape[1] ** 0.5) for one in (averages.cells, averages.tokens))
-    found = []
+    """Per image the maps [K, s, s] of its classes as shares of attention, which are comparable between images."""
+    side, cross = (round(average.shape[1] ** 0.5) for average in (averages.cells, averages.tokens))
+    maps = []
     for cells, tokens, named in zip(averages.cells, averages.tokens, columns, strict=True):
         if not named:
-            found.append(cells.new_zeros(0, side, side))
+            maps.append(cells.new_zeros(0, side, side))
             continue
         # one column at a time: a list of them would be copied to a GPU while the host waits
-        own = [torch.stack([tokens[:, place] for place in places], 1).mean(1) for places in named]
-        seen = torch.stack(own).unflatten(1, (cross, cross))
+        class_tokens = [torch.stack([tokens[:, place] for place in places], 1).mean(1) for places in named]
+        seen = torch.stack(class_tokens).unflatten(1, (cross, cross))
         spread = F.interpolate(seen[None], (side, side), mode="bicubic")[0].flatten(1).T  # [S, K]
         for _ in range(exponent):
             spread = cells @ spread
-        found.append(spread.T.unflatten(1, (side, side)))
-    return found
+        maps.append(spread.T.unflatten(1, (side, side)))
+    return maps
 
 
 def scale_maps(maps: Tensor) -> Tensor:
@@ -59,13 +59,13 @@ def label_maps(
     value where that reaches `threshold`, 255 where it reaches `uncertainty` alone, 0 elsewhere.
     """
     labels, values = [], []
-    for one, own in zip(maps, numbers, strict=True):
-        if not own:
-            values.append(one.new_zeros(size, size))
+    for values_of_classes, class_numbers in zip(maps, numbers, strict=True):
+        if not class_numbers:
+            values.append(values_of_classes.new_zeros(size, size))
             labels.append(values[-1].to(torch.uint8))
             continue
-        largest, winner = F.interpolate(one[None], (size, size), mode="bicubic")[0].max(0)
-        named = to_device(torch.tensor(list(own), dtype=torch.uint8), one.device)[winner]
+        largest, winner = F.interpolate(values_of_classes[None], (size, size), mode="bicubic")[0].max(0)
+        named = to_device(torch.tensor(list(class_numbers), dtype=torch.uint8), values_of_classes.device)[winner]
         weak = torch.where(largest >= uncertainty, IGNORE, 0).to(torch.uint8)
         labels.append(torch.where(largest >= threshold, named, weak))
         values.append(largest.clamp(0, 1))
@@ -88,10 +88,10 @@ def joined_label(
     weights = torch.from_numpy(tiling.weights)
     for k, number in enumerate(numbers):
         total, covered = torch.zeros(tiling.sides), torch.zeros(tiling.sides)
-        for (top, left), one in zip(tiling.corners, maps, strict=True):
+        for (top, left), tile_maps in zip(tiling.corners, maps, strict=True):
             part = slice(top, top + tiling.side), slice(left, left + tiling.side)
-            own = F.interpolate(one[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
-            total[part] += own * weights
+            tile = F.interpolate(tile_maps[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
+            total[part] += tile * weights
             covered[part] += weights
         values = scale_maps((total / covered)[None])[0]
         labels = torch.where(values > best, number, labels)

@@ -30,42 +30,42 @@ def held_to(
     if not config.named:
         return raw
     is_open = config.has_text
-    asked, classes = (words, words) if is_open else (config.named, config.classes)
-    there = [
-        {*find_classes(prompt, asked, config.table), *(named[b] if named else ())} & set(asked)
+    queries, classes = (words, words) if is_open else (config.named, config.classes)
+    present = [
+        {*find_classes(prompt, queries, config.table), *(named[b] if named else ())} & set(queries)
         for b, prompt in enumerate(prompts)
     ]
     device = raw["pred_logits"].device
-    is_ruled_out = [[bool(own) and name in asked and name not in own for name in classes] for own in there]
+    is_ruled_out = [[bool(names) and name in queries and name not in names for name in classes] for names in present]
     ruled_out = to_device(torch.tensor(is_ruled_out, dtype=torch.bool), device)
     if is_open:
         held = raw["pred_logits"].clone()
         held[..., OBJECT].masked_fill_(ruled_out[:, :, None], float("-inf"))
         return {**raw, "pred_logits": held}
-    is_asked = to_device(torch.tensor([name in asked for name in (*classes, None)]), device)
-    found = {**raw, "pred_logits": without(raw["pred_logits"].float(), ruled_out, is_asked)}
+    is_query = to_device(torch.tensor([name in queries for name in (*classes, None)]), device)
+    outputs = {**raw, "pred_logits": without(raw["pred_logits"].float(), ruled_out, is_query)}
     if "token_attention" in raw:
-        found["word_attention"] = word_attention(raw["token_attention"].float(), config, prompts, there, tokenizer)
-    return found
+        outputs["word_attention"] = word_attention(raw["token_attention"].float(), config, prompts, present, tokenizer)
+    return outputs
 
 
-def without(logits: Tensor, ruled_out: Tensor, is_asked: Tensor) -> Tensor:
+def without(logits: Tensor, ruled_out: Tensor, is_query: Tensor) -> Tensor:
     """Logits [B, N, K + 1] whose classes `ruled_out` [B, K] have no probability, and whose other classes that are asked
     for [K + 1] have in sum what all of them had.
     """
     sure = logits.log_softmax(-1)
     left = torch.cat([ruled_out, ruled_out.new_zeros(len(ruled_out), 1)], 1)[:, None]
-    kept = sure.masked_fill(left | ~is_asked, float("-inf")).logsumexp(-1, keepdim=True)
-    total = sure.masked_fill(~is_asked, float("-inf")).logsumexp(-1, keepdim=True)
-    is_changed = left.any(-1, keepdim=True) & is_asked
-    return torch.where(is_changed, logits + (total - kept), logits).masked_fill(left, float("-inf"))
+    remaining = sure.masked_fill(left | ~is_query, float("-inf")).logsumexp(-1, keepdim=True)
+    total = sure.masked_fill(~is_query, float("-inf")).logsumexp(-1, keepdim=True)
+    is_changed = left.any(-1, keepdim=True) & is_query
+    return torch.where(is_changed, logits + (total - remaining), logits).masked_fill(left, float("-inf"))
 
 
 def word_attention(
     attention: Tensor,
     config: DecoderConfig,
     prompts: Sequence[str],
-    there: Sequence[set[str]],
+    present: Sequence[set[str]],
     tokenizer: Callable[..., object],
 ) -> Tensor:
     """[B, K, h, w] the attention to the words that name a class, as a multiple of its mean over the image; 1 for
@@ -76,12 +76,12 @@ def word_attention(
         return len(tokenizer(text, truncation=False).input_ids) - 2
 
     batch, tokens, *sides = attention.shape
-    found = attention.new_ones(batch, len(config.classes), *sides)
-    for b, (prompt, own) in enumerate(zip(prompts, there, strict=True)):
+    relative = attention.new_ones(batch, len(config.classes), *sides)
+    for b, (prompt, names) in enumerate(zip(prompts, present, strict=True)):
         places = token_places(prompt, config.named, count, tokens, config.table)
-        if len(own) < 2 or not own <= set(places):
+        if len(names) < 2 or not names <= set(places):
             continue
-        for name in sorted(own):
+        for name in sorted(names):
             seen = torch.stack([attention[b, place] for place in places[name]]).mean(0)
-            found[b, config.classes.index(name)] = seen / seen.mean().clamp(min=LEAST_MEAN)
-    return found
+            relative[b, config.classes.index(name)] = seen / seen.mean().clamp(min=LEAST_MEAN)
+    return relative

@@ -16,7 +16,7 @@ from datasetdm_fast.kernels.bilinear import resize
 class DepthTask(Task):
     needs = ("depth",)
     shown_by = "depth"
-    wanted = "a depth above 0 and up to {farthest:g} m"
+    requirement = "a depth above 0 and up to {farthest:g} m"
     small = {"batch_size": 12, "steps": 2500, "rate": 2e-3, "dropout": 0.15, "is_relative": True}
     quirks = ("Q13",)
 

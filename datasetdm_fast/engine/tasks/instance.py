@@ -32,19 +32,19 @@ def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Te
     return queries, flat % classes, best * mean.gather(1, queries)
 
 
-def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tensor:
+def not_overlapping(inside: Tensor, is_candidate: Tensor, threshold: float) -> Tensor:
     """Which wanted masks [B, k, S], given best first, overlap no better kept one by more than `threshold` of IoU."""
     pixels = inside.float()
     common = pixels @ pixels.transpose(1, 2)
     areas = pixels.sum(2)
     iou = common / (areas[:, :, None] + areas[:, None] - common).clamp(min=1)
     is_hidden_by = (iou > threshold).tril(-1)  # [B, worse, better]
-    kept = is_wanted
+    selected = is_candidate
     while True:  # settles after as many rounds as the longest chain of masks hiding one another
-        again = is_wanted & ~(is_hidden_by & kept[:, None]).any(2)
-        if torch.equal(again, kept):
-            return kept
-        kept = again
+        next_selected = is_candidate & ~(is_hidden_by & selected[:, None]).any(2)
+        if torch.equal(next_selected, selected):
+            return selected
+        selected = next_selected
 
 
 def inside_masks(values: Tensor, mask_logits: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def large_masks(mask_logits: Tensor, size: int) -> Tensor:
 class InstanceTask(Task):
     needs, names = ("masks",), "thing_classes"
     shown_by = "masks"
-    wanted = "a thing"
+    requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0}
     quirks = ("Q12",)
 
@@ -80,11 +80,15 @@ class InstanceTask(Task):
         queries, classes = queries.gather(1, order), classes.gather(1, order)
         images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
         chosen = mask_logits[images, queries]  # [B, k, m, m]
-        kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
-        masks = large_masks(chosen[kept], size) if kept.any() else kept.new_zeros(0, size, size)
+        is_selected = not_overlapping(
+            (chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold
+        )
+        masks = large_masks(chosen[is_selected], size) if is_selected.any() else is_selected.new_zeros(0, size, size)
         is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
-        found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
-        return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]
+        arrays = to_host(
+            *(x[is_large] for x in (images[is_selected], masks, classes[is_selected], scores[is_selected]))
+        )
+        return [Instances(*(x[arrays[0] == b] for x in arrays[1:]), config.classes) for b in range(len(queries))]
 
     def truth(self, source: LabelledSource, item: Labelled) -> Instances:
         scores = np.ones(len(item.masks), np.float32)

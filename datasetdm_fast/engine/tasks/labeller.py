@@ -58,7 +58,7 @@ class Labeller(ABC):
         return self.asks_words
 
     @abstractmethod
-    def label(self, given: LabellerInput) -> list[Annotation]:
+    def label(self, batch: LabellerInput) -> list[Annotation]:
         """The label of each image."""
 
 
@@ -67,25 +67,25 @@ def open_labeller(name: str, device: torch.device) -> Labeller:
     """The labeller that another package registers under a name, built once a device."""
     place = LABELLER_KINDS[name].labeller
     labeller = LABELLER_KINDS.guard(name, lambda: load_place(place)(device))
-    found: Labeller = LABELLER_KINDS.check_type(name, labeller, Labeller)
-    return found
+    checked: Labeller = LABELLER_KINDS.check_type(name, labeller, Labeller)
+    return checked
 
 
-def labels_of(name: str, device: torch.device, given: LabellerInput) -> list[Annotation]:
+def labels_of(name: str, device: torch.device, batch: LabellerInput) -> list[Annotation]:
     """What a labeller answers for a batch; a Missing that names its package where it fails."""
     labeller = open_labeller(name, device)
 
-    def answered() -> list[Annotation]:
-        found = list(labeller.label(given))
-        if len(found) != len(given.requests):
-            raise ValueError(f"{len(found)} labels for {len(given.requests)} images")
-        table = kind_of(name).table(labeller, given.images.shape[2], given.classes)
-        for label in found:
-            check_label(label, given.images.shape[1:3], table)
-        return found
+    def label_batch() -> list[Annotation]:
+        labels = list(labeller.label(batch))
+        if len(labels) != len(batch.requests):
+            raise ValueError(f"{len(labels)} labels for {len(batch.requests)} images")
+        table = kind_of(name).table(labeller, batch.images.shape[2], batch.classes)
+        for label in labels:
+            check_label(label, batch.images.shape[1:3], table)
+        return labels
 
-    answer: list[Annotation] = LABELLER_KINDS.guard(name, answered, "fails on a batch")
-    return answer
+    result: list[Annotation] = LABELLER_KINDS.guard(name, label_batch, "fails on a batch")
+    return result
 
 
 def check_label(label: Any, sides: Sequence[int], table: Table) -> None:
@@ -109,9 +109,9 @@ def check_label(label: Any, sides: Sequence[int], table: Table) -> None:
             raise ValueError(f"{name}: an array of shape {list(array.shape)}, expected [{shape}]")
         known |= dict(zip(axes, array.shape))
     for name in ("classes", "joints"):
-        told, expected = getattr(label, name, None), table.get(name)
-        if None not in (told, expected) and list(told) != list(expected):
-            raise ValueError(f"{name}: {', '.join(told)}, expected {', '.join(expected)}")
+        names, expected = getattr(label, name, None), table.get(name)
+        if None not in (names, expected) and list(names) != list(expected):
+            raise ValueError(f"{name}: {', '.join(names)}, expected {', '.join(expected)}")
     if isinstance(label, SemanticMap | Instances):
         used = np.unique(label.class_ids if isinstance(label, Instances) else label.labels[label.labels != IGNORE])
         if strange := [number for number in used if not 0 <= number < len(label.classes)]:

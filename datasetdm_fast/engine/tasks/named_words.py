@@ -16,9 +16,9 @@ def shared_by_words(share: Tensor, attention: Tensor, config: DecoderConfig) -> 
     """
     is_named = to_device(torch.tensor([name in config.named for name in config.classes]), share.device)
     is_named = is_named.view(1, -1, *[1] * (share.ndim - 2)).to(share.dtype)
-    own = share * is_named
+    named_share = share * is_named
     # in place, as these are the largest tensors of a label; relative to the largest, whose power would be 0 on its own
-    said = attention.clamp(min=LEAST_MEAN).mul_(own > 0)
-    weighed = said.div_(said.amax(1, keepdim=True).clamp(min=LEAST_MEAN)).pow_(POWER).mul_(own)
-    weighed *= own.sum(1, keepdim=True) / weighed.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    relative = attention.clamp(min=LEAST_MEAN).mul_(named_share > 0)
+    weighed = relative.div_(relative.amax(1, keepdim=True).clamp(min=LEAST_MEAN)).pow_(POWER).mul_(named_share)
+    weighed *= named_share.sum(1, keepdim=True) / weighed.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
     return torch.addcmul(weighed, share, 1 - is_named)

@@ -34,7 +34,7 @@ def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tenso
 class OpenVocabularyTask(Task):
     needs, names = ("masks", "semantic"), "thing_classes"
     shown_by = "masks"
-    wanted = "a thing"
+    requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 900}
     large = {"dropout": 0.2}
     quirks = ("Q11",)

@@ -13,10 +13,10 @@ from datasetdm_fast.engine.tasks import TASKS
 
 
 def read_labels(
-    raw: dict[str, Tensor], images: Iterable[np.ndarray], config: DecoderConfig, size: int, **asked: Any
+    raw: dict[str, Tensor], images: Iterable[np.ndarray], config: DecoderConfig, size: int, **options: Any
 ) -> list[Any]:
-    """The labels in a decoder's raw tensors, with their outlines; `asked` as the task's postprocess has it."""
-    return with_outlines(TASKS[config.task].postprocess(raw, config, size, **asked), images, config)
+    """The labels in a decoder's raw tensors, with their outlines; `options` as the task's postprocess has it."""
+    return with_outlines(TASKS[config.task].postprocess(raw, config, size, **options), images, config)
 
 
 def with_outlines(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:

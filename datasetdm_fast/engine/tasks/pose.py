@@ -81,7 +81,7 @@ class PoseTask(Task):
 
     needs, names = ("keypoints",), "joints"
     shown_by = "weights"
-    wanted = "a person with a joint in sight"
+    requirement = "a person with a joint in sight"
     small = {"steps": 1500, "sigma": 1.5, "dropout": 0.0}
     large = {"sigma": 2.0}
     epochs = 400
@@ -93,15 +93,15 @@ class PoseTask(Task):
 
         Visibility is 2 for a joint at or above the score threshold, 1 down to half of it, 0 below.
         """
-        found = joints(raw, size)
-        score = found[..., 2]
+        places = joints(raw, size)
+        score = places[..., 2]
         visibility = (score >= config.score_threshold).int() + (score >= config.score_threshold / 2).int()
         is_sure = visibility == 2
         mean = (score * is_sure).sum(1) / is_sure.sum(1).clamp(min=1)
         persons = is_sure.any(1).int()
-        points, visibility, mean, persons = to_host(found, visibility, mean, persons)
-        who = [slice(b, b + persons[b]) for b in range(len(persons))]
-        return [Keypoints(points[one], visibility[one], mean[one], config.joints, config.limbs) for one in who]
+        points, visibility, mean, persons = to_host(places, visibility, mean, persons)
+        parts = [slice(b, b + persons[b]) for b in range(len(persons))]
+        return [Keypoints(points[part], visibility[part], mean[part], config.joints, config.limbs) for part in parts]
 
     def truth(self, source: LabelledSource, item: Labelled) -> Keypoints:
         seen = item.keypoints[..., 2]

@@ -33,11 +33,11 @@ def evidence(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("bnk,bnhw->bkhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 
-def without_small(found: Tensor, min_area: float) -> Tensor:
+def without_small(values: Tensor, min_area: float) -> Tensor:
     """The evidence with every class but class 0 zeroed whose values above one half sum to less than `min_area`."""
-    is_small = (found * (found > SURE)).sum((2, 3)) < min_area
+    is_small = (values * (values > SURE)).sum((2, 3)) < min_area
     is_small[:, 0] = False
-    return found * ~is_small[..., None, None]
+    return values * ~is_small[..., None, None]
 
 
 def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
@@ -48,17 +48,19 @@ def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
 
 class SemanticTask(Task):
     needs, names = ("semantic",), "classes"
-    wanted = f"a class to tell from another: every pixel is background, the only class or {IGNORE}, which is ignored"
+    requirement = (
+        f"a class to tell from another: every pixel is background, the only class or {IGNORE}, which is ignored"
+    )
     small = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}
     large = {"dropout": 0.2}
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[SemanticMap]:
         """Label maps by DatasetDM's rule, with the winning class's share of all evidence as confidence."""
-        found = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
+        values = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
         if "word_attention" in raw:
-            found = shared_by_words(found, resize(raw["word_attention"], size), config)
-        largest, labels = without_small(found, scaled_area(config.min_area, size)).max(1)
-        labels, confidence = to_host(labels.to(torch.uint8), largest / found.sum(1).clamp(min=1e-12))
+            values = shared_by_words(values, resize(raw["word_attention"], size), config)
+        largest, labels = without_small(values, scaled_area(config.min_area, size)).max(1)
+        labels, confidence = to_host(labels.to(torch.uint8), largest / values.sum(1).clamp(min=1e-12))
         return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]
 
     def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:

@@ -8,17 +8,17 @@ from torch import Tensor
 
 ALIGNMENT = 64  # bytes; more than any dtype needs
 LARGEST_PINNED = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
-_own = threading.local()
+_thread = threading.local()
 
 
 def to_host(*values: Tensor) -> list[np.ndarray]:
     """The values as arrays of their own, or as views of tensors that lie in host memory already."""
     if not values or values[0].device.type != "cuda":
         return [value.cpu().numpy() for value in values]
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     for group in _groups(values):
-        found += _copied(group) if _size(group) <= LARGEST_PINNED else [value.cpu().numpy() for value in group]
-    return found
+        arrays += _copy(group) if _size(group) <= LARGEST_PINNED else [value.cpu().numpy() for value in group]
+    return arrays
 
 
 def _groups(values: tuple[Tensor, ...]) -> list[list[Tensor]]:
@@ -35,7 +35,7 @@ def _size(group: list[Tensor]) -> int:
     return sum(-(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT for value in group)
 
 
-def _copied(group: list[Tensor]) -> list[np.ndarray]:
+def _copy(group: list[Tensor]) -> list[np.ndarray]:
     buffer, places, begin = _buffer(_size(group)), [], 0
     for value in group:
         end = begin + value.numel() * value.element_size()
@@ -49,6 +49,6 @@ def _copied(group: list[Tensor]) -> list[np.ndarray]:
 
 def _buffer(size: int) -> Tensor:
     """This thread's page-locked bytes, as many as the largest call so far needed."""
-    if getattr(_own, "bytes", None) is None or len(_own.bytes) < size:
-        _own.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return _own.bytes
+    if getattr(_thread, "bytes", None) is None or len(_thread.bytes) < size:
+        _thread.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return _thread.bytes

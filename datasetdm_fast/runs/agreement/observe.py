@@ -97,7 +97,7 @@ def observe(
         on_unet_call()
 
     def answer_to(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
-        return engine.annotate(task, capture, generator.words.embed(task, requests))
+        return engine.annotate(task, capture, generator.words.embeddings_of(task, requests))
 
     read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
     raw = {task: answer_to(task, capture) for task, capture in read.items()}

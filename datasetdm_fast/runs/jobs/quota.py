@@ -47,7 +47,7 @@ class Quota:
                 taken.append(result)
                 self._present.add(index)
                 self._left -= 1
-                if isinstance(result, Sample) and result.aside:
+                if isinstance(result, Sample) and result.rejection:
                     self._quarantined[self._goal.place(index)[0]] += 1
         return taken
 

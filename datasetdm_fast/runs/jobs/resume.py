@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.engine.engines import opening
-from datasetdm_fast.engine.labels.numbering import laid_out
+from datasetdm_fast.engine.labels.numbering import as_stored_layout
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import (
     GROWING,
@@ -44,7 +44,7 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
             plan=replace(job.plan, number=number, most=most_samples(config, number)),
             document=job.document | {"plan": job.document["plan"] | {"number": number}},
         )
-    document = job.document | {"labels": laid_out(job.document["labels"], stored["labels"])}
+    document = job.document | {"labels": as_stored_layout(job.document["labels"], stored["labels"])}
     # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
     other = job.batch_size if job.may_mix and job.batch_size != stored["config"].get("batch_size") else 0
     if grows(stored["config"], config):

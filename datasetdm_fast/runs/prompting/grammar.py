@@ -53,7 +53,7 @@ class Grammar:
             prompt = self._sample(dice, name, others)
             if set(classes := find_classes(prompt, self.classes, self.table)) == requested:
                 return Sentence(prompt, classes, name)
-        plain = " and ".join(with_article(self.words[word].say) for word in (name, *others))
+        plain = " and ".join(with_article(self.words[word].spoken) for word in (name, *others))
         return Sentence(f"a photo of {plain}", tuple(word for word in self.classes if word in requested), name)
 
     def _sample(self, dice: random.Random, name: str, others: Sequence[str]) -> str:
@@ -62,13 +62,13 @@ class Grammar:
             more = [self._noun_phrase(dice, self.words[other]) for other in others]
             relation = dice.choice(("next to", "beside", "and", "near", "in front of", "behind"))
             thing = f"{thing} {relation} {' and '.join(more)}"
-        return _compose(dice, thing, self.vocabulary.category_of(self.words[name].say))
+        return _compose(dice, thing, self.vocabulary.category_of(self.words[name].spoken))
 
     def _noun_phrase(self, dice: random.Random, word: ClassWord) -> str:
         phrases = self.vocabulary
         kinds = [kind for kind in word.words if not kind.startswith("~") and kind not in phrases.not_a_kind]
-        noun = word.say if not kinds or dice.random() < CLASS_NAME_SHARE else dice.choice(kinds)
-        look = f"{dice.choice(phrases.category_of(word.say).adjectives)} " if dice.random() < 0.6 else ""
+        noun = word.spoken if not kinds or dice.random() < CLASS_NAME_SHARE else dice.choice(kinds)
+        look = f"{dice.choice(phrases.category_of(word.spoken).adjectives)} " if dice.random() < 0.6 else ""
         if noun in phrases.without_article:
             return f"{look}{noun}"
         if dice.random() < 0.3:

@@ -40,7 +40,8 @@ class Acceptance:
     def apply(self, results: Sequence[Sample | Quarantined]) -> list[Sample | Quarantined]:
         """The results of a batch, each sample with the reason why it is quarantined, if any."""
         return [
-            replace(result, aside=self.reason(result)) if isinstance(result, Sample) else result for result in results
+            replace(result, rejection=self.reason(result)) if isinstance(result, Sample) else result
+            for result in results
         ]
 
 

@@ -210,11 +210,11 @@ def write_samples(
         if isinstance(result, Quarantined):
             made.append((Row(result.request, dict(recipe), status=QUARANTINED, reason=result.reason), {}))
             continue
-        place = ASIDE if result.aside else ""
+        place = ASIDE if result.rejection else ""
         files, records = label_files.encode(result, config["image_format"], document["labels"], place)
         row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
-        if result.aside:
-            row = replace(row, status=DOUBTFUL, reason=result.aside)
+        if result.rejection:
+            row = replace(row, status=DOUBTFUL, reason=result.rejection)
         made.append((row, files))
     return publish_samples(made, publish)
 

@@ -76,7 +76,7 @@ def check_truth(source: LabelledSource, task: str, spec: str) -> None:
         )
     if not any(kind.is_shown(source, _arrays(source, item, task)) for item in source):
         raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {kind.wanted.format(farthest=source.max_depth)}",
+            f"--data {spec}: none of {len(source)} images shows {kind.requirement.format(farthest=source.max_depth)}",
             "Check the labels: their class numbers, or the unit of depth.",
         )
 

@@ -106,8 +106,8 @@ def open_data(
             stop = storage.refusal(error, error.filename or rest)
             raise Refused(stop.cause, stop.remedy) from error
         except Refused as stop:
-            if stop.remedy == reading.MEND:  # nothing was skipped yet that --skip-bad could skip
-                raise Refused(stop.cause, reading.MEND_FIRST) from stop
+            if stop.remedy == reading.REPAIR:  # nothing was skipped yet that --skip-bad could skip
+                raise Refused(stop.cause, reading.REPAIR_FIRST) from stop
             raise
         except Exception as error:
             if kind not in READERS.others:

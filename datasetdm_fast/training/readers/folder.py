@@ -65,7 +65,7 @@ class Folder(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
-        maps, depths = (reading.beside(folder, name, ".png") for folder in (self.maps, self.depths))
+        maps, depths = (reading.label_file(folder, name, ".png") for folder in (self.maps, self.depths))
         image = reading.colour_image(path, reading.as_its_labels(maps if self.classes else depths))
         labels = reading.label_map(maps, image.shape, self.classes) if self.classes else None
         depth = reading.depth_map(depths, image.shape, self.depth_steps, self.max_depth) if self.max_depth else None

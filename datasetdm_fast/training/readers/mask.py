@@ -44,7 +44,7 @@ class Masks(PictureSource):
         super().__init__(size, len(self.images))
 
     def picture(self, record: int) -> Picture:
-        path, mask = self.images[record], reading.beside(self.masks, self.names[record], ".png")
+        path, mask = self.images[record], reading.label_file(self.masks, self.names[record], ".png")
         image = reading.colour_image(path, reading.as_its_labels(mask))
         labels = reading.binary_mask(mask, image.shape).astype(np.uint8)
         parts = path.stem.split(MARK)

@@ -27,7 +27,7 @@ class Yolo(OutlineSource):
         super().__init__(size, len(self.images))
 
     def _label_file(self, record: int) -> Path:
-        return reading.beside(self.labels, self.stems[record], ".txt")
+        return reading.label_file(self.labels, self.stems[record], ".txt")
 
     def picture(self, record: int) -> Picture:
         path, labels = self.images[record], self._label_file(record)
