@@ -70,7 +70,7 @@ class TrainingState:
             for module in decoder.modules():
                 if isinstance(module, SpectralConv2d):
                     for _ in range(NORM_ITERATIONS):
-                        module.normalised()
+                        module.normalise_weight()
         return decoder
 
     def record_evaluation(self, decoder: Decoder, figure: float, is_improvement: bool) -> None:
