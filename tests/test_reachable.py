@@ -382,12 +382,11 @@ class Search:
                         self.library.add(one.full)
         if main := self.modules.get(f"{PACKAGE}.cli", Module("")).definitions.get("main"):
             self._reach(main)
-        if library := self.modules.get(f"{PACKAGE}.engine.pipeline"):
-            for node in ast.walk(library.tree):
-                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                    for word in ast.literal_eval(node.value):
-                        self.use(f"{PACKAGE}.engine.pipeline.{word}")
-                        self.library.add(library.bindings[word])
+        for node in ast.walk(self.modules[PACKAGE].tree if PACKAGE in self.modules else ast.Module([], [])):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PLACES":
+                for word, place in ast.literal_eval(node.value).items():  # what the package loads on demand
+                    self.use(f"{PACKAGE}.{place}.{word}")
+                    self.library.add(f"{PACKAGE}.{place}.{word}")
 
     def _members(self) -> None:
         for module in self.modules.values():
