@@ -23,6 +23,7 @@ from pyarrow import parquet
 from rendered import document
 from skips import IS_LONG
 
+from bench.proof.students.examples import whole_item
 from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
 from datasetdm_fast.data import IGNORE, Trust
@@ -664,7 +665,7 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
     if picture.named is None:
         assert item.caption == picture.caption
         return
-    assert source.whole(0).caption == source.photo_of(picture.named)
+    assert whole_item(source, 0).caption == source.photo_of(picture.named)
     shown = {name for name, _ in source.things_of(item)}
     shown |= {*picture.named}.difference(source.classes, source.thing_classes)  # as files of masks name their object
     if item.semantic is not None:
@@ -682,7 +683,7 @@ def test_what_a_square_cuts_away_is_named_by_given_captions_alone(tmp_path, capt
     if captions:
         (tmp_path / "captions.json").write_text(json.dumps(captions))
     source = open_data(f"folder:{tmp_path}", 64)
-    assert source.whole(0).caption == ("a dog beside a cat" if captions else "a photo of a dog, a cat")
+    assert whole_item(source, 0).caption == ("a dog beside a cat" if captions else "a photo of a dog, a cat")
     assert source[0].caption == ("a dog beside a cat" if captions else "a photo of a cat")
     zoomed = [augment(source, 0, Augmentation(zoom=16), draw, 0, source.__getitem__).caption for draw in range(12)]
     assert {*zoomed} == ({"a dog beside a cat"} if captions else {"a photo of a cat", "a photo"})
@@ -715,7 +716,7 @@ def test_the_object_of_a_binary_mask_is_named_only_where_the_square_shows_it(tmp
     save(tmp_path / "im" / "3#A#2#pin#5.png", np.zeros((128, 128, 3), np.uint8))
     save(tmp_path / "gt" / "3#A#2#pin#5.png", np.pad(np.full((1, 1), 255, np.uint8), (0, 127)))  # falls between pixels
     source = open_data(f"mask:{tmp_path}", 64)
-    assert [source.whole(index).caption for index in range(3)] == [
+    assert [whole_item(source, index).caption for index in range(3)] == [
         f"a photo of a {it}" for it in ("chair", "sofa", "pin")
     ]
     assert [item.caption for item in source] == ["a photo", "a photo of a sofa", "a photo"]
@@ -1311,7 +1312,7 @@ def test_a_caption_that_was_cut_within_a_character_can_be_read(copied):
     said = json.loads(path.read_text())
     path.write_text(json.dumps({name: text + " \U0001f333"[:2] + "\ud83c" for name, text in said.items()}))
     source = open_data(address, SIZE)
-    for item in (source[0], source.whole(0)):
+    for item in (source[0], whole_item(source, 0)):
         assert item.caption == f"{next(iter(said.values()))} \U0001f333?"
 
 

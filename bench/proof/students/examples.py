@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.proof.students.student_data import BACKGROUND, IGNORED, Vocabulary, vocabulary_of
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource, Picture
+from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.training.truth.augment import mirror, relight
@@ -98,7 +99,7 @@ class Examples:
 
     def whole(self, index: int) -> Labelled:
         """An image and its map at their own size."""
-        return self._numbered(self.source.whole(index))
+        return self._numbered(whole_item(self.source, index))
 
     def relabelled(self, again: Callable[[Labelled], Labelled]) -> Examples:
         """The same images with the labels that `again` gives them."""
@@ -135,6 +136,24 @@ class Examples:
         if random.random() < 0.5:
             item = mirror(item, self.names)
         return replace(item, image=relight(item.image, LIGHT, random))
+
+
+def whole_item(source: LabelledSource, index: int) -> Labelled:
+    """Item `index` at its own size; a scene, or the part of a picture with one person, has that of the model alone."""
+    if not isinstance(source, PictureSource):
+        return source[index]
+    picture = source.guard(source.picture, source.order[index])
+    if picture.person:
+        return source[index]
+    labels = {"semantic": picture.semantic, "depth": picture.depth}
+    if picture.masks is not None:
+        labels |= {"masks": _stacked(picture.masks, picture), "crowds": _stacked(picture.crowds, picture)}
+        labels |= {name: np.array(getattr(picture, name), np.int64) for name in ("mask_classes", "crowd_classes")}
+    return source.complete(Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels))
+
+
+def _stacked(masks: Sequence[Callable[[], np.ndarray]], picture: Picture) -> np.ndarray:
+    return np.stack([make() for make in masks]).astype(bool) if masks else np.zeros((0, *picture.image.shape[:2]), bool)
 
 
 def _as_picture(item: Labelled) -> Picture:

@@ -170,10 +170,6 @@ class LabelledSource:
             raise IndexError(index)
         return self.guard(self.load, self.order[index], index if self.framing == "upstream" else None)
 
-    def whole(self, index: int) -> Labelled:
-        """Item `index` at its own size, image and maps; what is drawn at any size has no other than the model's."""
-        return self[index]
-
     def __iter__(self) -> Iterator[Labelled]:
         are_all_bad = True
         for index in range(len(self)):

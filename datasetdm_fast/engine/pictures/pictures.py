@@ -1,6 +1,6 @@
 """What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,20 +48,6 @@ class PictureSource(LabelledSource):
         known, has_things = {*self.classes, *self.thing_classes}, not shown.isdisjoint(self.thing_classes)
         left = tuple(name for name in item.named if (name in shown if name in known else has_things))
         return replace(item, caption=whole_characters(self.photo_of(left)), named=left)
-
-    def whole(self, index: int) -> Labelled:
-        picture = self.guard(self.picture, self.order[index])
-        if picture.person:  # a part of a picture is looked at, and has no size of its own
-            return self[index]
-        masks = {
-            "masks": _stack(picture.masks, picture.image.shape[:2]),
-            "mask_classes": np.array(picture.mask_classes, np.int64),
-            "crowds": _stack(picture.crowds, picture.image.shape[:2]),
-            "crowd_classes": np.array(picture.crowd_classes, np.int64),
-        }
-        labels = {"semantic": picture.semantic, "depth": picture.depth}
-        item = Labelled(picture.id, picture.image, picture.text, named=picture.named, **labels)
-        return self.complete(item if picture.masks is None else replace(item, **masks))
 
     def complete(self, item: Labelled) -> Labelled:
         """Class masks from a label map, or a label map from masks, where the data set stores one of the two; the
@@ -124,11 +110,6 @@ def _count_pixels(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
 def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
     """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
     return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
-
-
-def _stack(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:
-    """Masks [N, H, W] bool."""
-    return np.stack([make() for make in makers]).astype(bool) if makers else np.zeros((0, *sides), bool)
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
