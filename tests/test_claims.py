@@ -268,6 +268,7 @@ def test_a_run_of_odd_size_is_refused():
         student_data.of_sample(odd, VOCABULARY)
 
 
+@long_test
 def test_figures_are_kept_and_found_again(lessons, unseen, tmp_path):
     arm = Arm("real", (lessons,), SHORT, TASKS)
     store = StudentStore(tmp_path, lambda line: None)
@@ -418,7 +419,7 @@ def test_worth_of_a_run(capsys):
     with pytest.raises(Refused, match="can learn pose"):
         worth.student_tasks(SOURCE, unseen, run, ("pose",))
     with pytest.raises(Refused, match="--real 13: the data set has 12 images"):
-        worth.worth(SOURCE, unseen, run, tasks, 13)
+        worth.worth(SOURCE, unseen, run, tasks, 13, seeds=2)
     with pytest.raises(Refused, match="the run holds no image that is kept"):
         worth.worth(SOURCE, unseen, Generated([]), tasks, 6)
     with pytest.raises(Refused, match="all of 1 generated images are doubtful"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from skips import long_test
 
 from bench.world import judge, judge_labels, judge_net
 from bench.world.distance import frechet
@@ -98,6 +99,7 @@ def test_the_distance_of_two_gaussians_is_what_the_formula_says():
     assert frechet(3 * (one - one.mean(0)), one - one.mean(0)) == pytest.approx(4 * one.var(0).sum().item(), rel=1e-9)
 
 
+@long_test
 def test_the_program_judges_pictures_renders_and_their_distance(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge_net, "RENDERS", 24)
     monkeypatch.setattr(judge_net, "TESTED", 4)

@@ -14,6 +14,7 @@ from layouts import LAYOUTS
 from PIL import Image
 from rendered import document, rendered, write_run
 from safetensors.torch import load_file, save_file
+from skips import IS_LONG, long_test
 
 from bench.proof.students import answering, arms, command, course, student_data
 from bench.proof.students.course import Course, NetworkTraining, taught
@@ -52,7 +53,7 @@ def training(name: str, scenes: LabelledSource, steps: int = 3, size: int = 4, s
     return NetworkTraining(network, build(network, vocabulary, "tiny", SIDE, seed), *parts)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS if IS_LONG else NETWORKS[:1])
 def test_every_network_learns_its_task(scenes, name, tmp_path):
     one = training(name, scenes, steps=8)
     views = one._views(0)
@@ -222,6 +223,7 @@ def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
         assert other.read_bytes() != plain.read_bytes()
 
 
+@long_test
 def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, capsys):
     for name in ("learnt", "judged"):
         LAYOUTS["folder"][1](tmp_path / name)
@@ -254,6 +256,7 @@ def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, cap
     assert command.main(line) == 0
 
 
+@long_test
 def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     line = [*(word for word in LINE if word not in ("--student-size", "tiny")), "--run", str(run), "--only-synthetic"]
     vocabulary = student_data.vocabulary_of(open_data("demo:1@1", SIDE))
