@@ -421,9 +421,9 @@ def test_worth_of_a_run(capsys):
     with pytest.raises(Refused, match="--real 13: the data set has 12 images"):
         worth.worth(SOURCE, unseen, run, tasks, 13, seeds=2)
     with pytest.raises(Refused, match="the run holds no image that is kept"):
-        worth.worth(SOURCE, unseen, Generated([]), tasks, 6)
+        worth.worth(SOURCE, unseen, Generated([]), tasks, 6, seeds=2)
     with pytest.raises(Refused, match="all of 1 generated images are doubtful"):
-        worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
+        worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6, seeds=2)
 
 
 def test_what_no_judged_image_shows_is_left_out_of_the_worth_of_a_run():
