@@ -17,13 +17,13 @@ from datasetdm_fast.runs.exporting.export_folder import DOCUMENT as EXPORT
 from datasetdm_fast.runs.exporting.export_folder import audit_export, exports_of
 from datasetdm_fast.runs.run_folder.audit import Report, audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.runs.run_folder.object_store import copy_of, is_url
 from datasetdm_fast.settings import setting
 
 PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)
 LEDGER_FOLDER = "DIR"  # of a run in an object store, which the URL does not name
-SHOWN = 100  # findings told on a terminal
+SHOWN = 100  # findings on a terminal
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
-    report = _told(config)
+    report = _audit_place(config.run, config.threads, is_quiet=config.quiet)
     if config.json:
-        print(json.dumps({**asdict(report), "complete": report.is_complete}))
+        fields = {"set_aside" if name == "quarantined" else name: value for name, value in asdict(report).items()}
+        print(json.dumps({**fields, "complete": report.is_complete}))
     else:
         for finding in report.findings[:SHOWN]:
             print(f"{finding.place}: {finding.what}. {finding.remedy}")
@@ -56,63 +57,50 @@ def main(arguments: Sequence[str]) -> int:
             "Each line above, or in --json, ends with its remedy.",
         )
     if not config.json:
-        left = report.number - report.done - report.set_aside - report.dropped
-        state = "complete" if report.is_complete else f"{left} still to be made"
+        missing = report.number - report.done - report.quarantined - report.dropped
+        state = "complete" if report.is_complete else f"{missing} still to be made"
         state += f", {report.dropped} dropped" if report.dropped else ""
-        print(
-            f"{report.path}: whole, {report.done} of {report.number} samples ({state}), {report.files} files, "
-            f"{report.bytes / 1e6:,.1f} MB read"
-        )
+        counts = f"{report.done} of {report.number} samples ({state}), {report.files} files"
+        print(f"{report.path}: whole, {counts}, {report.bytes / 1e6:,.1f} MB read")
     return 0
 
 
-def _told(config: AuditConfig) -> Report:
-    """The report on a run folder with the exports in it, or on an export."""
-    if (copies := copy_of(config.run)) is not None:
-        folder = copies.whole()
-        if not folder.is_dir():  # no file came
-            raise Refused(f"{config.run}: it is empty, so it is not a run", "Check the address.")
-        report, here = _told(replace(config, run=str(folder))), _mended_at(config.run, copies)
-        findings = report.findings
-        for there, mended in ((quote(folder), quote(here)), (str(folder), here)):
-            findings = [replace(each, remedy=each.remedy.replace(there, mended)) for each in findings]
-        if here == LEDGER_FOLDER:
-            findings = [replace(each, remedy=_with_folder_named(each.remedy)) for each in findings]
-        return replace(report, path=config.run, findings=findings)
-    folder = Path(config.run)
+def _audit_place(place: str, threads: int, *, is_quiet: bool) -> Report:
+    """The report on a run folder with the exports in it, on an export, or on a run in an object store."""
+    if (copies := copy_of(place)) is not None:
+        folder = copies.fetch_all()
+        if not folder.is_dir():  # no file was fetched
+            raise Refused(f"{place}: it is empty, so it is not a run", "Check the address.")
+        report = _audit_place(str(folder), threads, is_quiet=is_quiet)
+        # a remedy names the folder that keeps the ledger, not the temporary copy
+        keeper = place if not is_url(place) else str(copies.store.disk or LEDGER_FOLDER)
+        note = f" ({LEDGER_FOLDER}: the --out of the run, which keeps its ledger)" if keeper == LEDGER_FOLDER else ""
+        findings = []
+        for finding in report.findings:
+            remedy = finding.remedy.replace(quote(folder), quote(keeper)).replace(str(folder), keeper)
+            findings.append(replace(finding, remedy=remedy + note * (f"--out {LEDGER_FOLDER}" in remedy)))
+        return replace(report, path=place, findings=findings)
+    folder = Path(place)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)
-    report = _audited(config)
+    report = _audit_folder(folder, threads, is_quiet)
     for export in exports_of(folder):
-        place = export.relative_to(folder)
-        report.findings.extend(replace(each, place=f"{place}/{each.place}") for each in audit_export(export).findings)
+        name = export.relative_to(folder)
+        findings = audit_export(export).findings
+        report.findings.extend(replace(finding, place=f"{name}/{finding.place}") for finding in findings)
     return report
 
 
-def _mended_at(run: str, copies: StoreCopy) -> str:
-    """The folder that mends a run in an object store when it is given as --out: the one that keeps the ledger."""
-    disk = copies.store.disk
-    return run if not is_url(run) else str(disk) if disk else LEDGER_FOLDER
-
-
-def _with_folder_named(remedy: str) -> str:
-    """The remedy, which says what the folder is that its command takes."""
-    is_said = f"--out {LEDGER_FOLDER}" in remedy
-    return remedy + f" ({LEDGER_FOLDER}: the --out of the run, which keeps its ledger)" * is_said
-
-
-def _audited(config: AuditConfig) -> Report:
-    if not shows_bar(config.quiet):
-        return audit(Path(config.run), threads=config.threads)
+def _audit_folder(folder: Path, threads: int, is_quiet: bool) -> Report:
     from tqdm import tqdm
 
-    with tqdm(unit="sample", file=sys.stderr) as bar:
+    with tqdm(unit="sample", file=sys.stderr, disable=not shows_bar(is_quiet)) as bar:
 
-        def seen(done: int, number: int) -> None:
+        def show(done: int, number: int) -> None:
             bar.total = number
             bar.update(done - bar.n)
 
-        return audit(Path(config.run), threads=config.threads, seen=seen)
+        return audit(folder, threads=threads, on_progress=show)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery import drawn, review, server
 from datasetdm_fast.runs.gallery.showing import ShownRun, show
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_whole, is_url
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run, is_url
 from datasetdm_fast.runs.run_folder.page_files import PAGE
 from datasetdm_fast.settings import dry_run_setting, setting
 
@@ -92,7 +92,7 @@ def _served_run(place: str, run: ShownRun) -> server.ServedRun:
     served = server.ServedRun.of_folder(run.folder)
     if run.copies is None:
         return served
-    served = replace(served, fetch=partial(drawn.fetch_or_draw, run.copies.bring, run.folder))
+    served = replace(served, fetch=partial(drawn.fetch_or_draw, run.copies.fetch, run.folder))
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
         return replace(served, command_path="", review=review.StoredReview(run.copies.store))
     return served
@@ -110,7 +110,7 @@ def _copy(config: GalleryConfig) -> None:
     from tqdm import tqdm
 
     with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
-        copy_whole(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
+        copy_run(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     from datasetdm_fast.runs.curation.splitting import parse_shares, split_run
     from datasetdm_fast.runs.run_folder.reader import Run
-    from datasetdm_fast.runs.run_folder.seal import SPLIT
-    from datasetdm_fast.runs.run_folder.split import write_split
+    from datasetdm_fast.runs.run_folder.seal import replace_file
+    from datasetdm_fast.runs.run_folder.selections import SPLIT
 
     path, split, counts = Path(config.run), None, {}
     shares = parse_shares(config.shares, config.names)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     facts = {"path": config.run, "parts": counts}
     if config.dry_run:
         return print_plan(config, facts, config.run, f"{path}: {line}")
-    write_split(path, run.document, split)
+    replace_file(path, run.document, SPLIT, split and split.content)
     print_lines(config, f"{path}: {line}")
     print_result(config, facts, config.run)
     return 0

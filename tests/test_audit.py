@@ -26,7 +26,7 @@ from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_docum
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.seal import OWN, SEAL, sealed
+from datasetdm_fast.runs.run_folder.seal import SEAL, THIS, encode_seal
 
 DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 150
 NUMBER = 4
@@ -54,7 +54,7 @@ def test_a_whole_run_has_no_findings(whole):
     assert (
         report.findings == []
         and report.is_complete
-        and (report.done, report.set_aside, report.number) == (NUMBER, 0, NUMBER)
+        and (report.done, report.quarantined, report.number) == (NUMBER, 0, NUMBER)
     )
     kept = [path for path in whole.rglob("*/*.png") if "gallery" not in path.parts]
     assert report.files == len(kept) and report.bytes == sum(path.stat().st_size for path in kept)
@@ -202,8 +202,8 @@ def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, w
     told = " ".join(finding.what for finding in audit.audit(spoilt).findings)
     assert what in told
     assert storage.sha256_of(spoilt / LEDGER) != seal[LEDGER]
-    del seal[OWN]
-    (spoilt / SEAL).write_bytes(sealed({**seal, LEDGER: storage.sha256_of(spoilt / LEDGER)}))
+    del seal[THIS]
+    (spoilt / SEAL).write_bytes(encode_seal({**seal, LEDGER: storage.sha256_of(spoilt / LEDGER)}))
     assert what in " ".join(finding.what for finding in audit.audit(spoilt).findings)
 
 
@@ -263,9 +263,9 @@ def test_a_seal_changed_by_hand_is_found(spoilt):
 
 def test_the_seal_of_hundreds_of_thousands_of_samples_is_read(spoilt):
     digests = json.loads((spoilt / SEAL).read_text())
-    del digests[OWN]
+    del digests[THIS]
     digests |= {f"gallery/details/{k:06d}.js": "" for k in range(10, 30_000)}  # files that are not there, as sealed
-    (spoilt / SEAL).write_bytes(sealed(digests))
+    (spoilt / SEAL).write_bytes(encode_seal(digests))
     assert (spoilt / SEAL).stat().st_size > 2**20 and places(spoilt) == []
     assert Source(spoilt).digests["samples.jsonl"] == digests["samples.jsonl"]
 

@@ -179,15 +179,6 @@ def test_the_remedy_of_restore_tells_what_was_dropped(run, capsys):
     assert restore.main(line) == 0 and capsys.readouterr().out == "00000002\n"
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "file:///bucket/run"])
-def test_the_url_of_a_run_is_answered_with_the_line_that_copies_it(capsys, url):
-    lines = (drop, ["1"]), (restore, ["1"]), (filter, ["--where", "score>1"]), (merge, [url, "--out", "all"])
-    for command, line in lines:
-        assert command.main([url, *line]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(f"{url}: a run in an object store") and f"gallery {url} --out DIR" in told
-
-
 def test_a_run_whose_samples_are_in_an_object_store_is_answered_with_the_line_that_copies_it(run, tmp_path, capsys):
     (run / "state/store").write_text(f"file://{tmp_path}/away")
     out = ["--out", str(tmp_path / "out")]

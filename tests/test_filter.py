@@ -28,11 +28,11 @@ from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.score_table import SCORES, read_scores
 from datasetdm_fast.runs.run_folder.seal import is_sealed
+from datasetdm_fast.runs.run_folder.selections import FILTER
 
 NUMBER = 10
 
@@ -70,7 +70,7 @@ def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
 
 def test_kept_json_says_why(run):
     assert filter.main([str(run), "--where", "sharpness >= 1e9 or not score < 2", "--quiet"]) == 0
-    decided = json.loads((run / KEPT).read_text())
+    decided = json.loads((run / FILTER).read_text())
     assert decided["kept"] == [] and len(decided["left_out"]) == NUMBER
     for reason in decided["left_out"].values():
         assert reason.startswith("sharpness is ") and reason.endswith("expected >= 1e+09; score < 2 holds")
@@ -90,8 +90,8 @@ def test_undone_and_applied_again_it_is_the_same(run):
 
 def test_undo_counts_the_samples_that_were_made_after_the_filter(run, capsys):
     assert filter.main([str(run), "--where", "score < 2", "--quiet"]) == 0
-    decided = json.loads((run / KEPT).read_text())
-    (run / KEPT).write_text(json.dumps({**decided, "kept": decided["kept"][:-2]}))  # as before two more were made
+    decided = json.loads((run / FILTER).read_text())
+    (run / FILTER).write_text(json.dumps({**decided, "kept": decided["kept"][:-2]}))  # as before two more were made
     assert filter.main([str(run), "--undo"]) == 0
     assert "all samples are kept again, 2 had been left out" in "".join(capsys.readouterr())
 
@@ -101,7 +101,7 @@ def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, mo
 
     def killed(command):
         with monkeypatch.context() as patch:
-            patch.setattr("datasetdm_fast.runs.run_folder.folder.mark_left_out", Mock(side_effect=KeyboardInterrupt))
+            patch.setattr("datasetdm_fast.runs.run_folder.seal.mark_left_out", Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 filter.main.__wrapped__([str(run), *command, "--quiet"])
 
@@ -117,7 +117,7 @@ def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, mo
 def test_the_gallery_marks_what_is_left_out(run):
     assert filter.main([str(run), "--where", "sharpness > 200", "--quiet"]) == 0
     said = (run / "gallery" / "left-out.js").read_text()
-    left_out = json.loads((run / KEPT).read_text())["left_out"]
+    left_out = json.loads((run / FILTER).read_text())["left_out"]
     assert 0 < len(left_out) < NUMBER
     told = json.loads(said.removeprefix('receive("leftOut",0,').removesuffix(");\n"))
     assert {f"{index:08d}": reason for index, reason in told} == left_out
@@ -276,7 +276,7 @@ def test_bad_input_is_refused_and_nothing_written(flags, said, made, capsys):
 def test_a_score_that_no_sample_has_is_refused(run, capsys):
     before = state(run)
     assert filter.main([str(run), "--where", "clip>0.2", "--quiet"]) == 2 and state(run) == before
-    assert "--clip DIR" in capsys.readouterr().err and not (run / KEPT).exists()
+    assert "--clip DIR" in capsys.readouterr().err and not (run / FILTER).exists()
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
@@ -285,19 +285,19 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
 
 
 def test_a_damaged_kept_json_is_refused(run, capsys):
-    (run / KEPT).write_text('{"where": 3}')
+    (run / FILTER).write_text('{"where": 3}')
     with pytest.raises(Refused, match="not a valid filter file"):
         open_run(run, kept=True)
     assert [each.place for each in audit(run).findings] == []  # no filter has sealed it
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 2
     assert "Run python -m datasetdm_fast.filter" in capsys.readouterr().err
-    assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / KEPT).exists()
+    assert filter.main([str(run), "--undo", "--quiet"]) == 0 and not (run / FILTER).exists()
     assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
-    (run / KEPT).write_text("{")
+    (run / FILTER).write_text("{")
     with pytest.raises(Refused, match="not readable as JSON") as stop:
         open_run(run, kept=True)
     assert "--undo" in stop.value.remedy
-    assert [each.place for each in audit(run).findings] == [KEPT]
+    assert [each.place for each in audit(run).findings] == [FILTER]
 
 
 def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(opening, "open_engine", open_engine)
     path = tmp_path / "run"
     assert generate.main(["--number", "3", "--out", str(path), "--quiet"]) == 0
-    assert filter.main([str(path), "--where", "stability >= 0", "--quiet"]) == 2 and not (path / KEPT).exists()
+    assert filter.main([str(path), "--where", "stability >= 0", "--quiet"]) == 2 and not (path / FILTER).exists()
     assert "Add --stability" in capsys.readouterr().err
     assert filter.main([str(path), "--stability", "--where", "stability >= 0", "--quiet"]) == 0
     with Ledger(path / "state" / "ledger.sqlite", read_only=True) as ledger:

@@ -36,7 +36,8 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.split import Split, write_split
+from datasetdm_fast.runs.run_folder.seal import replace_file
+from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, splits
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
@@ -217,7 +218,7 @@ def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
             replace(row, trust=Trust(reasons=("it is",) if row.request.index else ()))
             for row in list(folder.ledger.rows())
         )
-    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (0,), "test": (1, 2)}))
+    replace_file(root, document(COUNT, SIDE), SPLIT, Split(0, False, {"train": (0,), "test": (1, 2)}).content)
     assert len(open_data(address, SIZE)) == 1
     with pytest.raises(Refused, match=r"run\[test\]: all 2 samples that it keeps are doubtful"):
         open_data(f"{address}[test]", SIZE)
@@ -225,11 +226,11 @@ def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
 
 def test_a_run_of_which_filter_or_split_keep_nothing_says_so(copied):
     root, address = copied("run")
-    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (), "val": tuple(range(COUNT))}))
+    replace_file(root, document(COUNT, SIDE), SPLIT, Split(0, False, {"train": (), "val": tuple(range(COUNT))}).content)
     with pytest.raises(Refused, match=r"run\[train\]: no sample is left"):
         open_data(address, SIZE)
     assert len(open_data(f"{address}[val]", SIZE)) == COUNT
-    write_split(root, document(COUNT, SIDE), None)
+    replace_file(root, document(COUNT, SIDE), SPLIT, None)
     assert filter.main([str(root), "--where", "trust > 1", "--quiet"]) == 0
     with pytest.raises(Refused, match="run: no sample is left"):
         open_data(address, SIZE)
@@ -238,7 +239,8 @@ def test_a_run_of_which_filter_or_split_keep_nothing_says_so(copied):
 
 def test_a_part_of_a_run_that_has_grown_since_it_was_split_says_so(copied):
     root, address = copied("run")
-    write_split(root, document(COUNT, SIDE), Split(0, False, {"train": (0,), "test": tuple(range(1, COUNT - 1))}))
+    split = Split(0, False, {"train": (0,), "test": tuple(range(1, COUNT - 1))})
+    replace_file(root, document(COUNT, SIDE), SPLIT, split.content)
     with pytest.raises(Refused, match=f"sample {COUNT - 1:08d} is in no part of its split"):
         open_data(f"{address}[train]", SIZE)
     assert len(open_data(f"{address}[all]", SIZE)) == COUNT

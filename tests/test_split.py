@@ -16,7 +16,8 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.split import dealt, groups, read_split
+from datasetdm_fast.runs.run_folder.selections import read_split
+from datasetdm_fast.runs.run_folder.split import assign_parts, groups
 from datasetdm_fast.split import main
 from datasetdm_fast.training.readers import open_data
 
@@ -38,13 +39,13 @@ def test_samples_with_a_picture_in_common_are_one_group():
 def test_groups_are_never_parted_and_shares_are_met(seed):
     draw = np.random.default_rng(seed)
     keys = [(f"picture {draw.integers(400)}",) for _ in range(1000)]
-    found = dealt(keys, {"train": 80, "val": 10, "test": 10}, seed)
+    found = assign_parts(keys, {"train": 80, "val": 10, "test": 10}, seed)
     parts = {}
     for key, part in zip(keys, found):
         assert parts.setdefault(key, part) == part
     counts = [found.count(part) for part in ("train", "val", "test")]
     assert np.abs(np.array(counts) - (800, 100, 100)).max() <= 5
-    assert found == dealt(keys, {"train": 80, "val": 10, "test": 10}, seed) and found != dealt(
+    assert found == assign_parts(keys, {"train": 80, "val": 10, "test": 10}, seed) and found != assign_parts(
         keys, {"train": 80, "val": 10, "test": 10}, seed + 1
     )
 

@@ -12,11 +12,11 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, damaged, maker, sides
-from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.seal import index_files, is_sealed, read_seal
+from datasetdm_fast.runs.run_folder.selections import FILTER
 from datasetdm_fast.untrusted import images
 
 CACHE_BYTES = 64 * 2**20  # of pixels of samples that are used again soon
@@ -31,7 +31,7 @@ class Source:
         self.path, self.run = path, Run(path, kept=only_kept)
         self.document: dict[str, Any] = self.run.document
         refuse_stored(path)
-        self.filter_digest = storage.sha256_of(path / KEPT) if only_kept else ""
+        self.filter_digest = storage.sha256_of(path / FILTER) if only_kept else ""
         if only_kept and not self.filter_digest:
             raise Refused(
                 f"--kept: {path} has not been filtered",
@@ -73,7 +73,7 @@ def check_filter(folder: Path, path: Path, digest: str) -> None:
     """Refuses to make samples of a composition again where its source has another filter now; `digest` is that of the
     filter that chose its samples, empty where none did.
     """
-    if digest and (path / DOCUMENT).exists() and (present := storage.sha256_of(path / KEPT)) != digest:
+    if digest and (path / DOCUMENT).exists() and (present := storage.sha256_of(path / FILTER)) != digest:
         since = "has another one now" if present else "is not filtered any more"
         raise Refused(
             f"{folder}: was made of the samples that a filter of {path} kept, and that run {since}",

@@ -14,8 +14,7 @@ from datasetdm_fast.runs.curation.scores import score_sample
 from datasetdm_fast.runs.curation.stability import Stability
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, table_of
-from datasetdm_fast.runs.run_folder.folder import RunFolder, keep
-from datasetdm_fast.runs.run_folder.kept import KEPT, Kept, read_kept
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
@@ -28,7 +27,8 @@ from datasetdm_fast.runs.run_folder.score_table import (
     passing,
     read_scores,
 )
-from datasetdm_fast.runs.run_folder.seal import is_indexed
+from datasetdm_fast.runs.run_folder.seal import is_indexed, replace_file
+from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
 from datasetdm_fast.runs.run_folder.where import parse_where
 
 BLOCK = 64  # samples whose scores are committed together
@@ -75,7 +75,7 @@ def check_all_scored(run: Run) -> None:
 def select(path: Path, where: str) -> list[int]:
     """The indices of the samples of a run for which a condition on their scores holds."""
     check_all_scored(open_run(path))
-    return list(passing(path, where).kept)
+    return list(passing(path, where).remaining)
 
 
 def score_missing(
@@ -88,7 +88,7 @@ def score_missing(
     """Gives every sample its missing scores, those of `networks` among them; scores of another CLIP are replaced."""
     run.close()  # its ledger is about to change
     table = table_of(run.document)
-    read_kept(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
+    read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
@@ -131,7 +131,7 @@ def finish_scored(run: Run) -> None:
 
 def keep_all(run: Run, *, is_dry: bool = False) -> int:
     """Removes the filter; how many samples it left out, or were made after it. A dry run only counts."""
-    if not (run.path / KEPT).exists():
+    if not (run.path / FILTER).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
     try:
         with Run(run.path, kept=True) as filtered:
@@ -140,28 +140,28 @@ def keep_all(run: Run, *, is_dry: bool = False) -> int:
         count = 0
     run.close()
     if not is_dry:
-        keep(run.path, run.document, None)
+        replace_file(run.path, run.document, FILTER, None)
     return count
 
 
-def apply_filter(run: Run, where: str, *, is_dry: bool = False) -> Kept:
+def apply_filter(run: Run, where: str, *, is_dry: bool = False) -> Filter:
     """Stores which samples of a run the condition keeps, and why not the others; a dry run only decides."""
     decision = passing(run.path, where)
     run.close()
     if not is_dry:
-        keep(run.path, run.document, decision)
+        replace_file(run.path, run.document, FILTER, decision.content)
     return decision
 
 
-def summarize(path: Path, decision: Kept, verb: str) -> tuple[dict[str, Any], list[str]]:
+def summarize(path: Path, decision: Filter, verb: str) -> tuple[dict[str, Any], list[str]]:
     """How many samples, in all and of each class, a filter keeps: as facts and as lines for a reader; `verb` is "are"
     or "would be".
     """
-    table, indices = read_scores(path, ()), set(decision.kept)
+    table, indices = read_scores(path, ()), set(decision.remaining)
     total = Counter(word for words in table.classes for word in words)
     rows = zip(table.indices, table.classes, strict=True)
     left = Counter(word for index, words in rows if index in indices for word in words)
-    kept, left_out = len(decision.kept), len(decision.left_out)
+    kept, left_out = len(decision.remaining), len(decision.left_out)
     more = f"; {path}/state/kept.json says why the others are not" if left_out and verb == "are" else ""
     lines = [f"{kept} of {kept + left_out} samples {verb} kept{more}"]
     if total:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.split import Split, dealt, groups, origins
+from datasetdm_fast.runs.run_folder.selections import Split
+from datasetdm_fast.runs.run_folder.split import assign_parts, groups, origins
 
 USUAL = ("train", "val", "test")
 ROUNDED = 0.005  # of the sum, such as that of 33.3,33.3,33.3
@@ -45,7 +46,7 @@ def split_run(run: Run, shares: dict[str, float], seed: int, *, by_source: bool)
         indices.append(row.request.index)
         keys.append(origins(run.document, row) if by_source else (row.request.id,))
     parts: dict[str, list[int]] = {name: [] for name in shares}
-    for index, name in zip(indices, dealt(keys, shares, seed)):
+    for index, name in zip(indices, assign_parts(keys, shares, seed)):
         parts[name].append(index)
     empty = [name for name in parts if not parts[name]]
     has_groups = len(set(groups(keys))) < len(keys)

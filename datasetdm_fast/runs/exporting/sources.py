@@ -8,10 +8,10 @@ from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.runs.run_folder.document import to_see_damage
-from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.split import part_of, read_split
+from datasetdm_fast.runs.run_folder.selections import read_filter, read_split
+from datasetdm_fast.runs.run_folder.split import part_of
 
 PARTS = ("files", "labels")  # of a row that an export needs
 TASKS = {  # of an export -> those of a run that it may be made of, in order of preference
@@ -60,8 +60,8 @@ def open_source(
     kind, and `chosen` the indices of samples that a condition lets through.
     """
     run = Run(place, kept=only_kept)
-    path = run.path = run.copies.whole() if run.copies else run.path
-    if only_kept and read_kept(path) is None:
+    path = run.path = run.copies.fetch_all() if run.copies else run.path
+    if only_kept and read_filter(path) is None:
         raise Refused(
             f"--kept: {path} has not been filtered",
             f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",

@@ -10,9 +10,9 @@ from datasetdm_fast.runs.gallery.page import PageWriter, thousands
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, has_indexes, is_sealed, seal
+from datasetdm_fast.runs.run_folder.selections import read_filter
 
 PATIENCE = 900.0  # seconds that a process waits for another that writes the page
 
@@ -33,7 +33,7 @@ def finish_run(run: RunFolder) -> None:
                 write_indexes(run.path, run.document, run.ledger)
             run.ledger.note("indexed", "yes")
         elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
-            page_files.mark_left_out(run.path, read_kept(run.path))
+            page_files.mark_left_out(run.path, read_filter(run.path))
         if not is_sealed(run.path) and run.ledger.settle():
             seal(run.path, run.document)
     run.log.end(run.ledger)

@@ -9,8 +9,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.gallery import drawn, sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
-from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
+from datasetdm_fast.runs.run_folder.selections import read_filter
 
 HERE = Path(__file__).parent
 
@@ -48,7 +48,7 @@ class PageWriter:
         run = self._facts.whole(has_sheets=self._has_samples, is_in_progress=is_in_progress)
         contents = {
             page_files.RUN: page_files.script("run", 0, run),
-            page_files.LEFT_OUT: page_files.left_out_script(read_kept(self._folder)),
+            page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
             **{f"gallery/{name}": (HERE / name).read_bytes() for name in page_files.FIXED},
         }
         storage.publish({self._folder / name: content for name, content in contents.items()})

@@ -14,7 +14,7 @@ from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_ind
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, described, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
@@ -41,16 +41,16 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
     if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
         copies, folder = None, copies.store.disk
     elif copies and copies.store.disk and is_url(place):
-        raise unfinished(str(place))
+        raise unfinished_run(str(place))
     elif copies and not is_served:
         raise Refused(
             f"{place}: no browser opens a page whose samples are in an object store",
             "Add --serve, or copy the run here with --out DIR.",
         )
     elif copies and is_url(place):
-        folder = copies.state()
+        folder = copies.fetch_state()
         if not (folder / DOCUMENT).exists():
-            raise unfinished(copies.store.url)
+            raise unfinished_run(copies.store.url)
         if not is_dry:
             copies.store.note(folder)
     document = _write_page(folder, is_dry=is_dry)

@@ -29,9 +29,7 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.events import EventLog
-from datasetdm_fast.runs.run_folder.kept import KEPT, Kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.page_files import mark_left_out
 from datasetdm_fast.runs.run_folder.seal import SEAL, is_sealed, unseal
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -288,14 +286,6 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
-    """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
-    with seal.resealed(folder, document, removed="" if decided else KEPT):
-        if decided:
-            storage.publish({folder / KEPT: decided.content})
-        mark_left_out(folder, decided)
-
-
 def _check_unchanged(folder: Path) -> None:
     """Refuses a run.json that is not as it was sealed, before the ledger's copy of it is replaced."""
     if seal.read_seal(folder).get(DOCUMENT) != storage.sha256_of(folder / DOCUMENT):
@@ -303,7 +293,6 @@ def _check_unchanged(folder: Path) -> None:
 
 
 def note(folder: Path, name: str, value: Any) -> None:
-    """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
+    """Adds a later result about a run to its run.json, beside what decides its bytes."""
     document = described(folder)
-    with seal.resealed(folder, document):
-        storage.publish({folder / DOCUMENT: pretty(document | {name: value})})
+    seal.replace_file(folder, document, DOCUMENT, pretty(document | {name: value}))

@@ -4,7 +4,6 @@ such a store is read.
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -21,20 +20,20 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
-from datasetdm_fast.runs.run_folder.kept import KEPT
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
+from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, rebuilt_files
+from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT
 from datasetdm_fast.untrusted import documents
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
-AT_ONCE = 16  # files copied together
+PARALLEL_FILES = 16  # files copied together
 COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
 
 
 class PublishingFolder:
-    """The run folder of a process that only publishes the files of samples, where the configuration wants them;
-    `commit` gets their rows to whoever has the ledger, and `wanted` tells which samples of a range that still lacks.
+    """The run folder of a process that only publishes the files of samples: `commit` sends their rows to the process
+    that has the ledger, and `missing` gives the samples of a range that this one still lacks.
     """
 
     def __init__(
@@ -42,29 +41,29 @@ class PublishingFolder:
         folder: Path,
         store: str,
         document: Mapping[str, Any],
-        wanted: Callable[[int, int], Set[int]],
+        missing: Callable[[int, int], Set[int]],
         commit: Callable[[list[Row]], object],
     ):
-        self._document, self._wanted, self.commit, self.ledger = document, wanted, commit, self
+        self._document, self._missing, self.commit, self.ledger = document, missing, commit, self
         self._publish = ObjectStore(store).publish if store else into(folder)
 
     def unseal(self) -> None:
-        """Done by whoever has the ledger."""
+        """Done by the process that has the ledger."""
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         return write_samples(results, recipe, self._document, self._publish)
 
     def indices_between(self, first: int, stop: int) -> set[int]:
-        return set(range(first, stop)) - self._wanted(first, stop)
+        return set(range(first, stop)) - self._missing(first, stop)
 
 
 def check_store(folder: Path, store: str) -> None:
-    """Refuses a run folder whose samples are elsewhere than --store says."""
-    noted = stored_at(folder)
-    if noted != store:
-        there = f"at {documents.quote(noted)}" if noted else "in the folder itself"
+    """Refuses a run folder whose samples are in another place than --store names."""
+    url = stored_at(folder)
+    if url != store:
+        place = f"at {documents.quote(url)}" if url else "in the folder itself"
         raise Refused(
-            f"--store {store or 'not given'}: the samples of {folder} are {there}",
+            f"--store {store or 'not given'}: the samples of {folder} are {place}",
             "Give the one that it was started with, or choose another --out.",
         )
 
@@ -109,7 +108,7 @@ class ObjectStore:
         return Path(self.root) if "file" in self._protocols else None
 
     @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except Missing:
@@ -121,15 +120,15 @@ class ObjectStore:
             ) from error
 
     def require_bucket(self, *, is_made: bool) -> None:
-        """Refuses a bucket that is not there, as its name may be misspelt; where it `is_made`, it is created."""
+        """Refuses a missing bucket, as its name may be misspelt; where it `is_made`, it is created."""
         if "file" in self._protocols:
             return
         bucket = self.root.strip("/").split("/")[0]
-        with self._refusing():
-            is_there = self.files.exists(bucket)
-            if not is_there and is_made:
+        with self._translate_errors():
+            is_missing = not self.files.exists(bucket)
+            if is_missing and is_made:
                 self.files.mkdir(bucket)
-        if not is_there and not is_made:
+        if is_missing and not is_made:
             raise Refused(
                 f"--store {documents.quote(self.url)}: there is no bucket {documents.quote(bucket)}",
                 "Check its name, or add --make-bucket.",
@@ -137,12 +136,12 @@ class ObjectStore:
 
     def require_empty(self) -> None:
         """Refuses a folder with files of another run, which a new one would replace."""
-        with self._refusing():
+        with self._translate_errors():
             try:
-                found = [each.strip("/") for each in self.files.ls(self.root, detail=False)]
+                paths = [path.strip("/") for path in self.files.ls(self.root, detail=False)]
             except FileNotFoundError:
                 return
-        names = sorted(each.rpartition("/")[2] for each in found if each != self.root.strip("/"))
+        names = sorted(path.rpartition("/")[2] for path in paths if path != self.root.strip("/"))
         if others := [name for name in names if not storage.is_temporary(Path(name))]:
             raise Refused(
                 f"--store {documents.quote(self.url)}: it holds files of another run ({documents.quote(others[0])})",
@@ -150,10 +149,10 @@ class ObjectStore:
             )
 
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """Digests and sizes of the files, once all are there."""
+        """Digests and sizes of the files, once all are written."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
             return into(Path(self.root))(files)
-        with self._refusing():
+        with self._translate_errors():
             for folder in sorted({name.rpartition("/")[0] for name in files}):
                 self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
@@ -166,8 +165,8 @@ class ObjectStore:
         return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file, None where it is not there."""
-        with self._refusing():
+        """The content of a file, None where it is missing."""
+        with self._translate_errors():
             try:
                 return self.files.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
@@ -175,9 +174,9 @@ class ObjectStore:
 
     def sizes(self) -> dict[str, int]:
         """Path inside the run -> bytes, of its files."""
-        with self._refusing():
-            found = self.files.find(self.root, detail=True)
-        inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
+        with self._translate_errors():
+            details = self.files.find(self.root, detail=True)
+        inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in details.items()}
         try:
             return {
                 documents.check_inside(name): inside[name]["size"] or 0
@@ -190,7 +189,7 @@ class ObjectStore:
     def fetch(self, name: str, path: Path) -> bool:
         """Copies a file of any size here; False where the store has none of that name."""
         storage.make_folder(path.parent)
-        with self._refusing():
+        with self._translate_errors():
             try:
                 self.files.get_file(f"{self.root}/{name}", str(path))
             except FileNotFoundError:
@@ -219,7 +218,7 @@ class ObjectStore:
             with path.open("rb") as file:
                 storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
             return
-        with self._refusing():
+        with self._translate_errors():
             self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
             self.files.put_file(str(path), f"{self.root}/{name}")
 
@@ -250,66 +249,63 @@ def open_folder(path: Path, document: Mapping[str, Any]) -> RunFolder:
 
 
 class StoreCopy:
-    """The files of a run in an object store that this process has read, in `folder` or in one that goes with this
-    object.
-    """
+    """The files of a run in an object store that were fetched into `folder`, by default a temporary one."""
 
     def __init__(self, url: str, folder: Path | None = None):
         self.store = ObjectStore(url)
-        self._elsewhere = "choose another --out" if folder else "name a folder on a larger disk with TMPDIR"
+        self._larger_disk = "choose another --out" if folder else "name a folder on a larger disk with TMPDIR"
         if folder is not None:
             self.folder = folder
             return
         place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
         self.folder = place / (url.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
-        weakref.finalize(self, _discard, place, os.getpid())
+        weakref.finalize(self, _remove_of_process, place, os.getpid())
 
-    def state(self) -> Path:
-        """The folder, once it has what tells of the samples."""
-        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT):
+    def fetch_state(self) -> Path:
+        """The folder, once it has the files that describe the samples."""
+        for name in (DOCUMENT, LEDGER, SEAL, FILTER, SPLIT):
             content = self.store.read(name)
             if content is not None:
                 storage.publish({self.folder / name: content})
         return self.folder
 
-    def samples(self, rows: Iterable[Row]) -> Path:
+    def fetch_samples(self, rows: Iterable[Row]) -> Path:
         """The folder, once it has the files of these rows."""
-        wanted = {name for row in rows for name, _ in row.files.values()}
-        for name in sorted(wanted):
+        for name in sorted({name for row in rows for name, _ in row.files.values()}):
             self._require(name)
         return self.folder
 
-    def whole(self, on_file: Callable[[], object] = lambda: None) -> Path:
-        """The folder, once it has every file of the run, run.json and seal after the others."""
+    def fetch_all(
+        self, on_begin: Callable[[int], object] = lambda number: None, on_file: Callable[[], object] = lambda: None
+    ) -> Path:
+        """The folder, once it has every file of the run, run.json and seal after the others; `on_begin` gets their
+        number, and `on_file` is called after each.
+        """
         sizes = self.store.sizes()
-        self.check_room(sizes)
-        there = sizes.keys()
-        last = there & {DOCUMENT, SEAL}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for names in (there - last, last):
+        required = sum(size for name, size in sizes.items() if not (self.folder / name).exists())
+        if required > (free := storage.free_bytes(self.folder.absolute())):
+            raise Missing(
+                f"{self.folder}: the run needs {required / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+                f"Free some space, or {self._larger_disk}.",
+            )
+        on_begin(len(sizes))
+        last = sizes.keys() & {DOCUMENT, SEAL}
+        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+            for names in (sizes.keys() - last, last):
                 for _ in pool.map(self._require, names):
                     on_file()
         return self.folder
 
-    def check_room(self, sizes: Mapping[str, int]) -> None:
-        """Refuses a disk that cannot hold the files of these sizes that are not here yet."""
-        left = sum(size for name, size in sizes.items() if not (self.folder / name).exists())
-        if left > (free := storage.free_bytes(self.folder.absolute())):
-            raise Missing(
-                f"{self.folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
-                f"Free some space, or {self._elsewhere}.",
-            )
-
     def _require(self, name: str) -> None:
-        if self.bring(name) is None:
+        if self.fetch(name) is None:
             raise Missing(f"{self.store.url}: {documents.quote(name)} is not there", to_see_damage(self.store.url))
 
-    def bring(self, name: str) -> Path | None:
+    def fetch(self, name: str) -> Path | None:
         """The copy of a file, None where the store has none of that name."""
         path = self.folder / name
         if path.exists():
             return path
-        # other threads, and other processes, may bring the same file to the same folder
+        # other threads, and other processes, may fetch the same file into the same folder
         part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
         if not self.store.fetch(name, part):
             storage.forget(part)
@@ -318,21 +314,22 @@ class StoreCopy:
         return path
 
 
-def _discard(folder: Path, process: int) -> None:
+def _remove_of_process(folder: Path, process: int) -> None:
     if os.getpid() == process:  # a forked one leaves it to the first
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Callable[[], object]) -> None:
+def copy_run(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Callable[[], object]) -> None:
     """Copies a finished run into a folder that is empty or that a killed copying began; `on_begin` gets the number of
     its files, and `on_file` is called after each. A folder that has all of the run stays as it is.
     """
     folder, store, begun = copies.folder, copies.store, copies.folder / COPYING
     document = store.read(DOCUMENT)
     if document is None:
-        raise unfinished(store.url)
+        raise unfinished_run(store.url)
     if begun.exists():
         is_other = storage.read(begun, LONGEST) != store.url.encode()
+        _remove_outdated(folder, {} if is_other else store.sizes())
     elif (folder / DOCUMENT).exists():
         is_other = storage.sha256_of(folder / DOCUMENT) != hashlib.sha256(document).hexdigest()
         if not is_other:
@@ -341,46 +338,29 @@ def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Ca
         is_other = folder.exists() and any(folder.iterdir())
     if is_other:
         raise Refused(f"{folder}: it holds something other than {store.url}", "Choose another --out.")
-    sizes = store.sizes()
-    if begun.exists():
-        _forget_older(folder, store, sizes)
-    copies.check_room(sizes)
-    storage.publish({begun: store.url.encode()})
-    on_begin(len(sizes))
-    copies.whole(on_file)
+
+    def begin(number: int) -> None:
+        storage.publish({begun: store.url.encode()})
+        on_begin(number)
+
+    copies.fetch_all(begin, on_file)
     storage.remove(begun)
 
 
-def _forget_older(folder: Path, store: ObjectStore, sizes: Mapping[str, int]) -> None:
-    """Removes the files of a copying that was killed which the store has in another form now, as of a run that grew."""
-    found = documents.parse_json(store.read(SEAL) or b"{}", f"{store.url}/{SEAL}")
-    digests = found if isinstance(found, dict) else {}
+def _remove_outdated(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Removes what a killed copying fetched and the run may have changed since: all but the samples' own files."""
     for name, size in sizes.items():
-        path = folder / name
-        if path.exists() and (
-            name.startswith("review/")  # which is not sealed
-            or path.stat().st_size != size
-            or (name in digests and storage.sha256_of(path) != digests[name])
-        ):
-            storage.remove(path)
+        is_sample = "/" in name and not name.startswith(("state/", "gallery/", "review/"))
+        if (folder / name).exists() and not (is_sample and (folder / name).stat().st_size == size):
+            storage.remove(folder / name)
 
 
-def unfinished(url: str) -> Refused:
-    """What a command says of a URL where no finished run is."""
+def unfinished_run(url: str) -> Refused:
+    """The refusal of a URL where no finished run is."""
     return Refused(
         f"{url}: holds no {DOCUMENT}, so it is not a finished run",
         "Check the address; of a run in progress name the folder that its --out names.",
     )
-
-
-def refuse_made_of_url(path: Path) -> None:
-    """Refuses the path that a command for folders made of the URL of a run, which has one slash after the colon."""
-    if found := re.match(r"([a-z][a-z0-9+.-]+):/(?=[^/])", str(path)):
-        url = f"{found[1]}:{'///' if found[1] == 'file' else '//'}{str(path)[found.end() :]}"
-        raise Refused(
-            f"{url}: a run in an object store, expected a run folder on this machine",
-            f"Copy it here first with: python -m datasetdm_fast.gallery {quote(url)} --out DIR",
-        )
 
 
 def refuse_stored(path: Path) -> None:
@@ -398,6 +378,6 @@ def is_url(place: str | Path) -> bool:
 
 
 def copy_of(place: str | Path) -> StoreCopy | None:
-    """What reads the files of samples of a run that has them in an object store; None where they are in its folder."""
+    """What fetches the files of samples of a run in an object store; None where they are in its folder."""
     url = str(place) if is_url(place) else stored_at(Path(place))
     return StoreCopy(url) if url else None

@@ -10,8 +10,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import own_stem
-from datasetdm_fast.runs.run_folder.kept import Kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger
+from datasetdm_fast.runs.run_folder.selections import Filter
 from datasetdm_fast.untrusted import documents
 
 PAGE = "gallery/index.html"
@@ -87,12 +87,12 @@ def script(kind: str, number: int, value: Any) -> bytes:
     return f'receive("{kind}",{number},{escaped});\n'.encode()
 
 
-def left_out_script(kept: Kept | None) -> bytes:
+def left_out_script(decided: Filter | None) -> bytes:
     """Index and reason of every sample that a filter left out."""
-    return script("leftOut", 0, list(kept.left_out.items()) if kept else [])
+    return script("leftOut", 0, list(decided.left_out.items()) if decided else [])
 
 
-def mark_left_out(folder: Path, kept: Kept | None) -> None:
+def mark_left_out(folder: Path, decided: Filter | None) -> None:
     """Tells the page, if it exists, which samples a filter left out."""
     if (folder / RUN).exists():
-        storage.publish({folder / LEFT_OUT: left_out_script(kept)})
+        storage.publish({folder / LEFT_OUT: left_out_script(decided)})

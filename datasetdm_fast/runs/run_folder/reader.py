@@ -32,10 +32,10 @@ from datasetdm_fast.runs.run_folder.document import (
     without_ledger,
 )
 from datasetdm_fast.runs.run_folder.goal import goal_of
-from datasetdm_fast.runs.run_folder.kept import read_kept
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, refuse_made_of_url
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
 from datasetdm_fast.runs.run_folder.score_table import passing
+from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class StoredSample:
 
     def _place(self) -> Path:
         """The folder in which the files of the sample are."""
-        return self.copies.samples([self.row]) if self.copies else self.folder
+        return self.copies.fetch_samples([self.row]) if self.copies else self.folder
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -171,10 +171,9 @@ class Run(AbstractContextManager["Run"]):
 
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.copies = copy_of(path)
-        self.path = self.copies.state() if self.copies and is_url(path) else Path(path)
+        self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
-            refuse_made_of_url(self.path)
             alike = "" if self.path.exists() else storage.named_alike(self.path)
             raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
@@ -183,8 +182,8 @@ class Run(AbstractContextManager["Run"]):
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
         self._indices = self._rows().indices(DOUBTFUL if doubtful else DONE)
-        if kept and (decided := read_kept(self.path)) is not None:
-            self._indices = sorted(set(self._indices) & set(decided.kept))
+        if kept and (decided := read_filter(self.path)) is not None:
+            self._indices = sorted(set(self._indices) & set(decided.remaining))
 
     def _rows(self) -> Ledger:
         # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own; and
@@ -275,7 +274,7 @@ class Run(AbstractContextManager["Run"]):
                 )
         chosen = self._indices
         if condition:
-            passes = set(passing(self.path, condition).kept)
+            passes = set(passing(self.path, condition).remaining)
             chosen = [index for index in chosen if index in passes]
         if classes:
             wanted = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}

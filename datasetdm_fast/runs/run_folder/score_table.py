@@ -9,8 +9,8 @@ import numpy as np
 
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.kept import Kept
 from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.selections import Filter
 from datasetdm_fast.runs.run_folder.where import parse_where
 
 HASH = "hash"  # a score that no condition can use
@@ -93,7 +93,7 @@ def absent(folder: Path, name: str) -> Refused:
     return Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
 
 
-def passing(folder: Path, where: str) -> Kept:
+def passing(folder: Path, where: str) -> Filter:
     """Which samples of a run folder the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
     with Ledger(folder / LEDGER, read_only=True) as ledger:
@@ -107,7 +107,7 @@ def passing(folder: Path, where: str) -> Kept:
         if np.isnan(table.values[name]).all():
             raise absent(folder, name)
     passes = condition.passes(table.values)
-    return Kept(
+    return Filter(
         where,
         tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
         {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},

@@ -1,8 +1,7 @@
-"""The seal of a finished run: digests of every file that is not a sample's own."""
+"""The seal of a finished run: digests of every file that is not a sample's own, by which an audit notices changes."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,26 +9,22 @@ from typing import Any
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.kept import KEPT, read_kept
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.page_files import existing_files, expected_files, mark_left_out
+from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, read_filter
 from datasetdm_fast.untrusted import documents
 
 QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
+THIS = "this"  # the line of the seal that is about the other lines
+SEAL = "state/seal.json"  # empty from before the first change until everything is in place
+LARGEST_SEAL = 2**28  # bytes, about 80 of them a sample
+ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 
 
 def remove_queue(folder: Path) -> None:
     """Removes the work queue of a run that no process works on."""
     for name in (QUEUE, f"{QUEUE}-journal"):
         storage.remove(folder / name)
-
-
-SPLIT = "split.json"  # which part of the data set each sample is in, where that was decided
-OWN = "this"  # the line of the seal that is about the other lines
-# digests of what is no sample's own file; empty from before the first change until everything is in place
-SEAL = "state/seal.json"
-LARGEST_SEAL = 2**28  # bytes, about 4 of them a sample
-ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 
 
 def index_files(document: Mapping[str, Any]) -> list[str]:
@@ -56,60 +51,65 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The digests that the seal of a folder holds, its own line among them; none while the run goes on."""
+    """The digests that the seal of a folder holds, its own line among them; empty while the run is in progress."""
     return documents.read_object(folder / SEAL, most=LARGEST_SEAL)
+
+
+def encode_seal(digests: Mapping[str, str]) -> bytes:
+    """The seal of these digests, with a digest of its own."""
+    return pretty({**digests, THIS: hashlib.sha256(pretty(digests)).hexdigest()})
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(pretty({}))
 
 
 def seal(
     folder: Path, document: Mapping[str, Any], known: Mapping[str, str] = MappingProxyType({}), removed: str = ""
 ) -> None:
-    """Writes down the digests of run.json, ledger and index files, by which an audit notices changes; those in `known`
-    are taken over, and a file that is to be `removed` has none.
+    """Writes the digests of run.json, ledger and index files; those in `known` are taken over, and a file that is to be
+    `removed` has none.
     """
-    there = [name for name in (KEPT, SPLIT) if name != removed and (folder / name).exists()]
-    names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *there]
+    selections = [name for name in (FILTER, SPLIT) if name != removed and (folder / name).exists()]
+    names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *selections]
     digests = {name: storage.sha256_of(folder / name) for name in names}
-    storage.publish({folder / SEAL: sealed({**digests, **known})})
-
-
-def damaged(folder: Path) -> dict[str, tuple[str, str]]:
-    """The sealed files of a folder that are not as they were written, each with the digest then and now."""
-    found = {name: (digest, storage.sha256_of(folder / name)) for name, digest in read_seal(folder).items()}
-    return {name: pair for name, pair in found.items() if name != OWN and pair[0] != pair[1]}
-
-
-def sealed(digests: Mapping[str, str]) -> bytes:
-    """The seal of these digests, which has one of its own."""
-    return pretty({**digests, OWN: hashlib.sha256(pretty(digests)).hexdigest()})
+    storage.publish({folder / SEAL: encode_seal({**digests, **known})})
 
 
 def unseal(folder: Path) -> None:
-    """Takes the digests back before the first change, so that a run killed during it is not called damaged."""
+    """Takes the digests back before the first change, so that a run killed during it does not count as damaged."""
     if is_sealed(folder):
         storage.publish({folder / SEAL: pretty({})})
 
 
-@contextmanager
-def resealed(folder: Path, document: Mapping[str, Any], removed: str = "") -> Iterator[None]:
-    """Within the block, which no other process enters, a file of the run folder is replaced; what was sealed is sealed
-    again after it, files that were damaged before as they were then: an audit still notices. A finished run whose seal
-    a killed process took back is sealed as well. A file that is to be `removed` is, last, so that a process that was
-    killed can be repeated.
+def replace_file(folder: Path, document: Mapping[str, Any], name: str, content: bytes | None) -> None:
+    """Replaces a file of a run folder or, without content, removes it; a folder that was sealed is sealed again, with
+    the former digests of files that were damaged before: an audit still notices. A finished run whose seal a killed
+    process took back is sealed as well. A file is removed last, so that a killed process can be repeated.
     """
+    removed = name if content is None else ""
     with locks.hold_lock(folder / LOCK):
         was_sealed = is_sealed(folder)
         is_late = not was_sealed and _is_settled(folder, document)
-        before = damaged(folder) if was_sealed else {}
+        damaged = _damaged_files(folder) if was_sealed else {}
         unseal(folder)
-        yield
-        before.pop(removed, None)
-        known = {name: old for name, (old, new) in before.items() if storage.sha256_of(folder / name) == new}
-        if is_late:  # a filter may have been killed before it marked the page
-            mark_left_out(folder, None if removed == KEPT else read_kept(folder))
+        if content is not None:
+            storage.publish({folder / name: content})
+        if name == FILTER or is_late:  # a filter may have been killed before it marked the page
+            mark_left_out(folder, None if removed == FILTER else read_filter(folder))
+        damaged.pop(removed, None)
+        known = {name: old for name, (old, new) in damaged.items() if storage.sha256_of(folder / name) == new}
         if was_sealed or is_late:
             seal(folder, document, known, removed)
         if removed:
             storage.remove(folder / removed)
+
+
+def _damaged_files(folder: Path) -> dict[str, tuple[str, str]]:
+    """The sealed files of a folder that are not as they were written, each with its digest then and now."""
+    digests = {name: digest for name, digest in read_seal(folder).items() if name != THIS}
+    pairs = {name: (digest, storage.sha256_of(folder / name)) for name, digest in digests.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
@@ -118,7 +118,3 @@ def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
         return False
     with Ledger(folder / LEDGER) as ledger:
         return has_indexes(folder, document, ledger) and ledger.settle()
-
-
-def is_sealed(folder: Path) -> bool:
-    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(pretty({}))

@@ -19,7 +19,8 @@ from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
-from datasetdm_fast.runs.run_folder.split import origins, part_of, read_split
+from datasetdm_fast.runs.run_folder.selections import read_split
+from datasetdm_fast.runs.run_folder.split import origins, part_of
 from datasetdm_fast.training.truth.shapes import Things
 from datasetdm_fast.untrusted import documents
 

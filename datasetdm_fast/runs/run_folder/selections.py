@@ -1,0 +1,91 @@
+"""state/kept.json and split.json: the samples of a run that a filter keeps, and those of each part of a split."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.errors import quote, refusing_form
+from datasetdm_fast.untrusted import documents
+
+FILTER, SPLIT = "state/kept.json", "split.json"
+LARGEST_FILE = 2**28  # bytes
+FILTER_FORM = {"where": str, "kept": [str], "left_out": dict}
+SPLIT_FORM = {"seed": int, "by_source": bool, "parts": dict}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What a filter decided; a sample that was made after it is in neither list."""
+
+    where: str
+    remaining: tuple[int, ...]  # indices of samples
+    left_out: dict[int, str]  # index -> reason
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        reasons = {f"{index:08d}": reason for index, reason in self.left_out.items()}
+        return _encode({"where": self.where, "kept": _ids(self.remaining), "left_out": reasons})
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of a run by name, each the indices of its samples."""
+
+    seed: int
+    by_source: bool
+    parts: Mapping[str, tuple[int, ...]]
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        parts = {name: _ids(indices) for name, indices in self.parts.items()}
+        return _encode({"seed": self.seed, "by_source": self.by_source, "parts": parts})
+
+    def names(self) -> dict[int, str]:
+        """The part of each sample."""
+        return {index: name for name, indices in self.parts.items() for index in indices}
+
+
+def read_filter(folder: Path) -> Filter | None:
+    """What the filter of a run folder decided, None without a filter."""
+    path = folder / FILTER
+    if not path.exists():
+        return None
+    with refusing_form(path, "filter", _remedy(folder, "filter")):
+        value = _read(path, FILTER_FORM)
+        documents.check_form(list(value["left_out"].values()), [str])
+        left_out = {int(id): reason for id, reason in value["left_out"].items()}
+        return Filter(value["where"], tuple(map(int, value["kept"])), left_out)
+
+
+def read_split(folder: Path) -> Split | None:
+    """How a run folder is split, None where it is not."""
+    path = folder / SPLIT
+    if not path.exists():
+        return None
+    with refusing_form(path, "split", _remedy(folder, "split")):
+        value = _read(path, SPLIT_FORM)
+        documents.check_form(list(value["parts"].values()), [[str]])
+        parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
+        return Split(value["seed"], value["by_source"], parts)
+
+
+def _remedy(folder: Path, command: str) -> str:
+    return f"Run python -m datasetdm_fast.{command} {quote(folder)} --undo, then {command} again."
+
+
+def _read(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
+    value = documents.read_object(path, most=LARGEST_FILE)
+    documents.check_form(value, form)
+    return value
+
+
+def _ids(indices: Iterable[int]) -> list[str]:
+    return [f"{index:08d}" for index in indices]
+
+
+def _encode(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=0, ensure_ascii=False) + "\n").encode()
