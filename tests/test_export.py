@@ -38,9 +38,10 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.onnx import weights
-from datasetdm_fast.export.onnx.graph import Extent, Graph, traced
+from datasetdm_fast.export.onnx.graph import Extent, Graph, trace_module
 from datasetdm_fast.export.onnx.operators import OPERATORS
-from datasetdm_fast.export.onnx.to_onnx import average_name, export
+from datasetdm_fast.export.onnx.stage_names import average_name
+from datasetdm_fast.export.onnx.to_onnx import export, exporter_files
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.stages import LEVELS
@@ -339,7 +340,7 @@ def test_a_whole_export_is_left_alone_and_a_damaged_one_is_mended(demo, tmp_path
 
     def again(**which) -> Manifest:
         told.clear()
-        return export(model, decoders, tmp_path, told=told.append, **which)
+        return export(model, decoders, tmp_path, on_stage=told.append, **which)
 
     manifest = again(raw_capture=True)
     assert len(told) == len(manifest.stages) and again(raw_capture=True) == manifest and not told
@@ -487,7 +488,7 @@ def test_two_processes_make_one_export_of_the_same_bytes(demo, tmp_path):
     )
     assert other.stderr.readline() == "encode_text\n"
     told = []
-    export(*demo, tmp_path / "a", told=told.append)
+    export(*demo, tmp_path / "a", on_stage=told.append)
     out, err = other.communicate(timeout=300)
     assert other.returncode == 0 and out == f"{tmp_path / 'a'}\n" and "denoise" in err.splitlines() and not told
     export(*demo, tmp_path / "b")
@@ -501,7 +502,7 @@ def _export_and_hang(model, out, begun):
         begun.set()
         time.sleep(600)
 
-    export(model, {}, out, only=["encode_text"], told=told)
+    export(model, {}, out, only=["encode_text"], on_stage=told)
 
 
 def _export_into(model, out, done):
@@ -660,7 +661,7 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
 
 def test_deferred_weights_are_those_of_the_models_without_a_copy():
     model = load_model("demo")
-    from datasetdm_fast.export.onnx.weights import deferred
+    from datasetdm_fast.export.onnx.weights import defer_weights
 
     for part, classes in (
         (model.unet, (TimeTable, TextTable, UNet)),
@@ -670,7 +671,7 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
         for kind in classes:
             more = () if kind in (TimeTable, TextTable) else (plain,)
             lazy, real = (
-                dict(kind(deferred(part), *more).named_parameters()),
+                dict(kind(defer_weights(part), *more).named_parameters()),
                 dict(kind(part, *more).named_parameters()),
             )
             assert lazy.keys() == real.keys() and all(isinstance(value, Deferred) for value in lazy.values())
@@ -715,7 +716,7 @@ def test_undone_transpositions_leave_no_node():
 
 
 def test_constants_of_equal_names_are_equal_bytes():
-    layer = traced(torch.nn.Linear(3, 3), graph := Graph("some", DataFile("some.data"), OPERATORS), "layer")
+    layer = trace_module(torch.nn.Linear(3, 3), graph := Graph("some", DataFile("some.data"), OPERATORS), "layer")
     x = graph.input("x", [Extent(1, ("B",)), 3], torch.float32)
     graph.output("y", layer(x) + layer.weight[0:1] + layer.weight[1:2])
     names = [one.name for one in graph.model({}).graph.initializer]
@@ -746,3 +747,8 @@ def test_weights_of_a_gpu_are_copied_to_the_host_for_their_digest(monkeypatch):
     there = SimpleNamespace(dtype=here.dtype, contiguous=lambda: there, cpu=lambda: here)
     monkeypatch.setattr(weights, "value_of", lambda tensor: there)
     assert bytes(weights.tensor_bytes(there)) == here.numpy().tobytes()
+
+
+def test_the_digest_of_the_exporter_covers_the_networks():
+    names = {path.name for path in exporter_files()}
+    assert {"unet.py", "vae.py", "trunk.py", "to_onnx.py", "operators.py", "stages.py"} <= names

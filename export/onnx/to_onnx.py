@@ -112,15 +112,18 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     return total.hexdigest()
 
 
-@cache
-def exporter() -> str:
-    """Version of this package, with a digest of the code that decides what the graphs say."""
-    # Of the kernels, those the graphs take over.
+def exporter_files() -> list[Path]:
+    """The code that decides what the graphs compute; of the kernels, those the graphs take over."""
     modules = [Path(str(module.__file__)) for module in (bilinear, depth_head, image_norm, upsample_concat, stages)]
     folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in (models, decoder_package))]
-    files = [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *modules]
+    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *modules]
+
+
+@cache
+def exporter() -> str:
+    """Version of this package, with a digest of the code that decides what the graphs compute."""
     total = hashlib.sha256()
-    for path in files:
+    for path in exporter_files():
         total.update(path.read_bytes())
     return f"{__version__}+{total.hexdigest()[:12]}"
 
