@@ -13,6 +13,8 @@ from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.export.onnx.stage_names import averaged_sides, label_of
 from datasetdm_fast.stages import FACTOR, LEVELS
 
+Golden = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
+
 PROMPT = "a red ball beside a cube on a table"
 WORD = "ball"
 TIMESTEP = 401.0
@@ -57,27 +59,27 @@ class Reference:
         latents = initial_noise(0, 4, side, side)[None]
         return {"latents": latents, "timestep": torch.tensor(TIMESTEP), "context": context}
 
-    def _called(self, name: str) -> Any:
+    def _run_unet(self, name: str) -> Any:
         return getattr(self._engine, name)(self._call["latents"], TIMESTEP, self._call["context"])
 
     @functools.cached_property
     def _captured(self) -> tuple[Tensor, ProjectedCapture]:
-        return self._called("denoise_and_capture")
+        return self._run_unet("denoise_and_capture")
 
-    def _encode_text(self):
+    def _encode_text(self) -> Golden:
         ids = self._engine.model.token_ids([PROMPT])
         return {"tokens": ids}, {"context": self._engine.text_encoder(ids)}
 
-    def _denoise(self):
-        return self._call, {"noise": self._captured[0] if self._engine.decoders else self._called("denoise")}
+    def _denoise(self) -> Golden:
+        return self._call, {"noise": self._captured[0] if self._engine.decoders else self._run_unet("denoise")}
 
-    def _denoise_and_capture(self):
+    def _denoise_and_capture(self) -> Golden:
         noise, capture = self._captured
         sums = {f"sums_{name}": total for name, total in zip(LEVELS, capture.sums) if total.shape[1]}
         return self._call, {"noise": noise, **sums}
 
-    def _denoise_and_keep(self):
-        noise, capture = self._called("denoise_and_capture_raw")
+    def _denoise_and_keep(self) -> Golden:
+        noise, capture = self._run_unet("denoise_and_capture_raw")
         captured = {
             f"{kind}_{name}_{place}": value
             for kind in ("features", "maps")
@@ -86,7 +88,7 @@ class Reference:
         }
         return self._call, {"noise": noise, **captured}
 
-    def _average(self, self_side: int, cross_side: int):
+    def _average(self, self_side: int, cross_side: int) -> Golden:
         words = self._engine.encode_text([WORD])
         shapes = (1, self_side**2, self_side**2), (1, cross_side**2, words.shape[1])
         nothing = AttentionSums(*map(torch.zeros, shapes))
@@ -99,15 +101,15 @@ class Reference:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         return self._engine.decode_and_check(self._call["latents"])
 
-    def _decode_image(self):
+    def _decode_image(self) -> Golden:
         return {"latents": self._call["latents"]}, dict(zip(("image", "is_finite"), self._decoded))
 
-    def _encode_image(self):
+    def _encode_image(self) -> Golden:
         image, _ = self._decoded
         pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
         return {"image": image}, {"moments": self._engine.image_encoder(pixels)}
 
-    def _annotate(self, task: str):
+    def _annotate(self, task: str) -> Golden:
         _, capture = self._captured
         levels = zip(LEVELS, capture.sums, capture.slices[task])
         inputs = {f"sums_{name}": total[:, part] for name, total, part in levels if part.stop > part.start}
@@ -127,4 +129,4 @@ def relative_error(output: np.ndarray, truth: np.ndarray) -> float:
     output, truth = output.astype(np.float64), truth.astype(np.float64)
     if not np.isfinite(output).all():
         return float("inf")
-    return float(np.linalg.norm(output - truth) / max(np.linalg.norm(truth), 1e-12))
+    return float(np.linalg.norm(output - truth) / max(float(np.linalg.norm(truth)), 1e-12))

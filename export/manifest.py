@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
@@ -85,7 +86,7 @@ class Manifest:
                     f"{origin}: format {values.get('format')!r}, expected {FORMAT}",
                     "Export the model again with this version.",
                 )
-            stages = {name: _stage(stage) for name, stage in values.pop("stages").items()}
+            stages = {name: _read_stage(stage) for name, stage in values.pop("stages").items()}
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
             channels = values.pop("channels").items()
             channels = {task: {level: tuple(part) for level, part in levels.items()} for task, levels in channels}
@@ -125,13 +126,11 @@ class Manifest:
         for name, info in self.files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != info.size:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
-                raise Refused(f"{path}: {found}, expected {info.size} bytes", "Export the model again.")
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != info.sha256:
+                size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+                raise Refused(f"{path}: {size}, expected {info.size} bytes", "Export the model again.")
+            if (sha256 := storage.sha256_of(path)) != info.sha256:
                 raise Refused(
-                    f"{path}: its SHA-256 is {found[:12]}, expected {info.sha256[:12]}", "Export the model again."
+                    f"{path}: its SHA-256 is {sha256[:12]}, expected {info.sha256[:12]}", "Export the model again."
                 )
 
 
@@ -146,10 +145,10 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def _stage(values: Mapping) -> StageFile:
+def _read_stage(values: Mapping[str, Any]) -> StageFile:
     def tensors(name: str) -> tuple[TensorInfo, ...]:
         return tuple(
-            TensorInfo(one["name"], tuple(one["axes"]), tuple(one["shape"]), one["dtype"]) for one in values[name]
+            TensorInfo(info["name"], tuple(info["axes"]), tuple(info["shape"]), info["dtype"]) for info in values[name]
         )
 
     return StageFile(values["file"], values["data"], tensors("inputs"), tensors("outputs"))

@@ -489,7 +489,7 @@ FAULTS = {
         "cells, weight = half.flatten(0, 1).float(), weight.float()",
     ),
     "latents of pictures in fp16": Fault(
-        f"{FAST}:drawn", "moments.chunk(2, 1)", "moments.half().chunk(2, 1)", {"scenario": "label"}
+        f"{FAST}:sample_moments", "moments.chunk(2, 1)", "moments.half().chunk(2, 1)", {"scenario": "label"}
     ),
     "an inverse in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample",

@@ -11,7 +11,8 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from datasetdm_fast.config import ENGINES, EngineKind
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.engines import build_engine, check_engine
-from datasetdm_fast.engine.engines.torch import TorchEngine, _oracle, capturing
+from datasetdm_fast.engine.engines.device import engine_call
+from datasetdm_fast.engine.engines.torch import TorchEngine, capturing
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.engine.sampling import make_schedule
@@ -243,7 +244,7 @@ def test_on_a_gpu_cudnn_computes_in_exact_fp32_while_other_threads_do(monkeypatc
     names = "enabled", "allow_tf32", "deterministic", "benchmark"
     for name, before in zip(names, (True, True, False, True)):
         monkeypatch.setattr(cudnn, name, before)
-    seen = _oracle(lambda engine: [getattr(cudnn, name) for name in names])
-    assert seen(SimpleNamespace(device=torch.device("cpu"))) == [True, True, False, True]
-    assert seen(SimpleNamespace(device=torch.device("cuda"))) == [True, False, True, False]
+    seen = engine_call(lambda engine: [getattr(cudnn, name) for name in names])
+    assert seen(SimpleNamespace(device=torch.device("cpu"), precision="fp32")) == [True, True, False, True]
+    assert seen(SimpleNamespace(device=torch.device("cuda"), precision="fp32")) == [True, False, True, False]
     assert not cudnn.allow_tf32  # a call of another thread may be under way

@@ -422,7 +422,7 @@ def test_nothing_is_left_of_an_export_that_failed(demo, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(DataFile, "chunks", full)
-    with pytest.raises(Missing, match="No space left"):
+    with pytest.raises(Missing, match="the disk is full"):
         export(demo[0], {}, tmp_path)
     assert os.listdir(tmp_path) == [".lock"]
     (tmp_path / ".123.part").mkdir()  # of a process that was killed

@@ -44,7 +44,7 @@ class Memory:
 @pytest.mark.parametrize(("room", "size", "worked"), [(8, 8, 8), (5, 8, 4), (4, 7, 4), (1, 2, 1)])
 def test_a_batch_is_halved_once(room, size, worked):
     held = Memory(room)
-    assert memory.halving(held.run, size, held.forget) == (f"{worked} images", worked)
+    assert memory.halve_until_fits(held.run, size, held.forget) == (f"{worked} images", worked)
     assert held.tried == ([size] if worked == size else [size, worked]) and held.forgot == (worked < size)
 
 
@@ -52,7 +52,7 @@ def test_a_batch_is_halved_once(room, size, worked):
 def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
     held = Memory(room)
     with pytest.raises(Missing, match="does not have enough memory for"):
-        memory.halving(held.run, size, held.forget)
+        memory.halve_until_fits(held.run, size, held.forget)
 
 
 def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
@@ -65,7 +65,7 @@ def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
 
 def test_the_bench_knows_both_ways_in_which_memory_runs_out():
     with pytest.raises(Missing) as stop:
-        memory.halving(Memory(0).run, 1, Memory(0).forget)
+        memory.halve_until_fits(Memory(0).run, 1, Memory(0).forget)
     assert memory.is_out_of_memory(stop.value) and memory.is_out_of_memory(torch.OutOfMemoryError())
     assert not memory.is_out_of_memory(ValueError("memory"))
 

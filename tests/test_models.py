@@ -369,8 +369,8 @@ def test_networks_for_a_gpu_are_exact(pair):
 def test_a_user_is_told_once_that_kernels_are_being_compiled(monkeypatch, capsys):
     engine = object.__new__(on_gpu.GpuEngine)
     engine.device = torch.device("cpu")
-    monkeypatch.setattr(on_gpu, "PATIENCE", 0.0)
-    monkeypatch.setattr(on_gpu.GpuEngine, "_has_told", False)
+    monkeypatch.setattr(on_gpu, "SECONDS_BEFORE_MESSAGE", 0.0)
+    monkeypatch.setattr(on_gpu.GpuEngine, "_has_reported", False)
     monkeypatch.setattr(base, "operations", lambda device, dtype: sleep(0.2))
     for _ in range(2):
         engine._operations(torch.float16)

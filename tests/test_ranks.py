@@ -197,7 +197,7 @@ def test_one_rank_compares_samples_and_ends_the_run_where_one_differs(alone, tmp
     ],
 )
 def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
-    assert devices.choose(asked, visible.split()) == chosen.split()
+    assert devices.select_gpus(asked, visible.split()) == chosen.split()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
 )
 def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
     with pytest.raises(kind, match="--gpus"):
-        devices.choose(asked, visible.split())
+        devices.select_gpus(asked, visible.split())
 
 
 def test_gpus_and_ranks_are_not_mixed():

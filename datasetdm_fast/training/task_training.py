@@ -24,7 +24,7 @@ from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, round_parameters, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines.device import multiplies_bf16
-from datasetdm_fast.engine.engines.memory import keep_freed
+from datasetdm_fast.engine.engines.memory import retain_freed
 from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import data_record, predictions, word_heads
@@ -174,7 +174,7 @@ def run_training(
 ) -> dict | None:
     """The result of the training, or None where it was stopped; the same call then resumes, to the same bits."""
     plan = training.plan
-    keep_freed()
+    retain_freed()
     if ranks.is_first and not (settings := training.state_folder / "settings.json").exists():
         record = {training.state_folder / data_record.NAME: data_record.as_json(plan.data)}
         storage.publish(record | {settings: (json.dumps(plan.settings, indent=2) + "\n").encode()})  # which come last

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -60,8 +61,8 @@ BATCH = Extent(1, ("B",))
 WORDS = Extent(1, ("K",))
 
 
-def _operator(name: str) -> Callable:
-    return lambda self, *other: getattr(self, name)(*other)
+def _method(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self, name)(*others)
 
 
 class Value:
@@ -70,7 +71,8 @@ class Value:
     def __init__(
         self, graph: Graph, name: str, shape: Sequence[Size], dtype: torch.dtype, tensor: Tensor | None = None
     ):
-        self.graph, self.name, self.shape, self.dtype, self.tensor = graph, name, tuple(shape), dtype, tensor
+        self.graph, self.name, self.dtype, self.tensor = graph, name, dtype, tensor
+        self.shape: tuple[Any, ...] = tuple(shape)  # each an int, or an Extent
         self.is_spent = False  # overwritten in place: its name no longer says what it holds
         # of a Reshape or Transpose: its kind, what it was made of, its permutation
         self.origin: tuple[str, Value, tuple[int, ...]] | None = None
@@ -81,11 +83,13 @@ class Value:
         return len(self.shape)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         name = func.__name__
         return _call(name.strip("_") if name.startswith("__") else name, func, args, kwargs or {})
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name not in self.graph.operators:
             raise AttributeError(f"export: a traced tensor has no {name!r}")
         return lambda *args, **kwargs: _call(name, getattr(torch.Tensor, name), (self, *args), kwargs)
@@ -96,41 +100,41 @@ class Value:
     def __iter__(self) -> Iterator[Value]:
         return iter(self.unbind(0))
 
-    def __getitem__(self, index) -> Value:
+    def __getitem__(self, index: Any) -> Value:
         return _call("getitem", torch.Tensor.__getitem__, (self, index), {})
 
-    def __rsub__(self, other) -> Value:
+    def __rsub__(self, other: Any) -> Value:
         return self.graph.constant(other, self.dtype).sub(self)
 
-    __add__ = __radd__ = _operator("add")
-    __mul__ = __rmul__ = _operator("mul")
-    __sub__, __truediv__, __lt__ = _operator("sub"), _operator("div"), _operator("lt")
-    __matmul__, __neg__ = _operator("matmul"), _operator("neg")
+    __add__ = __radd__ = _method("add")
+    __mul__ = __rmul__ = _method("mul")
+    __sub__, __truediv__, __lt__ = _method("sub"), _method("div"), _method("lt")
+    __matmul__ = _method("matmul")
 
-    def emit(self, kind: str, *others: Value | str, shape=None, dtype=None, **attributes) -> Value:
-        """The single output of a new node that reads this value and `others`: like this one but for what is given."""
+    def emit(
+        self,
+        kind: str,
+        *others: Value | str,
+        shape: Sequence[Size] | None = None,
+        dtype: torch.dtype | None = None,
+        **attributes: Any,
+    ) -> Value:
+        """The single output of a new node that reads this value and `others`, by default of its shape and dtype."""
         shape = self.shape if shape is None else shape
         (value,) = self.graph.emit(kind, [self, *others], [shape], dtype or self.dtype, **attributes)
         return value
 
 
-def _each(found: object) -> Iterator[Value]:
-    if isinstance(found, Value):
-        yield found
-    elif isinstance(found, (list, tuple)):
-        for one in found:
-            yield from _each(one)
-
-
-def _call(name: str, func: Callable, args: Sequence, kwargs: Mapping):
+def _call(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The result of one PyTorch call: computed where all is constant, else what its operator adds to the graph."""
-    values = list(_each([*args, *kwargs.values()]))
+    leaves = list(_leaves([*args, *kwargs.values()]))
+    values = [leaf for leaf in leaves if isinstance(leaf, Value)]
     if any(value.is_spent for value in values):
         raise RuntimeError(f"export: {name} reads a tensor that was overwritten in place")
     graph = values[0].graph
-    has_extent = any(isinstance(one, Extent) for one in _leaves([*args, *kwargs.values()]))
+    has_extent = any(isinstance(leaf, Extent) for leaf in leaves)
     if all(value.tensor is not None for value in values) and not has_extent:
-        return _folded(graph, name, func, args, kwargs)
+        return _fold(graph, name, func, args, kwargs)
     if name not in graph.operators:
         raise NotImplementedError(f"export: no ONNX form of {name} is written")
     if name.endswith("_"):
@@ -138,45 +142,42 @@ def _call(name: str, func: Callable, args: Sequence, kwargs: Mapping):
     return graph.operators[name](*args, **kwargs)
 
 
-def _leaves(found: object) -> Iterator[object]:
-    if isinstance(found, (list, tuple)):
-        for one in found:
-            yield from _leaves(one)
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
     else:
-        yield found
+        yield value
 
 
-def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Mapping):
+def _fold(graph: Graph, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The constant result, named by how it was made: equal names mean equal bytes in all graphs of the weights."""
 
-    def real(one):
-        if isinstance(one, Value):
-            return one.tensor
-        return type(one)(map(real, one)) if isinstance(one, (list, tuple)) else one
+    def unwrap(value: Any) -> Any:
+        if isinstance(value, Value):
+            return value.tensor
+        return type(value)(map(unwrap, value)) if isinstance(value, (list, tuple)) else value
+
+    def wrap(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            return graph.constant(value, name=name)
+        if isinstance(value, (list, tuple)):
+            return type(value)(wrap(part, name and f"{name}[{place}]") for place, part in enumerate(value))
+        return value
 
     with torch.no_grad():
-        result = func(*map(real, args), **{key: real(one) for key, one in kwargs.items()})
-    given = list(_leaves([args, list(kwargs.items())]))
-    is_named = all(one.name if isinstance(one, Value) else not isinstance(one, Tensor) for one in given)
-    told = (
-        f"{name}({', '.join(one.name if isinstance(one, Value) else repr(one) for one in given)})" if is_named else ""
-    )
-
-    def wrapped(one, name):
-        if isinstance(one, Tensor):
-            return graph.constant(one, name=name)
-        if isinstance(one, (list, tuple)):
-            return type(one)(wrapped(part, name and f"{name}[{place}]") for place, part in enumerate(one))
-        return one
-
-    return wrapped(result, told)
+        result = func(*map(unwrap, args), **{key: unwrap(value) for key, value in kwargs.items()})
+    leaves = list(_leaves([args, list(kwargs.items())]))
+    is_named = all(leaf.name if isinstance(leaf, Value) else not isinstance(leaf, Tensor) for leaf in leaves)
+    texts = (leaf.name if isinstance(leaf, Value) else repr(leaf) for leaf in leaves)
+    return wrap(result, f"{name}({', '.join(texts)})" if is_named else "")
 
 
 class Graph:
     """One graph under construction; large constants go to `data`, `operators` maps PyTorch calls to nodes."""
 
     def __init__(
-        self, name: str, data: DataFile, operators: Mapping[str, Callable], opset: int = OPSETS[torch.float32]
+        self, name: str, data: DataFile, operators: Mapping[str, Callable[..., Any]], opset: int = OPSETS[torch.float32]
     ):
         self.name, self.data, self.operators, self.opset = name, data, operators, opset
         self.scope: list[str] = []  # the modules whose forward is running, for the names of their nodes
@@ -203,11 +204,11 @@ class Graph:
         """Names `value` for the caller; the node that makes it bears the name, as TensorRT casts to uint8 last."""
         for node in self._nodes:
             for names in (node.input, node.output):
-                names[:] = [name if one == value.name else one for one in names]
+                names[:] = [name if read == value.name else read for read in names]
         value.name = name
         self.outputs.append(value)
 
-    def constant(self, value: Tensor | float | Sequence, dtype: torch.dtype | None = None, name: str = "") -> Value:
+    def constant(self, value: Any, dtype: torch.dtype | None = None, name: str = "") -> Value:
         """A constant; its bytes are looked up when a node reads it."""
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
         return Value(self, name, tensor.shape, tensor.dtype, tensor)
@@ -218,7 +219,7 @@ class Graph:
         inputs: Sequence[Value | str],
         shapes: Sequence[Sequence[Size]],
         dtype: torch.dtype,
-        **attributes,
+        **attributes: Any,
     ) -> list[Value]:
         """The outputs of a new node."""
         node = self._unique("/".join([*self.scope[-1:], kind]))
@@ -238,9 +239,9 @@ class Graph:
         """The name a node reads `value` by."""
         if isinstance(value, str):
             return value
-        return value.name if value.tensor is None else self.stored(value.tensor, value.dtype, value.name)
+        return value.name if value.tensor is None else self.store(value.tensor, value.dtype, value.name)
 
-    def stored(self, tensor: Tensor, dtype: torch.dtype, name: str = "") -> str:
+    def store(self, tensor: Tensor, dtype: torch.dtype, name: str = "") -> str:
         """The name of an initializer with the bytes `tensor` has as `dtype`."""
         name = name or f"constant.{hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]}{list(tensor.shape)}"
         name = name if dtype == torch.float32 else f"{name}.{str(dtype).removeprefix('torch.')}"
@@ -258,24 +259,24 @@ class Graph:
 
     # Sizes
 
-    def integers(self, numbers: Sequence[int]) -> str:
-        return self.stored(torch.tensor(numbers, dtype=torch.int64), torch.int64)
+    def integers(self, numbers: Sequence[Any]) -> str:
+        return self.store(torch.tensor(numbers, dtype=torch.int64), torch.int64)
 
-    def shape(self, sizes: Sequence[Size], is_reshape: bool = False) -> str:
+    def shape(self, sizes: Sequence[Any], is_reshape: bool = False) -> str:
         """The name of a one-dimensional int64 tensor that holds these sizes; a Reshape works out one of them itself."""
         dynamic = [place for place, size in enumerate(sizes) if isinstance(size, Extent)]
         if len(dynamic) == 1 and is_reshape:
             return self.integers([-1 if place in dynamic else size for place, size in enumerate(sizes)])
         if not dynamic:
             return self.integers(list(sizes))
-        parts = [self._measured(size) if isinstance(size, Extent) else self.integers([size]) for size in sizes]
+        parts = [self._measure(size) if isinstance(size, Extent) else self.integers([size]) for size in sizes]
         return self._length("Concat", parts, len(sizes), axis=0)
 
     def _length(self, kind: str, inputs: Sequence[str], length: int = 1, **attributes: int) -> str:
         """The name of the one-dimensional int64 tensor that a new node makes."""
         return self.emit(kind, inputs, [[length]], torch.int64, **attributes)[0].name
 
-    def _measured(self, extent: Extent) -> str:
+    def _measure(self, extent: Extent) -> str:
         """The name of a tensor [1] that holds the extent."""
         if extent not in self._sizes:
             factors = [self._axis(letter) for letter in extent.letters] + (
@@ -299,7 +300,7 @@ class Graph:
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """The finished graph; its data file is written apart."""
 
-        def described(values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
+        def describe(values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
             return [
                 helper.make_tensor_value_info(
                     value.name,
@@ -309,9 +310,9 @@ class Graph:
                 for value in values
             ]
 
-        nodes, read = self._needed()
+        nodes, read = self._select_needed()
         constants = [constant for name, constant in self._constants.items() if name in read]
-        graph = helper.make_graph(nodes, self.name, described(self.inputs), described(self.outputs), constants)
+        graph = helper.make_graph(nodes, self.name, describe(self.inputs), describe(self.outputs), constants)
         domains = [helper.make_opsetid("", self.opset)]
         if any(node.domain == MICROSOFT for node in nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
@@ -322,7 +323,7 @@ class Graph:
             model.metadata_props.add(key=key, value=content)
         return model
 
-    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+    def _select_needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
         """The nodes an output depends on and the names they read: an undone transposition leaves one nobody reads."""
         read = {value.name for value in self.outputs}
         needed = []
@@ -336,13 +337,10 @@ class Graph:
 def trace_module(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
     """`module` with its weights as constants of `graph` and its parts named in it; it is of no other use afterwards."""
 
-    def entered(name: str):
-        def enter(*_):
-            graph.scope.append(name)
+    def entering(name: str) -> Callable[..., None]:
+        return lambda *_: graph.scope.append(name)
 
-        return enter
-
-    def leave(*_):
+    def leave(*_: Any) -> None:
         graph.scope.pop()
 
     for name, part in module.named_modules():
@@ -355,6 +353,6 @@ def trace_module(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
                     held[key] = graph.constant(tensor.detach(), name=f"{place}.{key}")
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             hooks.clear()
-        part.register_forward_pre_hook(entered(place))
+        part.register_forward_pre_hook(entering(place))
         part.register_forward_hook(leave)
     return module

@@ -4,8 +4,9 @@ Attention is MatMul, Softmax, MatMul over [B, heads, S, d] with the scale on the
 InstanceNormalization over groups; norms and softmax are computed in fp32 whatever the storage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from datasetdm_fast.kernels.image_norm import EPS
 
 def instance_norm(x: Value, eps: float) -> Value:  # [B, G, S]
     """Zero mean and unit biased variance along S."""
-    affine = (x.graph.constant(one) for one in (torch.ones(x.shape[1]), torch.zeros(x.shape[1])))
+    affine = (x.graph.constant(make(x.shape[1])) for make in (torch.ones, torch.zeros))
     return x.emit("InstanceNormalization", *affine, epsilon=eps)
 
 
@@ -58,10 +59,10 @@ def attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     the values hands out the maps.
     """
     width, count = q.shape[3], k.shape[2]
-    beside = (0, count)
+    padding = (0, count)
     unit = nn.functional.pad(torch.eye(count), (width, 0))  # [T, d + T]
-    both = probabilities(nn.functional.pad(q, beside), nn.functional.pad(k, beside), width**-0.5) @ (
-        nn.functional.pad(v, beside) + unit
+    both = probabilities(nn.functional.pad(q, padding), nn.functional.pad(k, padding), width**-0.5) @ (
+        nn.functional.pad(v, padding) + unit
     )
     return tuple(both.split([width, count], 3))
 
@@ -94,7 +95,8 @@ def depth_head(
     matrices = shifted(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
     across = x.graph.constant(matrices.permute(0, 2, 1).reshape(3 * side, -1).contiguous())  # [3 w, W]
     down = x.graph.constant(matrices.permute(1, 0, 2).reshape(-1, 3 * side).contiguous())  # [H, 3 h]
-    cells, answer = x.flatten(2), None
+    cells: Value = x.flatten(2)
+    total: Any = None
     for start in range(0, hidden, CHUNK):
         stop = min(start + CHUNK, hidden)
         part = weight[start:stop]
@@ -104,9 +106,9 @@ def depth_head(
         rows = taps.flatten(4) @ across  # [B, o, h, 3, W]
         wide = down @ rows.transpose(2, 3).flatten(2, 3)  # [B, o, H, W]
         wide = nn.functional.relu(wide + bias[start:stop].reshape(-1, 1, 1))
-        found = nn.functional.conv2d(wide, last_weight[:, start:stop], None if start else last_bias, padding=1)
-        answer = found if answer is None else answer + found
-    return answer
+        output = nn.functional.conv2d(wide, last_weight[:, start:stop], None if start else last_bias, padding=1)
+        total = output if total is None else total + output
+    return total
 
 
 class Doubled(nn.Module):
@@ -115,21 +117,21 @@ class Doubled(nn.Module):
     def __init__(self, upsample: Upsample):
         super().__init__()
         (top_left, top_right), (bottom_left, bottom_right) = (row.chunk(2) for row in upsample.weight.chunk(2))
-        left, right = _woven(top_left, bottom_left, 2), _woven(top_right, bottom_right, 2)
-        self.weight = nn.Parameter(_woven(left, right, 3).transpose(0, 1), requires_grad=False)  # [in, out, 4, 4]
+        left, right = _interleave(top_left, bottom_left, 2), _interleave(top_right, bottom_right, 2)
+        self.weight = nn.Parameter(_interleave(left, right, 3).transpose(0, 1), requires_grad=False)  # [in, out, 4, 4]
         self.bias = nn.Parameter(upsample.bias.chunk(4)[0], requires_grad=False)
 
     def forward(self, x: Value) -> Value:
         batch, _, height, width = x.shape
-        inputs = (Value(x.graph, one.name, one.shape, x.dtype, one.tensor) for one in (self.weight, self.bias))
+        inputs = (Value(x.graph, value.name, value.shape, x.dtype, value.tensor) for value in (self.weight, self.bias))
         shape = (batch, self.weight.shape[1], 2 * height, 2 * width)
         return x.emit("ConvTranspose", *inputs, shape=shape, kernel_shape=(4, 4), strides=(2, 2), pads=(1, 1, 1, 1))
 
 
-def _woven(first: Tensor, second: Tensor, axis: int) -> Tensor:
+def _interleave(first: Tensor, second: Tensor, axis: int) -> Tensor:
     """The four taps along `axis` of a transposed convolution, from the pairs of both places of a doubled cell."""
-    (before, here), (there, after) = first.unbind(axis), second.unbind(axis)
-    return torch.stack([after, here, there, before], axis)
+    (before, here), (same, after) = first.unbind(axis), second.unbind(axis)
+    return torch.stack([after, here, same, before], axis)
 
 
 def exportable(module: nn.Module) -> nn.Module:
@@ -139,9 +141,9 @@ def exportable(module: nn.Module) -> nn.Module:
     return module
 
 
-OWN = (group_norm_silu, layer_norm, geglu, attention, attention_maps, image_norm)
-OWN += (masked_attention, mask_head, depth_head)
-PORTABLE = SimpleNamespace(**{**vars(reference), **{form.__name__: form for form in OWN}})
+FORMS: tuple[Callable[..., Any], ...] = (group_norm_silu, layer_norm, geglu, attention, attention_maps, image_norm)
+FORMS += (masked_attention, mask_head, depth_head)
+PORTABLE = SimpleNamespace(**{**vars(reference), **{form.__name__: form for form in FORMS}})
 
 
 # For ONNX Runtime alone: its own attention, which on no device writes the scores to memory.
@@ -159,5 +161,6 @@ def plain_attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     return maps @ v, maps
 
 
-OWN_OF_ONNX_RUNTIME = {"attention": one_node_attention, "attention_maps": plain_attention_maps}
-ONNX_RUNTIME = SimpleNamespace(**{**vars(PORTABLE), **OWN_OF_ONNX_RUNTIME})
+ONNX_RUNTIME = SimpleNamespace(
+    **{**vars(PORTABLE), "attention": one_node_attention, "attention_maps": plain_attention_maps}
+)

@@ -1,7 +1,8 @@
 """PyTorch operators as ONNX nodes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +14,25 @@ BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of i
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
-def _as(value: Value, dtype: torch.dtype) -> Value:
+def _as(value: Any, dtype: torch.dtype) -> Value:
     """A constant takes the type of what it meets."""
     if value.tensor is not None and value.dtype != dtype and value.dtype.is_floating_point:
         return Value(value.graph, value.name, value.shape, dtype, value.tensor)
     return value
 
 
-def _operands(*given) -> list[Value]:
+def _operands(*operands: Any) -> list[Value]:
     """The operands as Values of one type: that of those which are no constants."""
-    values = [one for one in given if isinstance(one, Value)]
+    values = [operand for operand in operands if isinstance(operand, Value)]
     graph = values[0].graph
-    dtype = next((one.dtype for one in values if one.tensor is None), values[0].dtype)
-    return [
-        _as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype)
-        for one in given
-    ]
+    dtype = next((value.dtype for value in values if value.tensor is None), values[0].dtype)
+
+    def convert(operand: Any) -> Value:
+        if isinstance(operand, Value):
+            return operand
+        return graph.constant(operand, None if isinstance(operand, Tensor) else dtype)
+
+    return [_as(convert(operand), dtype) for operand in operands]
 
 
 def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
@@ -43,9 +47,9 @@ def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(result)
 
 
-def _elementwise(kind: str, dtype: torch.dtype | None = None):
-    def operator(*given) -> Value:
-        first, *others = values = _operands(*given)
+def _elementwise(kind: str, dtype: torch.dtype | None = None) -> Callable[..., Value]:
+    def operator(*operands: Any) -> Value:
+        first, *others = values = _operands(*operands)
         return first.emit(kind, *others, shape=_broadcast(*(value.shape for value in values)), dtype=dtype)
 
     return operator
@@ -61,16 +65,22 @@ def gelu(x: Value, approximate: str = "none") -> Value:
     return x * ((x / math.sqrt(2)).emit("Erf") + 1.0) * 0.5
 
 
-def to(x: Value, dtype: torch.dtype | torch.device, *_, **__) -> Value:
+def to(x: Value, dtype: torch.dtype | torch.device, *_: Any, **__: Any) -> Value:
     if not isinstance(dtype, torch.dtype) or dtype == x.dtype:
         return x
     return x.emit("Cast", dtype=dtype, to=TYPES[dtype])
 
 
 def conv2d(
-    x: Value, weight: Value, bias: Value | None = None, stride=1, padding=0, dilation=1, groups: int = 1
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Value:
-    pair = [tuple(one) if isinstance(one, (tuple, list)) else (one, one) for one in (stride, padding, dilation)]
+    pair = [tuple(size) if isinstance(size, (tuple, list)) else (size, size) for size in (stride, padding, dilation)]
     (strides, pads, dilations), kernel = pair, weight.shape[2:]
     assert groups == 1 and dilations == (1, 1)
     sides = tuple((side + 2 * pad - k) // step + 1 for side, pad, k, step in zip(x.shape[2:], pads, kernel, strides))
@@ -101,7 +111,9 @@ def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: 
     return x.emit("LayerNormalization", scale, shift, axis=-1, epsilon=eps, stash_type=1)
 
 
-def batch_norm(x: Value, mean: Value, variance: Value, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    x: Value, mean: Value, variance: Value, weight: None, bias: None, training: bool, momentum: float, eps: float
+) -> Value:
     """By stored statistics, without an affine part."""
     assert weight is None and bias is None and not training
     ones, zeros = x.graph.constant(torch.ones(mean.shape)), x.graph.constant(torch.zeros(mean.shape))
@@ -119,16 +131,16 @@ def scaled_dot_product_attention(q: Value, k: Value, v: Value, is_causal: bool) 
     return softmax((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + later, -1) @ v
 
 
-def embedding(ids: Value, weight: Value, *_, **__) -> Value:
+def embedding(ids: Value, weight: Value, *_: Any, **__: Any) -> Value:
     return weight.emit("Gather", ids, shape=(*ids.shape, weight.shape[1]), axis=0)
 
 
-def interpolate(x: Value, size: tuple[int, int], mode: str, align_corners: bool = False, **_) -> Value:
+def interpolate(x: Value, size: tuple[int, int], mode: str, align_corners: bool = False, **_: Any) -> Value:
     """Bilinear with half-pixel centres."""
     assert mode == "bilinear" and not align_corners
     shape, scales = (*x.shape[:2], *size), [new / old for new, old in zip(size, x.shape[2:])]
     if all(float(np.float32(scale)) == scale for scale in scales):
-        sizes = ["", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)]
+        sizes = ["", x.graph.store(torch.tensor([1.0, 1.0, *scales]), torch.float32)]
     else:  # a ratio that rounds could also round the size
         sizes = ["", "", x.graph.shape(shape)]
     return x.emit("Resize", *sizes, shape=shape, mode="linear", coordinate_transformation_mode="half_pixel")
@@ -173,8 +185,8 @@ def unbind(x: Value, dim: int = 0) -> list[Value]:
     return [reshape(part, *x.shape[:axis], *x.shape[axis + 1 :]) for part in split(x, [1] * x.shape[axis], axis)]
 
 
-def permute(x: Value, *axes) -> Value:
-    axes = [axis % x.ndim for axis in (axes[0] if isinstance(axes[0], (tuple, list)) else axes)]
+def permute(x: Value, *order: Any) -> Value:
+    axes = [axis % x.ndim for axis in (order[0] if isinstance(order[0], (tuple, list)) else order)]
     if x.origin and x.origin[0] == "Transpose":
         _, x, before = x.origin
         axes = [before[axis] for axis in axes]
@@ -191,8 +203,8 @@ def transpose(x: Value, first: int, second: int) -> Value:
     return permute(x, axes)
 
 
-def reshape(x: Value, *sizes) -> Value:
-    sizes = _solved(x.shape, sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes)
+def reshape(x: Value, *shape: Any) -> Value:
+    sizes = _solve_sizes(x.shape, shape[0] if isinstance(shape[0], (tuple, list)) else shape)
     if x.origin and x.origin[0] == "Reshape":
         x = x.origin[1]
     if tuple(sizes) == x.shape:
@@ -202,13 +214,14 @@ def reshape(x: Value, *sizes) -> Value:
     return out
 
 
-def _solved(whole: Sequence[Size], sizes: Sequence[Size]) -> list[Size]:
+def _solve_sizes(whole: Sequence[Size], sizes: Sequence[Size]) -> list[Size]:
     """The sizes, a -1 among them as what is left of the shape `whole` once the others are taken from it."""
     if -1 not in sizes:
         return list(sizes)
     place = sizes.index(-1)
     parts = [*sizes[:place], *sizes[place + 1 :]]
-    total, taken = math.prod(whole, start=Extent(1, ())), math.prod(parts, start=Extent(1, ()))
+    total: Any = math.prod(whole, start=Extent(1, ()))
+    taken: Any = math.prod(parts, start=Extent(1, ()))
     letters = list(total.letters)
     for letter in taken.letters:
         letters.remove(letter)
@@ -223,10 +236,10 @@ def flatten(x: Value, start: int = 0, end: int = -1) -> Value:
 
 def unflatten(x: Value, dim: int, sizes: Sequence[Size]) -> Value:
     dim %= x.ndim
-    return reshape(x, *x.shape[:dim], *_solved([x.shape[dim]], list(sizes)), *x.shape[dim + 1 :])
+    return reshape(x, *x.shape[:dim], *_solve_sizes([x.shape[dim]], list(sizes)), *x.shape[dim + 1 :])
 
 
-def expand(x: Value, *sizes) -> Value:
+def expand(x: Value, *sizes: Any) -> Value:
     padded = (1,) * (len(sizes) - x.ndim) + x.shape
     shape = [old if isinstance(new, int) and new == -1 else new for old, new in zip(padded, sizes)]
     if tuple(shape) == x.shape:
@@ -247,18 +260,18 @@ def unsqueeze(x: Value, dim: int) -> Value:
     return reshape(x, *x.shape[:axis], 1, *x.shape[axis:])
 
 
-def getitem(x: Value, index) -> Value:
+def getitem(x: Value, index: Any) -> Value:
     """Slices, None and Ellipsis."""
     index = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in index:
         place = index.index(Ellipsis)
-        index[place : place + 1] = [slice(None)] * (x.ndim - sum(one is not None for one in index) + 1)
+        index[place : place + 1] = [slice(None)] * (x.ndim - sum(part is not None for part in index) + 1)
     axis = 0
-    for one in index:
-        if one is None:
+    for part in index:
+        if part is None:
             x = unsqueeze(x, axis)
-        elif one != slice(None):
-            start, stop, step = one.indices(x.shape[axis])
+        elif part != slice(None):
+            start, stop, step = part.indices(x.shape[axis])
             shape = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
             x = x.emit("Slice", *(x.graph.integers([number]) for number in (start, stop, axis, step)), shape=shape)
         axis += 1
@@ -289,15 +302,16 @@ def clamp(x: Value, low: float, high: float) -> Value:
     return x.emit("Clip", *(x.graph.constant(limit, x.dtype) for limit in (low, high)))
 
 
-def _unary(kind: str):
+def _unary(kind: str) -> Callable[..., Value]:
     return lambda x, inplace=False: x.emit(kind)
 
 
-OPERATORS = {kind.lower(): _unary(kind) for kind in ("Neg", "Exp", "Cos", "Sin", "Relu", "Sigmoid", "Floor")}
+OPERATORS = {kind.lower(): _unary(kind) for kind in ("Cos", "Sin", "Relu", "Sigmoid", "Floor")}
 OPERATORS |= {kind.lower(): _elementwise(kind) for kind in ("Add", "Sub", "Mul", "Div")}
 OPERATORS |= {"add_": OPERATORS["add"], "lt": _elementwise("Less", torch.bool), "all": every}
 OPERATORS |= {"contiguous": lambda x: x, "float": lambda x: to(x, torch.float32)}
-OPERATORS |= {one.__name__: one for one in (silu, gelu, to, conv2d, linear, matmul, layer_norm, batch_norm, softmax)}
-OPERATORS |= {one.__name__: one for one in (scaled_dot_product_attention, embedding, interpolate, pixel_shuffle, pad)}
-OPERATORS |= {one.__name__: one for one in (cat, split, chunk, unbind, permute, transpose, reshape, flatten, unflatten)}
-OPERATORS |= {one.__name__: one for one in (expand, repeat_interleave, unsqueeze, getitem, clamp, isfinite, mean)}
+FUNCTIONS: tuple[Callable[..., Any], ...] = (silu, gelu, to, conv2d, linear, matmul, layer_norm, batch_norm, softmax)
+FUNCTIONS += (scaled_dot_product_attention, embedding, interpolate, pixel_shuffle, pad, cat, split, chunk, unbind)
+FUNCTIONS += (permute, transpose, reshape, flatten, unflatten, expand, repeat_interleave, unsqueeze, getitem, clamp)
+FUNCTIONS += (isfinite, mean)
+OPERATORS |= {function.__name__: function for function in FUNCTIONS}

@@ -37,7 +37,7 @@ from datasetdm_fast.export.manifest import (
     TensorInfo,
     check_replaceable,
 )
-from datasetdm_fast.export.onnx.capture import AveragingHook, ProjectingHook, RawHook
+from datasetdm_fast.export.onnx.capture import AveragingHook, ExportHook, ProjectingHook, RawHook
 from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, Extent, Graph, Value, trace_module
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
@@ -155,7 +155,15 @@ class StageExport:
         self.model, self.decoders, self.on_stage = model, decoders, on_stage
         self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
         side = model.size // FACTOR
-        self.sizes = {"B": BATCH, "2B": BATCH * 2, "K": WORDS, "h": side, "w": side, "H": model.size, "W": model.size}
+        self.sizes: dict[str, int | Extent] = {
+            "B": BATCH,
+            "2B": BATCH * 2,
+            "K": WORDS,
+            "h": side,
+            "w": side,
+            "H": model.size,
+            "W": model.size,
+        }
         self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
 
     @cached_property
@@ -267,7 +275,7 @@ class StageExport:
         return stages.annotate(config.kind, list(decoder.projections()), bool(config.word_heads))
 
     def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
-        sizes = dict(self.sizes)
+        sizes: dict[str, int | Extent] = dict(self.sizes)
         if key.startswith("sums_"):
             level = LEVELS.index(key.removeprefix("sums_"))
             part = self.projection.tasks[label_of(name)][level]
@@ -298,34 +306,24 @@ class StageExport:
         context: Value,
         class_context: Value | None = None,
     ) -> dict[str, Value]:
-        sides = averaged_sides(name)
+        hook: NoCapture
         if name == RAW:
             hook = RawHook(self.model.levels, self.ops)
-        elif sides:
+        elif class_context is not None:
             keys = (key for key, _ in modules["texts"](class_context.to(self.dtype)))
-            hook = AveragingHook(self.model, sides, dict(zip(modules["unet"].text_layers, keys)), self.ops)
+            layers = modules["unet"].text_layers
+            hook = AveragingHook(self.model.levels, averaged_sides(name), dict(zip(layers, keys)), self.ops)
         else:
             hook = NoCapture(self.ops) if name == "denoise" else ProjectingHook(self.projection, self.ops)
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
         noise = modules["unet"](latents.to(self.dtype), biases, texts, hook).float()
-        if name == RAW:
-            capture = hook.result()
-            raw = {
-                f"{kind}_{level}_{place}": value
-                for kind in ("features", "maps")
-                for level, row in zip(LEVELS, getattr(capture, kind))
-                for place, value in enumerate(row)
-            }
-            return {"noise": noise, **raw}
-        if sides:
-            return {"noise": noise, **hook.sums}
-        sums = sorted(hook.sums.items()) if name != "denoise" else ()
-        return {"noise": noise, **{f"sums_{LEVELS[level]}": total for level, total in sums}}
+        return {"noise": noise, **(hook.outputs() if isinstance(hook, ExportHook) else {})}
 
     def _decoder_outputs(self, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
         graph = next(iter(inputs.values())).graph
         empty = ((level.name, (BATCH, 0, level.side, level.side)) for level in self.model.levels)
-        sums = {f"sums_{name}": Value(graph, "", shape, torch.float32) for name, shape in empty} | inputs
+        unread = {f"sums_{name}": Value(graph, "", shape, torch.float32) for name, shape in empty}
+        sums = {**unread, **inputs}
         return decoder(ProjectedCapture(tuple(sums[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text"))
 
 

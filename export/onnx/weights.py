@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,41 +31,45 @@ class Deferred(torch.Tensor):
         return cls(value.to("meta"), lambda _: value)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
 
-        def with_each(change: Callable[[Tensor], Tensor]):
+        def with_each(change: Callable[[Tensor], Any]) -> Any:
             return tree_map(lambda value: change(value) if isinstance(value, Tensor) else value, (args, kwargs))
 
-        def computed(made: Made):
-            if computed not in made:
-                positional, named = with_each(lambda value: _made(value, made))
-                made[computed] = func(*positional, **named)
-            return made[computed]
+        def compute(made: Made) -> Any:
+            if compute not in made:
+                positional, named = with_each(lambda value: _materialise(value, made))
+                made[compute] = func(*positional, **named)
+            return made[compute]
 
         positional, named = with_each(lambda value: value.like if isinstance(value, Deferred) else value.to("meta"))
         shapes = func(*positional, **named)
         if isinstance(shapes, Tensor):
-            return cls(shapes, computed)
-        return type(shapes)(
-            cls(shape, lambda made, place=place: computed(made)[place]) for place, shape in enumerate(shapes)
-        )
+            return cls(shapes, compute)
+
+        def part(place: int) -> Callable[[Made], Tensor]:
+            return lambda made: compute(made)[place]
+
+        return type(shapes)(cls(shape, part(place)) for place, shape in enumerate(shapes))
 
     def __repr__(self) -> str:  # printing must not compute
         return f"Deferred({list(self.shape)}, {self.dtype})"
 
 
-Made = dict[Callable, Tensor | Sequence[Tensor]]  # what was computed already on the way to one tensor
+Made = dict[Callable[..., Any], Tensor | Sequence[Tensor]]  # what was computed already on the way to one tensor
 
 
-def _made(tensor: Tensor, made: Made) -> Tensor:
+def _materialise(tensor: Tensor, made: Made) -> Tensor:
     return tensor.make(made) if isinstance(tensor, Deferred) else tensor.detach()
 
 
 def value_of(tensor: Tensor) -> Tensor:
     """The tensor itself, a Deferred one computed."""
     with torch.no_grad():
-        return _made(tensor, {})
+        return _materialise(tensor, {})
 
 
 def defer_weights(module: nn.Module) -> SimpleNamespace:

@@ -61,14 +61,15 @@ def staleness_of(folder: Path) -> Callable[[Facts], str]:
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
-    facts, row = entry.facts, {"path": str(entry.path), "bytes": entry.size}
+    facts = entry.facts
+    row: dict[str, Any] = {"path": str(entry.path), "bytes": entry.size}
     if not facts:
         return row
     # the images of each optimisation profile; a CFG batch is twice as long and never the shortest input
     batches = [min(shape[0] for shape in profile.values()) for profile in facts["profiles"]]
     about = {"stage": facts["stage"], "precision": facts["precision"], "batches": batches}
     about |= {"flavour": f"{flavours.TITLES[facts['flavour']]} {facts['version']}", "cuda": facts["cuda"]}
-    return row | about | {"capabilities": facts["capabilities"] or ["portable"], "gpu": facts["gpu"]} | entry.notes
+    return row | about | {"capabilities": facts["capabilities"] or ["portable"], "gpu": facts["gpu"], **entry.notes}
 
 
 def describe_row(row: dict[str, Any]) -> str:

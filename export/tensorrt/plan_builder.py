@@ -36,7 +36,7 @@ class Pipe:
 
 
 def _make_logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         """Keeps what went wrong and the list of layers, which without a GPU TensorRT reports nowhere else."""
 
         def __init__(self) -> None:
@@ -54,7 +54,7 @@ def _make_logger(trt: Any) -> Any:
 
 
 def _make_monitor(trt: Any, pipe: Pipe) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         """The share of the build that is done, from the nested phases TensorRT reports."""
 
         def __init__(self) -> None:

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 def check_engine(name: str, **options: Any) -> None:
-    """Raises Missing where an engine lacks what it runs on; asked before torch is imported or a model is read, so that
-    the answer comes at once. The options are settings of EngineSettings.
+    """Raises Missing where an engine lacks what it runs on, before torch is imported or a model is read.
+
+    The options are settings of EngineSettings.
     """
-    kind, own = _chosen(name, options)
+    kind, values = _select_options(name, options)
     if kind.requirement:
         place, option = kind.requirement
-        _of(name, lambda: load_place(place)(own[option]))
+        _of(name, lambda: load_place(place)(values[option]))
 
 
 def build_engine(
@@ -41,29 +42,31 @@ def build_engine(
     """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
     of another engine are refused.
     """
-    kind, own = _chosen(name, options)
-    built: Engine = _of(name, lambda: load_place(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own))
+    kind, values = _select_options(name, options)
+    built: Engine = _of(
+        name, lambda: load_place(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **values)
+    )
     return built
 
 
 def _of(name: str, call: Callable[[], Any]) -> Any:
-    """What `call` gives; where code of another package fails, that package is named."""
+    """The result of `call`; where code of another package fails, that package is named."""
     return ENGINES.guard(name, call) if name in ENGINES.others else call()
 
 
-def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
-    """The record of an engine, and the value of each of its own options."""
+def _select_options(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
+    """The record of an engine, and the values of its options."""
     if name not in ENGINE_NAMES:
         raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
     chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
-    given = EngineSettings(**options)
+    settings = EngineSettings(**options)
     if unknown := [option for option in chosen.options if not hasattr(usual, option)]:
         error = ValueError(f"there is no flag for its option {unknown[0]!r}")
         raise ENGINES.failure(name, error, "does not load")
     for kind in (kind for other, kind in ENGINES.items() if other not in ENGINES.others):
         for option, refusal in kind.options.items():
-            value = getattr(given, option)
+            value = getattr(settings, option)
             if option not in chosen.options and value != getattr(usual, option):
                 cause, remedy = (text.format(engine=name, value=value) for text in refusal)
                 raise Refused(cause, remedy)
-    return chosen, {option: getattr(given, option) for option in chosen.options}
+    return chosen, {option: getattr(settings, option) for option in chosen.options}

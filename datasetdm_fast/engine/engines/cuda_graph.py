@@ -12,12 +12,12 @@ TURN = threading.RLock()  # held by the thread that records or replays: what oth
 
 
 class InOrder:
-    """Buffers that several threads write and read, each on a stream of its own."""
+    """Buffers that several threads write and read, each on its own stream."""
 
     last: torch.cuda.Stream | None = None  # of the thread that used them last
 
     def follow(self, current: torch.cuda.Stream) -> None:
-        """What `current` is given from now on comes after the calls of other threads, whose buffers it writes over."""
+        """Orders the next work of `current` after the calls of other threads, whose buffers it overwrites."""
         if self.last is not None and self.last.cuda_stream != current.cuda_stream:
             current.wait_stream(self.last)
         self.last = current
@@ -35,7 +35,7 @@ class GraphPool(InOrder):
 
 
 class StepGraph:
-    """One call as a CUDA graph over its own input and output buffers, on the GPU that its inputs lie on.
+    """One call as a CUDA graph over fixed input and output buffers, on the GPU that its inputs lie on.
 
     Graphs of one `pool` share memory: they are replayed one after the other, by whatever thread. The first `fresh`
     inputs are copied at every call, the others where they are another tensor than before.
@@ -64,7 +64,7 @@ class StepGraph:
         return [value.data_ptr() for value in (*self.inputs, *self.outputs)]
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for new inputs, as tensors of the caller's own."""
+        """The outputs for new inputs, as tensors that later calls leave alone."""
         assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
         with TURN, torch.cuda.device(self.inputs[0].device):
             self.pool.follow(torch.cuda.current_stream())

@@ -1,10 +1,16 @@
-"""Which device an engine runs on."""
+"""Which device an engine runs on, and the settings of PyTorch that decide how its calls round."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from datasetdm_fast.errors import Missing, Refused
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def resolve_device(name: str) -> torch.device:
@@ -63,3 +69,18 @@ def choose_by_shape(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+
+
+def engine_call(method: Method) -> Method:
+    """A call of an engine: without gradients, with algorithms that round alike every time, and with TF32 only where the
+    engine's precision is another than fp32.
+    """
+
+    @functools.wraps(method)
+    def call(engine: Any, *arguments: Any, **options: Any) -> Any:
+        allow_tf32(engine.device, engine.precision != "fp32")
+        choose_by_shape(engine.device)
+        with torch.inference_mode():
+            return method(engine, *arguments, **options)
+
+    return call  # type: ignore[return-value]

@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from datasetdm_fast.errors import Missing, Refused
 
 
-def choose(asked: str, visible: Sequence[str]) -> list[str]:
-    """The GPUs that `asked` means, out of those that are visible."""
-    if asked == "all":
-        wanted = list(range(len(visible)))
-    elif asked.isdecimal() and int(asked):
-        wanted = list(range(int(asked)))
+def select_gpus(selection: str, visible: Sequence[str]) -> list[str]:
+    """The visible GPUs that the value of --gpus selects."""
+    if selection == "all":
+        numbers = list(range(len(visible)))
+    elif selection.isdecimal() and int(selection):
+        numbers = list(range(int(selection)))
     else:
-        words = [word.strip() for word in asked.split(",") if word.strip()]
-        if asked == "0" or not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        words = [word.strip() for word in selection.split(",") if word.strip()]
+        if selection == "0" or not words or not all(map(str.isdecimal, words)) or len(set(words)) < len(words):
             raise Refused(
-                f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
+                f"--gpus {selection}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
                 "Write a list of one GPU with a comma, as 3,",
             )
-        wanted = [int(word) for word in words]
-    if not visible or max(wanted, default=0) >= len(visible):
+        numbers = [int(word) for word in words]
+    if not visible or max(numbers, default=0) >= len(visible):
         raise Missing(
-            f"--gpus {asked}: there are {len(visible)} GPUs here",
+            f"--gpus {selection}: there are {len(visible)} GPUs here",
             "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.",
         )
-    return [visible[k] for k in wanted]
+    return [visible[number] for number in numbers]
 
 
 def visible_gpus() -> list[str]:
@@ -35,5 +35,5 @@ def visible_gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(k) for k in range(count)]
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return names[:count] if names else [str(number) for number in range(count)]

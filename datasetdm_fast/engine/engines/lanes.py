@@ -1,4 +1,4 @@
-"""Slices of one batch on cores of their own: on a CPU a barrier costs more than a small operation."""
+"""Threads that compute slices of one batch in parallel: on a CPU a barrier costs more than a small operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Lanes:
-    """Works on several slices at once, each on its share of PyTorch's threads, or on one.
+    """Computes several slices in parallel, each on its share of PyTorch's threads, or on one.
 
     The slices come from the caller and never from the number of threads, so that this number cannot change a result.
     Some of PyTorch's operations (sigmoid, softmax, single products) round differently on several threads: what uses
@@ -24,38 +24,39 @@ class Lanes:
         self._is_single = is_single
         self._pool: ThreadPoolExecutor | None = None
         self._key: tuple[int, int, int] | None = None
-        self._turn = threading.Lock()  # of callers, who may want other pools
+        self._turn = threading.Lock()  # of callers, who may need other pools
 
-    def map(self, work: Callable[..., Any], slices: Sequence[tuple], most: int = 0) -> list[Any]:
-        """work(*slice) of every slice, in order; of at most so many at once, 0 = of one a thread."""
+    def map(self, call: Callable[..., Any], slices: Sequence[tuple[Any, ...]], most: int = 0) -> list[Any]:
+        """call(*slice) of every slice, in order; at most so many in parallel, 0 = one a thread."""
         threads = torch.get_num_threads()
         lanes = min(threads, len(slices), most or threads)
         if lanes < 2:
-            with _threads(1 if self._is_single else threads):  # here, as a thread of its own has memory of its own, too
-                return [work(*one) for one in slices]
+            with _set_threads(1 if self._is_single else threads):  # here, as another thread has other memory, too
+                return [call(*arguments) for arguments in slices]
         with self._turn:
-            found = self._started(lanes, threads).map(lambda one: _undisturbed(work, one), slices)
-        return list(found)
+            results = self._start(lanes, threads).map(
+                lambda arguments: _call_without_gradients(call, arguments), slices
+            )
+        return list(results)
 
-    def _started(self, lanes: int, threads: int) -> ThreadPoolExecutor:
+    def _start(self, lanes: int, threads: int) -> ThreadPoolExecutor:
         key = (os.getpid(), lanes, threads)  # threads do not survive a fork
-        if self._key != key:
-            if self._pool is not None and self._key[0] == key[0]:
+        if self._pool is None or self._key != key:
+            if self._pool is not None and self._key is not None and self._key[0] == key[0]:
                 self._pool.shutdown()
             ready = threading.Barrier(lanes)
             share = 1 if self._is_single else threads // lanes
             self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(share,))
-            list(
-                self._pool.map(lambda _: ready.wait(), range(lanes))
-            )  # every lane has started, and with it set its own number of threads
+            # Once every lane has started, each has set its number of threads.
+            list(self._pool.map(lambda _: ready.wait(), range(lanes)))
             torch.set_num_threads(threads)
             self._key = key
         return self._pool
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """This thread with another number of threads for a while."""
+def _set_threads(count: int) -> Iterator[None]:
+    """Within the block, this thread uses another number of threads."""
     before = torch.get_num_threads()
     if count == before:
         yield
@@ -68,12 +69,12 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _limit(threads: int) -> None:
-    """Gives this thread its number of threads, after PyTorch set the process's number at its first question."""
+    """Sets this thread's number of threads, after PyTorch has set the process's at its first query."""
     torch.set_num_threads(threads)
     torch.get_num_threads()
     torch.set_num_threads(threads)
 
 
-def _undisturbed(work: Callable[..., Any], arguments: tuple) -> Any:
+def _call_without_gradients(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     with torch.inference_mode():
-        return work(*arguments)
+        return call(*arguments)

@@ -1,4 +1,4 @@
-"""Batches that fit: how many images a device takes at once, and what happens when it was asked too much."""
+"""Batches that fit: the default batch size of a device, and smaller batches where memory runs out."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from datasetdm_fast.errors import Missing
 if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
 
-Answer = TypeVar("Answer")
-BATCH = 8  # of engines whose graphs tell nothing about their memory
-CPU_CELLS = 4096  # latent cells a CPU works on at once: 16 demo images, one of 512 x 512
+Result = TypeVar("Result")
+BATCH = 8  # of engines whose memory cannot be measured
+CPU_CELLS = 4096  # latent cells per call on a CPU: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
-# of mallopt of glibc: bytes freed in all that are kept, bytes of a tensor from which not, arenas: what one thread frees
-# serves the others
-KEPT = {-1: 2**28, -3: 2**25, -8: 1}
+# of mallopt of glibc: freed bytes that are retained in all, bytes of a tensor from which not, arenas: what one thread
+# frees serves the others
+MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 
 def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
-    """Images of `side` latent cells to make together; `bytes_of` says what a call with so many takes on a GPU."""
-    if device.type == "cpu":
+    """The batch size for images of `side` latent cells; `bytes_of` measures a call with so many on a GPU."""
+    if device.type == "cpu" or bytes_of is None:
         return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
     try:
-        one, two = bytes_of(1), bytes_of(2)
-    except torch.OutOfMemoryError:  # where not even one fits, its first call says so
+        single, double = bytes_of(1), bytes_of(2)
+    except torch.OutOfMemoryError:  # where not even one fits, its first call reports it
         return 1
     free = torch.cuda.mem_get_info(device)[0]
-    most = 1 + (SHARE * free - one) / max(two - one, 1)
-    return max(min(int(most) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
+    largest = 1 + (SHARE * free - single) / max(double - single, 1)
+    return max(min(int(largest) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is left: of a GPU with what PyTorch keeps unused, of a machine as far as it says."""
+    """Free memory: of a GPU with what PyTorch holds unused, of a machine as far as it is known."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
@@ -61,39 +61,44 @@ def weight_bytes(engine: Engine) -> int:
     )
 
 
-def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None], times: int = 1) -> tuple[Answer, int]:
-    """run(size), halved up to so many times where memory runs out, each time after `forget` dropped caches; and the
-    size that worked.
+def halve_until_fits(
+    run: Callable[[int], Result], size: int, forget: Callable[[], None], times: int = 1
+) -> tuple[Result, int]:
+    """run(size), the size halved up to so many times where memory runs out, each time after `forget` dropped caches;
+    and the size that worked.
     """
     while True:
         try:
             return run(size), size
         except torch.OutOfMemoryError as error:
             if size == 1 or not times:
-                raise _too_large(size) from error
+                raise Missing(
+                    f"memory: the GPU does not have enough memory for {size} image{'s' * (size > 1)} at once",
+                    "Choose a smaller --batch-size or --size, or free its memory.",
+                ) from error
         forget()
         size, times = -(-size // 2), times - 1
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, of a GPU or of the machine, in PyTorch's words or in ours."""
+    """Whether memory ran out, of a GPU or of the machine, by PyTorch's message or by ours."""
     return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
 
 
-def _loaded() -> ctypes.CDLL:
-    """All that the process has loaded; nothing is opened for it."""
+def _c_library() -> ctypes.CDLL:
+    """The libraries that the process has loaded; nothing is opened for it."""
     return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
 
 
 def trim() -> None:
-    """Gives back what the C library keeps of freed memory, where it has a function for that."""
-    if hasattr(library := _loaded(), "malloc_trim"):
+    """Returns freed memory that the C library retains to the system, where it has a function for that."""
+    if hasattr(library := _c_library(), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def release() -> None:
-    """Gives back memory that nobody uses any more: of objects that refer to themselves, as engines of plans do, and
-    what the C library and PyTorch keep.
+    """Returns unused memory to the system: of objects that refer to themselves, as engines of plans do, and what the C
+    library and PyTorch retain.
     """
     gc.collect()
     trim()
@@ -101,17 +106,10 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def keep_freed() -> None:
-    """Lets glibc keep freed memory for what is asked for next: a step of a training frees all that the next one needs,
-    and fresh pages cost more than the work on them.
+def retain_freed() -> None:
+    """Lets glibc retain freed memory: a step of a training frees all that the next one needs, and fresh pages cost more
+    than the computation on them.
     """
-    if hasattr(library := _loaded(), "mallopt"):
-        for parameter, value in KEPT.items():
+    if hasattr(library := _c_library(), "mallopt"):
+        for parameter, value in MALLOC_OPTIONS.items():
             library.mallopt(parameter, value)
-
-
-def _too_large(size: int) -> Missing:
-    return Missing(
-        f"memory: the GPU does not have enough memory for {size} image{'s' * (size > 1)} at once",
-        "Choose a smaller --batch-size or --size, or free its memory.",
-    )

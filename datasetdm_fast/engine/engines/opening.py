@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,11 @@ def load_decoders(
 
 
 def check_known(
-    tasks: Sequence[str] | None, known: Container[str], labels: Sequence[str], names: Sequence[str], holder: str
+    tasks: Sequence[str] | None,
+    known: DecoderFolders | Mapping[str, Any],
+    labels: Sequence[str],
+    names: Sequence[str],
+    holder: str,
 ) -> Sequence[str]:
     """The requested labels, by default all; one that no decoder makes is refused. `names` are those of all decoders."""
     for label in tasks or ():

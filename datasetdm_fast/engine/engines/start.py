@@ -1,18 +1,17 @@
-"""What libraries are told before they start, and kept from while they compute."""
+"""Settings of libraries before they start, and while they compute."""
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # where this Linux has them
 
 
 def before_torch() -> None:
-    """Settings of this process that torch reads when it is first imported or takes memory; what the environment says
-    already stays.
-    """
+    """Sets what torch reads when it is first imported or takes memory; variables that are set already stay."""
     # OpenMP's waiting threads would otherwise burn the cores that other processes need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if HUGE_PAGES.exists():  # large images in pages of 2 MiB: a 512th of the page faults
@@ -20,10 +19,11 @@ def before_torch() -> None:
 
 
 class _DefaultDtype:
-    """fp32 as torch's default dtype while any thread is within; that of the program is put back after the last."""
+    """fp32 as torch's default dtype while any thread is within; the last one restores that of the program."""
 
     def __init__(self) -> None:
-        self._lock, self._within, self._before = Lock(), 0, None
+        self._lock, self._within = Lock(), 0
+        self._before: Any = None
 
     def __enter__(self) -> None:
         import torch
@@ -48,9 +48,8 @@ _FP32 = _DefaultDtype()  # of the process, as torch's is
 
 @contextmanager
 def in_own_precision() -> Iterator[None]:
-    """Work in the precision and on the devices that were chosen for it, also where a program around it has switched
-    autocast on, or set torch's default dtype or device: these would round weights while they are loaded, and make other
-    images and labels without a word.
+    """Within the block, torch's autocast, default dtype and default device are PyTorch's own, also where a program
+    around it has changed them: they would silently round weights, and change images and labels.
     """
     import torch
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import diffusers
 import torch
@@ -13,26 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture
-from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape, resolve_device
+from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
-
-
-def _oracle(method):
-    """`method` without gradients; on a GPU without TF32, which cuDNN uses for fp32 convolutions unless told not to, and
-    by algorithms that round alike every time.
-    """
-
-    @functools.wraps(method)
-    def strict(engine: TorchEngine, *arguments, **keywords):
-        allow_tf32(engine.device, False)
-        choose_by_shape(engine.device)
-        with torch.inference_mode():
-            return method(engine, *arguments, **keywords)
-
-    return strict
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
@@ -64,38 +49,42 @@ class CapturingAttention:
         self.map: Tensor | None = None  # [B, heads, h*w, T]
 
     def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
-        self.map = (
-            probabilities.unflatten(0, (-1, attn.heads)).chunk(2)[1].clone()
-        )  # a view would keep both halves alive
+        # A view would keep both halves alive.
+        self.map = probabilities.unflatten(0, (-1, attn.heads)).chunk(2)[1].clone()
         output = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
         return attn.to_out[1](output) / attn.rescale_output_factor
 
 
 class SummingAttention:
-    """Attention processor that leaves the answer to another, and adds up the probabilities of the conditional queries
-    over `text`, or over their own keys where that is None.
+    """Attention processor that leaves the output to `inner`, and averages the probabilities of the conditional queries
+    over `text`, or over the layer's keys where that is None.
     """
 
-    def __init__(self, answer, batch: int, text: Tensor | None = None):
-        self.answer, self.batch, self.text = answer, batch, text
+    def __init__(self, inner: Callable[..., Tensor], batch: int, text: Tensor | None = None):
+        self.inner, self.batch, self.text = inner, batch, text
         self.map: Tensor | None = None  # [B, S, T], the mean over heads
 
-    def __call__(self, attn, hidden_states: Tensor, *arguments, **named) -> Tensor:
-        own = hidden_states[-self.batch :]
-        keys = attn.head_to_batch_dim(attn.to_k(own if self.text is None else self.text))
-        found = attn.get_attention_scores(attn.head_to_batch_dim(attn.to_q(own)), keys)
-        self.map = found.unflatten(0, (-1, attn.heads)).mean(1)
-        return self.answer(attn, hidden_states, *arguments, **named)
+    def __call__(self, attn: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        conditional = hidden_states[-self.batch :]
+        keys = attn.head_to_batch_dim(attn.to_k(conditional if self.text is None else self.text))
+        probabilities = attn.get_attention_scores(attn.head_to_batch_dim(attn.to_q(conditional)), keys)
+        self.map = probabilities.unflatten(0, (-1, attn.heads)).mean(1)
+        return self.inner(attn, hidden_states, *arguments, **options)
 
 
 @contextmanager
-def processed(processors: Mapping[nn.Module, object]) -> Iterator[None]:
+def set_processors(processors: Mapping[nn.Module, object]) -> Iterator[None]:
     """Within the block the attentions have these processors."""
     before = {attention: attention.processor for attention in processors}
     try:
@@ -107,34 +96,28 @@ def processed(processors: Mapping[nn.Module, object]) -> Iterator[None]:
             attention.set_processor(processor)
 
 
-def _joined(hidden: Tensor) -> Tensor:
-    """[B, 2C, h, w]: for each image the unconditional half, then its own conditional half."""
-    return torch.cat(hidden.chunk(2), dim=1)
-
-
 @contextmanager
 def capturing(unet: nn.Module) -> Iterator[list[Capture]]:
-    """Within the block one forward of `unet` is observed; the Capture is appended to the list on leaving."""
-    layers, result, seen = feature_modules(unet), [], {}
-    attentions = map_modules(unet)
-    before = {attention: attention.processor for level in attentions for attention in level}
+    """Within the block one forward of `unet` is captured; the Capture is appended to the list on leaving."""
+    layers, attentions = feature_modules(unet), map_modules(unet)
+    captures: list[Capture] = []
+    outputs: dict[nn.Module, Tensor] = {}
 
-    def keep(module, _, output):
-        seen[module] = _joined(output[0] if isinstance(output, tuple) else output)
+    def store(module: nn.Module, _: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        # [B, 2C, h, w]: for each image the unconditional half, then its conditional half
+        outputs[module] = torch.cat(hidden.chunk(2), dim=1)
 
-    hooks = [module.register_forward_hook(keep) for level in layers for module in level]
+    hooks = [module.register_forward_hook(store) for level in layers for module in level]
     try:
-        for attention in before:
-            attention.set_processor(CapturingAttention())
-        yield result
-        features = tuple(tuple(seen[module] for module in level) for level in layers)
-        maps = tuple(tuple(attention.processor.map for attention in level) for level in attentions)
-        result.append(Capture(features, maps))
+        with set_processors({attention: CapturingAttention() for level in attentions for attention in level}):
+            yield captures
+            features = tuple(tuple(outputs[module] for module in level) for level in layers)
+            maps = tuple(tuple(attention.processor.map for attention in level) for level in attentions)
+            captures.append(Capture(features, maps))
     finally:
         for hook in hooks:
             hook.remove()
-        for attention, processor in before.items():
-            attention.set_processor(processor)
 
 
 class TorchEngine:
@@ -143,7 +126,7 @@ class TorchEngine:
     `model` and `decoders` are moved to the device in place. Results are inference tensors: clone to train on them.
     """
 
-    name = "torch"
+    name, precision = "torch", "fp32"
     adjustments: Mapping[str, int] = {}
 
     def __init__(
@@ -164,7 +147,7 @@ class TorchEngine:
         for module in (model.text_encoder, model.unet, model.vae):
             module.to(self.device)
 
-    @_oracle
+    @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         length = min(self.model.clip_tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
         tokens = self.model.clip_tokenizer(
@@ -172,15 +155,15 @@ class TorchEngine:
         )
         return self.model.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
 
-    @_oracle
+    @engine_call
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @_oracle
+    @engine_call
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self.model.unet(torch.cat([latents, latents]), timestep, context, return_dict=False)[0]
 
-    @_oracle
+    @engine_call
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         with capturing(self.model.unet) as captures:
             noise = self.denoise(latents, timestep, context)
@@ -188,32 +171,33 @@ class TorchEngine:
 
     denoise_and_capture_raw = denoise_and_capture
 
-    @_oracle
+    @engine_call
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        cells, tokens = {}, {}
+        cells: dict[nn.Module, SummingAttention] = {}
+        tokens: dict[nn.Module, SummingAttention] = {}
         for level, blocks in zip(self.model.levels, transformers_of(self.model.unet)):
             for block in blocks:
                 if level.side**2 == sums.cells.shape[1]:
                     cells[block.attn1] = SummingAttention(block.attn1.processor, len(latents))
                 if level.side**2 == sums.tokens.shape[1]:
                     tokens[block.attn2] = SummingAttention(block.attn2.processor, len(latents), class_context)
-        with processed({**cells, **tokens}):
+        with set_processors({**cells, **tokens}):
             noise = self.denoise(latents, timestep, context)
-        found = [torch.stack([one.map for one in kind.values()]).mean(0) for kind in (cells, tokens)]
-        return noise, AttentionSums(sums.cells + found[0], sums.tokens + found[1])
+        means = [torch.stack([layer.map for layer in kind.values()]).mean(0) for kind in (cells, tokens)]
+        return noise, AttentionSums(sums.cells + means[0], sums.tokens + means[1])
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
-    @_oracle
+    @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         decoded = self.model.vae.decode(latents / self.model.vae.config.scaling_factor, return_dict=False)[0]
         images = ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
         return images, decoded.isfinite().flatten(1).all(1)
 
-    @_oracle
+    @engine_call
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
@@ -225,7 +209,7 @@ class TorchEngine:
             latents = latents + posterior.std * noise.to(self.device)
         return latents * self.model.vae.config.scaling_factor
 
-    @_oracle
+    @engine_call
     def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         return self.decoders[task](capture, text)

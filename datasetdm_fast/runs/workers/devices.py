@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasetdm_fast.cores import count_cores
-from datasetdm_fast.engine.engines.hardware import choose, visible_gpus
+from datasetdm_fast.engine.engines.hardware import select_gpus, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_settings import WorkerSettings
 
@@ -56,7 +56,7 @@ def find_places(settings: WorkerSettings, device: str, threads: int) -> list[Pla
     """The places --gpus or --ranks ask for; none where neither does."""
     _check_one_of_two(settings)
     if settings.gpus:
-        chosen = choose(settings.gpus, visible_gpus())
+        chosen = select_gpus(settings.gpus, visible_gpus())
         if device not in ("auto", "cuda"):
             raise Refused(
                 f"--gpus {settings.gpus} --device {device}: they name different devices", "Give one of the two."

@@ -148,7 +148,8 @@ def split_graph(graph: openvino.Model, name: str) -> openvino.Model:
             fixed.add(node.get_friendly_name())
         elif sources and not sources - fixed - decided and node.get_type_name() != "Result":
             decided.add(node.get_friendly_name())
-    ends, inputs = [], []
+    ends: list[openvino.op.Result] = []
+    inputs: list[openvino.op.Parameter] = []
     for node in graph.get_ordered_ops():
         for value in node.outputs() if node.get_friendly_name() in decided else ():
             uses = [use for use in value.get_target_inputs() if use.get_node().get_friendly_name() not in decided]

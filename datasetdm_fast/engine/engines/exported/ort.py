@@ -89,7 +89,8 @@ class OrtStage:
         return [self._outputs(*arguments) for arguments in work]
 
     def _outputs(self, session: onnxruntime.InferenceSession, inputs: Tensors) -> dict[str, Tensor]:
-        binding, sizes, held = session.io_binding(), {}, []
+        sizes: dict[str, int] = {}
+        binding, held = session.io_binding(), []
         for info in self.file.inputs:
             # A single number may stay on the host.
             value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
@@ -97,9 +98,10 @@ class OrtStage:
             sizes |= {letter: size for letter, size in zip(info.shape, value.shape) if isinstance(letter, str)}
             place = value.device.type, value.device.index or 0
             binding.bind_input(info.name, *place, NUMPY[info.dtype], list(value.shape), value.data_ptr())
+        sizes["2B"] = 2 * sizes["B"]
         outputs = {}
         for info in self.file.outputs:
-            shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]
+            shape = [sizes[size] if isinstance(size, str) else size for size in info.shape]
             value = outputs[info.name] = torch.empty(shape, dtype=getattr(torch, info.dtype), device=self.device)
             place = value.device.type, value.device.index or 0
             binding.bind_output(info.name, *place, NUMPY[info.dtype], shape, value.data_ptr())

@@ -243,7 +243,7 @@ class Call:
 
 
 def _make_logger(trt: Any) -> Any:
-    class RuntimeLog(trt.ILogger):  # type: ignore[misc]
+    class RuntimeLog(trt.ILogger):
         """Keeps the last error for our own sentence about it."""
 
         def __init__(self) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
-from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape, resolve_device, slow_in_fp16
+from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.fast.weights import largest_distance, place_module
 from datasetdm_fast.engine.engines.memory import suggest_batch
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Weighted
@@ -28,7 +28,7 @@ from datasetdm_fast.engine.models.capture import (
     Slot,
     SummedAttention,
 )
-from datasetdm_fast.engine.models.packed import weight_as, weights_of
+from datasetdm_fast.engine.models.packed import weights_of
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
@@ -43,12 +43,17 @@ KINDS = {  # of device -> its engine
     "cuda": "datasetdm_fast.engine.engines.fast.on_gpu:GpuEngine",
 }
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CHUNK_PIXELS = {
+CHUNK_PIXELS = {  # of the images per call of the autoencoder; its full-size activations dwarf the UNet's
     "cpu": 256 * 256,
     "cuda": 8 * 512 * 512,
-}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
-TIMES = 2048  # timesteps whose biases are kept
-WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
+}
+NETWORKS = ("times", "texts", "unet", "projection")  # of every call
+LAZY_NETWORKS = ("text_encoder", "image_decoder", "image_encoder")  # read when they are first called
+CACHED_TIMESTEPS = 2048  # whose biases are cached
+WIDEST_SLICE = 8  # images per core of a CPU: more would leave its caches
+
+Inputs = tuple[Tensor, ...]
+Step = Callable[..., tuple[Tensor, ...]]  # one call of the UNet: noise [2B, 4, h, w], and what it captures
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -64,25 +69,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def computed(method: Callable) -> Callable:
-    """A call of the engine: without gradients, and with TF32 only where its precision is another than fp32."""
-
-    @functools.wraps(method)
-    def call(engine: FastEngine, *arguments, **named):
-        allow_tf32(engine.device, engine.precision != "fp32")
-        choose_by_shape(engine.device)
-        with torch.inference_mode():
-            return method(engine, *arguments, **named)
-
-    return call
-
-
-def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """`module` on the device, its convolutions channels-last."""
-    return module.eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
-
-
-class FastEngine(ABC):
+class FastEngine:
     """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
     at construction and left as they are; where no module holds them, they are not held twice.
 
@@ -94,7 +81,13 @@ class FastEngine(ABC):
     """
 
     name = "fast"
-    largest_stacked = math.inf  # weights of all decoders' first layers; more are stacked anew for a captured call
+    label_dtype: torch.dtype
+    times: nn.Module
+    texts: nn.Module
+    unet: nn.Module
+    projection: nn.Module
+    _stored_decoders: Mapping[str, nn.Module]
+    largest_stacked = math.inf  # weights of all decoders' first layers; more are stacked for each captured call
 
     def __new__(
         cls, model: Model, decoders: Mapping[str, Decoder] | None = None, *, device: str = "auto", **choices: Any
@@ -117,7 +110,7 @@ class FastEngine(ABC):
         self.dtype = DTYPES[self.precision]
         self._has_usual_ops = ops is None  # others are called one by one
         self.is_compiled = compile
-        # What had to be done differently from what was asked, for the rows of the samples made since.
+        # Settings that had to be changed, for the rows of the samples made since.
         self.adjustments: dict[str, int] = {}
         # A compiler fuses the plain forms itself.
         self.ops = ops or (plain if compile else self._operations(self.dtype))
@@ -131,90 +124,101 @@ class FastEngine(ABC):
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         return operations(self.device, dtype)
 
-    @abstractmethod
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         """What the UNet stores between its products, and the classes of the UNet and the image decoder."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _sources(self, *names: str) -> dict[str, Weighted]:
-        """The weights of these networks of the model, or of all."""
+        """The weights of these networks of the model, by default of all."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _ready(self) -> None:
         """Brings networks and decoders, whose weights have just been read, into the forms that are called:
         `_stored_decoders`, which compute in `label_dtype`, too.
         """
+        raise NotImplementedError
 
-    @abstractmethod
-    def _keep_alone(self, *wanted: str) -> None:
-        """Lets large networks go that are not wanted now, where memory is short."""
+    def _unload_except(self, *needed: str) -> None:
+        """Unloads large networks that are not needed now, where memory is short; here all networks stay loaded."""
 
-    @abstractmethod
-    def _parts(
-        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
-    ) -> list[tuple[Tensor, ...]]:
-        """What `step` gives for the slices of a batch; `slices(size)` are its inputs for so many images at once."""
+    def _parts(self, step: Step, slices: Callable[[int], list[Inputs]], batch: int) -> list[tuple[Tensor, ...]]:
+        """The outputs of `step` for the slices of a batch; `slices(size)` are its inputs for `size` images each."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Images of latents on the device, and whether each is finite, part by part."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
-        """A decoder's raw answers."""
+        """A decoder's raw outputs."""
+        raise NotImplementedError
 
     def _read_weights(self) -> None:
         self._seen = self._weight_versions()
         sources = self._sources("unet")
         for name in NETWORKS:
-            setattr(self, name, self._network(name, sources))
+            setattr(self, name, self._build_network(name, sources))
         del sources
-        for name in (*AT_NEED, "_wide_image_decoder"):
+        for name in (*LAZY_NETWORKS, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
         self._ready()
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
-        self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
-        self._classes: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, their keys by layer
+        self._keys_values: list[Inputs] = []  # of every slice of the batch
+        self._class_keys: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, keys by layer
 
     @property
-    def _step(self) -> Callable[..., tuple[Tensor, ...]]:
-        """A plain call; not kept, as an engine that refers to itself would not be let go at once."""
+    def _step(self) -> Step:
+        """A plain call; not stored, as an engine that refers to itself is not freed at once."""
         return self._compiled or self._plain
 
-    def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
-        """One of NETWORKS or the image encoder, from the weights of the model."""
-        module, is_wide = {**NETWORKS, **AT_NEED}[name](self, sources), name in ("text_encoder", "times")
-        dtype = self.unet_dtype if name in NETWORKS else self.dtype
-        return placed(module, self.device, torch.float32 if is_wide else dtype)
+    def _build_network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
+        """One of the networks, from the weights of the model."""
+        match name:
+            case "times":
+                module, dtype = TimeTable(sources["unet"]), torch.float32
+            case "texts":
+                module, dtype = TextTable(sources["unet"]), self.unet_dtype
+            case "unet":
+                module, dtype = self.kinds[0](sources["unet"], self.ops), self.unet_dtype
+            case "projection":
+                module = Projection(self.model.levels, self.decoders, largest_held=self.largest_stacked)
+                dtype = self.unet_dtype
+            case "text_encoder":
+                module, dtype = TextEncoder(sources["text_encoder"], self.ops), torch.float32
+            case "image_decoder":
+                module, dtype = self.kinds[1](sources["vae"], self.ops), self.dtype
+            case _:
+                module, dtype = ImageEncoder(sources["vae"], self.ops), self.dtype
+        return place_module(module, self.device, dtype)
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
-        return self._read_at_need("text_encoder", "text_encoder")
+        return self._load_lazily("text_encoder", "text_encoder")
 
     @functools.cached_property
     def image_decoder(self) -> nn.Module:
-        return self._read_at_need("image_decoder", "vae")
+        return self._load_lazily("image_decoder", "vae")
 
     @functools.cached_property
     def image_encoder(self) -> nn.Module:
-        return self._read_at_need("image_encoder", "vae")
+        return self._load_lazily("image_encoder", "vae")
 
-    def _read_at_need(self, name: str, source: str) -> nn.Module:
-        return self._network(name, self._sources(source))
+    def _load_lazily(self, name: str, source: str) -> nn.Module:
+        return self._build_network(name, self._sources(source))
 
     def weight_distance(self) -> float:
-        """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
-        something changed it.
+        """How far a weight of the engine lies from that of its model, as a share of the largest number in its tensor:
+        more than 0 where something changed it.
         """
         farthest, sources = 0.0, self._sources()
         encoder = ("image_encoder",) if "image_encoder" in self.__dict__ else ()  # few need it
         for name in (*NETWORKS, "text_encoder", "image_decoder", *encoder):
-            held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
-            farthest = max(farthest, _distance(held, truth))
+            held, truth = weights_of(getattr(self, name)), weights_of(self._build_network(name, sources))
+            farthest = max(farthest, largest_distance(held, truth))
         for task, decoder in self._stored_decoders.items() if self.label_dtype == torch.float32 else ():
-            farthest = max(farthest, _distance(weights_of(decoder), self.decoders[task].state_dict()))
+            farthest = max(farthest, largest_distance(weights_of(decoder), self.decoders[task].state_dict()))
         return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:
@@ -229,21 +233,21 @@ class FastEngine(ABC):
         if self._weight_versions() != self._seen:
             self._read_weights()
 
-    @computed
+    @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         self._refresh()
-        self._keep_alone("text_encoder")
+        self._unload_except("text_encoder")
         return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
 
-    @computed
+    @engine_call
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @computed
+    @engine_call
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._call(self._step, latents, timestep, context)[0]
 
-    @computed
+    @engine_call
     def denoise_and_capture(
         self, latents: Tensor, timestep: float, context: Tensor
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
@@ -255,89 +259,87 @@ class FastEngine(ABC):
         noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
-    @computed
+    @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
         hook = RawCapture(self.model.levels, self.ops)
-        noise = self._run(hook, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
+        noise = self._run(
+            hook, self._latents(latents), self._row(timestep), *self._encode_keys_values(context.to(self.device))
+        )
         return noise, hook.result()
 
-    @computed
+    @engine_call
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
         self._refresh_for(context)
-        own = (sums.cells, sums.tokens, *self._class_keys(class_context, sums.tokens.shape[1]))
-        noise, cells, tokens = self._call(self._summed, latents, timestep, context, own)
+        others = (sums.cells, sums.tokens, *self._encode_class_keys(class_context, sums.tokens.shape[1]).values())
+        noise, cells, tokens = self._call(self._summed, latents, timestep, context, others)
         return noise, AttentionSums(cells, tokens)
 
-    def _class_keys(self, class_context: Tensor, cells: int) -> tuple[Tensor, ...]:
+    def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[Slot, Tensor]:
         """Keys [B, heads, T, d] of the class prompts, of every cross-attention with so many cells."""
-        if self._classes is None or self._classes[0] is not class_context or self._classes[1] != cells:
+        if self._class_keys is None or self._class_keys[0] is not class_context or self._class_keys[1] != cells:
             tables = self.texts(class_context.to(self.device, self.unet_dtype))
             slots = self.unet.text_layers
             keys = {
                 slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot[0]].side ** 2 == cells
             }
-            self._classes = (class_context, cells, keys)
-        return tuple(self._classes[2].values())
+            self._class_keys = (class_context, cells, keys)
+        return self._class_keys[2]
 
     def _call(
-        self,
-        step: Callable[..., tuple[Tensor, ...]],
-        latents: Tensor,
-        timestep: float,
-        context: Tensor,
-        own: tuple[Tensor, ...] = (),
+        self, step: Step, latents: Tensor, timestep: float, context: Tensor, others: Inputs = ()
     ) -> tuple[Tensor, ...]:
-        """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the
-        timestep's biases, what else is every image's `own`, and the keys and values of every text layer.
+        """The noise [2B, 4, h, w], and whatever [B, ...] `step` returns besides, from the UNet's inputs: latents, the
+        timestep's biases, `others` with a row for every image, and the keys and values of every text layer.
         """
         self._refresh_for(context)
         row, latents = self._row(timestep), self._latents(latents)
 
-        def slices(size: int) -> list[tuple[Tensor, ...]]:
-            tables, parts = self._text_layers(context, size), zip(*(value.split(size) for value in (latents, *own)))
-            return [(part, row, *others, *table) for (part, *others), table in zip(parts, tables)]
+        def slices(size: int) -> list[Inputs]:
+            tables = self._text_layers(context, size)
+            parts = zip(*(value.split(size) for value in (latents, *others)))
+            return [(part, row, *more, *table) for (part, *more), table in zip(parts, tables)]
 
-        self._keep_alone()
-        noise, *others = zip(*self._parts(step, slices, len(latents)))
+        self._unload_except()
+        noise, *captured = zip(*self._parts(step, slices, len(latents)))
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
-        return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
+        return torch.cat([*unconditional, *conditional]), *(torch.cat(value) for value in captured)
 
     def _latents(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, self.unet_dtype).contiguous(memory_format=torch.channels_last)
 
     def _row(self, timestep: float) -> Tensor:
         if (row := self._rows.get(float(timestep))) is None:
-            if len(self._rows) >= TIMES:
+            if len(self._rows) >= CACHED_TIMESTEPS:
                 self._rows.clear()
             row = self.times(torch.full((), float(timestep), device=self.device)).to(self.unet_dtype)
             self._rows[float(timestep)] = row
         return row
 
-    def _is_kept(self, context: Tensor) -> bool:
-        """Whether it is the text of the call before, unchanged."""
-        version = _changes(context)
+    def _is_cached(self, context: Tensor) -> bool:
+        """Whether it is the text of the previous call, unchanged."""
+        version = _version_of(context)
         return version >= 0 and self._text is not None and self._text[0] is context and self._text[1] == version
 
     def _refresh_for(self, context: Tensor) -> None:
-        """Reads weights that were changed, where a call has another text than the one before."""
-        if not self._is_kept(context):
+        """Reads weights that were changed, where a call has another text than the previous one."""
+        if not self._is_cached(context):
             self._refresh()
 
-    def _text_layers(self, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
-        """Keys and values of the texts of every slice, computed when they were not those of the call before."""
-        if not self._is_kept(context) or self._text[2] != size:
-            tables, batch = self._tabled(context.to(self.device)), len(context) // 2
+    def _text_layers(self, context: Tensor, size: int) -> list[Inputs]:
+        """Keys and values of the texts of every slice, computed where they are not those of the previous call."""
+        if self._text is None or not self._is_cached(context) or self._text[2] != size:
+            tables, batch = self._encode_keys_values(context.to(self.device)), len(context) // 2
             self._keys_values = [
-                tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)
+                tuple(_select_rows(table, batch, start, size) for table in tables) for start in range(0, batch, size)
             ]
-            self._text = (context, _changes(context), size)
+            self._text = (context, _version_of(context), size)
         return self._keys_values
 
-    def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
+    def _encode_keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of every layer."""
         return self.texts(context.to(self.unet_dtype))
 
@@ -354,31 +356,30 @@ class FastEngine(ABC):
     def _summed(
         self, latents: Tensor, row: Tensor, cells: Tensor, tokens: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        slots = list(self._classes[2])
+        assert self._class_keys
+        slots = list(self._class_keys[2])
         keys, keys_values = others[: len(slots)], others[len(slots) :]
         sums = AttentionSums(cells, tokens)
         hook = SummedAttention(self.model.levels, sums, dict(zip(slots, keys)), self.ops)
         noise = self._run(hook, latents, row, *keys_values)
         return noise, hook.cells, hook.tokens
 
-    def _labelled(
-        self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _run_labels(self, name: str, run: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """run(*inputs), of the autoencoder or a decoder."""
         return run(*inputs)
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
-    @computed
+    @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        found = self._labelled("image", self._pixels, (channels_last(latents, self.dtype),))
+        images, is_finite = self._run_labels("image", self._pixels, (channels_last(latents, self.dtype),))
         # Some autoencoders leave the range of fp16.
-        if self.dtype != torch.float16 or bool(found[1].all()):
-            return found
+        if self.dtype != torch.float16 or bool(is_finite.all()):
+            return images, is_finite
         return as_images(self._wide_image_decoder(channels_last(latents, torch.float32)))
 
     def _pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,14 +388,14 @@ class FastEngine(ABC):
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
         decoder = self.kinds[1](self.model.networks["vae"].read(), self.ops)
-        return placed(decoder, self.device, torch.float32)
+        return place_module(decoder, self.device, torch.float32)
 
-    @computed
+    @engine_call
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
         self._refresh()
-        self._keep_alone("image_encoder")
+        self._unload_except("image_encoder")
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat(
             [
@@ -407,14 +408,14 @@ class FastEngine(ABC):
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
 
-    @computed
+    @engine_call
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         return self._annotated(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
     @property
     def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
-        """Makes calls about a single small image at once, each on a core of its own; None where that does not pay."""
+        """Makes several calls about a single small image in parallel, one a core; None where that does not pay."""
         return None
 
     def fp32_fallback(self) -> FastEngine | None:
@@ -424,14 +425,14 @@ class FastEngine(ABC):
     def _wide(self) -> FastEngine:
         return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), compile=self.is_compiled)
 
-    @computed
+    @engine_call
     def suggested_batch(self) -> int:
-        """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
+        """The default batch size: by the free memory of a GPU, by the caches of a CPU."""
         return suggest_batch(self.model.size // 8, self.device)
 
     @property
-    @abstractmethod
-    def _device_name(self) -> str: ...
+    def _device_name(self) -> str:
+        raise NotImplementedError
 
     def fingerprint(self) -> dict[str, str]:
         return {
@@ -444,52 +445,9 @@ class FastEngine(ABC):
         }
 
 
-Building = Callable[[FastEngine, Mapping[str, Weighted]], nn.Module]
-NETWORKS: dict[str, Building] = {
-    "times": lambda engine, sources: TimeTable(sources["unet"]),
-    "texts": lambda engine, sources: TextTable(sources["unet"]),
-    "unet": lambda engine, sources: engine.kinds[0](sources["unet"], engine.ops),
-    "projection": lambda engine, sources: Projection(
-        engine.model.levels, engine.decoders, largest_held=engine.largest_stacked
-    ),
-}
-AT_NEED: dict[str, Building] = {
-    "text_encoder": lambda engine, sources: TextEncoder(sources["text_encoder"], engine.ops),
-    "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
-    "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops),
-}
-
-
-def _changes(context: Tensor) -> int:
-    """A counter that advances when it is changed in place; -1 of inference tensors, which count no changes, so that it
-    cannot be known that they are still the same.
-    """
+def _version_of(context: Tensor) -> int:
+    """A counter that advances when it is changed in place; -1 of inference tensors, which count no changes."""
     return -1 if context.is_inference() else context._version
-
-
-def state_distance(value: Tensor, truth: Tensor) -> float:
-    """The largest difference of two weights, as a share of the largest number in `truth`; what is no number counts as
-    farther than any.
-    """
-    if not truth.numel():
-        return 0.0
-    farthest = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)
-    return float(farthest.nan_to_num(nan=torch.finfo(torch.double).max))
-
-
-def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The same of the weight that lies farthest from its truth, in whatever form it is held; one that is not held is
-    farther than any.
-    """
-    if not _places(truth) <= _places(held):
-        return torch.finfo(torch.double).max
-    shared = truth.keys() & held.keys()
-    return max((state_distance(held[key], weight_as(held[key], truth[key])) for key in shared), default=0.0)
-
-
-def _places(names: Iterable[str]) -> set[str]:
-    """Where weights stand, by their names: the taps of an Upsample stand where its weight does."""
-    return {name.removesuffix(".weight").removesuffix(".taps") for name in names}
 
 
 def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
@@ -508,7 +466,7 @@ def slice_of(batch: int) -> int:
     return min(-(-batch // 2), WIDEST_SLICE)
 
 
-def _rows_of(table: Tensor, batch: int, start: int, count: int) -> Tensor:
+def _select_rows(table: Tensor, batch: int, start: int, count: int) -> Tensor:
     """The part of a TextTable's [2, 2B, heads, T, d] that belongs to images start .. start + count."""
     if batch <= count:
         return table

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
-from datasetdm_fast.engine.engines.fast.base import AT_NEED, FastEngine, as_images, channels_last, slice_of
+from datasetdm_fast.engine.engines.fast.base import (
+    LAZY_NETWORKS,
+    FastEngine,
+    Inputs,
+    Step,
+    as_images,
+    channels_last,
+    slice_of,
+)
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.network import Weighted, as_widest
@@ -24,16 +32,16 @@ from datasetdm_fast.kernels import winograd
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "upsamplers")
-LARGEST_IDLE = 2**27  # bytes; larger networks of AT_NEED are let go while others work, and read again
+LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again
 
 
 def is_large(module: nn.Module) -> bool:
-    """Whether it is too large to be held while others work."""
+    """Whether it is too large to stay loaded while others compute."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE
 
 
-def make_room() -> None:
-    """Gives back what calls left behind."""
+def free_memory() -> None:
+    """Gives back the memory of workspaces and caches."""
     winograd.let_go()
     trim()
 
@@ -44,7 +52,7 @@ class CpuEngine(FastEngine):
     largest_stacked = 2**23
 
     def __init__(self, *arguments: Any, **choices: Any):
-        self.lanes, self._calls = Lanes(), Lanes()  # of the slices of a batch, and of calls about one image
+        self.lanes, self._calls = Lanes(), Lanes()  # for the slices of a batch, and for calls about one image
         super().__init__(*arguments, **choices)
 
     @property
@@ -79,27 +87,27 @@ class CpuEngine(FastEngine):
             in_pairs = self.dtype == torch.bfloat16
             self.unet = pack_layers(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
             if self._has_usual_ops:
-                self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
+                self._stored_decoders = {task: packed_decoder(decoder) for task, decoder in self.decoders.items()}
         trim()
         # the text of the unconditional rows, its keys and values
         self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
-    def _read_at_need(self, name: str, source: str) -> nn.Module:
+    def _load_lazily(self, name: str, source: str) -> nn.Module:
         is_packed = name != "text_encoder" and not self.is_compiled
-        make_room()
-        module = super()._read_at_need(name, source)
+        free_memory()
+        module = super()._load_lazily(name, source)
         module = pack_layers(module) if is_packed else module
         trim()  # what reading left behind
         return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
 
-    def _keep_alone(self, *wanted: str) -> None:
-        for name in AT_NEED:
-            if name not in wanted and (module := self.__dict__.get(name)) is not None and is_large(module):
+    def _unload_except(self, *needed: str) -> None:
+        for name in LAZY_NETWORKS:
+            if name not in needed and (module := self.__dict__.get(name)) is not None and is_large(module):
                 self.__dict__.pop(name, None)
 
-    def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the unconditional rows, where all are one text, are kept from one batch of prompts to the
-        next, and where they are not, each is computed alone: rounded alike in any company.
+    def _encode_keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the unconditional rows are cached from batch to batch where all are one text; otherwise
+        each is computed alone, so that the batch changes no rounding.
         """
         batch, text = len(context) // 2, context.to(self.unet_dtype)
         if not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
@@ -108,36 +116,35 @@ class CpuEngine(FastEngine):
         if self._empty is None or not torch.equal(self._empty[0], text[:1]):
             self._empty = (text[:1].clone(), self.texts(text[:1]))
         return tuple(
-            torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1)
-            for kept, own in zip(self._empty[1], self.texts(text[batch:]))
+            torch.cat([unconditional.expand(-1, batch, -1, -1, -1), conditional], 1)
+            for unconditional, conditional in zip(self._empty[1], self.texts(text[batch:]))
         )
 
-    def _parts(
-        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
-    ) -> list[tuple[Tensor, ...]]:
+    def _parts(self, step: Step, slices: Callable[[int], list[Inputs]], batch: int) -> list[tuple[Tensor, ...]]:
         return self.lanes.map(step, slices(slice_of(batch)))
 
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         self._refresh()
-        self._keep_alone("image_decoder")
+        self._unload_except("image_decoder")
         decoder = self.image_decoder  # read once, before threads ask for it
         chunks = latents.split(min(self._chunk(latents.shape[-1] * 8), slice_of(len(latents))))
         if len(chunks) == 1 and is_large(decoder):
-            del self.image_decoder  # the next call of another network would let it go
-            return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), make_room))]
+            del self.image_decoder  # the next call of another network would unload it
+            return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]
         return self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
 
     def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         self._refresh()
         decoder = self._stored_decoders[task]
-        own = capture.to(next(decoder.parameters()).dtype)
-        if not isinstance(own, ProjectedCapture):
-            return decoder(own, text)
-        winograd.let_go()  # what the UNet alone works with
-        size = slice_of(own.batch)
-        texts = [None] * own.batch if text is None else text.split(size)
-        sums = zip(*(total.split(size) for total in own.sums))
-        parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
+        inputs = capture.to(next(decoder.parameters()).dtype)
+        if not isinstance(inputs, ProjectedCapture):
+            return decoder(inputs, text)
+        winograd.let_go()  # workspaces that the UNet alone uses
+        size = slice_of(inputs.batch)
+        texts = [None] * inputs.batch if text is None else text.split(size)
+        sums = zip(*(total.split(size) for total in inputs.sums))
+        calls = [(ProjectedCapture(part, inputs.slices), words) for part, words in zip(sums, texts)]
+        parts = self.lanes.map(decoder, calls)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @property
@@ -145,4 +152,4 @@ class CpuEngine(FastEngine):
         """A single small image's operations are too short for several cores."""
         if self.is_compiled or self._has_large_unet:
             return None
-        return lambda works: self._calls.map(lambda work: work(), [(work,) for work in works])
+        return lambda calls: self._calls.map(lambda call: call(), [(call,) for call in calls])

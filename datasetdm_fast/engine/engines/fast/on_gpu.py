@@ -1,5 +1,5 @@
-"""The fast engine on a GPU, in half precision where nobody says otherwise: every step is the replay of a CUDA graph,
-with as many images at once as memory has room for.
+"""The fast engine on a GPU, by default in half precision: every step is the replay of a CUDA graph, with as many images
+as fit in memory.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_gpu, is_folded
+from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
-from datasetdm_fast.engine.engines.fast.base import FastEngine, computed
-from datasetdm_fast.engine.engines.memory import halving, suggest_batch
+from datasetdm_fast.engine.engines.device import engine_call
+from datasetdm_fast.engine.engines.fast.base import FastEngine, Inputs, Step
+from datasetdm_fast.engine.engines.memory import halve_until_fits, suggest_batch
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.choice import gave_way
-from datasetdm_fast.kernels.launch import triton
 
-PATIENCE = 5.0  # seconds after which a user is told what is waited for
+SECONDS_BEFORE_MESSAGE = 5.0  # of compiling kernels
 COMPILING = "compiling kernels for this GPU, up to a minute; Triton keeps them for the next time"
 
 
 class GpuEngine(FastEngine):
     """See FastEngine."""
 
-    _has_told = False  # of compiling, in this process
+    _has_reported = False  # compiling, in this process
     widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
 
     @property
@@ -39,8 +40,8 @@ class GpuEngine(FastEngine):
         return torch.cuda.get_device_name(self.device)
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
-        """Each is tried on the GPU, and compiled for it where Triton has not kept it."""
-        slow = threading.Timer(PATIENCE, self._tell)
+        """Each is tried on the GPU, and compiled for it where Triton has not cached it."""
+        slow = threading.Timer(SECONDS_BEFORE_MESSAGE, self._report_compiling)
         slow.daemon = True
         slow.start()
         try:
@@ -49,9 +50,9 @@ class GpuEngine(FastEngine):
             slow.cancel()
 
     @staticmethod
-    def _tell() -> None:
-        if not GpuEngine._has_told:
-            GpuEngine._has_told = True
+    def _report_compiling() -> None:
+        if not GpuEngine._has_reported:
+            GpuEngine._has_reported = True
             print(COMPILING, file=sys.stderr, flush=True)
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
@@ -61,44 +62,41 @@ class GpuEngine(FastEngine):
         """On the CPU, wherever the reference engine has put the modules: what is computed from weights would round
         otherwise.
         """
-        found = {name: self.model.networks[name].read() for name in names or self.model.networks}
+        sources = {name: self.model.networks[name].read() for name in names or self.model.networks}
         return {
-            name: Weighted(one.config, {part: value.cpu() for part, value in one.state.items()})
-            for name, one in found.items()
+            name: Weighted(source.config, {part: value.cpu() for part, value in source.state.items()})
+            for name, source in sources.items()
         }
 
     def _ready(self) -> None:
-        # In bf16, too: labels need fp16's three further bits, and what leaves its range is made again in fp32.
+        # In bf16, too: labels need fp16's three further bits, and what leaves its range is retried in fp32.
         is_wide = self.is_compiled or self.dtype == torch.float32
         self.label_dtype = torch.float32 if is_wide else torch.float16
         self._stored_decoders = self.decoders
         if not is_wide:
             ops = self._operations(self.label_dtype)
             self._stored_decoders = {
-                task: copy_for_gpu(one, self.label_dtype, ops) if is_folded(one) else one
-                for task, one in self.decoders.items()
+                task: copy_for_gpu(decoder, self.label_dtype, ops) if is_folded(decoder) else decoder
+                for task, decoder in self.decoders.items()
             }
         self.text_encoder, self.image_decoder  # noqa: B018  built before a run begins, as copies make the host wait
-        self._graphs: dict[tuple, StepGraph] = {}  # by the step and the shapes of its inputs
+        self._graphs: dict[tuple[object, ...], StepGraph] = {}  # by the step and the shapes of its inputs
         # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
-        self._label_graphs: dict[tuple, StepGraph] = {}
+        self._label_graphs: dict[tuple[object, ...], StepGraph] = {}
         self._pool: GraphPool | None = None
         self._label_pool: GraphPool | None = None
-        self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
+        self._output_names: dict[str, list[str]] = {}  # of recorded decoders
 
-    def _keep_alone(self, *wanted: str) -> None:
-        """None is let go."""
-
-    def _parts(
-        self, step: Callable[..., tuple[Tensor, ...]], slices: Callable[[int], list[tuple[Tensor, ...]]], batch: int
-    ) -> list[tuple[Tensor, ...]]:
+    def _parts(self, step: Step, slices: Callable[[int], list[Inputs]], batch: int) -> list[tuple[Tensor, ...]]:
         size = min(self.widest or batch, batch)
-        parts, worked = halving(lambda size: [self._graph(one, step)(*one) for one in slices(size)], size, self._forget)
+        parts, worked = halve_until_fits(
+            lambda size: [self._graph(inputs, step)(*inputs) for inputs in slices(size)], size, self._forget
+        )
         if worked < size:
             self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
         return parts
 
-    def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
+    def _graph(self, inputs: Sequence[Tensor], step: Step) -> StepGraph:
         key = (step.__name__, *(tuple(value.shape) for value in inputs))
         if key not in self._graphs:
             self._pool = self._pool or GraphPool(inputs[0].device)
@@ -114,7 +112,7 @@ class GpuEngine(FastEngine):
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Part after part: a thread of its own would work on another stream, which nothing waits for."""
         size = min(self._chunk(latents.shape[-1] * 8), self.widest_chunk or len(latents))
-        parts, worked = halving(
+        parts, worked = halve_until_fits(
             lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
         )
         if worked < size:
@@ -123,29 +121,28 @@ class GpuEngine(FastEngine):
 
     def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         decoder = self._stored_decoders[task]
-        own = capture.to(next(decoder.parameters()).dtype)
-        if isinstance(own, ProjectedCapture) and is_folded(decoder):
-            return self._replayed(task, decoder, own, text)
-        return {name: value.float() for name, value in decoder(own, text).items()}
+        inputs = capture.to(next(decoder.parameters()).dtype)
+        if isinstance(inputs, ProjectedCapture) and is_folded(decoder):
+            return self._replay_decoder(task, decoder, inputs, text)
+        return {name: value.float() for name, value in decoder(inputs, text).items()}
 
-    def _replayed(self, task: str, decoder: Decoder, own: ProjectedCapture, text: Tensor | None) -> dict[str, Tensor]:
-        """The decoder's answers, by one replay of its graph."""
+    def _replay_decoder(
+        self, task: str, decoder: nn.Module, capture: ProjectedCapture, text: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The decoder's outputs, by one replay of its graph."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            sums, words = inputs[: len(own.sums)], inputs[len(own.sums) :]
-            found = decoder(ProjectedCapture(sums, {}), *words)
-            names[:] = found
-            return tuple(value.float() for value in found.values())
+            sums, words = inputs[: len(capture.sums)], inputs[len(capture.sums) :]
+            outputs = decoder(ProjectedCapture(sums, {}), *words)
+            names[:] = outputs
+            return tuple(value.float() for value in outputs.values())
 
-        names: list[str] = self._answers.setdefault(task, [])
-        inputs = (*own.sums, *([] if text is None else [text]))
-        answers = self._labelled(task, run, inputs)
-        return dict(zip(names, answers, strict=True))
+        names = self._output_names.setdefault(task, [])
+        outputs = self._run_labels(task, run, (*capture.sums, *([] if text is None else [text])))
+        return dict(zip(names, outputs, strict=True))
 
-    def _labelled(
-        self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """One replay of a graph, unless it is compiled."""
+    def _run_labels(self, name: str, run: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One replay of a graph, unless the engine is compiled."""
         if self.is_compiled:
             return run(*inputs)
         key = (name, *(tuple(value.shape) for value in inputs))
@@ -160,7 +157,7 @@ class GpuEngine(FastEngine):
         self._label_pool = None
         torch.cuda.empty_cache()
 
-    @computed
+    @engine_call
     def suggested_batch(self) -> int:
         return suggest_batch(self.model.size // 8, self.device, self._bytes_of)
 
@@ -169,17 +166,16 @@ class GpuEngine(FastEngine):
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         side = self.model.size // 8
-        latents, context = (
-            torch.zeros(batch, 4, side, side, device=self.device),
-            self.encode_text([""]).expand(2 * batch, -1, -1),
-        )
-        self._captured(self._latents(latents), self._row(1), *self._tabled(context))
+        latents = torch.zeros(batch, 4, side, side, device=self.device)
+        context = self.encode_text([""]).expand(2 * batch, -1, -1)
+        self._captured(self._latents(latents), self._row(1), *self._encode_keys_values(context))
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def fingerprint(self) -> dict[str, str]:
         """With what chooses algorithms for a shape, and operations that gave way to plain ones."""
         extras = {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
-        extras |= {"triton": triton.__version__} if triton else {}
+        if (triton := getattr(launch, "triton", None)) is not None:
+            extras["triton"] = triton.__version__
         if self._has_usual_ops and not self.is_compiled and (lost := gave_way(self.ops, self.device)):
             extras["plain"] = ", ".join(lost)
         return super().fingerprint() | extras
