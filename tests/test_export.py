@@ -351,7 +351,7 @@ def test_a_whole_export_is_left_alone_and_a_damaged_one_is_mended(demo, tmp_path
         manifest.check_files(tmp_path)
     assert again(raw_capture=True) == manifest and told
     (tmp_path / "annotate_pose.data").unlink()
-    with pytest.raises(Refused, match="not there"):
+    with pytest.raises(Refused, match="no such file"):
         manifest.check_files(tmp_path)
     smaller = again()
     smaller.check_files(tmp_path)
