@@ -10,7 +10,6 @@ from typing import Any
 from datasetdm_fast.config import HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.agreement.gates import GateRow
 from datasetdm_fast.runs.jobs.job import Job, prepare_job
 from datasetdm_fast.runs.jobs.run import Run
 from datasetdm_fast.runs.run_folder.folder import note
@@ -53,7 +52,7 @@ def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
     number = min(MEASURED, job.plan.number)
     with screen.show_calls(job.half, count_calls(job, number)) as on_unet_call:
         verdict = compare_with_reference(job, number, on_unet_call)
-    failed, half = _failed(verdict.rows), job.half
+    failed, half = verdict.failed, job.half
     facts: dict[str, Any] = {"precision": {"tried": half, "number": number, "failed": failed}}
     if failed:
         summary = f"fp32, as {half} does not agree with {REFERENCE} in {', '.join(failed)} on {number} samples"
@@ -76,7 +75,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
     with screen.show_calls("compare", calls) as on_unet_call:
         rows = compare_with_stored(job, indices, on_unet_call) if indices else []
     samples = count_noun(len(indices), "sample")
-    if failed := _failed(rows):
+    if failed := [row.measure for row in rows if not row.is_passed]:
         raise GateFailed(
             f"{job.folder}: {job.engine.name} does not reproduce its samples, {', '.join(failed)} beyond the limit in "
             f"{samples} ({differences}); nothing was written",
@@ -106,7 +105,7 @@ def _verify(job: Job, run: Run, number: int, screen: Screen, *, is_forced: bool)
         return job
     with screen.show_calls("verify", count_calls(job, number)) as on_unet_call:
         verdict = compare_with_reference(job, number, on_unet_call)
-    failed = _failed(verdict.rows)
+    failed = verdict.failed
     if failed and not is_forced:
         raise GateFailed(
             f"--verify {number}: outputs of {job.engine.name} do not match those of {REFERENCE} in "
@@ -120,8 +119,3 @@ def _verify(job: Job, run: Run, number: int, screen: Screen, *, is_forced: bool)
     if run.stored is not None:
         note(job.folder, "verified", facts)
     return replace(job, document=job.document | {"verified": facts})
-
-
-def _failed(rows: list[GateRow]) -> list[str]:
-    """The measures that are beyond their limits."""
-    return [row.measure for row in rows if not row.is_passed]

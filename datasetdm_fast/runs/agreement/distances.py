@@ -37,72 +37,80 @@ def image_distance(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.sqrt(((images.astype(np.float64) - truth) ** 2).mean((1, 2, 3))) / 255
 
 
-def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
-    """Stage by stage, every stage given the same input: name -> one number an image, or one an image and call."""
+def teacher_forced_distances(observed: Observation, truth: Observation) -> dict[str, np.ndarray]:
+    """Stage by stage, every stage with the same input: name -> one number an image, or one an image and call."""
     calls = [
-        relative(by_image(value), by_image(right)) for value, right in zip(found.outputs, truth.outputs, strict=True)
+        relative(by_image(value), by_image(expected))
+        for value, expected in zip(observed.outputs, truth.outputs, strict=True)
     ]
-    steps = [relative(value, right) for value, right in zip(found.walked, truth.walked, strict=True)]
+    steps = [
+        relative(value, expected)
+        for value, expected in zip(observed.sampler_latents, truth.sampler_latents, strict=True)
+    ]
     levels = {
         f"level {name}": np.max(
-            [relative(value, right) for value, right in zip(found.levels[name], tensors, strict=True)], 0
+            [relative(value, expected) for value, expected in zip(observed.levels[name], tensors, strict=True)], 0
         )
         for name, tensors in truth.levels.items()
         if tensors
     }
-    outputs = {f"outputs {task}": _farthest(found.answers[task], answer) for task, answer in truth.answers.items()}
-    averages = {} if truth.averages is None else {AVERAGES: averages_distance(found.averages, truth.averages)}
-    image = {"image": image_distance(found.images, truth.images)}
+    outputs = {
+        f"outputs {task}": _farthest(observed.decoder_outputs[task], outputs)
+        for task, outputs in truth.decoder_outputs.items()
+    }
+    averages = {} if truth.averages is None else {AVERAGES: averages_distance(observed.averages, truth.averages)}
+    image = {"image": image_distance(observed.images, truth.images)}
     return {
         "call": np.concatenate(calls),
         "sampler": np.concatenate(steps),
         **levels,
         **outputs,
         **averages,
-        **_label_distances("", found, truth),
+        **_label_distances("", observed, truth),
         **image,
     }
 
 
-def free_running_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
+def free_running_distances(observed: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Each engine on its own from the same noise and prompt."""
-    texts = [relative(by_image(found.context), by_image(truth.context))]
+    texts = [relative(by_image(observed.context), by_image(truth.context))]
     if truth.class_context is not None:
-        texts.append(relative(found.class_context, truth.class_context))
+        texts.append(relative(observed.class_context, truth.class_context))
     distances = {
         "text": np.max(texts, 0),
-        "free latents": relative(found.latents, truth.latents),
+        "free latents": relative(observed.latents, truth.latents),
     }
     return distances | {
-        "free image": image_distance(found.images, truth.images),
-        **_label_distances("free ", found, truth),
+        "free image": image_distance(observed.images, truth.images),
+        **_label_distances("free ", observed, truth),
     }
 
 
 def encoded_distance(engine, reference, images: np.ndarray) -> dict[str, np.ndarray]:
     """Of the latents that both make of the same images [B, H, W, 3]."""
-    given = torch.from_numpy(images)
-    return {"encoded image": relative(*(one.encode_image(given).float().cpu() for one in (engine, reference)))}
+    pixels = torch.from_numpy(images)
+    latents = [each.encode_image(pixels).float().cpu() for each in (engine, reference)]
+    return {"encoded image": relative(*latents)}
 
 
 def rounding_distances(truth: Observation) -> dict[str, np.ndarray]:
-    """How far the decoders' own answers move where what they read is changed by rounding alone: a mask that flips one
+    """How far the decoders' outputs move where what they read is changed by rounding alone: a mask that flips one
     cell of what a query may see moves its whole answer.
     """
     return {
-        f"outputs {task}": np.concatenate([_farthest(answer, truth.answers[task]) for answer in answers])
-        for task, answers in truth.shaken.items()
-        if answers
+        f"outputs {task}": np.concatenate([_farthest(outputs, truth.decoder_outputs[task]) for outputs in runs])
+        for task, runs in truth.perturbed.items()
+        if runs
     }
 
 
-def _farthest(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> np.ndarray:
+def _farthest(observed: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> np.ndarray:
     """Of each image, the distance of the output that is farthest."""
-    return np.max([relative(found[name], value) for name, value in truth.items()], 0)
+    return np.max([relative(observed[name], value) for name, value in truth.items()], 0)
 
 
-def averages_distance(found: AttentionSums, truth: AttentionSums) -> np.ndarray:
-    return np.maximum(relative(found.cells, truth.cells), relative(found.tokens, truth.tokens))
+def averages_distance(observed: AttentionSums, truth: AttentionSums) -> np.ndarray:
+    return np.maximum(relative(observed.cells, truth.cells), relative(observed.tokens, truth.tokens))
 
 
 def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> dict[str, np.ndarray]:
@@ -112,20 +120,23 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
     settings = attention_recipe(reference.model.defaults.attention, recipe.size // FACTOR)
     wordless = replace(recipe, attention=settings, words=())  # the class words are not asked for
 
-    def averages(one) -> AttentionSums:
-        generator = BatchGenerator(one, wordless, lambda: None)
-        latents, context = truth.seen[-1].to(one.device), truth.context.to(one.device)
+    def averages(compared) -> AttentionSums:
+        generator = BatchGenerator(compared, wordless, lambda: None)
+        latents, context = truth.seen[-1].to(compared.device), truth.context.to(compared.device)
         nothing, words = generator.zero_attention_sums(len(latents)), context.chunk(2)[1].clone()
-        _, found = one.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)
-        return found.to("cpu")
+        _, sums = compared.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)
+        return sums.to("cpu")
 
     return {AVERAGES: averages_distance(averages(engine), averages(reference))}
 
 
-def _label_distances(prefix: str, found: Observation, truth: Observation) -> dict[str, np.ndarray]:
+def _label_distances(prefix: str, observed: Observation, truth: Observation) -> dict[str, np.ndarray]:
     return {
         f"{prefix}{task}": np.array(
-            [kind_of(task).distance(value, right) for value, right in zip(found.labels[task], labels, strict=True)]
+            [
+                kind_of(task).distance(value, expected)
+                for value, expected in zip(observed.labels[task], labels, strict=True)
+            ]
         )
         for task, labels in truth.labels.items()
     }

@@ -73,4 +73,4 @@ class RepeatedComparison:
         if free_bytes(self.job.engine.device) < weight_bytes(self.reference):
             self.reference = None
             self.held.close()
-        return [row.measure for row in verdict.rows if not row.is_passed], len(verdict.rows)
+        return verdict.failed, len(verdict.rows)

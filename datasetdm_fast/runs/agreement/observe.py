@@ -23,26 +23,26 @@ from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
-SHAKES = 4  # times that it is changed
+PERTURBATIONS = 4  # times that it is changed
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one engine said of a batch, on the CPU."""
+    """All outputs of one engine for a batch, on the CPU."""
 
     context: Tensor  # [2B, T, D]
     seen: tuple[Tensor, ...]  # the latents of each call
     outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
-    walked: tuple[Tensor, ...]  # the latents after each call, as the sampler makes them of the outputs
+    sampler_latents: tuple[Tensor, ...]  # the latents after each call, as the sampler makes them of the outputs
     latents: Tensor  # after the last call
     levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
-    answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
+    decoder_outputs: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
     labels: dict[str, list[Annotation]]
     images: np.ndarray  # [B, H, W, 3] uint8
     # where labels are read from attention: the class prompts [B, T, D], and the averages over all calls
     class_context: Tensor | None = None
     averages: AttentionSums | None = None
-    shaken: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of what was changed a little
+    perturbed: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of perturbed captures
 
 
 class ReferenceSampler:
@@ -64,27 +64,28 @@ def observe(
     engine,
     requests: Sequence[Request],
     recipe: Recipe,
-    led: Observation | None = None,
+    truth: Observation | None = None,
     on_unet_call: Callable[[], None] = lambda: None,
     sampler: type[ReferenceSampler] | type[walk.SamplerState] = ReferenceSampler,
-    shakes: int = 0,
+    perturbations: int = 0,
 ) -> Observation:
-    """One batch through an engine and a sampler: on its own, or `led`, so that every stage is given what the other
-    engine had there. With `shakes` the decoders also answer so many times to what is changed by rounding.
+    """One batch through an engine and a sampler: free-running, or teacher-forced by `truth`, so that every stage has
+    the inputs of the other engine. With `perturbations` the decoders also run so many times on captures that are
+    changed by rounding.
     """
     generator = BatchGenerator(engine, recipe, on_unet_call)
-    if led is None:
+    if truth is None:
         context, class_context = generator.encode_prompts(requests)
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
-        context, noise = led.context.to(engine.device, copy=True), led.seen[0]
-        class_context = None if led.class_context is None else led.class_context.to(engine.device, copy=True)
+        context, noise = truth.context.to(engine.device, copy=True), truth.seen[0]
+        class_context = None if truth.class_context is None else truth.class_context.to(engine.device, copy=True)
     sums = generator.zero_attention_sums(len(requests))
     state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
-    seen, outputs, walked, captures = [], [], [], {}
+    seen, outputs, sampler_latents, captures = [], [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
-        latents = state.latents if led is None else led.seen[call].to(engine.device)
+        latents = state.latents if truth is None else truth.seen[call].to(engine.device)
         if call in recipe.captured:
             output, captures[call] = engine.denoise_and_capture(latents, timestep, context)
         if sums is not None:
@@ -93,20 +94,22 @@ def observe(
             output = averaged if sums is not None else engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
-        walked.append(state.step(call, output if led is None else led.outputs[call].to(engine.device)).cpu())
+        sampler_latents.append(
+            state.step(call, output if truth is None else truth.outputs[call].to(engine.device)).cpu()
+        )
         on_unet_call()
 
-    def answer_to(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
+    def decode(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
         return engine.annotate(task, capture, generator.words.embeddings_of(task, requests))
 
     read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
-    raw = {task: answer_to(task, capture) for task, capture in read.items()}
-    answers = {task: _kept(answer) for task, answer in raw.items()}
-    shaken = {
-        task: [_kept(answer_to(task, rounded_otherwise(capture, seed))) for seed in range(shakes)]
+    raw = {task: decode(task, capture) for task, capture in read.items()}
+    decoder_outputs = {task: _to_host(value) for task, value in raw.items()}
+    perturbed = {
+        task: [_to_host(decode(task, perturb_capture(capture, seed))) for seed in range(perturbations)]
         for task, capture in read.items()
     }
-    latents = state.latents if led is None else led.latents.to(engine.device)
+    latents = state.latents if truth is None else truth.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
     labels = {
         task: decoder_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
@@ -119,42 +122,42 @@ def observe(
         context.cpu(),
         tuple(seen),
         tuple(outputs),
-        tuple(walked),
+        tuple(sampler_latents),
         latents.cpu(),
         level_tensors(engine, captures.values()),
-        answers,
+        decoder_outputs,
         labels,
         images,
         None if class_context is None else class_context.cpu(),
         averages and averages.to("cpu"),
-        shaken,
+        perturbed,
     )
 
 
-def _kept(answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float().cpu() for name, value in answer.items()}
+def _to_host(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float().cpu() for name, value in outputs.items()}
 
 
-def rounded_otherwise(capture: Capture | ProjectedCapture, seed: int) -> Capture | ProjectedCapture:
+def perturb_capture(capture: Capture | ProjectedCapture, seed: int) -> Capture | ProjectedCapture:
     """What decoders read, every number of it changed by about ROUNDING."""
     generator = torch.Generator().manual_seed(seed)
 
-    def changed(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    def perturb(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
         return tuple(
             value * (1 + ROUNDING * torch.randn(value.shape, generator=generator).to(value.device)) for value in values
         )
 
     if isinstance(capture, ProjectedCapture):
-        return replace(capture, sums=changed(capture.sums))
-    return Capture(*(tuple(map(changed, kind)) for kind in (capture.features, capture.maps)))
+        return replace(capture, sums=perturb(capture.sums))
+    return Capture(*(tuple(map(perturb, kind)) for kind in (capture.features, capture.maps)))
 
 
 def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dict[str, list[Tensor]]:
     """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
-    found: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
+    levels: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
     for capture, (place, level) in product(captures, enumerate(engine.model.levels)):
         if not engine.decoders:
-            found[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
+            levels[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
         for task, decoder in engine.decoders.items():
             weight = decoder.projections().get(level.name)
             if weight is None:
@@ -165,8 +168,8 @@ def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dic
                 if is_projected
                 else pyramid.plain(capture.features[place], capture.maps[place], weight, level.side)
             )
-            found[level.name].append(total.float().cpu())
-    return found
+            levels[level.name].append(total.float().cpu())
+    return levels
 
 
 class Rounded(TorchEngine):

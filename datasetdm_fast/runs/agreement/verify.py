@@ -1,4 +1,4 @@
-"""Two engines compared on the same samples, and the verdict stored."""
+"""Two engines compared on the same samples."""
 
 import platform
 from collections.abc import Callable, Sequence
@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.agreement.distances import (
     averaged_distance,
     encoded_distance,
@@ -18,83 +20,93 @@ from datasetdm_fast.runs.agreement.distances import (
     teacher_forced_distances,
 )
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
-from datasetdm_fast.runs.agreement.observe import SHAKES, Observation, Rounded, observe
+from datasetdm_fast.runs.agreement.observe import PERTURBATIONS, Observation, Rounded, observe
 from datasetdm_fast.version import __version__
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out, and the material of the page."""
+    """Whether two engines agree, by the rows of all measures."""
 
     rows: list[GateRow]
     engine: dict[str, str]
     against: dict[str, str]
     facts: dict[str, Any]
-    truth: list[Observation]  # per batch, each engine on its own
-    found: list[Observation]
-    prompts: list[str]
+
+    @property
+    def failed(self) -> list[str]:
+        """The measures that are beyond their limits."""
+        return [row.measure for row in self.rows if not row.is_passed]
 
     @property
     def agrees(self) -> bool:
-        return all(row.is_passed for row in self.rows)
+        return not self.failed
 
     def document(self) -> dict[str, Any]:
         rows = [asdict(row) | {"passed": row.is_passed} for row in self.rows]
         return {"agrees": self.agrees, "engine": self.engine, "against": self.against, **self.facts, "measures": rows}
 
+    def table(self) -> str:
+        """The figures in lines, for a reader."""
+        width = max(22, *(len(row.measure) + 2 for row in self.rows))
+        lines = [f"{'measure':{width}}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
+        for row in self.rows:
+            limit, floor = (f"{pair[0]:.1e} {pair[1]:.1e}" if pair else "" for pair in (row.limit, row.floor))
+            lines.append(
+                f"{row.measure:{width}}{row.median:10.1e}{row.p99:10.1e}{limit:>20}{floor:>20}  "
+                f"{row.worst:5}{'' if row.is_passed else '  FAILED'}"
+            )
+        sides = [f"{side['engine']} ({side['dtype']}, {side['device_name']})" for side in (self.engine, self.against)]
+        images = count_noun(self.facts["number"], "image")
+        return "\n".join(lines) + (
+            f"\n{' and '.join(sides)} {'agree' if self.agrees else 'DISAGREE'} on {images} of {self.facts['model']}, "
+            f"{self.facts['calls']} calls each"
+        )
+
 
 def verify(
     engine,
     reference,
-    requests: Sequence,
+    requests: Sequence[Request],
     recipe: Recipe,
     batch_size: int,
     on_unet_call: Callable[[], None] = lambda: None,
     *,
     is_whole: bool = False,
 ) -> Verdict:
-    """Every request through both engines, led by the reference and on its own, judged by the precision's gates; with
-    `is_whole` also what these requests may not need: the encoder of images, on the reference's images, and averages of
-    attention, unless a graph would have to be exported for them.
+    """Every request through both engines, teacher-forced by the reference and free-running, with the gates of the
+    precision; with `is_whole` also what these requests may not need: the encoder of images, on the reference's images,
+    and averages of attention, unless a graph would have to be exported for them.
     """
 
-    def further(one, truth: Observation) -> dict[str, np.ndarray]:
+    def whole_distances(compared, truth: Observation) -> dict[str, np.ndarray]:
         if not is_whole:
             return {}
-        has_averages = recipe.attention is not None or getattr(engine, "exports_averages", False)
-        own = {} if has_averages else averaged_distance(one, reference, truth, recipe)
-        return own | encoded_distance(one, reference, truth.images)
+        has_averages = recipe.attention is not None or getattr(compared, "exports_averages", False)
+        averages = {} if has_averages else averaged_distance(compared, reference, truth, recipe)
+        return averages | encoded_distance(compared, reference, truth.images)
 
     dtype = engine.fingerprint()["dtype"]
     storage = DTYPES.get("fp16" if dtype == "tf32" else dtype, DTYPES["fp16"])  # TF32 keeps as many bits as fp16
     rounded = Rounded(reference, storage) if dtype != "fp32" and reference.name == "torch" else None
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
-    truths, founds = [], []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
-        is_told = dtype == "fp32" and not first  # what rounding alone does to the reference, of one batch
-        truth = observe(reference, batch, recipe, on_unet_call=on_unet_call, shakes=SHAKES if is_told else 0)
-        found = observe(engine, batch, recipe, on_unet_call=on_unet_call, sampler=SamplerState)
-        _gather(
-            collected,
-            teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call, SamplerState), truth)
-            | free_running_distances(found, truth)
-            | further(engine, truth),
-            len(batch),
+        is_perturbed = dtype == "fp32" and not first  # what rounding alone does to the reference, of one batch
+        truth = observe(
+            reference, batch, recipe, on_unet_call=on_unet_call, perturbations=PERTURBATIONS if is_perturbed else 0
         )
-        if is_told:
+        free = observe(engine, batch, recipe, on_unet_call=on_unet_call, sampler=SamplerState)
+        forced = observe(engine, batch, recipe, truth, on_unet_call, SamplerState)
+        distances = teacher_forced_distances(forced, truth) | free_running_distances(free, truth)
+        _gather(collected, distances | whole_distances(engine, truth), len(batch))
+        if is_perturbed:
             _gather(drift, rounding_distances(truth), len(batch))
-        if rounded and not first:  # one batch tells what the precision costs; the reference is slow
-            _gather(
-                drift,
-                teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
-                | free_running_distances(observe(rounded, batch, recipe), truth)
-                | further(rounded, truth),
-                len(batch),
-            )
-        truths.append(truth)
-        founds.append(found)
+        if rounded and not first:  # one batch shows what the precision costs; the reference is slow
+            distances = teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
+            distances |= free_running_distances(observe(rounded, batch, recipe), truth)
+            _gather(drift, distances | whole_distances(rounded, truth), len(batch))
     joined, floors = ({name: np.concatenate(parts, 1) for name, parts in kind.items()} for kind in (collected, drift))
     rows = evaluate_gates(joined, EXACT if dtype == "fp32" else ROUNDED, floors)
     rows.insert(0, weights_row(engine, reference))
@@ -105,15 +117,7 @@ def verify(
         "calls": len(recipe.schedule),
         "versions": {"datasetdm_fast": __version__, "python": platform.python_version()},
     }
-    return Verdict(
-        rows,
-        engine.fingerprint(),
-        reference.fingerprint(),
-        facts,
-        truths,
-        founds,
-        [request.prompt for request in requests],
-    )
+    return Verdict(rows, engine.fingerprint(), reference.fingerprint(), facts)
 
 
 def weights_row(engine, reference) -> GateRow:
