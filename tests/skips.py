@@ -31,6 +31,7 @@ REASONS = {
     "this CPU has no instructions for bf16": "where OpenVINO has no bf16 to compute in",
     "could not import 'onnx'": "environments without the extra `ort`",
     "could not import 'onnxruntime'": "the same",
+    "could not import 'shtab'": "environments without the extra `completion`",
     "could not import 'tensorrt_rtx'": "platforms without TensorRT-RTX",
     "TensorRT-RTX is not installed": "the same",
     "TensorRT cannot run here": "GPUs that the installed TensorRT does not know",

@@ -468,9 +468,10 @@ def test_the_first_signal_finishes_the_batch(engines, tmp_path, capsys, monkeypa
 
 def test_the_second_signal_ends_at_once():
     code = (
-        "import os, signal, time; from datasetdm_fast.command_line.interruption import Interruption\n"
-        "with Interruption(True):\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), "
-        "signal.SIGINT)\n    time.sleep(60)"
+        "import os, signal, time\nfrom datasetdm_fast.command_line.ending import run_command\n"
+        "from datasetdm_fast.command_line.interruption import Interruption\ndef command(arguments):\n"
+        "    with Interruption(True):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\nrun_command(command)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 130
 

@@ -33,82 +33,74 @@ def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """The exit code of command(arguments): 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started the process, as services do
+        if getattr(sys, name) is None:  # closed by the process that started this one, as services do
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     with SignalWatch(is_last=arguments is None) as watch:
-        code = _ended(command, sys.argv[1:] if arguments is None else arguments, watch)
-    return code
+        try:
+            watch.open()
+            code = command(sys.argv[1:] if arguments is None else arguments) or 0
+            sys.stdout.flush()  # here, so that a closed pipe raises inside this try
+            return code
+        except KeyboardInterrupt:
+            _print_error(ENDED)
+            return 130
+        except SystemExit as stop:  # --help, --version, SIGTERM
+            if watch.signal:
+                _print_error(ENDED)
+            return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except Exception as error:
+            if watch.signal and not isinstance(error, OSError):  # extensions and imports may raise others instead
+                _print_error(ENDED)
+                return 128 + watch.signal
+            return _report_error(error)
+        finally:
+            watch.shut()
 
 
-def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str], watch: SignalWatch) -> int:
-    try:
-        watch.open()
-        code = command(arguments) or 0
-        sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
-        return code
-    except (Refused, Missing, GateFailed) as stop:
-        if watch.signal:  # the code of an extension may end in any way, so this one was made of the signal
-            _say(ENDED)
-            return 128 + watch.signal
-        return _told(stop)
-    except KeyboardInterrupt:
-        _say(ENDED)
-        return 130
-    except SystemExit as stop:  # --help, --version, SIGTERM
-        if watch.signal:
-            _say(ENDED)
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BrokenPipeError as error:
-        return 141 if _reader_is_gone() else report(error)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = "a file or standard output" if error.filename is None else documents.quote(error.filename)
-            _say(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
-            return Missing.exit_code
-        if error.errno in DENIED and error.filename is not None:
-            checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
-            _say(
-                f"{documents.quote(error.filename)}: {error.strerror}",
-                f"Check {checked}, then run the same command again.",
-            )
-            return Missing.exit_code
-        if error.errno != errno.ENAMETOOLONG:
-            return report(error)
-        _say(f"{documents.quote(error.filename)}: no file or folder has so long a name", "Choose a shorter name.")
-        return Refused.exit_code
-    except Exception as error:
-        if watch.signal:  # a library made another error of it, as imports do
-            _say(ENDED)
-            return 128 + watch.signal
-        return _told(stop) if (stop := _out_of_memory(error)) else report(error)
-    finally:
-        watch.shut()
-
-
-def _told(stop: Refused | Missing | GateFailed) -> int:
-    _say(documents.one_line(stop.cause), documents.one_line(stop.remedy))
+def _report_error(error: Exception) -> int:
+    """Prints cause and remedy of an error; its exit code."""
+    if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+        return 141
+    stop = error if isinstance(error, Refused | Missing | GateFailed) else _as_stop(error)
+    if stop is None:
+        return report_bug(error)
+    _print_error(documents.one_line(stop.cause), documents.one_line(stop.remedy))
     return stop.exit_code
 
 
-def _say(*lines: str) -> None:
-    """Lines on standard error; where even these cannot be written, as on a full disk, the exit code tells alone."""
+def _as_stop(error: Exception) -> Refused | Missing | None:
+    """The refusal for an error of the machine or the disk; None for a bug."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return Missing(
+            "memory: the GPU does not have enough memory",
+            "Choose a smaller --batch-size or --size, or free its memory.",
+        )
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = "a file or standard output" if error.filename is None else documents.quote(error.filename)
+        return Missing(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
+    if error.errno in DENIED and error.filename is not None:
+        checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
+        return Missing(
+            f"{documents.quote(error.filename)}: {error.strerror}", f"Check {checked}, then run the same command again."
+        )
+    if error.errno == errno.ENAMETOOLONG:
+        return Refused(
+            f"{documents.quote(error.filename)}: no file or folder has so long a name", "Choose a shorter name."
+        )
+    return None
+
+
+def _print_error(*lines: str) -> None:
+    """Prints lines on standard error; if even that fails, as on a full disk, the exit code alone remains."""
     with suppress(OSError):
         print(*lines, sep="\n", file=sys.stderr)
 
 
-def _out_of_memory(error: Exception) -> Missing | None:
-    """What is said instead where an error is PyTorch's about the memory of a GPU, which is no bug."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(error, torch.OutOfMemoryError):
-        return None
-    return Missing(
-        "memory: the GPU does not have enough memory",
-        "Choose a smaller --batch-size or --size, or free its memory.",
-    )
-
-
-def _reader_is_gone() -> bool:
-    """Whether the broken pipe was our standard output; it is then pointed elsewhere, for a quiet last flush."""
+def _is_stdout_closed() -> bool:
+    """Whether the broken pipe was our standard output; it is then redirected, for a quiet last flush."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
@@ -120,12 +112,11 @@ def _reader_is_gone() -> bool:
     return True
 
 
-def report(error: Exception) -> int:
-    """Exit code 1, once what led to the error is in a file that the user can send us; 3 and the name of the package
-    where the error went through an extension. Elsewhere an extension that was selected may have caused it.
+def report_bug(error: Exception) -> int:
+    """Exit code 1, after the traceback is in a file that the user can send us; 3 and the name of the package for an
+    error in an extension. Elsewhere a loaded extension may have caused it.
     """
-    place, told = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    summary = f"{place} fails ({told})" if place else f"datasetdm-fast: unexpected {told}"
+    place, summary = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     code = Missing.exit_code if place else 1
     versions = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     facts = f"{versions}\ncommand: {sys.argv}\n\n"
@@ -138,8 +129,10 @@ def report(error: Exception) -> int:
         traceback.print_exception(error)
         return code
     if place:
-        _say(summary, f"Update that package, or remove it; the report for its authors is {report.name}.")
+        remedy = f"Update that package, or remove it; the report for its authors is {report.name}."
+        _print_error(f"{place} fails ({summary})", remedy)
     else:
         others = "".join(f", or of the package {package}" for package in loaded_packages())
-        print(f"{summary}; this is a bug of ours{others}, the report is {report.name}", file=sys.stderr)
+        bug = f"this is a bug of ours{others}, the report is {report.name}"
+        _print_error(f"datasetdm-fast: unexpected {summary}; {bug}")
     return code

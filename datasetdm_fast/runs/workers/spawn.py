@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.ending import report
+from datasetdm_fast.command_line.ending import report_bug
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs.job import Job, prepare_job
@@ -71,7 +71,7 @@ def reporting(queue: WorkQueue, owner: Owner) -> Iterator[None]:
         queue.report(owner.slot, "refused", type(stop).__name__, stop.cause, stop.remedy)
         sys.exit(stop.exit_code)
     except Exception as error:
-        sys.exit(report(error))
+        sys.exit(report_bug(error))
 
 
 @dataclass
