@@ -18,7 +18,7 @@ LABEL_KINDS = PartTable("label", LabelKind, TASK_KINDS, LABELLER_KINDS, order=GA
 def kind_of(label: str) -> LabelKind:
     """The kind of a label written as TASK or TASK:DECODER; a ValueError where it is neither."""
     name = LabelName.parse(label)
-    kind = LABEL_KINDS[name.task]
+    kind: LabelKind = LABEL_KINDS[name.task]
     return kind.for_decoder(name.decoder) if name.decoder else kind
 
 

@@ -45,7 +45,7 @@ class AttentionKind(OpenVocabularyKind):
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {**super().table(config, size, words), "ignore": IGNORE}
 
-    def count(self, record: Any) -> dict[int | tuple[str, str], float]:
+    def count(self, record: Any) -> Mapping[Any, float]:
         """Pixels by class, and the sum and number of its agreements with the maps of other tasks."""
         agreements = record.get("agreement", {})
         sums = {("sum", task): share for task, share in agreements.items()}

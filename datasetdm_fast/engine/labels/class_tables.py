@@ -53,7 +53,8 @@ def parse(text: str, name: str) -> ClassTable:
     reader = csv.DictReader(io.StringIO(text))
     if not {"name"} <= set(reader.fieldnames or ()) <= set(COLUMNS):
         raise ValueError(f"the first line must name columns out of {', '.join(COLUMNS)}, among them name")
-    classes, other = [], []
+    classes: list[ClassWord] = []
+    other: list[str] = []
     for row in reader:
         if None in row or None in row.values():
             raise ValueError(f"line {reader.line_num} has another number of cells than the first line")
@@ -64,7 +65,7 @@ def parse(text: str, name: str) -> ClassTable:
                 raise ValueError(f"line {reader.line_num}: the number of a class is {number!r}")
             if colour and not (len(colour) == 3 and all(re.fullmatch(r"\d{1,3}", c) and int(c) < 256 for c in colour)):
                 raise ValueError(f"line {reader.line_num}: a colour is three numbers from 0 to 255, like 128 0 64")
-            red_green_blue = tuple(map(int, colour)) or None
+            red_green_blue: Any = tuple(map(int, colour)) or None
             spoken_name = row.get("say", "").strip() or _readable(class_name)
             classes.append(ClassWord(class_name, spoken_name, words, int(number) if number else None, red_green_blue))
         else:
@@ -110,7 +111,7 @@ def digest_of(table: ClassTable, names: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(rows_of(table, names)).encode()).hexdigest()}"
 
 
-def of_rows(rows: object, name: str) -> ClassTable:
+def of_rows(rows: Any, name: str) -> ClassTable:
     """The table that `rows_of` has written; a ValueError where it is of another form."""
     documents.check_form(rows, [{"name": str, "say": str, "words": [str]}], name)
     words = []

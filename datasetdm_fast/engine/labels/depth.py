@@ -40,7 +40,7 @@ def _figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
 
 
 def _unit(table: Table) -> str:
-    unit = table.get("unit", DEFAULT_UNIT)
+    unit: str = table.get("unit", DEFAULT_UNIT)
     if unit not in UNITS:
         raise Refused(f"run.json: labels.depth.unit is {quote(unit)}", f"Known units are {', '.join(UNITS)}.")
     return unit
@@ -116,7 +116,7 @@ class DepthKind(LabelKind):
     def rewritten(self, table: Table) -> Table:
         return {**table, "unit": unit_of(table["max_depth"])}
 
-    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterator[str]:
+    def section(self, table: Table, counts: Mapping[Any, float]) -> Iterator[str]:
         unit = _unit(table)
         yield f"## {self.title}\n"
         yield f"The unit of a pixel is the {unit}: its value divided by {UNITS[unit]:g} is the distance in metres.\n"

@@ -195,7 +195,7 @@ class InstanceKind(LabelKind):
     def count(self, record: Any) -> Counter[int]:
         return Counter(item["category_id"] for item in record)
 
-    def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
+    def section(self, table: Table, counts: Mapping[Any, float]) -> Iterator[str]:
         yield f"## {self.title}\n\n| category | class | instances |\n|---:|---|---:|"
         for number, name in sorted(self.names(table).items()):
             yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"

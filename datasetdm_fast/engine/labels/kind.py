@@ -51,7 +51,7 @@ class Placement:
             return pixels
         down = (2 * np.arange(self.rows) + 1) * self.height // (2 * self.rows)
         right = (2 * np.arange(self.columns) + 1) * self.width // (2 * self.columns)
-        return pixels[np.ix_(down, right)]
+        return np.asarray(pixels[np.ix_(down, right)])
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,11 @@ class LabelKind(ABC):
         """What run.json has to say of labels that are decoded by this table and encoded again."""
         return table
 
-    def count(self, record: Any) -> Mapping[Any, int]:
+    def count(self, record: Any) -> Mapping[Any, float]:
         """What the data set card adds up over all records."""
         return {}
 
-    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterable[str]:
+    def section(self, table: Table, counts: Mapping[Any, float]) -> Iterable[str]:
         """Lines of the card, from these sums."""
         return ()
 

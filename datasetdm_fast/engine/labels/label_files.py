@@ -39,6 +39,7 @@ def encode(
 def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
     """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
     kind = kind_of(task)
-    return kind.decode(
+    label: Annotation = kind.decode(
         {role: np.array(images.read_image(folder / files[role])) for role in kind.files(table)}, record, table
     )
+    return label

@@ -20,7 +20,8 @@ def number_classes(tables: Mapping[str, Table]) -> dict[str, Any]:
     Label maps come first, as their pixels hold at most 255 numbers, and a semantic decoder's classes keep its own. The
     number 0 is never that of a thing, as readers of COCO files take it for the background.
     """
-    maps, others = [], []
+    maps: list[str] = []
+    others: list[str] = []
     for label in by_kind(tables):
         (maps if kind_of(label).is_map else others).extend(tables[label].get("classes", ()))
     if any(isinstance(kind_of(label), PoseKind) for label in tables):
@@ -44,20 +45,19 @@ def with_palette(tables: Mapping[str, Table], palette: str, custom: ClassTable |
     """
     if palette == OURS:
         return dict(tables)
-    if palette == CUSTOM and custom is None:
+    colours = custom if palette == CUSTOM else builtin_table(palette)
+    if colours is None:
         raise Refused(f"--palette {palette}: this run has no table of class words", "Add --class-table FILE.")
-    colours = builtin_table(palette) if palette != CUSTOM else custom
     for label, table in tables.items():
         if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
             raise Refused(
                 f"--palette {palette}: has no colour for {documents.quote(unknown[0])} of {label}",
                 "Choose a palette that has all classes of the label maps, or ours.",
             )
-    additions = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
+    additions: dict[str, Table] = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
     if palette == CUSTOM:
-        additions = {
-            label: {**additions[label], "colours": own_colours(custom, tables[label]["classes"])} for label in additions
-        }
+        for label in additions:
+            additions[label] = {"palette": palette, "colours": own_colours(colours, tables[label]["classes"])}
     return {label: {**table, **additions.get(label, {})} for label, table in tables.items()}
 
 

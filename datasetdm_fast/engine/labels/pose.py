@@ -107,7 +107,7 @@ def _inside(points: np.ndarray, visibility: np.ndarray, region: np.ndarray) -> n
     columns, rows = (
         np.clip(np.floor(points[:, axis]).astype(int), 0, side - 1) for axis, side in enumerate(region.shape[::-1])
     )
-    return (visibility > 0) & region[rows, columns]
+    return np.asarray((visibility > 0) & region[rows, columns])
 
 
 def _people(like: Keypoints, people: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Keypoints:
@@ -184,7 +184,8 @@ class PoseKind(LabelKind):
             return {"bbox": [round_float(value) for value in (*low, *sides)], "area": round_float(sides[0] * sides[1])}
         if mask is not None:
             encoded = mask_rle.encode(mask[None])
-            box, area = encoded.boxes[0].tolist(), int(encoded.areas[0])
+            box = encoded.boxes[0].tolist()
+            area: float = int(encoded.areas[0])
         else:
             box = _widen(points, seen, table["size"], table["widened"])
             area = round_float(box[2] * box[3])
@@ -277,10 +278,10 @@ class PoseKind(LabelKind):
     def figures(self, record: Any) -> dict[str, float]:
         return self.count(record)
 
-    def count(self, record: Any) -> dict[str, int]:
+    def count(self, record: Any) -> dict[str, float]:
         return {"people": sum(item["num_keypoints"] > 0 for item in record)}
 
-    def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
+    def section(self, table: Table, counts: Mapping[Any, float]) -> list[str]:
         return [f"## {self.title}\n", f"{counts.get('people', 0)} in all samples.\n"]
 
     def distance(self, predicted: Keypoints, truth: Keypoints) -> float:

@@ -51,21 +51,21 @@ class ClassMap(LabelKind):
     is_map = can_mask = can_be_masked = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
-    layout = ("numbers",)
+    layout: tuple[str, ...] = ("numbers",)
     pixel_bytes = 2
 
     def file_numbers(self, labels: np.ndarray, table: Table) -> np.ndarray:
         """The numbers in files [H, W] uint8 of places in `classes`."""
         numbers = np.arange(256, dtype=np.uint8)
         numbers[: len(table["classes"])] = self.numbers(table)
-        return numbers[labels]
+        return np.asarray(numbers[labels])
 
     def places(self, pixels: np.ndarray, table: Table) -> np.ndarray:
         """Places in `classes` [H, W] uint8 of the numbers in a file; what is no number of a class is ignored."""
         numbers = self.numbers(table)
         place = np.full(256, IGNORE, np.uint8)
         place[numbers] = range(len(numbers))
-        return place[pixels]
+        return np.asarray(place[pixels])
 
     def palette(self, table: Table) -> bytes:
         """The colours of its files, by number."""
@@ -91,8 +91,10 @@ class ClassMap(LabelKind):
 
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
         labels = self.places(pixels[self.roles[0]], table)
-        sure = [pixels[role].astype(np.float32) / 255 for role in self.files(table)[1:]]
-        return SemanticMap(labels, *(sure or [np.ones(labels.shape, np.float32)]), tuple(table["classes"]))
+        sure: np.ndarray = np.ones(labels.shape, np.float32)
+        for role in self.files(table)[1:]:
+            sure = pixels[role].astype(np.float32) / 255
+        return SemanticMap(labels, sure, tuple(table["classes"]))
 
     def arrays(self, label: SemanticMap, table: Table) -> np.ndarray:
         return self.file_numbers(label.labels, table).astype(np.int64)
@@ -112,7 +114,8 @@ class ClassMap(LabelKind):
                 yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
 
     def certainty(self, record: Any) -> float | None:
-        return record.get("mean_confidence")
+        confidence: float | None = record.get("mean_confidence")
+        return confidence
 
     def distance(self, predicted: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
@@ -153,10 +156,10 @@ class ClassMap(LabelKind):
     def agreeing(self, first: SemanticMap, second: SemanticMap) -> SemanticMap:
         return replace(first, labels=np.where(first.labels == second.labels, first.labels, IGNORE).astype(np.uint8))
 
-    def count(self, record: Any) -> dict[int, int]:
+    def count(self, record: Any) -> Mapping[Any, float]:
         return {int(value): count for value, count in record.get("pixels", {}).items()}
 
-    def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
+    def section(self, table: Table, counts: Mapping[Any, float]) -> Iterator[str]:
         if total := sum(counts.values()):
             yield f"## {self.title}\n\n| number | class | share of pixels |\n|---:|---|---:|"
             for number, name in sorted(self.names(table).items()):
@@ -174,7 +177,7 @@ class ClassMap(LabelKind):
 class SemanticKind(ClassMap):
     attribute, title = "semantic", "Semantic classes"
     contents = "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255"
-    roles = ("semantic", "confidence")
+    roles: tuple[str, ...] = ("semantic", "confidence")
     layers = (
         GalleryLayer("semantic", "Semantic", "map", role="semantic", values=shares),
         GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),

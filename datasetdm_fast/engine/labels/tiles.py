@@ -39,7 +39,7 @@ class Tiling:
         """How far inside of a tile each of its pixels lies: 1 at the border, more towards the middle."""
         place = np.arange(self.side)
         inward = np.minimum(place, place[::-1]) + 1.0
-        return np.minimum.outer(inward, inward).astype(np.float32)
+        return np.asarray(np.minimum.outer(inward, inward), np.float32)
 
 
 def _starts(length: int, side: int) -> list[int]:
@@ -94,7 +94,7 @@ class _Piece:
             return False
         first, second = self.on(*shared), other.on(*shared)
         smaller = min(np.count_nonzero(first), np.count_nonzero(second))
-        return smaller > 0 and np.count_nonzero(first & second) >= SAME * smaller
+        return bool(smaller > 0 and np.count_nonzero(first & second) >= SAME * smaller)
 
 
 def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
@@ -112,8 +112,8 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     things = sorted(set(group), key=lambda number: (-max(_scores(pieces, group, number)), number))
     masks = np.zeros((len(things), *tiling.sides), bool)
     for mask, thing in zip(masks, things):
-        for piece, first in zip(pieces, group):
-            if first == thing:
+        for piece, number in zip(pieces, group):
+            if number == thing:
                 mask[part(piece.place)] |= piece.mask
     return Instances(
         masks,
@@ -129,4 +129,4 @@ def _scores(pieces: Sequence[_Piece], group: Sequence[int], thing: int) -> list[
 
 def _size(labels: Sequence[Instances]) -> int:
     """Pixels of a side of the tiles' labels."""
-    return labels[0].masks.shape[1]
+    return int(labels[0].masks.shape[1])

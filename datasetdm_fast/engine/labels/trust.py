@@ -39,7 +39,7 @@ class NamedMap:
         """[H, W] the numbers of `order`, 0 for every other class."""
         numbers = np.zeros(max(int(self.numbers.max(initial=0)) + 1, len(self.names)), np.uint16)
         numbers[: len(self.names)] = [order.get(name, 0) for name in self.names]
-        return numbers[self.numbers]
+        return np.asarray(numbers[self.numbers])
 
 
 def named_map(label: Annotation) -> NamedMap | None:
@@ -57,7 +57,7 @@ def named_map(label: Annotation) -> NamedMap | None:
 
 def _confidence(label: Annotation) -> float | None:
     """How sure the decoder of a label was, None where it does not tell."""
-    sure = label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ())
+    sure = np.asarray(label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ()))
     return float(sure.mean()) if len(sure) else None
 
 
@@ -69,15 +69,17 @@ def trust_of(
     """
     maps = {task: shown_map for task, label in labels.items() if (shown_map := named_map(label))}
     shares = {task: shown_map.shares() for task, shown_map in maps.items()}
-    reasons, missing, unnamed = [], {}, {}
+    reasons: list[str] = []
+    missing: list[str] = []
+    unnamed: list[str] = []
     for name in named:
         if tasks := [task for task in maps if _is_missing(maps[task], shares[task], name)]:
-            missing[name] = None
+            missing.append(name)
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in tasks)
             reasons.append(f"{name} is in the prompt, but not in {places}")
     for name in sorted(_foreign(named, labels, prompt, table)):
         if shown := [task for task, by_name in shares.items() if by_name.get(name, 0) >= LEAST_SHARE]:
-            unnamed[name] = None
+            unnamed.append(name)
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
     confidences = [value for label in labels.values() if (value := _confidence(label)) is not None]
     confidence = round(sum(confidences) / len(confidences), 4) if confidences else None

@@ -87,7 +87,8 @@ class ClassMatcher:
 
     def _spans(self, text: str) -> dict[int, list[tuple[int, int]]]:
         marks = _marks(text)
-        tokens, at, spans = tuple(mark.group() for mark in marks), 0, {}
+        tokens, at = tuple(mark.group() for mark in marks), 0
+        spans: dict[int, list[tuple[int, int]]] = {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
                 phrase = marks[at : at + length]  # shorter at the end of the text

@@ -59,7 +59,7 @@ CHOICES: dict[str, Sequence[str]] = {
 }
 
 
-def check_iterable(name: str, value: Any, expected: str) -> Iterable[Any]:
+def check_iterable(name: str, value: Any, expected: str) -> Any:
     """An argument of the library that must be iterable; refused if it is not."""
     try:
         iter(value)

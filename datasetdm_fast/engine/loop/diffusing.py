@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.engines.engine import Engine
-    from datasetdm_fast.engine.loading import Model
+    from datasetdm_fast.engine.loading.model import Model
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

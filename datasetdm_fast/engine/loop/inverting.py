@@ -32,12 +32,14 @@ TIMESTEPS = (100, 200, 300, 400)  # noise levels at which labels are read from t
 
 
 class InvertedPictures(Protocol):
-    """Pictures by their index; pictures that are read tile by tile also have `whole`."""
+    """Pictures by their index."""
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def load(self, index: int, size: int) -> np.ndarray: ...  # [size, size, 3] uint8
+
+    def whole(self, index: int) -> np.ndarray: ...  # [H, W, 3] uint8
 
 
 class InvertingGenerator(driver.BatchGenerator):
@@ -47,7 +49,7 @@ class InvertingGenerator(driver.BatchGenerator):
         super().__init__(*arguments)
         self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
 
-    def sample(self, batch: Batch) -> driver.SampledBatch:
+    def sample(self, batch: Batch) -> Any:
         import numpy as np
         import torch
 
@@ -75,7 +77,9 @@ class InvertingGenerator(driver.BatchGenerator):
             denoise = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
             captures = dict.fromkeys(recipe.captured, denoise(latents, self.capture, context)[1])
             self.on_unet_call()
-        for timestep in self.timesteps if sums is not None else ():
+        for timestep in self.timesteps:
+            if sums is None:
+                break
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
             _, sums = engine.denoise_and_average(latents, timestep, context, words, sums)
             self.on_unet_call()
@@ -98,7 +102,7 @@ class TilingGenerator(InvertingGenerator):
         super().__init__(*arguments, **options)
         self.together = together
 
-    def sample(self, batch: Batch) -> list[Sample | Quarantined]:
+    def sample(self, batch: Batch) -> Any:
         """The labelled pictures: the captures of many tiles would not fit beside each other."""
         return [self._label_picture(request) for request in batch.requests]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AttentionSums, Batch, Instances, Quarantined, Request, Sample, SemanticMap
@@ -124,7 +124,7 @@ def follow_outlines(
     """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
     from datasetdm_fast.engine.tasks.outlines import with_outlines
 
-    def follow(task: str, place: int) -> Annotation:
+    def follow(task: str, place: int) -> Any:
         return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
 
     results = iter(reader_lanes().map(follow, [(task, b) for task in labels for b in range(len(pixels))], most))
@@ -170,7 +170,7 @@ def labeller_labels(
     words = tuple(recipe.query_words(request) for request in batch.padded)
     labels = {}
     for task in recipe.labellers:
-        capture = sampled.captures.get(recipe.captures.get(task, -1))
+        capture: Any = sampled.captures.get(recipe.captures.get(task, -1))
         inputs = LabellerInput(batch.padded, words, recipe.words, images, sampled.latents, capture)
         labels[task] = labels_of(task, engine.device, inputs)
     return labels
@@ -208,7 +208,7 @@ def word_slots(queries: Sequence[Sequence[str]]) -> int:
     return max(map(len, queries))
 
 
-def with_prompt_class(label: Instances, request: Request, recipe: Recipe) -> Instances:
+def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances:
     """The instances as those of the class that the prompt names first; none if it names no class."""
     import numpy as np
 
@@ -219,7 +219,7 @@ def with_prompt_class(label: Instances, request: Request, recipe: Recipe) -> Ins
     return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)
 
 
-def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:
+def renumber(label: Any, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:
     """A label map over the words of one prompt as one over the words of the run: 0 = none of them, 1 + k = word k."""
     import numpy as np
 

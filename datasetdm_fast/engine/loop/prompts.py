@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     model_max_length: int
 
-    def __call__(self, text: str, *, truncation: bool) -> Any: ...
+    def __call__(self, text: Any, /, *, truncation: bool = ...) -> Any: ...
 
 
 class PromptLine(NamedTuple):
@@ -47,7 +47,12 @@ class PromptLine(NamedTuple):
 
 def _identity(prompt: PromptLine) -> str:
     """All that decides the image, in the fewest words: lists that bring no more have the digest they always had."""
-    ways = [[prompt.text], [prompt.classes, prompt.seed], [prompt.negative], [prompt.class_prompt or None]]
+    ways: list[list[Any]] = [
+        [prompt.text],
+        [prompt.classes, prompt.seed],
+        [prompt.negative],
+        [prompt.class_prompt or None],
+    ]
     while len(ways) > 1 and ways[-1] == [None] * len(ways[-1]):
         ways.pop()
     return prompt.text if len(ways) == 1 else json.dumps([value for way in ways for value in way])

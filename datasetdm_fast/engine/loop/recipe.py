@@ -117,8 +117,9 @@ def make_recipe(
     labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
-    if table is None and (words := dict.fromkeys(word for config in configs.values() for word in config.class_words)):
-        table = of_words(tuple(words), "class_words")  # those that the decoders were trained with
+    trained = dict.fromkeys(word for config in configs.values() for word in config.class_words)
+    if table is None and trained:
+        table = of_words(tuple(trained), "class_words")
     open_labels = [
         task
         for task in tasks
@@ -134,7 +135,7 @@ def make_recipe(
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in known))
-    facts = {
+    facts: dict[str, Any] = {
         "sampler": sampler,
         "profile": profile,
         "steps": steps or model.defaults.steps,

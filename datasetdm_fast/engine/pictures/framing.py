@@ -28,7 +28,7 @@ class Rule:
     """How upstream draws a window in training, lengths for its 512 pixels."""
 
     scales: tuple[float, ...] = (1.0,)  # one of them times the picture's own size, but never smaller than the window
-    shortest: tuple[int, int] = ()  # or: the shorter side, drawn between these
+    shortest: tuple[int, ...] = ()  # or: the shorter side, drawn between these
     toward_object: float = 0.0  # share of windows that hold the centre of something labelled
 
 
@@ -98,7 +98,7 @@ def frame_picture(picture: Picture, window: Window, size: int, least_mask: float
         pixels = label[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)[None]]
         pixels[rows < 0] = outside
         pixels[:, columns < 0] = outside
-        return pixels
+        return np.asarray(pixels)
 
     def resample_masks(
         makers: Sequence[Callable[[], np.ndarray]], classes: Sequence[int], least: float

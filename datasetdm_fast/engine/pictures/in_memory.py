@@ -26,6 +26,9 @@ class PicturesInMemory:
     def names(self) -> list[str]:
         return [str(place) for place in range(len(self.images))]
 
+    def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
+        return self.images[index]
+
     def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
         return crop_square(self.images[index], size)
 
@@ -76,4 +79,6 @@ def _of_pillow(image: Image, place: int) -> np.ndarray:
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
     """The largest square in the middle of an image [H, W, 3] uint8."""
-    return framing.frame_picture(Picture("", image, ""), framing.fit_window(*image.shape[:2], size), size).image
+    return framing.frame_picture(
+        Picture("", image, ""), framing.fit_window(image.shape[0], image.shape[1], size), size
+    ).image

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.errors import Missing, Refused
 
 EVERY_CLASS = -1  # the class of a crowd in which nothing is right or wrong to find
+Result = TypeVar("Result")
 REPAIR = "Repair it, take it out of the data set, or pass --skip-bad to continue without it."
 
 
@@ -34,6 +35,12 @@ class Labelled:
     searched: tuple[int, ...] | None = None  # the classes of things that were looked for, None = all
     not_exhausted: tuple[int, ...] = ()  # classes of which the image shows more things than there are masks
     named: tuple[str, ...] | None = None  # the classes that the caption is made of, None where it is stored
+
+
+def present(array: np.ndarray | None) -> np.ndarray:
+    """An array that the data set has for its task."""
+    assert array is not None
+    return array
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class LabelledSource:
     def things_of(self, item: Labelled) -> list[tuple[str, np.ndarray]]:
         """The things of an item with their masks: without masks, all pixels of a class that is one of things."""
         if item.masks is not None:
-            return [(self.thing_classes[k], mask) for k, mask in zip(item.mask_classes, item.masks)]
+            return [(self.thing_classes[k], mask) for k, mask in zip(present(item.mask_classes), item.masks)]
         if item.semantic is None:
             return []
         masks = ((name, item.semantic == k) for k, name in enumerate(self.classes) if name in self.thing_classes)
@@ -216,7 +223,7 @@ class LabelledSource:
                 "Repair the files, or name other data.",
             )
 
-    def guard(self, read: Callable, *arguments):
+    def guard(self, read: Callable[..., Result], *arguments: Any) -> Result:
         """What `read` returns; a file that is not there, or may not be looked at, is bad data like any other."""
         try:
             return read(*arguments)

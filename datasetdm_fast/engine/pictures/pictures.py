@@ -10,7 +10,7 @@ from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.words import photo_of
 from datasetdm_fast.engine.pictures import framing
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture, present
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
@@ -55,18 +55,18 @@ class PictureSource(LabelledSource):
         """
         item = self.with_caption(replace(item, caption=whole_characters(item.caption)))
         if item.masks is None and item.semantic is not None and self.thing_classes:
-            present = [
+            shown = [
                 k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
             ]
-            masks = [item.semantic == self.classes.index(self.thing_classes[k]) for k in present]
-            masks = np.stack(masks) if masks else np.zeros((0, *item.semantic.shape), bool)
-            return replace(item, masks=masks, mask_classes=np.array(present, np.int64))
+            masks = np.array([item.semantic == self.classes.index(self.thing_classes[k]) for k in shown], bool)
+            masks = masks.reshape(-1, *item.semantic.shape)
+            return replace(item, masks=masks, mask_classes=np.array(shown, np.int64))
         if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
             labels = np.zeros(item.image.shape[:2], np.uint8)
-            for crowd in item.crowds:
+            for crowd in present(item.crowds):
                 labels[crowd] = IGNORE
             for k in largest_first(item.masks):
-                labels[item.masks[k]] = item.mask_classes[k] + 1
+                labels[item.masks[k]] = present(item.mask_classes)[k] + 1
             return replace(item, semantic=labels)
         return item
 
@@ -109,7 +109,8 @@ def _count_pixels(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
 
 def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
     """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
-    return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
+    order: list[int] = np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
+    return order
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, checked_calls, last_calls
@@ -11,7 +12,7 @@ from datasetdm_fast.errors import Refused
 
 
 def make_schedule(
-    scheduler: Mapping, sampler: str, steps: int, profile: str = "0.3.0", strength: float = 1.0
+    scheduler: Mapping[str, Any], sampler: str, steps: int, profile: str = "0.3.0", strength: float = 1.0
 ) -> Schedule:
     """The calls of `sampler` for a diffusers scheduler config; `profile` is the diffusers version of PNDM's timesteps.
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from datasetdm_fast.engine.sampling.times import space_steps
 
 
 def ddim(
-    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+    scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
     """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
     values, stride = alphas.double().tolist(), len(alphas) // steps

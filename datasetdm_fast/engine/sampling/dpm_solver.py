@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +13,7 @@ from datasetdm_fast.errors import Refused
 
 
 def dpm_solver(
-    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+    scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
     """DPM-Solver++(2M), midpoint form (arXiv 2211.01095, algorithm 2), to sigma zero; entries are clean samples."""
     values, count = alphas.double().tolist(), len(alphas)

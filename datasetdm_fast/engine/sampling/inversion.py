@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.to_device import to_device
@@ -18,7 +19,7 @@ POSTERIOR = "posterior"  # the name of the stream of draws from it
 
 
 def invert(
-    engine,
+    engine: Engine,
     images: Tensor,
     captions: Sequence[str],
     timestep: int,
@@ -56,7 +57,7 @@ def posterior_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
+def ddim_latents(engine: Engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
     """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3)."""
     scheduler = engine.model.scheduler
     alphas = times.alphas_cumprod(scheduler).double().tolist()

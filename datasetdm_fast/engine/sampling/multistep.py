@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -11,14 +12,14 @@ from datasetdm_fast.engine.sampling.times import space_steps
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def _transfer(alpha: float, target: float, order: int, prediction: str, **flags: bool) -> Update:
+def _transfer(alpha: float, target: float, order: int, prediction: str, *, restarts: bool = False) -> Update:
     """PNDM's transfer from one alpha to another (equation 9 of arXiv 2202.09778) with a multistep output."""
     sample = math.sqrt(target / alpha)
     noise = -(target - alpha) / (alpha * math.sqrt(1 - target) + math.sqrt(alpha * (1 - alpha) * target))
     if prediction == "v_prediction":
         sample, noise = sample + noise * math.sqrt(1 - alpha), noise * math.sqrt(alpha)
-    weights = (0.5, 0.5) if flags.get("restarts") else ADAMS_BASHFORTH[order - 1]
-    return Update(sample, tuple(noise * weight for weight in weights), **flags)
+    weights = (0.5, 0.5) if restarts else ADAMS_BASHFORTH[order - 1]
+    return Update(sample, tuple(noise * weight for weight in weights), restarts=restarts, is_kept=not restarts)
 
 
 def _plms(pairs: list[tuple[float, float]], prediction: str) -> list[Update]:
@@ -26,14 +27,14 @@ def _plms(pairs: list[tuple[float, float]], prediction: str) -> list[Update]:
     updates = []
     for k, (alpha, target) in enumerate(pairs):
         if k == 1:
-            updates.append(_transfer(alpha, target, 2, prediction, restarts=True, is_kept=False))
+            updates.append(_transfer(alpha, target, 2, prediction, restarts=True))
         else:
             updates.append(_transfer(alpha, target, min(k, 4) if k else 1, prediction))
     return updates
 
 
 def pndm(
-    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+    scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
     """PLMS after a warm-up of one repeated call, with the timesteps of the profile's diffusers version."""
     if profile == "0.3.0":
@@ -54,7 +55,7 @@ def _first_profile(alphas: Tensor, steps: int, prediction: str) -> tuple[list[in
     times = [*rising[:-1], rising[-2], rising[-1]][::-1]
 
     def value(time: int) -> float:
-        return values[min(max(time, 0) + 1, last)]  # a stride that divides 999 would step one past the table
+        return float(values[min(max(time, 0) + 1, last)])  # a stride that divides 999 would step one past the table
 
     pairs = [(value(t), value(t - stride)) for t in times]
     pairs[1] = (value(times[1] + stride), value(times[1]))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class Sampler:
     """What the rest must know of a sampler."""
 
     # (scheduler config, cumulative alphas, steps, prediction type, profile) -> timesteps and updates
-    calls: Callable[[Mapping, Tensor, int, str, str], tuple[list[int], list[Update]]]
+    calls: Callable[[Mapping[str, Any], Tensor, int, str, str], tuple[list[int], list[Update]]]
     memory: int  # earlier entries it reads
     least_steps: int = 1
     orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
@@ -50,7 +51,7 @@ class Sampler:
 
 
 def checked_calls(
-    sampler: Sampler, scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+    sampler: Sampler, scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
     """Timesteps and updates of a sampler; a ValueError where they are no schedule."""
     times, updates = sampler.calls(scheduler, alphas, steps, prediction, profile)

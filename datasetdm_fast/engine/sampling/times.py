@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ ANOTHER = "Name another model with --model."
 SPACING = "Put one of these into the model's scheduler_config.json."
 
 
-def alphas_cumprod(scheduler: Mapping) -> Tensor:
+def alphas_cumprod(scheduler: Mapping[str, Any]) -> Tensor:
     """[training steps] fp32 cumulative products of 1 - beta, rounded as diffusers rounds them."""
     if scheduler.get("rescale_betas_zero_snr"):
         raise Refused(
@@ -48,7 +49,7 @@ def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
 class OneGenerator:
     """Noise of image after image from one generator, as a run of diffusers draws it; an earlier one starts it anew."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seed, self.next, self.generator = -1, 0, torch.Generator("cpu")
 
     def draw(self, seed: int, place: int, side: int) -> Tensor:  # [4, side, side] fp32
@@ -62,14 +63,14 @@ class OneGenerator:
         return noise
 
 
-def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+def add_noise(scheduler: Mapping[str, Any], latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
     alphas = alphas_cumprod(scheduler)
     alpha = float(alphas[min(timestep, len(alphas) - 1)])
     return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
 
-def space_steps(scheduler: Mapping, count: int, steps: int) -> list[int]:
+def space_steps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:
     """Ascending timesteps for PNDM and DDIM by the config's timestep_spacing."""
     spacing = scheduler.get("timestep_spacing", "leading")
     if spacing == "leading":

@@ -4,6 +4,7 @@ feet near 0, top near 1.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def joints(pose: Sequence[float]) -> np.ndarray:
 def capsule(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
     along = b - a
     t = np.clip(((x - a[0]) * along[0] + (y - a[1]) * along[1]) / (along @ along), 0, 1)
-    return np.hypot(x - a[0] - t * along[0], y - a[1] - t * along[1]) - radius
+    return np.asarray(np.hypot(x - a[0] - t * along[0], y - a[1] - t * along[1]) - radius)
 
 
 def polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -41,7 +42,7 @@ def polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
     return np.where(inside, -nearest, nearest)
 
 
-def ball(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def ball(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     dx, dy = x / 0.5, (y - 0.5) / 0.5
     height = np.sqrt(np.clip(1 - dx * dx - dy * dy, 0, 1))
     shade = 0.45 + 0.55 * np.clip(0.5 * light * dx + 0.45 * dy + 0.74 * height, 0, 1)
@@ -49,7 +50,7 @@ def ball(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return np.hypot(x, y - 0.5) - 0.5, shade, gloss, 0.5 * height
 
 
-def cube(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def cube(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     side = 1 if pose[0] > 0 else -1
     u = x * side
     front = np.array([[-0.46, 0.0], [0.26, 0.0], [0.26, 0.72], [-0.46, 0.72]])
@@ -62,7 +63,7 @@ def cube(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return faces.min(0), shade, 0.0, relief
 
 
-def cone(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def cone(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     body = polygon(x, y, np.array([[-0.44, 0.09], [0.44, 0.09], [0.0, 1.0]]))
     foot = (np.hypot(x / 0.44, (y - 0.09) / 0.09) - 1) * 0.09
     across = np.clip(x / np.maximum(0.44 * (1 - y) / 0.91, 0.03), -1, 1)
@@ -70,7 +71,7 @@ def cone(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return np.minimum(body, foot), shade, 0.0, 0.44 * np.clip(1 - y, 0, 1) * np.sqrt(1 - across * across)
 
 
-def ring(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def ring(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     radius = np.hypot(x, y - 0.5)
     across = np.clip((radius - 0.36) / 0.14, -1, 1)
     lift = np.sqrt(1 - across * across)
@@ -79,7 +80,7 @@ def ring(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return np.abs(radius - 0.36) - 0.14, shade, np.clip(lift - 0.9, 0, 1) * 2 * (outward > 0.6), 0.14 * lift
 
 
-def star(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def star(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     angles = np.pi / 2 + np.arange(10) * np.pi / 5 + 0.12 * pose[0]
     radii = np.where(np.arange(10) % 2 == 0, 0.54, 0.29)
     corners = np.stack([radii * np.cos(angles), 0.46 + radii * np.sin(angles)], 1)
@@ -88,7 +89,7 @@ def star(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return polygon(x, y, corners), shade, 0.0, 0.12 * np.clip(1 - np.hypot(x, y - 0.46) / 0.5, 0, 1)
 
 
-def tree(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def tree(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     trunk = np.maximum(np.abs(x) - 0.085, np.abs(y - 0.16) - 0.16)
     tiers = [
         np.array([[-w, low], [w, low], [0.0, high]])
@@ -99,7 +100,7 @@ def tree(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
     return np.minimum(trunk, crown), shade, 0.0, 0.15 + 0 * x, (crown > 0) & (trunk <= crown)
 
 
-def person(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float):
+def person(pose: Sequence[float], x: np.ndarray, y: np.ndarray, light: float) -> tuple[Any, ...]:
     head, neck, pelvis, left_hand, right_hand, left_foot, right_foot = joints(pose)
     skin = np.hypot(x - head[0], y - head[1]) - 0.125
     arms = np.minimum(

@@ -1,6 +1,7 @@
 """The demo world: table-top scenes drawn from a seed, with every label a perception model could ask for."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -133,14 +134,14 @@ def sample_scene(
 
 
 _SKIN, _TROUSERS, _TRUNK = (
-    np.float32([0.93, 0.74, 0.60]),
-    np.float32([0.18, 0.20, 0.34]),
-    np.float32([0.42, 0.27, 0.14]),
+    np.array([0.93, 0.74, 0.60], np.float32),
+    np.array([0.18, 0.20, 0.34], np.float32),
+    np.array([0.42, 0.27, 0.14], np.float32),
 )
 
 
 def _paint(thing: Thing, parts: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    colour = np.broadcast_to(np.float32(COLOURS[thing.colour]), (*shape, 3)).copy()
+    colour = np.broadcast_to(np.array(COLOURS[thing.colour], np.float32), (*shape, 3)).copy()
     if thing.kind == "tree":
         colour[parts] = _TRUNK
     if thing.kind == "person":
@@ -149,18 +150,18 @@ def _paint(thing: Thing, parts: np.ndarray | None, shape: tuple[int, ...]) -> np
     return colour
 
 
-def _backdrop(scene: Scene, u: np.ndarray, v: np.ndarray):
+def _backdrop(scene: Scene, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
     """Colour, class and depth of the wall and the table."""
     reach = 1 - scene.horizon  # the table fills the picture down to one metre
     edge = scene.horizon + reach / scene.far
-    wall = np.float32(WALLS[scene.wall]) * (0.86 + 0.14 * (1 - v / edge)[..., None])
+    wall = np.array(WALLS[scene.wall], np.float32) * (0.86 + 0.14 * (1 - v / edge)[..., None])
     if scene.pattern == "striped":
         wall = wall * (1 - 0.10 * (np.floor(u * 10) % 2))[..., None]
     elif scene.pattern == "tiled":
         wall = wall * (1 - 0.10 * ((np.floor(u * 8) + np.floor((v - edge) * 8)) % 2))[..., None]
     ground = reach / np.maximum(v - scene.horizon, 1e-3)
     grain = 0.96 + 0.04 * np.sin(38 * (v - edge) / (v - scene.horizon + 0.2) + 2 * np.sin(5 * u))
-    table = np.float32(TABLES[scene.table]) * ((0.80 + 0.25 * (v - edge)) * grain)[..., None]
+    table = np.array(TABLES[scene.table], np.float32) * ((0.80 + 0.25 * (v - edge)) * grain)[..., None]
     blend = np.clip((v - edge) * u.shape[0] + 0.5, 0, 1)[..., None]
     on_table = v >= edge
     return (
@@ -175,18 +176,19 @@ def _shadow(scene: Scene, thing: Thing, foot: float, scale: float, u: np.ndarray
     width = scale * (0.22 if thing.kind in ("person", "tree") else 0.40)
     centre = thing.x - scene.light * scale * 0.28 * long
     spread = np.hypot((u - centre) / (width * (0.9 + 0.45 * long)), (v - foot + 0.01) / (0.11 * scale))
-    return np.clip(1.25 - spread, 0, 1) * (0.15 if scene.domain == "fog" else 0.45)
+    return np.asarray(np.clip(1.25 - spread, 0, 1) * (0.15 if scene.domain == "fog" else 0.45))
 
 
 def weather(domain: str, image: np.ndarray, depth: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The image by day as it is in another domain."""
     if domain == "night":
-        return image * np.float32([0.46, 0.50, 0.66]) + np.float32([0.01, 0.02, 0.07])
-    if domain == "fog":
+        image = image * np.array([0.46, 0.50, 0.66], np.float32) + np.array([0.01, 0.02, 0.07], np.float32)
+    elif domain == "fog":
         veil = (1 - np.exp(-0.42 * np.maximum(depth - 0.6, 0)))[..., None]
-        return image * (1 - veil) + np.float32([0.80, 0.82, 0.84]) * veil
-    if domain == "sunset":
-        return image * np.float32([0.98, 0.80, 0.62]) + np.float32([0.18, 0.07, 0.02]) * (1 - v)[..., None]
+        image = image * (1 - veil) + np.array([0.80, 0.82, 0.84], np.float32) * veil
+    elif domain == "sunset":
+        warm, glow = np.array([0.98, 0.80, 0.62], np.float32), np.array([0.18, 0.07, 0.02], np.float32)
+        image = image * warm + glow * (1 - v)[..., None]
     return image
 
 
@@ -249,5 +251,5 @@ def render(scene: Scene, size: int = 128) -> View:
     return View(scene, pixels, semantic, instance, depth.astype(np.float32), keypoints)
 
 
-def view(seed: int, size: int = 128, **choices) -> View:
-    return render(sample_scene(seed, **choices), size)
+def view(seed: int, size: int = 128, **options: Any) -> View:
+    return render(sample_scene(seed, **options), size)

@@ -1,6 +1,7 @@
 """What a caption says about a decoder's answers: classes that it rules out, and where the words of the others stand."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def held_to(
     prompts: Sequence[str],
     words: Sequence[str] = (),
     named: Sequence[Sequence[str]] = (),
-    tokenizer: Callable[..., object] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
     """The raw answers with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`,
     all it does not name. `named` are classes known to be in each image, whatever its prompt says.
@@ -44,7 +45,7 @@ def held_to(
         return {**raw, "pred_logits": held}
     is_query = to_device(torch.tensor([name in queries for name in (*classes, None)]), device)
     outputs = {**raw, "pred_logits": without(raw["pred_logits"].float(), ruled_out, is_query)}
-    if "token_attention" in raw:
+    if "token_attention" in raw and tokenizer is not None:
         outputs["word_attention"] = word_attention(raw["token_attention"].float(), config, prompts, present, tokenizer)
     return outputs
 
@@ -66,7 +67,7 @@ def word_attention(
     config: DecoderConfig,
     prompts: Sequence[str],
     present: Sequence[set[str]],
-    tokenizer: Callable[..., object],
+    tokenizer: Callable[..., Any],
 ) -> Tensor:
     """[B, K, h, w] the attention to the words that name a class, as a multiple of its mean over the image; 1 for
     classes that are not named, and for all of an image of which one class's word does not stand in the prompt.

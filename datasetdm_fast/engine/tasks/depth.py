@@ -7,7 +7,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks.task import Task
 from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.bilinear import resize
@@ -29,7 +29,7 @@ class DepthTask(Task):
         return {"kind": "depth", "max_depth": source.max_depth, **sizes}
 
     def truth(self, source: LabelledSource, item: Labelled) -> DepthMap:
-        return DepthMap(item.depth, source.max_depth)
+        return DepthMap(present(item.depth), source.max_depth)
 
     def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-        return {"depth": item.depth}
+        return {"depth": present(item.depth)}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Instances
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks.named_words import shared_by_words
 from datasetdm_fast.engine.tasks.semantic import SMALL, scaled_area
 from datasetdm_fast.engine.tasks.task import Task
@@ -85,17 +85,17 @@ class InstanceTask(Task):
         )
         masks = large_masks(chosen[is_selected], size) if is_selected.any() else is_selected.new_zeros(0, size, size)
         is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
-        arrays = to_host(
-            *(x[is_large] for x in (images[is_selected], masks, classes[is_selected], scores[is_selected]))
-        )
-        return [Instances(*(x[arrays[0] == b] for x in arrays[1:]), config.classes) for b in range(len(queries))]
+        values = images[is_selected], masks, classes[is_selected], scores[is_selected]
+        image_of, *arrays = to_host(*(value[is_large] for value in values))
+        parts = ([array[image_of == b] for array in arrays] for b in range(len(queries)))
+        return [Instances(inside, numbers, sure, config.classes) for inside, numbers, sure in parts]
 
     def truth(self, source: LabelledSource, item: Labelled) -> Instances:
-        scores = np.ones(len(item.masks), np.float32)
-        return Instances(item.masks, item.mask_classes, scores, source.thing_classes)
+        masks = present(item.masks)
+        return Instances(masks, present(item.mask_classes), np.ones(len(masks), np.float32), source.thing_classes)
 
     def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
         return {"kind": "segmentation", "classes": source.thing_classes, **(SMALL if is_small else {})}
 
     def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-        return {"classes": item.mask_classes, "masks": item.masks}
+        return {"classes": present(item.mask_classes), "masks": present(item.masks)}

@@ -109,9 +109,9 @@ def check_label(label: Any, sides: Sequence[int], table: Table) -> None:
             raise ValueError(f"{name}: an array of shape {list(array.shape)}, expected [{shape}]")
         known |= dict(zip(axes, array.shape))
     for name in ("classes", "joints"):
-        names, expected = getattr(label, name, None), table.get(name)
-        if None not in (names, expected) and list(names) != list(expected):
-            raise ValueError(f"{name}: {', '.join(names)}, expected {', '.join(expected)}")
+        names, known_names = getattr(label, name, None), table.get(name)
+        if names is not None and known_names is not None and list(names) != list(known_names):
+            raise ValueError(f"{name}: {', '.join(names)}, expected {', '.join(known_names)}")
     if isinstance(label, SemanticMap | Instances):
         used = np.unique(label.class_ids if isinstance(label, Instances) else label.labels[label.labels != IGNORE])
         if strange := [number for number in used if not 0 <= number < len(label.classes)]:

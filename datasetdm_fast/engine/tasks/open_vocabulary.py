@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.pictures.pictures import largest_first
 from datasetdm_fast.engine.tasks.instance import NOTHING
 from datasetdm_fast.engine.tasks.semantic import SMALL, masks_of, scaled_area
@@ -73,11 +73,11 @@ class OpenVocabularyTask(Task):
     def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
         """One mask a thing, or where there are no masks one a class that is a thing."""
         if item.masks is not None:
-            return {"classes": item.mask_classes, "masks": item.masks}
+            return {"classes": present(item.mask_classes), "masks": item.masks}
         things = {
             source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes
         }
-        return masks_of(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
+        return masks_of(item, {number: k for number, k in things.items() if np.any(item.semantic == number)})
 
     def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
         sizes = {**SMALL, "queries": 8} if is_small else {"queries": 20}

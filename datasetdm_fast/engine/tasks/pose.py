@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks.task import Task
 from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.to_device import to_device
@@ -104,14 +104,16 @@ class PoseTask(Task):
         return [Keypoints(points[part], visibility[part], mean[part], config.joints, config.limbs) for part in parts]
 
     def truth(self, source: LabelledSource, item: Labelled) -> Keypoints:
-        seen = item.keypoints[..., 2]
-        return Keypoints(item.keypoints, seen, np.ones(len(seen), np.float32), source.joints, source.limbs)
+        points = present(item.keypoints)
+        seen = points[..., 2]
+        return Keypoints(points, seen, np.ones(len(seen), np.float32), source.joints, source.limbs)
 
     def target(self, _: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-        if not len(item.keypoints):
+        points = present(item.keypoints)
+        if not len(points):
             return {}
-        person = int(np.argmax(item.keypoint_areas))  # the decoder answers with one figure: the largest
-        return {"points": item.keypoints[person, :, :2], "weights": item.keypoints[person, :, 2] > 0}
+        person = int(np.argmax(present(item.keypoint_areas)))  # the decoder answers with one figure: the largest
+        return {"points": points[person, :, :2], "weights": points[person, :, 2] > 0}
 
     def decoder(self, source: LabelledSource, is_small: bool, head: str) -> dict[str, Any]:
         sizes = {"width": 32, "upscale": 0 if head == "simcc" else 2} if is_small else {}

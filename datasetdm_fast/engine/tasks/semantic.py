@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import IGNORE, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks.named_words import shared_by_words
 from datasetdm_fast.engine.tasks.task import Task
 from datasetdm_fast.engine.tasks.to_host import to_host
@@ -42,7 +42,8 @@ def without_small(values: Tensor, min_area: float) -> Tensor:
 
 def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
     """One mask for each number of a label map, under the id it stands for."""
-    masks = np.array([item.semantic == number for number in ids], bool).reshape(-1, *item.semantic.shape)
+    labels = present(item.semantic)
+    masks = np.array([labels == number for number in ids], bool).reshape(-1, *labels.shape)
     return {"classes": np.array(list(ids.values()), np.int64), "masks": masks}
 
 
@@ -64,10 +65,11 @@ class SemanticTask(Task):
         return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]
 
     def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:
-        return SemanticMap(item.semantic, np.ones(item.semantic.shape, np.float32), source.classes)
+        labels = present(item.semantic)
+        return SemanticMap(labels, np.ones(labels.shape, np.float32), source.classes)
 
     def target(self, _: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-        return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORE})
+        return masks_of(item, {int(k): int(k) for k in np.unique(present(item.semantic)) if k != IGNORE})
 
     def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
         has_background = source.classes[0] in ("background", "none")
