@@ -28,8 +28,8 @@ from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, Run
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
+from datasetdm_fast.runs.workers.devices import find_peer
 from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
-from datasetdm_fast.runs.workers.launched import find_peer
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 PROG = "python -m datasetdm_fast.generate"

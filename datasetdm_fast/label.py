@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         config = restore_label_settings(config, provided, stored)
     spec, timesteps = label_spec(config, stored if row else None), parse_timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
+    pictures.check_apart(spec.folder)
     if row is None:
         stored = read_document(spec.folder)
     elif len(names := labelled_names(spec.folder)) == stored["plan"]["number"]:

@@ -16,7 +16,7 @@ from datasetdm_fast.config import ENGINE_NAMES, TASKS
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.document import described
+from datasetdm_fast.runs.run_folder.document import require_document
 from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import (
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
     run = Path(config.run) if config.run else None
     if run:
-        described(run)  # minutes before the verdict is to be stored there
+        require_document(run)  # minutes before the verdict is to be stored there
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
     from datasetdm_fast.runs.agreement.pair import check_made_by, choose_requests, open_pair
     from datasetdm_fast.runs.agreement.verify import verify

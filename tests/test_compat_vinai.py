@@ -60,7 +60,7 @@ def test_parts_of_a_list_add_up(prompts, whole, tmp_path, monkeypatch):
         assert run(prompts, tmp_path / "parts", "--corrected", *part) == 0
     assert files(tmp_path / "parts") == files(whole)
     (whole / "image/n0.jpg").unlink()
-    monkeypatch.setattr(vinai, "prepare", None)  # a finished run loads no network
+    monkeypatch.setattr(vinai, "prepare_job", None)  # a finished run loads no network
     assert run(prompts, whole, "--corrected") == 0 and files(tmp_path / "parts") == files(whole)
 
 

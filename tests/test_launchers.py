@@ -21,9 +21,9 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.run_folder.document import LOCK
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
-from datasetdm_fast.runs.workers import heartbeat, launched
+from datasetdm_fast.runs.workers import devices, heartbeat, launched
+from datasetdm_fast.runs.workers.devices import LaunchedProcess
 from datasetdm_fast.runs.workers.heartbeat import USUAL, Silence
-from datasetdm_fast.runs.workers.launched import LaunchedProcess
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -44,7 +44,7 @@ STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", 
     ],
 )
 def test_who_this_process_is(environment, peer):
-    assert launched.find_peer(environment) == peer
+    assert devices.find_peer(environment) == peer
 
 
 def test_machines_are_counted():
@@ -56,15 +56,15 @@ def test_machines_are_counted():
 )
 def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chosen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(launched, "visible_gpus", lambda: visible)
-    launched.take_share(LaunchedProcess(local_rank, 4, local_rank, 4), WorkerSettings(), "auto", 0)
+    monkeypatch.setattr(devices, "visible_gpus", lambda: visible)
+    devices.take_share(LaunchedProcess(local_rank, 4, local_rank, 4), WorkerSettings(), "auto", 0)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
-        launched.take_share(LaunchedProcess(0, 2, 0, 2), WorkerSettings(ranks=2), "auto", 0)
+        devices.take_share(LaunchedProcess(0, 2, 0, 2), WorkerSettings(ranks=2), "auto", 0)
 
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):

@@ -626,12 +626,12 @@ def test_a_new_run_does_not_replace_another_one_in_its_store(url, monkeypatch, t
     if url.startswith("memory"):
         monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
         there.mkdir("/bucket")
-    new = config(tmp_path / "new", cluster="ray", store=url)
-    RayDriver(new, Callbacks(list)).close()  # whose folder is not there yet
+    cluster, new = Cluster(WorkerSettings(cluster="ray"), url), read_spec(config(tmp_path / "new"))
+    RayDriver(cluster, new, Callbacks(list)).close()  # whose folder is not there yet
     object_store.ObjectStore(url).publish({"images/.00000000.png.1.part": b"half"})
     object_store.ObjectStore(url).publish({"images/00000000.png": b"of another"})
     with pytest.raises(Refused, match="it holds files of another run") as stop:
-        RayDriver(new, Callbacks(list))
+        RayDriver(cluster, new, Callbacks(list))
     assert "--out that this one was started with" in stop.value.remedy
     if url.startswith("memory"):
         there.rm("/bucket", recursive=True)

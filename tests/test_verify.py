@@ -537,11 +537,9 @@ def test_engines_that_were_compared_before_several_processes_start_are_let_go(tm
 
 
 def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
-    """What TensorRT-RTX compiled of the plans is written again by a start, and is no part of the setting."""
     monkeypatch.setattr(reference, "folder", tmp_path, raising=False)
     (tmp_path / "unet.plan").write_bytes(b"plan")
     first = comparing.setting_of(reference)
-    (tmp_path / "unet.compiled").write_bytes(b"kernels")
     assert comparing.setting_of(reference) == first
     (tmp_path / "unet.plan").write_bytes(b"another plan")
     assert comparing.setting_of(reference) != first

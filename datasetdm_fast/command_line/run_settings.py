@@ -27,7 +27,7 @@ from datasetdm_fast.runs.jobs.class_file import listed_words, own_table
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.jobs.remake import prepare_remake, remake
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
-from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, sets_aside, table_of
+from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines, table_of
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import check_store
 from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
@@ -108,7 +108,7 @@ def check_settings(config: RunConfig) -> None:
     _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
     parse_combinations(config.combine, config.task)
     check_accept(config.accept)
-    if config.most_tries != RunConfig.most_tries and not sets_aside(config.identity()):
+    if config.most_tries != RunConfig.most_tries and not quarantines(config.identity()):
         raise Refused(
             f"--most-tries {config.most_tries}: it has no effect, as no sample is quarantined",
             "Add --accept COND or --keep trusted.",
@@ -251,8 +251,8 @@ def remake_from(config: RunConfig, provided: Collection[str]) -> int:
 
 def restore_settings(config: RunConfig, provided: Collection[str], stored: Mapping[str, Any], row: Row) -> RunConfig:
     """The settings that a run folder was started with, for a sample to be made again; `provided` ones must agree."""
-    moved = {"model", "decoder"} & set(provided)  # their digests decide whether they are equal
-    restored = replace(config, **_values(stored["config"], {"prompts", *moved}))
+    relocated = {"model", "decoder"} & set(provided)  # their digests decide whether they are equal
+    restored = replace(config, **_values(stored["config"], {"prompts", *relocated}))
     engine = row.recipe.get("engine")
     if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         restored = replace(restored, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
@@ -273,8 +273,8 @@ def restore_label_settings(config: LabelConfig, provided: Collection[str], store
     changed = {name: getattr(config, name) for name in decisive if name in provided and name not in MOVABLE}
     check_provided(Path(config.out), json_values(decisive | stored["config"]), json_values(changed))
     # the run folder holds the words of class_table
-    moved = {name for name in ("model", "decoder") if getattr(config, name) != getattr(LabelConfig, name)}
-    values = _values(stored["config"], {"class_table", *moved})
+    relocated = {name for name in ("model", "decoder") if getattr(config, name) != getattr(LabelConfig, name)}
+    values = _values(stored["config"], {"class_table", *relocated})
     source = stored["composition"]["source"]
     places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **{name: value for name, value in values.items() if name in decisive}, **places)

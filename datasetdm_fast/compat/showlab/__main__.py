@@ -108,7 +108,7 @@ def remake(arguments: Sequence[str]) -> int:
     --out RUN --only ID.
     """
     from datasetdm_fast.compat.showlab import generating
-    from datasetdm_fast.runs.run_folder.document import described
+    from datasetdm_fast.runs.run_folder.document import require_document
 
     values = dict(zip(arguments[::2], arguments[1::2]))
     if set(values) != {"--out", "--only"} or len(arguments) != 4:
@@ -116,7 +116,7 @@ def remake(arguments: Sequence[str]) -> int:
             f"{PROG}: no script is named first", f"`{PROG} --help` lists them; --out RUN --only ID makes one sample."
         )
     folder = Path(values["--out"])
-    stored = described(folder)
+    stored = require_document(folder)
     try:
         documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
         script = MAKERS[stored["line"]["script"]]

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.run_folder.document import described, differences, engines_of
+from datasetdm_fast.runs.run_folder.document import differences, engines_of, require_document
 from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 
@@ -78,7 +78,7 @@ def choose_requests(
 
 def check_made_by(run: Path, engine: Engine, decoders: Mapping[str, Mapping[str, str]]) -> None:
     """Refuses a run of another engine or of other weights: its run.json and card would claim the verdict on these."""
-    document, maker = described(run), engine.fingerprint()
+    document, maker = require_document(run), engine.fingerprint()
     stored = document["decoders"]
     changes = [
         *differences(document["model"]["digests"], dict(engine.model.digests), "model"),

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
 from datasetdm_fast.runs.compositions.source import Source, check_filter
-from datasetdm_fast.runs.run_folder.document import FORMAT, damaged, engines_of, sides
+from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_folder.split import origins
@@ -166,7 +166,7 @@ class Merging(Composition):
         for role, (name, stored) in row.files.items():
             path = source.path / name
             if (content := storage.read_written(path, stored, LARGEST_IMAGE_FILE)) is None:
-                raise damaged(source.path, name)
+                raise damage_failure(source.path, name)
             new = f"{name.rpartition('/')[0]}/{index:08d}.{name.rpartition('.')[2]}"
             files[role], places[new] = (new, content), path
         provenance = {

@@ -11,7 +11,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, damaged, maker, sides
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, damage_failure, maker, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -118,18 +118,18 @@ class TileSource(Source):
     def _tile(self, position: int) -> Tile:
         row = self.run[position].row
         if sides(self.document, row.recipe) != (self.side, self.side):
-            raise damaged(self.path, f"the row of sample {row.request.id}")
+            raise damage_failure(self.path, f"the row of sample {row.request.id}")
         tables = self.document["labels"]
         roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
         return Tile(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:
         if role not in row.files:
-            raise damaged(self.path, f"the row of sample {row.request.id}")
+            raise damage_failure(self.path, f"the row of sample {row.request.id}")
         name, stored = row.files[role]
         if (data := storage.read_written(self.path / name, stored, images.LARGEST_IMAGE_FILE)) is None:
-            raise damaged(self.path, name)
+            raise damage_failure(self.path, name)
         pixels = np.asarray(images.decode_image(data, name))
         if pixels.shape[:2] != (self.side, self.side):
-            raise damaged(self.path, name)
+            raise damage_failure(self.path, name)
         return pixels

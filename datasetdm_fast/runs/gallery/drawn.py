@@ -11,7 +11,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.image_files import picture_bytes
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.document import ASIDE
+from datasetdm_fast.runs.run_folder.document import QUARANTINE
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.page_files import layer_with_picture, picture_name
 from datasetdm_fast.untrusted import images
@@ -53,7 +53,7 @@ def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) 
     role = place.removeprefix("gallery/")
     if not place.startswith("gallery/") or layer_with_picture(role) is None:
         return fetch(name)
-    source = fetch(f"{role}/{file}") or fetch(f"{ASIDE}{role}/{file}")
+    source = fetch(f"{role}/{file}") or fetch(f"{QUARANTINE}{role}/{file}")
     if source is None:
         return None
     storage.publish({folder / name: picture_of(role, source.read_bytes())})

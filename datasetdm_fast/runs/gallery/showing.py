@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, described, without_ledger
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
@@ -61,7 +61,7 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
 
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
-    document = described(folder)
+    document = require_document(folder)
     if not (folder / LEDGER).exists():
         if is_sealed(folder):
             raise without_ledger(folder, document)
@@ -78,7 +78,7 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
 
 def write_so_far(folder: Path) -> None:
     """Writes page and index files of the samples that a run in progress has committed; not where it has just ended."""
-    document = described(folder)
+    document = require_document(folder)
     with lock_page(folder), refusing_rows(folder):
         if is_sealed(folder):
             return

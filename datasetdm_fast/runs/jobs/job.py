@@ -23,7 +23,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import racing
 from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, row_facts
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
-from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, sets_aside
+from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
@@ -59,7 +59,7 @@ class Job:
     @property
     def quarantines(self) -> bool:
         """Whether samples are quarantined and replaced."""
-        return sets_aside(self.document["config"])
+        return quarantines(self.document["config"])
 
     @property
     def replaces_quarantined(self) -> bool:

@@ -32,11 +32,6 @@ def prepare_labelling(
     has_tiles: bool,
 ) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
-    if spec.folder.resolve().is_relative_to(pictures.folder.resolve()):
-        raise Refused(
-            f"--out {spec.folder}: it lies inside {pictures.folder}, so its files would count as pictures",
-            "Choose another --out.",
-        )
     sides = pictures.sides() if has_tiles else []
     if stored is None:
         pictures.check()

@@ -51,6 +51,14 @@ class Pictures:
         with _to_be_mended():
             return reading.colour_image(self.paths[index], reading.as_shown)
 
+    def check_apart(self, out: Path) -> None:
+        """Refuses a run folder inside the folder of the pictures."""
+        if out.resolve().is_relative_to(self.folder.resolve()):
+            raise Refused(
+                f"--out {out}: it lies inside {self.folder}, so its files would count as pictures",
+                "Choose another --out.",
+            )
+
     def check(self) -> None:
         """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
         pool = ThreadPoolExecutor(count_cores())
@@ -62,18 +70,18 @@ class Pictures:
 
     def sides(self) -> list[tuple[int, int]]:
         """Width and height of every picture, which is to be stored at its own size."""
-        found = []
+        sides = []
         for path in self.paths:
             with _to_be_mended():
                 width, height = images.sides_of(path)
                 reading.check_sides(path, (width, height))
-            found.append((width, height))
+            sides.append((width, height))
             if width * height > images.MOST_PIXELS:
                 raise Refused(
                     f"{path}: {width} x {height} pixels, with --tiles at most {images.MOST_PIXELS:,}",
                     "Make it smaller, or drop --tiles.",
                 )
-        return found
+        return sides
 
     def digest(self) -> str:
         """Of the names and bytes of all pictures and of their captions."""
@@ -120,14 +128,14 @@ def open_pictures(folder: str, captions: str) -> Pictures:
             )
     texts: dict[str, str] = {}
     if captions:
-        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
+        stored_captions = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
         names = (path.relative_to(root) for path in paths)
         stems = {name.as_posix(): name.with_suffix("").as_posix() for name in names}
         for name, stem in stems.items():
-            text = given.get(name, given.get(stem, ""))
+            text = stored_captions.get(name, stored_captions.get(stem, ""))
             if not isinstance(text, str):
                 raise Refused(f"{captions}: the caption of {name} is not a text", reading.CAPTIONS)
             texts[name] = prompts.check_line(text, f"{captions}: {name}")
-        if given and given.keys().isdisjoint([*stems, *stems.values()]):
+        if stored_captions and stored_captions.keys().isdisjoint([*stems, *stems.values()]):
             raise Refused(f"{captions}: names none of the pictures in {root}", reading.CAPTIONS)
     return Pictures(root, paths, texts, captions)

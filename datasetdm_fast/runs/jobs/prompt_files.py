@@ -51,12 +51,12 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
     return PromptSource(lines, name, classes, settings.per_class, negative, table=table)
 
 
-def read_list(given: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, ...], str]:
+def read_list(text_or_path: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, ...], str]:
     """The prompts of a text, a file or a folder, and the name to call them by."""
-    path = _as_path(given)
+    path = _as_path(text_or_path)
     if path is not None and path.is_dir():
         return _read_folder(path, truncate), str(path)
-    name, text = read_prompts(given)
+    name, text = read_prompts(text_or_path)
     if path is not None and text.lstrip().startswith("{"):
         return parse_lines(text, name, truncate=truncate), name
     return split_prompts(text, name, truncate=truncate), name
@@ -64,20 +64,20 @@ def read_list(given: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, 
 
 def _read_folder(folder: Path, truncate: bool) -> tuple[PromptLine, ...]:
     """DatasetDM's layout: a file a class, named after it; general.txt names no class. Empty files are skipped."""
-    found = []
+    lines = []
     for path in sorted(folder.glob("*.txt")):
         name, text = read_prompts(str(path))
         classes = () if path.stem == "general" else check_classes([path.stem])
         for prompt in split_prompts(text, name, truncate=truncate) if text.strip() else ():
-            found.append(prompt._replace(classes=classes, file=name))
-    if not found:
+            lines.append(prompt._replace(classes=classes, file=name))
+    if not lines:
         raise Refused(f"{folder}: holds no prompt", "It needs files named CLASS.txt with one prompt per line.")
-    return tuple(found)
+    return tuple(lines)
 
 
 def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[PromptLine, ...]:
     """Prompts from JSON lines such as those of `prompts` or of a run's samples.jsonl; other keys are left alone."""
-    found = []
+    lines = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -99,17 +99,17 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[Prompt
         classes = check_classes(value["classes"]) if "classes" in value else None
         negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None
         words = check_line(value.get("class_prompt", ""), f"{where}: class_prompt")
-        found.append(PromptLine(number, only.text, classes, seed, negative=negative, class_prompt=words))
-    return tuple(found)
+        lines.append(PromptLine(number, only.text, classes, seed, negative=negative, class_prompt=words))
+    return tuple(lines)
 
 
-def read_prompts(given: str) -> tuple[str, str]:
+def read_prompts(text_or_path: str) -> tuple[str, str]:
     """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
-    path = _as_path(given)
+    path = _as_path(text_or_path)
     if path is None:
-        if not documents.is_unicode(given):
-            raise Refused(f"--prompts: {shorten(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
-        return "--prompts", given
+        if not documents.is_unicode(text_or_path):
+            raise Refused(f"--prompts: {shorten(text_or_path)} is not valid UTF-8", "Write the prompt in UTF-8.")
+        return "--prompts", text_or_path
     try:
         data = storage.read(path, LARGEST_FILE)
     except Missing as error:
@@ -125,13 +125,15 @@ def read_prompts(given: str) -> tuple[str, str]:
         raise Refused(f"{path} line {line}: not valid UTF-8", "Save the file as UTF-8.") from error
 
 
-def _as_path(given: str) -> Path | None:
+def _as_path(text_or_path: str) -> Path | None:
     """The file `given` means: one that is there, or a word that can only be meant as one."""
-    path = Path(given)
+    path = Path(text_or_path)
     try:
         if path.exists():
             return path
     except (OSError, ValueError):
         return None
-    looks_like_file = not re.search(r"\s", given) and (os.sep in given or re.search(r"\.[A-Za-z0-9]{1,5}$", given))
+    looks_like_file = not re.search(r"\s", text_or_path) and (
+        os.sep in text_or_path or re.search(r"\.[A-Za-z0-9]{1,5}$", text_or_path)
+    )
     return path if looks_like_file else None

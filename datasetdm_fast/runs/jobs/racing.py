@@ -57,8 +57,8 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
             other = build_engine(name, opened.model, opened.decoders, dtype=dtype, device=str(opened.device))
         except (Missing, Refused):  # it has no such precision, or cannot write its graphs
             continue
-        found = other.denoise(latents, timestep, context)
-        if float((found - truth).norm() / truth.norm()) <= FARTHEST[dtype]:
+        noise = other.denoise(latents, timestep, context)
+        if float((noise - truth).norm() / truth.norm()) <= FARTHEST[dtype]:
             entries[name] = other
     rounds = [
         {name: _seconds(engine, latents, timestep, context) for name, engine in entries.items()} for _ in range(ROUNDS)

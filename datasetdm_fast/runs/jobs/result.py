@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
+from datasetdm_fast.runs.run_folder.document import LEDGER, QUARANTINE, quarantines, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
@@ -52,9 +52,10 @@ class Result:
         if not self.doubtful:
             return ""
         if self.accept:
-            return f"accepted: {count_noun(self.done, 'sample')}; not accepted, in {self.path}/{ASIDE}: {self.doubtful}"
+            done = count_noun(self.done, "sample")
+            return f"accepted: {done}; not accepted, in {self.path}/{QUARANTINE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
-            return f"trusted: {count_noun(self.done, 'sample')}; doubtful, in {self.path}/{ASIDE}: {self.doubtful}"
+            return f"trusted: {count_noun(self.done, 'sample')}; doubtful, in {self.path}/{QUARANTINE}: {self.doubtful}"
         return f"{self.doubts}: --keep trusted --refill replaces {'it' if self.doubtful == 1 else 'them'}"
 
     @property
@@ -97,7 +98,7 @@ def result_of(
         doubtful=ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
         goal=goal,
         is_complete=goal.is_reached(tally),
-        missing=goal.missing(tally) if sets_aside(config) else {},
+        missing=goal.missing(tally) if quarantines(config) else {},
         accept=accept,
         reasons=tuple(quarantined),
         **seconds,

@@ -1,22 +1,27 @@
-"""One process makes the missing samples of a run and writes them."""
+"""The missing samples of a run: which they are, and how one process makes and writes them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.labelling import word_slots
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.runs.jobs.background_writer import BackgroundWriter
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.quota import Quota, batches_of
 from datasetdm_fast.runs.jobs.result import Result, close_run
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
+from datasetdm_fast.runs.run_folder.goal import goal_of
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
+
+WRITERS = 2  # threads that encode and write, a batch each
 
 
 def write_missing(
@@ -71,3 +76,83 @@ def _until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterato
         yield batch
         if is_stopping():
             return
+
+
+class Quota:
+    """The missing samples of a run.
+
+    Where some are quarantined, each makes room for another at the end, of its class where the run counts by class. So
+    the run ends with the sample that is the last one needed, whatever the order in which they are made.
+    """
+
+    def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
+        """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
+        self._goal = goal_of(job.document["config"], job.plan.number)
+        self._present = ledger.indices_between(first, job.plan.most if stop is None else stop)
+        self._quarantined = self._goal.tally(ledger).quarantined if job.quarantines else [0]
+        self._left = job.limit or job.plan.most  # samples that this command may make
+
+    def wants(self, index: int) -> bool:
+        """Whether a sample belongs to the run, as far as is known now."""
+        kind, turn = self._goal.place(index)
+        return turn < self._goal.stop(self._quarantined[kind])
+
+    def missing(self) -> list[int]:
+        """Indices still to be made, as far as is known now."""
+        required = (index for index in self._goal.required(self._quarantined) if index not in self._present)
+        return list(islice(required, self._left))
+
+    def take(self, results: Iterable[Sample | Quarantined]) -> list[Sample | Quarantined]:
+        """The results of a batch that belong to the run, which count as present from now on."""
+        taken = []
+        for result in results:
+            index = result.request.index
+            if index not in self._present and self.wants(index) and self._left:
+                taken.append(result)
+                self._present.add(index)
+                self._left -= 1
+                if isinstance(result, Sample) and result.rejection:
+                    self._quarantined[self._goal.place(index)[0]] += 1
+        return taken
+
+
+def batches_of(indices: Iterable[int], size: int) -> list[int]:
+    """The batches that hold these samples, in the order they are handed out."""
+    return sorted({index // size for index in indices})
+
+
+class BackgroundWriter(AbstractContextManager):
+    """Encodes and writes batches in threads and commits their rows in order; `on_commit` is called after every commit.
+
+    Leaving the block waits for all of it; after an error nothing more is begun.
+    """
+
+    def __init__(self, folder: RunFolder, on_commit: Callable[[list[Row]], None]):
+        folder.unseal()
+        self._folder, self._on_commit = folder, on_commit
+        self._writers, self._committer = ThreadPoolExecutor(WRITERS, "writer"), ThreadPoolExecutor(1, "committer")
+        self._waiting: deque[Future] = deque()
+        self._is_whole = True
+
+    def put(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
+        """Hands over one batch, waiting where too many are under way already."""
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > WRITERS + 1):
+            self._waiting.popleft().result()
+        written = self._writers.submit(self._folder.write, results, recipe)
+        self._waiting.append(self._committer.submit(self._commit, written))
+
+    def _commit(self, written: Future[list[Row]]) -> None:
+        is_whole, self._is_whole = self._is_whole, False
+        rows = written.result()
+        if is_whole:  # after a batch that could not be written nothing more is added
+            self._folder.commit(rows)
+            self._on_commit(rows)
+            self._is_whole = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            for pool in (self._writers, self._committer):
+                pool.shutdown(cancel_futures=True)

@@ -16,12 +16,12 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder import page_files, seal
 from datasetdm_fast.runs.run_folder.document import (
-    ASIDE,
     DOCUMENT,
     DROPPED,
     GROWING,
     LEDGER,
     LOCK,
+    QUARANTINE,
     RESTORE_DOCUMENT,
     NotInstalled,
     check_document,
@@ -225,7 +225,7 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
     """The folders whose every file is the product's, those of labels that the run did not make among them."""
     labels = (*LABEL_KINDS, *document["config"]["task"])
     roles = list(dict.fromkeys(role for label in labels for role in kind_of(label).roles))
-    folders = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
+    folders = [f"{place}{role}" for place in ("", QUARANTINE) for role in ("images", *roles)]
     return [
         *folders,
         *page_files.page_folders([role for role in roles if page_files.layer_with_picture(role)]),
@@ -274,7 +274,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row) -> Checked
     seed = config["seed"] + row.request.index
     if "seeds" not in document["plan"] and row.request.seed != seed:
         faults.append(_ledger_fault(f"sample {id} has the seed {row.request.seed}, the plan says {seed}"))
-    place = ASIDE if row.status == DOUBTFUL else ""
+    place = QUARANTINE if row.status == DOUBTFUL else ""
     roles = [role for task in config["task"] for role in kind_of(task).files(document["labels"][task])]
     expected = {role: f"{place}{role}/{id}.png" for role in roles}
     expected["image"] = f"{place}images/{id}.{config['image_format']}"

@@ -21,7 +21,7 @@ READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
 EXPORTS = "exports"  # where convert writes the exports of a run, unless it is told otherwise
-ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
+QUARANTINE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
 COMMANDS = (
     "generate",
     "splice",
@@ -104,7 +104,7 @@ def run_around(folder: Path) -> Path | None:
     return next((above for above in folder.resolve().parents if (above / LEDGER).exists()), None)
 
 
-def described(folder: Path) -> dict[str, Any]:
+def require_document(folder: Path) -> dict[str, Any]:
     """run.json of a folder that must be a run folder."""
     document = read_document(folder) if (folder / DOCUMENT).exists() else None
     if document is None:
@@ -172,14 +172,14 @@ def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
     return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
 
 
-def sets_aside(config: Mapping[str, Any]) -> bool:
+def quarantines(config: Mapping[str, Any]) -> bool:
     """Whether a run of these settings sets samples aside and makes others in their place."""
     return config.get("keep") == "trusted" or bool(config.get("accept"))
 
 
 def most_samples(config: Mapping[str, Any], number: int) -> int:
     """Samples that a run of `number` makes at most."""
-    return number * (config.get("most_tries", MOST_TRIES) if sets_aside(config) else 1)
+    return number * (config.get("most_tries", MOST_TRIES) if quarantines(config) else 1)
 
 
 def made_by(document: Mapping[str, Any]) -> str:
@@ -197,7 +197,7 @@ def to_see_damage(run: str | Path) -> str:
     return f"See what is damaged with: python -m datasetdm_fast.audit {quote(run)}"
 
 
-def damaged(run: str | Path, name: str) -> GateFailed:
+def damage_failure(run: str | Path, name: str) -> GateFailed:
     """What a command ends with that needs a file, or a row, which is not as it was written."""
     return GateFailed(f"{run}: {name} is missing or has changed since it was written", to_see_damage(run))
 
@@ -239,10 +239,10 @@ def engines_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The engines that computed the samples of a run, each once: also those that continued it, and of a merged run
     those of all its runs.
     """
-    found = []
+    engines = []
     for run in runs_of(document):
-        found += [run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))]
-    return [engine for k, engine in enumerate(found) if engine not in found[:k]]
+        engines += [run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))]
+    return [engine for k, engine in enumerate(engines) if engine not in engines[:k]]
 
 
 def engine_names(document: Mapping[str, Any]) -> list[str]:
@@ -264,20 +264,20 @@ def _sampler_in_words(document: Mapping[str, Any]) -> str:
     return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
 
 
-def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
+def differences(stored: Any, requested: Any, name: str = "") -> list[str]:
     """One line per setting that differs, with both values where a reader can tell them apart."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        keys = sorted(set(stored) | set(wanted))
+    if isinstance(stored, Mapping) and isinstance(requested, Mapping):
+        keys = sorted(set(stored) | set(requested))
         return [
             line
             for key in keys
-            for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            for line in differences(stored.get(key), requested.get(key), f"{name}.{key}" if name else key)
         ]
-    if stored == wanted:
+    if stored == requested:
         return []
-    if all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (stored, wanted)):
+    if all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (stored, requested)):
         return [f"{name}: other content there than asked for"]
-    return [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
+    return [f"{name}: {_short(stored)} there, {_short(requested)} asked for"]
 
 
 def _short(value: Any) -> str:
@@ -287,44 +287,50 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else text[:45] + "..."
 
 
-def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str = "a run") -> None:
+def check_same(folder: Path, stored: Mapping[str, Any], requested: Mapping[str, Any], what: str = "a run") -> None:
     """Refuses to go on with a folder of `what` that was started otherwise in any of the parts of `wanted`."""
-    if "command" in wanted and stored["command"] != wanted["command"]:  # whose settings are all others
+    if "command" in requested and stored["command"] != requested["command"]:  # whose settings are all others
         raise Refused(
-            f"{folder}: it holds a run of {stored['command']}, not of {wanted['command']}", "Choose another --out."
+            f"{folder}: it holds a run of {stored['command']}, not of {requested['command']}", "Choose another --out."
         )
-    lines = {part: differences(stored.get(part), wanted[part], "" if part == "config" else part) for part in wanted}
-    changed = {part for part, told in lines.items() if told}
-    found = "; ".join(line for told in lines.values() for line in told)
+    lines = {
+        part: differences(stored.get(part), requested[part], "" if part == "config" else part) for part in requested
+    }
+    changed = {part for part, differing in lines.items() if differing}
+    summary = "; ".join(line for differing in lines.values() for line in differing)
     if changed == {"source"}:
         raise Refused(
-            f"{folder}: it holds {what} made of other samples ({found})",
+            f"{folder}: it holds {what} made of other samples ({summary})",
             "Name the runs that it was made of, undo what changed them (restore brings dropped samples back), or "
             "choose another --out.",
         )
     if changed:
         raise Refused(
-            f"{folder}: it holds {what} with other settings ({found})",
+            f"{folder}: it holds {what} with other settings ({summary})",
             "Choose another --out, or give the flags that it was started with.",
         )
 
 
-def grows(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def grows(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> bool:
     """Whether the settings `wanted` ask for more images than a run of the settings `stored` was to have."""
     number = stored.get("number")
-    return isinstance(number, int) and wanted.get("number", 0) > number
+    return isinstance(number, int) and requested.get("number", 0) > number
 
 
-def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_config(folder: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """Refuses settings that are not those of a run folder; only GROWING ones may differ, where it is to grow."""
-    changed = {name: wanted[name] for name in GROWING if name in wanted} if grows(stored["config"], wanted) else {}
-    there = stored["config"] | changed
-    if "keep" not in there and there | {"keep": "trusted"} == wanted:
+    changed = (
+        {name: requested[name] for name in GROWING if name in requested} if grows(stored["config"], requested) else {}
+    )
+    stored_config = stored["config"] | changed
+    if "keep" not in stored_config and stored_config | {"keep": "trusted"} == requested:
         raise Refused(
             f"{folder}: holds a run that kept its doubtful samples",
             "Add --refill to make others in their place, or choose another --out.",
         )
-    check_same(folder, {"command": made_by(stored), "config": there}, {"command": COMMANDS[0], "config": wanted})
+    check_same(
+        folder, {"command": made_by(stored), "config": stored_config}, {"command": COMMANDS[0], "config": requested}
+    )
 
 
 def pretty(document: Mapping[str, Any]) -> bytes:

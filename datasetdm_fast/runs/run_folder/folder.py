@@ -16,16 +16,16 @@ from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import (
-    ASIDE,
     DOCUMENT,
     DROPPED,
     EXPORTS,
     LEDGER,
     LOCK,
+    QUARANTINE,
     RESTORE_DOCUMENT,
-    described,
     pretty,
     read_document,
+    require_document,
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.events import EventLog
@@ -61,7 +61,7 @@ class RunFolder(AbstractContextManager):
         try:
             if not is_member:
                 clean(path)
-            if not (path / DOCUMENT).exists():
+            if is_new := not (path / DOCUMENT).exists():
                 storage.publish({path / DOCUMENT: pretty(document)})
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: pretty({})})
@@ -72,7 +72,7 @@ class RunFolder(AbstractContextManager):
                     _check_unchanged(path)
                 unseal(path)
                 self.ledger.note("run", content)
-            there = read_document(path) or self.document
+            there = self.document if is_new else read_document(path) or self.document
             if any(there[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
                 unseal(path)
                 storage.publish({path / DOCUMENT: pretty({**there, **document})})
@@ -101,7 +101,7 @@ class RunFolder(AbstractContextManager):
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
-        folder = ASIDE if row.status == DOUBTFUL else ""
+        folder = QUARANTINE if row.status == DOUBTFUL else ""
         made = label_files.encode(sample, self.document["config"]["image_format"], self.document["labels"], folder)
         return self.restore(row, *made)
 
@@ -141,11 +141,13 @@ class RunFolder(AbstractContextManager):
         for row in list(self.ledger.rows(DONE, DOUBTFUL)):
             if row.trust is None or row.trust.is_trusted:
                 continue
-            names = {role: name.removeprefix(ASIDE) for role, (name, _) in row.files.items()}
+            names = {role: name.removeprefix(QUARANTINE) for role, (name, _) in row.files.items()}
             if row.status == DONE:
-                contents = {ASIDE + name: storage.read(self.path / name, LARGEST_IMAGE_FILE) for name in names.values()}
+                contents = {
+                    QUARANTINE + name: storage.read(self.path / name, LARGEST_IMAGE_FILE) for name in names.values()
+                }
                 stored = into(self.path)(contents)
-                files = {role: (ASIDE + name, stored[ASIDE + name]) for role, name in names.items()}
+                files = {role: (QUARANTINE + name, stored[QUARANTINE + name]) for role, name in names.items()}
                 reason = "; ".join(row.trust.reasons)
                 self.ledger.commit([replace(row, status=DOUBTFUL, reason=reason, files=files)])
             for name in names.values():
@@ -208,7 +210,7 @@ def write_samples(
         if isinstance(result, Quarantined):
             made.append((Row(result.request, dict(recipe), status=QUARANTINED, reason=result.reason), {}))
             continue
-        place = ASIDE if result.rejection else ""
+        place = QUARANTINE if result.rejection else ""
         files, records = label_files.encode(result, config["image_format"], document["labels"], place)
         row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
         if result.rejection:
@@ -294,5 +296,5 @@ def _check_unchanged(folder: Path) -> None:
 
 def note(folder: Path, name: str, value: Any) -> None:
     """Adds a later result about a run to its run.json, beside what decides its bytes."""
-    document = described(folder)
+    document = require_document(folder)
     seal.replace_file(folder, document, DOCUMENT, pretty(document | {name: value}))

@@ -1,8 +1,9 @@
-"""Which devices and cores the processes of a run use."""
+"""Which devices and cores the processes of a run use, and which process this is where several were started."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +76,52 @@ def _check_one_of_two(settings: WorkerSettings) -> None:
 
 def share_of_cores(ranks: int) -> int:
     """Threads of each of so many processes, a power of two."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    most = min(max(count_cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else count_cores())
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    most = min(
+        max(count_cores() // ranks, 1), int(requested) if requested.isdecimal() and int(requested) else count_cores()
+    )
     return _power_of_two(most)
+
+
+@dataclass(frozen=True)
+class LaunchedProcess:
+    """This process among those of its run, as whatever started them counts."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def is_on_several_machines(self) -> bool:
+        return self.local_world < self.world
+
+
+def find_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
+    """This process as torchrun's variables, or those of a Slurm step, describe it; None where it was started alone."""
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process; only a step says how many tasks it
+        # has.
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        # tasks of several nodes are written 4(x2),3
+        values = [re.match(r"\d+", environment.get(name, "")) for name in names]
+        if all(values):
+            peer = LaunchedProcess(*(int(value[0]) for value in values))
+            return peer if peer.world > 1 else None
+    return None
+
+
+def take_share(peer: LaunchedProcess, workers: WorkerSettings, device: str, threads: int) -> int:
+    """The threads of this peer, its part of the cores of its machine; where there are GPUs, it takes one of its own."""
+    for name in ("gpus", "ranks"):
+        if getattr(workers, name):
+            raise Refused(
+                f"--{name} {getattr(workers, name)}: this is one of {peer.world} processes that were started together",
+                "Drop the flag.",
+            )
+    gpus = visible_gpus() if device in ("auto", "cuda") else []
+    if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
+    return threads or share_of_cores(peer.local_world)

@@ -13,8 +13,7 @@ from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
-from datasetdm_fast.runs.workers.devices import find_places
-from datasetdm_fast.runs.workers.launched import LaunchedProcess, run_launched, take_share
+from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
@@ -35,6 +34,8 @@ def choose_launch(
     """The way that the flags and the environment ask for, and the run with the threads that each process has."""
     device, threads = spec.engine.device, spec.engine.threads
     if peer:
+        from datasetdm_fast.runs.workers.launched import run_launched
+
         # where several machines share the ledger, a process that reads it keeps the others from committing
         writes_page = not (peer.rank or peer.is_on_several_machines)
         threads = take_share(peer, workers, device, threads)

@@ -5,71 +5,23 @@ others.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import locks, sqlite, storage
-from datasetdm_fast.engine.engines.hardware import visible_gpus
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, prepare_job
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK, read_document
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
-from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
-from datasetdm_fast.runs.workers.devices import share_of_cores
+from datasetdm_fast.runs.run_settings import RunSpec
+from datasetdm_fast.runs.workers.devices import LaunchedProcess
 from datasetdm_fast.runs.workers.heartbeat import Silence, host, is_over
 from datasetdm_fast.runs.workers.queue import DIED, Owner, WorkQueue
 from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join_run
-
-
-@dataclass(frozen=True)
-class LaunchedProcess:
-    """This process among those of its run, as whatever started them counts."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-
-    @property
-    def is_on_several_machines(self) -> bool:
-        return self.local_world < self.world
-
-
-def find_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
-    """This process as torchrun's variables, or those of a Slurm step, describe it; None where it was started alone."""
-    for names in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process; only a step says how many tasks it
-        # has.
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    ):
-        # tasks of several nodes are written 4(x2),3
-        values = [re.match(r"\d+", environment.get(name, "")) for name in names]
-        if all(values):
-            peer = LaunchedProcess(*(int(value[0]) for value in values))
-            return peer if peer.world > 1 else None
-    return None
-
-
-def take_share(peer: LaunchedProcess, workers: WorkerSettings, device: str, threads: int) -> int:
-    """The threads of this peer, its part of the cores of its machine; where there are GPUs, it takes one of its own."""
-    for name in ("gpus", "ranks"):
-        if getattr(workers, name):
-            raise Refused(
-                f"--{name} {getattr(workers, name)}: this is one of {peer.world} processes that were started together",
-                "Drop the flag.",
-            )
-    gpus = visible_gpus() if device in ("auto", "cuda") else []
-    if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
-    return threads or share_of_cores(peer.local_world)
 
 
 def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:

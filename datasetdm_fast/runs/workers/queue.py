@@ -90,12 +90,12 @@ class WorkQueue:
     def leave(self, owner: Owner, reason: str | None = None) -> int:
         """Removes a process and frees its batches, each of them failed where there is a reason; how many these were."""
         with self.alone():
-            found = self.execute("SELECT batch FROM queue WHERE state = 'taken' AND owner = ?", owner.name)
-            for (batch,) in found:
+            rows = self.execute("SELECT batch FROM queue WHERE state = 'taken' AND owner = ?", owner.name)
+            for (batch,) in rows:
                 self._free(batch, owner, reason)
             self.execute("UPDATE queue SET helper = NULL WHERE helper = ?", owner.name)
             self.execute("DELETE FROM owners WHERE name = ?", owner.name)
-            return len(found)
+            return len(rows)
 
     def _free(self, batch: int, owner: Owner, reason: str | None) -> None:
         if reason:
@@ -107,8 +107,8 @@ class WorkQueue:
         """The processes at work, with the signs of life each has given; negative where it had nothing to do when it
         gave the last.
         """
-        found = self.execute("SELECT name, slot, host, process, beats FROM owners")
-        return {Owner(*owner): beats for *owner, beats in found}
+        rows = self.execute("SELECT name, slot, host, process, beats FROM owners")
+        return {Owner(*owner): beats for *owner, beats in rows}
 
     def beat(self, owner: str, *, is_idle: bool = False) -> None:
         """A sign of life, to be given only where work has gone on, or where there is none."""
@@ -127,8 +127,8 @@ class WorkQueue:
         """A batch that one other process has been making for longer than this, and this owner now makes too."""
         late = "state = 'taken' AND owner != ? AND helper IS NULL AND since < ?"
         with self.alone():
-            found = self.execute(f"SELECT place, batch FROM queue WHERE {late}", owner.name, time.time() - seconds)
-            for place, batch in sorted(found)[:1]:
+            rows = self.execute(f"SELECT place, batch FROM queue WHERE {late}", owner.name, time.time() - seconds)
+            for place, batch in sorted(rows)[:1]:
                 self.execute("UPDATE queue SET helper = ? WHERE place = ?", owner.name, place)
                 return batch
 
@@ -149,8 +149,8 @@ class WorkQueue:
     def _add(self, batches: Sequence[int]) -> None:
         """Adds batches that the run has come to need, finished ones among them."""
         for batch in batches:
-            again = "ON CONFLICT (batch) DO UPDATE SET state = 'free'"
-            self.execute(f"INSERT INTO queue (batch, state) VALUES (?, 'free') {again}", batch)
+            on_conflict = "ON CONFLICT (batch) DO UPDATE SET state = 'free'"
+            self.execute(f"INSERT INTO queue (batch, state) VALUES (?, 'free') {on_conflict}", batch)
 
     def give_back(self, batch: int, owner: Owner, reason: str) -> None:
         """Frees a batch that has failed, first for other slots."""
@@ -159,8 +159,8 @@ class WorkQueue:
 
     def failures(self, batch: int, reason: str) -> list[int]:
         """The slots where the batch failed for this reason, one entry a failure."""
-        found = self.execute("SELECT slot FROM failures WHERE batch = ? AND reason = ?", batch, reason)
-        return [slot for (slot,) in found]
+        rows = self.execute("SELECT slot FROM failures WHERE batch = ? AND reason = ?", batch, reason)
+        return [slot for (slot,) in rows]
 
     def stop(self) -> None:
         """Nothing more is to be begun."""
@@ -180,10 +180,10 @@ class WorkQueue:
 
     def reports(self) -> list[list[Any]]:
         """Slot, kind and content of everything reported, each once, in the order of its coming; for one process."""
-        found = self.execute("SELECT number, report FROM reports ORDER BY number")
-        if found:
-            self.execute("DELETE FROM reports WHERE number <= ?", found[-1][0])
-        return [json.loads(report) for _, report in found]
+        rows = self.execute("SELECT number, report FROM reports ORDER BY number")
+        if rows:
+            self.execute("DELETE FROM reports WHERE number <= ?", rows[-1][0])
+        return [json.loads(report) for _, report in rows]
 
     def close(self) -> None:
         self._database.close()

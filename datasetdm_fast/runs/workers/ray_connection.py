@@ -30,8 +30,8 @@ def address_of(text: str) -> str | None:
     if named in ("", "local"):
         return None
     written = named if text != "ray" or "://" in named else f"ray://{named}"
-    found = re.fullmatch(r"ray://(\[[\da-fA-F:.]+\]|[^\s/?#@:\[\]]+)(?::(\d{1,5}))?/?", written)
-    port = int(found[2] or PORT) if found else 0
+    match = re.fullmatch(r"ray://(\[[\da-fA-F:.]+\]|[^\s/?#@:\[\]]+)(?::(\d{1,5}))?/?", written)
+    port = int(match[2] or PORT) if match else 0
     if not 0 < port < 2**16:
         raise Refused(
             f"--cluster {text}: {named!r} is not the address of a Ray cluster",
@@ -42,7 +42,7 @@ def address_of(text: str) -> str | None:
             f"--cluster {text}: {port} is the port of Ray's client, which this package does not use",
             f"Name the head's own port, {PORT} as a rule.",
         )
-    return f"{found[1]}:{port}"
+    return f"{match[1]}:{port}"
 
 
 @contextmanager
@@ -90,8 +90,8 @@ def _refusal(cluster: str, address: str | None, error: Exception) -> Missing:
             f"--cluster {cluster}: the cluster wants another token",
             "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
         )
-    there = "Run this on a machine of the cluster, with the Python and the Ray it runs."
-    remedy = there if address else "See what Ray says in /tmp/ray/session_latest/logs."
+    on_head = "Run this on a machine of the cluster, with the Python and the Ray it runs."
+    remedy = on_head if address else "See what Ray says in /tmp/ray/session_latest/logs."
     return Missing(f"--cluster {cluster}: {first_line(error)}", remedy)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from datasetdm_fast.errors import REFUSALS, Missing
 from datasetdm_fast.runs.jobs.job import Job, check_room
-from datasetdm_fast.runs.jobs.quota import Quota, batches_of
 from datasetdm_fast.runs.jobs.result import Result, close_run, read_result
 from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
+from datasetdm_fast.runs.jobs.writing import Quota, batches_of
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, clean
@@ -148,8 +148,8 @@ class RayDriver(Supervisor):
     def _open(self, job: Job, version: str, lines: Sequence[str]) -> None:
         """Opens the run folder for the plan that a worker has made, and fills the queue."""
         if version != __version__:
-            there = f"--cluster {self.cluster.workers.cluster}: its machines have datasetdm_fast {version}"
-            raise Missing(f"{there}, this one {__version__}", NOTHING_HERE)
+            where = f"--cluster {self.cluster.workers.cluster}: its machines have datasetdm_fast {version}"
+            raise Missing(f"{where}, this one {__version__}", NOTHING_HERE)
         if self.folder is not None or self.callbacks.is_stopping():
             return
         job = replace(job, folder=self.spec.folder)

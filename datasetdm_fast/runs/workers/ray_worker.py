@@ -93,8 +93,8 @@ class Coordinator(WorkQueue):
         self._reports.append([slot, kind, *content])
 
     def reports(self) -> list[list[Any]]:
-        found, self._reports = self._reports, []
-        return found
+        reports, self._reports = self._reports, []
+        return reports
 
 
 class RemoteQueue:

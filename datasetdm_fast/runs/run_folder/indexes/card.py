@@ -12,13 +12,13 @@ from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.runs.run_folder.document import (
-    ASIDE,
+    QUARANTINE,
     engine_names,
     engines_of,
     maker,
+    quarantines,
     runs_of,
     sampler_in_words,
-    sets_aside,
     size_in_words,
 )
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
@@ -202,7 +202,7 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
         yield "- Its settings are `config` in `run.json`"
     else:
         # `samples.jsonl` has no prompts of samples that were set aside
-        given = "is the list that it was given" if sets_aside(config) else "are those of `samples.jsonl`"
+        given = "is the list that it was given" if quarantines(config) else "are those of `samples.jsonl`"
         told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
         told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
         yield f"- The command{', where ' if told else ''}{' and '.join(told)}: {_code(line)}"
@@ -282,10 +282,10 @@ def _attributes(labels: Sequence[str]) -> str:
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """How many samples are doubtful, where that was judged."""
     if where := document["config"].get("accept"):
-        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`:"
+        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{QUARANTINE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
-    elif sets_aside(document["config"]):
-        yield f"Samples whose labels contradict their prompt or one another, set aside in `{ASIDE}`:"
+    elif quarantines(document["config"]):
+        yield f"Samples whose labels contradict their prompt or one another, set aside in `{QUARANTINE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         if not (count := ledger.count_doubtful()):
