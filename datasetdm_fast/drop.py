@@ -9,23 +9,22 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.drop"
 EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dry-run')
 
 
 @dataclass(frozen=True)
-class DropConfig:
+class DropConfig(OutputSettings):
+    FLAGS = "run ids file where dry_run json quiet".split()
+
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")
     where: str = setting(
         "", "drop the samples for which this holds, such as 'score<0.4 or duplicate==1'", metavar="CONDITION"
     )
-    dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no message")
 
 
 @command

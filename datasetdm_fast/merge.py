@@ -15,24 +15,23 @@ from datasetdm_fast.command_line.output import print_lines, print_plan, print_re
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.merge"
 EXAMPLES = ("runs/day runs/night --out runs/all",)
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(OutputSettings):
+    FLAGS = "runs out kept copy dry_run only json quiet".split()
+
     runs: tuple[str, ...] = setting(
         (), "finished run folders, in the order of their samples", metavar="RUN", positional=True
     )
     out: str = setting("", "run folder", metavar="RUN", output="folder")
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files instead of linking to them")
-    dry_run: bool = dry_run_setting()
     only: str = setting("", "take over this one sample of the run folder --out again", metavar="ID")
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no progress")
 
 
 @command

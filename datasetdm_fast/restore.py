@@ -10,21 +10,20 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.restore"
 EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 
 
 @dataclass(frozen=True)
-class RestoreConfig:
+class RestoreConfig(OutputSettings):
+    FLAGS = "run ids file all dry_run json quiet".split()
+
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")
     all: bool = setting(False, "bring back all dropped samples")
-    dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no message")
 
 
 @command

@@ -20,7 +20,7 @@ from datasetdm_fast.config import SEEDS
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.splice"
 EXAMPLES = ("runs/demo --grids 2x2 --number 100",)
@@ -28,7 +28,9 @@ MOST = 2**31 - 1  # samples of a run
 
 
 @dataclass(frozen=True)
-class SpliceConfig:
+class SpliceConfig(OutputSettings):
+    FLAGS = "run grids number seed resize kept out only limit dry_run threads json quiet".split()
+
     run: str = setting("", "run folder whose samples are spliced", metavar="RUN", positional=True)
     grids: tuple[str, ...] = setting(
         ("2",), "grids, taken in turn: 3 is 3x3, 1x2 one row of two pictures, at most 8x8", metavar="LIST"
@@ -46,10 +48,7 @@ class SpliceConfig:
     out: str = setting("runs/spliced", "run folder", metavar="RUN", output="folder")
     only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N", least=0)
-    dry_run: bool = dry_run_setting()
     threads: int = setting(0, "threads, 0 = two per core", metavar="N", least=0, most=1024)
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no progress")
 
 
 @command

@@ -11,23 +11,22 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.split"
 EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")
 
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(OutputSettings):
+    FLAGS = "run shares names by_source seed undo dry_run json quiet".split()
+
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(("train", "val", "test"), "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
     seed: int = setting(0, "seed of the random order of the samples", metavar="N")
     undo: bool = setting(False, "remove the split")
-    dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no progress")
 
 
 @command

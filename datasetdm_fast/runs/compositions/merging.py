@@ -1,6 +1,6 @@
 """Runs become one: every sample once, numbered anew, with the provenance of each; no byte of its files changes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -113,9 +113,12 @@ class Merging(Composition):
             },
             "plan": {"number": self.number, "batch_size": 1, "words": list(words), "seeds": "of their runs"},
             "sampling": {**first["sampling"], "size": max(sizes)},
-            "model": self._merge_models(),
-            "decoders": {task: self._merge_decoders(task) for task in first["decoders"]},
-            "engine": self._merge_engines(),
+            "model": _merge([run["model"] for run in runs], _join_models),
+            "decoders": {task: _merge_decoders(task, runs) for task in first["decoders"]},
+            "engine": _merge(
+                [engine for run in runs for engine in engines_of(run)],
+                lambda engines: {"engine": _join(engine.get("engine", "") for engine in engines)},
+            ),
             "labels": self.labels,
             **({"classes": self.classes} if self.classes else {}),
             **({"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}),
@@ -135,27 +138,6 @@ class Merging(Composition):
                 },
             },
         }
-
-    def _merge_models(self) -> dict[str, Any]:
-        models = [source.document["model"] for source in self.sources]
-        if all(model == models[0] for model in models):
-            return models[0]
-        names = {name: _join(model[name] for model in models) for name in ("name", "source", "licence")}
-        digests = {f"{k}/{n}": digest for k, model in enumerate(models) for n, digest in model["digests"].items()}
-        return {**names, "digests": digests}
-
-    def _merge_engines(self) -> dict[str, Any]:
-        engines = [engine for source in self.sources for engine in engines_of(source.document)]
-        if all(engine == engines[0] for engine in engines):
-            return dict(engines[0])
-        return {"engine": _join(engine.get("engine", "") for engine in engines)}
-
-    def _merge_decoders(self, task: str) -> dict[str, Any]:
-        missing = {"digest": "", "licence": "none"}
-        entries = [source.document["decoders"].get(task, missing) for source in self.sources]
-        if all(entry == entries[0] for entry in entries):
-            return entries[0]
-        return {name: _join(entry[name] for entry in entries) for name in ("digest", "licence")}
 
     def compose(self, index: int) -> ComposedSample:
         k, earlier = self.places[index]
@@ -192,6 +174,24 @@ def _remove_ids(record: Any) -> Any:
 
 def _join(texts: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(texts))
+
+
+def _merge(records: Sequence[Mapping[str, Any]], join: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The record of all runs where they have the same, else their join."""
+    return dict(records[0]) if all(record == records[0] for record in records) else join(records)
+
+
+def _join_models(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = {name: _join(model[name] for model in models) for name in ("name", "source", "licence")}
+    digests = {f"{k}/{n}": digest for k, model in enumerate(models) for n, digest in model["digests"].items()}
+    return {**names, "digests": digests}
+
+
+def _merge_decoders(task: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    records = [run["decoders"].get(task, {"digest": "", "licence": "none"}) for run in runs]
+    return _merge(
+        records, lambda records: {name: _join(row[name] for row in records) for name in ("digest", "licence")}
+    )
 
 
 def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:

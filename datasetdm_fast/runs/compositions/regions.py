@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
@@ -22,6 +23,7 @@ from datasetdm_fast.untrusted import images
 
 WHITE = 128  # grey values from it on belong to the region of a mask file
 LONGEST_MASK = 2**18  # letters of the run lengths of a mask file, which run.json holds
+SQUARE = np.ones((3, 3), bool)  # a pixel and its neighbours
 KINDS = ("class_", "instance", "mask", "box")
 
 
@@ -109,28 +111,16 @@ def annotation_ids(source: TileSource, label: str) -> dict[int, list[int]]:
 
 def grow(region: np.ndarray, pixels: int) -> np.ndarray:
     """The region with all pixels that are at most so many rows and columns away."""
-    return ~shrink(~region, pixels)
-
-
-def shrink(region: np.ndarray, pixels: int) -> np.ndarray:
-    """The region without the pixels that are at most so many rows and columns from one outside; beyond the picture
-    nothing is outside.
-    """
-    for _ in range(pixels):
-        for is_transposed in (False, True):
-            whole = region.T if is_transposed else region
-            inner = whole.copy()
-            inner[1:] &= whole[:-1]
-            inner[:-1] &= whole[1:]
-            region = inner.T if is_transposed else inner
-    return region
+    return ndimage.binary_dilation(region, SQUARE, pixels) if pixels else region
 
 
 def weights(region: np.ndarray, feather: int) -> np.ndarray:  # [H, W] fp32
-    """Share of the new image: 0 outside of the region, rising inside to 1 after `feather` pixels."""
+    """Share of the new image: 0 outside of the region, rising inside to 1 after `feather` pixels; beyond the picture
+    nothing is outside.
+    """
     inner, total = region, region.astype(np.float32)
     for _ in range(feather):
-        inner = shrink(inner, 1)
+        inner = ndimage.binary_erosion(inner, SQUARE, border_value=1)
         total += inner
     return total / (feather + 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
@@ -15,6 +16,11 @@ SHARED = (
 ).split()
 
 
+def strength_setting(default: float, remark: str) -> Any:
+    help = f"share of the sampling steps that is repeated, 0 to 1{remark}"
+    return setting(default, help, metavar="S", least=0, most=1)
+
+
 @dataclass(frozen=True)
 class RedrawChoice(CommandSettings):
     """Which samples are made again, and in which steps; zeros stand for what the source was made with."""
@@ -22,7 +28,7 @@ class RedrawChoice(CommandSettings):
     only: tuple[str, ...] = setting(
         (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
     )
-    strength: float = setting(1.0, "share of the sampling steps that is repeated, 0 to 1", metavar="S", least=0, most=1)
+    strength: float = strength_setting(1.0, "")
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
     guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)
     batch_size: int = setting(
@@ -65,13 +71,7 @@ class VaryChoice(RedrawChoice):
         "labels of the images: the source's, those predicted on the image, or what both agree on",
         choices=LABEL_CHOICES,
     )
-    strength: float = setting(
-        0.4,
-        "share of the sampling steps that is repeated, 0 to 1: a larger share changes more",
-        metavar="S",
-        least=0,
-        most=1,
-    )
+    strength: float = strength_setting(0.4, ": a larger share changes more")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,7 @@ class EditChoice(RedrawChoice):
         "pixels inside the region over which the old and the new image are blended, -1 = a 128th of a side",
         metavar="N",
     )
-    strength: float = setting(
-        1.0,
-        "share of the sampling steps that is repeated, 0 to 1: 1 starts from pure noise",
-        metavar="S",
-        least=0,
-        most=1,
-    )
+    strength: float = strength_setting(1.0, ": 1 starts from pure noise")
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
 
 

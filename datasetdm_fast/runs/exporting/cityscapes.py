@@ -8,8 +8,7 @@ import numpy as np
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED
-from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.maps import class_map, number_things
+from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format, class_map
 from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, on_pixels, rings
 from datasetdm_fast.runs.exporting.view import SampleView
 
@@ -60,7 +59,7 @@ class CityscapesFormat(Format):
 def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, W] uint16
     """The label id of each pixel, of things its thousandfold and a number within the class."""
     ids, counts = label_ids.astype(np.uint16), dict.fromkeys(range(256), 0)
-    places = number_things(sample)
+    places = sample.number_things()
     for k, thing in enumerate(sample.things, 1):
         label_id = WORDS[thing.name][1] if thing.name in WORDS else UNLABELLED
         if label_id >= FIRST_THING and counts[label_id] < MOST_THINGS:
@@ -77,7 +76,7 @@ def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> di
     things that belong to no instance are a group, as in Cityscapes.
     """
     has_things = "instance" in plan.tasks
-    places = number_things(sample) if has_things else np.zeros(label_ids.shape, np.int32)
+    places = sample.number_things() if has_things else np.zeros(label_ids.shape, np.int32)
     objects = []
     for name, (_, label_id, _) in WORDS.items():
         area = label_ids == label_id

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
@@ -81,3 +83,13 @@ class Format(ABC):
     def unknown_classes(self, plan: ExportPlan) -> list[str]:
         """The classes that it cannot show."""
         return [] if self.known is None else [name for name in plan.classes.names if name not in self.known]
+
+
+def class_map(sample: SampleView, plan: ExportPlan) -> np.ndarray:  # [H, W] uint8
+    """The classes of the instances, elsewhere those of the semantic map; 0 = background."""
+    below = sample.semantic if "semantic" in plan.tasks else np.zeros((sample.height, sample.width), np.uint8)
+    if "instance" not in plan.tasks:
+        return below
+    places = sample.number_things()
+    numbers = np.array([0, *(plan.classes.numbers[thing.name] for thing in sample.things)], np.uint8)
+    return np.where(places > 0, numbers[places], below)

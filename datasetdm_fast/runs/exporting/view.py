@@ -210,6 +210,14 @@ class SampleView:
                 )
         return tuple(things)
 
+    def number_things(self) -> np.ndarray:  # [H, W] int32
+        """The place of the instance of each pixel, from 1 on and that of the highest score; 0 where there is none."""
+        places = np.zeros((self.height, self.width), np.int32)
+        for k in np.argsort([thing.score for thing in self.things], kind="stable").tolist():
+            places[self.things[k].mask] = k + 1
+        places[self.ignored] = 0
+        return places
+
     @cached_property
     def people(self) -> tuple[ExportedPerson, ...]:
         """Persons with at least one joint, in the order of the run."""

@@ -9,8 +9,7 @@ from PIL import Image, ImageFilter
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.maps import class_map, number_things
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, class_map
 from datasetdm_fast.runs.exporting.view import SampleView
 
 ROOT = "VOCdevkit/VOC2012"
@@ -49,7 +48,7 @@ class VocFormat(Format):
         files: Files = {f"{ROOT}/JPEGImages/{sample.name}.jpg": image}
         has_things = "instance" in plan.tasks
         if has_things:
-            objects = number_things(sample)
+            objects = sample.number_things()
             objects[objects > MOST_OBJECTS] = 0
             objects[sample.ignored] = IGNORED
             if plan.layout.border:
