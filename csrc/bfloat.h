@@ -5,7 +5,8 @@
 
 namespace datasetdm {
 
-constexpr int64_t kFp32 = 0, kBf16 = 1, kRounded = 2;  // storages: the last is fp32 that may be rounded to bf16 before it is multiplied
+constexpr int64_t kFp32 = 0, kBf16 = 1,
+                  kRounded = 2;  // storages: the last is fp32 that may be rounded to bf16 before it is multiplied
 
 struct Bfloat {
     uint16_t bits;

@@ -11,7 +11,8 @@ constexpr size_t kBlock = size_t{1} << 17;  // bytes coded with one set of Huffm
 constexpr size_t kWindow = 32768, kLongest = 258;
 constexpr int kHashBits = 14, kMostBits = 15;
 constexpr int kEnd = 256, kFirstLength = 257, kLengthCodes = 286, kDistanceCodes = 30, kLengthsCodes = 19;
-constexpr std::array<uint8_t, kLengthsCodes> kLengthsOrder = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
+constexpr std::array<uint8_t, kLengthsCodes> kLengthsOrder = {16, 17, 18, 0, 8,  7, 9,  6, 10, 5,
+                                                              11, 4,  12, 3, 13, 2, 14, 1, 15};
 constexpr std::array<uint8_t, 3> kRepeatBits = {2, 3, 7};  // after the symbols 16, 17, 18
 
 // Literals from where the last match ended, then one match; a length of 0 ends the block.
@@ -31,14 +32,16 @@ constexpr Symbol length_symbol(unsigned length) {
     const unsigned value = length - 3;
     unsigned bits = 0;
     while (value >> (bits + 3)) ++bits;
-    return {static_cast<uint16_t>(kFirstLength + 4 * bits + (value >> bits)), static_cast<uint16_t>(value & ((1u << bits) - 1)), static_cast<uint8_t>(bits)};
+    return {static_cast<uint16_t>(kFirstLength + 4 * bits + (value >> bits)),
+            static_cast<uint16_t>(value & ((1u << bits) - 1)), static_cast<uint8_t>(bits)};
 }
 
 inline Symbol distance_symbol(unsigned distance) {
     const unsigned value = distance - 1;
     if (value < 4) return {static_cast<uint16_t>(value), 0, 0};
     const unsigned bits = 30 - static_cast<unsigned>(__builtin_clz(value));
-    return {static_cast<uint16_t>(2 * bits + (value >> bits)), static_cast<uint16_t>(value & ((1u << bits) - 1)), static_cast<uint8_t>(bits)};
+    return {static_cast<uint16_t>(2 * bits + (value >> bits)), static_cast<uint16_t>(value & ((1u << bits) - 1)),
+            static_cast<uint8_t>(bits)};
 }
 
 struct LengthTable {
@@ -73,8 +76,8 @@ inline size_t match_length(const uint8_t* at, size_t distance, const uint8_t* en
     return length;
 }
 
-// Finds repeats: eight bytes of the byte before or at the distance used last, or sixteen that stood anywhere else in the window. Shorter ones
-// cost more than they save: after the filters most bytes of a picture need only a few bits.
+// Finds repeats: eight bytes of the byte before or at the distance used last, or sixteen that stood anywhere else in
+// the window. Shorter ones cost more than they save: after the filters most bytes of a picture need only a few bits.
 class Matcher {
 public:
     explicit Matcher(const uint8_t* data) : data_(data), last_(size_t{1} << kHashBits, 0) {}
@@ -90,9 +93,11 @@ public:
                 continue;
             }
             size_t length = match_length(data_ + at, distance, data_ + end);
-            while (at > literals && at > distance && length < kLongest && data_[at - 1] == data_[at - 1 - distance]) --at, ++length;
+            while (at > literals && at > distance && length < kLongest && data_[at - 1] == data_[at - 1 - distance])
+                --at, ++length;
             if (distance > 1) repeated_ = distance;
-            sequences.push_back({static_cast<uint32_t>(at - literals), static_cast<uint16_t>(length), static_cast<uint16_t>(distance)});
+            sequences.push_back(
+                {static_cast<uint32_t>(at - literals), static_cast<uint16_t>(length), static_cast<uint16_t>(distance)});
             literals = at += length;
         }
         sequences.push_back({static_cast<uint32_t>(end - literals), 0, 0});
@@ -123,7 +128,8 @@ struct Code {
     std::array<uint16_t, N> bits{};  // lowest first, as they are sent
 };
 
-// Lengths of at most `longest` bits: Huffman's, and where those are longer, the nearest that still form a code (Kraft's sum is 1).
+// Lengths of at most `longest` bits: Huffman's, and where those are longer, the nearest that still form a code (Kraft's
+// sum is 1).
 template <size_t N>
 void set_lengths(const std::array<uint32_t, N>& counts, int longest, Code<N>& code) {
     std::vector<std::pair<uint32_t, uint16_t>> used;
@@ -141,7 +147,8 @@ void set_lengths(const std::array<uint32_t, N>& counts, int longest, Code<N>& co
     size_t leaf = 0, inner = leaves;  // the lightest leaf and the lightest inner node without a parent
     for (size_t node = leaves; node < nodes; ++node)
         for (int child = 0; child < 2; ++child) {
-            const size_t lighter = leaf < leaves && (inner == node || weights[leaf] <= weights[inner]) ? leaf++ : inner++;
+            const size_t lighter =
+                leaf < leaves && (inner == node || weights[leaf] <= weights[inner]) ? leaf++ : inner++;
             weights[node] += weights[lighter];
             parents[lighter] = static_cast<uint32_t>(node);
         }
@@ -152,7 +159,8 @@ void set_lengths(const std::array<uint32_t, N>& counts, int longest, Code<N>& co
     }
     uint32_t sum = 0;
     for (int length = 1; length <= longest; ++length) sum += at_length[length] << (longest - length);
-    for (; sum > 1u << longest; --sum) {  // one of the longest moves up to be the brother of a shorter one, which goes down a level
+    for (; sum > 1u << longest;
+         --sum) {  // one of the longest moves up to be the brother of a shorter one, which goes down a level
         int length = longest - 1;
         while (!at_length[length]) --length;
         --at_length[longest], --at_length[length], at_length[length + 1] += 2;
@@ -167,7 +175,8 @@ void set_bits(Code<N>& code) {
     std::array<uint16_t, kMostBits + 2> next{};
     for (uint8_t length : code.lengths)
         if (length) ++next[length + 1];
-    for (int length = 1; length <= kMostBits; ++length) next[length + 1] = static_cast<uint16_t>((next[length] + next[length + 1]) << 1);
+    for (int length = 1; length <= kMostBits; ++length)
+        next[length + 1] = static_cast<uint16_t>((next[length] + next[length + 1]) << 1);
     for (size_t symbol = 0; symbol < N; ++symbol) {
         const int length = code.lengths[symbol];
         uint16_t turned = 0;
@@ -280,7 +289,8 @@ private:
             ++distance_counts_[distance_symbol(sequence.distance).number];
             at += sequence.length;
         }
-        for (size_t byte = 0; byte < 256; ++byte) literal_counts_[byte] = bytes[0][byte] + bytes[1][byte] + bytes[2][byte] + bytes[3][byte];
+        for (size_t byte = 0; byte < 256; ++byte)
+            literal_counts_[byte] = bytes[0][byte] + bytes[1][byte] + bytes[2][byte] + bytes[3][byte];
         literal_counts_[kEnd] = 1;
     }
 
@@ -301,18 +311,23 @@ private:
 
     uint64_t cost() const {
         uint64_t bits = 17 + 3 * static_cast<uint64_t>(lengths_used_);
-        for (const Step& step : steps_) bits += lengths_.lengths[step.symbol] + (step.symbol > 15 ? kRepeatBits[step.symbol - 16] : 0);
-        for (size_t symbol = 0; symbol < kLengthCodes; ++symbol) bits += static_cast<uint64_t>(literal_counts_[symbol]) * literal_.lengths[symbol];
-        for (size_t symbol = 0; symbol < kDistanceCodes; ++symbol) bits += static_cast<uint64_t>(distance_counts_[symbol]) * distance_.lengths[symbol];
+        for (const Step& step : steps_)
+            bits += lengths_.lengths[step.symbol] + (step.symbol > 15 ? kRepeatBits[step.symbol - 16] : 0);
+        for (size_t symbol = 0; symbol < kLengthCodes; ++symbol)
+            bits += static_cast<uint64_t>(literal_counts_[symbol]) * literal_.lengths[symbol];
+        for (size_t symbol = 0; symbol < kDistanceCodes; ++symbol)
+            bits += static_cast<uint64_t>(distance_counts_[symbol]) * distance_.lengths[symbol];
         for (const Sequence& sequence : sequences_)
-            if (sequence.length) bits += kLengthSymbols.of[sequence.length].extra_bits + distance_symbol(sequence.distance).extra_bits;
+            if (sequence.length)
+                bits += kLengthSymbols.of[sequence.length].extra_bits + distance_symbol(sequence.distance).extra_bits;
         return bits;
     }
 
     uint8_t* write(size_t begin, uint8_t* target, bool is_last) {
         set_bits(literal_), set_bits(distance_), set_bits(lengths_);
         BitWriter out(target);
-        out.put(is_last, 1), out.put(2, 2), out.put(literals_used_ - 257, 5), out.put(distances_used_ - 1, 5), out.put(lengths_used_ - 4, 4);
+        out.put(is_last, 1), out.put(2, 2), out.put(literals_used_ - 257, 5), out.put(distances_used_ - 1, 5),
+            out.put(lengths_used_ - 4, 4);
         for (int k = 0; k < lengths_used_; ++k) out.flush(), out.put(lengths_.lengths[kLengthsOrder[k]], 3);
         for (const Step& step : steps_) {
             out.flush();
@@ -320,7 +335,9 @@ private:
             if (step.symbol > 15) out.put(step.repeats, kRepeatBits[step.symbol - 16]);
         }
         std::array<uint32_t, 256> codes;  // of a literal: its bits, above them how many they are
-        for (size_t byte = 0; byte < 256; ++byte) codes[byte] = static_cast<uint32_t>(literal_.bits[byte]) | static_cast<uint32_t>(literal_.lengths[byte]) << 16;
+        for (size_t byte = 0; byte < 256; ++byte)
+            codes[byte] = static_cast<uint32_t>(literal_.bits[byte]) | static_cast<uint32_t>(literal_.lengths[byte])
+                                                                           << 16;
         const uint8_t* at = data_ + begin;
         for (const Sequence& sequence : sequences_) {
             const uint8_t* const end = at + sequence.literals;
@@ -332,8 +349,10 @@ private:
             if (!sequence.length) break;
             out.flush();
             const Symbol length = kLengthSymbols.of[sequence.length], distance = distance_symbol(sequence.distance);
-            out.put(literal_.bits[length.number], literal_.lengths[length.number]), out.put(length.extra, length.extra_bits);
-            out.put(distance_.bits[distance.number], distance_.lengths[distance.number]), out.put(distance.extra, distance.extra_bits);
+            out.put(literal_.bits[length.number], literal_.lengths[length.number]),
+                out.put(length.extra, length.extra_bits);
+            out.put(distance_.bits[distance.number], distance_.lengths[distance.number]),
+                out.put(distance.extra, distance.extra_bits);
             at += sequence.length;
         }
         out.flush();
@@ -364,7 +383,8 @@ private:
 void append_zlib(const uint8_t* data, size_t size, std::vector<uint8_t>& stream) {
     stream.push_back(0x78), stream.push_back(0x01);  // a window of 32 KiB, made for speed
     Encoder encoder(data, stream);
-    for (size_t begin = 0; begin < size; begin += kBlock) encoder.block(begin, std::min(begin + kBlock, size), begin + kBlock >= size);
+    for (size_t begin = 0; begin < size; begin += kBlock)
+        encoder.block(begin, std::min(begin + kBlock, size), begin + kBlock >= size);
     if (!size) encoder.store(0, 0, true);
     const uint32_t check = adler32(data, size);
     for (int shift : {24, 16, 8, 0}) stream.push_back(static_cast<uint8_t>(check >> shift));

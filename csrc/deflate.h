@@ -1,4 +1,5 @@
-// A zlib stream (RFC 1950, 1951) by integer arithmetic alone: the same bytes on every machine, whatever zlib is installed.
+// A zlib stream (RFC 1950, 1951) by integer arithmetic alone: the same bytes on every machine, whatever zlib is
+// installed.
 #pragma once
 
 #include <cstddef>

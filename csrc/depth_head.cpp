@@ -15,8 +15,10 @@ namespace datasetdm {
 namespace {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kChannels = 32;   // hidden channels worked on at once: four resized rows of 160 cells stay in a 1 MiB second-level cache
-constexpr int64_t kBlock = 64;      // pixels of a row worked on at once: their hidden channels stay in the first-level cache
+constexpr int64_t kChannels =
+    32;  // hidden channels worked on at once: four resized rows of 160 cells stay in a 1 MiB second-level cache
+constexpr int64_t kBlock =
+    64;  // pixels of a row worked on at once: their hidden channels stay in the first-level cache
 constexpr int64_t kPixels = 4;      // pixels that share one load of the second convolution's weights; divides kBlock
 constexpr int64_t kAlignment = 64;  // bytes of the widest vector
 
@@ -42,7 +44,8 @@ struct Head {
     int64_t side, middle, full, channels, span;
     const Real *bias, *last;
     std::vector<Place<Real>> to_middle;  // [middle]
-    std::vector<Place<Real>> to_full;    // [full, 3]: of the pixel before, at and after each place; no weight beyond the border
+    std::vector<Place<Real>>
+        to_full;  // [full, 3]: of the pixel before, at and after each place; no weight beyond the border
 
     Head(int64_t side, int64_t middle, int64_t full, int64_t channels, const Real* bias, const Real* last)
         : side(side), middle(middle), full(full), channels(channels), span(0), bias(bias), last(last) {
@@ -58,7 +61,8 @@ struct Head {
     int64_t padded() const { return (full + kBlock - 1) / kBlock * kBlock; }
 };
 
-// What one thread works in: every buffer at its own aligned place of one allocation; those of gradients are empty without a backward.
+// What one thread works in: every buffer at its own aligned place of one allocation; those of gradients are empty
+// without a backward.
 template <typename Real>
 struct Scratch {
     std::vector<Real> memory;
@@ -66,8 +70,10 @@ struct Scratch {
     Real *rows_back, *columns_back, *hidden_back, *taps_back;
     int64_t lanes;
 
-    Scratch(const Head<Real>& head, int64_t vector_bytes, bool has_backward = false) : lanes(vector_bytes / sizeof(Real)) {
-        const int64_t rows_size = head.span * head.middle * kTaps * kChannels, columns_size = head.middle * 3 * kChannels;
+    Scratch(const Head<Real>& head, int64_t vector_bytes, bool has_backward = false)
+        : lanes(vector_bytes / sizeof(Real)) {
+        const int64_t rows_size = head.span * head.middle * kTaps * kChannels,
+                      columns_size = head.middle * 3 * kChannels;
         const int64_t sizes[] = {kChannels,
                                  kTaps * kChannels,
                                  head.side * kTaps * kChannels,
@@ -85,7 +91,8 @@ struct Scratch {
         void* start = memory.data();
         size_t space = total * sizeof(Real);
         Real* at = static_cast<Real*>(std::align(kAlignment, sizeof(Real), start, space));
-        Real** const places[] = {&bias, &last, &cells, &rows, &columns, &hidden, &sums, &rows_back, &columns_back, &hidden_back, &taps_back};
+        Real** const places[] = {&bias, &last,      &cells,        &rows,        &columns,  &hidden,
+                                 &sums, &rows_back, &columns_back, &hidden_back, &taps_back};
         for (size_t i = 0; i < std::size(sizes); ++i) {
             *places[i] = at;
             at += rounded(sizes[i]);
@@ -95,7 +102,9 @@ struct Scratch {
         constexpr int64_t kStep = kAlignment / sizeof(Real);
         return (size + kStep - 1) / kStep * kStep;
     }
-    Real* row(const Head<Real>& head, int64_t row) const { return rows + row % head.span * head.middle * kTaps * kChannels; }
+    Real* row(const Head<Real>& head, int64_t row) const {
+        return rows + row % head.span * head.middle * kTaps * kChannels;
+    }
     Real* row_back(const Head<Real>& head, int64_t y) const { return rows_back + (row(head, y) - rows); }
     Real* sum(const Head<Real>& head, int64_t row) const { return sums + (row + 3) % 3 * head.padded() * lanes; }
 
@@ -106,7 +115,8 @@ struct Scratch {
         std::fill(cells, cells + head.side * kTaps * kChannels, Real{0});
         std::fill(sums, rows_back, Real{0});
         std::copy_n(head.bias + channel, count, bias);
-        for (int64_t tap = 0; tap < kTaps; ++tap) std::copy_n(head.last + tap * head.channels + channel, count, last + tap * kChannels);
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+            std::copy_n(head.last + tap * head.channels + channel, count, last + tap * kChannels);
     }
 };
 
@@ -121,14 +131,17 @@ namespace {
 
 // The layers behind `products`, for logits [B, H, H].
 template <typename Real>
-Head<Real> head_of(const char* name, const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, const Array<Real>& logits,
-                   int64_t threads) {
-    require(products.ndim() == 5 && products.shape(1) == products.shape(2) && products.shape(3) == kTaps, name, ": products must be [B, h, h, 9, C]");
+Head<Real> head_of(const char* name, const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last,
+                   int64_t middle, const Array<Real>& logits, int64_t threads) {
+    require(products.ndim() == 5 && products.shape(1) == products.shape(2) && products.shape(3) == kTaps, name,
+            ": products must be [B, h, h, 9, C]");
     require(logits.ndim() == 3 && logits.shape(1) == logits.shape(2) && logits.shape(0) == products.shape(0), name,
             ": logits must be [B, H, H] with the batch of the products, ", products.shape(0));
     const int64_t side = products.shape(1), channels = products.shape(4), full = logits.shape(1);
-    require(bias.ndim() == 1 && bias.shape(0) == channels, name, ": bias must be [", channels, "], one for each channel of the products");
-    require(last.ndim() == 2 && last.shape(0) == kTaps && last.shape(1) == channels, name, ": last must be [9, ", channels, "]");
+    require(bias.ndim() == 1 && bias.shape(0) == channels, name, ": bias must be [", channels,
+            "], one for each channel of the products");
+    require(last.ndim() == 2 && last.shape(0) == kTaps && last.shape(1) == channels, name, ": last must be [9, ",
+            channels, "]");
     require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
     require_size("depth head: cells", side, side);
     require_size("depth head: middle", middle, middle);
@@ -138,8 +151,8 @@ Head<Real> head_of(const char* name, const Array<Real>& products, const Array<Re
 
 template <typename Real>
 void require_like(const char* name, const Array<Real>& one, const Array<Real>& other) {
-    require(one.ndim() == other.ndim() && std::equal(one.shape(), one.shape() + one.ndim(), other.shape()), "depth_head_gradient: ", name,
-            " has another shape than its gradient");
+    require(one.ndim() == other.ndim() && std::equal(one.shape(), one.shape() + one.ndim(), other.shape()),
+            "depth_head_gradient: ", name, " has another shape than its gradient");
 }
 
 }  // namespace
@@ -147,7 +160,8 @@ void require_like(const char* name, const Array<Real>& one, const Array<Real>& o
 std::vector<int64_t> depth_head_vector_bytes() {
     std::vector<int64_t> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
         found.push_back(64);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(32);
 #endif
@@ -158,13 +172,14 @@ std::vector<int64_t> depth_head_vector_bytes() {
 int64_t chosen_vector_bytes(const char* name, int64_t vector_bytes) {
     static const std::vector<int64_t> found = depth_head_vector_bytes();
     if (vector_bytes == 0) return found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), name, ": this CPU has no vectors of ", vector_bytes, " bytes");
+    require(std::count(found.begin(), found.end(), vector_bytes), name, ": this CPU has no vectors of ", vector_bytes,
+            " bytes");
     return vector_bytes;
 }
 
 template <typename Real>
-void depth_head_add(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, Array<Real> logits, int64_t threads,
-                    int64_t vector_bytes) {
+void depth_head_add(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle,
+                    Array<Real> logits, int64_t threads, int64_t vector_bytes) {
     const Head<Real> head = head_of("depth_head_add", products, bias, last, middle, logits, threads);
     vector_bytes = chosen_vector_bytes("depth_head_add", vector_bytes);
     const int64_t batch = products.shape(0), size = head.side * head.side * kTaps * head.channels, full = head.full;
@@ -179,33 +194,38 @@ void depth_head_add(const Array<Real>& products, const Array<Real>& bias, const 
         for (int64_t band = begin; band < end; ++band)
             for (int64_t image = 0; image < batch; ++image)
                 for (int64_t channel = 0; channel < head.channels; channel += kChannels)
-                    WITH_VECTORS(vector_bytes, add_rows, head, scratch[band], source + image * size, channel, full * band / bands, full * (band + 1) / bands,
-                                 target + image * full * full);
+                    WITH_VECTORS(vector_bytes, add_rows, head, scratch[band], source + image * size, channel,
+                                 full * band / bands, full * (band + 1) / bands, target + image * full * full);
     });
 }
 
 template <typename Real>
-void depth_head_gradient(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle, const Array<Real>& gradient,
-                         Array<Real> to_products, Array<Real> to_bias, Array<Real> to_last, int64_t threads, int64_t vector_bytes) {
+void depth_head_gradient(const Array<Real>& products, const Array<Real>& bias, const Array<Real>& last, int64_t middle,
+                         const Array<Real>& gradient, Array<Real> to_products, Array<Real> to_bias, Array<Real> to_last,
+                         int64_t threads, int64_t vector_bytes) {
     const Head<Real> head = head_of("depth_head_gradient", products, bias, last, middle, gradient, threads);
     require_like("products", products, to_products);
     require_like("bias", bias, to_bias);
     require_like("last", last, to_last);
     vector_bytes = chosen_vector_bytes("depth_head_gradient", vector_bytes);
-    const int64_t batch = products.shape(0), size = head.side * head.side * kTaps * head.channels, full = head.full, pitch = full + 2;
+    const int64_t batch = products.shape(0), size = head.side * head.side * kTaps * head.channels, full = head.full,
+                  pitch = full + 2;
     const Real *source = products.data(), *out = gradient.data();
     Real *own = to_products.mutable_data(), *own_bias = to_bias.mutable_data(), *own_last = to_last.mutable_data();
     ReleasedGil release;
     std::vector<Real> padded(batch * pitch * pitch);
-    for (int64_t row = 0; row < batch * full; ++row) std::copy_n(out + row * full, full, padded.data() + (row + row / full * 2 + 1) * pitch + 1);
-    // Some channels of one image are one thread's, and images are added in their order: the number of threads cannot change a sum.
+    for (int64_t row = 0; row < batch * full; ++row)
+        std::copy_n(out + row * full, full, padded.data() + (row + row / full * 2 + 1) * pitch + 1);
+    // Some channels of one image are one thread's, and images are added in their order: the number of threads cannot
+    // change a sum.
     const int64_t slices = (head.channels + kChannels - 1) / kChannels;
     std::vector<double> totals(batch * slices * (kTaps + 1) * kChannels);
     share(batch * slices, threads, [&](int64_t begin, int64_t end) {
         Scratch<Real> scratch(head, vector_bytes, true);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t image = i / slices, channel = i % slices * kChannels;
-            WITH_VECTORS(vector_bytes, slice_gradient, head, scratch, source + image * size, channel, padded.data() + image * pitch * pitch, own + image * size,
+            WITH_VECTORS(vector_bytes, slice_gradient, head, scratch, source + image * size, channel,
+                         padded.data() + image * pitch * pitch, own + image * size,
                          totals.data() + i * (kTaps + 1) * kChannels);
         }
     });
@@ -218,11 +238,15 @@ void depth_head_gradient(const Array<Real>& products, const Array<Real>& bias, c
         }
 }
 
-#define FOR(Real)                                                                                                                                       \
-    template void depth_head_add<Real>(const Array<Real>&, const Array<Real>&, const Array<Real>&, int64_t, Array<Real>, int64_t, int64_t);             \
-    template void depth_head_gradient<Real>(const Array<Real>&, const Array<Real>&, const Array<Real>&, int64_t, const Array<Real>&, Array<Real>,       \
-                                            Array<Real>, Array<Real>, int64_t, int64_t);
-FOR(float)
-FOR(double)
+template void depth_head_add<float>(const Array<float>&, const Array<float>&, const Array<float>&, int64_t,
+                                    Array<float>, int64_t, int64_t);
+template void depth_head_gradient<float>(const Array<float>&, const Array<float>&, const Array<float>&, int64_t,
+                                         const Array<float>&, Array<float>, Array<float>, Array<float>, int64_t,
+                                         int64_t);
+template void depth_head_add<double>(const Array<double>&, const Array<double>&, const Array<double>&, int64_t,
+                                     Array<double>, int64_t, int64_t);
+template void depth_head_gradient<double>(const Array<double>&, const Array<double>&, const Array<double>&, int64_t,
+                                          const Array<double>&, Array<double>, Array<double>, Array<double>, int64_t,
+                                          int64_t);
 
 }  // namespace datasetdm

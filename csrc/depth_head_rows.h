@@ -1,5 +1,6 @@
 // Included by each_instruction_set.h.
-// Channels run fastest everywhere: both resizes then read whole vectors with one weight each, and no lane ever needs its neighbour.
+// Channels run fastest everywhere: both resizes then read whole vectors with one weight each, and no lane ever needs
+// its neighbour.
 
 namespace datasetdm {
 namespace WITH_INSTRUCTIONS {
@@ -11,26 +12,31 @@ struct Lanes {
     static constexpr int64_t kVectors = kChannels / kLanes;
 };
 
-// Row `row` of the products resized to middle x middle, into target [middle, 9, kChannels]; channels beyond the slice are zero.
+// Row `row` of the products resized to middle x middle, into target [middle, 9, kChannels]; channels beyond the slice
+// are zero.
 template <typename Real>
-INSTRUCTIONS void resize_row(const Head<Real>& head, const Real* products, int64_t channel, int64_t row, Real* cells, Real* target) {
+INSTRUCTIONS void resize_row(const Head<Real>& head, const Real* products, int64_t channel, int64_t row, Real* cells,
+                             Real* target) {
     using Vector = typename Lanes<Real>::Vector;
     const Place<Real> down = head.to_middle[row];
     const int64_t count = std::min(kChannels, head.channels - channel), pitch = head.side * kTaps * head.channels;
     const Real *low = products + down.low * pitch + channel, *high = products + down.high * pitch + channel;
     for (int64_t i = 0; i < head.side * kTaps; ++i, low += head.channels, high += head.channels)
-        for (int64_t c = 0; c < count; ++c) cells[i * kChannels + c] = down.weight_low * low[c] + down.weight_high * high[c];
+        for (int64_t c = 0; c < count; ++c)
+            cells[i * kChannels + c] = down.weight_low * low[c] + down.weight_high * high[c];
     constexpr int64_t kStep = kTaps * Lanes<Real>::kVectors;
     const Vector* source = reinterpret_cast<const Vector*>(cells);
     Vector* answer = reinterpret_cast<Vector*>(target);
     for (int64_t x = 0; x < head.middle; ++x) {
         const Place<Real> across = head.to_middle[x];
         for (int64_t i = 0; i < kStep; ++i)
-            answer[x * kStep + i] = across.weight_low * source[across.low * kStep + i] + across.weight_high * source[across.high * kStep + i];
+            answer[x * kStep + i] = across.weight_low * source[across.low * kStep + i] +
+                                    across.weight_high * source[across.high * kStep + i];
     }
 }
 
-// The three rows of taps at image row y, each resized down to it, added into target [middle, 3, kChannels]: one sum a column of taps.
+// The three rows of taps at image row y, each resized down to it, added into target [middle, 3, kChannels]: one sum a
+// column of taps.
 template <typename Real>
 INSTRUCTIONS void combine_rows(const Head<Real>& head, const Scratch<Real>& scratch, int64_t y, Real* target) {
     using Vector = typename Lanes<Real>::Vector;
@@ -48,14 +54,17 @@ INSTRUCTIONS void combine_rows(const Head<Real>& head, const Scratch<Real>& scra
     for (int64_t x = 0; x < head.middle; ++x)
         for (int64_t i = 0; i < kStep; ++i) {
             const int64_t at = x * 3 * kStep + i;
-            answer[x * kStep + i] = weight_low[0] * low[0][at] + weight_high[0] * high[0][at] + weight_low[1] * low[1][at] + weight_high[1] * high[1][at] +
+            answer[x * kStep + i] = weight_low[0] * low[0][at] + weight_high[0] * high[0][at] +
+                                    weight_low[1] * low[1][at] + weight_high[1] * high[1][at] +
                                     weight_low[2] * low[2][at] + weight_high[2] * high[2][at];
         }
 }
 
-// Hidden pixels start .. start + count of one row, [count, kChannels]; zero outside the image, as the second convolution pads.
+// Hidden pixels start .. start + count of one row, [count, kChannels]; zero outside the image, as the second
+// convolution pads.
 template <typename Real>
-INSTRUCTIONS void hidden_pixels(const Head<Real>& head, const Real* columns, const Real* bias, int64_t start, int64_t count, Real* target) {
+INSTRUCTIONS void hidden_pixels(const Head<Real>& head, const Real* columns, const Real* bias, int64_t start,
+                                int64_t count, Real* target) {
     using Vector = typename Lanes<Real>::Vector;
     constexpr int64_t kVectors = Lanes<Real>::kVectors;
     const Vector *source = reinterpret_cast<const Vector*>(columns), *base = reinterpret_cast<const Vector*>(bias);
@@ -78,7 +87,8 @@ INSTRUCTIONS void hidden_pixels(const Head<Real>& head, const Real* columns, con
     }
 }
 
-// The second convolution of one block of hidden pixels [kBlock + 2, kChannels], added to the three rows it reaches, lane by lane.
+// The second convolution of one block of hidden pixels [kBlock + 2, kChannels], added to the three rows it reaches,
+// lane by lane.
 template <typename Real>
 INSTRUCTIONS void reach_rows(const Real* hidden, const Real* last, int64_t start, Real* const sums[3]) {
     using Vector = typename Lanes<Real>::Vector;
@@ -106,15 +116,18 @@ INSTRUCTIONS void reach_rows(const Real* hidden, const Real* last, int64_t start
 
 // Adds rows first .. last of one image's logits for the channels from `channel` on.
 template <typename Real>
-INSTRUCTIONS void add_rows(const Head<Real>& head, Scratch<Real>& scratch, const Real* products, int64_t channel, int64_t first, int64_t last, Real* logits) {
+INSTRUCTIONS void add_rows(const Head<Real>& head, Scratch<Real>& scratch, const Real* products, int64_t channel,
+                           int64_t first, int64_t last, Real* logits) {
     constexpr int64_t kLanes = Lanes<Real>::kLanes;
     scratch.begin(head, channel);
-    int64_t ready = head.to_full[std::max<int64_t>(first - 1, 0) * 3].low;  // rows of the middle resolution below it are of no use
+    int64_t ready =
+        head.to_full[std::max<int64_t>(first - 1, 0) * 3].low;  // rows of the middle resolution below it are of no use
     for (int64_t y = first - 1; y <= last; ++y) {
         // Hidden row y meets row 0 of the second convolution's taps at image row y + 1, row 1 at y, row 2 at y - 1.
         Real* const sums[3] = {scratch.sum(head, y + 1), scratch.sum(head, y), scratch.sum(head, y - 1)};
         if (y >= 0 && y < head.full) {
-            for (; ready <= head.to_full[y * 3 + 2].high; ++ready) resize_row(head, products, channel, ready, scratch.cells, scratch.row(head, ready));
+            for (; ready <= head.to_full[y * 3 + 2].high; ++ready)
+                resize_row(head, products, channel, ready, scratch.cells, scratch.row(head, ready));
             combine_rows(head, scratch, y, scratch.columns);
             for (int64_t x = 0; x < head.full; x += kBlock) {
                 hidden_pixels(head, scratch.columns, scratch.bias, x - 1, kBlock + 2, scratch.hidden);
@@ -131,11 +144,12 @@ INSTRUCTIONS void add_rows(const Head<Real>& head, Scratch<Real>& scratch, const
     }
 }
 
-// Backwards through one block of a hidden row [count, kChannels], whose pixels start at `start`: `rows` are those of the padded gradient of the
-// logits before, at and after it. Adds to `taps_back`, writes the gradient of the pixels before the ReLU.
+// Backwards through one block of a hidden row [count, kChannels], whose pixels start at `start`: `rows` are those of
+// the padded gradient of the logits before, at and after it. Adds to `taps_back`, writes the gradient of the pixels
+// before the ReLU.
 template <typename Real>
-INSTRUCTIONS void hidden_gradient(const Real* hidden, const Real* last, const Real* const rows[3], int64_t start, int64_t count, Real* taps_back,
-                                  Real* hidden_back) {
+INSTRUCTIONS void hidden_gradient(const Real* hidden, const Real* last, const Real* const rows[3], int64_t start,
+                                  int64_t count, Real* taps_back, Real* hidden_back) {
     using Vector = typename Lanes<Real>::Vector;
     constexpr int64_t kVectors = Lanes<Real>::kVectors;
     const Vector *source = reinterpret_cast<const Vector*>(hidden), *weight = reinterpret_cast<const Vector*>(last);
@@ -162,7 +176,8 @@ INSTRUCTIONS void hidden_gradient(const Real* hidden, const Real* last, const Re
 
 // `hidden_pixels` backwards: adds to the gradient [middle, 3, kChannels] of its columns.
 template <typename Real>
-INSTRUCTIONS void add_to_columns(const Head<Real>& head, const Real* hidden_back, int64_t start, int64_t count, Real* columns_back) {
+INSTRUCTIONS void add_to_columns(const Head<Real>& head, const Real* hidden_back, int64_t start, int64_t count,
+                                 Real* columns_back) {
     using Vector = typename Lanes<Real>::Vector;
     constexpr int64_t kVectors = Lanes<Real>::kVectors;
     const Vector* source = reinterpret_cast<const Vector*>(hidden_back);
@@ -195,12 +210,15 @@ INSTRUCTIONS void add_to_rows(const Head<Real>& head, const Scratch<Real>& scrat
     }
 }
 
-// `resize_row` backwards: adds the gradient of one row to that of the products, and clears it for the row that takes its place.
+// `resize_row` backwards: adds the gradient of one row to that of the products, and clears it for the row that takes
+// its place.
 template <typename Real>
-INSTRUCTIONS void add_to_products(const Head<Real>& head, Scratch<Real>& scratch, int64_t channel, int64_t row, Real* to_products) {
+INSTRUCTIONS void add_to_products(const Head<Real>& head, Scratch<Real>& scratch, int64_t channel, int64_t row,
+                                  Real* to_products) {
     using Vector = typename Lanes<Real>::Vector;
     constexpr int64_t kStep = kTaps * Lanes<Real>::kVectors;
-    Vector *source = reinterpret_cast<Vector*>(scratch.row_back(head, row)), *cells = reinterpret_cast<Vector*>(scratch.cells);
+    Vector *source = reinterpret_cast<Vector*>(scratch.row_back(head, row)),
+           *cells = reinterpret_cast<Vector*>(scratch.cells);
     std::memset(cells, 0, head.side * kStep * sizeof(Vector));
     for (int64_t x = 0; x < head.middle; ++x) {
         const Place<Real> across = head.to_middle[x];
@@ -220,18 +238,20 @@ INSTRUCTIONS void add_to_products(const Head<Real>& head, Scratch<Real>& scratch
         }
 }
 
-// The gradients of one image's products for the channels from `channel` on, and their share `totals` [10, kChannels] in those of `last` and
-// of the bias; `padded` [H + 2, H + 2] is the gradient of the logits with zeros around it.
+// The gradients of one image's products for the channels from `channel` on, and their share `totals` [10, kChannels] in
+// those of `last` and of the bias; `padded` [H + 2, H + 2] is the gradient of the logits with zeros around it.
 template <typename Real>
-INSTRUCTIONS void slice_gradient(const Head<Real>& head, Scratch<Real>& scratch, const Real* products, int64_t channel, const Real* padded,
-                                 Real* to_products, double* totals) {
-    const int64_t cells = head.side * head.side * kTaps, count = std::min(kChannels, head.channels - channel), pitch = head.full + 2;
+INSTRUCTIONS void slice_gradient(const Head<Real>& head, Scratch<Real>& scratch, const Real* products, int64_t channel,
+                                 const Real* padded, Real* to_products, double* totals) {
+    const int64_t cells = head.side * head.side * kTaps, count = std::min(kChannels, head.channels - channel),
+                  pitch = head.full + 2;
     for (int64_t i = 0; i < cells; ++i) std::fill_n(to_products + i * head.channels + channel, count, Real{0});
     scratch.begin(head, channel);
     std::fill(scratch.rows_back, scratch.columns_back, Real{0});
     int64_t ready = head.to_full[0].low, left = ready;
     for (int64_t y = 0; y < head.full; ++y) {
-        for (; ready <= head.to_full[y * 3 + 2].high; ++ready) resize_row(head, products, channel, ready, scratch.cells, scratch.row(head, ready));
+        for (; ready <= head.to_full[y * 3 + 2].high; ++ready)
+            resize_row(head, products, channel, ready, scratch.cells, scratch.row(head, ready));
         combine_rows(head, scratch, y, scratch.columns);
         std::fill(scratch.columns_back, scratch.hidden_back, Real{0});
         std::fill_n(scratch.taps_back, (kTaps + 1) * kChannels, Real{0});

@@ -1,4 +1,5 @@
-// What the CUDA entries share on the C++ side: whether this build has them, and how a failed launch becomes a RuntimeError.
+// What the CUDA entries share on the C++ side: whether this build has them, and how a failed launch becomes a
+// RuntimeError.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,8 +34,9 @@ void launch(const char* name, Launch launcher) {
 #else
 
 // Only the name is used: the launchers do not exist in a build without CUDA.
-#define DATASETDM_LAUNCH(name, call) \
-    throw std::runtime_error(std::string(name) + ": this build has no CUDA code; install nvcc and build again with DATASETDM_CUDA=1")
+#define DATASETDM_LAUNCH(name, call)             \
+    throw std::runtime_error(std::string(name) + \
+                             ": this build has no CUDA code; install nvcc and build again with DATASETDM_CUDA=1")
 
 #endif
 

@@ -11,7 +11,8 @@ struct DeviceGuard {
         cudaPointerAttributes attributes{};
         code = cudaGetDevice(&before);
         if (code == cudaSuccess) code = cudaPointerGetAttributes(&attributes, data);
-        if (code == cudaSuccess && attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) code = cudaErrorInvalidDevicePointer;
+        if (code == cudaSuccess && attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
+            code = cudaErrorInvalidDevicePointer;
         if (code == cudaSuccess) code = cudaSetDevice(attributes.device);
     }
     ~DeviceGuard() { cudaSetDevice(before); }

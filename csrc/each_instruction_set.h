@@ -1,5 +1,6 @@
-// Includes the file that ROWS names once for each instruction set: in a namespace WITH_INSTRUCTIONS, for functions with the attribute
-// INSTRUCTIONS over vectors of VECTOR_BYTES; where WITH_DOTS is defined once more for AVX-512 with products of bf16 pairs (HAS_DOTS).
+// Includes the file that ROWS names once for each instruction set: in a namespace WITH_INSTRUCTIONS, for functions with
+// the attribute INSTRUCTIONS over vectors of VECTOR_BYTES; where WITH_DOTS is defined once more for AVX-512 with
+// products of bf16 pairs (HAS_DOTS).
 
 #if defined(__x86_64__)
 #ifdef WITH_DOTS
@@ -45,14 +46,14 @@
 #if !defined(__x86_64__)
 #define WITH_VECTORS(vector_bytes, function, ...) baseline::function(__VA_ARGS__)
 #elif defined(WITH_DOTS)
-#define WITH_VECTORS(vector_bytes, function, ...)                               \
-    ((vector_bytes) == 64 && has_dots() ? avx512_dots::function(__VA_ARGS__)    \
-     : (vector_bytes) == 64             ? avx512::function(__VA_ARGS__)         \
-     : (vector_bytes) == 32             ? avx2::function(__VA_ARGS__)           \
+#define WITH_VECTORS(vector_bytes, function, ...)                            \
+    ((vector_bytes) == 64 && has_dots() ? avx512_dots::function(__VA_ARGS__) \
+     : (vector_bytes) == 64             ? avx512::function(__VA_ARGS__)      \
+     : (vector_bytes) == 32             ? avx2::function(__VA_ARGS__)        \
                                         : baseline::function(__VA_ARGS__))
 #else
-#define WITH_VECTORS(vector_bytes, function, ...)            \
-    ((vector_bytes) == 64   ? avx512::function(__VA_ARGS__)  \
-     : (vector_bytes) == 32 ? avx2::function(__VA_ARGS__)    \
+#define WITH_VECTORS(vector_bytes, function, ...)           \
+    ((vector_bytes) == 64   ? avx512::function(__VA_ARGS__) \
+     : (vector_bytes) == 32 ? avx2::function(__VA_ARGS__)   \
                             : baseline::function(__VA_ARGS__))
 #endif

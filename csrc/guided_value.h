@@ -14,7 +14,8 @@ struct Stepped {
 };
 
 // `history` of this value, its slots `stride` apart.
-DATASETDM_BOTH inline Stepped guided_value(float without, float with_text, float latent, const float* history, int64_t slots, int64_t stride, const float* numbers) {
+DATASETDM_BOTH inline Stepped guided_value(float without, float with_text, float latent, const float* history,
+                                           int64_t slots, int64_t stride, const float* numbers) {
     const float entry = numbers[2] * latent + numbers[3] * (without + numbers[0] * (with_text - without));
     float next = numbers[1] * latent + numbers[4] * entry;
     for (int64_t slot = 0; slot < slots; ++slot) {

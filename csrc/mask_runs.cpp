@@ -7,7 +7,8 @@
 
 namespace datasetdm {
 
-Columns::Columns(int64_t height, int64_t width) : height(height), width(width), words((height + 63) / 64), strip(width), bits(words * width) {}
+Columns::Columns(int64_t height, int64_t width)
+    : height(height), width(width), words((height + 63) / 64), strip(width), bits(words * width) {}
 
 // Eight rows at a time are folded into one byte a column: the inner loop runs along a row, which vectorises and
 // reads the row-major input in order.
@@ -101,8 +102,8 @@ std::vector<int64_t> read_counts(const std::string& counts, int64_t pixels) {
             ++at;
         }
         if (runs.size() > 2) value += runs[runs.size() - 2];
-        require(value >= 0 && value <= pixels - total, "RLE: run ", runs.size(), " has length ", value, ", but ", pixels - total,
-                " pixels remain");
+        require(value >= 0 && value <= pixels - total, "RLE: run ", runs.size(), " has length ", value, ", but ",
+                pixels - total, " pixels remain");
         total += value;
         runs.push_back(value);
     }
@@ -113,7 +114,8 @@ std::vector<int64_t> read_counts(const std::string& counts, int64_t pixels) {
 void check_runs(const int64_t* runs, int64_t count, int64_t pixels) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) {
-        require(runs[i] >= 0 && runs[i] <= pixels - total, "RLE: run ", i, " has length ", runs[i], ", but ", pixels - total, " pixels remain");
+        require(runs[i] >= 0 && runs[i] <= pixels - total, "RLE: run ", i, " has length ", runs[i], ", but ",
+                pixels - total, " pixels remain");
         total += runs[i];
     }
     require(total == pixels, "RLE: the runs sum to ", total, " pixels, the size says ", pixels);
@@ -125,7 +127,8 @@ static void transpose(const uint8_t* source, uint8_t* target, int64_t height, in
     for (int64_t top = 0; top < height; top += kTile)
         for (int64_t left = 0; left < width; left += kTile)
             for (int64_t y = top; y < std::min(top + kTile, height); ++y)
-                for (int64_t x = left; x < std::min(left + kTile, width); ++x) target[y * width + x] = source[x * height + y];
+                for (int64_t x = left; x < std::min(left + kTile, width); ++x)
+                    target[y * width + x] = source[x * height + y];
 }
 
 void paint(const std::vector<int64_t>& runs, int64_t height, int64_t width, uint8_t* mask) {

@@ -1,4 +1,5 @@
-// Masks as runs and run-length strings, without Python: what the bindings of mask_rle.h call, and what csrc/fuzz feeds with anything.
+// Masks as runs and run-length strings, without Python: what the bindings of mask_rle.h call, and what csrc/fuzz feeds
+// with anything.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,8 @@
 
 namespace datasetdm {
 
-// Bits of one mask: column x has its row y in bit y % 64 of bits[y / 64][x], zero beyond H; `words` 64-bit words a column.
+// Bits of one mask: column x has its row y in bit y % 64 of bits[y / 64][x], zero beyond H; `words` 64-bit words a
+// column.
 struct Columns {
     int64_t height, width, words;
     std::vector<uint8_t> strip;

@@ -95,7 +95,8 @@ Stored* at(uintptr_t pointer) {
 template <typename Work>
 void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& vector_bytes, const Work& work) {
     require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
-    require(storage == kFp32 || storage == kBf16, name, ": storage is ", storage, ", expected 0 for fp32 or 1 for bf16");
+    require(storage == kFp32 || storage == kBf16, name, ": storage is ", storage,
+            ", expected 0 for fp32 or 1 for bf16");
     vector_bytes = chosen_vector_bytes(name, vector_bytes);
     if (storage == kFp32)
         work(float{});
@@ -105,16 +106,29 @@ void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& v
 
 }  // namespace
 
-void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides, uintptr_t k, std::vector<int64_t> k_strides, uintptr_t v,
-                   std::vector<int64_t> v_strides, uintptr_t out, std::vector<int64_t> out_strides, int64_t images, int64_t heads, int64_t queries,
-                   int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
+void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides, uintptr_t k,
+                   std::vector<int64_t> k_strides, uintptr_t v, std::vector<int64_t> v_strides, uintptr_t out,
+                   std::vector<int64_t> out_strides, int64_t images, int64_t heads, int64_t queries, int64_t keys,
+                   int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
     const Timed timed(Work::attention);
-    require(images > 0 && heads > 0 && queries > 0 && keys > 0 && width > 0, "attention: an empty tensor, ", images, " images, ", heads, " heads, ", queries,
-            " queries, ", keys, " keys of ", width, " channels");
+    require(images > 0 && heads > 0 && queries > 0 && keys > 0 && width > 0, "attention: an empty tensor, ", images,
+            " images, ", heads, " heads, ", queries, " queries, ", keys, " keys of ", width, " channels");
     const auto work_on = [&](auto kind) {
         using Stored = decltype(kind);
-        const Attention<Stored> work{at<const Stored>(q), at<const Stored>(k), at<const Stored>(v), at<Stored>(out), strides_of("q", q_strides),
-                                     strides_of("k", k_strides), strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, nullptr};
+        const Attention<Stored> work{at<const Stored>(q),
+                                     at<const Stored>(k),
+                                     at<const Stored>(v),
+                                     at<Stored>(out),
+                                     strides_of("q", q_strides),
+                                     strides_of("k", k_strides),
+                                     strides_of("v", v_strides),
+                                     strides_of("out", out_strides),
+                                     heads,
+                                     queries,
+                                     keys,
+                                     width,
+                                     scale,
+                                     nullptr};
         share(images * heads, threads, [&](int64_t first, int64_t last) {
             for (int64_t pair = first; pair < last; ++pair) WITH_VECTORS(vector_bytes, attend, work, pair);
         });
@@ -128,53 +142,84 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
     }
 }
 
-void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k, const std::vector<int64_t>& k_strides, uintptr_t v,
-                          const std::vector<int64_t>& v_strides, uintptr_t logits, uintptr_t out, const std::vector<int64_t>& out_strides, int64_t heads,
-                          int64_t queries, int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
+void masked_attention_cpu(uintptr_t q, const std::vector<int64_t>& q_strides, uintptr_t k,
+                          const std::vector<int64_t>& k_strides, uintptr_t v, const std::vector<int64_t>& v_strides,
+                          uintptr_t logits, uintptr_t out, const std::vector<int64_t>& out_strides, int64_t heads,
+                          int64_t queries, int64_t keys, int64_t width, double scale, int64_t threads,
+                          int64_t vector_bytes) {
     const Timed timed(Work::attention);
-    const Attention<float> work{at<const float>(q), at<const float>(k), at<const float>(v), at<float>(out), strides_of("q", q_strides), strides_of("k", k_strides),
-                                strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale, at<const float>(logits)};
+    const Attention<float> work{at<const float>(q),
+                                at<const float>(k),
+                                at<const float>(v),
+                                at<float>(out),
+                                strides_of("q", q_strides),
+                                strides_of("k", k_strides),
+                                strides_of("v", v_strides),
+                                strides_of("out", out_strides),
+                                heads,
+                                queries,
+                                keys,
+                                width,
+                                scale,
+                                at<const float>(logits)};
     share(heads, threads, [&](int64_t first, int64_t last) {
         for (int64_t head = first; head < last; ++head) WITH_VECTORS(vector_bytes, attend, work, head);
     });
 }
 
-void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t images, int64_t cells, int64_t channels,
-                    int64_t groups, double eps, bool has_silu, int64_t threads, int64_t vector_bytes) {
+void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t images,
+                    int64_t cells, int64_t channels, int64_t groups, double eps, bool has_silu, int64_t threads,
+                    int64_t vector_bytes) {
     const Timed timed(Work::norm);
-    require(images > 0 && cells > 0 && channels > 0, "group_norm: an empty tensor, ", images, " images of ", cells, " cells and ", channels, " channels");
-    require(groups > 0 && channels % groups == 0, "group_norm: ", channels, " channels do not make ", groups, " groups");
+    require(images > 0 && cells > 0 && channels > 0, "group_norm: an empty tensor, ", images, " images of ", cells,
+            " cells and ", channels, " channels");
+    require(groups > 0 && channels % groups == 0, "group_norm: ", channels, " channels do not make ", groups,
+            " groups");
     with_storage("group_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
-        const GroupNorm<Stored> work{at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), cells, channels, groups, eps, has_silu};
-        const int64_t parts = std::min((threads + images - 1) / images, groups);  // of an image, where there are more threads than images
+        const GroupNorm<Stored> work{at<const Stored>(x),
+                                     at<const Stored>(weight),
+                                     at<const Stored>(bias),
+                                     at<Stored>(out),
+                                     cells,
+                                     channels,
+                                     groups,
+                                     eps,
+                                     has_silu};
+        const int64_t parts =
+            std::min((threads + images - 1) / images, groups);  // of an image, where there are more threads than images
         share(images * parts, threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) {
                 const int64_t part = i % parts;
-                WITH_VECTORS(vector_bytes, normalise_groups, work, i / parts, groups * part / parts, groups * (part + 1) / parts);
+                WITH_VECTORS(vector_bytes, normalise_groups, work, i / parts, groups * part / parts,
+                             groups * (part + 1) / parts);
             }
         });
     });
 }
 
-void layer_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows, int64_t channels, double eps,
-                    int64_t threads, int64_t vector_bytes) {
+void layer_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
+                    int64_t channels, double eps, int64_t threads, int64_t vector_bytes) {
     const Timed timed(Work::norm);
     require(rows > 0 && channels > 0, "layer_norm: an empty tensor, ", rows, " rows of ", channels, " channels");
     with_storage("layer_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
-        const LayerNorm<Stored> work{at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), channels, eps};
-        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, normalise_rows, work, first, last); });
+        const LayerNorm<Stored> work{
+            at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), channels, eps};
+        share(rows, threads,
+              [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, normalise_rows, work, first, last); });
     });
 }
 
-void geglu_cpu(int64_t storage, uintptr_t x, uintptr_t out, int64_t rows, int64_t channels, int64_t threads, int64_t vector_bytes) {
+void geglu_cpu(int64_t storage, uintptr_t x, uintptr_t out, int64_t rows, int64_t channels, int64_t threads,
+               int64_t vector_bytes) {
     const Timed timed(Work::elementwise);
     require(rows > 0 && channels > 0, "geglu: an empty tensor, ", rows, " rows of twice ", channels, " channels");
     with_storage("geglu", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const Geglu<Stored> work{at<const Stored>(x), at<Stored>(out), channels};
-        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, gate_rows, work, first, last); });
+        share(rows, threads,
+              [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, gate_rows, work, first, last); });
     });
 }
 

@@ -1,15 +1,18 @@
 // Included by each_instruction_set.h.
-// One thread's share of each operation. Rows are widened to fp32 in scratch memory, so the arithmetic is written once for both storages.
+// One thread's share of each operation. Rows are widened to fp32 in scratch memory, so the arithmetic is written once
+// for both storages.
 
 namespace datasetdm {
 namespace WITH_INSTRUCTIONS {
 
 #include "vectors.h"
 #include "pairs.h"
-constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : VECTOR_BYTES == 32 ? 6 : 4;  // that share one load of keys or values; with ...
-constexpr int64_t kVectors = VECTOR_BYTES == 64 ? 3 : 2;                           // ... of sums each they fill the registers
-constexpr int64_t kKeys = 256;                                                     // at once: so many stay near with their values ...
-constexpr int64_t kGroup = 32 * kQueries;                                          // ... for so many queries
+// Attention is computed in tiles. kQueries queries share one load of keys or values; with kVectors vectors of sums each
+// they fill the registers. kKeys keys and their values stay in the nearest cache for kGroup queries.
+constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : VECTOR_BYTES == 32 ? 6 : 4;
+constexpr int64_t kVectors = VECTOR_BYTES == 64 ? 3 : 2;
+constexpr int64_t kKeys = 256;
+constexpr int64_t kGroup = 32 * kQueries;
 
 INLINE Vector all(float value) { return value - Vector{}; }
 INLINE Vector larger(const Vector& a, const Vector& b) { return a > b ? a : b; }  // b where either is NaN
@@ -29,8 +32,8 @@ INLINE float largest_of(const Vector& value) {
     return folded(value, [](float a, float b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 127, to 1e-7, or to 8e-5 where it is rounded to bf16; below -126 it stays at 2^-126, which no sum with 1 in it can tell from 0.
-// A NaN stays one.
+// 2^x for x <= 127, to 1e-7, or to 8e-5 where it is rounded to bf16; below -126 it stays at 2^-126, which no sum with 1
+// in it can tell from 0. A NaN stays one.
 template <bool is_rounded = false>
 INLINE void power_of_two(Vector& x) {
     const Vector clamped = larger(all(-126.0f), x);
@@ -65,7 +68,8 @@ INLINE void silu(Vector& x) {
     x = x / (1.0f + small);
 }
 
-// x times the standard normal distribution's share below x: erf as 1 - exp(-z^2) times a polynomial in 1 / (1 + 0.56 z), fitted to 2e-9.
+// x times the standard normal distribution's share below x: erf as 1 - exp(-z^2) times a polynomial in 1 / (1 + 0.56
+// z), fitted to 2e-9.
 INLINE void gelu(Vector& x) {
     const Vector z = (x < 0.0f ? -x : x) * 0.70710678f;
     Vector tail = z * z * -kLog2E;
@@ -125,20 +129,23 @@ struct PairedKeys {
     static constexpr int64_t kSteps = 2;
 
     static INLINE Factors read(const int32_t* right) { return factors(right); }
-    static INLINE void add(Vector& sum, const int32_t* left, const Factors& columns) { add_product(sum, left, columns); }
+    static INLINE void add(Vector& sum, const int32_t* left, const Factors& columns) {
+        add_product(sum, left, columns);
+    }
     static INLINE void power(Vector& x) { power_of_two<true>(x); }
     static INLINE void put(int32_t* to, const Vector& values) { store_paired(to, values); }
 };
 #endif
 
-// Products of kQueries rows of `left` with kCount vectors of columns of `right`, which lie `apart`. They replace the target, or are added to what
-// its rows count for by their `share`.
+// Products of kQueries rows of `left` with kCount vectors of columns of `right`, which lie `apart`. They replace the
+// target, or are added to what its rows count for by their `share`.
 template <typename Kind, int64_t kCount, typename Left>
-INLINE void multiply_rows(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch, int64_t apart, const float* share,
-                          float* target, int64_t target_pitch) {
+INLINE void multiply_rows(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch,
+                          int64_t apart, const float* share, float* target, int64_t target_pitch) {
     Vector sums[kQueries][kCount];
     for (int64_t row = 0; row < kQueries; ++row)
-        for (int64_t j = 0; j < kCount; ++j) sums[row][j] = share ? load(target + row * target_pitch + j * kLanes) * share[row] : Vector{};
+        for (int64_t j = 0; j < kCount; ++j)
+            sums[row][j] = share ? load(target + row * target_pitch + j * kLanes) * share[row] : Vector{};
     for (int64_t i = 0; i < steps; ++i) {
         decltype(Kind::read(right)) values[kCount];
         for (int64_t j = 0; j < kCount; ++j) values[j] = Kind::read(right + i * right_pitch + j * apart);
@@ -150,23 +157,29 @@ INLINE void multiply_rows(const Left* left, int64_t left_pitch, int64_t steps, c
 }
 
 template <typename Kind, typename Left>
-INSTRUCTIONS void multiply(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch, int64_t apart, const float* share,
-                           float* target, int64_t columns, int64_t target_pitch) {
+INSTRUCTIONS void multiply(const Left* left, int64_t left_pitch, int64_t steps, const Left* right, int64_t right_pitch,
+                           int64_t apart, const float* share, float* target, int64_t columns, int64_t target_pitch) {
     const int64_t count = columns / kLanes;
     int64_t j = 0;
     if constexpr (kVectors == 3)
         for (; count - j >= 3 && count - j != 4; j += 3)  // four are two and two
-            multiply_rows<Kind, 3>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+            multiply_rows<Kind, 3>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share,
+                                   target + j * kLanes, target_pitch);
     for (; count - j >= 2; j += 2)
-        multiply_rows<Kind, 2>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
-    if (j < count) multiply_rows<Kind, 1>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share, target + j * kLanes, target_pitch);
+        multiply_rows<Kind, 2>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share,
+                               target + j * kLanes, target_pitch);
+    if (j < count)
+        multiply_rows<Kind, 1>(left, left_pitch, steps, right + j * apart, right_pitch, apart, share,
+                               target + j * kLanes, target_pitch);
 }
 
-// The scores of some keys as powers of two of what `scale` makes of them, relative to each row's `highest` so far, and their sums, a vector a row;
-// `share` becomes what all before them now counts for. Each stage is done for all rows before the next: their folds then overlap. The powers lie as
-// they are multiplied, from where the scores were on: never ahead of those that are still to be read.
+// The scores of some keys as powers of two of what `scale` makes of them, relative to each row's `highest` so far, and
+// their sums, a vector a row; `share` becomes what all before them now counts for. Each stage is done for all rows
+// before the next: their folds then overlap. The powers lie as they are multiplied, from where the scores were on:
+// never ahead of those that are still to be read.
 template <typename Kind>
-INSTRUCTIONS const typename Kind::Left* softmax(float* scores, int64_t keys, int64_t columns, float scale, float* highest, float* total, float* share) {
+INSTRUCTIONS const typename Kind::Left* softmax(float* scores, int64_t keys, int64_t columns, float scale,
+                                                float* highest, float* total, float* share) {
     Vector most[kQueries];
     for (int64_t row = 0; row < kQueries; ++row) {
         float* score = scores + row * columns;
@@ -217,7 +230,8 @@ INLINE void put_row(PlainKeys, const Stored* from, int64_t width, float* to) {
     widen(from, to, width);
 }
 template <typename Stored>
-INLINE void put_values(PlainKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, float* to) {
+INLINE void put_values(PlainKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns,
+                       float* to) {
     for (int64_t key = 0; key < keys; ++key, to += columns) {
         widen(from + key * pitch, to, width);
         std::fill(to + width, to + columns, 0.0f);
@@ -245,14 +259,16 @@ INLINE void put_row(PairedKeys, const Stored* from, int64_t width, int32_t* to) 
     round_to(from, reinterpret_cast<uint16_t*>(to), width);
 }
 template <typename Stored>
-INLINE void put_values(PairedKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns, int32_t* to) {
+INLINE void put_values(PairedKeys, const Stored* from, int64_t pitch, int64_t keys, int64_t width, int64_t columns,
+                       int32_t* to) {
     uint16_t* one = reinterpret_cast<uint16_t*>(row_scratch(columns));
     uint16_t* other = one + columns;
     for (int64_t key = 0; key < keys; key += 2, to += columns) {
         std::fill(one, other + columns, 0);
         round_to(from + key * pitch, one, width);
         if (key + 1 < keys) round_to(from + (key + 1) * pitch, other, width);
-        for (int64_t i = 0; i < columns; ++i) to[i] = static_cast<int32_t>(one[i] | static_cast<uint32_t>(other[i]) << 16);
+        for (int64_t i = 0; i < columns; ++i)
+            to[i] = static_cast<int32_t>(one[i] | static_cast<uint32_t>(other[i]) << 16);
     }
 }
 #endif
@@ -263,14 +279,18 @@ INSTRUCTIONS void attend_with(const Attention<Stored>& all_of, int64_t pair) {
     typedef typename Kind::Left Left;
     constexpr int64_t kSteps = Kind::kSteps;
     const int64_t image = pair / all_of.heads, head = pair % all_of.heads, width = all_of.width, keys = all_of.keys;
-    const int64_t key_columns = (keys + kLanes - 1) / kLanes * kLanes, value_columns = (width + kLanes - 1) / kLanes * kLanes;
-    const int64_t width_steps = (width + kSteps - 1) / kSteps, row_size = width / kSteps + 1, key_steps = (keys + kSteps - 1) / kSteps;
+    const int64_t key_columns = (keys + kLanes - 1) / kLanes * kLanes,
+                  value_columns = (width + kLanes - 1) / kLanes * kLanes;
+    const int64_t width_steps = (width + kSteps - 1) / kSteps, row_size = width / kSteps + 1,
+                  key_steps = (keys + kSteps - 1) / kSteps;
     const int64_t group = std::min(kGroup, (all_of.queries + kQueries - 1) / kQueries * kQueries);
     const auto start = [&](const Strides& strides) { return image * strides.image + head * strides.head; };
-    const Stored *q = all_of.q + start(all_of.q_strides), *k = all_of.k + start(all_of.k_strides), *v = all_of.v + start(all_of.v_strides);
+    const Stored *q = all_of.q + start(all_of.q_strides), *k = all_of.k + start(all_of.k_strides),
+                 *v = all_of.v + start(all_of.v_strides);
     Stored* out = all_of.out + start(all_of.out_strides);
     // A vector of keys lies transposed, so that they are multiplied side by side.
-    float* sums = scratch(key_columns * width_steps + key_steps * value_columns + (group + 1) * row_size + group * (value_columns + kLanes + 1) + kQueries * kKeys);
+    float* sums = scratch(key_columns * width_steps + key_steps * value_columns + (group + 1) * row_size +
+                          group * (value_columns + kLanes + 1) + kQueries * kKeys);
     float *total = sums + group * value_columns, *highest = total + group * kLanes, *scores = highest + group;
     Left *turned = reinterpret_cast<Left*>(scores + kQueries * kKeys), *values = turned + key_columns * width_steps;
     Left *rows = values + key_steps * value_columns, *one = rows + group * row_size;
@@ -282,25 +302,29 @@ INSTRUCTIONS void attend_with(const Attention<Stored>& all_of, int64_t pair) {
     }
     put_values(Kind(), v, all_of.v_strides.row, keys, width, value_columns, values);
     for (int64_t query = 0; query < all_of.queries; query += group) {
-        const int64_t count = std::min(group, all_of.queries - query), whole = (count + kQueries - 1) / kQueries * kQueries;
+        const int64_t count = std::min(group, all_of.queries - query),
+                      whole = (count + kQueries - 1) / kQueries * kQueries;
         for (int64_t row = 0; row < whole; ++row)  // the last rows are repeated, so that every block is a whole one
-            put_row(Kind(), q + (query + std::min(row, count - 1)) * all_of.q_strides.row, width, rows + row * row_size);
+            put_row(Kind(), q + (query + std::min(row, count - 1)) * all_of.q_strides.row, width,
+                    rows + row * row_size);
         std::fill(total, total + whole * kLanes, 0.0f);
         std::fill(highest, highest + whole, -std::numeric_limits<float>::max());
         for (int64_t key = 0; key < keys; key += kKeys) {
             const int64_t here = std::min(kKeys, keys - key), columns = (here + kLanes - 1) / kLanes * kLanes;
             for (int64_t row = 0; row < whole; row += kQueries) {
                 float share[kQueries];
-                multiply<Kind>(rows + row * row_size, row_size, width_steps, turned + key * width_steps, kLanes, width_steps * kLanes, nullptr, scores, columns,
-                               columns);
+                multiply<Kind>(rows + row * row_size, row_size, width_steps, turned + key * width_steps, kLanes,
+                               width_steps * kLanes, nullptr, scores, columns, columns);
                 for (int64_t own = 0; all_of.logits && own < kQueries; ++own) {
                     const float* logits = all_of.logits + query + std::min(row + own, count - 1);
-                    if (sees_any(logits, all_of.queries, keys)) leave_out(logits + key * all_of.queries, all_of.queries, here, scores + own * columns);
+                    if (sees_any(logits, all_of.queries, keys))
+                        leave_out(logits + key * all_of.queries, all_of.queries, here, scores + own * columns);
                 }
-                const Left* powers = softmax<Kind>(scores, here, columns, scale, highest + row, total + row * kLanes, share);
+                const Left* powers =
+                    softmax<Kind>(scores, here, columns, scale, highest + row, total + row * kLanes, share);
                 multiply<Kind>(powers, columns / kSteps, (here + kSteps - 1) / kSteps,
-                               values + key / kSteps * value_columns, value_columns, kLanes, key ? share : nullptr, sums + row * value_columns, value_columns,
-                               value_columns);
+                               values + key / kSteps * value_columns, value_columns, kLanes, key ? share : nullptr,
+                               sums + row * value_columns, value_columns, value_columns);
             }
         }
         for (int64_t row = 0; row < count; ++row) {
@@ -349,7 +373,8 @@ INLINE void add_vectors(const Stored* x, int64_t pitch, int64_t cells, const flo
 }
 
 template <typename Stored>
-INSTRUCTIONS void add_cells(const Stored* x, int64_t pitch, int64_t cells, int64_t channels, const float* centre, float* sums) {
+INSTRUCTIONS void add_cells(const Stored* x, int64_t pitch, int64_t cells, int64_t channels, const float* centre,
+                            float* sums) {
     int64_t c = 0;
     const auto from = [&] { return centre ? centre + c : nullptr; };
     for (; c + 4 * kLanes <= channels; c += 4 * kLanes) add_vectors<4>(x + c, pitch, cells, from(), sums + c);
@@ -364,15 +389,19 @@ INSTRUCTIONS void add_cells(const Stored* x, int64_t pitch, int64_t cells, int64
 }
 
 template <typename Stored>
-INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image, int64_t first_group, int64_t last_group) {
+INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image, int64_t first_group,
+                                   int64_t last_group) {
     constexpr int64_t kCells = 256;  // of a block, which stays in the cache
-    const int64_t cells = norm.cells, pitch = norm.channels, width = pitch / norm.groups, groups = last_group - first_group, channels = groups * width;
+    const int64_t cells = norm.cells, pitch = norm.channels, width = pitch / norm.groups,
+                  groups = last_group - first_group, channels = groups * width;
     const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
-    float *sums = scratch(5 * padded), *centre = sums + padded, *squared = centre + padded, *scale = squared + padded, *shift = scale + padded;
+    float *sums = scratch(5 * padded), *centre = sums + padded, *squared = centre + padded, *scale = squared + padded,
+          *shift = scale + padded;
     const Stored* x = norm.x + image * cells * pitch + first_group * width;
     widen(norm.weight + first_group * width, scale, channels);
     widen(norm.bias + first_group * width, shift, channels);
-    // Long sums would lose digits: each block has sums of its own, of squares around its own means, and they are joined in double precision.
+    // Long sums would lose digits: each block has sums of its own, of squares around its own means, and they are joined
+    // in double precision.
     std::vector<double> totals(channels, 0.0), squares(channels, 0.0);
     for (int64_t cell = 0; cell < cells; cell += kCells) {
         const int64_t count = std::min(kCells, cells - cell);
@@ -388,7 +417,8 @@ INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image,
         const int64_t start = group * width, end = start + width;
         const double size = static_cast<double>(cells) * width;
         const double mean = std::accumulate(totals.begin() + start, totals.begin() + end, 0.0) / size;
-        const double variance = std::max(std::accumulate(squares.begin() + start, squares.begin() + end, 0.0) / size - mean * mean, 0.0);
+        const double variance =
+            std::max(std::accumulate(squares.begin() + start, squares.begin() + end, 0.0) / size - mean * mean, 0.0);
         const float inverse = static_cast<float>(1 / std::sqrt(variance + norm.eps));
         for (int64_t c = start; c < end; ++c) {
             scale[c] *= inverse;
@@ -406,7 +436,8 @@ INSTRUCTIONS void normalise_groups(const GroupNorm<Stored>& norm, int64_t image,
         if (c < channels) {
             Vector y{};
             float last[kLanes];
-            for (int64_t lane = 0; c + lane < channels; ++lane) y[lane] = number(x[c + lane]) * scale[c + lane] + shift[c + lane];
+            for (int64_t lane = 0; c + lane < channels; ++lane)
+                y[lane] = number(x[c + lane]) * scale[c + lane] + shift[c + lane];
             if (norm.has_silu) silu(y);
             store(last, y);
             narrow(last, out + c, channels - c);
@@ -456,7 +487,8 @@ INSTRUCTIONS void normalise_rows(const LayerNorm<Stored>& norm, int64_t first, i
             }
         }
         for (int64_t row = 0; row < kRows; ++row) {
-            const float rest = sum_of(total[row]) / channels;  // what rounding kept from the mean of numbers far from zero
+            const float rest =
+                sum_of(total[row]) / channels;  // what rounding kept from the mean of numbers far from zero
             inverse[row] = 1 / std::sqrt(sum_of(squares[row]) / channels - rest * rest + static_cast<float>(norm.eps));
             mean[row] += rest;
         }
@@ -466,7 +498,8 @@ INSTRUCTIONS void normalise_rows(const LayerNorm<Stored>& norm, int64_t first, i
             Stored* out = norm.out + (i + row) * channels;
             if constexpr (std::is_same_v<Stored, float>)
                 if (x != own) target = out;
-            for (int64_t c = 0; c < padded; c += kLanes) store(target + c, (load(x + c) - mean[row]) * inverse[row] * load(weight + c) + load(bias + c));
+            for (int64_t c = 0; c < padded; c += kLanes)
+                store(target + c, (load(x + c) - mean[row]) * inverse[row] * load(weight + c) + load(bias + c));
             if (target == own) narrow(own, out, channels);
         }
     }

@@ -15,12 +15,13 @@ namespace {
 
 constexpr int64_t kReach = 4;  // pixels to each side; a cell of the decoders' masks is 3.2
 constexpr int kRounds = 2;
-constexpr float kColour = 1.0f / 400;  // of the squared distances of two colours, and of two places, at which a weight is a quarter
+constexpr float kColour =
+    1.0f / 400;  // of the squared distances of two colours, and of two places, at which a weight is a quarter
 constexpr float kNear = 1.0f / 40;
 constexpr float kAtEdge = 1.0f / 128;  // weight of a pixel at an edge
-constexpr float kStep = 1.15f;  // ratio of depths in a neighbourhood from which there is a step
-constexpr float kSlope = 0.1f;  // relative difference from a pixel to the next at which its weight is a quarter
-constexpr float kLeast = 1e-3f;  // the weight on a steep slope
+constexpr float kStep = 1.15f;         // ratio of depths in a neighbourhood from which there is a step
+constexpr float kSlope = 0.1f;         // relative difference from a pixel to the next at which its weight is a quarter
+constexpr float kLeast = 1e-3f;        // the weight on a steep slope
 
 using Values = std::vector<float>;  // of all pixels, row by row; labels too, as whole numbers
 
@@ -36,7 +37,8 @@ std::vector<Neighbour> chessboard() {
     std::vector<Neighbour> found;
     for (int64_t down = -kReach; down <= kReach; ++down)
         for (int64_t right = -kReach; right <= kReach; ++right)
-            if ((down + right) % 2 == 0) found.push_back({down, right, fading(static_cast<float>(down * down + right * right) * kNear)});
+            if ((down + right) % 2 == 0)
+                found.push_back({down, right, fading(static_cast<float>(down * down + right * right) * kNear)});
     return found;
 }
 
@@ -44,21 +46,26 @@ struct Image {
     int64_t height, width;
     Values red, green, blue;
 
-    Image(int64_t rows, int64_t columns, const uint8_t* pixels) : height(rows), width(columns), red(rows * columns), green(red), blue(red) {
-        for (size_t at = 0; at < red.size(); ++at) red[at] = pixels[3 * at], green[at] = pixels[3 * at + 1], blue[at] = pixels[3 * at + 2];
+    Image(int64_t rows, int64_t columns, const uint8_t* pixels)
+        : height(rows), width(columns), red(rows * columns), green(red), blue(red) {
+        for (size_t at = 0; at < red.size(); ++at)
+            red[at] = pixels[3 * at], green[at] = pixels[3 * at + 1], blue[at] = pixels[3 * at + 2];
     }
 
     // How alike the colours of `count` pixels are to those of others, times a share of each of the others.
-    void weigh(int64_t here, int64_t there, int64_t count, float near, const Values& share, float* __restrict weights) const {
+    void weigh(int64_t here, int64_t there, int64_t count, float near, const Values& share,
+               float* __restrict weights) const {
         const float *r = red.data(), *g = green.data(), *b = blue.data(), *shares = share.data();
         for (int64_t k = 0; k < count; ++k) {
-            const float dr = r[here + k] - r[there + k], dg = g[here + k] - g[there + k], db = b[here + k] - b[there + k];
+            const float dr = r[here + k] - r[there + k], dg = g[here + k] - g[there + k],
+                        db = b[here + k] - b[there + k];
             const float apart = 1 + (dr * dr + dg * dg + db * db) * kColour;
             weights[k] = near * shares[there + k] / (apart * apart);
         }
     }
 
-    // Calls body(first of them, first of their neighbours, how many, weights) for the neighbours of the pixels first..last of a row.
+    // Calls body(first of them, first of their neighbours, how many, weights) for the neighbours of the pixels
+    // first..last of a row.
     template <typename Body>
     void for_neighbours(int64_t y, int64_t first, int64_t last, const Values& share, const Body& body) const {
         static const std::vector<Neighbour> neighbours = chessboard();
@@ -121,24 +128,28 @@ float winner(const Image& image, const Values& labels, const Values& share, int6
         if (found == votes.end()) found = votes.insert(votes.end(), {labels[there], 0.0f});
         found->second += *weight;
     });
-    return std::max_element(votes.begin(), votes.end(), [](const auto& a, const auto& b) { return a.second < b.second; })->first;
+    return std::max_element(votes.begin(), votes.end(),
+                            [](const auto& a, const auto& b) { return a.second < b.second; })
+        ->first;
 }
 
 void vote(const Image& image, const Values& before, Values& after) {
     const Values low = image.lowest(before, 1), high = image.highest(before, 1);
     Values is_edge(before.size()), share(before.size());
-    for (size_t at = 0; at < before.size(); ++at) is_edge[at] = low[at] != high[at], share[at] = low[at] != high[at] ? kAtEdge : 1;
+    for (size_t at = 0; at < before.size(); ++at)
+        is_edge[at] = low[at] != high[at], share[at] = low[at] != high[at] ? kAtEdge : 1;
     const Values near = image.highest(is_edge, kReach - 1);
     Values own(before.size()), all(before.size());
     image.for_runs({near.begin(), near.end()}, [&](int64_t y, int64_t first, int64_t last) {
-        image.for_neighbours(y, first, last, share, [&](int64_t here, int64_t there, int64_t count, const float* weights) {
-            const float *labels = before.data();
-            float *__restrict sums = all.data() + here, *__restrict owns = own.data() + here;
-            for (int64_t k = 0; k < count; ++k) {
-                sums[k] += weights[k];
-                owns[k] += labels[here + k] == labels[there + k] ? weights[k] : 0;
-            }
-        });
+        image.for_neighbours(y, first, last, share,
+                             [&](int64_t here, int64_t there, int64_t count, const float* weights) {
+                                 const float* labels = before.data();
+                                 float* __restrict sums = all.data() + here, * __restrict owns = own.data() + here;
+                                 for (int64_t k = 0; k < count; ++k) {
+                                     sums[k] += weights[k];
+                                     owns[k] += labels[here + k] == labels[there + k] ? weights[k] : 0;
+                                 }
+                             });
         for (int64_t x = first, at = y * image.width + first; x < last; ++x, ++at)
             if (own[at] < all[at] - own[at]) after[at] = winner(image, before, share, y, x);
     });
@@ -146,7 +157,8 @@ void vote(const Image& image, const Values& before, Values& after) {
 
 void average(const Image& image, const Values& before, Values& after) {
     Values known(before), share(before.size()), sum(before.size()), total(before.size());
-    std::replace_if(known.begin(), known.end(), [](float metres) { return !(metres > 0); }, std::numeric_limits<float>::max());
+    std::replace_if(
+        known.begin(), known.end(), [](float metres) { return !(metres > 0); }, std::numeric_limits<float>::max());
     const Values low = image.lowest(known, 1), high = image.highest(before, 1);
     const Values nearest = image.lowest(known, kReach), farthest = image.highest(before, kReach);
     std::vector<uint8_t> is_step(before.size());
@@ -156,11 +168,13 @@ void average(const Image& image, const Values& before, Values& after) {
         is_step[at] = before[at] > 0 && farthest[at] >= kStep * nearest[at];
     }
     image.for_runs(is_step, [&](int64_t y, int64_t first, int64_t last) {
-        image.for_neighbours(y, first, last, share, [&](int64_t here, int64_t there, int64_t count, const float* weights) {
-            const float* metres = before.data() + there;
-            float *__restrict sums = sum.data() + here, *__restrict totals = total.data() + here;
-            for (int64_t k = 0; k < count; ++k) sums[k] += weights[k] * metres[k], totals[k] += weights[k];
-        });
+        image.for_neighbours(y, first, last, share,
+                             [&](int64_t here, int64_t there, int64_t count, const float* weights) {
+                                 const float* metres = before.data() + there;
+                                 float* __restrict sums = sum.data() + here, * __restrict totals = total.data() + here;
+                                 for (int64_t k = 0; k < count; ++k)
+                                     sums[k] += weights[k] * metres[k], totals[k] += weights[k];
+                             });
         for (int64_t at = y * image.width + first; at < y * image.width + last; ++at) after[at] = sum[at] / total[at];
     });
 }
@@ -170,8 +184,8 @@ Plane<Value> follow(const char* name, const Plane<Value>& plane, const Plane<uin
     require(plane.ndim() == 2, name, ": labels have ", plane.ndim(), " dimensions, expected 2: [H, W]");
     const int64_t height = plane.shape(0), width = plane.shape(1);
     require_size(name, height, width);
-    require(image.ndim() == 3 && image.shape(0) == height && image.shape(1) == width && image.shape(2) == 3, name, ": the image is not [",
-            height, ", ", width, ", 3] as its labels");
+    require(image.ndim() == 3 && image.shape(0) == height && image.shape(1) == width && image.shape(2) == 3, name,
+            ": the image is not [", height, ", ", width, ", 3] as its labels");
     Plane<Value> found(std::vector<pybind11::ssize_t>{height, width});
     const Value* source = plane.data();
     const uint8_t* pixels = image.data();

@@ -1,4 +1,5 @@
-// Products of bf16 pairs, added in fp32: at twice the rate where the processor has them, else of the same factors in fp32. Included after vectors.h.
+// Products of bf16 pairs, added in fp32: at twice the rate where the processor has them, else of the same factors in
+// fp32. Included after vectors.h.
 
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -40,9 +41,9 @@ INLINE Vector load(const Bfloat* from) {
 }
 
 #ifdef HAS_DOTS
-typedef int32_t Paired;            // a pair of one row
-constexpr int64_t kPairSize = 1;   // so many of them
-struct Factors {                   // a pair of each column
+typedef int32_t Paired;           // a pair of one row
+constexpr int64_t kPairSize = 1;  // so many of them
+struct Factors {                  // a pair of each column
     __m512bh pairs;
 };
 INLINE Factors factors(const int32_t* from) {
@@ -70,7 +71,9 @@ INLINE void add_product(Vector& sum, const Paired* pair, const Factors& columns)
     sum += pair[0] * columns.first;
     sum += pair[1] * columns.second;
 }
-INLINE void store_paired(Paired* to, const Vector& value) { store(to, value == value ? numbers_of(rounded_bits(value) & kUpper) : value); }  // a NaN stays one
+INLINE void store_paired(Paired* to, const Vector& value) {
+    store(to, value == value ? numbers_of(rounded_bits(value) & kUpper) : value);
+}  // a NaN stays one
 INLINE void store(Bfloat* to, const Vector& value) {
     const Halves bits = __builtin_convertvector((value == value ? rounded_bits(value) : bits_of(value)) >> 16, Halves);
     __builtin_memcpy(to, &bits, sizeof bits);

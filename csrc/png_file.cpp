@@ -22,7 +22,8 @@ struct CrcTables {
             of[0][byte] = rest;
         }
         for (size_t k = 1; k < 16; ++k)
-            for (size_t byte = 0; byte < 256; ++byte) of[k][byte] = of[k - 1][byte] >> 8 ^ of[0][of[k - 1][byte] & 0xff];
+            for (size_t byte = 0; byte < 256; ++byte)
+                of[k][byte] = of[k - 1][byte] >> 8 ^ of[0][of[k - 1][byte] & 0xff];
     }
 };
 constexpr CrcTables kCrc;
@@ -57,18 +58,24 @@ void end_chunk(size_t begin, std::vector<uint8_t>& file) {
 }
 
 inline int paeth(int left, int above, int corner) {
-    const int to_left = std::abs(above - corner), to_above = std::abs(left - corner), to_corner = std::abs(left + above - 2 * corner);
+    const int to_left = std::abs(above - corner), to_above = std::abs(left - corner),
+              to_corner = std::abs(left + above - 2 * corner);
     const int other = to_above <= to_corner ? above : corner;
     return to_left <= to_above && to_left <= to_corner ? left : other;
 }
 
 // Both instruction sets below run this very loop.
 template <Filter filter>
-__attribute__((always_inline)) inline uint32_t filtered(const uint8_t* __restrict row, const uint8_t* __restrict above, size_t size, size_t step, uint8_t* __restrict target) {
+__attribute__((always_inline)) inline uint32_t filtered(const uint8_t* __restrict row, const uint8_t* __restrict above,
+                                                        size_t size, size_t step, uint8_t* __restrict target) {
     uint32_t sum = 0;
     for (size_t k = 0; k < size; ++k) {
-        const int left = row[static_cast<ptrdiff_t>(k - step)], up = above[k], corner = above[static_cast<ptrdiff_t>(k - step)];
-        const int guess = filter == kSub ? left : filter == kUp ? up : filter == kAverage ? (left + up) / 2 : paeth(left, up, corner);
+        const int left = row[static_cast<ptrdiff_t>(k - step)], up = above[k],
+                  corner = above[static_cast<ptrdiff_t>(k - step)];
+        const int guess = filter == kSub       ? left
+                          : filter == kUp      ? up
+                          : filter == kAverage ? (left + up) / 2
+                                               : paeth(left, up, corner);
         const uint8_t rest = static_cast<uint8_t>(row[k] - guess);
         target[k] = rest;
         sum += rest < 128 ? rest : 256 - rest;
@@ -85,19 +92,22 @@ using Filters = std::array<uint32_t (*)(const uint8_t*, const uint8_t*, size_t, 
 
 #if defined(__x86_64__)
 template <Filter filter>
-__attribute__((target("avx2"))) uint32_t avx2(const uint8_t* row, const uint8_t* above, size_t size, size_t step, uint8_t* target) {
+__attribute__((target("avx2"))) uint32_t avx2(const uint8_t* row, const uint8_t* above, size_t size, size_t step,
+                                              uint8_t* target) {
     return filtered<filter>(row, above, size, step, target);
 }
 
-const Filters kFilters = __builtin_cpu_supports("avx2") ? Filters{avx2<kSub>, avx2<kUp>, avx2<kAverage>, avx2<kPaeth>}
-                                                        : Filters{baseline<kSub>, baseline<kUp>, baseline<kAverage>, baseline<kPaeth>};
+const Filters kFilters = __builtin_cpu_supports("avx2")
+                             ? Filters{avx2<kSub>, avx2<kUp>, avx2<kAverage>, avx2<kPaeth>}
+                             : Filters{baseline<kSub>, baseline<kUp>, baseline<kAverage>, baseline<kPaeth>};
 #else
 const Filters kFilters = {baseline<kSub>, baseline<kUp>, baseline<kAverage>, baseline<kPaeth>};
 #endif
 
 constexpr size_t kBand = 4;  // rows that share a filter: trying all on every row would take longer than the compression
 
-// Each row behind the number of its filter, of the four the one that left least of the first row of its band; label maps go unfiltered.
+// Each row behind the number of its filter, of the four the one that left least of the first row of its band; label
+// maps go unfiltered.
 std::vector<uint8_t> filter_rows(const uint8_t* pixels, size_t height, size_t size, size_t step, bool is_label) {
     std::vector<uint8_t> rows(height * (size + 1));
     if (is_label) {
@@ -125,7 +135,8 @@ std::vector<uint8_t> filter_rows(const uint8_t* pixels, size_t height, size_t si
 
 }  // namespace
 
-std::vector<uint8_t> png_file(const uint8_t* pixels, size_t height, size_t width, size_t step, uint8_t bits, Colour colour, const std::string& palette) {
+std::vector<uint8_t> png_file(const uint8_t* pixels, size_t height, size_t width, size_t step, uint8_t bits,
+                              Colour colour, const std::string& palette) {
     std::vector<uint8_t> file(kSignature.begin(), kSignature.end());
     file.reserve(height * width * step / 2 + palette.size() + 256);
     size_t chunk = begin_chunk("IHDR", file);

@@ -6,8 +6,9 @@
 
 namespace datasetdm {
 
-// pybind11's own ends the process with an error where Python, before 3.14, ends a daemon thread that wants the lock back while the interpreter
-// is shutting down: that unwinds the thread through a destructor. Here it waits for the process to end, as it does from 3.14 on.
+// pybind11's own ends the process with an error where Python, before 3.14, ends a daemon thread that wants the lock
+// back while the interpreter is shutting down: that unwinds the thread through a destructor. Here it waits for the
+// process to end, as it does from 3.14 on.
 class ReleasedGil {
 public:
     ReleasedGil() : thread_(PyEval_SaveThread()) {}

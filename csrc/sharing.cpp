@@ -16,7 +16,8 @@
 namespace datasetdm {
 namespace {
 
-constexpr std::chrono::microseconds kAwake{30};  // between two operations; being woken takes as long as a small operation
+constexpr std::chrono::microseconds kAwake{
+    30};  // between two operations; being woken takes as long as a small operation
 
 // A thread for this work, or none where the system has no more.
 template <typename... Work>
@@ -100,8 +101,8 @@ private:
     int64_t shares_ = 0, started_ = 0;
 };
 
-// Never taken down, as its threads may still wait when the process ends; a child of a fork has none of its parent's threads, and a lock that
-// one of them held would stay locked.
+// Never taken down, as its threads may still wait when the process ends; a child of a fork has none of its parent's
+// threads, and a lock that one of them held would stay locked.
 Workers& workers() {
     static std::atomic<Workers*> kept{nullptr};
     Workers* found = kept.load(std::memory_order_acquire);

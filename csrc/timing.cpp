@@ -8,7 +8,8 @@
 namespace datasetdm {
 namespace {
 
-constexpr std::array<const char*, 6> kNames{"attention", "convolution", "norm", "linear", "layout", "elementwise"};  // in the order of Work
+constexpr std::array<const char*, 6> kNames{"attention", "convolution", "norm",
+                                            "linear",    "layout",      "elementwise"};  // in the order of Work
 
 using Nanoseconds = std::array<std::atomic<int64_t>, kNames.size()>;
 

@@ -11,7 +11,8 @@ namespace datasetdm {
 
 enum class Work { attention, convolution, norm, linear, layout, elementwise };
 
-// Takes the time of the block it stands in, where times are taken; of those that stand in each other, the outermost counts.
+// Takes the time of the block it stands in, where times are taken; of those that stand in each other, the outermost
+// counts.
 class Timed {
 public:
     explicit Timed(Work work);

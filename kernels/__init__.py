@@ -27,6 +27,7 @@ if __name__ == "datasetdm_fast.kernels":
         depth_head,
         geglu,
         group_norm_parts,
+        group_norm_plane,
         group_norm_silu,
         guided_step,
         image_norm,
@@ -37,6 +38,7 @@ if __name__ == "datasetdm_fast.kernels":
         mask_embedding,
         mask_head,
         masked_attention,
+        merge_statistics,
         place_statistics,
         pyramid,
         query_attention,
@@ -66,6 +68,9 @@ if __name__ == "datasetdm_fast.kernels":
         "mask_head": mask_head,
         "depth_head": depth_head,
     }
+
+    # Every file that holds a kernel: the operations, and what several of them launch.
+    FILES = (*OPS.values(), group_norm_plane, merge_statistics)
 
     # What defines each operation, naive and slow.
     reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("add_statistics", 8, BLOCK_C=64)}
@@ -19,10 +19,10 @@ def reference(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[
     """`x` [B, C, h, w] plus `residual` of its shape and `bias` [C], and the statistics [2, B, chunks, C] of the sum."""
     x = x if residual is None else x + residual
     x = x if bias is None else x + bias[:, None, None]
-    return x, statistics(x)
+    return x, take_statistics(x)
 
 
-def statistics(x: Tensor) -> Tensor:
+def take_statistics(x: Tensor) -> Tensor:
     """Means, and sums of squares around them, of every channel over each CHUNK cells of `x` [B, C, h, w], in fp32."""
     cells = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
     means = torch.stack([part.mean(2) for part in cells.split(CHUNK, 2)], 1)
@@ -78,32 +78,32 @@ def _add_statistics_kernel(
 
 
 def fused(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `reference` says, channels-last; where nothing is added, `x` itself."""
+    """The result of `reference`, channels-last; `x` itself where nothing is added."""
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"add_statistics: residual {list(residual.shape)} is not of the shape {list(x.shape)} of x")
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"add_statistics: bias {list(bias.shape)} does not fit {x.shape[1]} channels")
-    added = [one for one in (residual, bias) if one is not None]
-    if not is_served("add_statistics", x, *added):
+    addends = [addend for addend in (residual, bias) if addend is not None]
+    if not is_served("add_statistics", x, *addends):
         return reference(x, residual, bias)
     (batch, channels, height, width), cells = x.shape, rows(x)
-    out = torch.empty_like(cells) if added else None
-    found, sizes = empty_statistics(cells, channels), blocks(BLOCKS, "add_statistics", x)
-    grid = found.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
+    out = torch.empty_like(cells) if addends else None
+    statistics, sizes = empty_statistics(cells, channels), blocks(BLOCKS, "add_statistics", x)
+    grid = statistics.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         _add_statistics_kernel[grid](
             cells,
             None if residual is None else rows(residual),
             bias,
             out,
-            *found,
+            *statistics,
             channels,
             height * width,
             CHUNK=CHUNK,
-            BLOCK_S=min(CHUNK, padded(height * width)),
+            BLOCK_S=min(CHUNK, round_up(height * width)),
             **sizes,
         )
-    return x if out is None else out.unflatten(1, (height, width)).permute(0, 3, 1, 2), found
+    return x if out is None else out.unflatten(1, (height, width)).permute(0, 3, 1, 2), statistics
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
@@ -114,16 +114,16 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def added(batch, channels, height, width, has_residual=True, has_bias=True, offset=0):
+    def build(batch, channels, height, width, has_residual=True, has_bias=True, offset=0):
         x, residual = (noise(batch, channels, height, width) + offset, noise(channels, batch, height, width))
         shape, chunks = (batch, channels, height, width), -(-height * width // CHUNK)
         residual = residual.transpose(0, 1) if has_residual else None
         return (x, residual, noise(channels) if has_bias else None), (shape, (2, batch, chunks, channels))
 
     return [
-        Case("smallest: one cell, one channel", *added(1, 1, 1, 1)),
-        Case("odd planes of several chunks, the last ragged", *added(2, 33, 13, 21)),
-        Case("a bias alone, channels of several blocks", *added(1, 130, 5, 5, has_residual=False)),
-        Case("nothing added", *added(2, 7, 9, 9, False, False, offset=4)),
-        Case("SD 1.x lowest level", *added(1, 1280, 8, 8)),
+        Case("smallest: one cell, one channel", *build(1, 1, 1, 1)),
+        Case("odd planes of several chunks, the last ragged", *build(2, 33, 13, 21)),
+        Case("a bias alone, channels of several blocks", *build(1, 130, 5, 5, has_residual=False)),
+        Case("nothing added", *build(2, 7, 9, 9, False, False, offset=4)),
+        Case("SD 1.x lowest level", *build(1, 1280, 8, 8)),
     ]

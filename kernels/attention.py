@@ -20,7 +20,7 @@ from datasetdm_fast.kernels.launch import (
     is_served,
     jit,
     names_of,
-    padded,
+    round_up,
     tl,
 )
 
@@ -47,12 +47,12 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by PyTorch's own fused attention, tuned for every device it knows."""
+    """`reference` by PyTorch's own fused attention, tuned for every device it knows."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same on a CPU: csrc/network_ops.cpp where it is faster, PyTorch's own fused attention elsewhere."""
+    """`reference` on a CPU: csrc/network_ops.cpp where it is faster, PyTorch's own fused attention elsewhere."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     if k.shape != (batch, heads, keys, width) or v.shape[:3] != k.shape[:3]:
         return reference(q, k, v)  # PyTorch's own does not refuse all that do not fit
@@ -69,8 +69,8 @@ def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def split(width: int) -> tuple[int, int]:
     """The two tiles in which the kernel holds a head: 40 channels take 48 instead of 64."""
-    wide = max(padded(width + 1) // 2, 16)
-    return wide, padded(width - wide) if width > wide else 0
+    wide = max(round_up(width + 1) // 2, 16)
+    return wide, round_up(width - wide) if width > wide else 0
 
 
 def library_width(width: int) -> int:
@@ -184,10 +184,10 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def packed(batch, heads, cells, width):
+    def build_packed(batch, heads, cells, width):
         return tuple(noise(batch, cells, 3, heads, width).unbind(2)[i].transpose(1, 2) for i in range(3))
 
-    def crossed(batch, heads, queries, tokens, width):
+    def build_crossed(batch, heads, queries, tokens, width):
         return (
             noise(batch, heads, queries, width),
             noise(batch, heads, tokens, width),
@@ -195,16 +195,18 @@ def cases() -> list[Case]:
         )
 
     def many_keys(width):
-        q, k, v = packed(1, 2, MANY_KEYS + 6, width)
+        q, k, v = build_packed(1, 2, MANY_KEYS + 6, width)
         return q[:, :, :9], k, v
 
     return [
-        Case("smallest", crossed(1, 1, 1, 1, 1), (1, 1, 1, 1)),
-        Case("ragged in every size", crossed(2, 3, 37, 67, 21), (2, 3, 37, 21)),
-        Case("tiny preset's heads", packed(1, 3, 64, 16), (1, 3, 64, 16)),
-        Case("SD 1.x first level's heads, packed", packed(2, 2, 130, 40), (2, 2, 130, 40)),
-        Case("SD 1.x second level over text", crossed(1, 2, 64, 77, 80), (1, 2, 64, 80)),
-        Case("SD 1.x lowest level's heads", packed(1, 2, 64, 160), (1, 2, 64, 160)),
-        Case("SD 2.x heads, scores that overflow exp", tuple(8 * x for x in packed(1, 1, 96, 64)), (1, 1, 96, 64)),
+        Case("smallest", build_crossed(1, 1, 1, 1, 1), (1, 1, 1, 1)),
+        Case("ragged in every size", build_crossed(2, 3, 37, 67, 21), (2, 3, 37, 21)),
+        Case("tiny preset's heads", build_packed(1, 3, 64, 16), (1, 3, 64, 16)),
+        Case("SD 1.x first level's heads, packed", build_packed(2, 2, 130, 40), (2, 2, 130, 40)),
+        Case("SD 1.x second level over text", build_crossed(1, 2, 64, 77, 80), (1, 2, 64, 80)),
+        Case("SD 1.x lowest level's heads", build_packed(1, 2, 64, 160), (1, 2, 64, 160)),
+        Case(
+            "SD 2.x heads, scores that overflow exp", tuple(8 * x for x in build_packed(1, 1, 96, 64)), (1, 1, 96, 64)
+        ),
         Case("SD 1.x first level's heads, as many keys as a kernel of our own takes", many_keys(40), (1, 2, 9, 40)),
     ]

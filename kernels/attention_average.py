@@ -15,7 +15,7 @@ from datasetdm_fast.kernels import attention
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.attention_capture import LOG2_E, WIDEST
 from datasetdm_fast.kernels.case import BATCH, HEADS, LEVELS, TOKENS, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 LEAST = 64  # channels of a tile of values: ptxas of CUDA 12.8 spoils the addresses of narrower ones on an H100
@@ -35,20 +35,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> t
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The same, a head at a time."""
-    return _answer(attention.plain, q, k, v), _added(q, k, total, share)
+    """`reference`, a head at a time."""
+    return _answer(attention.plain, q, k, v), add_probabilities(q, k, total, share)
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The same on a CPU, with the answer of attention there, bit by bit."""
-    return _answer(attention.native, q, k, v), _added(q, k, total, share)
+    """`reference` on a CPU, with the answer of attention there, bit by bit."""
+    return _answer(attention.native, q, k, v), add_probabilities(q, k, total, share)
 
 
 def _answer(form: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return form(q, k, v) if v.shape[3] else q.new_empty((*q.shape[:3], 0))
 
 
-def _added(q: Tensor, k: Tensor, total: Tensor, share: float) -> Tensor:
+def add_probabilities(q: Tensor, k: Tensor, total: Tensor, share: float) -> Tensor:
     heads, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
     total = total.to(wide, copy=True)
     for head in range(heads):
@@ -97,6 +97,8 @@ def _attention_rows_kernel(
     is_query = query < queries
     q_head = q_ptr + image * q_stride_image + head * q_stride_head + query[:, None] * q_stride_query
     k_head = k_ptr + image * k_stride_image + head * k_stride_head
+
+    # 1. Online softmax (Milakov & Gimelshein 2018): running maximum, sum and answer over blocks of keys
     highest = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     if WIDTH > 0:
@@ -107,6 +109,7 @@ def _attention_rows_kernel(
     for start in range(0, keys, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K).to(tl.int64)
         is_key = key < keys
+        # scores of this block, in parts of the width
         scores = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
         for begin in range(0, depth, BLOCK_D):
             row = begin + lane
@@ -119,6 +122,7 @@ def _attention_rows_kernel(
             )
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
         scores = tl.where(is_key[None, :], scores * scale, float("-inf"))
+        # the new maximum, by which sum and answer so far shrink
         reached = tl.maximum(highest, tl.max(scores, 1))
         shrunk, maps = tl.exp2(highest - reached), tl.exp2(scores - reached[:, None])
         total = total * shrunk + tl.sum(maps, 1)
@@ -126,6 +130,8 @@ def _attention_rows_kernel(
             v = tl.load(v_head + key[:, None] * v_stride_key, mask=is_key[:, None] & is_column[None, :], other=0.0)
             answer = tl.dot(maps.to(v.dtype), v, answer * shrunk[:, None], input_precision=PRECISION)
         highest = reached
+
+    # 2. The logarithm of each row's sum, and the answer of attention
     tl.store(rows_ptr + (image * heads + head) * queries + query, highest + tl.log2(total), mask=is_query)
     if WIDTH > 0:
         out_head = out_ptr + image * out_stride_image + head * out_stride_head
@@ -172,7 +178,7 @@ def _attention_average_kernel(
     is_query, is_key = query < queries, key < keys
     q_image = q_ptr + image * q_stride_image + query[:, None] * q_stride_query
     k_image = k_ptr + image * k_stride_image + key[None, :] * k_stride_key
-    found = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+    probabilities = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
     for i in range(heads):
         head = tl.cast(i, tl.int64)
         scores = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
@@ -191,12 +197,12 @@ def _attention_average_kernel(
             )
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
         sums = tl.load(rows_ptr + (image * heads + head) * queries + query, mask=is_query, other=0.0)
-        found += tl.exp2(scores * scale - sums[:, None])
+        probabilities += tl.exp2(scores * scale - sums[:, None])
     is_inside = is_query[:, None] & is_key[None, :]
     before = total_ptr + image * total_stride_image
     total = tl.load(before + query[:, None] * total_stride_query + key[None, :] * total_stride_key, mask=is_inside)
     place = sum_ptr + (image * queries + query)[:, None] * keys + key[None, :]
-    tl.store(place, total.to(tl.float32) + found * share, mask=is_inside)
+    tl.store(place, total.to(tl.float32) + probabilities * share, mask=is_inside)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> None:
@@ -228,7 +234,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
     sizes = blocks(BLOCKS, "attention_average", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     rows = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    found = q.new_empty((batch, queries, keys), dtype=torch.float32)
+    probabilities = q.new_empty((batch, queries, keys), dtype=torch.float32)
     scale = depth**-0.5 * LOG2_E
     with torch.cuda.device_of(q):  # Triton launches on the current device of the thread
         _attention_rows_kernel[ceil_divide(queries, sizes["BLOCK_S"]), heads, batch](
@@ -247,7 +253,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
             depth,
             width,
             scale,
-            WIDTH=padded(width, LEAST) if width else 0,
+            WIDTH=round_up(width, LEAST) if width else 0,
             PRECISION=PRECISION,
             **sizes,
         )
@@ -256,7 +262,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
             k,
             rows,
             total,
-            found,
+            probabilities,
             *q.stride(),
             *k.stride(),
             *total.stride(),
@@ -269,7 +275,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
             PRECISION=PRECISION,
             **sizes,
         )
-    return out, found
+    return out, probabilities
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.case import BATCH, FEATURES, HEADS, LEVELS, TOKENS, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 MOST_TOKENS = 128  # all of a query's scores are held at once; texts of more are left to the plain form
 WIDEST = 256  # channels of a head; wider ones are left to the plain form, too
@@ -36,7 +36,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, 
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, heads and tokens as one axis of one product."""
+    """`reference`, heads and tokens as one axis of one product."""
     maps = probabilities(q, k)
     projected = torch.matmul(maps.transpose(1, 2).flatten(2), weight.flatten(0, 1))
     return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
@@ -91,11 +91,14 @@ def _attention_capture_kernel(
     if REST > 0:
         rest = WIDE + tl.arange(0, REST)
         is_rest = rest < tokens
+
+    # 1. Every head in turn; `level` adds up what the decoder's slice of weights makes of all maps
     level = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     for i in range(heads):
         head = tl.cast(i, tl.int64)
         q_head = q_ptr + image * q_stride_image + head * q_stride_head
         k_head = k_ptr + image * k_stride_image + head * k_stride_head
+        # 2. Scores over all tokens
         scores = tl.zeros([BLOCK_S, WIDE], tl.float32)
         if REST > 0:
             scores_rest = tl.zeros([BLOCK_S, REST], tl.float32)
@@ -120,6 +123,7 @@ def _attention_capture_kernel(
                     other=0.0,
                 )
                 scores_rest = tl.dot(q, k, scores_rest, input_precision=PRECISION)
+        # 3. Softmax over all tokens at once
         scores = tl.where(is_wide[None, :], scores * scale, float("-inf"))
         highest = tl.max(scores, 1)
         if REST > 0:
@@ -132,6 +136,7 @@ def _attention_capture_kernel(
             total += tl.sum(maps_rest, 1)
             maps_rest = (maps_rest / total[:, None]).to(weight_ptr.dtype.element_ty)
         maps = (maps / total[:, None]).to(weight_ptr.dtype.element_ty)
+        # 4. The maps times the decoder's weights of this head
         weight_head = weight_ptr + head * weight_stride_head + feature[None, :] * weight_stride_feature
         weight = tl.load(
             weight_head + wide[:, None] * weight_stride_token, mask=is_wide[:, None] & is_feature[None, :], other=0.0
@@ -144,6 +149,7 @@ def _attention_capture_kernel(
                 other=0.0,
             )
             level = tl.dot(maps_rest, weight, level, input_precision=PRECISION)
+        # 5. The maps times the values: the answer of attention, by one of the blocks that share these queries
         if share == 0:
             v_head = v_ptr + image * v_stride_image + head * v_stride_head
             out_head = out_ptr + image * out_stride_image + head * out_stride_head
@@ -167,6 +173,8 @@ def _attention_capture_kernel(
                 tl.store(
                     out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :]
                 )
+
+    # 6. The level
     place = query[:, None] * features + feature[None, :]
     level_ptr += image * queries * features
     tl.store(level_ptr + place, level, mask=is_query[:, None] & is_feature[None, :])
@@ -176,9 +184,9 @@ def split(width: int) -> tuple[int, int]:
     """Sizes of the wide part and of the rest that hold `width`: powers of two from 16 up, the rest 0 where it saves
     nothing.
     """
-    whole = padded(width)
+    whole = round_up(width)
     wide = whole // 2
-    rest = padded(width - wide) if width > wide else 0
+    rest = round_up(width - wide) if width > wide else 0
     return (whole, 0) if wide < 16 or wide + rest >= whole else (wide, rest)
 
 

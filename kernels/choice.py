@@ -32,7 +32,7 @@ def form_on(op: str, *names: str) -> str:
     return next((rows[name] for name in names if name in rows), "plain")
 
 
-def chosen(op: str, device: torch.device) -> Callable:
+def form_of(op: str, device: torch.device) -> Callable:
     """The form of `op` that runs on `device`."""
     return getattr(FORM[form_on(op, *names_of(device))], op)
 
@@ -41,7 +41,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
     """The operations of the networks for `device`; a kernel that fails its probe there gives way to the plain form,
     with a warning.
     """
-    forms = {op: chosen(op, device) for op in OPS if op not in OF_THE_LOOP}
+    forms = {op: form_of(op, device) for op in OPS if op not in OF_THE_LOOP}
     for op, form in forms.items():
         if device.type != "cpu" and form is not getattr(plain, op) and not is_sound(op, form, device, dtype):
             forms[op] = getattr(plain, op)
@@ -50,7 +50,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
 
 def gave_way(operations: SimpleNamespace, device: torch.device) -> list[str]:
     """The operations whose kernel failed its probe on `device`."""
-    return [op for op, form in vars(operations).items() if form is not chosen(op, device)]
+    return [op for op, form in vars(operations).items() if form is not form_of(op, device)]
 
 
 def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype) -> bool:
@@ -58,18 +58,19 @@ def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype
     inputs = OPS[name].cases()[-1].inputs
     truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
     try:
-        found = _tensors(form(*_on(inputs, device, dtype)))
+        outputs = _tensors(form(*_on(inputs, device, dtype)))
         worst = max(
-            float((one.float().cpu() - right).norm() / right.norm()) for one, right in zip(found, truth, strict=True)
+            float((output.float().cpu() - right).norm() / right.norm())
+            for output, right in zip(outputs, truth, strict=True)
         )
     except Exception as error:  # whatever a compiler or driver throws: the plain form always runs
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     else:
         if worst <= BUDGETS[dtype]:
             return True
-        said = f"relative error {worst:.1e}, expected at most {BUDGETS[dtype]:.0e}"
+        reason = f"relative error {worst:.1e}, expected at most {BUDGETS[dtype]:.0e}"
     warnings.warn(
-        f"kernel {name} does not work on {device} ({said}); the plain form is used", RuntimeWarning, stacklevel=3
+        f"kernel {name} does not work on {device} ({reason}); the plain form is used", RuntimeWarning, stacklevel=3
     )
     return False
 

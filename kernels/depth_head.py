@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.case import BATCH, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {
@@ -45,19 +45,19 @@ def resize_matrix(start: int, sides: Sequence[int], like: Tensor) -> Tensor:
     return rows[0].T
 
 
-def shifted(matrix: Tensor) -> Tensor:
+def stack_shifted_rows(matrix: Tensor) -> Tensor:
     """Row y of the three matrices [3, H, h] is row y - 1, y, y + 1 of `matrix`, zero beyond the border as the
     convolution pads.
     """
-    padded = F.pad(matrix, (0, 0, 1, 1))
-    return torch.stack([padded[tap : tap + len(matrix)] for tap in range(3)])
+    round_up = F.pad(matrix, (0, 0, 1, 1))
+    return torch.stack([round_up[tap : tap + len(matrix)] for tap in range(3)])
 
 
 def plain(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """The same logits from nine products at the resolution of `x`, each resized, shifted and added: about 30 times less
-    arithmetic.
+    """`reference` logits from nine products at the resolution of `x`, each resized, shifted and added: about 30 times
+    less arithmetic.
 
     The resize is linear along space and the taps are linear along channels, so they commute; the shifts go into the
     resize matrices.
@@ -72,21 +72,21 @@ def plain(
 class _TrainedEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, products: Tensor, bias: Tensor, taps: Tensor, middle: int, full: int) -> Tensor:
-        given = tuple(one.detach().contiguous() for one in (products, bias, taps))
-        ctx.save_for_backward(*given)
+        arrays = tuple(tensor.detach().contiguous() for tensor in (products, bias, taps))
+        ctx.save_for_backward(*arrays)
         ctx.middle, logits = middle, products.new_zeros(len(products), full, full)
-        _C.depth_head_add(*(one.numpy() for one in given), middle, logits.numpy(), torch.get_num_threads())
+        _C.depth_head_add(*(tensor.numpy() for tensor in arrays), middle, logits.numpy(), torch.get_num_threads())
         return logits
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        given, out = [one.numpy() for one in ctx.saved_tensors], gradients[0].contiguous().numpy()
-        answers = tuple(torch.empty_like(one) for one in ctx.saved_tensors)
-        _C.depth_head_gradient(*given, ctx.middle, out, *(one.numpy() for one in answers), torch.get_num_threads())
-        return *answers, None, None
+        inputs, out = [tensor.numpy() for tensor in ctx.saved_tensors], gradients[0].contiguous().numpy()
+        back = tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+        _C.depth_head_gradient(*inputs, ctx.middle, out, *(tensor.numpy() for tensor in back), torch.get_num_threads())
+        return *back, None, None
 
 
-def trained(
+def apply_trained(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
     """What `plain` says, for training: on a CPU, where its precision is exact, csrc/depth_head.cpp does what follows
@@ -113,7 +113,7 @@ def tap_products(x: Tensor, weight: Tensor, sides: Sequence[int]) -> tuple[Tenso
 def hidden_parts(x: Tensor, weight: Tensor, sides: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
     """The first convolution without its bias, [B, o, H, W] for each `chunk` of its channels, and where that begins."""
     side = x.shape[-1]
-    matrices = shifted(resize_matrix(side, sides, x))
+    matrices = stack_shifted_rows(resize_matrix(side, sides, x))
     across = matrices.permute(0, 2, 1).reshape(3 * side, -1)  # [3 w, W]
     down = matrices.permute(1, 2, 0).reshape(-1, 3 * side)  # [H, h 3], as the rows lie
     for start in range(0, len(weight), chunk):
@@ -207,7 +207,7 @@ def fused(
                 IS_FIRST=start == 0,
                 TAPS=TAPS,
                 PRECISION=PRECISION,
-                BLOCK_T=padded(TAPS),
+                BLOCK_T=round_up(TAPS),
                 **sizes,
             )
         sizes = blocks(BLOCKS, "depth_head last", x)
@@ -220,12 +220,12 @@ def fused(
 def native(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """The same logits on a CPU, for inference: the nine products are matrix products, and csrc/depth_head.cpp adds them
-    up without the wide map.
+    """`reference` logits on a CPU, for inference: the nine products are matrix products, and csrc/depth_head.cpp adds
+    them up without the wide map.
 
     Products in fp64 are added in fp64, all others in fp32.
     """
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (x, weight, bias, last_weight, last_bias)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, last_weight, last_bias)):
         raise RuntimeError(
             "depth_head: the native form has no backward; run under torch.no_grad(), or train with the plain form"
         )
@@ -241,7 +241,7 @@ def native(
         part = slice(start, start + SLICE)
         products, middle = tap_products(x.detach(), weight.detach()[part], sides)
         arrays = products.to(wide), bias.detach()[part].to(wide), taps[:, part].contiguous()
-        _C.depth_head_add(*(one.numpy() for one in arrays), middle, logits.numpy(), torch.get_num_threads())
+        _C.depth_head_add(*(tensor.numpy() for tensor in arrays), middle, logits.numpy(), torch.get_num_threads())
     return logits[:, None].to(x.dtype)
 
 

@@ -19,7 +19,7 @@ def reference(x: Tensor) -> Tensor:
 
 
 def native(x: Tensor) -> Tensor:
-    """The same on a CPU, from csrc/network_ops.cpp: one pass."""
+    """`reference` on a CPU, from csrc/network_ops.cpp: one pass."""
     if not is_native(x) or x.shape[-1] % 2:
         return reference(x)
     x, channels = x.contiguous(), x.shape[-1] // 2

@@ -1,5 +1,5 @@
-"""Group normalisation and SiLU over an image that lies in one or two parts, from statistics taken where they were
-written; a small plane is normalised in one launch without any.
+"""GroupNorm and SiLU over the concatenation of one or two images, which is never written, from statistics of chunks
+that operations before it have stored (add_statistics.py); a small plane needs none (group_norm_plane.py).
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels import add_statistics
-from datasetdm_fast.kernels.add_statistics import CHUNK, rows, statistics
+from datasetdm_fast.kernels.add_statistics import CHUNK, rows, take_statistics
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, normalise_plane
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_statistics
 
 DEVICES = {"untuned": "fused"}
-BLOCKS = {
-    "untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)
-    | block_sizes("group_norm_parts plane", 16)
-    | block_sizes("group_norm_parts merge", 8, BLOCK_C=32, BLOCK_N=128)
-}
+BLOCKS = {"untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)}
 LANES = 128  # channels of a block: whole groups, and the lanes beyond them idle
 SPAN = 512  # cells of a block: reading the statistics again is little beside them
-PLANE, PLANE_LANES = 2**14, 64  # values that one block holds of small planes, and channels of it
-MOST_CHUNKS = 32  # that every block reads again; more are first made one
 
 
 def reference(
     parts: Sequence[Tensor],
-    found: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     shift: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -38,11 +34,11 @@ def reference(
     has_silu: bool = True,
 ) -> Tensor:
     """SiLU of the normalised concatenation [B, C, h, w] of `parts` plus `shift` [C]; its mean and variance are those of
-    `found`, one statistics [2, B, chunks, C_i] a part, or where that is empty its own.
+    `statistics`, one statistics [2, B, chunks, C_i] a part, or where that is empty its own.
     """
     x = torch.cat(list(parts), 1)
     exact = torch.promote_types(x.dtype, torch.float32)
-    means, spreads = (torch.cat(list(found), 3) if found else statistics(x)).to(exact)
+    means, spreads = (torch.cat(list(statistics), 3) if statistics else take_statistics(x)).to(exact)
     shift = x.new_zeros(x.shape[1], dtype=exact) if shift is None else shift.to(exact)
     cells, chunks = x.shape[2] * x.shape[3], means.shape[1]
     counts = torch.full((chunks, 1), float(CHUNK), dtype=exact, device=x.device)
@@ -58,68 +54,8 @@ def reference(
 
 
 @jit
-def merged_chunks(
-    mean_ptr,  # [B, chunks, C]
-    spread_ptr,  # [B, chunks, C]
-    image,
-    channel,  # [BLOCK_C]
-    channels,
-    cells,
-    chunks,
-    chunk_cells,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean and spread of an image's channels from its chunks' own: means first, as spreads are taken around them."""
-    is_channel = channel < channels
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
-        total += tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) * count
-    centre = tl.sum(total, 0) / cells
-    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_N):
-        chunk = start + tl.arange(0, BLOCK_N)
-        inside = (chunk < chunks)[:, None] & is_channel[None, :]
-        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
-        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
-        distance = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
-        spread = tl.load(spread_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(inside, spread + count * distance * distance, 0.0)
-    return centre, tl.sum(total, 0)
-
-
-@jit
-def _group_norm_parts_merge_kernel(
-    mean_ptr,  # [B, chunks, C]
-    spread_ptr,  # [B, chunks, C]
-    whole_mean_ptr,  # [B, C] fp32
-    whole_spread_ptr,  # [B, C] fp32
-    channels,
-    cells,
-    chunks,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Chunks by the thousand become one."""
-    image = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_channel = channel < channels
-    centre, spread = merged_chunks(
-        mean_ptr, spread_ptr, image, channel, channels, cells, chunks, CHUNK, BLOCK_N, BLOCK_C
-    )
-    place = image * channels + channel
-    tl.store(whole_mean_ptr + place, centre, mask=is_channel)
-    tl.store(whole_spread_ptr + place, spread, mask=is_channel)
-
-
-@jit
 def _both(first_ptr, second_ptr, place, second_place, is_first, is_second):
-    """What lies at one of two places, in fp32, and 0 at neither."""
+    """The value at one of two places, in fp32, and 0 at neither."""
     x = tl.load(first_ptr + place, mask=is_first, other=0.0).to(tl.float32)
     if second_ptr is not None:
         x += tl.load(second_ptr + second_place, mask=is_second, other=0.0).to(tl.float32)
@@ -154,20 +90,21 @@ def _group_norm_parts_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # 1. Where this block lies: SPAN cells of an image, and the channels of whole groups
     image, channels = tl.program_id(2).to(tl.int64), first_channels + second_channels
     # Only the starts need 64 bits: from there on 32 are enough, and take fewer registers.
-    begin, own = tl.program_id(0).to(tl.int64) * SPAN, image * chunks
-    row = image * cells + begin
+    begin, line = tl.program_id(0).to(tl.int64) * SPAN, image * chunks
+    cell_row = image * cells + begin
     mean_ptr, spread_ptr, x_ptr = (
-        mean_ptr + own * first_channels,
-        spread_ptr + own * first_channels,
-        x_ptr + row * first_channels,
+        mean_ptr + line * first_channels,
+        spread_ptr + line * first_channels,
+        x_ptr + cell_row * first_channels,
     )
     if second_ptr is not None:
         second_mean_ptr, second_spread_ptr, second_ptr = (
-            second_mean_ptr + own * second_channels,
-            second_spread_ptr + own * second_channels,
-            second_ptr + row * second_channels,
+            second_mean_ptr + line * second_channels,
+            second_spread_ptr + line * second_channels,
+            second_ptr + cell_row * second_channels,
         )
     first = tl.program_id(1) * TAKEN
     member = tl.arange(0, BLOCK_W)
@@ -178,28 +115,38 @@ def _group_norm_parts_kernel(
     if shift_ptr is not None:
         inside = (member < width)[None, :] & (channel < channels)
         shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+
+    # 2. The mean of each group over all chunks (the merge of merge_statistics.py, of groups in the place of channels)
     total = tl.zeros([BLOCK_N, GROUPS, BLOCK_W], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
-        line, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
+        row, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = line * first_channels + channel, line * second_channels + channel - first_channels
+        place, second_place = (
+            row * first_channels + channel,
+            row * second_channels + channel - first_channels,
+        )
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         total += tl.where(is_chunk & (is_first | is_second), (mean + shift[None, :, :]) * count, 0.0)
     centre = tl.sum(tl.sum(total, 0), 1) / (width * 1.0 * cells)
+
+    # 3. Its variance around that mean
     total = tl.zeros([BLOCK_N, GROUPS, BLOCK_W], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
-        line, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
+        row, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = line * first_channels + channel, line * second_channels + channel - first_channels
+        place, second_place = (
+            row * first_channels + channel,
+            row * second_channels + channel - first_channels,
+        )
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         spread = _both(spread_ptr, second_spread_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         distance = mean + shift[None, :, :] - centre[None, :, None]
         total += tl.where(is_chunk & (is_first | is_second), spread + count * distance * distance, 0.0)
     scale = tl.rsqrt(tl.sum(tl.sum(total, 0), 1) / (width * 1.0 * cells) + eps)
 
-    # From here on the channels of all groups lie end to end, so that rows are read in whole vectors.
+    # 4. Scale and bias of each channel; channels of all groups lie end to end now, so rows are read in whole vectors
     lane = tl.arange(0, BLOCK_C)
     channel, is_ours = first + lane, lane < TAKEN
     is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
@@ -210,6 +157,8 @@ def _group_norm_parts_kernel(
     if shift_ptr is not None:
         centre -= tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
     is_first, is_second = is_ours & (channel < first_channels), is_ours & (channel >= first_channels)
+
+    # 5. Normalise, activate and write the cells
     for step in range(0, SPAN, BLOCK_S):
         cell = (step + tl.arange(0, BLOCK_S))[:, None]
         is_cell = cell < cells - begin
@@ -219,53 +168,12 @@ def _group_norm_parts_kernel(
         if HAS_SILU:
             y = y / (1.0 + tl.exp(-y))
         y = y.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * channels + cell * channels + channel, y, mask=is_cell & is_ours[None, :])
-
-
-@jit
-def _group_norm_parts_plane_kernel(
-    x_ptr,  # [B, S, C]
-    shift_ptr,  # [C], or None
-    weight_ptr,  # [C]
-    bias_ptr,  # [C]
-    out_ptr,  # [B, S, C]
-    channels,
-    cells,
-    width,  # channels of a group
-    eps,
-    HAS_SILU: tl.constexpr,
-    GROUPS: tl.constexpr,  # of a block
-    TAKEN: tl.constexpr,  # their channels, of which Triton is to know what divides them
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    first = tl.program_id(0) * TAKEN
-    cell, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
-    channel, is_ours = first + lane, lane < TAKEN
-    inside = (cell < cells)[:, None] & is_ours[None, :]
-    is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
-    image = tl.program_id(1).to(tl.int64) * cells * channels
-    place = cell[:, None] * channels + channel[None, :]  # inside an image, where 32 bits are enough
-    x = tl.load(x_ptr + image + place, mask=inside, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        x += tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
-        x = tl.where(inside, x, 0.0)
-    size = width * 1.0 * cells
-    centre = tl.sum(tl.where(is_member, tl.sum(x, 0)[:, None], 0.0), 0) / size
-    x -= tl.sum(tl.where(is_member, centre[None, :], 0.0), 1)[None, :]
-    squares = tl.sum(tl.where(inside, x * x, 0.0), 0)
-    scale = tl.rsqrt(tl.sum(tl.where(is_member, squares[:, None], 0.0), 0) / size + eps)
-    scale = tl.sum(tl.where(is_member, scale[None, :], 0.0), 1)
-    scale *= tl.load(weight_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
-    y = x * scale[None, :] + tl.load(bias_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
-    if HAS_SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(out_ptr + image + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + cell_row * channels + cell * channels + channel, y, mask=is_cell & is_ours[None, :])
 
 
 def fused(
     parts: Sequence[Tensor],
-    found: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     shift: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -273,49 +181,36 @@ def fused(
     eps: float,
     has_silu: bool = True,
 ) -> Tensor:
-    """What `reference` says, channels-last; statistics that are not given are taken first."""
+    """The result of `reference`, channels-last; missing statistics are taken first."""
     channels, x = sum(part.shape[1] for part in parts), parts[0]
-    given = f"{len(parts)} parts of {channels} channels with {len(found)} statistics"
-    if len(parts) not in (1, 2) or channels % groups or len(found) not in (0, len(parts)):
-        raise ValueError(f"group_norm_parts: {given} in {groups} groups, expected one or two parts in whole groups")
-    if any(len(one) != channels for one in (weight, bias, *([] if shift is None else [shift]))):
-        raise ValueError(f"group_norm_parts: {given} under weight {list(weight.shape)} and bias {list(bias.shape)}")
-    if not is_served("group_norm_parts", *parts, *found, weight, bias):
-        return reference(parts, found, shift, weight, bias, groups, eps, has_silu)
+    received = f"{len(parts)} parts of {channels} channels with {len(statistics)} statistics"
+    if len(parts) not in (1, 2) or channels % groups or len(statistics) not in (0, len(parts)):
+        raise ValueError(f"group_norm_parts: {received} in {groups} groups, expected one or two parts in whole groups")
+    if any(len(affine) != channels for affine in (weight, bias, *([] if shift is None else [shift]))):
+        raise ValueError(f"group_norm_parts: {received} under weight {list(weight.shape)} and bias {list(bias.shape)}")
+    if not is_served("group_norm_parts", *parts, *statistics, weight, bias):
+        return reference(parts, statistics, shift, weight, bias, groups, eps, has_silu)
     (batch, _, height, width), members = x.shape, channels // groups
     cells = height * width
-    is_plane = not found and len(parts) == 1 and padded(cells) * max(padded(members), PLANE_LANES) <= PLANE
-    together = blocked(groups, members, PLANE_LANES if is_plane else LANES)
+    is_plane = not statistics and len(parts) == 1 and round_up(cells) * max(round_up(members), PLANE_LANES) <= PLANE
+    together = groups_of_block(groups, members, PLANE_LANES if is_plane else LANES)
     sides = [rows(part) for part in parts]
     out = x.new_empty((batch, cells, channels))
     common = {"HAS_SILU": has_silu, "GROUPS": together, "TAKEN": together * members}
-    common["BLOCK_C"] = padded(together * members)
+    common["BLOCK_C"] = round_up(together * members)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         if is_plane:
-            _group_norm_parts_plane_kernel[groups // together, batch](
-                sides[0],
-                shift,
-                weight,
-                bias,
-                out,
-                channels,
-                cells,
-                members,
-                eps,
-                BLOCK_S=padded(cells),
-                **common,
-                **blocks(BLOCKS, "group_norm_parts plane", x),
-            )
+            normalise_plane(sides[0], shift, weight, bias, out, members, eps, **common)
         else:
-            found = found or [add_statistics.fused(part, None, None)[1] for part in parts]
-            chunks = found[0].shape[2]
+            statistics = statistics or [add_statistics.fused(part, None, None)[1] for part in parts]
+            chunks = statistics[0].shape[2]
             is_merged = chunks > MOST_CHUNKS
-            found = [merged(one, cells) for one in found] if is_merged else found
-            sizes = blocks(BLOCKS, "group_norm_parts", x, 1, BLOCK_N=found[0].shape[2])
-            second = (sides[1], *found[1]) if len(parts) == 2 else (None, None, None)
+            statistics = [merge_statistics(part, cells) for part in statistics] if is_merged else statistics
+            sizes = blocks(BLOCKS, "group_norm_parts", x, 1, BLOCK_N=statistics[0].shape[2])
+            second = (sides[1], *statistics[1]) if len(parts) == 2 else (None, None, None)
             _group_norm_parts_kernel[ceil_divide(cells, SPAN), groups // together, batch](
                 sides[0],
-                *found[0],
+                *statistics[0],
                 *second,
                 shift,
                 weight,
@@ -324,41 +219,24 @@ def fused(
                 x.shape[1],
                 channels - x.shape[1],
                 cells,
-                found[0].shape[2],
+                statistics[0].shape[2],
                 cells if is_merged else CHUNK,
                 members,
                 eps,
                 SPAN=min(SPAN, ceil_divide(cells, sizes["BLOCK_S"]) * sizes["BLOCK_S"]),
-                BLOCK_W=padded(members, 1),
+                BLOCK_W=round_up(members, 1),
                 **common,
                 **sizes,
             )
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def blocked(groups: int, members: int, lanes: int) -> int:
+def groups_of_block(groups: int, members: int, lanes: int) -> int:
     """How many groups of so many members a block takes: a power of two that divides them and fits its lanes."""
     together = 1
-    while groups % (2 * together) == 0 and 2 * together * padded(members, 1) <= lanes:
+    while groups % (2 * together) == 0 and 2 * together * round_up(members, 1) <= lanes:
         together *= 2
     return together
-
-
-def merged(found: Tensor, cells: int) -> Tensor:
-    """The statistics [2, B, 1, C] of all chunks of `found` [2, B, chunks, C] together."""
-    _, batch, chunks, channels = found.shape
-    whole = found.new_empty((2, batch, 1, channels), dtype=torch.float32)
-    sizes = blocks(BLOCKS, "group_norm_parts merge", found, BLOCK_C=channels)
-    _group_norm_parts_merge_kernel[ceil_divide(channels, sizes["BLOCK_C"]), batch](
-        *found,
-        *whole,
-        channels,
-        cells,
-        chunks,
-        CHUNK=CHUNK,
-        **sizes,
-    )
-    return whole
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
@@ -368,9 +246,9 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
         chunks = ceil_divide(side * side, CHUNK)
         parts = [image(side, width), image(side, 2 * width)]
-        found = [empty(2, batch, chunks, part.shape[1]).float() for part in parts]
+        statistics = [empty(2, batch, chunks, part.shape[1]).float() for part in parts]
         both = empty(3 * width), empty(3 * width), 32, 1e-5
-        yield f"{width} channels and {2 * width}", (parts, found, None, *both)
+        yield f"{width} channels and {2 * width}", (parts, statistics, None, *both)
         yield f"{width} channels", ([image(side, width)], [], *[empty(width) for _ in range(3)], 32, 1e-5)
     yield "autoencoder", ([image(256, 256)], [], None, empty(256), empty(256), 32, 1e-6)
 
@@ -378,11 +256,11 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 def cases() -> list[Case]:
     def norm(batch, channels, groups, height, width, *, is_measured=True, has_shift=True, offset=0, has_silu=True):
         parts = [noise(batch, count, height, width) + offset for count in channels]
-        found = [statistics(part) for part in parts] if is_measured else []
+        statistics = [take_statistics(part) for part in parts] if is_measured else []
         whole = sum(channels)
         shift = noise(whole + 2)[2:] if has_shift else None
         affine = noise(whole) + 1, noise(whole + 1)[1:]
-        return (parts, found, shift, *affine, groups, 1e-5, has_silu), (batch, whole, height, width)
+        return (parts, statistics, shift, *affine, groups, 1e-5, has_silu), (batch, whole, height, width)
 
     return [
         Case("smallest plane that varies", *norm(1, (2,), 1, 1, 2)),

@@ -11,7 +11,16 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, plane_strides, tl
+from datasetdm_fast.kernels.launch import (
+    block_sizes,
+    blocks,
+    ceil_divide,
+    is_served,
+    jit,
+    plane_strides,
+    round_up,
+    tl,
+)
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {
@@ -29,8 +38,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, 
 def native(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True, *, in_place: bool = False
 ) -> Tensor:
-    """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map
-    between; `in_place` in the memory of the image, where that lies as it is read.
+    """`reference` on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a
+    map between; `in_place` in the memory of the image, where that lies as it is read.
     """
     fits = x.ndim == 4 and weight.shape == bias.shape == x.shape[1:2]
     if not fits or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
@@ -164,7 +173,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
     if not is_served("group_norm_silu", x, weight, bias):
         return reference(x, weight, bias, groups, eps, has_silu)
     cells, sizes = height * width, dict(blocks(BLOCKS, "group_norm_silu", x))
-    sizes["BLOCK_C"] = min(sizes["BLOCK_C"], padded(channels, 1))
+    sizes["BLOCK_C"] = min(sizes["BLOCK_C"], round_up(channels, 1))
     strides, chunks = plane_strides("group_norm_silu", x), ceil_divide(cells, sizes["BLOCK_S"])
     grid = (chunks, ceil_divide(channels, sizes["BLOCK_C"]), batch)
     mean, spread = torch.empty((2, batch, chunks, channels), dtype=torch.float32, device=x.device)
@@ -185,7 +194,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
             channels // groups,
             eps,
             CHUNK=sizes["BLOCK_S"],
-            BLOCK_G=padded(channels // groups, 1),
+            BLOCK_G=round_up(channels // groups, 1),
             **blocks(BLOCKS, "group_norm_silu combine", x),
         )
         _group_norm_silu_kernel[grid](
@@ -196,9 +205,9 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
-        given = empty(batch, side, side, width).permute(0, 3, 1, 2), empty(width), empty(width), 32
-        yield f"{width} channels", (*given, 1e-5)
-        yield f"{width} channels, no SiLU", (*given, 1e-6, False)
+        inputs = empty(batch, side, side, width).permute(0, 3, 1, 2), empty(width), empty(width), 32
+        yield f"{width} channels", (*inputs, 1e-5)
+        yield f"{width} channels, no SiLU", (*inputs, 1e-6, False)
 
 
 def cases() -> list[Case]:

@@ -43,7 +43,7 @@ def _check(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) ->
 
 
 def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
-    """The same from csrc/guided_step.cpp or guided_step.cu, fp32 latents and history wherever they lie."""
+    """`reference` from csrc/guided_step.cpp or guided_step.cu, fp32 latents and history wherever they lie."""
     _check(output, latents, history, numbers)
     if latents.dtype != torch.float32 or history.dtype != torch.float32 or (latents.is_cuda and not _C.built_with_cuda):
         return reference(output, latents, history, numbers)
@@ -112,8 +112,8 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
     for slots in (0, 1, 3):
         latents = empty(batch, 4, 64, 64)
-        given = empty(2 * batch, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
-        yield f"{slots} earlier entries", given
+        inputs = empty(2 * batch, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
+        yield f"{slots} earlier entries", inputs
 
 
 def cases() -> list[Case]:

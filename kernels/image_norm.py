@@ -15,8 +15,8 @@ from datasetdm_fast.kernels import add_statistics, group_norm_silu
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows
 from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
 from datasetdm_fast.kernels.cpu import is_native
-from datasetdm_fast.kernels.group_norm_parts import MOST_CHUNKS, merged, merged_chunks
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_chunks, merge_statistics
 
 EPS = 1e-4
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -36,7 +36,9 @@ def reference(x: Tensor, has_relu: bool = False) -> Tensor:
 
 
 def native(x: Tensor, has_relu: bool = False) -> Tensor:
-    """The same on a CPU over a channels-last image: a group norm, from csrc/network_ops.cpp, with a group a channel."""
+    """`reference` on a CPU over a channels-last image: a group norm, from csrc/network_ops.cpp, with a group a
+    channel.
+    """
     if x.ndim != 4 or not is_native(x.permute(0, 2, 3, 1)):
         return reference(x, has_relu)
     channels = x.shape[1]
@@ -67,11 +69,11 @@ class _TrainedNorm(torch.autograd.Function):
         normed, scale = ctx.saved_tensors
         out = gradients[0]
         wide = torch.ops.aten.threshold_backward(out.to(normed.dtype), normed, 0)
-        first, second = (one.mean((2, 3), keepdim=True) for one in (wide, wide * normed))
+        first, second = (gradient.mean((2, 3), keepdim=True) for gradient in (wide, wide * normed))
         return torch.addcmul(wide - first, normed, second, value=-1).mul_(scale).to(out.dtype)
 
 
-def trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalise_trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `reference` says with ReLU, and mean and biased variance [B, C, 1, 1] of each image; the backward has half
     the passes that PyTorch would make of it.
     """
@@ -98,7 +100,7 @@ def _image_norm_kernel(
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < channels
-    centre, spread = merged_chunks(
+    centre, spread = merge_chunks(
         mean_ptr, spread_ptr, image, channel, channels, cells, chunks, chunk_cells, BLOCK_N, BLOCK_C
     )
     scale = tl.rsqrt(spread / cells + eps)
@@ -116,19 +118,23 @@ def fused(x: Tensor, has_relu: bool = False) -> Tensor:
     """What `reference` says, channels-last, in two passes."""
     if not is_served("image_norm", x):
         return reference(x, has_relu)
-    (batch, channels, height, width), given, cells = x.shape, rows(x), x.shape[2] * x.shape[3]
-    found = add_statistics.fused(given.unflatten(1, (height, width)).permute(0, 3, 1, 2), None, None)[1]
+    (batch, channels, height, width), image_rows, cells = x.shape, rows(x), x.shape[2] * x.shape[3]
+    statistics = add_statistics.fused(image_rows.unflatten(1, (height, width)).permute(0, 3, 1, 2), None, None)[1]
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
-        is_merged = found.shape[2] > MOST_CHUNKS
-        found, sizes = merged(found, cells) if is_merged else found, blocks(BLOCKS, "image_norm", x)
-        out, grid = torch.empty_like(given), (ceil_divide(cells, SPAN), ceil_divide(channels, sizes["BLOCK_C"]), batch)
+        is_merged = statistics.shape[2] > MOST_CHUNKS
+        statistics = merge_statistics(statistics, cells) if is_merged else statistics
+        sizes = blocks(BLOCKS, "image_norm", x)
+        out, grid = (
+            torch.empty_like(image_rows),
+            (ceil_divide(cells, SPAN), ceil_divide(channels, sizes["BLOCK_C"]), batch),
+        )
         _image_norm_kernel[grid](
-            given,
-            *found,
+            image_rows,
+            *statistics,
             out,
             channels,
             cells,
-            found.shape[2],
+            statistics.shape[2],
             cells if is_merged else CHUNK,
             EPS,
             HAS_RELU=has_relu,

@@ -58,7 +58,7 @@ def ceil_divide(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def padded(size: int, least: int = 16) -> int:
+def round_up(size: int, least: int = 16) -> int:
     """The smallest power of two that holds `size`, at least what a matrix product of tiles needs."""
     return max(least, 1 << (size - 1).bit_length())
 
@@ -107,4 +107,4 @@ def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16,
     row = (kernel, 8 * x.element_size())
     names = (*names_of(x.device), UNTUNED)
     sizes = next(table[name][row] for name in names if row in table.get(name, {}))
-    return sizes | {name: min(sizes[name], padded(count, least)) for name, count in counts.items()}
+    return sizes | {name: min(sizes[name], round_up(count, least)) for name, count in counts.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.case import BATCH, LEVELS, TOKENS, Case, noise
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 WIDEST = 8192  # a row is held in registers
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -30,7 +30,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
-    """The same on a CPU, from csrc/network_ops.cpp."""
+    """`reference` on a CPU, from csrc/network_ops.cpp."""
     fits = weight.shape == bias.shape == x.shape[-1:]
     if shift is not None or not fits or not is_native(x, weight, bias):
         return reference(x, weight, bias, eps, shift)
@@ -89,7 +89,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | N
     rows, sizes, out = x.numel() // channels, blocks(BLOCKS, "layer_norm", x), torch.empty_like(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
-            x, weight, bias, shift, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
+            x, weight, bias, shift, out, rows, channels, eps, BLOCK_C=round_up(channels, 1), **sizes
         )
     return out
 

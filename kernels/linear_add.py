@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, statistics
+from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, take_statistics
 from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -27,7 +27,7 @@ def reference(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, resi
     the statistics [2, B, chunks, N] of the sum.
     """
     out = F.linear(torch.cat(list(parts), -1), weight, bias) + residual
-    return out, statistics(out.transpose(1, 2)[..., None])
+    return out, take_statistics(out.transpose(1, 2)[..., None])
 
 
 @jit
@@ -139,10 +139,10 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     first, *others = (part.contiguous() for part in parts)
     weight, residual = weight.contiguous(), residual.contiguous()
     (batch, cells, width), channels = first.shape, len(weight)
-    out, found = torch.empty_like(residual), empty_statistics(first, channels)
+    out, statistics = torch.empty_like(residual), empty_statistics(first, channels)
     sizes = blocks(BLOCKS, "linear_add", first, BLOCK_C=channels, BLOCK_K=width)
     second = (others[0], weight[:, width:]) if others else (None, None)
-    grid = ceil_divide(channels, sizes["BLOCK_C"]), found.shape[2], batch
+    grid = ceil_divide(channels, sizes["BLOCK_C"]), statistics.shape[2], batch
     with torch.cuda.device_of(first):  # Triton launches on the current device of the thread
         _linear_add_kernel[grid](
             first,
@@ -151,7 +151,7 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
             bias,
             residual,
             out,
-            *found,
+            *statistics,
             cells,
             channels,
             width,
@@ -159,10 +159,10 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
             weight.shape[1],
             PRECISION=PRECISION,
             CHUNK=CHUNK,
-            BLOCK_S=min(CHUNK, padded(cells)),
+            BLOCK_S=min(CHUNK, round_up(cells)),
             **sizes,
         )
-    return out, found
+    return out, statistics
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
@@ -175,7 +175,7 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def added(batch, cells, widths, channels, has_bias=True):
+    def build(batch, cells, widths, channels, has_bias=True):
         parts = [noise(batch, cells, width) for width in widths]
         weight = noise(channels, sum(widths), scale=sum(widths) ** -0.5)
         shape, chunks = (batch, cells, channels), -(-cells // CHUNK)
@@ -183,8 +183,8 @@ def cases() -> list[Case]:
         return inputs, (shape, (2, batch, chunks, channels))
 
     return [
-        Case("smallest", *added(1, 1, (1,), 1)),
-        Case("two inputs, ragged in every size", *added(2, 150, (37, 21), 70)),
-        Case("no bias", *added(1, 130, (64,), 33, has_bias=False)),
-        Case("SD 1.x first level, the skip beside what comes from below", *added(1, 144, (640, 320), 320)),
+        Case("smallest", *build(1, 1, (1,), 1)),
+        Case("two inputs, ragged in every size", *build(2, 150, (37, 21), 70)),
+        Case("no bias", *build(1, 130, (64,), 33, has_bias=False)),
+        Case("SD 1.x first level, the skip beside what comes from below", *build(1, 144, (640, 320), 320)),
     ]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.case import BATCH, FEATURES, QUERIES, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 WIDEST = 256  # channels of a row, which lies in registers; wider ones are left to the reference
 DEVICES = {"untuned": "fused"}
@@ -96,7 +96,7 @@ def fused(
     shapes = f"weight {list(weight.shape)}, residual {list(residual.shape)} and rows {list(x.shape)}"
     if x.shape[-1] != width or residual.shape != (*x.shape[:-1], channels):
         raise ValueError(f"linear_norm: {shapes} do not fit each other")
-    if any(one.shape != (channels,) for one in (bias, gain, shift)):
+    if any(vector.shape != (channels,) for vector in (bias, gain, shift)):
         raise ValueError(f"linear_norm: bias, gain and shift do not fit {channels} outputs")
     if not is_served("linear_norm", x, weight, bias, residual, gain, shift) or channels > WIDEST:
         return reference(x, weight, bias, residual, gain, shift, eps, has_relu)
@@ -117,7 +117,7 @@ def fused(
             eps,
             HAS_RELU=has_relu,
             PRECISION=PRECISION,
-            BLOCK_C=padded(channels),
+            BLOCK_C=round_up(channels),
             **sizes,
         )
     return out

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.case import BATCH, FEATURES, QUERIES, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 WIDEST = 256  # channels of a row, which lies in registers; wider ones are left to the reference
 DEVICES = {"untuned": "fused"}
@@ -93,10 +93,10 @@ def fused(
 ) -> Tensor:
     """What `reference` says; the hidden layers never leave the registers."""
     channels, features = x.shape[-1], len(weights[-1])
-    shapes = [list(one.shape) for one in weights]
+    shapes = [list(weight.shape) for weight in weights]
     if shapes != [[channels, channels], [channels, channels], [features, channels]]:
         raise ValueError(f"mask_embedding: weights {shapes} are not three layers for rows of {channels}")
-    if [len(one) for one in (gain, shift, *biases)] != [channels] * 4 + [features]:
+    if [len(weight) for weight in (gain, shift, *biases)] != [channels] * 4 + [features]:
         raise ValueError(f"mask_embedding: norm and biases do not fit rows of {channels} and {features} outputs")
     if not is_served("mask_embedding", x, gain, shift, *weights, *biases) or channels > WIDEST:
         return reference(x, gain, shift, eps, weights, biases)
@@ -116,7 +116,7 @@ def fused(
             features,
             eps,
             PRECISION="ieee",  # three passes of TF32 would not fit into registers; of 16 bits it says nothing
-            BLOCK_C=padded(channels),
+            BLOCK_C=round_up(channels),
             **sizes,
         )
     return out
@@ -133,7 +133,7 @@ def cases() -> list[Case]:
         channels = shape[-1]
         weights = [noise(count, channels, k, scale=channels**-0.5)[..., 0] for k, count in
                    ((1, channels), (2, channels), (3, features))]  # fmt: skip
-        biases = [noise(len(one) + k)[k:] for k, one in enumerate(weights)]
+        biases = [noise(len(vector) + k)[k:] for k, vector in enumerate(weights)]
         return noise(*shape), noise(channels) + 1, noise(channels + 1)[1:], 1e-5, weights, biases
 
     return [

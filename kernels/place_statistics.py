@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, rows, statistics
+from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, rows, take_statistics
 from datasetdm_fast.kernels.case import BATCH, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -29,7 +29,7 @@ def reference(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         for column in (0, 1):
             cells = places[:, row, column, :, row : row + height, column : column + width]
             out[:, :, row::2, column::2] = cells + bias[:, None, None]
-    return out, statistics(out)
+    return out, take_statistics(out)
 
 
 @jit
@@ -75,22 +75,22 @@ def fused(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return reference(places, bias)
     channels, height, width = len(bias), 2 * (height - 1), 2 * (width - 1)
     out = places.new_empty((batch, height * width, channels))
-    found, sizes = empty_statistics(out, channels), blocks(BLOCKS, "place_statistics", places)
-    grid = found.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
+    statistics, sizes = empty_statistics(out, channels), blocks(BLOCKS, "place_statistics", places)
+    grid = statistics.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
     with torch.cuda.device_of(places):  # Triton launches on the current device of the thread
         _place_statistics_kernel[grid](
             rows(places),
             bias,
             out,
-            *found,
+            *statistics,
             channels,
             height,
             width,
             CHUNK=CHUNK,
-            BLOCK_S=min(CHUNK, padded(height * width)),
+            BLOCK_S=min(CHUNK, round_up(height * width)),
             **sizes,
         )
-    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2), found
+    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2), statistics
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
@@ -105,13 +105,13 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def doubled(batch, channels, height, width):
+    def build(batch, channels, height, width):
         inputs = noise(batch, 4 * channels, height + 1, width + 1), noise(channels)
         shape, chunks = (batch, channels, 2 * height, 2 * width), -(-4 * height * width // CHUNK)
         return inputs, (shape, (2, batch, chunks, channels))
 
     return [
-        Case("smallest", *doubled(1, 1, 1, 1)),
-        Case("odd planes of several chunks", *doubled(2, 35, 5, 9)),
-        Case("SD 1.x lowest level", *doubled(1, 640, 8, 8)),
+        Case("smallest", *build(1, 1, 1, 1)),
+        Case("odd planes of several chunks", *build(2, 35, 5, 9)),
+        Case("SD 1.x lowest level", *build(1, 640, 8, 8)),
     ]

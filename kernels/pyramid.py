@@ -37,8 +37,8 @@ def add_product(total: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def plain(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """The same level, each tensor projected where it lies and only the sum resized: both are linear and act on
-    different axes.
+    """The level of `reference`, each tensor projected where it lies and only the sum resized: both are linear and act
+    on different axes.
     """
     widths = [x.shape[1] for x in features] + [layer.shape[1] * layer.shape[3] for layer in maps]
     parts = weight.flatten(1).split(widths, 1)

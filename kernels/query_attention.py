@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import masked_attention
 from datasetdm_fast.kernels.case import BATCH, FEATURES, HEADS, QUERIES, Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -45,7 +45,7 @@ def _load_placed(
 
 
 @jit
-def _blocked(logits_ptr, query, cell, is_query, is_cell, cells):  # [N, S]: outside of the last mask
+def is_masked(logits_ptr, query, cell, is_query, is_cell, cells):  # [N, S]: outside of the last mask
     inside = is_query[:, None] & is_cell[None, :]
     logits = tl.load(logits_ptr + query[:, None] * cells + cell[None, :], mask=inside, other=float("-inf"))
     return tl.sigmoid(logits.to(tl.float32)).to(logits.dtype) < 0.5
@@ -90,13 +90,17 @@ def _query_attention_kernel(
     )  # fmt: skip
     keys_ptr, values_ptr = k_ptr + image * k_image_stride + first, v_ptr + image * v_image_stride + first
     places_ptr = k_place_ptr + image * k_place_image_stride + first
+
+    # 1. Which queries see any cell of their own mask; those that see none attend to all (Mask2Former)
     seen = tl.zeros([BLOCK_N], tl.int32)  # whether a query sees any cell of its own
     if logits_ptr is not None:
         masks_ptr = logits_ptr + image * queries * cells
         for start in range(0, cells, BLOCK_S):
             cell = start + column
-            blocked = _blocked(masks_ptr + start, query, column, is_query, cell < cells, cells)
+            blocked = is_masked(masks_ptr + start, query, column, is_query, cell < cells, cells)
             seen = tl.maximum(seen, tl.max((blocked == 0).to(tl.int32), 1))
+
+    # 2. Online softmax over blocks of cells
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     answer = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -112,7 +116,7 @@ def _query_attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(is_cell[None, :], scores, float("-inf"))
         if logits_ptr is not None:
-            blocked = _blocked(masks_ptr + start, query, column, is_query, is_cell, cells)
+            blocked = is_masked(masks_ptr + start, query, column, is_query, is_cell, cells)
             scores = tl.where(blocked & (seen > 0)[:, None], float("-inf"), scores)
         top = tl.maximum(highest, tl.max(scores, 1))
         finite = tl.where(top == float("-inf"), 0.0, top)  # nothing is seen so far
@@ -124,6 +128,8 @@ def _query_attention_kernel(
         total = total * share + tl.sum(weights, 1)
         answer = tl.dot(weights.to(v.dtype), v, answer * share[:, None], input_precision=PRECISION)
         highest = top
+
+    # 3. The answer
     answer = answer / total[:, None]
     place = (image * queries + query)[:, None] * (tl.num_programs(1) * width) + first + lane[None, :]
     tl.store(out_ptr + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_lane[None, :])
@@ -168,7 +174,7 @@ def fused(
             width**-0.5,
             *strides,
             PRECISION=PRECISION,
-            BLOCK_D=padded(width),
+            BLOCK_D=round_up(width),
             **sizes,
         )
     return out

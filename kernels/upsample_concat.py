@@ -21,7 +21,7 @@ def reference(levels: Sequence[Tensor], side: int) -> Tensor:
 
 
 @jit
-def _resized(
+def resize_level(
     x_ptr, place, inside, row, column, channel, height, width, stride_channel, stride_row, stride_column, side
 ):  # the cells [S, C] of one image of one level
     row = tl.maximum((row + 0.5) * (height * 1.0 / side) - 0.5, 0.0)
@@ -70,7 +70,7 @@ def _upsample_concat_kernel(
     if tl.program_id(1) < blocks:
         channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = (cell < side * side)[:, None] & (channel < channels)[None, :]
-        y = _resized(
+        y = resize_level(
             x_ptr, image * stride_image, inside, row, column, channel, height, width, stride_channel, stride_row,
             stride_column, side,
         )  # fmt: skip
@@ -78,7 +78,7 @@ def _upsample_concat_kernel(
     else:
         channel = (tl.program_id(1) - blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = (cell < side * side)[:, None] & (channel < second_channels)[None, :]
-        y = _resized(
+        y = resize_level(
             second_ptr, image * second_stride_image, inside, row, column, channel, second_height, second_width,
             second_stride_channel, second_stride_row, second_stride_column, side,
         )  # fmt: skip

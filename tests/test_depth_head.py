@@ -165,7 +165,7 @@ def test_a_nan_is_not_hidden_from_a_training():
 def test_a_head_in_training_is_the_plain_one(sides):
     inputs = head(2, 4, 70, 6)
     both = []
-    for form in (depth_head.trained, depth_head.plain):
+    for form in (depth_head.apply_trained, depth_head.plain):
         own = [one.clone().requires_grad_() for one in inputs]
         answer = form(*own, sides)
         both.append((answer.detach(), *torch.autograd.grad(answer.square().sum(), own)))
@@ -177,7 +177,7 @@ def test_a_training_in_bf16_takes_the_plain_head(monkeypatch):
     monkeypatch.delattr(_C, "depth_head_add")
     inputs = head(1, 2, 3, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (form(*inputs, (8,)) for form in (depth_head.trained, depth_head.plain))
+        found, expected = (form(*inputs, (8,)) for form in (depth_head.apply_trained, depth_head.plain))
     assert torch.equal(found, expected)
 
 

@@ -63,8 +63,8 @@ def test_every_instruction_set(vector_bytes, batch, channels, outputs, height, w
     for name in ("winograd", "winograd_taps"):
         inner = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, vector_bytes))
-    forms, empty = [form(given["weight"]) for form in (winograd.transformed, winograd.in_panels)], torch.empty
-    winograd.let_go()
+    forms, empty = [form(given["weight"]) for form in (winograd.transform_weight, winograd.in_panels)], torch.empty
+    winograd.free_buffers()
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
     for form in forms:
         for added, expected in ((None, truth), (residual, truth + residual)):
@@ -73,7 +73,7 @@ def test_every_instruction_set(vector_bytes, batch, channels, outputs, height, w
             assert distance(found, expected) <= max(4 * direct, 5e-7)
 
 
-@pytest.mark.parametrize("form", [winograd.transformed, winograd.in_panels])
+@pytest.mark.parametrize("form", [winograd.transform_weight, winograd.in_panels])
 @torch.inference_mode()
 def test_neither_threads_nor_the_batch_change_a_bit(form, monkeypatch):
     x, given = image(5, 32, 13, 9), weights(48, 32)
@@ -97,9 +97,9 @@ def test_every_instruction_set_in_bf16(vector_bytes, channels, outputs, is_doubl
     for name in ("winograd", "winograd_taps"):
         inner = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, vector_bytes))
-    forms, empty = [form(given["weight"]) for form in (winograd.transformed, winograd.in_panels)], torch.empty
+    forms, empty = [form(given["weight"]) for form in (winograd.transform_weight, winograd.in_panels)], torch.empty
     assert torch.equal(winograd.from_panels(forms[1], outputs), given["weight"])
-    winograd.let_go()
+    winograd.free_buffers()
     monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
     for form in forms:
         found = []
@@ -134,7 +134,7 @@ def test_gradients_of_every_instruction_set(vector_bytes, batch, channels, outpu
 
     truth = gradients(lambda *own: F.conv2d(*own, padding=1), torch.float64)
     direct = gradients(lambda *own: F.conv2d(*own, padding=1), torch.float32)
-    for found, plain, wanted in zip(gradients(winograd.trained, torch.float32), direct, truth):
+    for found, plain, wanted in zip(gradients(winograd.convolve_trained, torch.float32), direct, truth):
         assert distance(found, wanted) <= max(5 * distance(plain, wanted), 1e-6)
 
 
@@ -238,7 +238,7 @@ def test_a_transformed_weight_is_that_of_fp64(vector_bytes, monkeypatch):
     rows = [[16 / 9, 0, 0], [-1, -1 / 2, -1 / 4], [-1, 1 / 2, -1 / 4], [1 / 9, 1 / 6, 1 / 4], [1 / 9, -1 / 6, 1 / 4]]
     taps = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
     truth = torch.einsum("yr,oirs,xs->yxoi", taps, weight.double(), taps).flatten(0, 1)
-    found = winograd.transformed(weight)
+    found = winograd.transform_weight(weight)
     panels = found.transpose(2, 3).flatten(1, 2)  # [36, outputs, channels]
     assert distance(panels[:, :48], truth) <= 3e-8 and (panels[:, 48:] == 0).all()
 

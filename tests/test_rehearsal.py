@@ -42,7 +42,7 @@ from bench.rehearsal.run import OfThread, Rehearsal, stage
 from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, Flaw, HostThread, Timeline
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.kernels import OPS, launch
+from datasetdm_fast.kernels import FILES, OPS, launch
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
@@ -344,7 +344,7 @@ def test_memory_is_written_before_it_is_read():
 
 def kernels() -> dict:
     """Every kernel by its name."""
-    own = (one for module in OPS.values() for name, one in vars(module).items() if name.endswith("_kernel"))
+    own = (one for module in FILES for name, one in vars(module).items() if name.endswith("_kernel"))
     return {name_of(kernel): kernel for kernel in own}
 
 

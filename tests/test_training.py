@@ -132,7 +132,7 @@ def test_an_image_without_things_still_teaches_their_absence():
 def test_the_norm_of_a_training_has_the_references_answer_and_gradient():
     torch.manual_seed(0)
     x, out = (2 * torch.randn(3, 5, 4, 6) + 7).requires_grad_(), torch.randn(3, 5, 4, 6)
-    found, mean, variance = image_norm.trained(x)
+    found, mean, variance = image_norm.normalise_trained(x)
     assert torch.equal(found, image_norm.reference(x, has_relu=True))
     assert torch.allclose(mean, x.mean((2, 3), keepdim=True))
     assert torch.allclose(variance, x.var((2, 3), keepdim=True, correction=0))

@@ -110,9 +110,9 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
     """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it."""
     import torch
 
-    from datasetdm_fast.kernels import OPS, launch
+    from datasetdm_fast.kernels import FILES, OPS, launch
 
-    noted, seen, places = [], set(), [vars(module) for module in (launch, *OPS.values())]
+    noted, seen, places = [], set(), [vars(module) for module in (launch, *FILES)]
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
     named = [(place, "names_of", place["names_of"]) for place in places if "names_of" in place]
     empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")

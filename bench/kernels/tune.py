@@ -24,7 +24,7 @@ from bench.report.reckoned import BUDGET
 from bench.report.results import ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engine.engines.fast import DTYPES
-from datasetdm_fast.kernels import OPS, fused, plain
+from datasetdm_fast.kernels import FILES, OPS, fused, plain
 from datasetdm_fast.kernels.case import BATCH
 from datasetdm_fast.kernels.launch import names_of
 
@@ -105,9 +105,14 @@ def op_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
-    table = OPS[op].BLOCKS.setdefault(names_of(device)[0] if device.type == "cuda" else "untuned", {})
-    kernels = [(kernel, dict(sizes)) for (kernel, width), sizes in OPS[op].BLOCKS["untuned"].items() if width == bits]
-    for place, (kernel, sizes) in enumerate(kernels):
+    name = names_of(device)[0] if device.type == "cuda" else "untuned"
+    kernels = [
+        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes))
+        for file in FILES
+        for (kernel, width), sizes in getattr(file, "BLOCKS", {"untuned": {}})["untuned"].items()
+        if width == bits and kernel.split()[0] == op
+    ]
+    for place, (table, kernel, sizes) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
         end = now + (until - now) / (len(kernels) - place)
         best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, end)

@@ -16,7 +16,7 @@ import torch
 from bench.kernels.audit import SHARED_LIMIT, name_of, taken
 from bench.rehearsal.cuda import CARDS
 from bench.rehearsal.kernels import ACTIVATIONS, ALIGNED, NotedLaunch, source_of
-from datasetdm_fast.kernels import OPS
+from datasetdm_fast.kernels import FILES
 from datasetdm_fast.kernels.launch import UNTUNED
 
 WARP = 32  # threads
@@ -116,7 +116,7 @@ def gpus(targets: Iterable[str]) -> dict[tuple[int, int], list[str]]:
     """The compute capabilities to simulate -> the targets whose GPUs launch the same: one alone where rows for it
     stand in a kernel's file, all others together.
     """
-    tables = [getattr(op, table, ()) for op in OPS.values() for table in ("BLOCKS", "DEVICES", "LIBRARY")]
+    tables = [getattr(op, table, ()) for op in FILES for table in ("BLOCKS", "DEVICES", "LIBRARY")]
     measured, found = set(chain(*tables)), {}
     for target in targets:
         name = f"sm_{target}"

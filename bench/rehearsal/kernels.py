@@ -22,7 +22,7 @@ from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
 from bench.kernels.audit import Launch as Compilable
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
-from datasetdm_fast.kernels import OPS
+from datasetdm_fast.kernels import FILES, OPS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of
@@ -103,6 +103,7 @@ def noted_kernels(
     with ExitStack() as stack:
         for op, module in OPS.items():
             stack.enter_context(mock.patch.object(module, "reference", watched_reference(op, module, timeline)))
+        for module in FILES:
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     noted = NotedKernel(kernel, timeline, launches, storage)

@@ -10,7 +10,7 @@ from bench.rehearsal.operations import ATTENTION
 from bench.rehearsal.timeline import Operation
 from datasetdm_fast.kernels.attention import library_width, split
 from datasetdm_fast.kernels.depth_head import TAPS
-from datasetdm_fast.kernels.launch import padded
+from datasetdm_fast.kernels.launch import round_up
 
 # What kernels reached on an H200, one by one (bench/README.md): bytes a second, of 4.2e12 that a copy moves; operations
 # a second; and seconds a launch, what a graph took beyond its kernels.
@@ -68,7 +68,7 @@ def rate(one: Operation) -> float:
     if one.name == "triton query_attention":  # heads that fill half a tile of such kernels
         return FP32_PRODUCTS if is_wide else ATTENTIONS / 2
     if one.name == "triton depth_head":
-        return (FP32_PRODUCTS if is_wide else OWN) * TAPS / padded(TAPS)
+        return (FP32_PRODUCTS if is_wide else OWN) * TAPS / round_up(TAPS)
     if one.name in OWN_PRODUCTS:
         (*batch, _), (columns, *_) = one.shapes[:2]
         return (FP32_PRODUCTS if is_wide else OWN) * busy(math.prod(batch), columns)

@@ -18,7 +18,7 @@ from bench.report.tables import Row, Table, figure, share, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.engine.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS
-from datasetdm_fast.kernels.choice import FORM, chosen
+from datasetdm_fast.kernels.choice import FORM, form_of
 
 FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}  # relative L2 that rounding alone explains
 OWN_DRIFT = 2.0  # times what the reference itself loses in the same type
@@ -81,7 +81,7 @@ class OpTiming:
 
     def forms(self, op: str) -> dict[str, Callable]:
         """What the engine runs on the device, under the name `engine`, and on a GPU the kernel it does not run."""
-        usual, reference = chosen(op, self.device), OPS[op].reference
+        usual, reference = form_of(op, self.device), OPS[op].reference
         fused = getattr(FORM["fused"], op, reference) if self.device.type == "cuda" else reference
         found = {"engine": usual} if usual is not reference else {}
         return found | ({"fused": fused} if fused not in (usual, reference) else {})

@@ -1,4 +1,5 @@
-// Anything at all as run-length strings, runs and masks: refused with std::invalid_argument, or read, and then the round trip holds.
+// Anything at all as run-length strings, runs and masks: refused with std::invalid_argument, or read, and then the
+// round trip holds.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>

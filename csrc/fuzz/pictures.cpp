@@ -1,4 +1,5 @@
-// Anything at all as pixels: the PNG file stays within its buffers, is framed as the format asks, and its stream is what inflating it gives back.
+// Anything at all as pixels: the PNG file stays within its buffers, is framed as the format asks, and its stream is
+// what inflating it gives back.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -19,7 +20,7 @@ void demand(bool holds) {
 
 // RFC 1951 the slow and plain way: one bit at a time, codes looked up by length and value.
 class Inflating {
-  public:
+public:
     explicit Inflating(const std::vector<uint8_t>& stream) : stream_(stream) {}
 
     std::vector<uint8_t> run() {
@@ -27,10 +28,17 @@ class Inflating {
         while (!is_last) {
             is_last = bits(1);
             switch (bits(2)) {
-                case 0: stored(); break;
-                case 1: fixed(); break;
-                case 2: dynamic(); break;
-                default: std::abort();
+                case 0:
+                    stored();
+                    break;
+                case 1:
+                    fixed();
+                    break;
+                case 2:
+                    dynamic();
+                    break;
+                default:
+                    std::abort();
             }
         }
         return out_;
@@ -38,7 +46,7 @@ class Inflating {
 
     size_t used() const { return (place_ + 7) / 8; }
 
-  private:
+private:
     struct Code {
         std::vector<int> counts = std::vector<int>(16), symbols;
         explicit Code(const std::vector<int>& lengths) {
@@ -99,7 +107,9 @@ class Inflating {
                 continue;
             }
             demand(found != 16 || !lengths.empty());
-            const int repeated = found == 16 ? lengths.back() : 0, times = found == 16 ? 3 + bits(2) : found == 17 ? 3 + bits(3) : 11 + bits(7);
+            const int repeated = found == 16 ? lengths.back() : 0, times = found == 16   ? 3 + bits(2)
+                                                                           : found == 17 ? 3 + bits(3)
+                                                                                         : 11 + bits(7);
             lengths.insert(lengths.end(), times, repeated);
         }
         demand(static_cast<int>(lengths.size()) == literals + distances);
@@ -107,10 +117,13 @@ class Inflating {
     }
 
     void coded(const Code& literals, const Code& distances) {
-        constexpr int kLength[29] = {3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
-        constexpr int kLengthBits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
-        constexpr int kDistance[30] = {1,   2,   3,   4,   5,   7,    9,    13,   17,   25,   33,   49,   65,    97,    129,
-                                       193, 257, 385, 513, 769, 1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+        constexpr int kLength[29] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
+                                     31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
+        constexpr int kLengthBits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
+                                         2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
+        constexpr int kDistance[30] = {1,    2,    3,    4,    5,    7,    9,    13,    17,    25,
+                                       33,   49,   65,   97,   129,  193,  257,  385,   513,   769,
+                                       1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
         while (true) {
             const int found = symbol(literals);
             if (found == 256) return;
@@ -132,12 +145,15 @@ class Inflating {
     std::vector<uint8_t> out_;
 };
 
-uint32_t big_endian(const uint8_t* data) { return uint32_t{data[0]} << 24 | uint32_t{data[1]} << 16 | uint32_t{data[2]} << 8 | data[3]; }
+uint32_t big_endian(const uint8_t* data) {
+    return uint32_t{data[0]} << 24 | uint32_t{data[1]} << 16 | uint32_t{data[2]} << 8 | data[3];
+}
 
 void check_stream(const std::vector<uint8_t>& stream, const std::vector<uint8_t>& expected) {
     Inflating inflating(stream);
     demand(inflating.run() == expected);
-    demand(inflating.used() + 4 == stream.size() && big_endian(stream.data() + stream.size() - 4) == adler32(expected.data(), expected.size()));
+    demand(inflating.used() + 4 == stream.size() &&
+           big_endian(stream.data() + stream.size() - 4) == adler32(expected.data(), expected.size()));
 }
 
 void compress(const uint8_t* data, size_t size) {
@@ -150,20 +166,24 @@ void frame(const uint8_t* data, size_t size) {
     if (size < 3) return;
     constexpr size_t kSteps[] = {1, 3, 2, 1};
     constexpr Colour kColours[] = {kGrey, kRgb, kGrey, kPalette};
-    const size_t kind = data[0] % 4, width = data[1] + 1, step = kSteps[kind], height = std::max<size_t>((size - 2) / (width * step), 1);
+    const size_t kind = data[0] % 4, width = data[1] + 1, step = kSteps[kind],
+                 height = std::max<size_t>((size - 2) / (width * step), 1);
     std::vector<uint8_t> pixels(data + 2, data + size);
     pixels.resize(height * width * step);
-    const std::vector<uint8_t> file =
-        png_file(pixels.data(), height, width, step, kind == 2 ? 16 : 8, kColours[kind], kind == 3 ? std::string(768, '\1') : std::string());
+    const std::vector<uint8_t> file = png_file(pixels.data(), height, width, step, kind == 2 ? 16 : 8, kColours[kind],
+                                               kind == 3 ? std::string(768, '\1') : std::string());
     size_t place = 8;
     std::string names;
     while (place < file.size()) {
         demand(place + 12 <= file.size());
         const size_t length = big_endian(file.data() + place);
         demand(length <= file.size() - place - 12);
-        names += std::string(file.begin() + static_cast<std::ptrdiff_t>(place) + 4, file.begin() + static_cast<std::ptrdiff_t>(place) + 8) + " ";
+        names += std::string(file.begin() + static_cast<std::ptrdiff_t>(place) + 4,
+                             file.begin() + static_cast<std::ptrdiff_t>(place) + 8) +
+                 " ";
         if (names.size() >= 5 && names.compare(names.size() - 5, 5, "IDAT ") == 0) {
-            const std::vector<uint8_t> stream(file.begin() + static_cast<std::ptrdiff_t>(place) + 8, file.begin() + static_cast<std::ptrdiff_t>(place + 8 + length));
+            const std::vector<uint8_t> stream(file.begin() + static_cast<std::ptrdiff_t>(place) + 8,
+                                              file.begin() + static_cast<std::ptrdiff_t>(place + 8 + length));
             const std::vector<uint8_t> rows = Inflating(stream).run();
             demand(rows.size() == height * (width * step + 1));
             check_stream(stream, rows);

@@ -1,4 +1,5 @@
-// main() for compilers without libFuzzer: every file named, and `-mutations=N` seeded changes of them, through the same entry.
+// main() for compilers without libFuzzer: every file named, and `-mutations=N` seeded changes of them, through the same
+// entry.
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -24,11 +25,17 @@ Bytes changed(const std::vector<Bytes>& seeds, std::mt19937_64& dice) {
             case 1:
                 if (!bytes.empty()) bytes[place] = static_cast<uint8_t>(dice());
                 break;
-            case 2: bytes.resize(place); break;
-            case 3: bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(place), static_cast<uint8_t>(dice())); break;
+            case 2:
+                bytes.resize(place);
+                break;
+            case 3:
+                bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(place), static_cast<uint8_t>(dice()));
+                break;
             default: {
                 const Bytes& other = seeds[dice() % seeds.size()];
-                bytes.insert(bytes.end(), other.begin() + static_cast<std::ptrdiff_t>(other.empty() ? 0 : dice() % other.size()), other.end());
+                bytes.insert(bytes.end(),
+                             other.begin() + static_cast<std::ptrdiff_t>(other.empty() ? 0 : dice() % other.size()),
+                             other.end());
             }
         }
     }
@@ -59,6 +66,7 @@ int main(int count, char** arguments) {
         const Bytes bytes = changed(seeds, dice);
         LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
     }
-    std::printf("%zu files and %llu changes of them, nothing found\n", seeds.size(), static_cast<unsigned long long>(mutations));
+    std::printf("%zu files and %llu changes of them, nothing found\n", seeds.size(),
+                static_cast<unsigned long long>(mutations));
     return 0;
 }

@@ -16,7 +16,7 @@ from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
+from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, stack_shifted_rows
 from datasetdm_fast.kernels.image_norm import EPS
 
 
@@ -92,7 +92,7 @@ def depth_head(
 ) -> Value:
     """See kernels.depth_head.plain: nine products at the resolution of `x`, resized, shifted, added."""
     side, (hidden, channels) = x.shape[-1], weight.shape[:2]
-    matrices = shifted(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
+    matrices = stack_shifted_rows(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
     across = x.graph.constant(matrices.permute(0, 2, 1).reshape(3 * side, -1).contiguous())  # [3 w, W]
     down = x.graph.constant(matrices.permute(1, 0, 2).reshape(-1, 3 * side).contiguous())  # [H, 3 h]
     cells: Value = x.flatten(2)

@@ -37,6 +37,6 @@ class DepthDecoder(Decoder):
             x, sides = self.upscale(x), (side * FACTOR,)
         else:
             sides = (round(side * MASKS), side * FACTOR)
-        head = depth_head.trained if self.training else self.ops.depth_head
+        head = depth_head.apply_trained if self.training else self.ops.depth_head
         logits = head(x, first.weight, first.bias, last.weight, last.bias, sides)
         return {"depth": sigmoid(logits) * self.config.max_depth}

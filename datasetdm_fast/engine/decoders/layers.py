@@ -50,7 +50,7 @@ class SpectralConv2d(nn.Conv2d):
         if self.kernel_size == (1, 1):
             return pointwise(x, weight, self.bias)
         if self.training:
-            return winograd.trained(x, weight, self.bias)
+            return winograd.convolve_trained(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class SegBlock(nn.Module):
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """relu(norm(x))."""
         if self.training:
-            normed, means, variances = image_norm.trained(x)
+            normed, means, variances = image_norm.normalise_trained(x)
             with torch.no_grad():
                 count, now = x.shape[2] * x.shape[3], means.mean(0)
                 squares = count * (variances + (means - now).square()).sum(0)
@@ -109,5 +109,5 @@ class Upscale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pointwise(x, self.reduce.weight, self.reduce.bias)
         detail, reduced = self.detail, F.relu(x)
-        places = winograd.trained(reduced, detail.weight, detail.bias) if self.training else detail(reduced)
+        places = winograd.convolve_trained(reduced, detail.weight, detail.bias) if self.training else detail(reduced)
         return resize(x, x.shape[-1] * self.times) + F.pixel_shuffle(places, self.times)

@@ -42,7 +42,7 @@ class Packing:
         return value.data_ptr()
 
     def panels(self, value: Tensor) -> int:
-        return self.place(products.paired(value) if self.in_pairs else value)
+        return self.place(products.pair_inputs(value) if self.in_pairs else value)
 
     def norm(self, norm: GroupNorm | LayerNorm) -> _C.Norm:
         groups = norm.groups if isinstance(norm, GroupNorm) else 1
@@ -59,7 +59,7 @@ class Packing:
     def taps(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> _C.Convolution:
         outputs, channels, taps, _ = weight.shape
         panels = self.panels(products.panels(weight.permute(0, 2, 3, 1).flatten(1)))
-        transformed = winograd.transformed_in_pairs if self.in_pairs else winograd.transformed
+        transformed = winograd.transform_in_pairs if self.in_pairs else winograd.transform_weight
         minimal = self.place(transformed(weight)) if winograd.takes(weight) and stride == 1 else 0
         sizes = channels, outputs, taps, stride, padding
         return _C.Convolution(panels, self.place(bias), minimal, *sizes, self.in_pairs)

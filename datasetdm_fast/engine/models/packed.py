@@ -82,7 +82,7 @@ class PackedConvolution(nn.Module):
             return winograd.convolve(x, self._panels, bias, residual)
         if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
             if self._transformed is None:
-                self._transformed = winograd.transformed(weight)
+                self._transformed = winograd.transform_weight(weight)
             if self._packed is None and _has_tiles(*size, 1):
                 self.weight = None
             return winograd.convolve(x, self._transformed, bias, residual)
@@ -105,7 +105,7 @@ class PackedUpsample(nn.Module):
         super().__init__()
         self.bias, is_small, taps = upsample.bias, is_held(upsample.taps), upsample.taps
         self.weight = upsample.weight if is_small else None
-        self._minimal = winograd.transformed(taps) if is_small else winograd.in_panels(taps)
+        self._minimal = winograd.transform_weight(taps) if is_small else winograd.in_panels(taps)
 
     def plain_taps(self) -> Tensor | None:
         """The 3x3 taps where nothing else is held."""
@@ -186,8 +186,8 @@ PACKED = {Linear: PackedLinear, Convolution: PackedConvolution}
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """The state of a network with every weight in its plain order, those of packed layers among them; a weight that is
-    held transformed alone is given as `winograd.transformed` makes it. An Upsample has its taps, too, or these alone:
-    in half precision its weight, which is sums of them, is not that of its rounded taps.
+    held transformed alone is given as `winograd.transform_weight` makes it. An Upsample has its taps, too, or these
+    alone: in half precision its weight, which is sums of them, is not that of its rounded taps.
     """
     away = {
         f"{name}.weight": layer.held_weight()
@@ -204,7 +204,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def weight_as(held: Tensor, weight: Tensor) -> Tensor:
     """A plain weight in the form of one of `weights_of`."""
-    return weight if held.shape == weight.shape else winograd.transformed(weight)
+    return weight if held.shape == weight.shape else winograd.transform_weight(weight)
 
 
 def is_held(weight: Tensor) -> bool:

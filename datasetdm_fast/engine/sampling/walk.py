@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.schedule import Schedule
-from datasetdm_fast.kernels.choice import chosen
+from datasetdm_fast.kernels.choice import form_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SamplerState:
         self.schedule, self.latents, self.origin = schedule, latents, latents
         self.ring = latents.new_zeros((schedule.memory, *latents.shape))
         self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
-        self.guided_step = chosen("guided_step", latents.device)
+        self.guided_step = form_of("guided_step", latents.device)
 
     def step(self, k: int, output: Tensor) -> Tensor:
         """The latents after call k, whose UNet output for both CFG halves is `output`."""

@@ -42,7 +42,7 @@ def is_large(module: nn.Module) -> bool:
 
 def free_memory() -> None:
     """Gives back the memory of workspaces and caches."""
-    winograd.let_go()
+    winograd.free_buffers()
     trim()
 
 
@@ -139,7 +139,7 @@ class CpuEngine(FastEngine):
         inputs = capture.to(next(decoder.parameters()).dtype)
         if not isinstance(inputs, ProjectedCapture):
             return decoder(inputs, text)
-        winograd.let_go()  # workspaces that the UNet alone uses
+        winograd.free_buffers()  # workspaces that the UNet alone uses
         size = slice_of(inputs.batch)
         texts = [None] * inputs.batch if text is None else text.split(size)
         sums = zip(*(total.split(size) for total in inputs.sums))
