@@ -194,7 +194,7 @@ class Defaults:
     size: int
     steps: int
     guidance: float
-    capture: int = 0  # UNet timestep at which decoders are taught where nobody says
+    capture: int = 0  # UNet timestep at which decoders are trained by default
     attention: AttentionDefaults = AttentionDefaults()
 
 

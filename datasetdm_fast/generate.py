@@ -7,19 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_report import print_finished_run, print_run, print_run_plan, show_calls
-from datasetdm_fast.command_line.run_settings import (
-    check_export,
-    check_together,
-    complete_settings,
-    read_spec,
-    remake_from,
-)
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.agreement.during import RepeatedComparison
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
@@ -43,12 +36,12 @@ EXAMPLES = (
 @command
 def main(arguments: Sequence[str]) -> int:
     config, provided = parse(arguments, RunConfig, PROG, __doc__, EXAMPLES)
-    config = complete_settings(config, provided)
+    config = run_settings.complete_settings(config, provided)
     if config.only:
-        return remake_from(config, provided)
+        return run_settings.remake_from(config, provided)
     peer = None if config.dry_run else find_peer()
-    spec, run = read_spec(config), Run.open(Path(config.out))
-    check_together(config, run.stored is not None, peer.world if peer else 1)
+    spec, run = run_settings.read_spec(config), Run.open(Path(config.out))
+    run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
     if config.refill:
         run = run.refill(spec, keeps_trusted=config.keep == "trusted", is_dry=config.dry_run)
     may_resume, is_reporting = config.resume != "never", not (peer and peer.rank)
@@ -56,16 +49,16 @@ def main(arguments: Sequence[str]) -> int:
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption = Interruption(config.quiet)
     if decision.outcome is Outcome.DONE:
-        return print_finished_run(config, decision.result) if is_reporting else 0
-    check_export(config)
+        return run_report.print_finished_run(config, decision.result) if is_reporting else 0
+    run_settings.check_export(config)
     if sys.stderr.isatty():  # libraries and networks take seconds to load
         print_lines(config, f"loading    {config.model}")
     if config.dry_run:
-        return print_run_plan(config, run.plan(spec))
+        return run_report.print_run_plan(config, run.plan(spec))
     spec, launch = choose_launch(spec, config.group(WorkerSettings), peer, config.store, config.make_bucket)
     result = _write(config, spec, run, decision, launch, interruption)
     if is_reporting:
-        print_run(config, result, by=" by this process" if peer else "")
+        run_report.print_run(config, result, by=" by this process" if peer else "")
         if not result.is_complete:
             remedy = f"resume with: {PROG} {shlex.join(arguments)}".rstrip()
             print_unfinished(result.done, result.number, remedy)
@@ -78,7 +71,7 @@ def _write(
     """The result of a run, once its missing samples are made and written."""
     job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
     if launch.is_here or launch.may_compare and (config.verify or run.tries_half(spec) or run.may_differ(spec)):
-        screen = Screen(partial(print_lines, config), partial(show_calls, config.quiet))
+        screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         verify = {"verify": config.verify, "verify_anyway": config.verify_anyway}
         job = admit_job(run, spec, screen, races=launch.is_here, **verify)
     if launch.is_here:

@@ -404,7 +404,7 @@ LARGER = ("--number", "5", "--engine", "torch", "--batch-size", "3")
 def test_another_engine_goes_on_once_its_samples_are_those_that_are_there(mixing, tmp_path, capsys):
     path = tmp_path / "run"
     assert run(*LARGER, "--limit", "1", out=path) == 0
-    assert "torch makes 2 samples again as they are there" in capsys.readouterr().err
+    assert "torch reproduces 2 samples of the run" in capsys.readouterr().err
     assert run(*LARGER, out=path) == 0 and "again" not in capsys.readouterr().err
     (entry,) = read_document(path)["mixed"]
     assert entry["engine"]["torch"] == "99.0" and entry["number"] == 2 and audit(path).findings == []

@@ -467,7 +467,7 @@ def work(made: Job, queue: Coordinator, out: Path, slot: int = 0, present: set[i
     """The rows of a worker in this process, which ends where it would wait for others."""
     idle = []
     rows = partial(queue.report, slot, "rows")
-    folder = PublishingFolder(out, "", made.document, lambda *ends: queue.required(*ends) - present, rows)
+    folder = PublishingFolder(out, "", made.document, lambda *ends: queue.required_indices(*ends) - present, rows)
     owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
     Worker(made, folder, queue, owner, **callbacks).work()
@@ -542,7 +542,9 @@ def test_samples_that_are_set_aside_are_made_up_for_round_by_round(monkeypatch, 
     while not queue.is_complete():
         rounds += 1
         owner = Owner(f"rank {rounds % 2}", rounds % 2)
-        folder = PublishingFolder(out, "", made.document, queue.required, partial(queue.report, owner.slot, "rows"))
+        folder = PublishingFolder(
+            out, "", made.document, queue.required_indices, partial(queue.report, owner.slot, "rows")
+        )
         stop = {"is_stopping": queue.is_all_made}
         Worker(made, folder, queue, owner, **stop, has_ledger=False).work()
         driver._receive()

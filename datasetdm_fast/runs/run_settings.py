@@ -167,14 +167,14 @@ class KeepSettings:
 
     keep: str = setting(
         "all",
-        "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
-        "more until it has --number trusted ones",
+        "all: doubtful samples are kept and counted; trusted: they are quarantined with their reason, and the run "
+        "makes more until it has --number trusted ones",
         choices=("all", "trusted"),
         identity="if given",
     )
     accept: str = setting(
         "",
-        'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are set aside, '
+        'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are quarantined, '
         "and the run makes more until --number samples meet it, or with --per-class that many of every class",
         metavar="COND",
         identity="if given",
@@ -189,8 +189,8 @@ class KeepSettings:
     )
     refill: bool = setting(
         False,
-        "replace dropped samples by new ones; with --keep trusted also set aside and replace the doubtful samples of a "
-        "run that kept all",
+        "replace dropped samples by new ones; with --keep trusted also quarantine and replace the doubtful samples of "
+        "a run that kept all",
         identity=False,
     )
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)

@@ -81,7 +81,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
             f"{samples} ({differences}); nothing was written",
             "Continue with the engine that started it, or choose another --out.",
         )
-    screen.on_message(f"mixed      {job.engine.name} makes {samples} again as they are there")
+    screen.on_message(f"mixed      {job.engine.name} reproduces {samples} of the run")
     measures = [asdict(row) | {"passed": row.is_passed} for row in rows]
     entry = {"engine": dict(job.engine.fingerprint()), "number": len(indices), "measures": measures}
     engines = [*job.document.get("mixed", []), entry]

@@ -1,4 +1,4 @@
-"""Samples of a run go through the chosen engine and the reference while the run goes on."""
+"""Samples of a run go through the chosen engine and the reference while the run proceeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RepeatedComparison:
     would come to take more than their share of the time.
 
     The reference engine is built at the first comparison and kept; where memory would not hold another one of its size
-    it is let go, and built again at the next.
+    it is freed, and rebuilt at the next.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class RepeatedComparison:
         on_unet_call: Callable[[], None] = lambda: None,
         sharing: Callable[[], int] = lambda: 1,
     ):
-        """`sharing` says how many processes make the run, or 0 where another one of them compares its samples."""
+        """`sharing` returns how many processes make the run, or 0 where another of them compares its samples."""
         self.job, self.every, self.sharing = job, every, sharing
         self.on_message, self.on_unet_call = on_message, on_unet_call
         self.made, self.due, self.spent, self.longest = 0, every, 0.0, 0.0
@@ -44,7 +44,7 @@ class RepeatedComparison:
         self.reference: Engine | None = None
 
     def __call__(self, results: Sequence[Sample | Quarantined]) -> None:
-        """Takes note of samples that are about to be written; a GateFailed where the newest does not agree."""
+        """Counts samples that are about to be written, and compares the newest if due; GateFailed if it differs."""
         self.made += len(results) * self.sharing()  # the others make as many in the same time
         start = time.perf_counter()
         if not results or self.made < self.due or self.spent + self.longest > SHARE * (start - self.begun):

@@ -103,7 +103,7 @@ def prepare_job(
 
 
 def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, dtype: str = "") -> Job:
-    """The job as the settings describe it, without a look at the run folder; `stored` is its run.json, if any."""
+    """The job as the settings describe it, not yet merged with the run folder; `stored` is its run.json, if any."""
     source, labels = spec.source, spec.labels
     engine, decoders = open_engine(spec.model, spec.engine, labels.task, stored, dtype)
     recipe = recipe_of(spec.sampling, labels, engine, source.classes or source.listed, table=source.table)

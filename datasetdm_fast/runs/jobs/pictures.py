@@ -1,4 +1,4 @@
-"""Pictures that exist, in a folder or in memory, and what is said of them."""
+"""The pictures of a folder, and their captions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME_PICTURES = "Name a folder of PNG or JPEG files."
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a folder, by name, and what is said of them."""
+    """The pictures of a folder by name, and their captions."""
 
     folder: Path
     paths: tuple[Path, ...]

@@ -126,7 +126,7 @@ def read_prompts(text_or_path: str) -> tuple[str, str]:
 
 
 def _as_path(text_or_path: str) -> Path | None:
-    """The file `given` means: one that is there, or a word that can only be meant as one."""
+    """The file that the text names, if it exists or its form can only be that of a path."""
     path = Path(text_or_path)
     try:
         if path.exists():

@@ -1,4 +1,4 @@
-"""One sample of a run folder made again."""
+"""Regenerating one sample of a run folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSetti
 
 @dataclass(frozen=True)
 class Remake:
-    """One sample of a run folder to be made again.
+    """One sample of a run folder to regenerate.
 
     Batch shape and place are as before, so the arithmetic is, too; other places may repeat the sample.
     """
@@ -71,7 +71,7 @@ def prepare_remake(
 
 
 def remake(task: Remake, on_sample: Callable[[Sample], None] = lambda sample: None) -> list[str]:
-    """Makes the sample again, and returns the files that were missing or damaged and are written anew."""
+    """Regenerates the sample; the files that were missing or damaged and are written anew."""
     ((_, results),) = driver.generate([task.batch], task.engine, task.recipe, make=task.generator)
     result = results[task.place]
     if isinstance(result, Quarantined):

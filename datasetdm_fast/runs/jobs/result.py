@@ -106,8 +106,8 @@ def result_of(
 
 
 def close_run(folder: RunFolder, number: int, made: int, begin: float) -> Result:
-    """The result of a run that nobody works in any more, its index files rebuilt; `begin` is when it was started, on
-    the clock of `time.perf_counter`.
+    """The result of a run in which no process works any more, its index files rebuilt; `begin` is when it was started,
+    on the clock of `time.perf_counter`.
     """
     closing = time.perf_counter()
     finish_run(folder)

@@ -99,7 +99,7 @@ class Quota:
 
     def missing(self) -> list[int]:
         """Indices still to be made, as far as is known now."""
-        required = (index for index in self._goal.required(self._quarantined) if index not in self._present)
+        required = (index for index in self._goal.required_indices(self._quarantined) if index not in self._present)
         return list(islice(required, self._left))
 
     def take(self, results: Iterable[Sample | Quarantined]) -> list[Sample | Quarantined]:

@@ -20,8 +20,8 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
-EXPORTS = "exports"  # where convert writes the exports of a run, unless it is told otherwise
-QUARANTINE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
+EXPORTS = "exports"  # where convert writes the exports of a run by default
+QUARANTINE = "doubtful/"  # files of samples that --keep trusted or --accept quarantines
 COMMANDS = (
     "generate",
     "splice",
@@ -208,10 +208,10 @@ def without_ledger(folder: Path, document: Mapping[str, Any]) -> Refused:
 
 
 def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
+    """Height and width of a sample's image: those of its row where the images of the run have several sizes."""
     height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
     if not (isinstance(height, int) and isinstance(width, int) and 0 < height * width <= images.MOST_PIXELS):
-        raise ValueError(f"its row tells the sides {documents.quote([height, width])}")
+        raise ValueError(f"its row has the sides {documents.quote([height, width])}")
     return height, width
 
 
@@ -288,7 +288,7 @@ def _short(value: Any) -> str:
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], requested: Mapping[str, Any], what: str = "a run") -> None:
-    """Refuses to go on with a folder of `what` that was started otherwise in any of the parts of `wanted`."""
+    """Refuses to resume a folder of `what` that differs in any of the parts of `requested`."""
     if "command" in requested and stored["command"] != requested["command"]:  # whose settings are all others
         raise Refused(
             f"{folder}: it holds a run of {stored['command']}, not of {requested['command']}", "Choose another --out."

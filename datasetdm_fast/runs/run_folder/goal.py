@@ -35,7 +35,7 @@ class Goal:
         """How many samples of a class are to be made where so many of them are quarantined."""
         return min(self.number + quarantined, self.most)
 
-    def required(self, quarantined: Sequence[int]) -> Iterator[int]:
+    def required_indices(self, quarantined: Sequence[int]) -> Iterator[int]:
         """The indices that are to be made where so many of each class are quarantined, in order."""
         for block in range(-(-max(map(self.stop, quarantined)) // self.number) * len(self.names)):
             turn, kind = divmod(block, len(self.names))

@@ -1,4 +1,4 @@
-"""Which sample of a run folder is to be made again, as --only names it."""
+"""Which sample of a run folder --only regenerates."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def find_remake_row(command: str, folder: Path, id: str) -> tuple[dict[str, Any]
 
 
 def check_provided(folder: Path, stored: Mapping[str, Any], provided: Mapping[str, Any]) -> None:
-    """Refuses settings provided with --only that are not those of the run folder, which decide what is made again."""
+    """Refuses settings provided with --only that are not those of the run folder, which decide what is regenerated."""
     changes = [line for name in sorted(provided) for line in differences(stored.get(name), provided[name], name)]
     if changes:
         raise Refused(

@@ -1,4 +1,4 @@
-"""The one rule of how long a process of a run may give no sign of life."""
+"""How long a process of a run may give no sign of life."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasetdm_fast.runs.workers.queue import Owner
 
-LONGEST_GAP = 2.5  # seconds between two looks at the processes; a longer gap is the fault of the process that looks
+LONGEST_GAP = 2.5  # seconds between two checks of the processes; a longer gap is the fault of the supervisor
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ USUAL = Patience()
 
 
 class Silence:
-    """How long each process has been silent, on a clock that stands still while the process that looks is itself held
-    up. The time until a first sign is spent on loading: it may be long, and says nothing of the time between later
-    ones. Nor do the signs of processes that have nothing to do, which come every second.
+    """How long each process has been silent, on a clock that stops while the supervisor itself is held up. The time
+    until a first sign is spent on loading: it may be long, and does not predict the time between later ones. Nor do the
+    signs of processes that have nothing to do, which come every second.
     """
 
     def __init__(self, patience: Patience):
@@ -40,7 +40,7 @@ class Silence:
 
     def too_long(self, beats_of: Mapping[Owner, int]) -> dict[Owner, float]:
         """Those that have been silent for longer than is allowed, with the seconds; `beats_of` are their signs of life
-        so far, as WorkQueue.owners tells them.
+        so far, as WorkQueue.owners returns them.
         """
         now = time.monotonic()
         self._clock += min(now - self._looked, LONGEST_GAP)

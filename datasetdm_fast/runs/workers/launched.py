@@ -25,7 +25,7 @@ from datasetdm_fast.runs.workers.worker import Callbacks, Worker, join_run
 
 
 def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
-    """This process's share of the run; returns once the whole run is committed, whoever made it."""
+    """This process's share of the run; returns once the whole run is committed, by this process and the others."""
     folder, begin, here, process = spec.folder, time.perf_counter(), host(), os.getpid()
     owner = Owner(f"rank {peer.rank} on {here}, process {process}", peer.rank, here, process)
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
@@ -74,7 +74,7 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
         with ExitStack() as held:
             try:
                 held.enter_context(locks.hold_lock(folder / LOCK))
-            except Refused:  # others are there; what the closing refuses is no such thing
+            except Refused:  # others work there; a refusal of the closing is raised
                 if not is_waiting or time.monotonic() > end:
                     return read_result(folder, number, made, begin)
             else:

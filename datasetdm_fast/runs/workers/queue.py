@@ -133,8 +133,8 @@ class WorkQueue:
                 return batch
 
     def finish(self, batch: int, more: Callable[[], Sequence[int]] = tuple) -> bool:
-        """Whether this is the first to report the batch as committed. Once all are, `more` tells the batches that the
-        run has come to need since, finished ones among them.
+        """Whether this is the first to report the batch as committed. Once all are, `more` returns the batches that
+        the run has come to need since, finished ones among them.
         """
         with self.alone():
             is_first = bool(self.execute("SELECT 1 FROM queue WHERE batch = ? AND state != 'done'", batch))
@@ -175,7 +175,7 @@ class WorkQueue:
         return self.is_complete() or bool(self.execute("SELECT is_stopping FROM session")[0][0])
 
     def report(self, slot: int, kind: str, *content: Any) -> None:
-        """Tells whoever started the process of this place; content that JSON can hold."""
+        """Reports to the supervisor of this place; content that JSON can hold."""
         self.execute("INSERT INTO reports (report) VALUES (?)", json.dumps([slot, kind, *content]))
 
     def reports(self) -> list[list[Any]]:

@@ -18,7 +18,7 @@ from datasetdm_fast.errors import Missing, Refused
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, through which no run goes
 CONNECT_SECONDS = 10.0
-HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte says what it is, and each side begins with one
+HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte is its type, and each side begins with one
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
 TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
@@ -126,6 +126,6 @@ def _knock(cluster: str, address: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What Ray says, without the colours and the stack it says it in."""
+    """The first line of an error of Ray, without colours and stack."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
     return (lines or ["Ray gives no reason"])[0][:300]

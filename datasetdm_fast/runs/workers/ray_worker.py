@@ -63,7 +63,7 @@ class Coordinator(WorkQueue):
                 self.execute("UPDATE session SET last = ?", max(required))
                 self._add(batches)
 
-    def required(self, first: int, stop: int) -> set[int]:
+    def required_indices(self, first: int, stop: int) -> set[int]:
         """The samples from `first` to before `stop` that were missing when the driver filled the queue."""
         return {index for index in range(first, stop) if index in self._required}
 
@@ -72,7 +72,7 @@ class Coordinator(WorkQueue):
         return self._session
 
     def is_planner(self, owner: Owner) -> bool:
-        """Whether this process is to make the plan now, as nobody else at work is about to; True once."""
+        """Whether this process is to make the plan, which no other running process has begun; True once."""
         if self._planner in {known.name for known in self.owners()}:
             return False
         self._planner = owner.name
@@ -144,7 +144,11 @@ class RayWorker:
                 return
             queue.report(owner.slot, "ready", [])
             folder = PublishingFolder(
-                setup.spec.folder, setup.store, session, queue.required, partial(queue.report, owner.slot, "rows")
+                setup.spec.folder,
+                setup.store,
+                session,
+                queue.required_indices,
+                partial(queue.report, owner.slot, "rows"),
             )
             on_message = partial(queue.report, owner.slot, "message")
             compare = setup.compare and partial(setup.compare, on_message=on_message)

@@ -37,8 +37,7 @@ MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a pl
 LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
 SECONDS_BETWEEN_POLLS = 0.1  # of queue and processes
 SECONDS_TO_END = 1.0  # processes have once everything is committed
-# Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL =
-# 9).
+# The kernel is asked first to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL = 9).
 _WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
 _BOOT = _WITH_PARENT + "from datasetdm_fast.runs.workers.spawn import enter; enter()"
 
@@ -57,7 +56,7 @@ def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbac
             with closing(WorkQueue(folder / seal.QUEUE)) as queue:
                 supervisor = SpawningSupervisor(spec, places, callbacks)
                 supervisor.work(queue, len(places))
-        finally:  # a finished run that refuses to go on stays as it was
+        finally:  # a finished run that refuses other settings stays as it was
             clean(folder)
         return close_folder(folder, spec.number, supervisor.committed, begin)
 
@@ -167,7 +166,7 @@ class Supervisor(ABC):
     def _receive(self) -> None:
         """Deals with what has been reported, and with processes that have ended."""
         endings = [(rank, rank.process.ending()) for rank in self._running()]
-        self._read_reports()  # among it everything that those have said
+        self._read_reports()  # among it the last reports of these processes
         for rank, how in endings:
             if how is not None:
                 self._leave(rank, how)

@@ -66,8 +66,8 @@ class Worker:
     there is nothing to take.
 
     `folder` is the run folder, or what has its `write`, `unseal`, `commit` and `ledger` on a machine
-    that has none. There `has_ledger` is false, and whoever has the ledger adds the batches that replace quarantined
-    samples.
+    that has none. There `has_ledger` is false, and the driver, which has the ledger, adds the batches that replace
+    quarantined samples.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Worker:
         self.queue.leave(self.owner)
 
     def _beat(self, *, is_idle: bool = False) -> None:
-        """To be called where work goes on, or there is none; now and then this is a sign of life."""
+        """A sign of life, at most one a second, to be called while work proceeds or there is none."""
         if time.monotonic() - self.last_beat >= SECONDS_BETWEEN_BEATS:
             self.last_beat = time.monotonic()
             self.queue.beat(self.owner.name, is_idle=is_idle)
@@ -146,8 +146,8 @@ class Worker:
             self._put(writer, planned, [Quarantined(request, reason) for request in planned.requests])
 
     def _late(self) -> int | None:
-        """A batch another process has been busy with for far too long, which this one now makes as well: whoever is
-        first commits the same bytes.
+        """A straggler: a batch that another process has been making for far too long, which this one makes as well. The
+        first to finish commits; the bytes are equal.
         """
         if not self.count:
             return None

@@ -1,0 +1,69 @@
+"""What becomes of a run folder: the outcomes of Run.decide, one test a row of its table."""
+
+import pytest
+import torchless
+from run_steps import prepare
+
+from datasetdm_fast.command_line.run_settings import read_spec
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.run import Outcome, Run
+from datasetdm_fast.runs.jobs.writing import write_missing
+from datasetdm_fast.runs.run_folder import document
+from datasetdm_fast.runs.run_settings import RunConfig
+
+NUMBER = 4
+
+
+@pytest.fixture
+def decide(monkeypatch, tmp_path):
+    torchless.install(monkeypatch.setattr)
+
+    def decide(**changes):
+        config = RunConfig(**{"number": NUMBER, "batch_size": 2, "out": str(tmp_path / "run"), **changes})
+        return Run.open(tmp_path / "run").decide(read_spec(config))
+
+    decide.write = lambda limit: write_missing(
+        prepare(RunConfig(number=NUMBER, batch_size=2, limit=limit, out=str(tmp_path / "run")))
+    )
+    return decide
+
+
+def test_a_folder_without_run_json_is_new(decide):
+    decision = decide()
+    assert (decision.outcome, decision.number, decision.missing) == (Outcome.NEW, NUMBER, NUMBER)
+
+
+def test_missing_samples_are_resumed(decide):
+    decide.write(3)
+    decision = decide()
+    assert (decision.outcome, decision.number, decision.missing) == (Outcome.RESUME, NUMBER, 1)
+
+
+def test_a_larger_number_grows_the_run(decide):
+    decide.write(0)
+    decision = decide(number=NUMBER + 3)
+    assert (decision.outcome, decision.number, decision.missing) == (Outcome.GROW, NUMBER + 3, 3)
+
+
+def test_a_complete_run_is_done(decide):
+    decide.write(0)
+    decision = decide()
+    assert decision.outcome is Outcome.DONE and decision.result.done == NUMBER and decision.missing == 0
+    assert decide(engine="torch").outcome is Outcome.DONE  # which decides no more than rounding
+
+
+def test_other_settings_are_refused(decide):
+    decide.write(1)
+    with pytest.raises(Refused, match="seed: 0 there, 5 asked for"):
+        decide(seed=5)
+
+
+def test_run_json_is_read_once(decide, monkeypatch):
+    decide.write(1)
+    reads = []
+    read = document.documents.read_object
+    monkeypatch.setattr(
+        document.documents, "read_object", lambda path, **most: reads.append(path) or read(path, **most)
+    )
+    decide()
+    assert len(reads) == 1
