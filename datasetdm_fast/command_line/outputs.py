@@ -1,4 +1,4 @@
-"""Places that flags name for results, checked before anything is loaded."""
+"""Output paths in flags, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
 
 
 def check_output(flag: str, text: str, kind: str) -> None:
-    """Refuses a name that no file or folder could be written under."""
+    """Refuses a name that no file or folder can have."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         raise Refused(f"{flag} {quote(text)}: control characters in the name of a {kind}", "Choose another name.")
     if "://" in text:
@@ -40,14 +40,16 @@ def check_output(flag: str, text: str, kind: str) -> None:
 
 
 def _check_place(flag: str, path: Path, kind: str) -> None:
-    """Refuses a place that cannot be made, or holds something else."""
+    """Refuses a path that cannot be created, or is something else."""
     for place in chain([path], path.parents):
         if place.is_symlink() and not place.exists():
             raise Refused(f"{flag} {path}: {place} is a symbolic link that leads nowhere", "Repair or delete the link.")
     if path.exists():
         if path.is_dir() != (kind == "folder") or not (path.is_dir() or path.is_file()):
-            found = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
-            raise Refused(f"{flag} {path}: there is {found} of that name, expected a {kind}", f"Choose another {flag}.")
+            kind_there = "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
+            raise Refused(
+                f"{flag} {path}: there is {kind_there} of that name, expected a {kind}", f"Choose another {flag}."
+            )
         return
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():

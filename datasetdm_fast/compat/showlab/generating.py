@@ -118,10 +118,10 @@ def read_stored(order: Order) -> dict[str, Any] | None:
     stored = read_document(order.run_folder)
     if stored is not None:
         config = order.config
-        wanted = identity_of(order) | relocated_paths(config.model, config.decoder, config.size, stored)
+        requested = identity_of(order) | relocated_paths(config.model, config.decoder, config.size, stored)
         if not order.line["together"]:  # the networks process one image at a time, so it changes no byte
-            wanted["batch_size"] = stored["config"]["batch_size"]
-        check_same(order.run_folder, {"config": stored["config"]}, {"config": wanted})
+            requested["batch_size"] = stored["config"]["batch_size"]
+        check_same(order.run_folder, {"config": stored["config"]}, {"config": requested})
         return stored
     for folder in (order.out / name for name in order.script.folders):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):

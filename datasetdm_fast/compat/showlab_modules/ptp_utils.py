@@ -75,8 +75,8 @@ def text2image(
     Unet.controller = controller
     for k, time in enumerate(tqdm(times, leave=False, disable=None)):
         noise = Unet.predict_noise(latents, time, context.to(Unet.device), k == len(times) - 1)
-        moved = scheduler.step(guide(noise, guidance_scale), time, latents)["prev_sample"]
-        latents = controller.step_callback(moved)
+        latents = scheduler.step(guide(noise, guidance_scale), time, latents)["prev_sample"]
+        latents = controller.step_callback(latents)
     return latent2image(vae, latents.to(vae.device)), latent
 
 
