@@ -38,7 +38,7 @@ from datasetdm_fast.compat.showlab import (
 )
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.labels.class_tables import builtin_table
@@ -149,8 +149,6 @@ def root(tmp_path_factory, model):
     write(folder / PROMPTS / "voc2012/bird.txt", "a bird on a branch\r\na bird\n")
     write(folder / PROMPTS / "coco/dog.txt", "a dog on a lawn\n")
     write(folder / PROMPTS / "coco/general.txt", "")
-    categories = [{"id": k, "name": name, "synonyms": []} for k, name in enumerate(("bow_(weapon)", "can"), 1)]
-    write(folder / "data/lvis/lvis_v1_train.json", json.dumps({"images": [], "categories": categories}))
     write(folder / "config/NYU.yaml", "Depth_Decorder:\n  max_depth: 10\n  task: depth\n")
     write(folder / "config/VOC.yaml", "SEG_Decorder:\n  num_classes: 2\n  num_queries: 20\n")
     width = model.text_width
@@ -229,7 +227,6 @@ def test_what_is_left_over_is_made_where_it_is_asked_for(root):
     "script, flags, first, count",
     [
         ("Instance_COCO_AnyClass", ("--n_each_class", "1"), {"picture of person", "a woman stands", "a man runs"}, 80),
-        ("Instance_LVIS_AnyClass", ("--n_each_class", "1"), {"picture of bow"}, 2),
         ("Semantic_CityScapes_AnyClass", ("--n_each_class", "1"), {"all of a road at night", "all of a town"}, 19),
         ("Semantic_Medical_CT", ("--n_each_class", "1"), {"a scan"}, 19),
         (
@@ -398,19 +395,6 @@ def test_the_other_labels(run, tmp_path, script, kind, suffix, folder):
     run(*line, "--limit", "1", "--batch_size", "1", "--outdir", tmp_path / "out")
     stem = {"voc": "aeroplane_200000", "coco": "person_200000"}.get(kind, "200000")
     assert set(tree(tmp_path / "out")) == {f"Image/{stem}.jpg", f"{folder}/{stem}.{suffix}"}
-
-
-def test_a_decoder_with_the_classes_of_its_own_lvis_data_labels(run, root, model, tmp_path):
-    """As the trainer leaves it: three class logits for two categories, whatever the configuration says."""
-    network, settings = checkpoints.KINDS["lvis"]
-    sizes = {**SMALL[network], **settings, "classes": ("bow", "can"), "levels": model.levels}
-    config = upstream(network, **sizes, text_width=model.text_width)
-    save_decoder(build_decoder(config), tmp_path / "checkpoint/.train/instance")
-    (tmp_path / "own.pth").write_bytes(checkpoints.as_checkpoint(tmp_path / "checkpoint/.train/instance"))
-    write(tmp_path / "LVIS.yaml", f"SEG_Decorder:\n  num_classes: 80\n  num_queries: {config.queries}\n")
-    line = ("parallel_generate_Instance_LVIS_AnyClass", "--grounding_ckpt", tmp_path / "own.pth", "--thread_num", "1")
-    run(*line, "--n_each_class", "1", "--config", tmp_path / "LVIS.yaml", "--limit", "1", "--outdir", tmp_path / "out")
-    assert set(tree(tmp_path / "out")) == {"Image/bow_(weapon)_200000.jpg", "Mask/bow_(weapon)_200000.txt"}
 
 
 # ---- what is refused

@@ -36,7 +36,6 @@ from datasetdm_fast.settings import SamplingSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.engine.decoders.trunk import Decoder
 
 COMMAND = "compat.showlab"
 Raw = Mapping[str, Mapping[str, "Tensor"]]  # label -> the raw outputs of its decoder
@@ -139,7 +138,6 @@ def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
         check_present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
     chosen = config.engine_choices()
     engine, decoders = opening.open_engine(config.model, config.decoder, config.task, size=config.size, **chosen)
-    check_decoder(order, engine.decoders)
     recipe = recipe_of(config.group(SamplingSettings), config.group(LabelSettings), engine, order.words)
     words = recipe.words or prompt_words(engine, config.task, ())
     size = config.batch_size or (
@@ -168,22 +166,6 @@ def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
         job = replace(merge_with_stored(job, stored), done=count_rows(job.folder))
     check_room(job)
     return job
-
-
-def check_decoder(order: Order, decoders: Mapping[str, Decoder]) -> None:
-    """Refuses a decoder whose sizes differ from the configuration of the line."""
-    for label, (kind, flag) in order.checkpoints.items():
-        config, path = decoders[label].config, order.line.path(flag)
-        sizes = {"num_classes": config.logits - 1, "num_queries": config.queries} if config.has_queries else {}
-        if kind == "lvis":  # ours has as many as its data, whatever a configuration says
-            del sizes["num_classes"]
-        for name, expected in order.expected.items():
-            if name in sizes and sizes[name] != expected:
-                raise Refused(
-                    f"--config {order.line.path('config')}: {name} is {expected:g}, and the weights in {path} have "
-                    f"{sizes[name]}",
-                    "Name the configuration they were trained with.",
-                )
 
 
 def result_if_complete(order: Order, stored: Mapping[str, Any] | None) -> Result | None:

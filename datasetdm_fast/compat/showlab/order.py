@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,6 @@ class Order:
     classes: tuple[ClassName, ...] = ()
     names_classes: bool = False  # whether a label is requested for the class of its image
     words: tuple[str, ...] = ()  # classes of the run, if not those of its decoders
-    expected: Mapping[str, float] = field(default_factory=dict)  # sizes of the decoder in --config
 
     @property
     def out(self) -> Path:

@@ -21,7 +21,6 @@ class PromptTexts:
 
     script: Script
     folder: Path
-    may_lack_folder: bool = False  # of a generator whose prompts DatasetDM does not ship
 
     def file(self, name: str, *, must_exist: bool) -> list[str]:
         """The lines of a class's file."""
@@ -38,8 +37,6 @@ class PromptTexts:
 
     def general(self) -> list[str]:
         """The lines for every class."""
-        if self.may_lack_folder and not storage.is_there(self.folder):
-            return []
         return read_prompt_lines(self.folder / GENERAL)
 
 
