@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.decoders import load_decoders
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders import checkpoint, seeded
@@ -73,7 +74,7 @@ def open_setting(
     """The model with its decoders: those shipped for the demo, seeded ones for any other."""
     loaded, target = load_model(model, size=size), resolve_device(device)
     if model == "demo":
-        shipped = checkpoint.load_decoders("demo")
+        shipped = load_decoders("demo")
         folded = {task: shipped[task] for task in TASKS}
         trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
     else:

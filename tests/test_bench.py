@@ -20,6 +20,7 @@ from skips import long_test
 
 from bench import __main__ as bench
 from bench import options, run, suite
+from bench.decoders import load_decoders
 from bench.machine import limits, machine, measure
 from bench.machine.processes import another_process
 from bench.peers import PEERS
@@ -30,7 +31,6 @@ from bench.report import report, results
 from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines.device import choose_by_shape, engine_call
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.tasks import TASKS

@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.decoders import load_decoders
 from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
     check_fits,
     load_decoder,
-    load_decoders,
     load_upstream,
     save_decoder,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
+from bench.decoders import load_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, base, on_cpu
 from datasetdm_fast.engine.loading import load_model

@@ -16,9 +16,9 @@ import fake_tensorrt
 import pytest
 import torch
 
+from bench.decoders import load_decoders
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.engines.exported.trt_plan import Queue
 from datasetdm_fast.engine.engines.torch import TorchEngine

@@ -22,10 +22,11 @@ import pytest
 import torch
 from skips import IS_LONG, long_test
 
+from bench.decoders import load_decoders
 from datasetdm_fast import stages
 from datasetdm_fast.data import AttentionSums
 from datasetdm_fast.disk import locks
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
+from bench.decoders import load_decoders
 from datasetdm_fast.data import Batch, ProjectedCapture, Quarantined, Request, Sample
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.loading import load_model

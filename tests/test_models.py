@@ -6,8 +6,9 @@ from time import sleep
 import pytest
 import torch
 
+from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, base, on_gpu

@@ -16,8 +16,8 @@ pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '
 
 import openvino
 
+from bench.decoders import load_decoders
 from datasetdm_fast import verify
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported.graphs import join_parts, split_batch
 from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, input_names, resolve_precision, split_graph

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.decoders import load_decoders
 from datasetdm_fast import verify
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported import providers
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider

@@ -22,11 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from skips import IS_LONG, long_test
 
+from bench.decoders import load_decoders
 from bench.world import teach
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.decoders.checkpoint import fold, load_decoders
+from datasetdm_fast.engine.decoders.checkpoint import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.words import find_classes

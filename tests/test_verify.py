@@ -9,10 +9,11 @@ import pytest
 import torch
 from skips import IS_LONG, long_test
 
+from bench.decoders import load_decoders
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoders, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine, opening
 from datasetdm_fast.engine.engines.fast import FastEngine

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.decoders import load_decoders
 from bench.proof.students.student_data import StudentData, Vocabulary
 from bench.runs import prepare
 from datasetdm_fast.config import DEMO_DEFAULTS
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.decoders.checkpoint import load_decoders, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import save_decoder
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.trust import trust_of

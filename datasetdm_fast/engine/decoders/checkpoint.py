@@ -1,7 +1,7 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.depth import DepthDecoder
-from datasetdm_fast.engine.decoders.folders import find_decoders, read_config
+from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.pose import HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
@@ -30,7 +30,6 @@ __all__ = [
     "check_fits",
     "fold",
     "load_decoder",
-    "load_decoders",
     "load_upstream",
     "save_decoder",
     "upstream",
@@ -114,12 +113,6 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
         decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
     return for_inference(decoder, strict)
-
-
-def load_decoders(source: str | Path | Iterable[Path]) -> dict[str, Decoder]:
-    """The decoders of a folder, or of several, by the labels they make."""
-    folders = find_decoders(source)
-    return {label: load_decoder(folders[label]) for label in folders.labels}
 
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
