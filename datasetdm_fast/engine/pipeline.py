@@ -176,18 +176,10 @@ class Pipeline:
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         texts = _CheckedFirst(checks.as_texts("prompts", prompts))
-        _check_several(seeds)
-        checks.check_batch_size(batch_size)
-        if not isinstance(seeds, Sized | None):
-            raise Refused(f"seeds: {seeds!r} has no length, expected one per prompt", "Write list(seeds).")
-        if seeds is not None and len(seeds) != len(texts):
-            raise Refused(f"seeds: {len(seeds)} were given for {len(texts)} prompts", "Give one seed per prompt.")
-        negative = choices.get("negative_prompt", "")
-        if isinstance(negative, Sized) and not isinstance(negative, str) and len(negative) > len(texts):
-            raise Refused(
-                f"negative_prompt: {len(negative)} were given for {len(texts)} prompts", "Give one, or one per prompt."
-            )
-        size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
+        for name, values in (("seeds", seeds), ("negative_prompt", choices.get("negative_prompt"))):
+            if isinstance(values, Sized) and not isinstance(values, str) and len(values) != len(texts):
+                raise Refused(f"{name}: {len(values)} were given for {len(texts)} prompts", "Give one per prompt.")
+        size = self._batch_size(batch_size, len(texts))
         return Output(list(self.stream(texts, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
     def stream(
@@ -219,12 +211,12 @@ class Pipeline:
         must not change them, and must copy them to keep them. The task "attention" also takes exponent,
         threshold, uncertainty, self_cells and cross_cells of the generate command.
         """
-        _check_several(seeds)
-        labels = self._check_tasks(tasks)
-        checks.check_numbers(steps=steps, guidance=guidance, seed=seed)
-        checks.check_batch_size(batch_size)
+        if isinstance(seeds, Number):
+            raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write seed={seeds}.")
+        checks.check_numbers(seed=seed)
+        size = self._batch_size(batch_size)
         recipe, words = self._recipe(
-            labels,
+            tasks,
             classes,
             sampler=sampler,
             steps=steps,
@@ -235,16 +227,14 @@ class Pipeline:
             **attention,
         )
         texts = checks.as_texts("prompts", prompts)
-        if not isinstance(negative_prompt, str | None):
-            checks.as_texts("negative_prompt", negative_prompt)
-        requests = self._requests(
-            texts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
-        )
+        negatives = _negatives(negative_prompt)
+        each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
+        requests = self._requests(texts, each_seed, words, truncate, negatives, recipe.table)
         requests = map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
         if isinstance(prompts, _CheckedFirst):
             requests = iter(list(requests))
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
-        return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
+        return self._samples(_batches(requests, size), recipe, make)
 
     def diffuse(
         self,
@@ -281,11 +271,10 @@ class Pipeline:
             )
         diffusing.check_sides(height, width, self.engine.model.size)
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
-        labels = self._check_tasks(tasks)
-        checks.check_numbers(steps=num_inference_steps, guidance=guidance_scale)
-        checks.check_batch_size(batch_size)
+        checks.check_numbers(guidance=guidance_scale)
+        size = self._batch_size(batch_size, len(texts))
         recipe, words = self._recipe(
-            labels,
+            tasks,
             classes,
             sampler=sampler or diffusing.sampler_of(self.engine.model),
             steps=num_inference_steps,
@@ -302,7 +291,6 @@ class Pipeline:
         recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, on_step_end))
         requests = (replace(each, seed=seed) for each, seed in zip(fitting, seeds, strict=True))
         latents: dict[int, Tensor] = {}
-        size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
         make = partial(diffusing.LatentGenerator, latents=latents) if output_type == "latent" else None
         samples = list(self._samples(_batches(requests, size), recipe, make))
         return DiffusionOutput(samples, diffusing.convert_images(samples, output_type, latents))
@@ -334,22 +322,37 @@ class Pipeline:
         texts = [prompts] * len(sources) if isinstance(prompts, str) else list(checks.as_texts("prompts", prompts))
         if len(texts) != len(sources):
             raise Refused(f"prompts: {len(texts)} were given for {len(sources)} images", "Give one prompt per image.")
-        chosen = self._check_tasks(tasks)
         checks.check_numbers(seed=seed)
-        checks.check_batch_size(batch_size)
-        recipe, words = self._recipe(chosen, classes, **choices)
+        size = self._batch_size(batch_size, len(sources))
+        recipe, words = self._recipe(tasks, classes, **choices)
         recipe = inversion_recipe(recipe, self.engine, timesteps)
         requests = []
         for place, text in enumerate(texts):
             line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
             request = Request(place, line.text, checks.check_seed(seed + place), line.classes or ())
             requests.append(recipe.check_request(request, self.engine.model.tokenizer))
-        batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(sources)), 1))
-        return Output(list(self._samples(batches, recipe, inversion_generator(recipe, pictures))))
+        make = inversion_generator(recipe, pictures)
+        return Output(list(self._samples(_batches(iter(requests), size), recipe, make)))
+
+    def _batch_size(self, batch_size: int, images: int | None = None) -> int:
+        """Images per batch, by default what suits the engine; at most so many `images`, if their number is known."""
+        checks.check_batch_size(batch_size)
+        size = batch_size or self.engine.suggested_batch()
+        return size if images is None else max(min(size, images), 1)
 
     @in_own_precision()
-    def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
-        """The recipe of these labels, and the words they are asked for."""
+    def _recipe(
+        self, names: Sequence[str] | None, classes: Sequence[str], **choices: Any
+    ) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe of these labels, by default all that have a decoder, and the words looked for."""
+        tasks = self.tasks if names is None else _several("tasks", names, "labels")
+        if tasks:
+            checks.check_tasks(tasks, LABELS)
+        if missing := [task for task in tasks if task not in UNDECODED and task not in self.engine.decoders]:
+            raise Refused(
+                f"tasks: this pipeline has no decoder for {missing[0]!r}, it has {', '.join(self.tasks) or 'none'}",
+                "Name a folder with one: decoder=DIR.",
+            )
         words = check_classes(_several("classes", classes, "words"))
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
@@ -360,26 +363,13 @@ class Pipeline:
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         return replace(recipe, facts=facts), words
 
-    def _check_tasks(self, names: Sequence[str] | None) -> tuple[str, ...]:
-        """The labels that were asked for, all that there is a decoder for where none were named."""
-        tasks = self.tasks if names is None else _several("tasks", names, "labels")
-        if tasks:
-            checks.check_tasks(tasks, LABELS)
-        for task in tasks:
-            if task not in UNDECODED and task not in self.engine.decoders:
-                raise Refused(
-                    f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
-                    "Name a folder with one: decoder=DIR.",
-                )
-        return tasks
-
     def _requests(
         self,
         texts: Iterable[str],
         seeds: Iterable[int],
         words: tuple[str, ...],
         truncate: bool,
-        negative: str | Iterable[str] | None,
+        negative: Iterable[str],
         table: ClassTable | None,
     ) -> Iterator[Request]:
         tokenizer = self.engine.model.tokenizer
@@ -388,9 +378,7 @@ class Pipeline:
         def fit_negative(text: str, where: str) -> str:
             return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
 
-        negative = "" if negative is None else negative
-        is_one, remaining = isinstance(negative, str), iter(seeds)
-        negatives = repeat(negative) if isinstance(negative, str) else iter(negative)
+        is_one, remaining, negatives = isinstance(negative, repeat), iter(seeds), iter(negative)
         for index, prompt in enumerate(texts):
             where = f"prompt {index}"
             if (seed := next(remaining, None)) is None:
@@ -524,6 +512,14 @@ class Pipeline:
         return {level.name: capture.of(label).sums[place] for place, level in places}
 
 
+def _negatives(negative: str | Iterable[str] | None) -> Iterable[str]:
+    """The negative prompt of each image."""
+    if isinstance(negative, str | None):
+        return repeat(negative or "")
+    texts: Iterable[str] = checks.as_texts("negative_prompt", negative)
+    return texts
+
+
 class _CheckedFirst(list[str]):
     """Prompts that are all checked before the first image is made."""
 
@@ -545,14 +541,6 @@ def _several(name: str, values: Iterable[Any], expected: str, kinds: type | tupl
         if not isinstance(item, kinds):
             raise Refused(f"{name}: {item!r} is not a text", f"Give a sequence of {expected}.")
     return items
-
-
-def _check_several(seeds: object) -> None:
-    """Refuses one number in the place of a seed for each prompt."""
-    if isinstance(seeds, Number):
-        raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write [{seeds}], or seed={seeds}.")
-    if seeds is not None:
-        checks.check_iterable("seeds", seeds, "one per prompt")
 
 
 def _check_text(text: object, where: str) -> None:
