@@ -7,13 +7,10 @@ from operator import index
 from typing import Any
 
 from datasetdm_fast.config import (
-    ENGINE_NAMES,
     FLAVOURS,
     OUTLINES,
     PARITIES,
-    PROFILES,
     PROVIDERS,
-    SAMPLERS,
     SEEDS,
     TASKS,
 )
@@ -21,19 +18,12 @@ from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused
 
 LEAST_SETTINGS: dict[str, float] = {  # a whole number where the least value is one
-    "number": 1,
-    "per_class": 0,
-    "most_tries": 1,
     "seed": 0,
     "steps": 0,
     "guidance": 0.0,
     "batch_size": 0,
-    "limit": 0,
-    "verify": 0,
-    "verify_every": 0,
     "threads": 0,
     "streams": 0,
-    "ranks": 0,
     "exponent": -1,
     "threshold": 0.0,
     "uncertainty": 0.0,
@@ -43,13 +33,6 @@ LEAST_SETTINGS: dict[str, float] = {  # a whole number where the least value is 
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 CHOICES: dict[str, Sequence[str]] = {
-    "engine": ENGINE_NAMES,
-    "sampler": SAMPLERS.names,
-    "profile": PROFILES,
-    "image_format": ("png", "jpg"),
-    "resume": ("auto", "never"),
-    "mixed": ("verified", "no"),
-    "keep": ("all", "trusted"),
     "ignore": ("nothing", "disagreeing"),
     "ask": ("named", "all"),
     "parity": ("", *PARITIES),
