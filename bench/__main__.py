@@ -21,6 +21,7 @@ BENCHES = {
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
     "claims": ("bench.proof.claims.run", "whether generated images help a student network, as in the papers' tables"),
     "student": ("bench.proof.students.command", "whether the images of a run help a student network"),
+    "curve": ("bench.proof.curve", "figures of decoders by number of labelled images, and a forecast for more"),
     "labels": ("bench.proof.claims.labels", "scores of a student network by number of labelled scenes"),
     "attention": (
         "bench.rows.attention",

@@ -19,19 +19,14 @@ from datasetdm_fast.untrusted.documents import one_line
 PROG = "python -m datasetdm_fast.evaluate"
 EXAMPLES = (
     '--decoder decoder --data "folder:photos[val]"',
-    '--data "folder:photos[val]" --learn-from folder:photos --task semantic --curve 10,30,100',
+    "--decoder decoder --data 'voc:VOC[val],coco:COCO[val]' --task semantic --class-names auto",
 )
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, provided = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
-    config.check(provided)
-    return _train_curve(config) if config.curve else _evaluate(config)
-
-
-def _evaluate(config: EvaluateConfig) -> int:
-    """Evaluates the decoders on each data set in turn; the figures are by address where there are several."""
+    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
+    config.check()
     from datasetdm_fast.training.evaluation import naming
     from datasetdm_fast.training.evaluation.measure import evaluate_decoders
     from datasetdm_fast.training.evaluation.report import figures_table
@@ -58,33 +53,7 @@ def _evaluate(config: EvaluateConfig) -> int:
         skipped |= bad
         if not config.json:
             print(*([address] if len(sources) > 1 else []), figures_table(results[address], config.level), sep="\n")
-    return _finish(config, {"data": results} if len(sources) > 1 else results[config.data], skipped)
-
-
-def _train_curve(config: EvaluateConfig) -> int:
-    """Trains decoders on more and more labels, and evaluates each on the same images."""
-    from datasetdm_fast.training.evaluation.curve import LearningCurve
-    from datasetdm_fast.training.evaluation.report import curve_table, notes
-
-    curve = LearningCurve.open(config.curve, config.learn_from, config.data, config.task, config.open_whole)
-    if config.dry_run:
-        facts = {"labels": curve.counts, "repeats": config.repeats, "learn_from": curve.address}
-        decoders = count_noun(config.repeats * len(curve.counts), "decoder")
-        images = f"taught by {curve.address} and judged on {config.data}"
-        return print_plan(config, facts, f"{decoders} for each task would be {images}")
-    engine, results, skipped = config.open_engine(), {}, {}
-    for task in curve.tasks:
-        with _progress(config) as on_images:
-            results[task], bad = curve.measure(
-                *(engine, task, config.open_selected, config.open_whole, config.score_settings()),
-                config.curve_settings(),
-                on_images,
-            )
-        skipped |= bad
-        if not config.json:
-            lines = notes({task: results[task]})
-            print(curve_table(task, results[task], config.level), *lines, sep="\n", flush=True)
-    return _finish(config, {"curve": results}, skipped)
+    return _finish(config, {"data": results} if len(sources) > 1 else results[config.addresses[0]], skipped)
 
 
 @contextmanager

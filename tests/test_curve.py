@@ -5,15 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from layouts import LAYOUTS
 
+from bench.proof.curve import curve_table, learning_curve, main, parse_counts, power_law, training_address
+from bench.proof.decoders import train_decoder
 from datasetdm_fast.data import DepthMap, Keypoints
+from datasetdm_fast.engine.decoders.checkpoint import fold
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluate import main
-from datasetdm_fast.training.evaluation.curve import learning_curve, parse_counts, power_law, training_address
+from datasetdm_fast.training.captures.cache import CacheSettings
+from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.evaluation.report import curve_table
 from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.recipes import RecipeSettings
 
 COUNTS = [10, 30, 100, 300]
 
@@ -113,7 +119,7 @@ def test_few_images_leave_a_wider_interval(monkeypatch):
 
 @pytest.mark.parametrize("words", [["10"], ["0", "10"], ["ten", "20"], ["10", "-3"], ["10", "2.5"]])
 def test_counts_that_are_no_curve_are_refused(words):
-    with pytest.raises(Refused, match="--curve"):
+    with pytest.raises(Refused, match="--counts"):
         parse_counts(words)
     assert parse_counts(["30", "10", "30"]) == [10, 30]
 
@@ -143,7 +149,7 @@ def test_images_that_teach_and_judge_are_counted_under_any_address(capsys, tmp_p
     LAYOUTS["folder"][1](tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     line = ["--model", "tiny", "--data", f"folder:{tmp_path / 'one'}", "--learn-from", f"folder:{tmp_path / 'two'}"]
-    line += ["--task", "depth", "--bootstrap", "20", "--quiet", "--threads", "1", "--curve", "1,2", "--steps", "1"]
+    line += ["--task", "depth", "--bootstrap", "20", "--quiet", "--threads", "1", "--counts", "1,2", "--steps", "1"]
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["curve"]["depth"]["seen_in_training"] == 2
     assert main(line) == 0
@@ -155,7 +161,7 @@ def test_the_command_teaches_and_judges_each_number(capsys, tmp_path, monkeypatc
     flags = [
         "--model",
         "tiny",
-        "--curve",
+        "--counts",
         "2,4",
         "--data",
         "demo:4@900000",
@@ -175,3 +181,44 @@ def test_the_command_teaches_and_judges_each_number(capsys, tmp_path, monkeypatc
     assert all(0 < point["value"] < 10 for point in found["points"])
     assert main([*flags, "--learn-from", "demo:3@50"]) == 2
     assert "demo:3@50 has 3" in capsys.readouterr().err
+
+
+def test_a_learning_curve_can_be_taught_from_growing_parts(tmp_path):
+    engine = build_engine("torch", load_model("tiny", size=64), {})
+    source = open_data("demo:4@1000", 64)
+    before = set(tmp_path.glob("*.f16"))
+    settings = {
+        "view_settings": ViewSettings(draws=2),
+        "recipe_settings": RecipeSettings(steps=2),
+        "cache_settings": CacheSettings(folder=tmp_path),
+    }
+    first, second = (
+        fold(train_decoder(engine, source, "open-vocabulary", count, **settings)).requires_grad_(False)
+        for count in (2, 4)
+    )
+    words = engine.encode_classes(list(source.thing_classes))
+    capture = engine.denoise_and_capture_raw(torch.zeros(1, 4, 8, 8), 1, engine.encode_text(["", "a ball"]))[1]
+    for decoder in (first, second):
+        found = decoder(capture, words[None])
+        assert found["pred_masks"].shape[1] == len(source.thing_classes) and not any(
+            p.requires_grad for p in decoder.parameters()
+        )
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert len(set(tmp_path.glob("*.f16")) - before) <= 4
+    with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):
+        train_decoder(engine, source, "depth", 5)
+
+
+def test_a_curve_of_images_that_show_nothing_is_refused_before_a_decoder_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr("bench.proof.decoders.train_decoder", lambda *_, **__: pytest.fail("it was trained"))
+    line = ["--data", "demo:6@900", "--counts", "2,3", "--task", "pose", "--quiet"]
+    assert main(line) == 2
+    assert "no image has the ground truth to compare with" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_the_decoders_and_more_labels_than_images_are_refused(capsys):
+    line = "--data demo:3@7 --learn-from demo:9@50 --task semantic --dry-run"
+    assert main([*line.split(), "--counts", "2,3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == [2, 3]
+    assert main([*line.split(), "--counts", "2,10"]) == 2
+    assert capsys.readouterr().err.startswith("--counts: 10 labels, but demo:9@50 has 9 of the selected images\n")

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 from rendered import write_run
 
-from datasetdm_fast import drop, evaluate, filter, splice
+from datasetdm_fast import drop, filter, splice
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line.completion import describe_flags
 
@@ -44,7 +44,6 @@ LINES = [
     ("convert", "RUNS/one --to coco,voc", {"samples": 3, "splits": {"train": 3}}),
     ("drop", "RUNS/one 00000001", {"dropped": ["00000001"], "left": 2}),
     ("evaluate", "--data demo:3@7 --decoder none", {"images": {"demo:3@7": 3}}),
-    ("evaluate", "--data demo:3@7 --learn-from demo:9@50 --task semantic --curve 2,3", {"labels": [2, 3]}),
     ("export", "--model tiny --decoder none --raw-capture --out RUNS/graphs", {"path": "RUNS/graphs"}),
     ("filter", "RUNS/one --where score<0", {"kept": 0, "left_out": 3}),
     ("filter", "RUNS/two", {"scored": 2}),
@@ -71,12 +70,6 @@ def test_nothing_is_written(runs, command, line, told, capsys, tmp_path, monkeyp
     found = json.loads(out.replace(str(runs), "RUNS"))
     assert found | told == found and err.splitlines()[-1] == "--dry-run: nothing is written"
     assert contents(runs) == before and not list(tmp_path.iterdir())
-
-
-def test_more_labels_than_there_are_images_are_refused(capsys):
-    line = "--data demo:3@7 --learn-from demo:9@50 --task semantic --curve 2,10 --dry-run"
-    assert evaluate.main(line.split()) == 2
-    assert capsys.readouterr().err.startswith("--curve: 10 labels, but demo:9@50 has 9 of the selected images\n")
 
 
 def test_every_command_that_writes_has_dry_runs():

@@ -175,8 +175,6 @@ def test_selections_and_framing_are_flags(decoders, capsys):
         (["--level", "2"], "--level"),
         (["--bootstrap", "-1"], "--bootstrap"),
         (["--bootstrap", "10000000000"], "--bootstrap: 10000000000 is not at most 10000"),
-        (["--steps", "5"], "--steps: for --curve, which is not given"),
-        (["--learn-from", "demo:4"], "--learn-from: for --curve, which is not given"),
         (["--limit-per-class", "-1"], "--limit-per-class"),
         (["--select", "vok"], "--select"),
         (["--only-classes", "unicorn"], "unicorn"),
@@ -189,13 +187,12 @@ def test_what_cannot_be_evaluated_is_refused(decoders, capsys, flags, said):
     assert code == 2 and not out and said in error
 
 
-@pytest.mark.parametrize("flags", [[], ["--curve", "1,2", "--learn-from", "demo:2@50"]])
-def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys, monkeypatch):
+def test_a_model_may_be_downloaded_where_a_flag_says_so(decoders, capsys, monkeypatch):
     def downloaded(name):
         raise Refused(f"the hub was asked for {name}", "Answer it.")
 
-    monkeypatch.setattr("datasetdm_fast.engine.loading.downloaded", downloaded)
-    line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]
+    monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", downloaded)
+    line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic"]
     code, _, error = run(capsys, "--decoder", decoders(open_data("demo:1", 64), ("semantic",)), *line)
     assert code == 2 and "Add --allow-download" in error
     assert main([*line, "--allow-download"]) == 2
@@ -216,19 +213,9 @@ def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, cap
     assert code == 2 and "no class in common" in said
 
 
-@pytest.mark.parametrize("flags", ([], ["--curve", "1,2", "--learn-from", "demo:4"]))
-def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags):
+def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "datasetdm_fast.engine.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded")
     )
-    assert main(["--data", f"voc:{tmp_path / 'nowhere'}", *flags]) == 2
+    assert main(["--data", f"voc:{tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-def test_a_curve_of_images_that_show_nothing_is_refused_before_a_decoder_is_trained(monkeypatch, capsys):
-    monkeypatch.setattr(
-        "datasetdm_fast.training.evaluation.curve.train_decoder", lambda *_, **__: pytest.fail("it was trained")
-    )
-    line = ["--data", "demo:6@900", "--curve", "2,3", "--task", "pose", "--quiet"]
-    assert main(line) == 2
-    assert "no image has the ground truth to compare with" in capsys.readouterr().err

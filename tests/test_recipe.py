@@ -159,7 +159,6 @@ def test_several_data_sets_and_names_of_classes(tmp_path, capsys):
         evaluate([*line, "--class-names", "zebra=ball"]) == 2 and "--class-names zebra=ball" in capsys.readouterr().err
     )
     assert evaluate([*line, "--class-names", "cat=dog"]) == 2 and "two classes" in capsys.readouterr().err
-    assert evaluate(["--data", data, "--curve", "1,2"]) == 2
 
 
 @pytest.mark.parametrize("name", ["voc", "cityscapes"])

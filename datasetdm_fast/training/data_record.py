@@ -5,7 +5,7 @@ FOLDER/training/data.json   a list of items, each with its name, its sides and t
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +23,8 @@ from datasetdm_fast.untrusted import documents
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
-VERSION = 2  # of what is learnt from an item; a training that was begun with another one is not resumed
+VERSION = 2  # of the targets; a training that was begun with another version is not resumed
 FORM = {"items": [{"name": str, "sides": [int]}]}
-KINDS = {  # name of a change -> the fields of an item that show it
-    "other labels": ("semantic", "things", "depth", "joints"),
-    "another picture": ("image",),
-    "another caption": ("caption",),
-}
 GROUPS = {  # fields with one digest
     "image": ("image",),
     "caption": ("caption",),
@@ -90,19 +85,11 @@ def count_seen_in_training(decoder: str, source: LabelledSource, labels: Iterabl
         return {}
     files = {label: folders[label] / "training" / NAME for label in labels if label in folders}
     known = {label: _recorded_images(file) for label, file in files.items() if file.exists()}
-    images = _image_digests(source, len(source)) if any(known.values()) else []
+    images = image_digests(source, len(source)) if any(known.values()) else []
     return {label: sum(image in trained_on for image in images) for label, trained_on in known.items()}
 
 
-def count_shared(scored: LabelledSource, trained_on: LabelledSource, count: int) -> int:
-    """How many images of a data set are among the first `count` of another, whatever their addresses."""
-    if scored.is_rendered or trained_on.is_rendered:
-        return 0
-    known = {*_image_digests(trained_on, count)}
-    return sum(image in known for image in _image_digests(scored, len(scored)))
-
-
-def _image_digests(source: LabelledSource, count: int) -> list[str]:
+def image_digests(source: LabelledSource, count: int) -> list[str]:
     """The digests of the first images of a data set that can be read."""
     digests = []
     for index in range(count):
@@ -122,28 +109,23 @@ def _recorded_images(file: Path) -> set[str]:
 
 def find_changes(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> str:
     """The changes of the data in words, empty where nothing changed; fields that only one of them has do not count."""
-    before, now = list(before), list(now)
-    names, names_now = ([item["name"] for item in items] for items in (before, now))
-    if names != names_now:
-        removed, added = _list_names(set(names) - set(names_now)), _list_names(set(names_now) - set(names))
-        moves = [f"{what} {images}" for what, images in (("without", removed), ("with", added)) if images]
-        return f"now {' and '.join(moves)}" if moves else "the same images in another order"
-    changes = []
-    for kind, fields in KINDS.items():
-        changed = {
-            old["name"]
-            for old, new in zip(before, now, strict=True)
-            if any(old[name] != new[name] for name in fields if name in old and name in new)
-        }
-        changes += [f"{kind} of {_list_names(changed)}"] if changed else []
-    return "; ".join(changes)
+    old, new = ({item["name"]: item for item in items} for items in (before, now))
+    changed = {
+        name
+        for name in old.keys() & new.keys()
+        if any(old[name][field] != new[name][field] for field in GROUPS if field in old[name] and field in new[name])
+    }
+    kinds = {"without": old.keys() - new.keys(), "with": new.keys() - old.keys(), "with other content of": changed}
+    changes = [f"{kind} {_list_names(names)}" for kind, names in kinds.items() if names]
+    if not changes and list(old) != list(new):
+        return "the same images in another order"
+    return f"now {' and '.join(changes)}" if changes else ""
 
 
-def _list_names(names: set[str]) -> str:
+def _list_names(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {count_noun(len(ordered) - 1, 'more image')}" if len(ordered) > 1 else ""
-    return f"{documents.one_line(ordered[0])}{more}" if ordered else ""
+    more = f" and {count_noun(len(names) - 1, 'more image')}" if len(names) > 1 else ""
+    return f"{documents.one_line(min(names))}{more}"
 
 
 def with_names_below(items: Iterable[Mapping[str, Any]], folder: Path | None) -> list[dict[str, Any]]:

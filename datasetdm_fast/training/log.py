@@ -4,7 +4,6 @@ import json
 import time
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
@@ -63,16 +62,6 @@ def log_lines(folder: Path) -> list[dict]:
     """The lines of the log of a folder."""
     lines = storage.read(folder / NAME, LARGEST_LOG).splitlines()
     return [json.loads(line) for line in lines if _step(line) < float("inf")]
-
-
-def seconds_per_step(folder: Path) -> float:
-    """Seconds of a step, 0 where the folder has no log of two; a resumed training counts from its own start."""
-    if not (folder / NAME).exists():
-        return 0.0
-    lines = [line for line in log_lines(folder) if "seconds" in line]
-    pairs = [(a, b) for a, b in pairwise(lines) if b["seconds"] >= a["seconds"]]
-    steps = sum(b["step"] - a["step"] for a, b in pairs)
-    return sum(b["seconds"] - a["seconds"] for a, b in pairs) / max(steps, 1)
 
 
 def _step(line: bytes) -> float:

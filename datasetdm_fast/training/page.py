@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ color:var(--ink)}
 h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:left;vertical-align:top}
 td{overflow-wrap:anywhere}p span{white-space:nowrap}
-code{color:var(--ink)}code b{display:inline-block;max-width:100%;overflow-wrap:anywhere;font-weight:normal}
+code{color:var(--ink);overflow-wrap:anywhere}
 th{font-weight:normal;color:var(--dim);overflow-wrap:anywhere;min-width:min(6rem,25vw)}td{min-width:min(9rem,40vw)}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
@@ -103,17 +102,10 @@ def shows_folds(path: Path, folds: Mapping[str, Any] | None) -> bool:
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    """What was trained and how; a line of the command breaks between its words, as a browser would within a flag."""
+    """What was trained and how."""
+    command = f'<p class="dim">{COMMAND}<br><code>{html.escape(str(facts.get(COMMAND)))}</code></p>'
     table = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
-    if COMMAND not in facts:
-        return table
-    words = (f"<b>{html.escape(word)}</b>" for word in _words(str(facts[COMMAND])))
-    return f'{table}<p class="dim">{COMMAND}<br><code>{" ".join(words)}</code></p>'
-
-
-def _words(command: str) -> list[str]:
-    """The words of a command as they were quoted, so that what is copied from the page still runs."""
-    return [shlex.quote(word) for word in shlex.split(command)]
+    return table + (command if COMMAND in facts else "")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

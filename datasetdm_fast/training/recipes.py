@@ -44,7 +44,7 @@ class TrainingSchedule:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """What a user changes of a recipe; 0 = as the preset says."""
+    """Changes of a recipe by the user; 0 = the value of the preset."""
 
     preset: str = "default"  # or upstream
     pose_head: str = "heatmap"  # or simcc

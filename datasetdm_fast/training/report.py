@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import FROM_IMAGE
-from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.training import log
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.session import PERSON, TrainingSession
 from datasetdm_fast.training.settings import QUIRKS
@@ -21,7 +20,6 @@ def describe_plans(
     plans: Mapping[str, TaskPlan],
     results: Mapping[str, Any],
     settings: TaskSettings,
-    out: Path,
     folds: int = 0,
 ) -> Iterator[str]:
     """The lines before a training: data, captures, and each decoder with its steps."""
@@ -47,10 +45,8 @@ def describe_plans(
         yield f"folds      {folds} more decoders of each kind, each to judge a share of the images"
         for task, plan in plans.items():
             steps = plan.schedule.steps * (folds + (results[task] is None))
-            seconds = log.seconds_per_step(out / task / "training") * steps
-            about = f", about {format_duration(seconds)} by the steps that were taken" if seconds else ""
             times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
-            yield f"{task:<10} {steps} steps in all, {times}{about}"
+            yield f"{task:<10} {steps} steps in all, {times}"
     for name in sorted(session.view_settings.quirks):
         yield f"{name}        {QUIRKS[name]}"
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
-from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
 from datasetdm_fast.engine.labels.words import always_named, find_classes, photo_of
@@ -21,7 +20,7 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import format_duration
 from datasetdm_fast.runs.jobs.class_file import own_table
-from datasetdm_fast.training import data_record, predictions, word_heads
+from datasetdm_fast.training import data_record
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
 from datasetdm_fast.training.captures.targets import check_truth
@@ -32,7 +31,6 @@ from datasetdm_fast.training.readers import is_read, open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, TaskTraining, read_state
-from datasetdm_fast.training.trainer import fit
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
 from datasetdm_fast.training.truth.selection import EVERYTHING, Selection
 from datasetdm_fast.untrusted import documents
@@ -271,35 +269,6 @@ def _things(source: LabelledSource, item: Labelled) -> list[str]:
     if item.mask_classes is not None:
         return sorted({source.thing_classes[k] for k in item.mask_classes})
     return [name for name, _ in source.things_of(item)]
-
-
-def train_decoder(
-    engine: Any,
-    source: LabelledSource,
-    task: str,
-    count: int,
-    address: str = "demo:",
-    **settings: Any,
-) -> Decoder:
-    """A decoder trained on the first `count` items of a data set as the command would, none held out; `settings` are
-    further fields of the session. Captures of an image are shared by every count, task and later run.
-    """
-    if not 1 <= count <= len(source):
-        raise Refused(
-            f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has",
-            "Choose another number, or data with more images.",
-        )
-    inversion = Inversion(engine.model.defaults.capture)
-    session = TrainingSession(address, engine, source, tuple(range(count)), inversion=inversion, **settings)
-    plan, views = session.plan(task), session.views(task, range(count))
-    decoder = fit(plan.decoder, views, plan.schedule, plan.words, device=engine.device)
-    decoder.config = word_heads.learn_heads(views, plan.decoder, engine.model.tokenizer).add_to(plan.decoder)
-
-    def predict(chosen: Sequence[int]) -> list:
-        return session.predictor(plan).predict(decoder, views, chosen)
-
-    decoder.config = predictions.choose_outlines("auto", decoder.config, views, predict)
-    return decoder
 
 
 def open_session(

@@ -67,7 +67,7 @@ class TaskSettings:
     storage: str = "fp32"  # precision of the saved weights
     dtype: str = "auto"
     by_word: bool = True  # whether things are named by the attention to words where training images show it can
-    outlines: str = "auto"  # empty: as the decoder's configuration says
+    outlines: str = "auto"  # empty: those of the decoder's configuration
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def resolve_dtype(requested: str, device: torch.device) -> str:
 
 
 class _TrainingRun:
-    """A trainer with what is evaluated and saved between its steps."""
+    """A trainer with the evaluations and checkpoints between its steps."""
 
     def __init__(self, training: TaskTraining, trainer: Trainer, ranks: Ranks):
         self.training, self.trainer, self.ranks = training, trainer, ranks

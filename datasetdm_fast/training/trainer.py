@@ -183,7 +183,7 @@ class Trainer:
     def _totals(self, truths: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
         config = self.state.decoder.config
         local = losses.totals([len(ids) for ids, _ in truths], config.queries if config.has_queries else 0)
-        numbers = torch.tensor(astuple(local), dtype=torch.float32)  # of the host, as it needs them at once
+        numbers = torch.tensor(astuple(local), dtype=torch.float32)  # of the host, which needs them immediately
         self.ranks.total([numbers])
         return losses.Totals(*map(int, numbers.tolist()))
 
@@ -205,23 +205,6 @@ class Trainer:
     def close(self) -> None:
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
-
-
-def fit(
-    config: DecoderConfig,
-    views: TrainingViews,
-    schedule: TrainingSchedule,
-    words: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Decoder:
-    """A trained decoder; `words` [K, D] are class embeddings for open vocabulary."""
-    trainer = Trainer(config, schedule, views, words, device)
-    try:
-        while trainer.state.step < schedule.steps:
-            trainer.step()
-    finally:
-        trainer.close()
-    return trainer.state.averaged_decoder()
 
 
 def generator(*key: object) -> torch.Generator:

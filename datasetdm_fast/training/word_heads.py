@@ -18,7 +18,7 @@ LEAST_RIGHT = 0.75  # share of masks that the attention has to name rightly to b
 LEAST_SHARE = 0.2  # of all heads: a level with less is not read
 SPREAD = 0.003  # weight of the divergence from equal heads, so that a few dozen masks do not leave one head alone
 POWER = 3.0  # of the attention in the probability of a class; unbounded, uninformative heads would suffice
-DIGITS = 4  # of what is stored, the same on every machine
+DIGITS = 4  # of stored shares, equal on every machine
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,12 @@ class Workflow:
     folds: str  # --folds
 
     def prepare(self) -> dict[str, TaskPlan]:
-        """The plan of each task, after every check that can refuse it; reports what is to be done."""
+        """The plan of each task, after every check that can refuse it; reports the work that is left."""
         if self.settings.dtype == "fp16" and self.session.engine.device.type == "cpu":
             raise slow_in_fp16("--dtype")
         plans = {task: self.session.plan(task) for task in self.tasks}
         results = {task: find_result(self.out / task, plan) for task, plan in plans.items()}
-        for line in report.describe_plans(self.session, plans, results, self.settings, self.out, self._fold_count):
+        for line in report.describe_plans(self.session, plans, results, self.settings, self._fold_count):
             self.session.on_message(line)
         return plans
 

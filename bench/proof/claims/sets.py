@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bench.decoders import load_decoders
+from bench.proof.decoders import train_decoder
 from bench.proof.students.student_data import StudentData, Vocabulary
 from bench.runs import prepare
 from datasetdm_fast.config import DEMO_DEFAULTS
@@ -37,7 +38,6 @@ from datasetdm_fast.training.captures.cache import CacheSettings
 from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.training.recipes import RecipeSettings
-from datasetdm_fast.training.session import train_decoder
 
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on

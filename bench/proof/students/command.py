@@ -95,10 +95,10 @@ def compare_small(config: StudentConfig) -> int:
     """Students of the built-in network."""
     import torch
 
+    from bench.proof.curve import training_address
     from bench.proof.students import worth
     from bench.proof.students.student_data import SIDE
     from datasetdm_fast.runs.run_folder.reader import open_run
-    from datasetdm_fast.training.evaluation.curve import training_address
 
     address = training_address(config.data, config.learn_from, config.real)
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
@@ -122,13 +122,13 @@ def compare_small(config: StudentConfig) -> int:
 
 def compare_networks(config: StudentConfig) -> int:
     """Students of a network of transformers."""
+    from bench.proof.curve import training_address
     from bench.proof.students import arms
     from bench.proof.students.course import Course
     from bench.proof.students.examples import Examples, shared_vocabulary
     from bench.proof.students.networks.weights import check_folder, size_of
     from bench.proof.students.worth import check_classes
     from datasetdm_fast.runs.run_folder.document import read_document
-    from datasetdm_fast.training.evaluation.curve import training_address
     from datasetdm_fast.training.evaluation.measure import check_shown
 
     network = open_network(config.student)
@@ -214,9 +214,9 @@ def open_source(
 
 def shared_images(judged: LabelledSource, learnt: LabelledSource, count: int) -> dict[str, int]:
     """How many images for scoring are among the first `count` to learn from, 0 = all; empty for none."""
-    from datasetdm_fast.training import data_record
+    from bench.proof.decoders import count_shared
 
-    seen = data_record.count_shared(judged, learnt, count or len(learnt))
+    seen = count_shared(judged, learnt, count or len(learnt))
     return {"seen_in_training": seen} if seen else {}
 
 

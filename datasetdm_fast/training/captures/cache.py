@@ -150,16 +150,13 @@ class CachePlan:
     bytes: int
     budget: int
     is_stored: bool
-    held: int = 0  # bytes of all captures that the folder holds so far, those of earlier trainings too
 
     def __str__(self) -> str:
         size, room = self.bytes / 1e9, self.budget / 1e9
         if not self.is_stored and not self.budget:
             return "features and maps made anew at every step"
         if self.is_stored:
-            so_far = f"; {self.held / 1e9:.3g} GB lie there so far" if self.held > self.bytes else ""
-            most = f"at most {size:.3g} GB of the {room:.3g} GB allowed"
-            return f"features and maps kept in {self.folder}: {most}{so_far}"
+            return f"features and maps kept in {self.folder}: at most {size:.3g} GB of the {room:.3g} GB allowed"
         why = f"{size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
         return f"features and maps made anew at every step: {why}"
 
@@ -172,8 +169,8 @@ def plan(
     gigabytes: float = 0.0,
     cached: Callable[[], int] = lambda: 0,
 ) -> CachePlan:
-    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space, beside what
-    is cached of them. `cached` counts these bytes, which takes time, and is called only where it decides.
+    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space and the
+    bytes that are cached of them. `cached` counts these bytes, which takes time, and is called only where it decides.
     """
     size = count * Layout.of(levels).numbers * 2
     if mode == "off":
@@ -187,16 +184,7 @@ def plan(
             f"{folder}",
             "Raise --cache-gb, name another --cache-dir, or use --cache auto.",
         )
-    return CachePlan(folder, size, budget, size <= budget, _held(folder))
-
-
-def _held(folder: Path) -> int:
-    """Bytes of all captures in a folder."""
-    total = 0
-    for shard in folder.glob("*.f16"):
-        with suppress(OSError):  # which another process takes away
-            total += shard.stat().st_size
-    return total
+    return CachePlan(folder, size, budget, size <= budget)
 
 
 def cached_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:

@@ -61,7 +61,7 @@ def expanded_level(level: float, images: int, folds: int = 0) -> float:
     if images < 2:
         return level
     away = np.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1)
-    away *= np.sqrt(1 + folds / (folds - 1)) if folds else 1  # 1/(folds-1): images that judge, of those that teach
+    away *= np.sqrt(1 + folds / (folds - 1)) if folds else 1  # 1/(folds-1): scored images per training image
     return float(2 * stats.norm.cdf(away) - 1)
 
 

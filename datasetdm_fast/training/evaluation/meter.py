@@ -158,7 +158,7 @@ def nothing_shown() -> Refused:
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is a number."""
+    """Mean over the last axis, without NaN."""
     is_there = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(is_there, values, 0).sum(-1) / is_there.sum(-1)

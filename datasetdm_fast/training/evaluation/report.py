@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.training.evaluation.curve import POINTS_FOR_FLOOR
 from datasetdm_fast.training.evaluation.meter import figure_name
-from datasetdm_fast.training.evaluation.metrics import METRICS
 
 
 def figures_table(result: Mapping[str, Mapping[str, Any]], level: float) -> str:
@@ -35,33 +33,8 @@ def figures_table(result: Mapping[str, Mapping[str, Any]], level: float) -> str:
     return "\n".join([head, *lines, *notes(result)])
 
 
-def curve_table(task: str, curve: Mapping[str, Any], level: float) -> str:
-    """A learning curve with its forecast."""
-    figure, more, last = figure_name(curve["figure"]), curve["more"], curve["points"][-1]
-    lines = [f"{task}, {figure}", f"{'labels':>8}   value   {level:.0%} interval"]
-    for point in curve["points"]:
-        low, high = point["interval"]
-        lines.append(f"{point['labels']:8}  {point['value']:6.4f}   {low:.4f} to {high:.4f}")
-    low, high = more["interval"]
-    if not high:  # no resample falls
-        forecast = ["The figures do not improve with the number of labels, so nothing can be forecast."]
-    else:
-        gain = f"{more['gain']:.4f}"
-        better = f"{gain} {'lower' if METRICS[task].less_is_better else 'higher'}" if float(gain) else "no change"
-        forecast = [
-            f"{more['labels'] - last['labels']} more labels would bring {figure} to about {more['value']:.4f}: "
-            f"{better} ({level:.0%} interval {low:.4f} to {high:.4f})."
-        ]
-        if len(curve["points"]) < POINTS_FOR_FLOOR:
-            forecast.append(
-                f"Fewer than {POINTS_FOR_FLOOR} numbers cannot show where the curve levels off: take this as the most "
-                "that can be hoped for."
-            )
-    return "\n".join([*lines, *forecast])
-
-
 def notes(result: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How captions were used, on which figures depend, and how many images the decoders saw in training."""
+    """How captions were used, and how many images the decoders saw in training."""
     captions = next(iter(result.values()))["captions"]
     if captions != "true":
         line = f"captions: {'none' if captions == 'none' else 'text condition only'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,17 @@ from datasetdm_fast.training.truth.selection import EVERYTHING, DataSettings, Se
 
 if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.engine.pictures.labelled import LabelledSource
-    from datasetdm_fast.training.evaluation.curve import CurveSettings
     from datasetdm_fast.training.evaluation.measure import ScoreSettings
 
 MOST_DRAWS = 10_000  # bootstrap resamples of an interval
 ANY_SIZE = 64  # pixels per side, where no image is read yet
-OF_TRAINING = ("learn_from", "repeats", "steps", "more")  # settings of decoders that are trained here
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
         "decoder outlines data task model select images limit_per_class min_area limit_images only_classes framing "
-        "skip_bad allow_download class_names unseen captions bootstrap level curve learn_from repeats steps more "
+        "skip_bad allow_download class_names unseen captions bootstrap level "
         "engine dtype device batch_size seed threads dry_run json quiet"
     ).split()
 
@@ -64,25 +62,12 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         500, f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals", metavar="N"
     )
     level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
-    curve: tuple[str, ...] = setting(
-        (),
-        "learning curve: train with these numbers of labels, such as 10,30,100,300, and evaluate each",
-        metavar="LIST",
-    )
-    learn_from: str = setting(
-        "",
-        "labelled images for --curve; default: the train split of --data, or demo scenes",
-        metavar="DATA",
-    )
-    repeats: int = setting(1, "decoders with other seeds for each number of --curve", metavar="N")
-    steps: int = setting(0, "steps of each training of --curve, 0 = the usual number", metavar="N")
-    more: int = setting(50, "additional labels whose gain is forecast, beyond the last number of --curve", metavar="N")
     batch_size: int = setting(10, "images per batch", metavar="N")
     seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
     json: bool = setting(False, "the figures as one JSON object on stdout")
 
-    def check(self, provided: Collection[str] = ()) -> None:
-        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0, "repeats": 1, "steps": 0, "more": 1}
+    def check(self) -> None:
+        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise Refused(
@@ -94,22 +79,6 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 raise Refused(f"--{name}: {getattr(self, name)} is not at most {most}", "Choose a smaller number.")
         if not 0 < self.level < 1:
             raise Refused(f"--level: {self.level:g} is not between 0 and 1", "For example --level 0.95.")
-        if self.curve:
-            self._check_curve()
-        elif idle := [name for name in OF_TRAINING if name in provided]:
-            raise Refused(f"--{idle[0].replace('_', '-')}: for --curve, which is not given", "Add --curve, or drop it.")
-
-    def _check_curve(self) -> None:
-        if named := [label for label in self.task if ":" in label]:
-            raise Refused(
-                f"--task {named[0]}: --curve trains decoders of its own, which have no names",
-                f"Ask for {named[0].partition(':')[0]}.",
-            )
-        if len(self.addresses) > 1 or self.class_names:
-            raise Refused(
-                "--data: several data sets, or --class-names, can only be used to evaluate trained decoders",
-                "Leave out --curve, or give one data set without --class-names.",
-            )
 
     @property
     def addresses(self) -> list[str]:
@@ -142,9 +111,3 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         from datasetdm_fast.training.evaluation.measure import ScoreSettings
 
         return ScoreSettings(self.captions, self.batch_size, self.seed, self.unseen, self.bootstrap, self.level)
-
-    def curve_settings(self) -> CurveSettings:
-        from datasetdm_fast.training.evaluation.curve import CurveSettings
-
-        run = (self.engine, self.dtype, self.device)
-        return CurveSettings(self.repeats, self.steps, self.more, self.skip_bad, *run)

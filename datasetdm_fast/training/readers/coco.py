@@ -37,7 +37,7 @@ class Annotations:
         self.categories: dict[int, str] = {}
         self.joints: tuple[str, ...] = ()
         self.limbs: tuple[tuple[int, int], ...] = ()
-        self.bad: dict[int, str] = {}  # image id -> what is wrong with an annotation of it
+        self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
         for key, value, start, end in self.stream:
@@ -69,7 +69,7 @@ class Annotations:
                     crowds.append(_is_crowd(value))
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"{key}, byte {start}: {error}") from error
-        is_annotated = "annotations" in self.stream.keys  # an empty list says that the images show nothing
+        is_annotated = "annotations" in self.stream.keys  # an empty list means that the images show nothing
         for what, part in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
             if not part:
                 raise reading.bad(path, f"no {what} in it")
@@ -173,7 +173,7 @@ class Coco(OutlineSource):
     def name(self, record: int) -> str:
         try:
             return str(self.image_path(self._image_of(record)))
-        except Refused:  # its file name is what is wrong with it
+        except Refused:  # its file name is the fault
             return f"image {self._image_of(record)}"
 
     def _image_of(self, record: int) -> int:
@@ -259,7 +259,7 @@ class Coco(OutlineSource):
     def areas(self, record: int) -> dict[str, int]:
         if self.things is None:
             return {"person": 1}
-        if not self.things.areas.any():  # the file tells none
+        if not self.things.areas.any():  # the file has none
             return super().areas(record)
         rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
         kinds = {row: self.numbers.get(int(self.things.rows["category"][row])) for row in rows}

@@ -35,7 +35,7 @@ TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": 
 TABLE_FORM |= {"things": [str]}
 OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
 PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
-NOTE = "depth unit"  # of a depth map that says in which unit it is
+NOTE = "depth unit"  # key of a depth map's own unit
 
 
 class HuggingFace(PictureSource):
@@ -62,7 +62,7 @@ class HuggingFace(PictureSource):
             )
         if self.columns["label"] or self.columns["objects"]:
             self.classes = self._classes()
-            things = self.table.get("things", self.classes)  # which earlier versions did not tell
+            things = self.table.get("things", self.classes)  # which earlier versions did not write
             self.thing_classes = tuple(n for n in reading.without_background(self.classes) if n in things)
         if self.columns["depth"]:
             self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
@@ -81,7 +81,7 @@ class HuggingFace(PictureSource):
     def _first_row(self) -> dict[str, Any]:
         try:
             return self.rows.row(0) if len(self.rows) else {}
-        except Refused:  # told when it is read, as it may be skipped
+        except Refused:  # reported when it is read, as it may be skipped
             return {}
 
     def _table(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Lvis(Coco):
         self.order = range(len(self.images))
 
     def _was_searched(self, image: int) -> bool:
-        """Whether an image without annotations says what it does not show; of another one nothing is known."""
+        """Whether an image without annotations lists classes that it does not show; of others nothing is known."""
         facts = self.things.images[image]
         return (
             image in self.things.bad or SEARCHED[0] not in facts or not {*facts[SEARCHED[0]]}.isdisjoint(self.numbers)
