@@ -52,8 +52,9 @@ RECIPES = {
             "datasetdm_fast/config.py": (
                 (
                     '    "open-vocabulary": TaskKind(\n',
-                    '    "edges": TaskKind(f"{_LABELS}.edges:EdgesKind", f"{_TASKS}.edges:EdgesTask", '
-                    'f"{_METERS}.edges:Edges"),\n    "open-vocabulary": TaskKind(\n',
+                    '    "edges": TaskKind(\n        "datasetdm_fast.engine.labels.edges:EdgesKind",\n'
+                    '        "datasetdm_fast.engine.tasks.edges:EdgesTask",\n'
+                    '        "datasetdm_fast.training.evaluation.edges:Edges",\n    ),\n    "open-vocabulary": TaskKind(\n',
                 ),
             )
         },

@@ -17,7 +17,7 @@ class EdgesTask(SemanticTask):
     """Where one class ends and another begins."""
 
     names = ""
-    wanted = "an edge between two classes"
+    requirement = "an edge between two classes"
     small = {"batch_size": 12, "points": 512, "steps": 900}
 
     def truth(self, _: LabelledSource, item: Labelled) -> SemanticMap:
