@@ -54,7 +54,8 @@ RECIPES = {
                     '    "open-vocabulary": TaskKind(\n',
                     '    "edges": TaskKind(\n        "datasetdm_fast.engine.labels.edges:EdgesKind",\n'
                     '        "datasetdm_fast.engine.tasks.edges:EdgesTask",\n'
-                    '        "datasetdm_fast.training.evaluation.edges:Edges",\n    ),\n    "open-vocabulary": TaskKind(\n',
+                    '        "datasetdm_fast.training.evaluation.edges:Edges",\n    ),\n'
+                    '    "open-vocabulary": TaskKind(\n',
                 ),
             )
         },
