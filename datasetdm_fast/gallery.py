@@ -14,7 +14,7 @@ from datasetdm_fast.command_line.output import print_lines, print_plan, print_re
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.gallery import drawn, review, server
+from datasetdm_fast.runs.gallery import pictures, review, server
 from datasetdm_fast.runs.gallery.showing import ShownRun, show
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run, is_url
 from datasetdm_fast.runs.run_folder.page_files import PAGE
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str]) -> int:
         _copy(config)
     is_copied = config.dry_run and config.out != ""
     run = show(place, is_served=config.serve or is_copied, is_dry=config.dry_run)
-    told = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
-    told += f", and {run.aside} set aside" if run.aside else ""
+    line = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
+    line += f", and {run.doubtful} set aside" if run.doubtful else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
     if config.dry_run:
-        return print_plan(config, facts, page, f"{told}, which the page would show")
-    print_lines(config, told)
+        return print_plan(config, facts, page, f"{line}, which the page would show")
+    print_lines(config, line)
     if not config.serve:
         print_result(config, facts, page)
         return 0
@@ -92,7 +92,7 @@ def _served_run(place: str, run: ShownRun) -> server.ServedRun:
     served = server.ServedRun.of_folder(run.folder)
     if run.copies is None:
         return served
-    served = replace(served, fetch=partial(drawn.fetch_or_draw, run.copies.fetch, run.folder))
+    served = replace(served, fetch=partial(pictures.fetch_or_draw, run.copies.fetch, run.folder))
     if is_url(place):  # no command takes one sample of it, and its marks belong beside it
         return replace(served, command_path="", review=review.StoredReview(run.copies.store))
     return served

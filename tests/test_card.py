@@ -204,7 +204,7 @@ def test_the_picture_shows_what_the_ledger_holds(run):
 
 def test_bars_are_as_long_as_their_numbers():
     figures = statistics.Figures(scores=[0.02] * 10 + [0.99] * 5 + [1.0] * 5)
-    bars = np.array(Image.open(io.BytesIO(statistics.drawn(figures))).convert("RGB")) == statistics.BAR
+    bars = np.array(Image.open(io.BytesIO(statistics.draw_panels(figures))).convert("RGB")) == statistics.BAR
     columns = bars.all(2).sum(0)
     heights = [run.max() for run in np.split(columns, np.flatnonzero(np.diff(columns > 0)) + 1) if run.max()]
     assert len(heights) == 2 and heights[0] == heights[1]
@@ -221,4 +221,4 @@ def test_a_run_without_labels_to_count_has_a_card(tmp_path):
 def test_many_classes_and_hostile_names_are_drawn():
     figures = statistics.Figures(images={f"{k} \u202e<b>🎈{'x' * k}": k + 1 for k in range(40)})
     title, bars, _ = next(statistics.panels_of(figures))
-    assert "24 most frequent of 40" in title and bars[0][1] == 40 and statistics.drawn(figures)
+    assert "24 most frequent of 40" in title and bars[0][1] == 40 and statistics.draw_panels(figures)

@@ -16,7 +16,7 @@ from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.settings import EditChoice
 from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.indexes.coco import numbered
+from datasetdm_fast.runs.run_folder.indexes.coco import rows_with_ids
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.untrusted import images
@@ -106,7 +106,7 @@ def class_task(source: TileSource, word: str) -> str:
 def annotation_ids(source: TileSource, label: str) -> dict[int, list[int]]:
     """The ids in its file of COCO's form of every sample's instances, by the index of the sample."""
     with Ledger(source.path / LEDGER, read_only=True) as ledger:
-        return {row.request.index: ids for row, ids in numbered(label, source.document, ledger)}
+        return {row.request.index: ids for row, ids in rows_with_ids(label, source.document, ledger)}
 
 
 def grow(region: np.ndarray, pixels: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class RunFacts:
         }
         self.named: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()
-        self.missing = self.doubtful = self.aside = 0
+        self.missing = self.doubtful = self.excluded = 0
         self.pages: list[tuple[int, int]] = []
         self.figures: dict[str, None] = {}
 
@@ -65,8 +65,8 @@ class RunFacts:
                 f"{name}: {decoder}" if decoder else name: value for name, value in kind.figures(record).items()
             }
         certainties = [kind_of(task).certainty(record) for task, record in row.labels.items()]
-        told = [value for value in certainties if value is not None]
-        figures |= {"score": round(sum(told) / len(told), 4)} if told else {}
+        known = [value for value in certainties if value is not None]
+        figures |= {"score": round(sum(known) / len(known), 4)} if known else {}
         figures |= {"disagreeing": row.trust.disagreeing} if row.trust else {}
         figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
         self.figures |= dict.fromkeys(figures)
@@ -79,7 +79,7 @@ class RunFacts:
         self.shown.update(visible)
         self.missing += bool(missing)
         self.doubtful += bool(reasons)
-        self.aside += row.status == DOUBTFUL
+        self.excluded += row.status == DOUBTFUL
         return {
             "index": request.index,
             "prompt": request.prompt,
@@ -110,7 +110,7 @@ class RunFacts:
             [
                 row.request.index,
                 {
-                    layer.name: layer.values(row.labels[task], self.document["labels"][task], _traced(layer, row, task))
+                    layer.name: layer.values(row.labels[task], self.document["labels"][task], _trace(layer, row, task))
                     for layer, task in self.layers.items()
                     if layer.values and task in row.labels
                 },
@@ -122,7 +122,7 @@ class RunFacts:
         """What all samples share."""
         document, words = self.document, list(self._numbers)
         config = document["config"]
-        drawn = [
+        layers = [
             {
                 "name": layer.name,
                 "title": layer.title,
@@ -143,7 +143,7 @@ class RunFacts:
             "key": key_of(document),
             "pixels": size_in_words(document),
             "format": config["image_format"],
-            "layers": drawn,
+            "layers": layers,
             "first": next((kind_of(label).layers[0].name for label in self.tasks), ""),
             "words": words,
             "colours": self._colours(words),
@@ -151,7 +151,7 @@ class RunFacts:
             "shown": [self.shown[word] for word in words],
             "missing": self.missing,
             "doubtful": self.doubtful,
-            "aside": self.aside,
+            "aside": self.excluded,
             "figures": list(self.figures),
             "pages": self.pages,
             "samples": sum(count for _, count in self.pages),
@@ -180,16 +180,16 @@ class RunFacts:
         for name in [*others, *words]:
             numbers.setdefault(name, len(numbers) + 1)
         palette = next((table["palette"] for table in tables.values() if "palette" in table), OURS)
-        own = {
+        custom = {
             name: each
             for table in tables.values()
             for name, each in zip(table.get("classes", ()), table.get("colours", ()))
         }
-        found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
-        return [_css(each) for each in found]
+        usual = OURS if custom else palette
+        return [_css(custom.get(word) or colour_in(usual, word, numbers[word])) for word in words]
 
 
-def _traced(layer: GalleryLayer, row: Row, task: str) -> Any:
+def _trace(layer: GalleryLayer, row: Row, task: str) -> Any:
     """What was traced of a label when its sample was written; earlier versions traced nothing."""
     if layer.trace is None or not row.labels[task]:
         return []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.runs.gallery import drawn, sheets
+from datasetdm_fast.runs.gallery import pictures, sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
@@ -35,7 +35,7 @@ class PageWriter:
         storage.publish({self._folder / name: content for name, content in contents.items()})
         if self._has_samples:
             for role in page_files.picture_roles(self._document):
-                drawn.draw_missing(self._folder, rows, role)
+                pictures.draw_missing(self._folder, rows, role)
             self._shown |= sheets.draw_sheets(self._folder, rows, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:

@@ -26,7 +26,7 @@ class ShownRun:
 
     folder: Path  # where the page is
     samples: int  # of the data set
-    aside: int  # beside it, which the page shows as well
+    doubtful: int  # beside it, which the page shows as well
     planned: int
     copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
 
@@ -55,8 +55,8 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
             copies.store.note(folder)
     document = _write_page(folder, is_dry=is_dry)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        there, aside = ledger.count(), ledger.count(DOUBTFUL)
-    return ShownRun(folder, there, aside, document["plan"]["number"], copies)
+        samples, doubtful = ledger.count(), ledger.count(DOUBTFUL)
+    return ShownRun(folder, samples, doubtful, document["plan"]["number"], copies)
 
 
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:

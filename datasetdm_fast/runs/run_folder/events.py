@@ -36,7 +36,7 @@ class EventLog:
         self._add("start", format=FORMAT, program=sys.argv[0], arguments=sys.argv[1:], versions=versions)
         self._add("plan", number=document["plan"]["number"], done=ledger.count(), engine=document["engine"])
 
-    def committed(self, rows: Sequence[Row]) -> None:
+    def add_rows(self, rows: Sequence[Row]) -> None:
         """Samples that this process has just committed."""
         self._made += len(rows)
         for row in rows:
@@ -49,8 +49,8 @@ class EventLog:
     def end(self, ledger: Ledger) -> None:
         """What the folder holds once its index files show it."""
         if self._is_begun:
-            aside = ledger.count(QUARANTINED)
-            self._add("done", made=self._made, done=ledger.count(), set_aside=aside, doubtful=ledger.count_doubtful())
+            counts = {"set_aside": ledger.count(QUARANTINED), "doubtful": ledger.count_doubtful()}
+            self._add("done", made=self._made, done=ledger.count(), **counts)
             self._is_begun = False
 
     def _add(self, event: str, **facts: Any) -> None:

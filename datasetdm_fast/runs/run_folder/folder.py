@@ -36,9 +36,8 @@ from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
 SECONDS_BETWEEN_TRIES = 0.2
-Publish = Callable[
-    [Mapping[str, bytes]], Mapping[str, StoredFile]
-]  # files by their path inside the run folder -> what was written
+# files by their path inside the run folder -> what was written
+Publish = Callable[[Mapping[str, bytes]], Mapping[str, StoredFile]]
 
 
 class RunFolder(AbstractContextManager):
@@ -51,9 +50,7 @@ class RunFolder(AbstractContextManager):
         self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD
     ):
         self.path = path
-        self.document: dict[str, Any] = json.loads(
-            pretty(document)
-        )  # in the order of the file, which is what a later start will read
+        self.document: dict[str, Any] = json.loads(pretty(document))  # in the order of the file
         self._closing, self.log = ExitStack(), EventLog(path)
         storage.make_folder(path / "state")
         if not is_member:
@@ -72,10 +69,10 @@ class RunFolder(AbstractContextManager):
                     _check_unchanged(path)
                 unseal(path)
                 self.ledger.note("run", content)
-            there = self.document if is_new else read_document(path) or self.document
-            if any(there[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
+            stored = self.document if is_new else read_document(path) or self.document
+            if any(stored[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
                 unseal(path)
-                storage.publish({path / DOCUMENT: pretty({**there, **document})})
+                storage.publish({path / DOCUMENT: pretty({**stored, **document})})
         except BaseException:
             self._closing.close()
             raise
@@ -91,22 +88,22 @@ class RunFolder(AbstractContextManager):
         self.log.begin(self.document, self.ledger)
 
     def commit(self, rows: Sequence[Row]) -> None:
-        """Makes rows whose files are there part of the data set, all or none."""
+        """Makes rows whose files are written part of the data set, all or none."""
         self.ledger.commit(rows)
-        self.log.committed(rows)
+        self.log.add_rows(rows)
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
         return write_samples(results, recipe, self.document, into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
-        """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
+        """Writes missing or damaged files of a sample again, and gives their paths; other bytes are never written."""
         folder = QUARANTINE if row.status == DOUBTFUL else ""
         made = label_files.encode(sample, self.document["config"]["image_format"], self.document["labels"], folder)
         return self.restore(row, *made)
 
     def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
-        """The same, from the files and label records of the sample."""
+        """Writes missing or damaged files again, from all files and label records of the sample."""
         contents = {name: content for name, content in made.values()}
         expected = {name: stored.sha256 for name, stored in row.files.values()}
         other = sorted(
@@ -267,19 +264,19 @@ def refusing_rows(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
+def share_folder(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
     """Holds the folder together with other processes; the first of them finds it as the last run left it, cleans it
     and calls `begin`.
     """
     end = time.monotonic() + ENTRY_SECONDS
-    with ExitStack() as held:
+    with ExitStack() as lock:
         while True:
-            # refused where others are there already, or one of them is just looking
+            # refused where others share it already, or one of them looks whether it is held
             with suppress(Refused), locks.hold_lock(folder / LOCK):
                 clean(folder)
                 begin()
             try:
-                held.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))
+                lock.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))
                 break
             except Refused:
                 if time.monotonic() > end:

@@ -224,8 +224,8 @@ class Run(AbstractContextManager["Run"]):
 
     def rows(self, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """The rows of all samples in one pass, with these parts; see Ledger.rows."""
-        wanted = set(self._indices)
-        return (row for row in self._rows().rows(parts=parts) if row.request.index in wanted)
+        indices = set(self._indices)
+        return (row for row in self._rows().rows(parts=parts) if row.request.index in indices)
 
     @overload
     def __getitem__(self, key: slice) -> Run: ...
@@ -238,15 +238,15 @@ class Run(AbstractContextManager["Run"]):
         if isinstance(key, slice):
             if key.step is not None and key.step < 0:
                 raise Refused(f"{self.path}: the samples of a run have one order", "Use reversed(run) for the other.")
-            return self._narrowed(self._indices[key])
+            return self._select(self._indices[key])
         index = self._index(key)
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
         return StoredSample(row, self.path, self.document, self.copies, self._class_table)
 
-    def _narrowed(self, indices: Sequence[int]) -> Run:
-        """The same run with only these samples; it has a connection of its own to the ledger."""
+    def _select(self, indices: Sequence[int]) -> Run:
+        """This run with only these samples; it has another connection to the ledger."""
         fewer = copy.copy(self)
         fewer._ledger, fewer._indices = None, sorted(indices)
         return fewer
@@ -277,9 +277,9 @@ class Run(AbstractContextManager["Run"]):
             passes = set(passing(self.path, condition).remaining)
             chosen = [index for index in chosen if index in passes]
         if classes:
-            wanted = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}
-            chosen = [index for index in chosen if index in wanted]
-        fewer = self._narrowed(chosen)
+            naming = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}
+            chosen = [index for index in chosen if index in naming]
+        fewer = self._select(chosen)
         if trusted is None and test is None:
             return fewer
         left = [
@@ -287,7 +287,7 @@ class Run(AbstractContextManager["Run"]):
             for sample in fewer
             if trusted in (None, sample.trust.is_trusted) and (test is None or test(sample))
         ]
-        return self._narrowed(left)
+        return self._select(left)
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self)} sample{'s' * (len(self) != 1)}, labels {', '.join(self.tasks)}>"
@@ -321,10 +321,10 @@ class Run(AbstractContextManager["Run"]):
             raise Refused(
                 f"task: {task!r} was given, expected a label or several labels", "Give one, such as 'semantic'."
             )
-        for one in (task,) if isinstance(task, str) else task:
-            if one not in self.tasks:
+        for label in (task,) if isinstance(task, str) else task:
+            if label not in self.tasks:
                 raise Refused(
-                    f"{self.path}: has no labels for {one!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
+                    f"{self.path}: has no labels for {label!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
                 )
         return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
 
@@ -371,7 +371,7 @@ class TaskDataset:
         """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list
         of one a pair; to be given to a DataLoader as `collate_fn`.
         """
-        return _batched(list(pairs))
+        return _stack(list(pairs))
 
 
 def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
@@ -386,16 +386,16 @@ def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in parts.items()}
 
 
-def _batched(values: list[Any]) -> Any:
+def _stack(values: list[Any]) -> Any:
     import torch
 
     first = values[0]
     if isinstance(first, dict) and OF_THINGS in first:
         return values  # each image has its own number of them
     if isinstance(first, dict):
-        return {name: _batched([value[name] for value in values]) for name in first}
+        return {name: _stack([value[name] for value in values]) for name in first}
     if isinstance(first, tuple):
-        return tuple(_batched(list(column)) for column in zip(*values, strict=True))
+        return tuple(_stack(list(column)) for column in zip(*values, strict=True))
     if isinstance(first, torch.Tensor) and len({value.shape for value in values}) == 1:
         return torch.stack(values)
     return values

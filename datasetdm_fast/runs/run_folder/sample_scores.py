@@ -36,9 +36,9 @@ class Scored:
 
 def certainty(made: Scored) -> float | None:
     """The mean over the kinds of labels that tell how sure their decoder was."""
-    found = [kind_of(task).certainty(record) for task, record in made.records.items()]
-    told = [value for value in found if value is not None]
-    return sum(told) / len(told) if told else None
+    values = [kind_of(task).certainty(record) for task, record in made.records.items()]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def presence(made: Scored) -> float:
@@ -72,7 +72,7 @@ def sharpness(image: Image.Image) -> float:
 SCORERS: dict[str, Callable[[Scored], float | None]] = {
     "score": certainty,
     "trust": lambda made: float(made.trust.is_trusted),
-    "agreement": lambda made: agreement([found for task in made.records if (found := named_map(made.label(task)))]),
+    "agreement": lambda made: agreement([names for task in made.records if (names := named_map(made.label(task)))]),
     "presence": presence,
     "sharpness": lambda made: sharpness(Image.fromarray(made.image)),
 }

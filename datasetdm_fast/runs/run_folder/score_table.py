@@ -53,14 +53,9 @@ def read_scores(folder: Path, names: Sequence[str] = tuple(SCORES)) -> ScoreTabl
         values = {}
         for name in names:
             column = np.full(len(indices), np.nan)
-            found = [
-                (place[index], value)
-                for index, value in ledger.scores("distance" if name == "duplicate" else name)
-                if index in place and isinstance(value, (int, float))
-            ]
-            if found:
-                places, told = zip(*found, strict=True)
-                column[list(places)] = told
+            for index, value in ledger.scores("distance" if name == "duplicate" else name):
+                if index in place and isinstance(value, (int, float)):
+                    column[place[index]] = value
             values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
     return ScoreTable(indices, classes, values)
 
@@ -69,24 +64,24 @@ def add_distances(ledger: Ledger, since: float = inf) -> None:
     """Gives samples the distances that they lack, and renews those from the index `since` on, where samples have left
     the data set or come back.
     """
-    there, shown = dict(ledger.scores("distance")), set(ledger.indices())
+    distances, shown = dict(ledger.scores("distance")), set(ledger.indices())
     hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
-    first = next((k for k, (index, _) in enumerate(hashes) if index not in there or index >= since), len(hashes))
+    first = next((k for k, (index, _) in enumerate(hashes) if index not in distances or index >= since), len(hashes))
     bits = nearest(np.array([value for _, value in hashes], np.int64), first)
-    found = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
-    if changed := [(index, "distance", distance) for index, distance in found if there.get(index) != distance]:
+    new = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
+    if changed := [(index, "distance", distance) for index, distance in new if distances.get(index) != distance]:
         ledger.add_scores(changed, replaces=True)
 
 
 def nearest(hashes: np.ndarray, first: int) -> np.ndarray:
     """Bits by which each hash [N] int64 from the place `first` on differs from the nearest before it."""
-    found, block = [], 64
+    nearest_bits, block = [], 64
     for start in range(first, len(hashes), block):
         stop = min(start + block, len(hashes))
         bits = np.bitwise_count((hashes[start:stop, None] ^ hashes[None, :stop]).view(np.uint64))
         bits[np.arange(stop)[None] >= np.arange(start, stop)[:, None]] = BITS
-        found.append(bits.min(1))
-    return np.concatenate(found) if found else np.zeros(0, np.uint8)
+        nearest_bits.append(bits.min(1))
+    return np.concatenate(nearest_bits) if nearest_bits else np.zeros(0, np.uint8)
 
 
 def absent(folder: Path, name: str) -> Refused:

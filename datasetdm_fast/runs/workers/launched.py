@@ -16,7 +16,7 @@ from datasetdm_fast.runs.jobs.job import Job, prepare_job
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK, read_document
-from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
+from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
 from datasetdm_fast.runs.workers.heartbeat import Silence, host, is_over
@@ -36,7 +36,7 @@ def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callback
             for slot in range(peer.world):
                 queue.enter(Owner(f"rank {slot}", slot))
 
-    with shared(folder, expect_all), closing(WorkQueue(folder / seal.QUEUE)) as queue:
+    with share_folder(folder, expect_all), closing(WorkQueue(folder / seal.QUEUE)) as queue:
         queue.enter(owner)
         job, opened = join_run(prepare_job(spec, read_document(folder)), queue, journal)
         for line in callbacks.describe(job):

@@ -28,15 +28,18 @@ from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
 
-DRAWN, GIVEN = "drawn", "given"  # images that a diffusion model made of prompts, and those of label
-TITLES = {DRAWN: "# A labelled data set, made from prompts\n", GIVEN: "# Pictures and their labels\n"}
+GENERATED, LABELLED = (
+    "generated",
+    "labelled",
+)  # origins of images: a diffusion model made them of prompts, or `label` got them
+TITLES = {GENERATED: "# A labelled data set, made from prompts\n", LABELLED: "# Pictures and their labels\n"}
 ORIGINS = {
-    DRAWN: "all synthetic: a diffusion model generated the images, and the labels were predicted from its features and "
-    "attention maps. None of the images is a photograph, and the labels are not ground truth.",
-    GIVEN: "which were predicted from the features and attention maps of a diffusion model and are not ground truth. "
-    "The rights to the pictures are those of their authors.",
+    GENERATED: "all synthetic: a diffusion model generated the images, and the labels were predicted from its features "
+    "and attention maps. None of the images is a photograph, and the labels are not ground truth.",
+    LABELLED: "which were predicted from the features and attention maps of a diffusion model and are not ground "
+    "truth. The rights to the pictures are those of their authors.",
 }
-DRAWN_AND_GIVEN = (
+BOTH_ORIGINS = (
     "which were predicted from the features and attention maps of a diffusion model and are not ground truth. That "
     "model generated some of the images; the others are pictures, and the rights to them are those of their authors."
 )
@@ -64,9 +67,9 @@ USE = (
     "and confidences show where to look first.",
 )
 BIASES = {
-    DRAWN: "- The images have the biases of the diffusion model and of its training data. Faces and texts in them may "
-    "be invented or real.",
-    GIVEN: "- The pictures are not the model's, but the labels have the biases of its training data.",
+    GENERATED: "- The images have the biases of the diffusion model and of its training data. Faces and texts in them "
+    "may be invented or real.",
+    LABELLED: "- The pictures are not the model's, but the labels have the biases of its training data.",
 }
 BIASES_OF_BOTH = (
     "- The generated images and all labels have the biases of the diffusion model and of its training data. Faces and "
@@ -122,9 +125,9 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
     origin = origins[0] if len(origins) == 1 else ""
     parts = [
         *_header(document, done),
-        TITLES[origin or GIVEN],
+        TITLES[origin or LABELLED],
         f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
-        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, DRAWN_AND_GIVEN)}\n",
+        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, BOTH_ORIGINS)}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
@@ -154,7 +157,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
 
 def origins_of(document: Mapping[str, Any]) -> list[str]:
     """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
-    return sorted({GIVEN if run["config"]["sampler"] == INVERSION else DRAWN for run in runs_of(document)})
+    return sorted({LABELLED if run["config"]["sampler"] == INVERSION else GENERATED for run in runs_of(document)})
 
 
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
@@ -162,23 +165,23 @@ def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     tasks = tasks_of(document["config"]["task"])
     categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
     yield "---"
-    yield from _listed("license", hub_names(text for _, text in _licence_names(document)))
-    yield from _listed("task_categories", list(categories))
-    yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
-    yield from _listed("annotations_creators", ["machine-generated"])
-    yield from _listed("tags", ["datasetdm", *(["synthetic"] if DRAWN in origins_of(document) else [])])
+    yield from _yaml_list("license", hub_names(text for _, text in _licence_names(document)))
+    yield from _yaml_list("task_categories", list(categories))
+    yield from _yaml_list("size_categories", [next(name for most, name in SIZES if done < most)])
+    yield from _yaml_list("annotations_creators", ["machine-generated"])
+    yield from _yaml_list("tags", ["datasetdm", *(["synthetic"] if GENERATED in origins_of(document) else [])])
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
 
 
-def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
+def _yaml_list(name: str, values: Sequence[str]) -> Iterator[str]:
     yield f"{name}:"
     yield from (f"- {value}" for value in values)
 
 
 def _left_out(ledger: Ledger) -> Iterator[str]:
     """Samples that are in no file of labels."""
-    for reason, aside in ledger.quarantined_by_reason().items():
-        yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in aside)}.\n"
+    for reason, indices in ledger.quarantined_by_reason().items():
+        yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in indices)}.\n"
     if dropped := ledger.count_dropped():
         yield f"Dropped samples: {dropped}.\n"
 
@@ -189,23 +192,23 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {_code(document['composition']['told'])}"
     yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
     yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
-    yield from _mixed(document) if "mixed" in document else _merged(document)
+    yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
     yield f"- Sampler {sampler_in_words(document)}"
     if package := sampling.get("sampler_package"):
         yield f"- The sampler is that of the package {_code(package)}"
     foreign = sampling.get("labellers", {}).items()
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
-    yield from _verified(document)
+    yield from _describe_verification(document)
     yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
         # `samples.jsonl` has no prompts of samples that were set aside
-        given = "is the list that it was given" if quarantines(config) else "are those of `samples.jsonl`"
-        told = [f"PROMPTS {given}"] if " PROMPTS " in line else []
-        told += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
-        yield f"- The command{', where ' if told else ''}{' and '.join(told)}: {_code(line)}"
+        source = "is the list that it was given" if quarantines(config) else "are those of `samples.jsonl`"
+        notes = [f"PROMPTS {source}"] if " PROMPTS " in line else []
+        notes += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
+        yield f"- The command{', where ' if notes else ''}{' and '.join(notes)}: {_code(line)}"
 
 
 def command_line(document: Mapping[str, Any]) -> str | None:
@@ -224,18 +227,18 @@ def command_line(document: Mapping[str, Any]) -> str | None:
             words += ["--class-table", "TABLE"]
         elif value != flag.default:
             name = flag.name.rstrip("_").replace("_", "-")
-            told = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{'' if value is not False else 'no-'}{name}", *([] if isinstance(value, bool) else [told])]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{'' if value is not False else 'no-'}{name}", *([] if isinstance(value, bool) else [text])]
     return f"{maker(document)} {shlex.join([*words, '--out', 'THIS_FOLDER'])}"
 
 
 def _licence_names(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every set of weights with its licence, as its files name it; of the weights of several runs each licence once."""
-    found: dict[tuple[str, str], None] = {}
+    names: dict[tuple[str, str], None] = {}
     for run in runs_of(document):
         decoders = ((f"decoder {task}", entry["licence"]) for task, entry in run["decoders"].items())
-        found |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
-    return sorted(found, key=lambda pair: pair[0] != "model")
+        names |= dict.fromkeys([("model", run["model"]["licence"]), *decoders])
+    return sorted(names, key=lambda pair: pair[0] != "model")
 
 
 def _licences(document: Mapping[str, Any]) -> Iterator[str]:
@@ -243,8 +246,8 @@ def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     names = _licence_names(document)
     yield "| weights | licence | commercial use | modified copies | requires |\n|---|---|---|---|---|"
     for of, text in names:
-        found = licence_of(text)
-        row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
+        licence = licence_of(text)
+        row = licence.row if licence else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
         yield f"| {_part(of)} | {row} |"
     yield ""
     yield from (f"**{sentence}**\n" for sentence in conflicts(text for _, text in names))
@@ -266,17 +269,19 @@ def _citations(document: Mapping[str, Any]) -> Iterator[str]:
     """BibTeX of the works whose method made the labels."""
     foreign = document["sampling"].get("labellers", {})
     is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"]) if task not in foreign}
-    found = [CITATIONS[is_other] for is_other in sorted(is_attention)]
+    citations = [CITATIONS[is_other] for is_other in sorted(is_attention)]
     yield (
-        "```bibtex\n" + "\n\n".join(found) + "\n```" if found else f"The works behind {', '.join(map(_code, foreign))}."
+        "```bibtex\n" + "\n\n".join(citations) + "\n```"
+        if citations
+        else f"The works behind {', '.join(map(_code, foreign))}."
     )
 
 
 def _attributes(labels: Sequence[str]) -> str:
     """What a sample of these labels offers."""
     names = {label: kind_of(label).attribute for label in labels}
-    found = (f".{name}" if task_of(name) == label else f'.label("{label}")' for label, name in names.items())
-    return " ".join((".image", *found, ".prompt .seed"))
+    accesses = (f".{name}" if task_of(name) == label else f'.label("{label}")' for label, name in names.items())
+    return " ".join((".image", *accesses, ".prompt .seed"))
 
 
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
@@ -296,7 +301,7 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
 
 
-def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
+def _describe_mixed(document: Mapping[str, Any]) -> Iterator[str]:
     """The engines that continued a run of another."""
     for entry in document.get("mixed", ()):
         engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
@@ -304,11 +309,11 @@ def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
 
 
-def _merged(document: Mapping[str, Any]) -> Iterator[str]:
+def _describe_engines(document: Mapping[str, Any]) -> Iterator[str]:
     """Versions and device of each engine, where the merged runs had several."""
     if len(engines := engines_of(document)) > 1:
-        told = [(engine.get("engine", ""), _values(_without_name(engine))) for engine in engines]
-        yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in told)
+        entries = [(engine.get("engine", ""), _values(_without_name(engine))) for engine in engines]
+        yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in entries)
 
 
 def _without_name(engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +324,7 @@ def _values(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items())
 
 
-def _verified(document: Mapping[str, Any]) -> Iterator[str]:
+def _describe_verification(document: Mapping[str, Any]) -> Iterator[str]:
     """What a comparison with the reference engine found, or that there was none."""
     verdict = document.get("verified")
     if not verdict:

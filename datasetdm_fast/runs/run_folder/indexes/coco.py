@@ -18,8 +18,8 @@ class Images:
 
     def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
         if self._chunks is None:
-            listed = _listed(_image(document, row) for row in ledger.rows(parts=("files",)))
-            self._chunks = list(_joined(listed))
+            listed = _encode_list(_image(document, row) for row in ledger.rows(parts=("files",)))
+            self._chunks = list(_join_chunks(listed))
         return self._chunks
 
 
@@ -42,7 +42,7 @@ class AnnotationList(IndexFile):
         yield b'],\n"annotations":['
 
     def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
-        chunk = b"".join(_listed(self._annotations(rows), self._is_empty))
+        chunk = b"".join(_encode_list(self._annotations(rows), self._is_empty))
         self._is_empty = self._is_empty and not chunk
         yield chunk
 
@@ -53,8 +53,8 @@ class AnnotationList(IndexFile):
         for row in rows:
             records = row.labels[self._label]
             for id, record in zip(ids_of(records, self._number), records, strict=True):
-                own = {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": self._category}
-                yield {**own, **record}
+                fields = {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": self._category}
+                yield {**fields, **record}
             self._number += len(records)
 
 
@@ -74,7 +74,7 @@ def ids_of(records: Sequence[Mapping[str, Any]], number: int) -> list[int]:
     return [record.get("id", number + k) for k, record in enumerate(records, 1)]
 
 
-def numbered(label: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[Row, list[int]]]:
+def rows_with_ids(label: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[Row, list[int]]]:
     """Every row of a run with the ids of its annotations."""
     number = first_number(label, run, ledger)
     for row in ledger.rows(parts=("labels",)):
@@ -87,13 +87,13 @@ def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
     return {"id": row.request.index, "file_name": row.files["image"][0], "width": width, "height": height}
 
 
-def _listed(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iterator[bytes]:
+def _encode_list(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iterator[bytes]:
     for item in items:
         yield (("" if is_first else ",") + "\n" + canonical(item)).encode()
         is_first = False
 
 
-def _joined(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in fewer chunks."""
+def _join_chunks(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Joins chunks into fewer, larger ones."""
     while block := list(islice(chunks, BLOCK)):
         yield b"".join(block)

@@ -91,15 +91,15 @@ TITLES = (  # in such texts; what another one contains stands after it
 def licence_of(text: str) -> Licence | None:
     """The licence that a text names or is the text of, None where it is none of the known ones."""
     name = " ".join(text[: 2 * BEGIN].lower().split())
-    if found := KNOWN.get(OTHER_NAMES.get(name, name)):
-        return found
+    if licence := KNOWN.get(OTHER_NAMES.get(name, name)):
+        return licence
     begin = name[:BEGIN]
     return next((KNOWN[hub] for title, hub in TITLES if title in begin), None)
 
 
 def hub_names(texts: Iterable[str]) -> list[str]:
     """What the header of a card names as its licences, every one once."""
-    return sorted({found.hub if (found := licence_of(text)) else UNKNOWN for text in texts})
+    return sorted({licence.hub if (licence := licence_of(text)) else UNKNOWN for text in texts})
 
 
 def conflicts(texts: Iterable[str]) -> Iterator[str]:
@@ -108,14 +108,14 @@ def conflicts(texts: Iterable[str]) -> Iterator[str]:
     >>> list(conflicts(["cc-by-sa-4.0", "CC BY-NC-SA 4.0"]))
     ['CC BY-SA 4.0 and CC BY-NC-SA 4.0 conflict: each asks that what is derived carries it alone.']
     """
-    found = {licence.hub: licence for text in texts if (licence := licence_of(text))}
-    for one in found.values():
-        if not one.allows_changes:
-            yield f"{one.name} does not allow to pass on what is derived from it."
-    for one, other in combinations(found.values(), 2):
-        if one.keeps_licence and other.keeps_licence:
-            yield f"{one.name} and {other.name} conflict: each asks that what is derived carries it alone."
-        for strict, added in ((one, other), (other, one)):
+    licences = {licence.hub: licence for text in texts if (licence := licence_of(text))}
+    for licence in licences.values():
+        if not licence.allows_changes:
+            yield f"{licence.name} does not allow to pass on what is derived from it."
+    for first, second in combinations(licences.values(), 2):
+        if first.keeps_licence and second.keeps_licence:
+            yield f"{first.name} and {second.name} conflict: each asks that what is derived carries it alone."
+        for strict, added in ((first, second), (second, first)):
             pair = f"{strict.name} and {added.name} conflict"
             if strict.keeps_licence and not added.keeps_licence:
                 if strict.is_commercial and not added.is_commercial:

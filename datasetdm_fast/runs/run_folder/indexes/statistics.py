@@ -45,7 +45,7 @@ class StatisticsPicture(IndexFile):
         self._has_things = any(task == "instance" for task, _ in self._kinds.values())
 
     def add(self, rows: Sequence[Row]) -> tuple[()]:
-        found, tables = self.figures, self.document["labels"]
+        figures, tables = self.figures, self.document["labels"]
         for row in rows:
             height, width = sides(self.document, row.recipe)
             shown: set[str] = set()
@@ -53,20 +53,20 @@ class StatisticsPicture(IndexFile):
                 task, kind = self._kinds[label]
                 shown.update(kind.words(record, tables[label], LEAST_SHARE * height * width))
                 if task == "instance":
-                    found.areas += [thing["area"] / (height * width) for thing in record]
-                    found.scores += [thing["score"] for thing in record]
+                    figures.areas += [thing["area"] / (height * width) for thing in record]
+                    figures.scores += [thing["score"] for thing in record]
                 elif task == "depth":
-                    found.depths.append(record["mean"])
+                    figures.depths.append(record["mean"])
                 elif kind.is_map and not self._has_things and record.get("mean_confidence") is not None:
-                    found.scores.append(record["mean_confidence"])
-            found.images.update(shown - NO_CLASS)
+                    figures.scores.append(record["mean_confidence"])
+            figures.images.update(shown - NO_CLASS)
         return ()
 
     def end(self) -> Iterator[bytes]:
-        yield drawn(self.figures)
+        yield draw_panels(self.figures)
 
 
-def drawn(figures: Figures) -> bytes:
+def draw_panels(figures: Figures) -> bytes:
     """A PNG of panels, two in a row."""
     from PIL import Image, ImageDraw
 
@@ -104,11 +104,11 @@ def panels_of(figures: Figures) -> Iterator[tuple[str, Bars, bool]]:
         )
     if figures.scores:
         scores = "scores of things" if figures.areas else "mean confidence of maps"
-        yield f"{scores}, up to", binned(figures.scores, 1.0), False
+        yield f"{scores}, up to", count_bins(figures.scores, 1.0), False
     if figures.depths:
         yield (
             "mean depth of an image, up to so many metres",
-            binned(figures.depths, rounded_up(max(figures.depths))),
+            count_bins(figures.depths, rounded_up(max(figures.depths))),
             False,
         )
 
@@ -123,7 +123,7 @@ def rounded_up(value: float) -> float:
     return next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9))
 
 
-def binned(values: Sequence[float], end: float) -> Bars:
+def count_bins(values: Sequence[float], end: float) -> Bars:
     """How many values lie in each part of 0 to `end`, by the end of the part."""
     counts = Counter(min(int(value / end * BINS), BINS - 1) for value in values)
     return [(f"{(k + 1) * end / BINS:.3g}", counts[k]) for k in range(BINS)]
