@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from datasetdm_fast import doctor
+from datasetdm_fast.command_line import probes
 
-SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "caches", "disk", "self_test"}
+SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "disk", "self_test"}
 SECONDS = 240
 
 # A module of this name lies before the real one and does this when it is imported.
@@ -53,12 +54,8 @@ def test_a_sound_machine():
     engines = found["engines"]
     assert engines["torch"]["runs"] and engines["fast"]["runs"]
     assert all(engine["runs"] or (engine["cause"] and engine["remedy"]) for engine in engines.values())
-    assert all(cache["bytes"] >= 0 and cache["path"] for cache in found["caches"].values()) and all(
-        free > 0 for free in found["disk"].values()
-    )
-    told = doctor.lines(found)
-    extras = [line.split()[1] for line in told if line.startswith("extra ")]
-    assert extras == list(doctor.EXTRAS)
+    assert all(free > 0 for free in found["disk"].values())
+    told = doctor.describe(found)
     assert any(line.split()[:2] == ["self-test", "passed"] for line in told) and all("\n" not in line for line in told)
 
 
@@ -77,19 +74,19 @@ def test_a_broken_machine(case, tmp_path):
     assert "\x1b" not in ended.stdout
     if name == "torch":
         assert not found["engines"]["torch"]["runs"] and found["engines"]["torch"]["cause"]
-    assert doctor.lines(found)
+    assert doctor.describe(found)
 
 
 def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
     questions = {
-        "first": "tell({'a': 1})",
+        "first": "report(a=1)",
         "hangs": "import time; time.sleep(60)",
         "crashes": "import os; os.kill(os.getpid(), 11)",
         "raises": "raise ValueError('no')",
         "silent": "pass",
-        "last": "tell({'b': 2})",
+        "last": "report(b=2)",
     }
-    answers = doctor.ask(questions, patience=2)
+    answers = probes.run_probes(questions, timeout=2)
     assert answers["first"] == {"problem": "", "a": 1} and answers["last"] == {"problem": "", "b": 2}
     assert (
         answers["hangs"]["problem"] == "no answer within 2 s" and answers["crashes"]["problem"] == "crashed (SIGSEGV)"
@@ -97,10 +94,5 @@ def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
     assert answers["raises"]["problem"] == "ValueError: no" and answers["silent"]["problem"]
 
 
-def test_a_home_that_is_not_there(tmp_path):
-    found = doctor._caches()
-    assert all(set(cache) == {"path", "bytes", "files", "is_all"} for cache in found.values())
-    assert (
-        doctor._size(tmp_path / "none") == {"bytes": 0, "files": 0, "is_all": True}
-        and doctor._free(tmp_path / "none") == -1
-    )
+def test_a_place_that_is_not_there(tmp_path):
+    assert doctor._measure_free(str(tmp_path / "none")) == -1
