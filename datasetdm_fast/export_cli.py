@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.export"
@@ -26,8 +26,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ExportConfig(ModelSettings, OutputSettings):
     FLAGS = (
-        "out to model decoder precision batch capability raw_capture size dry_run allow_download list prune cap_gb "
-        "json quiet"
+        "out to model decoder precision batch capability raw_capture size dry_run allow_download list prune json quiet"
     ).split()
 
     out: str = setting("", "output folder", metavar="ENGINES", output="folder")
@@ -49,7 +48,6 @@ class ExportConfig(ModelSettings, OutputSettings):
     raw_capture: bool = setting(False, "also export a stage that returns every feature and attention map")
     list: bool = setting(False, "show the plans of --out, or of the cache")
     prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
-    cap_gb: float = setting(64.0, "gigabytes of plans that --prune keeps, most recently used first", metavar="GB")
     json: bool = setting(False, "the manifest, or the list of plans, as JSON on stdout")
 
 
@@ -58,10 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
     if config.list and config.prune:
         raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
-    if config.cap_gb < 0:
-        raise Refused(f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Give the gigabytes of plans to keep.")
     if config.list or config.prune:
-        return list_plans(config) if config.list else prune_plans(config)
+        return show_plans(config)
     if config.to == "onnx" and (idle := sorted({"batch", "capability"} & set(given))):
         raise Refused(f"--{idle[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
     if not config.out:
@@ -72,12 +68,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def export_stages(config: ExportConfig) -> int:
-    from datasetdm_fast.engine.loop.checks import check_size
-    from datasetdm_fast.export.tensorrt.to_tensorrt import build_plans, describe_row, find_target
+    from datasetdm_fast.export.tensorrt.to_tensorrt import build_plans, check_batches, find_target
+    from datasetdm_fast.runs.jobs.settings import check_size
 
     check_size(config.size)
     # What must fail is refused before a model is read.
-    target = None if config.to == "onnx" else find_target(config.to, config.capability, config.batch)
+    batches = check_batches(config.batch)
+    target = None if config.to == "onnx" else find_target(config.to, config.capability)
 
     from datasetdm_fast.engine.engines.opening import load_decoders
     from datasetdm_fast.engine.loading import load_model
@@ -88,45 +85,30 @@ def export_stages(config: ExportConfig) -> int:
     decoders, _ = load_decoders(model, None if config.decoder == "none" else config.decoder)
     if config.dry_run:
         stages = list(select_stages(decoders, config.raw_capture))
-        kind = f"{target.description} of" if target else "ONNX graphs of"
-        return print_plan(config, {"path": config.out, "stages": stages}, config.out, f"{kind} {', '.join(stages)}")
+        kind = "TensorRT plans" if target else "ONNX graphs"
+        return print_plan(config, {"path": config.out, "stages": stages}, config.out, f"{kind} of {', '.join(stages)}")
     precision = ("fp16" if target else "fp32") if config.precision == "auto" else config.precision
-    options = {"precision": precision, "raw_capture": config.raw_capture}
-    manifest = export(model, decoders, config.out, **options, on_stage=lambda stage: print_lines(config, stage))
+    print_progress = partial(print_lines, config)
+    options = {"precision": precision, "raw_capture": config.raw_capture, "on_stage": print_progress}
+    manifest = export(model, decoders, config.out, **options)
     if target is None:
         print(manifest.to_json() if config.json else config.out, flush=True)
         return 0
-    rows = []
-    for row in build_plans(model, decoders, Path(config.out), manifest, target, is_quiet=config.quiet):
-        rows.append(row)
-        print_lines(config, describe_row(row))
+    rows = build_plans(model, decoders, Path(config.out), manifest, target, batches, print_progress)
     facts = {"flavour": target.flavour.title, "capabilities": list(target.capabilities), "plans": rows}
     print_result(config, {"path": config.out, **facts}, config.out)
     return 0
 
 
-def list_plans(config: ExportConfig) -> int:
+def show_plans(config: ExportConfig) -> int:
+    """Lists the plans of --out, or of the cache, or deletes those that would not be used."""
     from datasetdm_fast.export.tensorrt import listing
 
-    rows = listing.plan_rows(config.out)
-    faulty = sum(bool(row["fault"]) for row in rows)
+    rows = listing.prune_plans(config.out, is_dry=config.dry_run) if config.prune else listing.list_plans(config.out)
     print(json.dumps(rows) if config.json else "\n".join(map(listing.describe_row, rows)) or "no plans")
-    if faulty:
+    if config.list and (faulty := sum(bool(row["fault"]) for row in rows)):
         raise GateFailed(
             f"--list: {faulty} of {len(rows)} plans would not be used",
             "Delete them with --prune; they are rebuilt when they are needed.",
         )
-    return 0
-
-
-def prune_plans(config: ExportConfig) -> int:
-    from datasetdm_fast.export.tensorrt import listing
-
-    removed = listing.prune(config.out, int(config.cap_gb * 1e9), is_dry=config.dry_run)
-    lines = [f"{path}: {reason.removeprefix(f'{path}: ')}" for path, reason in removed]
-    if config.json or lines:
-        rows = [{"path": str(path), "reason": reason} for path, reason in removed]
-        print(json.dumps(rows) if config.json else "\n".join(lines))
-    done = "would be" if config.dry_run else "is" if len(removed) == 1 else "are"
-    print_lines(config, f"{count_noun(len(removed), 'file')} {done} deleted")
     return 0

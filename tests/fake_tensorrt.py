@@ -53,7 +53,7 @@ class ComputeCapability(enum.Enum):
 def plan_of(graph, order) -> bytes:
     """What this module takes for a plan."""
     return json.dumps(
-        {"graph": str(graph), "profiles": order.facts()["profiles"], "capabilities": list(order.capabilities)}
+        {"graph": str(graph), "shapes": order.facts()["shapes"], "capabilities": list(order.capabilities)}
     ).encode()
 
 
@@ -111,17 +111,12 @@ class Engine:
 
 class Context:
     def __init__(self, engine, config):
-        self.engine, self.config, self.profile = engine, config, None
+        self.engine, self.config = engine, config
         self.shapes, self.addresses, self.runs = {}, {}, 0
-
-    def set_optimization_profile_async(self, place, handle):
-        assert handle == HANDLE
-        self.profile = self.engine.plan["profiles"][place]
-        return True
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = tuple(shape)
-        return tuple(shape) == tuple(self.profile[name])
+        return tuple(shape) == tuple(self.engine.plan["shapes"][name])
 
     def infer_shapes(self):
         return [
@@ -184,9 +179,6 @@ class HostQueue:
         self.recorded += 1
         return work
 
-    def wait(self):
-        pass
-
     def take_turn(self):
         return nullcontext()
 
@@ -198,7 +190,7 @@ def fake_builder(monkeypatch) -> list:
     """Builds become fakes; the orders that were built are in the list."""
     built = []
 
-    def run_builder(graph, order, part, flavour, is_quiet=False):
+    def run_builder(graph, order, part, flavour):
         built.append(order)
         part.write_bytes(plan_of(graph, order))
         return {"layers": 1, "fused_attentions": 0, "seconds": 0.0}

@@ -597,8 +597,9 @@ def open_in_onnx_runtime(folder: Path, manifest):
 def build_with_tensorrt(folder: Path, manifest):
     from datasetdm_fast.export.tensorrt import flavours, plans, to_tensorrt
 
-    target = to_tensorrt.Target(flavours.Flavour("tensorrt-rtx", "1.0", "13"), (1,))
-    return to_tensorrt.open_plan(plans.PlanFolder(folder), "denoise", manifest, target, lambda stage: {})
+    flavour = flavours.Flavour("tensorrt-rtx", "1.0", "13")
+    order = to_tensorrt.make_order("denoise", manifest, to_tensorrt.Target(flavour), 1)
+    return to_tensorrt.open_plan(plans.PlanFolder(folder), order, manifest, flavour, lambda stage: {})
 
 
 @case("onnx: data outside of its folder")

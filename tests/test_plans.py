@@ -4,18 +4,20 @@ import dataclasses
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.tensorrt import plans
+from datasetdm_fast.export.tensorrt import flavours, listing, plans
 
 ORDER = plans.PlanOrder(
     stage="denoise",
+    batch=1,
     source="e" * 64,
     graph="a" * 64,
-    profiles=({"latents": (1, 4, 16, 16)},),
+    shapes={"latents": (1, 4, 16, 16)},
     precision="fp16",
     flavour="tensorrt-rtx",
     version="1.7.1.116",
@@ -40,7 +42,8 @@ class Builder:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(flavours, "find_flavour", lambda *_: flavours.Flavour("tensorrt-rtx", ORDER.version, "13"))
     told: list[str] = []
     opened = plans.PlanFolder(tmp_path / "engines", told.append)
     opened.told = told
@@ -61,7 +64,8 @@ def test_every_field_of_an_order_has_a_plan_of_its_own():
         "stage": "decode_image",
         "source": "f" * 64,
         "graph": "b" * 64,
-        "profiles": ({"latents": (2, 4, 16, 16)},),
+        "batch": 2,
+        "shapes": {"latents": (2, 4, 16, 16)},
         "precision": "fp32",
         "flavour": "tensorrt",
         "version": "1.7.2",
@@ -214,26 +218,29 @@ def test_a_builder_that_was_killed_does_not_block_the_next(folder):
 # What lies in a folder ------------------------------------------------------------------------------------------------
 
 
-def test_entries_say_what_each_plan_is_and_what_is_wrong_with_it(folder):
+def faults(folder) -> dict:
+    return {Path(row["path"]): row["fault"] for row in listing.list_plans(str(folder.folder))}
+
+
+def test_a_list_says_what_each_plan_is_and_what_is_wrong_with_it(folder):
     good = folder.open_or_build(ORDER, Builder()).path
     broken = folder.open_or_build(dataclasses.replace(ORDER, stage="encode_text"), Builder()).path
     broken.write_bytes(broken.read_bytes()[:-1])
-    moved = folder.open_or_build(dataclasses.replace(ORDER, graph="c" * 64), Builder()).path
-    wrong = folder.path(dataclasses.replace(ORDER, graph="d" * 64))
-    for suffix in plans.SUFFIXES:
-        plans.sibling(moved, suffix).rename(plans.sibling(wrong, suffix))
-    found = {entry.path: entry for entry in folder.entries()}
-    assert not found[good].fault and found[good].facts["capabilities"] == ["sm89"] and found[good].notes["layers"] == 7
-    assert "truncated" in found[broken].fault
-    assert "its manifest is that of another plan" in found[wrong].fault
+    moved = dataclasses.replace(ORDER, graph="c" * 64)
+    folder.open_or_build(moved, Builder())
+    wrong = dataclasses.replace(ORDER, graph="d" * 64)
+    rename_plan(folder, moved, wrong)
+    rows = {row["path"]: row for row in listing.list_plans(str(folder.folder))}
+    assert rows[str(good)]["capabilities"] == ["sm89"] and rows[str(good)]["layers"] == 7
+    assert "truncated" in faults(folder)[broken]
+    assert "its manifest is that of another plan" in faults(folder)[folder.path(wrong)]
 
 
 def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(folder):
     path = folder.open_or_build(ORDER, Builder()).path
     beside = path.with_name("encode_text-0123456789abcdef.plan")
     beside.symlink_to("nowhere")
-    (fault,) = [entry.fault for entry in folder.entries() if entry.path == beside]
-    assert fault == f"{beside}: its manifest is missing"
+    assert faults(folder)[beside] == f"{beside}: its manifest is missing"
     path.unlink()
     os.mkfifo(path)
     builder = Builder()
@@ -241,46 +248,28 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     assert folder.told == [f"{path}: there is no such file; it is rebuilt"]
     real = path.rename(folder.folder / "elsewhere")
     path.symlink_to(real)
-    assert (
-        folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
-    )  # where the file lies does not matter
-    removed = plans.prune([(folder, lambda facts: "")], 1 << 30)
-    assert [path for path, _ in removed] == [beside] and not beside.is_symlink()
+    assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1  # where it lies is all one
+    assert str(beside) in [row["path"] for row in listing.prune_plans(str(folder.folder))]
+    assert not beside.is_symlink()
 
 
-def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_the_cap(folder):
-    made = [folder.open_or_build(dataclasses.replace(ORDER, graph=letter * 64), Builder()).path for letter in "abcd"]
-    for age, path in enumerate(made):
-        os.utime(path, (1000 - age, 1000 - age))
+def test_prune_removes_what_cannot_be_used(folder):
+    made = [folder.open_or_build(dataclasses.replace(ORDER, graph=letter * 64), Builder()).path for letter in "ab"]
     made[0].write_bytes(b"")
     orphan = folder.folder / "denoise-0123456789abcdef.golden.safetensors"
     left = folder.folder / "denoise-0123456789abcdef.plan.json"
     for path in (orphan, left):
         path.write_bytes(b"")
-    size = made[1].stat().st_size
-    removed = dict(plans.prune([(folder, lambda facts: "stale" if facts["graph"][0] == "b" else "")], size))
-    assert (
-        "truncated" in removed[made[0]]
-        and removed[made[1]] == "stale"
-        and f"beyond the {size} bytes" in removed[made[3]]
-        and {orphan, left} <= set(removed)
-    )
+    before = set(folder.folder.iterdir())
+    removed = {row["path"]: row["fault"] for row in listing.prune_plans(str(folder.folder), is_dry=True)}
+    assert set(folder.folder.iterdir()) == before
+    assert "truncated" in removed.pop(str(made[0]))
+    assert removed == dict.fromkeys(map(str, (orphan, left)), "belongs to no plan")
+    listing.prune_plans(str(folder.folder))
     assert {path.name for path in folder.folder.iterdir()} == {
         ".lock",
-        *(plans.sibling(made[2], suffix).name for suffix in plans.SUFFIXES),
+        *(plans.sibling(made[1], suffix).name for suffix in plans.SUFFIXES),
     }
-
-
-def test_the_cap_holds_for_all_folders_together(folder, tmp_path):
-    """Every model has a folder of its own in the cache, so a cap for each would limit nothing."""
-    other = plans.PlanFolder(tmp_path / "other", folder.told.append)
-    old, new = (one.open_or_build(ORDER, Builder()).path for one in (folder, other))
-    os.utime(old, (1000, 1000))
-    size = new.stat().st_size
-    removed = plans.prune([(one, lambda facts: "") for one in (folder, other)], size, is_dry=True)
-    assert removed == [(old, f"beyond the {size} bytes that are kept")] and old.exists()
-    plans.prune([(one, lambda facts: "") for one in (folder, other)], size)
-    assert not old.exists() and new.exists()
 
 
 def test_files_of_other_programs_are_neither_shown_nor_deleted(folder):
@@ -290,6 +279,5 @@ def test_files_of_other_programs_are_neither_shown_nor_deleted(folder):
     for path in theirs:
         path.write_bytes(b"of another program")
     (folder.folder / "folder.plan").mkdir()
-    assert [entry.path for entry in folder.entries()] == [mine]
-    assert not plans.prune([(folder, lambda facts: "")], 1 << 30)
+    assert list(faults(folder)) == [mine] and not listing.prune_plans(str(folder.folder))
     assert all(path.exists() for path in theirs)

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.tensorrt import flavours, plans
-from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, Facts, PlanFolder
+from datasetdm_fast.export.tensorrt.plans import SUFFIX, SUFFIXES, Facts, PlanFile, PlanFolder, sibling
 
 
-def plan_rows(out: str) -> list[dict[str, Any]]:
+def list_plans(out: str) -> list[dict[str, Any]]:
     """Every plan of the folder `out`, or of the cache: what it was built for, and why it would not be used."""
     rows = []
     for opened in plan_folders(out):
         staleness = staleness_of(opened.folder)
-        for entry in opened.entries():
-            rows.append(_describe(entry) | {"fault": entry.fault or staleness(entry.facts)})
+        for path in opened.plan_files():
+            if path.suffix != SUFFIX:
+                continue
+            row: dict[str, Any] = {"path": str(path), "bytes": path.lstat().st_size}
+            try:
+                plan = plans.read_plan(path)
+                rows.append({**row, **_describe(plan), "fault": staleness(plan.facts)})
+            except (Missing, Refused) as refusal:
+                rows.append({**row, "fault": refusal.cause})
     return rows
 
 
-def prune(out: str, largest: int, *, is_dry: bool = False) -> list[tuple[Path, str]]:
-    """Deletes the plans of the folder `out`, or of the cache, that would not be used; see plans.prune."""
-    folders = [(opened, staleness_of(opened.folder)) for opened in plan_folders(out)]
-    return plans.prune(folders, largest, is_dry=is_dry)
+def prune_plans(out: str, *, is_dry: bool = False) -> list[dict[str, Any]]:
+    """Deletes the plans of the folder `out`, or of the cache, that would not be used, and files that belong to no plan;
+    a dry run deletes nothing.
+    """
+    rows = [row for row in list_plans(out) if row["fault"]]
+    for opened in plan_folders(out):
+        strays = (path for path in opened.plan_files() if not os.path.lexists(sibling(path, SUFFIX)))
+        rows += [{"path": str(path), "bytes": path.stat().st_size, "fault": "belongs to no plan"} for path in strays]
+    for row in () if is_dry else rows:
+        for suffix in SUFFIXES:
+            with storage.refusing(row["path"]):
+                sibling(Path(row["path"]), suffix).unlink(missing_ok=True)
+    return rows
 
 
 def plan_folders(out: str) -> Iterator[PlanFolder]:
@@ -36,7 +54,7 @@ def plan_folders(out: str) -> Iterator[PlanFolder]:
         )
     for root in [Path(out)] if out else sorted(path for path in plans.cached_plans().glob("*") if path.is_dir()):
         inner = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        yield from (PlanFolder(folder) for folder in (root, *sorted(inner)) if any(folder.glob(f"*{SUFFIX}")))
+        yield from (PlanFolder(folder) for folder in (root, *sorted(inner)) if any(PlanFolder(folder).plan_files()))
 
 
 def staleness_of(folder: Path) -> Callable[[Facts], str]:
@@ -60,16 +78,10 @@ def staleness_of(folder: Path) -> Callable[[Facts], str]:
     return explain
 
 
-def _describe(entry: Entry) -> dict[str, Any]:
-    facts = entry.facts
-    row: dict[str, Any] = {"path": str(entry.path), "bytes": entry.size}
-    if not facts:
-        return row
-    # the images of each optimisation profile; a CFG batch is twice as long and never the shortest input
-    batches = [min(shape[0] for shape in profile.values()) for profile in facts["profiles"]]
-    about = {"stage": facts["stage"], "precision": facts["precision"], "batches": batches}
-    about |= {"flavour": f"{flavours.TITLES[facts['flavour']]} {facts['version']}", "cuda": facts["cuda"]}
-    return row | about | {"capabilities": facts["capabilities"] or ["portable"], "gpu": facts["gpu"], **entry.notes}
+def _describe(plan: PlanFile) -> dict[str, Any]:
+    facts = {name: plan.facts[name] for name in ("stage", "precision", "batch", "cuda", "gpu")}
+    facts["flavour"] = f"{flavours.TITLES[plan.facts['flavour']]} {plan.facts['version']}"
+    return {**facts, "capabilities": plan.facts["capabilities"] or ["portable"], **plan.notes}
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -77,6 +89,6 @@ def describe_row(row: dict[str, Any]) -> str:
     head, fault = f"{row['path']}  {row['bytes'] / 1e6:.1f} MB", row["fault"].removeprefix(f"{row['path']}: ")
     if "stage" not in row:
         return f"{head}  not usable: {fault}"
-    batches, capabilities = ",".join(map(str, row["batches"])), ",".join(row["capabilities"])
-    about = f"{row['stage']} {row['precision']}, batch {batches}, {row['flavour']} for {capabilities}"
+    gpus = ",".join(row["capabilities"])
+    about = f"{row['stage']} {row['precision']}, batch {row['batch']}, {row['flavour']} for {gpus}"
     return f"{head}  {about}" + (f"  not usable: {fault}" if fault else f", {row['layers']} layers")

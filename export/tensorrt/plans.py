@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,13 +33,13 @@ FILE_NAME = re.compile(rf"(.+-[0-9a-f]{{{KEY_LETTERS}}})({'|'.join(map(re.escape
 FORM = {  # of a manifest
     "facts": {
         **dict.fromkeys(("stage", "source", "graph", "precision", "flavour", "version", "cuda", "gpu"), str),
-        "profiles": [dict],
+        "batch": int,
+        "shapes": dict,
         "capabilities": [str],
     },
     "notes": {"layers": int, "fused_attentions": int, "seconds": float},
     "sha256": {SUFFIX: str, GOLDEN: str},
 }
-FLEXIBLE = ("profiles", "capabilities")  # facts in which a plan may differ from an order and still serve it
 
 Facts = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
@@ -51,9 +51,10 @@ class PlanOrder:
     """What a plan is to be: everything that decides its bytes or whether it may run here."""
 
     stage: str
+    batch: int  # images, or texts, per call
     source: str  # digest of model and decoders
     graph: str  # digest of the ONNX graph with its weights
-    profiles: tuple[Mapping[str, tuple[int, ...]], ...]  # per optimisation profile: input -> its shape
+    shapes: Mapping[str, tuple[int, ...]]  # of inputs whose shape a call decides; kernels are chosen for these
     precision: str
     flavour: str
     version: str
@@ -90,17 +91,6 @@ class PlanFile:
     is_new: bool = False  # whether it was built just now
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One plan of a folder."""
-
-    path: Path
-    size: int
-    facts: Facts
-    notes: Mapping[str, Any]
-    fault: str  # why it would not be used; empty for a good one
-
-
 class PlanFolder:
     """The plans of one folder."""
 
@@ -126,25 +116,21 @@ class PlanFolder:
         if not os.path.lexists(self.path(order)):
             return None
         try:
-            plan = self.read(order)
+            return self.read(order)
         except (Missing, Refused) as refusal:
             self.on_message(f"{refusal.cause}; it is rebuilt")
             return None
-        with suppress(OSError):  # a folder of others may be read-only
-            os.utime(plan.path)
-        return plan
 
     def _read_similar(self, order: PlanOrder, accepts: Callable[[Facts], bool]) -> PlanFile | None:
-        """A plan that differs from the order only in what the caller accepts: shapes and GPUs served."""
+        """A plan that differs from the order only in the GPUs served, which the caller accepts."""
         expected = order.facts()
         for path in sorted(self.folder.glob(f"{order.stage}-*{SUFFIX}")):
             if path == self.path(order) or not FILE_NAME.fullmatch(path.name):
                 continue
             try:
                 facts = _read_manifest(path)["facts"]
-                if all(facts.get(name) == expected[name] for name in expected if name not in FLEXIBLE):
-                    if accepts(facts):
-                        return read_plan(path)
+                if facts | {"capabilities": expected["capabilities"]} == expected and accepts(facts):
+                    return read_plan(path)
             except (Missing, Refused) as refusal:
                 self.on_message(f"{refusal.cause}; it is skipped")
         return None
@@ -171,20 +157,9 @@ class PlanFolder:
         finally:
             storage.forget(part)
 
-    def entries(self) -> list[Entry]:
-        """Every plan with what it was built for, its digests checked; other programs' files of this suffix are left
-        out.
-        """
-        entries = []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            if not FILE_NAME.fullmatch(path.name):
-                continue
-            try:
-                plan = read_plan(path)
-                entries.append(Entry(path, path.lstat().st_size, plan.facts, plan.notes, ""))
-            except (Missing, Refused) as refusal:
-                entries.append(Entry(path, path.lstat().st_size, {}, {}, refusal.cause))
-        return entries
+    def plan_files(self) -> list[Path]:
+        """Every file with a name that this module gives: a user's own x.plan is none."""
+        return sorted(path for path in self.folder.iterdir() if FILE_NAME.fullmatch(path.name))
 
 
 def read_plan(path: Path, expected: Facts | None = None) -> PlanFile:
@@ -225,35 +200,6 @@ def _read_checked(path: Path, manifest: Mapping[str, Mapping[str, Any]], suffix:
     if hashlib.sha256(content).hexdigest() != manifest["sha256"][suffix]:
         raise Refused(f"{place}: it is truncated or modified, as its digest is not that of its manifest", REMEDY)
     return content
-
-
-def prune(
-    folders: Iterable[tuple[PlanFolder, Callable[[Facts], str]]], largest: int, *, is_dry: bool = False
-) -> list[tuple[Path, str]]:
-    """Deletes unusable plans, those that the function beside their folder calls stale, stray files, and the least used
-    plans of all folders together beyond `largest` bytes; what was deleted, and why. A dry run deletes nothing.
-    """
-    removed: list[tuple[Path, str]] = []
-    usable: list[Entry] = []
-    for opened, staleness in folders:
-        for entry in opened.entries():
-            if reason := entry.fault or staleness(entry.facts):
-                removed.append((entry.path, reason))
-            else:
-                usable.append(entry)
-        for path in sorted(opened.folder.iterdir()):
-            if FILE_NAME.fullmatch(path.name) and not os.path.lexists(sibling(path, SUFFIX)):
-                removed.append((path, "belongs to no plan"))
-    total = 0
-    for entry in sorted(usable, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
-        total += entry.size
-        if total > largest:
-            removed.append((entry.path, f"beyond the {largest} bytes that are kept"))
-    for path in () if is_dry else [path for path, _ in removed]:
-        for place in (path, *(sibling(path, suffix) for suffix in SUFFIXES if path.name.endswith(SUFFIX))):
-            with storage.refusing(place):
-                place.unlink(missing_ok=True)
-    return removed
 
 
 def sibling(path: Path, suffix: str) -> Path:

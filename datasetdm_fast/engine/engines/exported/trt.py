@@ -22,7 +22,7 @@ from datasetdm_fast.export.onnx.to_onnx import export, source_digest
 from datasetdm_fast.export.staging import print_line
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.plans import Facts, PlanFolder, cached_plans
-from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, call_size, open_plan
+from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, call_size, make_order, open_plan
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 
@@ -123,7 +123,7 @@ class TrtStage:
     def __init__(self, engine: TrtEngine, folder: PlanFolder, manifest: Manifest, stage: str):
         self.engine, self.folder, self.manifest, self.stage = engine, folder, manifest, stage
         self.tensors = manifest.stages[stage]
-        self.plans: list[LoadedPlan] = []
+        self.plans: dict[int, LoadedPlan] = {}
 
     def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
         """The outputs of every part; a part that is smaller than the plan's batch is filled with its last entry."""
@@ -132,32 +132,28 @@ class TrtStage:
             count = len(next(iter(inputs.values())))
             size = call_size(self.stage, self.manifest.size, len(next(iter(parts[0].values()))))
             padded = {name: pad_to(value, size) for name, value in inputs.items()} if count < size else inputs
-            result = self._plan(size)(size, padded)
+            result = self._plan(size)(padded)
             outputs.append({name: value[:count] for name, value in result.items()} if count < size else result)
         return outputs
 
     def _plan(self, batch: int) -> LoadedPlan:
-        for loaded in self.plans:
-            if batch in loaded.batches:
-                return loaded
-        flavour, queue = self.engine.flavour, self.engine.queue
-        leading = next(info.name for info in self.tensors.inputs if info.shape[:1] == ("B",))
+        if batch not in self.plans:
+            flavour, queue, golden = self.engine.flavour, self.engine.queue, self.engine.golden
 
-        def is_usable(facts: Facts) -> bool:
-            capabilities = facts["capabilities"]
-            serves = queue.capability in capabilities or (
-                not capabilities and int(queue.capability.removeprefix("sm")) >= PORTABLE_FROM
-            )
-            return serves and any(shapes[leading][0] == batch for shapes in facts["profiles"])
+            def runs_here(facts: Facts) -> bool:
+                capabilities = facts["capabilities"]
+                is_recent = int(queue.capability.removeprefix("sm")) >= PORTABLE_FROM
+                return queue.capability in capabilities or (not capabilities and is_recent)
 
-        is_known = not flavour.is_portable or queue.capability in flavour.capabilities
-        capabilities = (queue.capability,) if is_known else ()
-        target = Target(flavour, (batch,), capabilities, "" if flavour.is_portable else queue.gpu)
-        plan = open_plan(self.folder, self.stage, self.manifest, target, self.engine.golden, accepts=is_usable)
-        loaded = LoadedPlan(plan, self.tensors, flavour, queue)
-        loaded.check(self.engine.precision)
-        self.plans.append(loaded)
-        return loaded
+            is_known = not flavour.is_portable or queue.capability in flavour.capabilities
+            capabilities = (queue.capability,) if is_known else ()
+            target = Target(flavour, capabilities, "" if flavour.is_portable else queue.gpu)
+            order = make_order(self.stage, self.manifest, target, batch)
+            plan = open_plan(self.folder, order, self.manifest, flavour, golden, runs_here)
+            loaded = LoadedPlan(plan, self.tensors, flavour, queue)
+            loaded.check(self.engine.precision)
+            self.plans[batch] = loaded
+        return self.plans[batch]
 
 
 def _resolve_gpu(device: str) -> torch.device:

@@ -61,9 +61,6 @@ class Queue(InOrder):
             work()
         return graph.replay
 
-    def wait(self) -> None:
-        self.stream.synchronize()
-
     @contextmanager
     def take_turn(self) -> Iterator[None]:
         """What this thread queues within this block comes after what others have queued in theirs."""
@@ -81,25 +78,32 @@ class Queue(InOrder):
 
 
 class LoadedPlan:
-    """One stage on the GPU: its weights once, and a `Call` for each batch size its plan was built for."""
+    """One stage on the GPU for one batch size: its weights and a context over buffers that stay where they are."""
 
     def __init__(self, plan: PlanFile, tensors: StageFile, flavour: Flavour, queue: Queue):
         self.plan, self.tensors, self.flavour, self.queue = plan, tensors, flavour, queue
+        self.batch: int = plan.facts["batch"]
         self.log = _make_logger(flavour.module)
-        self.batches = tuple(self._batch_of(shapes) for shapes in plan.facts["profiles"])
-        self._calls: dict[int, Call] = {}
         with queue.use_device():
             self.runtime = flavour.module.Runtime(self.log)
             self.engine = self._deserialise()
             self._check_tensors()
-            self._settings = self._make_settings()
+            self.inputs, self.outputs = (self._make_buffers(infos) for infos in (tensors.inputs, tensors.outputs))
+            self.context = self._make_context()
+            self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
+            self._replay = self._execute
+            if not self.records_itself:
+                self.queue.run(self._record)
 
-    def __call__(self, batch: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of the stage, as tensors that later calls leave alone; `batch` is one of `batches`."""
-        if batch not in self._calls:
-            with self.queue.use_device():
-                self._calls[batch] = Call(self, self.batches.index(batch), batch)
-        return self._calls[batch](inputs)
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the stage, as tensors that later calls leave alone."""
+        with self.queue.take_turn():
+            for name, buffer in self.inputs.items():
+                shape, expected = list(inputs[name].shape), list(buffer.shape)
+                assert shape == expected, f"{name} is {shape}, expected {expected}"
+                buffer.copy_(inputs[name])
+            self.queue.run(self._replay)
+            return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
     def _deserialise(self) -> Any:
         trt = self.flavour.module
@@ -127,41 +131,60 @@ class LoadedPlan:
         if dtypes != expected:
             raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
 
-    def _batch_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
-        """The B of an optimisation profile."""
-        return shapes[next(info.name for info in self.tensors.inputs if info.shape[:1] == ("B",))][0]
+    def _make_buffers(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
+        shapes = {info.name: resolve_shape(info.shape, self.batch) for info in infos}
+        return {
+            info.name: torch.zeros(shapes[info.name], dtype=getattr(torch, info.dtype), device=self.queue.device)
+            for info in infos
+        }
 
-    def _make_settings(self) -> Any:
-        """Settings of the contexts; TensorRT has only some of what TensorRT-RTX has."""
-        if not hasattr(self.engine, "create_runtime_config"):
-            return None
-        settings, trt = self.engine.create_runtime_config(), self.flavour.module
-        if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):
-            settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        if hasattr(settings, "cuda_graph_strategy"):
-            settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return settings
+    def _make_context(self) -> Any:
+        self.settings = None
+        if hasattr(self.engine, "create_runtime_config"):  # TensorRT has only some of what TensorRT-RTX has
+            self.settings, trt = self.engine.create_runtime_config(), self.flavour.module
+            if hasattr(self.settings, "dynamic_shapes_kernel_specialization_strategy"):
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                self.settings.dynamic_shapes_kernel_specialization_strategy = eager
+            if self.records_itself:
+                self.settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self.engine.create_execution_context(*([] if self.settings is None else [self.settings]))
+        if context is None:
+            raise self._unfit(self.log.last)
+        for name in self.plan.facts["shapes"]:
+            self._must(context.set_input_shape(name, tuple(self.inputs[name].shape)), f"the shape of {name}")
+        self._must(not context.infer_shapes(), "inferring shapes")
+        for name, buffer in self.outputs.items():
+            self._must(tuple(context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
+        for name, buffer in (self.inputs | self.outputs).items():
+            self._must(context.set_tensor_address(name, buffer.data_ptr()), f"the address of {name}")
+        return context
 
     @property
     def records_itself(self) -> bool:
         """Whether TensorRT wraps its calls into CUDA graphs without our doing."""
-        return hasattr(self._settings, "cuda_graph_strategy")
+        return hasattr(self.settings, "cuda_graph_strategy")
 
-    def new_context(self) -> Any:
-        arguments = () if self._settings is None else (self._settings,)
-        context = self.engine.create_execution_context(*arguments)
-        if context is None:
-            raise self._unfit(self.log.last)
-        return context
+    def _must(self, is_done: bool, step: str) -> None:
+        if not is_done:
+            raise Missing(
+                f"{self.plan.path}: TensorRT failed at {step}: {self.log.last}",
+                "Delete the plan so that it is rebuilt, or use --engine fast.",
+            )
+
+    def _execute(self) -> None:
+        self._must(self.context.execute_async_v3(self.queue.handle), "running it")
+
+    def _record(self) -> None:
+        self._replay = self.queue.record(self._execute)
 
     def check(self, precision: str) -> None:
         """Raises GateFailed where the outputs of the plan, on this GPU, are not those expected for golden inputs."""
-        batch, tensors = self.batches[0], self.plan.golden
-        inputs = {info.name: _repeat(info, tensors[f"in.{info.name}"], batch) for info in self.tensors.inputs}
-        outputs = self(batch, {name: torch.from_numpy(value).to(self.queue.device) for name, value in inputs.items()})
+        tensors = self.plan.golden
+        inputs = {info.name: _repeat(info, tensors[f"in.{info.name}"], self.batch) for info in self.tensors.inputs}
+        outputs = self({name: torch.from_numpy(value).to(self.queue.device) for name, value in inputs.items()})
         for info in self.tensors.outputs:
-            for place in {0, batch - 1}:
-                value = _select_image(info, outputs[info.name].cpu(), place, batch).float().numpy()
+            for place in {0, self.batch - 1}:
+                value = _select_image(info, outputs[info.name].cpu(), place, self.batch).float().numpy()
                 error = golden.relative_error(golden.sample_values(value), tensors[f"out.{info.name}"])
                 if not error <= golden.LARGEST_ERROR[precision]:
                     raise GateFailed(
@@ -184,62 +207,6 @@ def _select_image(info: TensorInfo, value: Tensor, place: int, batch: int) -> Te
         return value[[place, batch + place]]
     value = value[place : place + 1]
     return value[:, :1] if "K" in info.shape else value
-
-
-class Call:
-    """One context, at one optimisation profile, over input and output buffers that stay where they are."""
-
-    def __init__(self, loaded: LoadedPlan, profile: int, batch: int):
-        self.queue, self.log, self.path = loaded.queue, loaded.log, loaded.plan.path
-        self.context = loaded.new_context()
-        self._must(self.context.set_optimization_profile_async(profile, self.queue.handle), "selecting its shapes")
-        self.queue.wait()
-        tensors = loaded.tensors
-        self.inputs, self.outputs = self._buffers(tensors.inputs, batch), self._buffers(tensors.outputs, batch)
-        for info in tensors.inputs:
-            if any(isinstance(axis, str) for axis in info.shape):
-                shape = tuple(self.inputs[info.name].shape)
-                self._must(self.context.set_input_shape(info.name, shape), f"the shape of {info.name}")
-        self._must(not self.context.infer_shapes(), "inferring shapes")
-        for name, buffer in self.outputs.items():
-            self._must(tuple(self.context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
-        for name, buffer in (self.inputs | self.outputs).items():
-            self._must(self.context.set_tensor_address(name, buffer.data_ptr()), f"the address of {name}")
-        self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
-        self._repeat = self._execute
-        if not loaded.records_itself:
-            self.queue.run(self._record)
-
-    def _buffers(self, tensors: Sequence[TensorInfo], batch: int) -> dict[str, Tensor]:
-        return {
-            info.name: torch.zeros(
-                resolve_shape(info.shape, batch), dtype=getattr(torch, info.dtype), device=self.queue.device
-            )
-            for info in tensors
-        }
-
-    def _must(self, is_done: bool, what: str) -> None:
-        if not is_done:
-            raise Missing(
-                f"{self.path}: TensorRT failed at {what}: {self.log.last}",
-                "Delete the plan so that it is rebuilt, or use --engine fast.",
-            )
-
-    def _execute(self) -> None:
-        self._must(self.context.execute_async_v3(self.queue.handle), "running it")
-
-    def _record(self) -> None:
-        self._repeat = self.queue.record(self._execute)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.queue.take_turn():
-            for name, buffer in self.inputs.items():
-                assert inputs[name].shape == buffer.shape, (
-                    f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
-                )
-                buffer.copy_(inputs[name])
-            self.queue.run(self._repeat)
-            return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
 
 def _make_logger(trt: Any) -> Any:
