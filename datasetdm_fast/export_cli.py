@@ -53,12 +53,12 @@ class ExportConfig(ModelSettings, OutputSettings):
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
+    config, flags = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
     if config.list and config.prune:
         raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
     if config.list or config.prune:
         return show_plans(config)
-    if config.to == "onnx" and (idle := sorted({"batch", "capability"} & set(given))):
+    if config.to == "onnx" and (idle := sorted({"batch", "capability"} & set(flags))):
         raise Refused(f"--{idle[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")

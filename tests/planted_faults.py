@@ -40,8 +40,8 @@ FAST, GPU, DRIVER, LABELS = (
 FAULTS = {
     "images decoded by other threads": Fault(
         f"{GPU}:GpuEngine._images",
-        "list(map(self._decoded, latents.split(size)))",
-        "[*__import__('concurrent.futures').futures.ThreadPoolExecutor(2).map(self._decoded, latents.split(size))]",
+        "list(map(self._decode_part, latents.split(size)))",
+        "[*__import__('concurrent.futures').futures.ThreadPoolExecutor(2).map(self._decode_part, latents.split(size))]",
     ),
     "sums given back too early": Fault(
         f"{DRIVER}:BatchGenerator.label",
@@ -301,7 +301,7 @@ FAULTS = {
         {"scenario": "between"},
     ),
     "an autoencoder of fp32 is given fp16": Fault(
-        f"{FAST}:FastEngine._decoded",
+        f"{FAST}:FastEngine._decode_part",
         "channels_last(latents, torch.float32)",
         "channels_last(latents, self.dtype)",
         {"scenario": "retry"},

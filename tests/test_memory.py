@@ -122,7 +122,7 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
 def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
     """The same of the autoencoder, beside whose chunks the graphs of the UNet keep their memory."""
     engine = FastEngine(load_model("tiny"), device="cpu")
-    latents, inner, asked = torch.randn(5, 4, 16, 16), engine._decoded, []
+    latents, inner, asked = torch.randn(5, 4, 16, 16), engine._decode_part, []
     expected = engine.decode_and_check(latents)[0].int()
 
     def tight(chunk):
@@ -133,7 +133,7 @@ def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
 
     as_on_a_gpu(engine, monkeypatch)
     monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 5 * engine.model.size**2)
-    engine._decoded, engine._label_graphs, engine.adjustments = tight, {}, {"unet_batch": 3}
+    engine._decode_part, engine._label_graphs, engine.adjustments = tight, {}, {"unet_batch": 3}
     for _ in range(2):
         images, is_finite = engine.decode_and_check(latents)
         assert (images.int() - expected).abs().max() <= 1 and is_finite.all()

@@ -392,7 +392,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             noise, sums = engine.denoise_and_capture(latents, time, context)
             plain = engine.denoise(latents, time, context)
             with torch.inference_mode():
-                expected, *levels = engine._captured(
+                expected, *levels = engine._capture_projected(
                     engine._latents(latents), engine._row(time), *engine._tabled(context)
                 )
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]

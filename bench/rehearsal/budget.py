@@ -40,7 +40,7 @@ def reckoned() -> Reckoned:
         calls = {
             f"UNet call, {batch} image{'s' * (batch > 1)}": unet_call(engine, batch, "_plain") for batch in BATCHES
         }
-        calls |= {f"captured call, {USUAL} images": unet_call(engine, USUAL, "_captured")}
+        calls |= {f"captured call, {USUAL} images": unet_call(engine, USUAL, "_capture_projected")}
         _, capture = _captured(engine)  # records the graph
         found = {name: reckon(launched(timeline, call)) for name, call in calls.items()}
         latents, context = _latents(engine, USUAL), _context(engine, USUAL)

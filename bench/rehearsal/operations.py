@@ -214,7 +214,7 @@ class Operations(TorchDispatchMode):
         calls = {(file, function) for file, _, function in frames_of_ours(sys._getframe(1))}
         if self.taught not in (None, torch.float32) and calls & TAUGHT:
             return f"the training is in {self.taught}"
-        if (ENGINE, "_decoded") in calls and (ENGINE, "_pixels") not in calls:
+        if (ENGINE, "_decode_part") in calls and (ENGINE, "_pixels") not in calls:
             return ""  # an autoencoder that leaves fp16 runs again
         is_narrow = self.timeline.capture is None and self.storage and torch.float32 not in self.storage
         is_engine = is_narrow and any(file == ENGINE for file, _ in calls)

@@ -65,7 +65,12 @@ WAITS = {
         ("labels", "engines/cuda_graph.py", "__init__", RECORDING),
         ("main", "sampling/walk.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
         ("calls", "generation/overlap.py", "_finished", Allowed("the thread that counts calls waits", ("an event",))),
-        ("labels", "engines/fast/base.py", "_decoded", Allowed("an autoencoder that leaves fp16 runs again", (FLAG,))),
+        (
+            "labels",
+            "engines/fast/base.py",
+            "_decode_part",
+            Allowed("an autoencoder that leaves fp16 runs again", (FLAG,)),
+        ),
         ("labels", "tasks/to_host.py", "_copied", Allowed(LABELS, (STREAM,))),
         ("labels", "generation/overlap.py", "_follow", Allowed(LABELS, (STREAM,))),
         ("labels", "tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),

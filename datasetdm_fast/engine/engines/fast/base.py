@@ -149,7 +149,7 @@ class FastEngine:
         """Images of latents on the device, and whether each is finite, part by part."""
         raise NotImplementedError
 
-    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         """A decoder's raw outputs."""
         raise NotImplementedError
 
@@ -256,7 +256,7 @@ class FastEngine:
         """
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, context)
-        noise, *sums = self._call(self._captured, latents, timestep, context)
+        noise, *sums = self._call(self._capture_projected, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @engine_call
@@ -275,7 +275,7 @@ class FastEngine:
     ) -> tuple[Tensor, AttentionSums]:
         self._refresh_for(context)
         others = (sums.cells, sums.tokens, *self._encode_class_keys(class_context, sums.tokens.shape[1]).values())
-        noise, cells, tokens = self._call(self._summed, latents, timestep, context, others)
+        noise, cells, tokens = self._call(self._capture_average, latents, timestep, context, others)
         return noise, AttentionSums(cells, tokens)
 
     def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[Slot, Tensor]:
@@ -349,11 +349,11 @@ class FastEngine:
     def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (self._run(NoCapture(self.ops), *inputs),)
 
-    def _captured(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _capture_projected(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         hook = ProjectedSums(self.projection, inputs[0], self.ops)
         return self._run(hook, *inputs), *hook.result()
 
-    def _summed(
+    def _capture_average(
         self, latents: Tensor, row: Tensor, cells: Tensor, tokens: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
         assert self._class_keys
@@ -375,7 +375,7 @@ class FastEngine:
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
 
-    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode_part(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         images, is_finite = self._run_labels("image", self._pixels, (channels_last(latents, self.dtype),))
         # Some autoencoders leave the range of fp16.
         if self.dtype != torch.float16 or bool(is_finite.all()):
@@ -411,7 +411,7 @@ class FastEngine:
     @engine_call
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        return self._annotated(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+        return self._run_decoder(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
     @property
     def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:

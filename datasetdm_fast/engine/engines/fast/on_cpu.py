@@ -67,7 +67,7 @@ class CpuEngine(FastEngine):
     def _sources(self, *names: str) -> dict[str, Weighted]:
         """Weights that no module holds are stored as they are multiplied with."""
 
-        def stored(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
+        def choose_dtype(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:
             is_half = value.dim() > 1 and not any(part in name for part in COMPUTED)
             return dtype if is_half else as_widest(name, value)
 
@@ -76,7 +76,7 @@ class CpuEngine(FastEngine):
         return {
             name: network.read()
             if name == "text_encoder"
-            else network.read(functools.partial(stored, dtypes[name]), dtypes[name])
+            else network.read(functools.partial(choose_dtype, dtypes[name]), dtypes[name])
             for name, network in networks.items()
         }
 
@@ -131,9 +131,9 @@ class CpuEngine(FastEngine):
         if len(chunks) == 1 and is_large(decoder):
             del self.image_decoder  # the next call of another network would unload it
             return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]
-        return self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
+        return self.lanes.map(self._decode_part, [(chunk,) for chunk in chunks])
 
-    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         self._refresh()
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)

@@ -113,13 +113,13 @@ class GpuEngine(FastEngine):
         """Part after part: a thread of its own would work on another stream, which nothing waits for."""
         size = min(self._chunk(latents.shape[-1] * 8), self.widest_chunk or len(latents))
         parts, worked = halve_until_fits(
-            lambda size: list(map(self._decoded, latents.split(size))), size, self._forget_labels, times=size
+            lambda size: list(map(self._decode_part, latents.split(size))), size, self._forget_labels, times=size
         )
         if worked < size:
             self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         return parts
 
-    def _annotated(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)
         if isinstance(inputs, ProjectedCapture) and is_folded(decoder):
@@ -168,7 +168,7 @@ class GpuEngine(FastEngine):
         side = self.model.size // 8
         latents = torch.zeros(batch, 4, side, side, device=self.device)
         context = self.encode_text([""]).expand(2 * batch, -1, -1)
-        self._captured(self._latents(latents), self._row(1), *self._encode_keys_values(context))
+        self._capture_projected(self._latents(latents), self._row(1), *self._encode_keys_values(context))
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def fingerprint(self) -> dict[str, str]:
