@@ -69,7 +69,7 @@ WAITS = {
             "labels",
             "engines/fast/base.py",
             "_decode_part",
-            Allowed("an autoencoder that leaves fp16 runs again", (FLAG,)),
+            Allowed("an autoencoder that leaves fp16 retries", (FLAG,)),
         ),
         ("labels", "tasks/to_host.py", "_copied", Allowed(LABELS, (STREAM,))),
         ("labels", "generation/overlap.py", "_follow", Allowed(LABELS, (STREAM,))),
