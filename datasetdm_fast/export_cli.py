@@ -68,8 +68,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def export_stages(config: ExportConfig) -> int:
-    from datasetdm_fast.export.tensorrt.to_tensorrt import build_plans, check_batches, find_target
     from datasetdm_fast.engine.loop.checks import check_size
+    from datasetdm_fast.export.tensorrt.to_tensorrt import build_plans, check_batches, find_target
 
     check_size(config.size)
     # What must fail is refused before a model is read.
