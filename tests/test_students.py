@@ -325,7 +325,7 @@ def test_the_head_of_as_many_other_classes_starts_anew(name, tmp_path):
         (["--student", "segformer", "--size", "100"], "--size: 100 is not a multiple of 32"),
         (["--student", "segformer", "--batch-size", "1"], "--batch-size: 1 is not at least 2"),
         (["--student", "segformer", "--real", "9"], "--real 9: "),
-        (["--student", "segformer", "--real", "0", "--learn-from", ""], "--real 0: there is no end of rendered scenes"),
+        (["--student", "segformer", "--real", "0", "--learn-from", ""], "demo:0@1000: expected demo:COUNT@FIRST_SEED"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):

@@ -1,4 +1,4 @@
-"""Which samples and which of their pixels are doubtful: the one rule for run folders, students and the bench.
+"""Which samples and which of their pixels are doubtful: the one rule for run folders, trainings and the bench.
 
 It reads classes only, never a name of the demo world: what the prompt names and a label lacks, things that a label
 shows and the prompt does not name, pixels that two labels call by different names, and classes whose label map and

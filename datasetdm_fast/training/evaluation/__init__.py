@@ -1,1 +1,1 @@
-"""Measuring labels against ground truth, and how much they help a student network."""
+"""Measuring labels against ground truth, and learning curves."""
