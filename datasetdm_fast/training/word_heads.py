@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.words import token_places
-from datasetdm_fast.engine.tasks.named_words import LEAST_MEAN
+from datasetdm_fast.engine.tasks.captions import LEAST_MEAN
 from datasetdm_fast.training.captures.views import TrainingViews
 
 MOST_IMAGES = 400  # whose masks are used

@@ -94,6 +94,7 @@ class LabelKind(ABC):
     can_be_masked: bool = False  # whether `within` can cut a label to such a mask
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
     layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
+    only_class: str = ""  # of all its things, for a kind whose table lists no classes
     first_number = 0  # of the classes of a run that was made before all its labels had one table
 
     def for_decoder(self, decoder: str) -> "LabelKind":

@@ -8,7 +8,6 @@ from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, builtin_table
 from datasetdm_fast.engine.labels.colours import BORDERS, CUSTOM, OURS, own_colours, strangers
 from datasetdm_fast.engine.labels.kind import Table
-from datasetdm_fast.engine.labels.pose import PERSON, PoseKind
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
@@ -24,8 +23,7 @@ def number_classes(tables: Mapping[str, Table]) -> dict[str, Any]:
     others: list[str] = []
     for label in by_kind(tables):
         (maps if kind_of(label).is_map else others).extend(tables[label].get("classes", ()))
-    if any(isinstance(kind_of(label), PoseKind) for label in tables):
-        others.append(PERSON)
+    others += [kind_of(label).only_class for label in tables if kind_of(label).only_class]
     is_thing_first = not maps or maps[0] in others
     names = dict.fromkeys((BACKGROUND, *maps) if is_thing_first else maps)
     if len(names) > IGNORE:

@@ -147,6 +147,7 @@ class PoseKind(LabelKind):
     layout = ("category", "origin", "size", "widened")
     pixel_bytes = 0
     coco_file = "keypoints.json"
+    only_class = PERSON
 
     def encode(
         self, label: Keypoints, labels: Mapping[str, Any], table: Table

@@ -1,4 +1,4 @@
-"""What a caption says about a decoder's answers: classes that it rules out, and where the words of the others stand."""
+"""Captions and decoder outputs: classes that a caption rules out, and attention to the words that name the others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.words import find_classes, token_places
-from datasetdm_fast.engine.tasks.named_words import LEAST_MEAN
-from datasetdm_fast.engine.tasks.open_vocabulary import OBJECT
 from datasetdm_fast.kernels.to_device import to_device
+
+OBJECT = 1  # of a decoder of words, the class logit that says "this query is the word"; logit 0 was never trained
+LEAST_MEAN = 1e-9  # attention below it is none
+POWER = 10.0  # of the attention against the class probabilities of a decoder, which is surer of them than it is right
 
 
 def held_to(
@@ -21,12 +23,12 @@ def held_to(
     named: Sequence[Sequence[str]] = (),
     tokenizer: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """The raw answers with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`,
-    all it does not name. `named` are classes known to be in each image, whatever its prompt says.
+    """The raw outputs with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`,
+    all that it does not name. `named` are classes known to be in each image, whatever its prompt.
 
-    What is ruled out gives its probability to the classes that are left, not to "no object". Answers with the attention
-    to the tokens of the prompt, whose `tokenizer` is then needed, get `word_attention` [B, K, h, w]. A prompt that
-    names none of the classes says nothing about what is to be seen, and changes nothing.
+    A class that is ruled out gives its probability to the remaining classes, not to "no object". Outputs with the
+    attention to the tokens of the prompt, whose `tokenizer` is then needed, get `word_attention` [B, K, h, w]. A prompt
+    that names none of the classes changes nothing.
     """
     if not config.named:
         return raw
@@ -86,3 +88,17 @@ def word_attention(
             seen = torch.stack([attention[b, place] for place in places[name]]).mean(0)
             relative[b, config.classes.index(name)] = seen / seen.mean().clamp(min=LEAST_MEAN)
     return relative
+
+
+def shared_by_words(share: Tensor, attention: Tensor, config: DecoderConfig) -> Tensor:
+    """`share` [B, K, ...] of each class, with what it gives to classes that prompts name divided among them by the
+    attention to their words, too.
+    """
+    is_named = to_device(torch.tensor([name in config.named for name in config.classes]), share.device)
+    is_named = is_named.view(1, -1, *[1] * (share.ndim - 2)).to(share.dtype)
+    named_share = share * is_named
+    # in place, as these are the largest tensors of a label; relative to the largest, whose power would be 0 on its own
+    relative = attention.clamp(min=LEAST_MEAN).mul_(named_share > 0)
+    weighed = relative.div_(relative.amax(1, keepdim=True).clamp(min=LEAST_MEAN)).pow_(POWER).mul_(named_share)
+    weighed *= named_share.sum(1, keepdim=True) / weighed.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    return torch.addcmul(weighed, share, 1 - is_named)

@@ -9,7 +9,7 @@ from torch import Tensor
 from datasetdm_fast.data import Instances
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
-from datasetdm_fast.engine.tasks.named_words import shared_by_words
+from datasetdm_fast.engine.tasks.captions import shared_by_words
 from datasetdm_fast.engine.tasks.semantic import SMALL, scaled_area
 from datasetdm_fast.engine.tasks.task import Task
 from datasetdm_fast.engine.tasks.to_host import to_host

@@ -11,6 +11,7 @@ from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.pictures.pictures import largest_first
+from datasetdm_fast.engine.tasks.captions import OBJECT
 from datasetdm_fast.engine.tasks.instance import NOTHING
 from datasetdm_fast.engine.tasks.semantic import SMALL, masks_of, scaled_area
 from datasetdm_fast.engine.tasks.task import Task
@@ -18,7 +19,6 @@ from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.bilinear import resize
 
 WORDS = 256  # with so many and more a label map, of a data set that is judged, is one of 32 bits
-OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
 
 
 def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
