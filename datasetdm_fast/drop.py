@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
@@ -49,14 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     line = f"{config.run}: {len(ids) or 'none'} of {total} samples {verb} dropped"
     line += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
     line += dropping.describe_doubtful(len(doubtful))
-    facts = {"path": config.run, "dropped": ids, "left": total - len(ids)}
-    if config.dry_run:
-        return print_plan(config, facts, "\n".join(ids), line)
-    print_lines(config, line)
-    if ids and (exports := dropping.exports_of(run)):
-        print_lines(config, f"{exports}: was made before and is as it was; delete it and convert again")
-    print_result(config, facts, config.run)
-    return 0
+    lines = [line]
+    if not config.dry_run and ids and (exports := dropping.exports_of(run)):
+        lines.append(f"{exports}: was made before and is as it was; delete it and convert again")
+    result = "\n".join(ids) if config.dry_run else config.run
+    return print_end(config, {"path": config.run, "dropped": ids, "left": total - len(ids)}, result, *lines)
 
 
 if __name__ == "__main__":

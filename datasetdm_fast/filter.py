@@ -11,7 +11,7 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         count = filtering.keep_all(run, is_dry=config.dry_run)
         left_out = "are left out" if config.dry_run else "had been left out"
         line = f"{path}: all samples {verb} kept again, {count} {left_out}"
-        return _print_end(config, {"path": config.run, "restored": count}, line)
+        return print_end(config, {"path": config.run, "restored": count}, config.run, line)
     names = [name for name in OF_NETWORKS if getattr(config, name)]
     if config.where:
         filtering.check_condition(run, config.where, names)  # before hours of scoring
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
             raise Refused(f"--dry-run: {missing} samples have no scores yet", remedy)
         if config.dry_run:
             line = f"{path}: {count_noun(missing, 'sample')} would be scored"
-            return _print_end(config, {"path": config.run, "scored": missing}, line)
+            return print_end(config, {"path": config.run, "scored": missing}, config.run, line)
         networks = {"clip": clip.Clip(Path(config.clip), digest)} if config.clip else {}
         networks |= {"stability": stability.Stability(run, config.threads)} if config.stability else {}
         with Interruption(config.quiet) as interruption, ImageProgress(missing, config.quiet) as progress:
@@ -85,15 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     decision = filtering.apply_filter(run, config.where, is_dry=config.dry_run)
     facts, lines = filtering.summarize(path, decision, verb)
-    return _print_end(config, {"path": config.run, **facts}, *lines)
-
-
-def _print_end(config: FilterConfig, facts: dict[str, object], *lines: str) -> int:
-    if config.dry_run:
-        return print_plan(config, facts, config.run, *lines)
-    print_lines(config, *lines)
-    print_result(config, facts, config.run)
-    return 0
+    return print_end(config, {"path": config.run, **facts}, config.run, *lines)
 
 
 if __name__ == "__main__":

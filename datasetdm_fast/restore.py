@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
@@ -43,12 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     ids = [f"{index:08d}" for index in dropping.restore(run, requested, is_dry=config.dry_run)]
     line = f"{config.run}: {count_noun(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
     line += dropping.describe_doubtful(doubtful)
-    facts = {"path": config.run, "restored": ids}
-    if config.dry_run:
-        return print_plan(config, facts, "\n".join(ids), line)
-    print_lines(config, line)
-    print_result(config, facts, config.run)
-    return 0
+    result = "\n".join(ids) if config.dry_run else config.run
+    return print_end(config, {"path": config.run, "restored": ids}, result, line)
 
 
 if __name__ == "__main__":

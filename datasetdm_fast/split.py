@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
@@ -53,13 +53,9 @@ def main(arguments: Sequence[str]) -> int:
             line = f"{'would be' if config.dry_run else 'is'} split no more"
         else:
             raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
-    facts = {"path": config.run, "parts": counts}
-    if config.dry_run:
-        return print_plan(config, facts, config.run, f"{path}: {line}")
-    replace_file(path, run.document, SPLIT, split and split.content)
-    print_lines(config, f"{path}: {line}")
-    print_result(config, facts, config.run)
-    return 0
+    if not config.dry_run:
+        replace_file(path, run.document, SPLIT, split and split.content)
+    return print_end(config, {"path": config.run, "parts": counts}, config.run, f"{path}: {line}")
 
 
 if __name__ == "__main__":

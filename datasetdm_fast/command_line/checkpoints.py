@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.errors import Refused
@@ -69,8 +69,5 @@ def convert_checkpoint(arguments: Sequence[str]) -> int:
     options = {name: getattr(config, name) for name in OPTIONS[config.to]}
     facts = WRITERS[config.to](Path(config.source), Path(config.out), **options, is_dry=config.dry_run)
     facts["path"] = config.out
-    if config.dry_run:
-        return print_plan(config, facts, config.out, f"{config.out}: would be written", facts["told"])
-    print_lines(config, facts["told"])
-    print_result(config, facts, config.out)
-    return 0
+    plan = [f"{config.out}: would be written"] if config.dry_run else []
+    return print_end(config, facts, config.out, *plan, facts["told"])

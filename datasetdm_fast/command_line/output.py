@@ -45,6 +45,17 @@ def print_plan(settings: OutputSettings, facts: Mapping[str, Any], line: str, *p
     return 0
 
 
+def print_end(settings: OutputSettings, facts: Mapping[str, Any], line: str, *lines: str) -> int:
+    """The exit code of a command, after printing what it did or, on a dry run, would do; `line` is its result without
+    --json.
+    """
+    if settings.dry_run:
+        return print_plan(settings, facts, line, *lines)
+    print_lines(settings, *lines)
+    print_result(settings, facts, line)
+    return 0
+
+
 def remake_sample(settings: OutputSettings, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
     """The exit code of a command that makes one sample of a run folder again; a dry run only prints the plan."""
     facts = {"path": folder, "id": id, "written": []}

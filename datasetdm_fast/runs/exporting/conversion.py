@@ -19,7 +19,7 @@ from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder, plugin_formats
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, join_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder
-from datasetdm_fast.runs.exporting.format import Content, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import ExportSettings, LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of, labels_by_task, open_source
 from datasetdm_fast.runs.exporting.view import RunView, SampleView
@@ -216,7 +216,7 @@ class Conversion:
             return ExportResult(self.samples, opened.complete(), made, True)
 
     def _write_shared(self, opened: ExportFolder, name: str, format: Format) -> None:
-        samples = _DoneSamples(self, opened, name)
+        samples = AllSamples(partial(opened.entries, name), lambda *places: map(self.view, opened.numbers_of(*places)))
         if name in EXPORT_FORMATS.others:
             files = plugin_formats.shared_files(name, format, self.plan, samples)
             if path := opened.find_repeated(f"{name}/{path}" for path in files):
@@ -263,21 +263,6 @@ class Conversion:
         with ExitStack() as closing:
             for source in self.sources:
                 closing.callback(source.run.close)
-
-
-@dataclass(frozen=True)
-class _DoneSamples:
-    """The samples of a conversion for one of its formats."""
-
-    conversion: Conversion
-    opened: ExportFolder
-    format: str
-
-    def entries(self, split: str) -> Iterator[Entry]:
-        return self.opened.entries(self.format, split)
-
-    def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
-        return map(self.conversion.view, self.opened.numbers_of(split, first, stop))
 
 
 def _convert_sample(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:

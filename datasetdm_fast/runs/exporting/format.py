@@ -1,9 +1,9 @@
 """Formats: the labels they need, the files of a sample, and the files of all samples together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +17,12 @@ Files = dict[str, Content]  # path inside the format's folder, content
 Entry = dict[str, Any]  # what the files of all samples need of one, as JSON
 
 
-class AllSamples(Protocol):
+@dataclass(frozen=True)
+class AllSamples:
     """The samples of an export, once the files of each are written."""
 
-    def entries(self, split: str) -> Iterator[Entry]:
-        """Entries of the samples of a split, in order."""
-
-    def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
-        """Samples of a split by their position in it."""
+    entries: Callable[[str], Iterator[Entry]]  # of the samples of a split, in order
+    views: Callable[[str, int, int], Iterator[SampleView]]  # samples of a split, from one position to another
 
 
 @dataclass(frozen=True)

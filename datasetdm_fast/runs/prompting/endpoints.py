@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from urllib import parse
+from urllib.parse import urlsplit
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted.documents import one_line
@@ -20,6 +20,7 @@ LARGEST_REPLY = 2**20  # bytes
 SECONDS = 120.0  # for one reply
 MOST_TRIES = 4  # of one request
 LONGEST_WAIT = 30.0  # seconds before a retry
+COMPLETIONS = "/chat/completions"  # the end of the address
 REMEDY = "then run the same command again; the replies so far are kept."
 
 Ask = Callable[[str], str]  # the text of a request -> the text of the reply
@@ -37,8 +38,8 @@ def read_key(environment: Mapping[str, str]) -> str:
 class Endpoint:
     """An OpenAI-compatible endpoint; a request is retried after growing delays where it is busy or silent."""
 
-    def __init__(self, url: str, model: str, key: str, sleep: Callable[[float], None] = time.sleep):
-        self.url, self.model, self.key, self.sleep = check_url(url, key), model, key, sleep
+    def __init__(self, url: str, model: str, key: str):
+        self.url, self.model, self.key = check_url(url, key), model, key
         try:
             import httpx2
         except ImportError as error:
@@ -46,36 +47,34 @@ class Endpoint:
         self._library = httpx2
 
     def __call__(self, text: str) -> str:
+        wait = 0.0
         for attempt in range(MOST_TRIES):
+            time.sleep(min(wait, LONGEST_WAIT))
             wait = 2.0**attempt
-            try:
+            try:  # the limit of time is also that of a reply that comes in drops
                 status, headers, body = asyncio.run(asyncio.wait_for(self._post(text), SECONDS))
-            except TimeoutError:  # also of a reply that comes in drops
-                problem = f"cannot be reached or broke off (no whole reply within {SECONDS:.0f} s)"
-            except self._library.HTTPError as error:
-                problem = f"cannot be reached or broke off ({one_line(str(error) or type(error).__name__)})"
-            else:
-                if status == 200:
-                    return _content(body)
-                problem = f"answered with status {status}"
-                if 300 <= status < 400:  # a redirect would carry the key to another host
-                    problem = "answered with a redirect, which is not followed"
-                if status != 429 and status < 500:
-                    break
-                if re.fullmatch(r"\d{1,4}", seconds := headers.get("Retry-After", "")):
-                    wait = float(seconds)
-            if attempt + 1 < MOST_TRIES:
-                self.sleep(min(wait, LONGEST_WAIT))
+            except (TimeoutError, self._library.HTTPError) as error:
+                reason = one_line(str(error)) or f"no whole reply within {SECONDS:.0f} s"
+                problem = f"cannot be reached or broke off ({reason})"
+                continue
+            if status == 200:
+                return _content(body)
+            # a redirect would carry the key to another host
+            is_redirect = 300 <= status < 400
+            problem = f"answered with {'a redirect, which is not followed' if is_redirect else f'status {status}'}"
+            if status != 429 and status < 500:
+                break
+            if re.fullmatch(r"\d{1,4}", seconds := headers.get("Retry-After", "")):
+                wait = float(seconds)
         shown = problem.replace(self.key, "***") if self.key else problem
         raise Missing(f"--llm-url {self.url}: {shown}", f"Check address, model and key, {REMEDY}")
 
     async def _post(self, text: str) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of the reply."""
-        body, headers = {"model": self.model, "messages": [{"role": "user", "content": text}]}, {}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         # a proxy would get what is meant for this machine, the key of an unencrypted request among it
-        is_proxied = not _is_loopback(parse.urlsplit(self.url).hostname or "")
+        is_proxied = not _is_loopback(urlsplit(self.url).hostname or "")
         async with (
             self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS) as client,
             client.stream("POST", self.url, json=body, headers=headers) as reply,
@@ -102,11 +101,11 @@ def open_model(url: str, model: str, line: str, key: str) -> Ask | None:
 def check_url(url: str, key: str) -> str:
     """The address of the endpoint's chat completions."""
     try:
-        parts = parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
+        parts = urlsplit(url)
+        host = parts.hostname if parts.port != 0 and parts.scheme in ("http", "https") else None
     except ValueError:
-        host = ""
-    if not host or parts.scheme not in ("http", "https"):
+        host = None
+    if not host:
         raise Refused(f"--llm-url {one_line(url)}: not the address of an endpoint", "Write https://HOST/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise Refused(
@@ -115,9 +114,7 @@ def check_url(url: str, key: str) -> str:
         )
     if key and parts.scheme == "http" and not _is_loopback(host):
         raise Refused(f"--llm-url {one_line(url)}: the key would travel unencrypted", "Use https.")
-    path = parts.path.rstrip("/")
-    ending = "" if path.endswith("/chat/completions") else "/chat/completions"
-    return f"{parts.scheme}://{parts.netloc}{path}{ending}"
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix(COMPLETIONS)}{COMPLETIONS}"
 
 
 def _is_loopback(host: str) -> bool:

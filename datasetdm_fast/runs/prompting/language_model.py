@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,30 +71,24 @@ class Replies:
         self.answered += 1
         if key not in self.cached:
             self.sent += 1
-            self._store(key, *self._send(text))
+            try:
+                reply, problem = self.ask(text), ""
+                if self.secret and self.secret in _decode_escapes(reply):
+                    reply, problem = "", "the reply repeats the key"
+            except UnusableReply as error:
+                reply, problem = "", str(error)
+            self._store(key, reply, problem)
         reply, problem = self.cached[key]
         if problem:
             raise UnusableReply(problem)
         return reply
 
-    def _send(self, text: str) -> tuple[str, str]:
-        """The reply and what is wrong with it."""
-        try:
-            reply = self.ask(text)
-        except UnusableReply as problem:
-            return "", str(problem)
-        is_leaked = self.secret and self.secret in _decode_escapes(reply)
-        return ("", "the reply repeats the key") if is_leaked else (reply, "")
-
     def _store(self, key: str, reply: str, problem: str) -> None:
         self.cached[key] = reply, problem
-        try:
-            with self.path.open("ab") as file:
-                file.write(json.dumps({"request": key, "reply": reply, "problem": problem}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise storage.refusal(error, self.path) from error
+        with storage.refusing(self.path), self.path.open("ab") as file:
+            file.write(json.dumps({"request": key, "reply": reply, "problem": problem}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _decode_escapes(reply: str) -> str:
@@ -162,14 +157,12 @@ def request_text(
 
 def parse_list(reply: str) -> list[Any]:
     """The list in a reply, also where it stands in a code fence, between sentences or in an object."""
-    try:
-        value = json.loads(reply)
-    except (ValueError, RecursionError):
-        start, end = reply.find("["), reply.rfind("]")
-        try:
-            value = json.loads(reply[max(start, 0) : end + 1])
-        except (ValueError, RecursionError):
-            raise UnusableReply("the reply is not JSON") from None
+    for text in (reply, reply[max(reply.find("["), 0) : reply.rfind("]") + 1]):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            break
+    else:
+        raise UnusableReply("the reply is not JSON")
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         value = lists[0] if len(lists) == 1 else None
