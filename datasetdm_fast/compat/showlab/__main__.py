@@ -51,12 +51,12 @@ def generate(script: Generator | Demo, line: Line, same_command: str) -> int:
     from datasetdm_fast.compat.showlab import generating, summary
 
     order = script.order(line)
-    stored = generating.read_stored(order)
-    if result := generating.result_if_complete(order, stored):
+    spec, run, result = generating.open_order(order)
+    if result is not None:
         _print_lines(line, f"{order.out}: complete with {count_noun(result.done, 'image')}, nothing to do")
         _print_result(line, order.out, result)
         return 0
-    job = generating.prepare(order, stored)
+    job = generating.prepare(order, spec, run)
     _print_lines(line, *summary.rows(order, job))
     if line["dry_run"]:
         for item in order.items:
@@ -127,8 +127,8 @@ def remake(arguments: Sequence[str]) -> int:
     settings = {flag.name: stored["line"]["values"].get(flag.name, flag.default) for flag in script.flags}
     settings["outdir"] = str(folder.resolve().parent)
     order = script.order(Line(script.name, settings, frozenset()))
-    generating.read_stored(order)
-    written = generating.remake_sample(order, generating.prepare(order, stored), values["--only"])
+    spec, run, _ = generating.open_order(order)
+    written = generating.remake_sample(order, generating.prepare(order, spec, run), values["--only"])
     changes = f"{count_noun(len(written), 'file')} of the run folder written"
     print(f"sample {values['--only']}: made again, {changes}", file=sys.stderr)
     print(folder, flush=True)
@@ -136,8 +136,7 @@ def remake(arguments: Sequence[str]) -> int:
 
 
 def _print_result(line: Line, out: Path, result) -> None:
-    facts = {name: result.facts()[name] for name in ("number", "done", "made", "set_aside")}
-    facts = {"path": str(out), "run": str(result.path), **facts, "complete": result.is_complete}
+    facts = {"path": str(out), "run": str(result.path), **result.facts()}
     print(json.dumps(facts) if line["json"] else out, flush=True)
     result.check()
 

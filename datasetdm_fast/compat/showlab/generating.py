@@ -11,27 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.command_line.run_settings import check_settings, describe_run_settings
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.engine.loop.plan import Plan
-from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, recipe_of
+from datasetdm_fast.runs.jobs.job import Job, prepare_job
 from datasetdm_fast.runs.jobs.remake import Remake, remake
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths, row_facts
-from datasetdm_fast.runs.jobs.run import settle
+from datasetdm_fast.runs.jobs.run import Run, settle
 from datasetdm_fast.runs.jobs.writing import write_missing
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, read_document
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.runs.run_folder.remaking import find_remake_row
-from datasetdm_fast.runs.run_settings import LabelSettings
-from datasetdm_fast.settings import SamplingSettings
+from datasetdm_fast.runs.run_settings import RunSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,83 +91,49 @@ def split_batch(batch: Batch) -> list[Batch]:
     return [Batch(batch.index, (request,)) for request in batch.requests]
 
 
-def identity_of(order: Order) -> dict[str, Any]:
-    """The settings that decide the bytes of the output, apart from the weights."""
-    line = order.line
+def spec_of(order: Order, stored: Mapping[str, Any] | None) -> RunSpec:
+    """The run of an order; its files and its prompts decide which run folders it may resume."""
+    line, spec = order.line, read_spec(order.config, order.source)
     choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed")}
     choices |= {"strict": False} | ({"together": True} if line["together"] else {})  # a mode of earlier versions
-    names = [[item.stem, item.seed] for item in order.items]
-    plan = {"names": _digest(names), **choices}
-    return describe_run_settings(order.config, order.source) | {"showlab": plan}
+    names = json.dumps([[item.stem, item.seed] for item in order.items]).encode()
+    identity = {**spec.identity, "showlab": {"names": f"sha256:{hashlib.sha256(names).hexdigest()}", **choices}}
+    if stored is not None and not line["together"]:  # the networks process one image at a time: results are equal
+        identity["batch_size"] = stored["config"]["batch_size"]
+    return replace(spec, identity=identity, may_mix=False)
 
 
-def _digest(value: Any) -> str:
-    return f"sha256:{hashlib.sha256(json.dumps(value).encode()).hexdigest()}"
-
-
-def read_stored(order: Order) -> dict[str, Any] | None:
-    """The run.json of an output, if it has one; files of another run are refused."""
+def open_order(order: Order) -> tuple[RunSpec, Run, Result | None]:
+    """The run of an order, its folder, and the result if nothing is missing; files of another run are refused."""
     check_output("--outdir", str(order.out), "folder")
-    check_settings(order.config)
-    stored = read_document(order.run_folder)
-    if stored is not None:
-        config = order.config
-        requested = identity_of(order) | relocated_paths(config.model, config.decoder, config.size, stored)
-        if not order.line["together"]:  # the networks process one image at a time, so it changes no byte
-            requested["batch_size"] = stored["config"]["batch_size"]
-        check_same(order.run_folder, {"config": stored["config"]}, {"config": requested})
-        return stored
+    run = Run.open(order.run_folder)
+    spec = spec_of(order, run.stored)
+    if run.stored is not None:
+        check_same(run.folder, {"config": run.stored["config"]}, {"config": run.comparable_settings(spec)})
+        if missing_files(order):
+            return spec, run, None
+        return spec, run, settle(run.folder, run.stored, spec.number, is_dry=order.line["dry_run"])
     for folder in (order.out / name for name in order.script.folders):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
             raise Refused(
                 f"--outdir {order.out}: {folder} holds files of another run, and nothing is overwritten",
                 "Choose another --outdir.",
             )
-    return None
+    return spec, run, None
 
 
-def prepare(order: Order, stored: Mapping[str, Any] | None) -> Job:
-    """The job of a line, checked in full, before anything is written."""
-    config = order.config
+def prepare(order: Order, spec: RunSpec, run: Run) -> Job:
+    """The job of an order, checked in full, before anything is written."""
     for _, flag in order.checkpoints.values():
         check_present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
-    chosen = config.engine_choices()
-    engine, decoders = opening.open_engine(config.model, config.decoder, config.task, size=config.size, **chosen)
-    recipe = recipe_of(config.group(SamplingSettings), config.group(LabelSettings), engine, order.words)
-    words = recipe.words or prompt_words(engine, config.task, ())
-    size = config.batch_size or (
-        stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), len(order.items))
-    )
-    source = order.source
-    prompts = source.lines
-    plan = Plan(
-        prompts.__getitem__, words, len(prompts), config.seed, size, source.digest, len(prompts), has_seeds=True
-    )
-    document = describe_run(identity_of(order), plan, engine, recipe, decoders)
-    document |= {"command": COMMAND, "line": {"script": order.line.script, "values": dict(order.line.values)}}
-    recipe = replace(recipe, facts=row_facts(document))
+    job = prepare_job(spec, run.stored)
+    line = {"script": order.line.script, "values": dict(order.line.values)}
     kind = FilingGenerator if order.line["together"] else SingleGenerator
-    job = Job(
-        order.run_folder,
-        plan,
-        engine,
-        recipe,
-        document,
-        limit=config.limit,
-        batch_size=config.batch_size,
+    return replace(
+        job,
+        document=job.document | {"command": COMMAND, "line": line},
         generator=partial(kind, order=order),
     )
-    if stored is not None:
-        job = replace(merge_with_stored(job, stored), done=count_rows(job.folder))
-    check_room(job)
-    return job
-
-
-def result_if_complete(order: Order, stored: Mapping[str, Any] | None) -> Result | None:
-    """The result of a line that has nothing left to do."""
-    if stored is None or missing_files(order):
-        return None
-    return settle(order.run_folder, stored, len(order.items), is_dry=order.line["dry_run"])
 
 
 def missing_files(order: Order) -> list[int]:

@@ -60,7 +60,7 @@ class Order:
 
     @property
     def source(self) -> PromptSource:
-        return PromptSource(self.prompts, self.line.script, self.words, 0, tokenizer_cuts=True)
+        return PromptSource(self.prompts, self.line.script, self.words, 0, is_part=True, tokenizer_cuts=True)
 
     @property
     def config(self) -> RunConfig:
@@ -75,6 +75,7 @@ class Order:
             seed=prompts.FIRST_SEED,
             guidance=line["guidance"] or self.guidance,
             truncate_prompts=True,
+            allow_unnamed=True,
             out=str(self.run_folder),
             **{name: line[name] for name in "engine batch_size steps profile dtype device threads limit quiet".split()},
         )
