@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shlex
 import sys
@@ -11,12 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_unfinished
+from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.run_settings import read_spec
@@ -34,11 +32,8 @@ from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.settings import setting
+from datasetdm_fast.settings import OutputSettings, setting
 from datasetdm_fast.untrusted import documents
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.jobs.result import Result
 
 PROG = "python -m datasetdm_fast.compat.vinai"
 PARITY = "dataset-diffusion"
@@ -63,7 +58,7 @@ COCO_COLOURS = """
 
 
 @dataclass(frozen=True)
-class GenDataConfig:
+class GenDataConfig(OutputSettings):
     work_dir: str = setting("", "folder of the data set: image/, mask/ and the run folder .run", metavar="OUT")
     sd_path: str = setting("", "Stable Diffusion: a diffusers folder or a single file", metavar="MODEL")
     json_path: str = setting("data/prompts/voc_prompts.json", "list of prompts", metavar="FILE")
@@ -86,9 +81,6 @@ class GenDataConfig:
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
-    dry_run: bool = setting(False, "check everything and show what would be done")
-    json: bool = setting(False, "machine-readable result on stdout")
-    quiet: bool = setting(False, "show no progress")
 
     def path(self, name: str) -> Path:
         """The path in a setting; a relative one starts from --root."""
@@ -137,13 +129,11 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **defaults: obj
         result = run.decide(spec, is_dry=config.dry_run).result
     if result is None:
         _check_model(config)
-    if not config.quiet:
-        print(*_summary(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
+    print_lines(config, *_summary(config, prompts, settings))
     if result is None:
         with renamed_flags(OTHER_FLAGS):
             job = prepare_job(spec, run.stored)
-        if not config.quiet:
-            print(*describe_job(job), sep="\n", file=sys.stderr, flush=True)
+        print_lines(config, *describe_job(job))
         if config.dry_run:
             return 0
         progress = ImageProgress(job.images_left, config.quiet, job.plan.batch_size, len(job.recipe.schedule))
@@ -153,7 +143,10 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **defaults: obj
     if config.dry_run:
         return 0
     write_data_set(Path(settings.out), out, prompts)
-    _print_result(config, result, out, [script, *arguments])
+    print_result(config, {"path": str(out), "run": str(result.path), **result.facts()}, str(out))
+    if not result.is_complete:
+        print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join([script, *arguments])}")
+    result.check()
     return interruption.exit_code(0)
 
 
@@ -279,14 +272,6 @@ def _encode(pixels, form: str, colours: bytes = b"") -> bytes:
         image.putpalette(colours)
     image.save(data, form)
     return data.getvalue()
-
-
-def _print_result(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[str]) -> None:
-    facts = {"number": result.number, "done": result.done, "made": result.made, "complete": result.is_complete}
-    print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
-    if not result.is_complete:
-        print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join(arguments)}")
-    result.check()
 
 
 def gen_data_voc(arguments: Sequence[str]) -> int:
