@@ -63,7 +63,7 @@ FAULTS = {
         "(h, x.image.cpu(), self.bias)",
     ),
     "the host reads before the copy is over": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copied",
+        "datasetdm_fast.engine.tasks.to_host:_copy",
         "torch.cuda.current_stream(group[0].device).synchronize()",
         "pass",
     ),
@@ -99,7 +99,7 @@ FAULTS = {
         "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
     ),
     "an array over memory that is used again": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copied", "place.numpy().copy()", "place.numpy()"
+        "datasetdm_fast.engine.tasks.to_host:_copy", "place.numpy().copy()", "place.numpy()"
     ),
     "labels on the sampler's stream": Fault(
         f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
@@ -213,7 +213,7 @@ FAULTS = {
         {"scenario": "labeller"},
     ),
     "another stream than that of the copies is waited for": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copied",
+        "datasetdm_fast.engine.tasks.to_host:_copy",
         "torch.cuda.current_stream(group[0].device)",
         "torch.cuda.default_stream(group[0].device)",
         {"scenario": "files"},

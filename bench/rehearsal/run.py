@@ -64,19 +64,19 @@ WAITS = {
         ("main", "engines/cuda_graph.py", "__init__", RECORDING),
         ("labels", "engines/cuda_graph.py", "__init__", RECORDING),
         ("main", "sampling/walk.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
-        ("calls", "generation/overlap.py", "_finished", Allowed("the thread that counts calls waits", ("an event",))),
+        ("calls", "engine/loop/overlap.py", "_finished", Allowed("the thread that counts calls waits", ("an event",))),
         (
             "labels",
             "engines/fast/base.py",
             "_decode_part",
             Allowed("an autoencoder that leaves fp16 retries", (FLAG,)),
         ),
-        ("labels", "tasks/to_host.py", "_copied", Allowed(LABELS, (STREAM,))),
-        ("labels", "generation/overlap.py", "_follow", Allowed(LABELS, (STREAM,))),
+        ("labels", "tasks/to_host.py", "_copy", Allowed(LABELS, (STREAM,))),
+        ("labels", "loop/label_stream.py", "_follow", Allowed(LABELS, (STREAM,))),
         ("labels", "tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),
         ("labels", "tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
         ("labels", "tasks/attention.py", "joined_label", JOINED),
-        ("main", "generation/diffusing.py", "converted", ASKED),
+        ("main", "loop/diffusing.py", "convert_images", ASKED),
         (
             "main",
             "engines/fast/on_gpu.py",
@@ -90,7 +90,7 @@ WAITS = {
         ("main", "captures/cache.py", "_compute", STORED),
         ("main", "training/losses/losses.py", "match", MATCHED),
         ("main", "training/trainer.py", "_finite", STEP),
-        ("main", "evaluation/course.py", "step", STEP),
+        ("main", "students/course.py", "step", STEP),
         ("figures", "training/state.py", "save", STORED),
         (
             "figures",
@@ -100,12 +100,12 @@ WAITS = {
         ),
         ("figures", "training/task_training.py", "finish", Allowed("and taken at the end", (COPY,), is_shared=True)),
         ("figures", "decoders/checkpoint.py", "save_decoder", STORED),
-        ("figures", "evaluation/arms.py", "_taught", STORED),
-        ("figures", "evaluation/course.py", "__init__", Allowed("the next student begins", (COPY,))),
-        ("figures", "tasks/to_host.py", "_copied", JUDGED),
+        ("figures", "students/arms.py", "_taught", STORED),
+        ("figures", "students/course.py", "__init__", Allowed("the next student begins", (COPY,))),
+        ("figures", "tasks/to_host.py", "_copy", JUDGED),
         ("figures", "tasks/instance.py", "not_overlapping", CHOICES),
         ("figures", "tasks/instance.py", "postprocess", CHOICES),
-        ("figures", "evaluation/networks/class_maps.py", "read_classes", JUDGED),
+        ("figures", "students/networks/class_maps.py", "read_classes", JUDGED),
     )
 }
 
@@ -185,14 +185,14 @@ def in_phases(generate: Callable, timeline: Timeline) -> Callable:
 def stage(timeline: Timeline, capability: tuple[int, int] = cuda.CAPABILITY) -> Iterator[Operations]:
     """The simulated machine: inside, tensors have no memory, and the GPU's work is noted in `timeline`."""
     operations = Operations(timeline)
-    is_local = isinstance(sys.modules[to_host.__module__]._own, threading.local)
+    is_local = isinstance(sys.modules[to_host.__module__]._thread, threading.local)
     logging.disable(logging.WARNING)
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
             (fake_tensor, "init_gpu_context", lambda device: None),  # PyTorch 2.11 would start the GPU itself
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
-            *([(sys.modules[to_host.__module__], "_own", OfThread(timeline))] if is_local else []),
+            *([(sys.modules[to_host.__module__], "_thread", OfThread(timeline))] if is_local else []),
             (choice, "form_on", watched_forms(choice.form_on, timeline)),
             (choice, "is_sound", lambda name, form, device, dtype: True),
             (driver, "generate", in_phases(driver.generate, timeline)),
