@@ -4,9 +4,11 @@ progress, or of a run in an object store.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -14,19 +16,14 @@ from datasetdm_fast.command_line.output import print_lines, print_plan, print_re
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.gallery import pictures, review, server
-from datasetdm_fast.runs.gallery.showing import ShownRun, show
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run, is_url
+from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
+from datasetdm_fast.runs.gallery.showing import show
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run
 from datasetdm_fast.runs.run_folder.page_files import PAGE
 from datasetdm_fast.settings import dry_run_setting, setting
 
 PROG = "python -m datasetdm_fast.gallery"
-EXAMPLES = (
-    "runs/demo --serve",
-    "runs/varied --serve --against runs/demo",
-    "s3://bucket/run --serve",
-    "s3://bucket/run --out runs/copy",
-)
+EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --out runs/copy")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class GalleryConfig:
         "", "for a run in an object store: folder for a complete copy, with its page", metavar="DIR", output="folder"
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
-    port: int = setting(server.FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
+    port: int = setting(FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
     dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "print only the path or the address of the page")
@@ -62,8 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     place = config.run if config.dry_run else config.out or config.run
     if config.out:
         _copy(config)
-    is_copied = config.dry_run and config.out != ""
-    run = show(place, is_served=config.serve or is_copied, is_dry=config.dry_run)
+    run = show(place, is_served=config.serve or bool(config.dry_run and config.out), is_dry=config.dry_run)
     line = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
     line += f", and {run.doubtful} set aside" if run.doubtful else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
@@ -74,9 +70,8 @@ def main(arguments: Sequence[str]) -> int:
     if not config.serve:
         print_result(config, facts, page)
         return 0
-    against = _served_run(config.against, show(config.against, is_served=True)) if config.against else None
-    served = _served_run(place, run)
-    with server.open_server(served, config.port, lambda line: print_lines(config, line), against) as serving:
+    against = show(config.against, is_served=True).served_run(config.against) if config.against else None
+    with open_server(run.served_run(place), config.port, partial(print_lines, config), against) as serving:
         print_result(config, facts | {"address": serving.address}, serving.address)
         print_lines(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         try:
@@ -88,29 +83,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _served_run(place: str, run: ShownRun) -> server.ServedRun:
-    served = server.ServedRun.of_folder(run.folder)
-    if run.copies is None:
-        return served
-    served = replace(served, fetch=partial(pictures.fetch_or_draw, run.copies.fetch, run.folder))
-    if is_url(place):  # no command takes one sample of it, and its marks belong beside it
-        return replace(served, command_path="", review=review.StoredReview(run.copies.store))
-    return served
-
-
 def _copy(config: GalleryConfig) -> None:
     copies = copy_of(config.run)
     if copies is None:
-        raise Refused(
-            f"--out: {config.run} is a local folder",
-            "Drop --out: the page of a local run is written into its own folder.",
-        )
-    if config.dry_run:
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
-        copy_run(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
+        remedy = "Drop --out: the page of a local run is written into its own folder."
+        raise Refused(f"--out: {config.run} is a local folder", remedy)
+    if not config.dry_run:
+        with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
+            copy_run(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
 
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatc
         threading.Thread(target=look).start()
         return serving
 
-    monkeypatch.setattr(server, "open_server", asked)
+    monkeypatch.setattr(command, "open_server", asked)
     assert command.main([name, "--serve", "--port", "18820", "--quiet"]) == 0
     home = "/my%20run/" if place == "url" else "/out/"
     assert answers[f"{home}gallery/run.js"][0] == 200 and b'"sheet":null' in answers[f"{home}gallery/run.js"][1]

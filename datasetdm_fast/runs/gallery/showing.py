@@ -4,13 +4,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
+from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
+from datasetdm_fast.runs.gallery.review import StoredReview
+from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
@@ -29,6 +33,16 @@ class ShownRun:
     doubtful: int  # beside it, which the page shows as well
     planned: int
     copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
+
+    def served_run(self, place: str) -> ServedRun:
+        """What a server needs of the run at a path or URL."""
+        served = ServedRun.of_folder(self.folder)
+        if self.copies is None:
+            return served
+        served = replace(served, fetch=partial(fetch_or_draw, self.copies.fetch, self.folder))
+        if is_url(place):  # no command takes one sample of it, and its marks belong beside it
+            return replace(served, command_path="", review=StoredReview(self.copies.store))
+        return served
 
 
 def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from datasetdm_fast.data import Trust
-from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, label_files, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label
@@ -23,9 +22,8 @@ from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.runs.run_folder.document import (
-    DOCUMENT,
     LEDGER,
-    read_document,
+    require_document,
     sides,
     table_of,
     to_see_damage,
@@ -172,13 +170,9 @@ class Run(AbstractContextManager["Run"]):
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.copies = copy_of(path)
         self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
-        document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
-        if document is None:
-            alike = "" if self.path.exists() else storage.named_alike(self.path)
-            raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
+        self.document = require_document(self.path)
         if not (self.path / LEDGER).exists():
-            raise without_ledger(self.path, document)
-        self.document: dict[str, Any] = document
+            raise without_ledger(self.path, self.document)
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
         self._indices = self._rows().indices(DOUBTFUL if doubtful else DONE)

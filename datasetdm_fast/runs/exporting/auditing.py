@@ -1,0 +1,44 @@
+"""Audits a run folder with the exports in it, an export, or a run in an object store."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.runs.exporting.export_folder import DOCUMENT as EXPORT
+from datasetdm_fast.runs.exporting.export_folder import audit_export, exports_of
+from datasetdm_fast.runs.run_folder.audit import Report, audit
+from datasetdm_fast.runs.run_folder.document import DOCUMENT
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
+
+LEDGER_FOLDER = "DIR"  # of a run in an object store, which the URL does not name
+
+
+def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
+    """The report on what lies at a path or URL; `on_progress` gets the number of checked samples and that of all."""
+    if (copies := copy_of(place)) is not None:
+        return _audit_store(place, copies, threads, on_progress)
+    folder = Path(place)
+    if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
+        return audit_export(folder)
+    report = audit(folder, threads=threads, on_progress=on_progress)
+    for export in exports_of(folder):
+        name = export.relative_to(folder)
+        findings = audit_export(export).findings
+        report.findings.extend(replace(finding, place=f"{name}/{finding.place}") for finding in findings)
+    return report
+
+
+def _audit_store(place: str, copies: StoreCopy, threads: int, on_progress: Callable[[int, int], None]) -> Report:
+    """The report on a temporary copy; its remedies name the folder that keeps the ledger instead."""
+    folder = copies.fetch_all()
+    if not folder.is_dir():  # no file was fetched
+        raise Refused(f"{place}: it is empty, so it is not a run", "Check the address.")
+    report = audit_place(str(folder), threads, on_progress)
+    keeper = place if not is_url(place) else str(copies.store.disk or LEDGER_FOLDER)
+    note = f" ({LEDGER_FOLDER}: the --out of the run, which keeps its ledger)" if keeper == LEDGER_FOLDER else ""
+    findings = []
+    for finding in report.findings:
+        remedy = finding.remedy.replace(quote(folder), quote(keeper)).replace(str(folder), keeper)
+        findings.append(replace(finding, remedy=remedy + note * (f"--out {LEDGER_FOLDER}" in remedy)))
+    return replace(report, path=place, findings=findings)
