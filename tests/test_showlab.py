@@ -30,7 +30,6 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import (
     contours,
-    demo,
     files,
     order,
     summary,
@@ -253,7 +252,7 @@ def test_prompts_of_the_other_generators(root, script, flags, first, count):
         assert found.items[64].stem == "computer mouse_200064"
         assert found.items[43].prompt == "picture of knife"  # it has no line, so nothing is drawn for it
         assert found.prompts[64].classes == ("mouse",)
-    assert found.guidance == 5.0 and ordered(root, "Semantic_VOC_AnyClass").guidance == 7.0
+    assert found.config.guidance == 5.0 and ordered(root, "Semantic_VOC_AnyClass").config.guidance == 7.0
 
 
 # ---- files
@@ -420,7 +419,6 @@ def test_the_other_labels(run, tmp_path, script, kind, suffix, folder):
             2,
             "config: a folder, expected a checkpoint FILE.pth",
         ),
-        (("parallel_demo", "--thread_num", "1"), 3, "--grounding_ckpt_semantic: {root}/grounding_module.pth is not"),
         ((*NYU, "--thread_num", "1", "--config", "config/VOC/none.yaml"), 3, "config/VOC/none.yaml is not there"),
         ((*NYU, "--thread_num", "1", "--prompt_root", "none"), 3, "none/general.txt is not there"),
         ((*NYU, "--thread_num", "1", "--model", "none"), 3, "none is not there"),
@@ -484,12 +482,10 @@ def test_refusals_name_the_flags_of_the_line(run, tmp_path):
 
 def test_flags_without_effect_are_named(root, model):
     given = {
-        "parallel_demo": ("--prompt", "a cat", "--config_pose", "x.yaml", "--prompt_root", "x", "--plms"),
         "parallel_generate_Semantic_Medical_CT": ("--prompt", "a cat", "--config", "x.yaml", "--prompt_root", "x"),
         "train_depth_NYU": ("--batch_size", "4", "--steps", "3"),
     }
     for script, idle in (
-        ("parallel_demo", "--prompt_root, --config_pose, --plms"),
         ("parallel_generate_Semantic_Medical_CT", "--config, --prompt"),
         ("train_depth_NYU", "--batch_size"),
     ):
@@ -513,35 +509,7 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
 
 
-# ---- the demo and the trainers
-
-
-def test_the_demo_draws_seven_labels_of_each_picture(root):
-    """One pass: all of its decoders stand in one run. Every process would draw the same seeds."""
-    script = demo.Demo()
-    flags = ["--root", str(root), "--model", "demo", "--number_data", "6", "--thread_num", "2", "--open_word", "kite"]
-    line = command.read_line("", script, flags)
-    ours, python = script.order(line), random.Random(42)
-    assert [item.seed for item in ours.items] == [python.randint(1, 1000000) for _ in range(3)]
-    assert len(ours.config.task) == 7 and ours.prompts[0].classes == ("kite",) and ours.guidance == 5.0
-    numbers = torch.Generator().manual_seed(3)
-    raw, configs = {}, {}
-    for label, kind, _ in demo.LABELS.values():
-        configs[label] = answer({}, kind).config
-        if configs[label].has_queries:
-            shapes = {"pred_logits": (20, configs[label].logits), "pred_masks": (20, 8, 8)}
-        else:
-            shapes = {"heatmaps": (17, 8, 8)} if kind == "pose" else {"depth": (1, 64, 64)}
-        raw[label] = {name: torch.randn(*shape, generator=numbers) for name, shape in shapes.items()}
-    made = script.files(ours, 0, answer({}).pixels, raw, configs)
-    assert sorted(made) == sorted(script.names(ours, 0)) and len(made) == 8
-    assert all(decoded(content).shape == (64, 64, 3) for content in made.values())
-
-
-def test_colours_of_depth():
-    ends = np.array([[0.0, 0.5, 1.0, 2.0]])
-    assert demo.jet(ends)[0].tolist() == [[0, 0, 128], [128, 255, 128], [128, 0, 0], [128, 0, 0]]
-    assert demo.near_to_far(ends)[0, [0, 2]].tolist() == [[252, 253, 191], [0, 0, 4]]
+# ---- trainers
 
 
 @pytest.mark.parametrize(
@@ -730,7 +698,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
             module.sub_processor(process, options)
     few = set(module.classes.values()) if ours.classes else {""}
     wanted = [(index, item) for index, item in enumerate(ours.items) if item.name in few]
-    assert [(item.seed, item.prompt, ours.guidance) for _, item in wanted] == drawn
+    assert [(item.seed, item.prompt, ours.config.guidance) for _, item in wanted] == drawn
     decoder = {generator.task: answer({}, kind).config}
     made = {}
     for index, item in wanted:

@@ -11,7 +11,6 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.compat.showlab.demo import DEMO, Demo
 from datasetdm_fast.compat.showlab.lines import Line, read_line
 from datasetdm_fast.compat.showlab.scripts import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train
@@ -20,8 +19,7 @@ from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
-MAKERS: dict[str, Generator | Demo] = {**GENERATORS, DEMO.name: DEMO}
-SCRIPTS: dict[str, Generator | Demo | TrainingScript] = {**MAKERS, **TRAINERS}
+SCRIPTS: dict[str, Generator | TrainingScript] = {**GENERATORS, **TRAINERS}
 
 
 @command
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         return generate(script, line, same_command)
 
 
-def generate(script: Generator | Demo, line: Line, same_command: str) -> int:
+def generate(script: Generator, line: Line, same_command: str) -> int:
     """Makes the images of a line, or those that are missing."""
     from datasetdm_fast.compat.showlab import generating, summary
 
@@ -119,7 +117,7 @@ def remake(arguments: Sequence[str]) -> int:
     stored = require_document(folder)
     try:
         documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
-        script = MAKERS[stored["line"]["script"]]
+        script = GENERATORS[stored["line"]["script"]]
     except (ValueError, KeyError) as error:
         raise Refused(
             f"--out {folder}: not a run of this command", "Name the folder .run of an output folder."

@@ -124,8 +124,8 @@ def open_order(order: Order) -> tuple[RunSpec, Run, Result | None]:
 
 def prepare(order: Order, spec: RunSpec, run: Run) -> Job:
     """The job of an order, checked in full, before anything is written."""
-    for _, flag in order.checkpoints.values():
-        check_present(order.line.path(flag), f"--{flag}", "Name the file with the weights of the decoder.")
+    remedy = "Name the file with the weights of the decoder."
+    check_present(order.line.path("grounding_ckpt"), "--grounding_ckpt", remedy)
     job = prepare_job(spec, run.stored)
     line = {"script": order.line.script, "values": dict(order.line.values)}
     kind = FilingGenerator if order.line["together"] else SingleGenerator

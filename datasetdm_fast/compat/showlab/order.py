@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_settings import RunConfig
 
 if TYPE_CHECKING:
-    from datasetdm_fast.compat.showlab.demo import Demo
     from datasetdm_fast.compat.showlab.scripts import Generator
 
 RUN = ".run"  # of a line's output: the run folder beside its files
@@ -33,16 +31,13 @@ class ClassName:
 
 @dataclass(frozen=True)
 class Order:
-    """All images of a line, and the decoders that label them."""
+    """All images of a line, and the decoder that labels them."""
 
-    script: Generator | Demo
+    script: Generator
     line: Line
-    checkpoints: Mapping[str, tuple[str, str]]  # label -> kind of its decoder, and the flag of its weights
-    guidance: float
+    kind: str  # of the decoder's checkpoint
     items: tuple[prompts.Item, ...]
     classes: tuple[ClassName, ...] = ()
-    names_classes: bool = False  # whether a label is requested for the class of its image
-    words: tuple[str, ...] = ()  # classes of the run, if not those of its decoders
 
     @property
     def out(self) -> Path:
@@ -55,12 +50,12 @@ class Order:
     @property
     def prompts(self) -> tuple[PromptLine, ...]:
         """Of each image its prompt, the class that its label is requested for, and its seed."""
-        labels = {each.file: (each.label,) for each in self.classes} if self.names_classes else {}
+        labels = {each.file: (each.label,) for each in self.classes} if self.script.asks_class else {}
         return tuple(PromptLine(0, item.prompt, labels.get(item.name, ()), item.seed) for item in self.items)
 
     @property
     def source(self) -> PromptSource:
-        return PromptSource(self.prompts, self.line.script, self.words, 0, is_part=True, tokenizer_cuts=True)
+        return PromptSource(self.prompts, self.line.script, (), 0, is_part=True, tokenizer_cuts=True)
 
     @property
     def config(self) -> RunConfig:
@@ -68,12 +63,11 @@ class Order:
         line = self.line
         return RunConfig(
             model=model_of(line),
-            decoder=",".join(f"{kind}:{line.path(flag)}" for kind, flag in self.checkpoints.values()),
-            task=tuple(self.checkpoints),
-            classes=self.words,
+            decoder=f"{self.kind}:{line.path('grounding_ckpt')}",
+            task=(self.script.task,),
             number=len(self.items),
             seed=prompts.FIRST_SEED,
-            guidance=line["guidance"] or self.guidance,
+            guidance=line["guidance"] or self.script.guidance,
             truncate_prompts=True,
             allow_unnamed=True,
             out=str(self.run_folder),

@@ -64,22 +64,13 @@ class Generator:
         samplers = [
             (each.file, self.sampler(source, each.file, each.spoken)) for each in classes or (ClassName("", "", ""),)
         ]
-        return Order(
-            self,
-            line,
-            {self.task: (self._kind(line), "grounding_ckpt")},
-            self.guidance,
-            tuple(prompts.make_items(samplers, counts, line["seed"], whole=line["all"], apart=line["fixed"])),
-            classes,
-            self.asks_class,
-        )
+        items = prompts.make_items(samplers, counts, line["seed"], whole=line["all"], apart=line["fixed"])
+        return Order(self, line, self._kind(line), tuple(items), classes)
 
     def _class_names(self) -> tuple[ClassName, ...]:
-        names = (
-            [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
-            if self.classes
-            else []
-        )
+        if not self.classes:
+            return ()
+        names = [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
         return tuple(ClassName(SPOKEN.get(name, name), SPOKEN.get(name, name), name) for name in names)
 
     def _kind(self, line: Line) -> str:

@@ -13,15 +13,12 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     """The lines of the table."""
     line, items = order.line, order.items
     seeds = sorted(item.seed for item in items)
-    processes = min(len({item.process for item in items}), line["thread_num"])  # of the demo, one makes all
-    yield _row(
-        "settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of --thread_num {processes} processes"
-    )
+    processes = f"--thread_num {line['thread_num']} processes"
+    yield _row("settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of {processes}")
     count = next(name for name in COUNTS if name in line.values)
     if not line["all"] and (left := line[count] % line["thread_num"]):
         yield _row("", f"--{count} {line[count]}: {left} left over by {line['thread_num']} processes; --all makes them")
-    for label, (kind, flag) in order.checkpoints.items():
-        yield _row("", f"{line.path(flag)}: {label} by a decoder of {kind}")
+    yield _row("", f"{line.path('grounding_ckpt')}: {order.script.task} by a decoder of {order.kind}")
     networks = "batches" if line["together"] else "one image at a time in the networks, batches"
     yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
     yield _row("", f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)")
