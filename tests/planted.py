@@ -200,7 +200,7 @@ _BY_FILE = {
     ),
     "engine/tasks/captions.py": (
         "test_tasks.py",
-        ("logits + (total - kept), logits)", "logits, logits)", "what is ruled out takes its probability away"),
+        ("logits + (total - remaining), logits)", "logits, logits)", "what is ruled out takes its probability away"),
     ),
     "engine/labels/semantic.py": (
         "test_label_files.py",

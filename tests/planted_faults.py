@@ -171,13 +171,13 @@ FAULTS = {
         "probability.max().item(); queries, classes, scores = candidates(",
     ),
     "pictures copied while the host waits": Fault(
-        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.invert",
         "to_device(pixels, engine.device)",
         "pixels.to(engine.device)",
         {"scenario": "label"},
     ),
     "pictures encoded on a stream of its own": Fault(
-        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.invert",
         "clean = engine.encode_image(pixels)",
         "clean = torch.cuda.stream(torch.cuda.Stream(engine.device)).__enter__() or engine.encode_image(pixels)",
         {"scenario": "label"},
@@ -202,12 +202,12 @@ FAULTS = {
     ),
     "a tile is read before its copy is over": Fault(
         "datasetdm_fast.engine.tasks.attention:joined_label",
-        "one[None, k : k + 1].cpu()",
-        'one[None, k : k + 1].to("cpu", non_blocking=True)',
+        "tile_maps[None, k : k + 1].cpu()",
+        'tile_maps[None, k : k + 1].to("cpu", non_blocking=True)',
         {"scenario": "tiles"},
     ),
     "pictures of a labeller on the host": Fault(
-        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.inverted",
+        "datasetdm_fast.engine.loop.inverting:InvertingGenerator.invert",
         "to_device(pixels, engine.device)",
         "pixels",
         {"scenario": "labeller"},
@@ -314,7 +314,7 @@ FAULTS = {
     ),
     "one buffer for the threads of two GPUs": Fault(
         "datasetdm_fast.engine.tasks.to_host:_buffer",
-        "return _own.bytes",
+        "return _thread.bytes",
         'return vars(threading).setdefault("buffer", torch.empty(2**20, dtype=torch.uint8, pin_memory=True))',
         {"scenario": "cards"},
     ),
@@ -368,8 +368,8 @@ FAULTS = {
     ),
     "noise of pictures copied while the host waits": Fault(
         "datasetdm_fast.engine.sampling.inversion:invert",
-        "to_device(drawn, clean.device)",
-        "drawn.to(clean.device)",
+        "to_device(noises, clean.device)",
+        "noises.to(clean.device)",
         {"scenario": "recomputed"},
     ),
     "totals of all processes on the GPU": Fault(
