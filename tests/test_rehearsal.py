@@ -200,7 +200,7 @@ def test_so_is_a_training(dtype):
     found = rehearsed("--model", "tiny", "--batch", "1", "--batches", "1", *flags)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
     assert found["samples"] == 1
-    assert {one["function"] for one in found["waits"] if one["phase"] == "batch 0"} == {"place_module", "_value_of"}
+    assert {one["function"] for one in found["waits"] if one["phase"] == "batch 0"} == {"place_module", "_finite"}
 
 
 @long_test
