@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture
+from datasetdm_fast.engine.engines.base import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
-from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 
@@ -120,14 +119,13 @@ def capturing(unet: nn.Module) -> Iterator[list[Capture]]:
             hook.remove()
 
 
-class TorchEngine:
+class TorchEngine(BaseEngine):
     """See engines.Engine; decoders run in the mode they were loaded in.
 
     `model` and `decoders` are moved to the device in place. Results are inference tensors: clone to train on them.
     """
 
     name, precision = "torch", "fp32"
-    adjustments: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -154,10 +152,6 @@ class TorchEngine:
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return self.model.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
-
-    @engine_call
-    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
@@ -188,9 +182,6 @@ class TorchEngine:
         means = [torch.stack([layer.map for layer in kind.values()]).mean(0) for kind in (cells, tokens)]
         return noise, AttentionSums(sums.cells + means[0], sums.tokens + means[1])
 
-    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self.decode_and_check(latents)[0]
-
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         decoded = self.model.vae.decode(latents / self.model.vae.config.scaling_factor, return_dict=False)[0]
@@ -214,13 +205,5 @@ class TorchEngine:
         check_task(task, self.decoders)
         return self.decoders[task](capture, text)
 
-    def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
-
-    def fp32_fallback(self) -> None:
-        return None
-
-    def fingerprint(self) -> dict[str, str]:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": "fp32", **versions}
+    def _versions(self) -> dict[str, str]:
+        return {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}

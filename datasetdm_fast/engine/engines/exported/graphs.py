@@ -12,9 +12,10 @@ from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines.base import BaseEngine
 from datasetdm_fast.engine.engines.engine import check_task
-from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine, sample_moments
-from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch, trim
+from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
+from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.manifest import Manifest
@@ -35,20 +36,16 @@ class OpenedGraph(Protocol):
         """The outputs for the inputs of each part of a batch, in memory that later calls leave alone."""
 
 
-class GraphEngine:
+class GraphEngine(BaseEngine):
     """See engines.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
     are missing; each stage is opened when it is first called.
 
     UNet and autoencoder run in `precision`; text encoder, timesteps, level sums and decoders are fp32 in every mode.
     """
 
-    name: str
     library: str  # that runs the graphs, as messages call it
     graph_precision: str
     runtime: str  # whose own operators the graphs may use, or "any"
-    device: torch.device
-    precision: str
-    adjustments: Mapping[str, int] = {}
     exports_averages = True  # by a graph of their own, at the first call of denoise_and_average
 
     def __init__(self, model: Model, decoders: Mapping[str, Decoder] | None, on_message: Callable[[str], None]):
@@ -85,10 +82,6 @@ class GraphEngine:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"]
-
-    @torch.inference_mode()
-    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
 
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
@@ -151,9 +144,6 @@ class GraphEngine:
     def _timestep(self, timestep: float) -> Tensor:
         return torch.tensor(timestep)
 
-    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self.decode_and_check(latents)[0]
-
     @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         outputs = self._run("decode_image", self._autoencoder_images(), latents=latents)
@@ -204,16 +194,6 @@ class GraphEngine:
             for level, features, maps in zip(self.model.levels, capture.features, capture.maps)
             if level.name in weights
         }
-
-    def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
-
-    def fp32_fallback(self) -> FastEngine | None:
-        return None if self.precision == "fp32" else self._wide
-
-    @functools.cached_property
-    def _wide(self) -> FastEngine:
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
 
 
 def split_batch(inputs: Tensors, size: int) -> list[Tensors]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,9 +59,8 @@ class OpenVinoEngine(GraphEngine):
     def _unet_images(self, batch: int) -> int:
         return slice_of(batch)
 
-    def fingerprint(self) -> dict[str, str]:
-        device = {"engine": self.name, "device": str(self.device), "device_name": platform.machine()}
-        return {**device, "dtype": self.precision, "openvino": openvino.__version__}
+    def _versions(self) -> dict[str, str]:
+        return {"openvino": openvino.__version__}
 
 
 class OpenVinoStage:

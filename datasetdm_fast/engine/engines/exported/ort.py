@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,16 +55,8 @@ class OrtEngine(GraphEngine):
     def _unet_images(self, batch: int) -> int:
         return slice_of(batch) if self.device.type == "cpu" else batch
 
-    def fingerprint(self) -> dict[str, str]:
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return {
-            "engine": self.name,
-            "device": str(self.device),
-            "device_name": device,
-            "dtype": self.precision,
-            "provider": self.provider,
-            "onnxruntime": onnxruntime.__version__,
-        }
+    def _versions(self) -> dict[str, str]:
+        return {"provider": self.provider, "onnxruntime": onnxruntime.__version__}
 
 
 class OrtStage:

@@ -106,15 +106,10 @@ class TrtEngine(GraphEngine):
         return {name: torch.cat([part[name] for part in parts], 1)[:, : words.shape[1]] for name in parts[0]}
 
     def fingerprint(self) -> dict[str, str]:
-        return {
-            "engine": self.name,
-            "device": str(self.device),
-            "device_name": self.queue.gpu,
-            "dtype": self.precision,
-            "tensorrt": self.flavour.title,
-            "cuda": self.flavour.cuda,
-            "torch": torch.__version__,
-        }
+        return super().fingerprint() | {"device_name": self.queue.gpu}
+
+    def _versions(self) -> dict[str, str]:
+        return {"tensorrt": self.flavour.title, "cuda": self.flavour.cuda, "torch": torch.__version__}
 
 
 class TrtStage:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
+from datasetdm_fast.engine.engines.base import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.weights import largest_distance, place_module
@@ -69,7 +70,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-class FastEngine:
+class FastEngine(BaseEngine):
     """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
     at construction and left as they are; where no module holds them, they are not held twice.
 
@@ -240,10 +241,6 @@ class FastEngine:
         return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
 
     @engine_call
-    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
-
-    @engine_call
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._call(self._step, latents, timestep, context)[0]
 
@@ -368,9 +365,6 @@ class FastEngine:
         """run(*inputs), of the autoencoder or a decoder."""
         return run(*inputs)
 
-    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self.decode_and_check(latents)[0]
-
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
@@ -418,31 +412,13 @@ class FastEngine:
         """Makes several calls about a single small image in parallel, one a core; None where that does not pay."""
         return None
 
-    def fp32_fallback(self) -> FastEngine | None:
-        return None if self.precision == "fp32" else self._wide
-
-    @functools.cached_property
-    def _wide(self) -> FastEngine:
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), compile=self.is_compiled)
-
     @engine_call
     def suggested_batch(self) -> int:
         """The default batch size: by the free memory of a GPU, by the caches of a CPU."""
         return suggest_batch(self.model.size // 8, self.device)
 
-    @property
-    def _device_name(self) -> str:
-        raise NotImplementedError
-
-    def fingerprint(self) -> dict[str, str]:
-        return {
-            "engine": self.name,
-            "device": str(self.device),
-            "device_name": self._device_name,
-            "dtype": self.precision,
-            "torch": torch.__version__,
-            **({"compiled": "yes"} if self.is_compiled else {}),
-        }
+    def _versions(self) -> dict[str, str]:
+        return super()._versions() | ({"compiled": "yes"} if self.is_compiled else {})
 
 
 def _version_of(context: Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,10 +53,6 @@ class CpuEngine(FastEngine):
     def __init__(self, *arguments: Any, **choices: Any):
         self.lanes, self._calls = Lanes(), Lanes()  # for the slices of a batch, and for calls about one image
         super().__init__(*arguments, **choices)
-
-    @property
-    def _device_name(self) -> str:
-        return platform.machine()
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         is_block = self._has_usual_ops and not self.is_compiled

@@ -35,10 +35,6 @@ class GpuEngine(FastEngine):
     _has_reported = False  # compiling, in this process
     widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
 
-    @property
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device)
-
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         """Each is tried on the GPU, and compiled for it where Triton has not cached it."""
         slow = threading.Timer(SECONDS_BEFORE_MESSAGE, self._report_compiling)
@@ -171,11 +167,11 @@ class GpuEngine(FastEngine):
         self._capture_projected(self._latents(latents), self._row(1), *self._encode_keys_values(context))
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def fingerprint(self) -> dict[str, str]:
+    def _versions(self) -> dict[str, str]:
         """With what chooses algorithms for a shape, and operations that gave way to plain ones."""
         extras = {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
         if (triton := getattr(launch, "triton", None)) is not None:
             extras["triton"] = triton.__version__
         if self._has_usual_ops and not self.is_compiled and (lost := gave_way(self.ops, self.device)):
             extras["plain"] = ", ".join(lost)
-        return super().fingerprint() | extras
+        return super()._versions() | extras
