@@ -79,7 +79,8 @@ def _write(
         print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
-        job = begin_run(job)
+        begin_run(job)
+        job = None  # the other processes need the memory of its networks
     compare = partial(RepeatedComparison, every=config.verify_every) if config.verify_every else None
     minutes = config.page_every if launch.writes_page else 0.0
     with (

@@ -149,7 +149,7 @@ def halved(monkeypatch):
         compared.append((one.engine.fingerprint()["dtype"], number))
         rows = [GateRow(name, 1.0, 1.0, (0.0, 0.0), None, 0) for name in failed]
         passed = [GateRow("image", 0.0, 0.0, (0.0, 0.0), None, 0)]
-        return Verdict(passed + rows, one.engine.fingerprint(), {"engine": "torch"}, {"number": number}, [], [], [])
+        return Verdict(passed + rows, one.engine.fingerprint(), {"engine": "torch"}, {"number": number})
 
     monkeypatch.setattr(comparing, "compare_with_reference", compare)
     return failed, compared

@@ -306,8 +306,10 @@ def test_the_first_signal_finishes_what_is_begun(alone, command, tmp_path, numbe
 
 def test_the_second_signal_ends_at_once_and_leaves_nobody_behind(alone, command, tmp_path):
     process = command("--ranks", "2", seconds="5")
-    while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:
+    while not (tmp_path / "run" / "run.json").exists():  # by then both ranks have begun a batch, or are about to
         time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     begin = time.monotonic()
