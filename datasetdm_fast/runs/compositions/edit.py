@@ -111,10 +111,6 @@ class Edits(Redrawing):
         )
 
     @property
-    def number(self) -> int:
-        return len(self.positions)
-
-    @property
     def summary(self) -> str:
         value = "" if self.kind == "mask" else f" {getattr(self.choice, self.kind)}"
         name = f"{self.kind.strip('_')}{value}"
@@ -123,9 +119,6 @@ class Edits(Redrawing):
     @property
     def image_format(self) -> str:
         return "png"  # which alone keeps every pixel
-
-    def position(self, index: int) -> int:
-        return self.positions[index]
 
     def prompt(self, index: int) -> PromptLine:
         request, choice = self.requests[self.position(index)], self.choice

@@ -74,6 +74,7 @@ class Redrawing(ABC):
     """
 
     command: ClassVar[str]
+    copies = 1  # images of a sample
 
     def __init__(self, source: TileSource, choice: RedrawChoice):
         self.source, self.choice = source, choice
@@ -81,9 +82,9 @@ class Redrawing(ABC):
         self.positions = self._find_positions()
 
     @property
-    @abstractmethod
     def number(self) -> int:
         """Images to make."""
+        return len(self.positions) * self.copies
 
     @property
     @abstractmethod
@@ -94,9 +95,9 @@ class Redrawing(ABC):
     def image_format(self) -> str:
         return self.source.document["config"]["image_format"]
 
-    @abstractmethod
     def position(self, index: int) -> int:
         """The position in the source of the sample that image `index` is made from."""
+        return self.positions[index // self.copies]
 
     @abstractmethod
     def prompt(self, index: int) -> PromptLine:

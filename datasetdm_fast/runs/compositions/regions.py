@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
-from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.settings import EditChoice
 from datasetdm_fast.runs.compositions.source import TileSource
@@ -78,7 +78,7 @@ def read_box(text: str, side: int) -> np.ndarray:  # [side, side] bool
 
 def labels_of(source: TileSource, task: str) -> list[str]:
     """The labels of a run that decoders of this task made."""
-    return [label for label in source.run.tasks if LabelName.parse(label).task == task]
+    return [label for label in source.run.tasks if task_of_label(label) == task]
 
 
 def class_task(source: TileSource, word: str) -> str:

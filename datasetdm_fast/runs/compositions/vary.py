@@ -59,22 +59,16 @@ class Variants(Redrawing):
         for name in choice.domain:
             if name not in DOMAINS:
                 raise Refused(f"--domain {name}: unknown domain{nearest(name, DOMAINS)}", f"Choose from {names}.")
+        self.copies = len(choice.domain)
         super().__init__(source, choice)
-
-    @property
-    def number(self) -> int:
-        return len(self.positions) * len(self.choice.domain)
 
     @property
     def summary(self) -> str:
         where = f"{', '.join(self.choice.domain)}, strength {self.choice.strength:g}"
         return f"Varied from the run {self.source.path.resolve().name}: {where}, {self.choice.labels} labels"
 
-    def position(self, index: int) -> int:
-        return self.positions[index // len(self.choice.domain)]
-
     def domain(self, index: int) -> str:
-        return self.choice.domain[index % len(self.choice.domain)]
+        return self.choice.domain[index % self.copies]
 
     def prompt(self, index: int) -> PromptLine:
         request = self.requests[self.position(index)]
