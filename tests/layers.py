@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
@@ -45,6 +46,11 @@ DOORS = {f"{PACKAGE}": "commands"}
 MOST = {"arrows": 250}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Arrow:
     """One import: the file and line it stands in, and the module it names."""
@@ -69,7 +75,7 @@ def arrows(root: Path, known: Mapping[str, Path]) -> Iterator[Arrow]:
     """Every import of one module of the checkout by another."""
     for source, path in known.items():
         package = source if path.name == "__init__.py" else source.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 wanted = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -156,7 +162,7 @@ def doubled_classes(root: Path, known: Mapping[str, Path]) -> list[str]:
     """Class names that two files of the product or the bench bear."""
     places = defaultdict(list)
     for path in known.values():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path.relative_to(root)}:{node.lineno}")
     return [f"class {name}: {' and '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
@@ -164,11 +170,7 @@ def doubled_classes(root: Path, known: Mapping[str, Path]) -> list[str]:
 
 def undescribed(root: Path, known: Mapping[str, Path]) -> list[str]:
     """Rooms whose `__init__.py` has no sentence, and files without one."""
-    return [
-        str(path.relative_to(root))
-        for path in known.values()
-        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    return [str(path.relative_to(root)) for path in known.values() if not ast.get_docstring(tree_of(path))]
 
 
 def longest_chain(graph: Mapping[str, Iterable[str]]) -> int:

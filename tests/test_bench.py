@@ -517,6 +517,7 @@ def test_an_engine_that_is_killed_while_it_is_timed_leaves_the_others_their_rows
     assert taken.count(name) == 2
 
 
+@long_test
 def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
     turn = alone.in_own_process(alone.timed, alone.TurnConfig("tiny", 2, 1), "ours")
     assert 0 < turn.image_s < 60 and len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < turn.image_s

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from skips import IS_LONG
+from skips import IS_LONG, long_test
 from torch import Tensor
 
 from datasetdm_fast.config import SAMPLERS
@@ -199,6 +199,7 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
         )
 
 
+@long_test
 @needs_triton
 @pytest.mark.parametrize(
     "op,target,sizes,said",
@@ -247,6 +248,7 @@ def test_an_address_is_spoilt_where_one_register_stands_for_both_halves():
     assert sass.spoilt("\n".join((lower, upper.replace("UP0", "UP1")))) == []
 
 
+@long_test
 @needs_triton
 def test_the_audit_refuses_in_two_lines():
     for flags in ((), ("--audit", "--ops", "softmax"), ("--audit", "--ops", "mask_head")):

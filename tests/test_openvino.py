@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from skips import long_test
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
@@ -57,6 +58,7 @@ def test_verify_passes_for_every_task(cache, capsys):
     assert all(row["passed"] for row in document["measures"]) and len(document["measures"]) == 27
 
 
+@long_test
 def test_streams_and_threads_change_no_bit(engine):
     latents, context = inputs(engine, 3)
     before, kept = torch.get_num_threads(), engine.streams

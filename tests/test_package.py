@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 import pytest
 from lock import normal
 from packaging.requirements import Requirement
+from skips import long_test
 
 import datasetdm_fast
 from datasetdm_fast import _C, cli
@@ -318,6 +319,7 @@ def run_installed(interpreter, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=cwd, env=environment)
 
 
+@long_test
 def test_the_installed_wheel_runs_from_an_empty_folder(installed, tmp_path):
     code = (
         "import datasetdm_fast, datasetdm_fast.kernels as k, datasetdm_fast.export as e, datasetdm_fast._C as c; "

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from skips import long_test
 
 from bench import suite
 from bench.machine import limits, measure
@@ -84,6 +85,7 @@ def test_diffusers_is_measured_with_its_settings_for_a_gpu(setting, judge):
     assert not torch.backends.cudnn.benchmark
 
 
+@long_test
 def test_calls_that_are_judged_are_those_that_diffusers_compiled(setting, judge, monkeypatch):
     """Compiling a UNet takes minutes on a GPU: the same code serves the pipeline and a call by itself."""
     graphs, compile = [], torch.compile
@@ -174,6 +176,7 @@ def broken(setting, batch):
     return EnginePeer(engine, setting, batch)
 
 
+@long_test
 def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(run):
     offers = {
         "ours": Offer("broken on purpose", broken, batch=1, must_run=True),
@@ -201,6 +204,7 @@ def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(run)
     ]
 
 
+@long_test
 def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(run, setting):
     offers = {name: PEERS[name]._replace(batch=2) for name in ("torch", "ours")}
     rows = {row["peer"]: row for row in race.race(run, ("torch", "ours"), offers, without_labels=True)}

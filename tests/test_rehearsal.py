@@ -612,6 +612,7 @@ def test_threads_that_run_in_one_have_values_of_their_own():
     assert kept.bytes == 1
 
 
+@long_test
 @needs_triton
 def test_the_budget_may_only_fall():
     """What a card is given for one call of SD 1.4, against bench/gpu_budget.json."""

@@ -191,6 +191,7 @@ LINE = ["--data", "demo:2@900000", "--learn-from", "demo:4@1000", "--real", "4",
 LINE += ["--student-size", "tiny", "--repeats", "2", "--threads", "1", "--quiet"]
 
 
+@long_test
 def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
     line = [*LINE, "--student", "segformer", "--run", str(run), "--out", str(tmp_path / "out"), "--self-train"]
     assert command.main(line) == 0

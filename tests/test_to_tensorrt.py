@@ -55,6 +55,7 @@ def built(tmp_path_factory):
     return folder, json.loads(said.getvalue())
 
 
+@long_test
 def test_every_stage_of_the_demo_model_becomes_a_plan_for_cards_that_are_not_here(built, record_property):
     folder, told = built
     rows = {row["stage"]: row for row in told["plans"]}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from layers import HERE, modules, storey_of
+from layers import HERE, modules, storey_of, tree_of
 
 RULES = tomllib.loads((Path(__file__).with_name("words.toml")).read_text(encoding="utf-8"))
 WORDS: dict[str, str] = RULES["words"]
@@ -56,7 +56,7 @@ def is_participle(name: str) -> bool:
 
 
 def findings(path: Path) -> Iterator[Finding]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         name = named(node)
         if name and name.strip("_").lower() in WORDS:
             line = getattr(node, "end_lineno" if isinstance(node, ast.Attribute) else "lineno")
