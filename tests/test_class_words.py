@@ -13,6 +13,8 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.class_file import own_table
 
+pytestmark = pytest.mark.core
+
 SENTENCES = [
     [cell.strip() for cell in line.split("|")]
     for line in Path(__file__).with_name("class_sentences.txt").read_text().splitlines()

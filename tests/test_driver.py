@@ -27,6 +27,8 @@ from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def engines(monkeypatch):

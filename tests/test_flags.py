@@ -29,6 +29,8 @@ from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.verify import VerifyConfig
 from datasetdm_fast.version import __version__
 
+pytestmark = pytest.mark.core
+
 parse_run = partial(flags.parse, cls=RunConfig)
 
 

@@ -9,6 +9,8 @@ from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.sampling import walk
 from datasetdm_fast.engine.sampling.schedule import Update
 
+pytestmark = pytest.mark.core
+
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

@@ -3,6 +3,8 @@
 import pytest
 from layers import HERE, PACKAGE, House, survey
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def house() -> House:

@@ -31,6 +31,8 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.reader import open_run
 
+pytestmark = pytest.mark.core
+
 MAPS = ("semantic", "open_vocabulary")
 
 

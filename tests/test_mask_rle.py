@@ -8,6 +8,8 @@ from pycocotools import mask as coco
 
 from datasetdm_fast.engine.labels import mask_rle
 
+pytestmark = pytest.mark.core
+
 
 def judge(masks):
     """What pycocotools says of the same masks: strings, areas, boxes."""

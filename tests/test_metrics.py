@@ -17,6 +17,8 @@ from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.report import cautions
 from datasetdm_fast.training.truth.augment import mirror
 
+pytestmark = pytest.mark.core
+
 SIZE = 64
 
 

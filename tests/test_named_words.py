@@ -18,6 +18,8 @@ from datasetdm_fast.engine.tasks import TASKS, captions
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import word_heads
 
+pytestmark = pytest.mark.core
+
 CLASSES = ("wall", "ball", "cone")
 SIDE = 16  # cells of the highest level of the demo model
 HALF = SIDE // 2

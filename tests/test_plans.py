@@ -12,6 +12,8 @@ import pytest
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.tensorrt import flavours, listing, plans
 
+pytestmark = pytest.mark.core
+
 ORDER = plans.PlanOrder(
     stage="denoise",
     batch=1,

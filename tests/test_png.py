@@ -9,6 +9,8 @@ from PIL import Image
 
 from datasetdm_fast import _C
 
+pytestmark = pytest.mark.core
+
 COLOURS = bytes(range(256)) * 3
 KINDS = {
     "noise": lambda rng, shape: rng.integers(0, 256, shape),  # does not compress: stored blocks

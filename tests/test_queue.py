@@ -6,6 +6,8 @@ import pytest
 
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 
+pytestmark = pytest.mark.core
+
 FIRST, OTHER, BESIDE = Owner("first", 0, "here", 7), Owner("other", 1), Owner("beside", 1)  # two in place 1
 AT_ONCE = -1.0  # seconds: a batch may be helped as soon as it is begun
 

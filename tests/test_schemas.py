@@ -19,6 +19,8 @@ from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.run_folder import document, events
 from datasetdm_fast.runs.run_folder.audit import audit
 
+pytestmark = pytest.mark.core
+
 STORED = Path(__file__).parent / "golden" / "formats"
 
 

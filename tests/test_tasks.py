@@ -20,6 +20,8 @@ from datasetdm_fast.engine.tasks import TASKS, captions, instance, open_vocabula
 from datasetdm_fast.training import page
 from datasetdm_fast.training.evaluation.metrics import METRICS
 
+pytestmark = pytest.mark.core
+
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel
 CLASSES = ("wall", "ball", "cone")

@@ -8,6 +8,8 @@ from datasetdm_fast.data import IGNORE, Instances, SemanticMap
 from datasetdm_fast.engine.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
 from datasetdm_fast.engine.tasks.attention import joined_label
 
+pytestmark = pytest.mark.core
+
 SIZE = 32
 
 

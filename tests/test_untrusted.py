@@ -17,6 +17,8 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents, images, onnx_graph
 from datasetdm_fast.untrusted.tensors import MOST_TENSORS, check_safetensors
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def file(tmp_path):

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import pytest
 from layers import HERE, modules, storey_of, tree_of
 
+pytestmark = pytest.mark.core
+
 RULES = tomllib.loads((Path(__file__).with_name("words.toml")).read_text(encoding="utf-8"))
 WORDS: dict[str, str] = RULES["words"]
 BUDGET: dict[str, int] = RULES["budget"]
