@@ -27,6 +27,7 @@ FOLDERS = (PACKAGE, "kernels", "export", "bench")
 # that lie flat beside them are commands, but for those that every storey uses.
 STOREYS: tuple[str, ...] = ("commands", "training", "runs", "engine", "foundation")
 FOUNDATION = (
+    "bug_report",
     "cores",
     "messages",
     "data",

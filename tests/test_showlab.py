@@ -31,7 +31,7 @@ from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import (
     contours,
     files,
-    order,
+    generator,
     summary,
     training,
 )
@@ -180,7 +180,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def ordered(root: Path, script: str, *arguments: str) -> order.Order:
+def ordered(root: Path, script: str, *arguments: str) -> generator.Order:
     generator = GENERATORS[f"parallel_generate_{script}"]
     flags = ["--root", str(root), "--model", "demo", *arguments]
     return generator.order(command.read_line(command.PROG, generator, flags))
@@ -261,7 +261,7 @@ def test_prompts_of_the_other_generators(root, script, flags, first, count):
 def answer(raw, kind="coco", side=64, **changes):
     network, settings = checkpoints.KINDS[kind]
     pixels = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
-    return files.Output(pixels, raw, upstream(network, **settings), **changes)
+    return files.DecodedImage(pixels, raw, upstream(network, **settings), **changes)
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -332,7 +332,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and order.RUN not in path.parts
+        if path.is_file() and generator.RUN not in path.parts
     }
 
 

@@ -2,20 +2,15 @@
 
 import errno
 import os
-import platform
 import select
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 
+from datasetdm_fast.bug_report import print_error, report_bug
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.plugins import loaded_packages, place_in_package
 from datasetdm_fast.untrusted import documents
-from datasetdm_fast.version import __version__
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
 
@@ -42,15 +37,15 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
             sys.stdout.flush()  # here, so that a closed pipe raises inside this try
             return code
         except KeyboardInterrupt:
-            _print_error(ENDED)
+            print_error(ENDED)
             return 130
         except SystemExit as stop:  # --help, --version, SIGTERM
             if watch.signal:
-                _print_error(ENDED)
+                print_error(ENDED)
             return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except Exception as error:
             if watch.signal and not isinstance(error, OSError):  # extensions and imports may raise others instead
-                _print_error(ENDED)
+                print_error(ENDED)
                 return 128 + watch.signal
             return _report_error(error)
         finally:
@@ -64,7 +59,7 @@ def _report_error(error: Exception) -> int:
     stop = error if isinstance(error, Refused | Missing | GateFailed) else _as_stop(error)
     if stop is None:
         return report_bug(error)
-    _print_error(documents.one_line(stop.cause), documents.one_line(stop.remedy))
+    print_error(documents.one_line(stop.cause), documents.one_line(stop.remedy))
     return stop.exit_code
 
 
@@ -93,12 +88,6 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
     return None
 
 
-def _print_error(*lines: str) -> None:
-    """Prints lines on standard error; if even that fails, as on a full disk, the exit code alone remains."""
-    with suppress(OSError):
-        print(*lines, sep="\n", file=sys.stderr)
-
-
 def _is_stdout_closed() -> bool:
     """Whether the broken pipe was our standard output; it is then redirected, for a quiet last flush."""
     try:
@@ -110,29 +99,3 @@ def _is_stdout_closed() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
-
-
-def report_bug(error: Exception) -> int:
-    """Exit code 1, after the traceback is in a file that the user can send us; 3 and the name of the package for an
-    error in an extension. Elsewhere a loaded extension may have caused it.
-    """
-    place, summary = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    code = Missing.exit_code if place else 1
-    versions = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    facts = f"{versions}\ncommand: {sys.argv}\n\n"
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False
-        ) as report:
-            report.write(facts + "".join(traceback.format_exception(error)))
-    except OSError:
-        traceback.print_exception(error)
-        return code
-    if place:
-        remedy = f"Update that package, or remove it; the report for its authors is {report.name}."
-        _print_error(f"{place} fails ({summary})", remedy)
-    else:
-        others = "".join(f", or of the package {package}" for package in loaded_packages())
-        bug = f"this is a bug of ours{others}, the report is {report.name}"
-        _print_error(f"datasetdm-fast: unexpected {summary}; {bug}")
-    return code

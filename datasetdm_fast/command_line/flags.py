@@ -93,7 +93,9 @@ class _Describe(argparse.Action):
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
+class RefusingParser(argparse.ArgumentParser):
+    """A parser that refuses in one sentence."""
+
     def error(self, message: str) -> NoReturn:
         raise Refused(
             f"{self.prog}: {message.removeprefix('argument ')}",
@@ -108,8 +110,8 @@ def _build_parser(
     prog: str,
     description: str | None,
     examples: Sequence[str],
-) -> _Parser:
-    parser = _Parser(
+) -> RefusingParser:
+    parser = RefusingParser(
         prog=prog,
         description=description,
         epilog="\n".join(["examples:", *(f"  {prog} {line}" for line in examples)]) if examples else None,

@@ -10,7 +10,7 @@ from datasetdm_fast.messages import count_noun
 NOTHING_WRITTEN = "--dry-run: nothing is written"
 
 
-class OutputSettings(Protocol):
+class OutputFlags(Protocol):
     """Settings of every command that writes."""
 
     @property
@@ -21,13 +21,13 @@ class OutputSettings(Protocol):
     def quiet(self) -> bool: ...
 
 
-def print_lines(settings: OutputSettings, *lines: str) -> None:
+def print_lines(settings: OutputFlags, *lines: str) -> None:
     """Prints lines on stderr, unless the command is quiet."""
     if not settings.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
-def print_result(settings: OutputSettings, facts: Mapping[str, Any], line: str) -> None:
+def print_result(settings: OutputFlags, facts: Mapping[str, Any], line: str) -> None:
     """Prints the result on stdout: with --json all facts as one object, else the line, unless it is empty."""
     if result := json.dumps(facts) if settings.json else line:
         print(result, flush=True)
@@ -38,14 +38,14 @@ def print_unfinished(done: int, number: int, remedy: str, noun: str = "samples")
     print(f"{done} of {number} {noun} {'is' if done == 1 else 'are'} there; {remedy}", file=sys.stderr)
 
 
-def print_plan(settings: OutputSettings, facts: Mapping[str, Any], line: str, *plan: str) -> int:
+def print_plan(settings: OutputFlags, facts: Mapping[str, Any], line: str, *plan: str) -> int:
     """The exit code of a dry run, after printing the plan; `line` is its result without --json."""
     print_lines(settings, *plan, NOTHING_WRITTEN)
     print_result(settings, facts, line)
     return 0
 
 
-def print_end(settings: OutputSettings, facts: Mapping[str, Any], line: str, *lines: str) -> int:
+def print_end(settings: OutputFlags, facts: Mapping[str, Any], line: str, *lines: str) -> int:
     """The exit code of a command, after printing what it did or, on a dry run, would do; `line` is its result without
     --json.
     """
@@ -56,7 +56,7 @@ def print_end(settings: OutputSettings, facts: Mapping[str, Any], line: str, *li
     return 0
 
 
-def remake_sample(settings: OutputSettings, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
+def remake_sample(settings: OutputFlags, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
     """The exit code of a command that makes one sample of a run folder again; a dry run only prints the plan."""
     facts = {"path": folder, "id": id, "written": []}
     if settings.dry_run:

@@ -34,7 +34,7 @@ SOFTEST = 0.25  # of a pixel, by which a joint is moved uphill
 
 
 @dataclass(frozen=True)
-class Output:
+class DecodedImage:
     """Pixels and decoder outputs of one image, from which its files are made."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
@@ -48,7 +48,7 @@ class Output:
         return self.pixels.shape[0]
 
 
-Write = Callable[[Output], dict[str, bytes]]  # the suffix of a file -> its content
+Write = Callable[[DecodedImage], dict[str, bytes]]  # the suffix of a file -> its content
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
@@ -74,7 +74,7 @@ def resize_masks(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks.float()[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
-def class_map(output: Output, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
+def class_map(output: DecodedImage, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
     """The class with the most evidence; classes with less than `least` in total are left out, except class 0."""
     import torch
 
@@ -87,7 +87,7 @@ def class_map(output: Output, least: float = SMALLEST_AREA) -> np.ndarray:  # [H
     return evidence.argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def candidates(output: Output, count: int) -> tuple[np.ndarray, list[int], Tensor]:
+def candidates(output: DecodedImage, count: int) -> tuple[np.ndarray, list[int], Tensor]:
     """Masks [k, H, W] bool, classes and scores of the most probable pairs of query and class, in PyTorch's order."""
     masks = resize_masks(output.raw["pred_masks"], output.size)
     probability = output.raw["pred_logits"].float().softmax(-1)[:, :-1]
@@ -102,17 +102,17 @@ def best_indices(scores: Tensor, count: int) -> list[int]:
     return heapq.nlargest(count, range(len(scores)), scores.__getitem__)
 
 
-def write_class_map(output: Output) -> dict[str, bytes]:
+def write_class_map(output: DecodedImage) -> dict[str, bytes]:
     return {"png": png(class_map(output))}
 
 
-def write_class_mask(output: Output) -> dict[str, bytes]:
+def write_class_mask(output: DecodedImage) -> dict[str, bytes]:
     """The best of three masks, filled with the requested class; 0 elsewhere."""
     masks, _, scores = candidates(output, CANDIDATES["voc"])
     return {"png": png(masks[best_indices(scores, 1)[0]].astype(np.uint8) * np.uint8(output.class_id))}
 
 
-def write_contours(output: Output) -> dict[str, bytes]:
+def write_contours(output: DecodedImage) -> dict[str, bytes]:
     """A line of each instance: its contour, class and score; corrected, a line of each of its parts with the requested
     class.
     """
@@ -129,7 +129,7 @@ def write_contours(output: Output) -> dict[str, bytes]:
     return {"txt": "".join(lines).encode()}
 
 
-def write_depth(output: Output) -> dict[str, bytes]:
+def write_depth(output: DecodedImage) -> dict[str, bytes]:
     """Depth in 256 steps up to the farthest, rounded half to even; corrected, 16 bits in the steps of the data set."""
     metres = output.raw["depth"][0].float().cpu().numpy()
     if output.is_fixed:
@@ -138,7 +138,7 @@ def write_depth(output: Output) -> dict[str, bytes]:
     return {"png": png(np.rint(metres / output.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))}
 
 
-def joints(output: Output) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def joints(output: DecodedImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places [J, 2] and heights [J] of a heatmap's joints, and which of them are not within a pixel of the border."""
     maps = resize_masks(output.raw["heatmaps"], output.size).cpu().numpy()
     flat = maps.reshape(len(maps), -1)
@@ -158,7 +158,7 @@ def joints(output: Output) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return places, heights, is_inside
 
 
-def write_heatmap_joints(output: Output) -> dict[str, bytes]:
+def write_heatmap_joints(output: DecodedImage) -> dict[str, bytes]:
     """x, y and height of every joint that is not at the border; corrected, of all joints."""
     places, heights, is_inside = joints(output)
     numbers = [
@@ -170,7 +170,7 @@ def write_heatmap_joints(output: Output) -> dict[str, bytes]:
     return {"txt": f"{','.join(numbers)}\n".encode()}
 
 
-def write_bin_joints(output: Output) -> dict[str, bytes]:
+def write_bin_joints(output: DecodedImage) -> dict[str, bytes]:
     """The picture with its joints, all that DatasetDM stores of them; corrected, their places too."""
     from datasetdm_fast.engine.labels.pictures import draw_skeletons
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.compat.showlab.checkout import check_present
-from datasetdm_fast.compat.showlab.order import RUN, Order
+from datasetdm_fast.compat.showlab.generator import RUN, Order
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver

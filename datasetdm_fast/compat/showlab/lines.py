@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
+from datasetdm_fast.command_line.flags import RefusingParser
 from datasetdm_fast.config import ENGINE_NAMES, PROFILES
 from datasetdm_fast.errors import Refused, nearest
 
@@ -110,16 +111,9 @@ OURS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that refuses in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{self.prog}: {message.removeprefix('argument ')}", f"Run `{self.prog} --help` for the flags.")
-
-
 def read_line(prog: str, script: ScriptFlags, arguments: Sequence[str]) -> Line:
     """The parsed command line of a script; unknown flags are refused."""
-    parser = _Parser(
+    parser = RefusingParser(
         prog=f"{prog} {script.name}",
         description=script.description,
         allow_abbrev=False,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from datasetdm_fast.compat.showlab.generator import Order
 from datasetdm_fast.compat.showlab.lines import Line
-from datasetdm_fast.compat.showlab.order import Order
 from datasetdm_fast.runs.jobs.job import Job
 
 COUNTS = ("n_each_class", "number_data")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.ending import report_bug
+from datasetdm_fast.bug_report import report_bug
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs.job import Job, prepare_job

@@ -1,0 +1,189 @@
+"""A generator of DatasetDM, and all images of one of its command lines, decided from the line and the user's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.compat.showlab import files, prompts
+from datasetdm_fast.compat.showlab.checkout import Script, check_present, read_settings
+from datasetdm_fast.compat.showlab.lines import COMMON, NO_EFFECT, OURS, PROMPTS, Flag, Line
+from datasetdm_fast.engine.labels import class_tables
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.loading import PRESETS
+from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.untrusted import documents
+
+RUN = ".run"  # of a line's output: the run folder beside its files
+SPOKEN = {"mouse": "computer mouse"}  # in DatasetDM's sentences and the names of its prompt files
+FARTHEST = {10: "nyu", 80: "kitti"}  # metres -> kind of depth decoder
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """A class as the generator's files, its sentences and its decoder's labels name it."""
+
+    file: str
+    spoken: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A script that makes images with one kind of label."""
+
+    name: str
+    description: str
+    kinds: tuple[str, ...]  # of checkpoints, the default first; --config chooses among several
+    task: str
+    sampler: prompts.SamplerOf
+    write: files.Write
+    folder: str  # of the labels
+    classes: str = ""  # data set whose classes it makes images of, one after the other
+    guidance: float = 5.0
+    count: str = "n_each_class"
+    prompt_root: Flag = Flag("prompt_root", f"{PROMPTS}/cityscapes", "path", "folder of prompt files", is_optional=True)
+    extra: tuple[Flag, ...] = ()
+    without: tuple[str, ...] = ()  # flags of the others that it lacks
+    asks_class: bool = True  # whether its images show the class that they are made for
+    suffix: str = "png"  # of the file of a label
+
+    @property
+    def folders(self) -> tuple[str, str]:
+        """Folders of its output, for images and labels."""
+        return "Image", self.folder
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        flags = (
+            *COMMON,
+            Flag(self.count, 20, "whole", f"images {'of each class' if self.classes else 'in all'}"),
+            self.prompt_root,
+            Flag("config", "", "path", "its configuration; of depth it names the data set", len(self.kinds) > 1, True),
+            Flag("grounding_ckpt", "grounding_module.pth", "path", "weights of the decoder"),
+            *self.extra,
+            *NO_EFFECT,
+            *OURS,
+        )
+        return tuple(flag for flag in flags if flag.name not in self.without)
+
+    def order(self, line: Line) -> Order:
+        """All images of a line."""
+        counts = read_counts(line, self.count)
+        classes = self._class_names()
+        source = prompts.PromptTexts(Script(line.root / "tools" / f"{self.name}.py"), line.path("prompt_root"))
+        samplers = [
+            (each.file, self.sampler(source, each.file, each.spoken)) for each in classes or (ClassName("", "", ""),)
+        ]
+        items = prompts.make_items(samplers, counts, line["seed"], whole=line["all"], apart=line["fixed"])
+        return Order(self, line, self._kind(line), tuple(items), classes)
+
+    def _class_names(self) -> tuple[ClassName, ...]:
+        if not self.classes:
+            return ()
+        names = [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
+        return tuple(ClassName(SPOKEN.get(name, name), SPOKEN.get(name, name), name) for name in names)
+
+    def _kind(self, line: Line) -> str:
+        """The kind of checkpoint of a line; --config chooses among several."""
+        if len(self.kinds) == 1 or not line["config"]:
+            return self.kinds[0]
+        path = line.path("config")
+        section = read_settings(path).get("Depth_Decorder", {})
+        farthest = section.get("max_depth") if isinstance(section, dict) else None
+        if farthest is None:
+            return self.kinds[0]
+        if not isinstance(farthest, int | float) or FARTHEST.get(farthest) not in self.kinds:
+            raise Refused(
+                f"--config {path}: max_depth is {documents.quote(farthest)}, expected 10 or 80",
+                "Name the configuration of NYU or KITTI.",
+            )
+        return FARTHEST[farthest]
+
+    def names(self, order: Order, index: int) -> list[str]:
+        """The files of an image, below the output."""
+        images, labels = self.folders
+        stem = order.items[index].stem
+        return [f"{images}/{stem}.jpg", f"{labels}/{stem}.{self.suffix}"]
+
+    def files(self, order: Order, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
+        """The files of an image with their contents."""
+        images, labels = self.folders
+        item = order.items[index]
+        ids = {each.file: number for number, each in enumerate(order.classes, 1)}
+        output = files.DecodedImage(
+            pixels, raw[self.task], configs[self.task], ids.get(item.name, 0), order.line["fixed"]
+        )
+        contents = {f"{labels}/{item.stem}.{suffix}": content for suffix, content in self.write(output).items()}
+        return {f"{images}/{item.stem}.jpg": files.jpeg(pixels)} | contents
+
+
+@dataclass(frozen=True)
+class Order:
+    """All images of a line, and the decoder that labels them."""
+
+    script: Generator
+    line: Line
+    kind: str  # of the decoder's checkpoint
+    items: tuple[prompts.Item, ...]
+    classes: tuple[ClassName, ...] = ()
+
+    @property
+    def out(self) -> Path:
+        return self.line.path("outdir")
+
+    @property
+    def run_folder(self) -> Path:
+        return self.out / RUN
+
+    @property
+    def prompts(self) -> tuple[PromptLine, ...]:
+        """Of each image its prompt, the class that its label is requested for, and its seed."""
+        labels = {each.file: (each.label,) for each in self.classes} if self.script.asks_class else {}
+        return tuple(PromptLine(0, item.prompt, labels.get(item.name, ()), item.seed) for item in self.items)
+
+    @property
+    def source(self) -> PromptSource:
+        return PromptSource(self.prompts, self.line.script, (), 0, is_part=True, tokenizer_cuts=True)
+
+    @property
+    def config(self) -> RunConfig:
+        """The order as settings of a run."""
+        line = self.line
+        return RunConfig(
+            model=model_of(line),
+            decoder=f"{self.kind}:{line.path('grounding_ckpt')}",
+            task=(self.script.task,),
+            number=len(self.items),
+            seed=prompts.FIRST_SEED,
+            guidance=line["guidance"] or self.script.guidance,
+            truncate_prompts=True,
+            allow_unnamed=True,
+            out=str(self.run_folder),
+            **{name: line[name] for name in "engine batch_size steps profile dtype device threads limit quiet".split()},
+        )
+
+
+def model_of(line: Line) -> str:
+    """The model of a line: one of ours by its name, else a folder or file that must exist."""
+    if line["model"] in PRESETS:
+        return line["model"]
+    remedy = "Put Stable Diffusion 1.4 there, or name its folder with --model."
+    return str(check_present(line.path("model"), "model", remedy))
+
+
+def read_counts(line: Line, count: str) -> prompts.Counts:
+    """How many images a line requests, and from how many processes."""
+    for name in (count, "thread_num"):
+        if line[name] < 1:
+            raise Refused(f"--{name} {line[name]}: expected a number of 1 or more", "Choose another number.")
+    if line["thread_num"] > line[count]:
+        raise Refused(
+            f"--thread_num {line['thread_num']}: --{count} {line[count]} gives too few images for that many processes",
+            f"Give a --thread_num of at most {line[count]}.",
+        )
+    return prompts.Counts(line[count], line["thread_num"])
