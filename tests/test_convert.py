@@ -496,8 +496,6 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
     source = open_data(f"hf:{converted(run, tmp_path / 'out', '--to', kind)}/{kind}", SIZE)
     own = open_data(f"run:{run}[all]", SIZE)
     assert source.thing_classes == own.thing_classes and set(source.classes) > set(source.thing_classes)
-    for item, same in zip(source, own, strict=True):  # sizes of persons, by which their joints are judged
-        assert np.allclose(item.keypoint_areas, same.keypoint_areas) and (item.mask_classes == same.mask_classes).all()
     for item, sample in zip(source, open_run(run), strict=True):
         assert item.caption == sample.prompt and (item.image == sample.image).all()
         assert (np.where(item.semantic == 255, 255, item.semantic - 1) == sample.semantic.labels).all()

@@ -1,7 +1,6 @@
 """hf:PATH[SPLIT]: a folder in one of Hugging Face's layouts, with an image and a label or depth map in each row."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -10,16 +9,12 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.depth import LARGEST_STEP, UNITS, unit_of
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
-from datasetdm_fast.engine.labels.pose import TO_EDGE
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import tables
-from datasetdm_fast.training.truth.shapes import Things
 from datasetdm_fast.untrusted import documents, images
 
 COLUMNS = {
@@ -27,21 +22,16 @@ COLUMNS = {
     "label": ("label", "mask", "annotation", "segmentation", "semantic", "labels"),
     "depth": ("depth", "depth_map"),
     "caption": ("caption", "text", "prompt"),
-    "objects": ("objects",),
-    "people": ("people",),
 }
-TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths, joints
-TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": float, "depth_steps_of_a_metre": float}
-TABLE_FORM |= {"things": [str]}
-OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
-PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
+TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths
+TABLE_FORM = {"id2label": dict, "things": [str], "max_depth": float, "depth_steps_of_a_metre": float}
 NOTE = "depth unit"  # key of a depth map's own unit
 
 
 class HuggingFace(PictureSource):
     """Images with metadata.jsonl or metadata.csv, or Parquet files; columns by their usual names. The numbers of label
     maps are named by id2label.json, {"0": name, ...}, by the features of the table, or by classes.txt; max_depth.txt is
-    as in a plain folder. What convert wrote has all of it in classes.json, and its things and people in lists.
+    as in a plain folder. What convert wrote has all of it in classes.json; its lists of objects and people are ignored.
     """
 
     rule = framing.RULES["voc"]
@@ -53,28 +43,19 @@ class HuggingFace(PictureSource):
         first = self._first_row()
         self.columns |= {what: _map_column(COLUMNS[what], names, first) for what in ("label", "depth")}
         self.table = self._table()
-        if not self.table:  # lists of any other form
-            self.columns |= {"objects": "", "people": ""}
-        if not self.columns["image"] or not any(self.columns[what] for what in ("label", "depth", "objects", "people")):
+        if not self.columns["image"] or not (self.columns["label"] or self.columns["depth"]):
             raise reading.bad(
                 path,
                 f"its columns are {documents.one_line(', '.join(names))}, expected image and a map in label or depth",
             )
-        if self.columns["label"] or self.columns["objects"]:
+        if self.columns["label"]:
             self.classes = self._classes()
             things = self.table.get("things", self.classes)  # which earlier versions did not write
             self.thing_classes = tuple(n for n in reading.without_background(self.classes) if n in things)
         if self.columns["depth"]:
             self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
-        if self.columns["people"]:
-            self.joints, self.limbs = tuple(self.table["joints"]), tuple(map(tuple, self.table["limbs"]))
-        self.tasks = (
-            *(("semantic",) if self.classes else ()),
-            *(("instance",) if self.columns["objects"] else ()),
-            *(("open-vocabulary",) if self.classes else ()),
-            *(("depth",) if self.max_depth else ()),
-            *(("pose",) if self.columns["people"] else ()),
-        )
+        map_tasks, depth_tasks = ("semantic", "open-vocabulary"), ("depth",)
+        self.tasks = (*(map_tasks if self.classes else ()), *(depth_tasks if self.max_depth else ()))
         self.captions_name_all = not self.columns["caption"]
         super().__init__(size, len(self.rows))
 
@@ -92,12 +73,9 @@ class HuggingFace(PictureSource):
         table = documents.read_object(path)
         try:
             documents.check_form(table, {name: form for name, form in TABLE_FORM.items() if name in table})
-            limbs = table.get("limbs", [])
-            if any(len(limb) != 2 or not all(0 <= end < len(table["joints"]) for end in limb) for limb in limbs):
-                raise ValueError("a limb that joins no two joints")
             if not 0 <= table.get("max_depth", 0) <= LARGEST_STEP or table.get("depth_steps_of_a_metre", 1) <= 0:
                 raise ValueError("a depth out of range")
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise reading.bad(path, f"not what convert writes ({error})") from error
         return table
 
@@ -135,43 +113,8 @@ class HuggingFace(PictureSource):
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
         if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.name(record), "its caption is not a text")
-        lists = self._things(row, record, image.shape) | self._people(row, record)
         caption = self.things_in(labels) if caption is None else caption
-        return Picture(f"{record:08d}", image, caption, labels, depth=depth, **lists)
-
-    def _things(self, row: dict[str, Any], record: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        """The things of a row: the sure ones are masks, the others crowds."""
-        if not self.columns["objects"]:
-            return {}
-        things, objects = Things(), row[self.columns["objects"]]
-        try:
-            documents.check_form(objects, OBJECT_FORM)
-            for number, counts, score in zip(*(objects[name] for name in OBJECT_FORM), strict=True):
-                rle = {"size": list(shape[:2]), "counts": counts}
-                mask_rle.run_lengths(rle)
-                if not 0 <= number < len(self.classes) or self.classes[number] not in self.thing_classes:
-                    raise ValueError(f"the unknown category {number}")
-                class_id = self.thing_classes.index(self.classes[number])
-                things.add(partial(mask_rle.decode, rle), class_id, is_crowd=score < SHOWN_SCORE)
-        except (ValueError, TypeError) as error:
-            raise reading.bad(self.name(record), f"its objects are not what convert writes ({error})") from error
-        return things.fields
-
-    def _people(self, row: dict[str, Any], record: int) -> dict[str, Any]:
-        if not self.columns["people"]:
-            return {}
-        people, count = row[self.columns["people"]], len(self.joints)
-        try:
-            documents.check_form(people, PEOPLE_FORM)
-            boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
-            areas = people.get("area")  # which earlier versions did not write
-            documents.check_form([] if areas is None else areas, [float], "area")
-            areas = (boxes[:, 2:].prod(1) if areas is None else np.array(areas, np.float32)).reshape(len(boxes))
-            points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
-        except (ValueError, TypeError) as error:
-            raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
-        points[..., :2] += TO_EDGE  # files count from the middle of the first pixel
-        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": np.maximum(areas, 1)}
+        return Picture(f"{record:08d}", image, caption, labels, depth=depth)
 
     def _image(self, row: dict[str, Any], what: str, record: int, holds_numbers: bool = False) -> Image.Image:
         value = row[self.columns[what]]
