@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         if name in flags and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {noun} was given", f"Give a {noun}, or drop the flag.")
     from datasetdm_fast.runs.curation import clip, filtering, histograms, stability
-    from datasetdm_fast.runs.run_folder.score_table import OF_NETWORKS, SCORES, read_scores
+    from datasetdm_fast.runs.run_folder.scores import OF_NETWORKS, SCORES, read_scores
 
     path, verb = Path(config.run), "would be" if config.dry_run else "are"
     run = filtering.open_run(path)

@@ -15,7 +15,7 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.score_table import read_scores
+from datasetdm_fast.runs.run_folder.scores import read_scores
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,15 @@ from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.curation import filtering, scores
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder import sample_scores, score_table, where
+from datasetdm_fast.runs.run_folder import scores as run_scores
+from datasetdm_fast.runs.run_folder import where
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.score_table import SCORES, read_scores
+from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 from datasetdm_fast.runs.run_folder.seal import is_sealed
 from datasetdm_fast.runs.run_folder.selections import FILTER
 
@@ -333,19 +334,19 @@ def test_conditions_follow_their_grammar():
 
 def test_sharpness_and_hash_tell_images_apart():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    assert sample_scores.sharpness(noise) > 100 * sample_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
+    assert run_scores.sharpness(noise) > 100 * run_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
     assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
-    assert score_table.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
-    assert score_table.nearest(hashes, 3).tolist() == [61, 1]
+    assert run_scores.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
+    assert run_scores.nearest(hashes, 3).tolist() == [61, 1]
 
 
 def test_agreement_counts_pixels_with_one_name():
     first = NamedMap(np.array([[0, 1], [2, 2]]), ("wall", "ball", "cube"))
     second = NamedMap(np.array([[0, 1], [1, 2]]), ("", "ball", "cube"))
-    assert sample_scores.agreement([first, second]) == pytest.approx(2 / 3)
-    assert sample_scores.agreement([first]) is None
-    assert sample_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
+    assert run_scores.agreement([first, second]) == pytest.approx(2 / 3)
+    assert run_scores.agreement([first]) is None
+    assert run_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
 
 
 def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):

@@ -23,7 +23,7 @@ from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.score_table import read_scores
+from datasetdm_fast.runs.run_folder.scores import read_scores
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
 from datasetdm_fast.runs.workers.devices import Place

@@ -28,7 +28,7 @@ class Database:
         if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
             raise Refused(f"{path}: not a regular file", RESTORE)
         self.path, self._lock = path, threading.RLock()
-        self.version: tuple[int, int] | None = None  # of a file that was opened as one that nobody changes
+        self.version: tuple[int, int] | None = None  # of a file that was opened as immutable
         self._connection: sqlite3.Connection = self._run(
             "OPEN",
             lambda: sqlite3.connect(
@@ -79,7 +79,7 @@ class Database:
                         self.execute("ROLLBACK")
 
     def is_outdated(self) -> bool:
-        """Whether a file that nobody should change has changed: what is read may then be old, or a mixture."""
+        """Whether a file that was opened as immutable has changed: what is read may then be old, or a mixture."""
         return self.version is not None and _version(self.path) != self.version
 
     def copy(self) -> Path:
@@ -128,7 +128,7 @@ def connect_to_read(path: Path) -> Database:
         with closing(Database(path, path)) as database:
             database.execute("SELECT count(*) FROM sqlite_master")
     version = _version(path)
-    # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
+    # Without a journal of either kind no process is writing, and `immutable` then lets a read-only medium be read.
     is_quiet = not any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal"))
     address = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' * is_quiet}"
     database = Database(path, address, is_uri=True)

@@ -25,7 +25,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
-FILE_MODE, FOLDER_MODE = 0o666, 0o777  # less what the umask takes: it tells whether a group works on a run together
+FILE_MODE, FOLDER_MODE = (
+    0o666,
+    0o777,
+)  # less the umask, which decides whether a group works on a run
 NUMBER = re.compile(r"\d+")
 MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
 
@@ -270,7 +273,7 @@ def read(path: Path, most: int) -> bytes:
 
 
 def read_written(path: Path, written: StoredFile, most: int) -> bytes | None:
-    """The bytes of a file where it is there and they are those that were written, else None."""
+    """The bytes of a file if they are those that were written, else None."""
     if not is_there(path):
         return None
     content = read(path, most)

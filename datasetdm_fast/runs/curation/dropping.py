@@ -15,7 +15,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.score_table import add_distances
+from datasetdm_fast.runs.run_folder.scores import add_distances
 from datasetdm_fast.untrusted import documents
 
 BLOCK = 64  # samples moved together

@@ -18,7 +18,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
-from datasetdm_fast.runs.run_folder.score_table import (
+from datasetdm_fast.runs.run_folder.scores import (
     HASH,
     OF_NETWORKS,
     SCORES,

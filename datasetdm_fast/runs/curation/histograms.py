@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasetdm_fast.runs.run_folder.score_table import SCORES, ScoreTable
+from datasetdm_fast.runs.run_folder.scores import SCORES, ScoreTable
 
 BINS = 8
 BAR = 24  # letters of the longest bar

@@ -4,8 +4,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.runs.run_folder.reader import StoredSample
-from datasetdm_fast.runs.run_folder.sample_scores import SCORERS, Scored
-from datasetdm_fast.runs.run_folder.score_table import HASH
+from datasetdm_fast.runs.run_folder.scores import HASH, SCORERS, Scored
 
 
 def score_sample(sample: StoredSample) -> dict[str, float | int | None]:

@@ -10,7 +10,7 @@ from datasetdm_fast.engine.labels.trust import named_map
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import check_same
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
-from datasetdm_fast.runs.run_folder.sample_scores import agreement
+from datasetdm_fast.runs.run_folder.scores import agreement
 
 OTHER_NOISE = (10**9 + 7, 2 * 10**9 + 11)  # added to a sample's seed; a generator reads no more than its last 32 bits
 LARGEST_SEED = 2**63

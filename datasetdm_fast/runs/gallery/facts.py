@@ -17,7 +17,7 @@ from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
 SAFE = 2**53  # below it a script's numbers are exact
 LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
 NO_CLASS = ("background", "none", "")
-NO_FIGURE = "hash"  # the score of `filter` that nobody can compare with a number
+NO_FIGURE = "hash"  # the score of `filter` that no number can be compared with
 
 
 class RunFacts:
@@ -32,7 +32,7 @@ class RunFacts:
         for task in self.tasks:
             for word in document["labels"].get(task, {}).get("classes", ()):
                 self.number(word)
-        self.knows_where = {  # labels that can tell whether a class is there -> their classes
+        self.knows_where = {  # labels that show whether a class is in the image -> their classes
             task: frozenset(document["labels"].get(task, {}).get("classes", ())) for task in self.tasks
         }
         self.named: Counter[str] = Counter()

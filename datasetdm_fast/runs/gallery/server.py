@@ -129,7 +129,7 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def _answer_page(self) -> bool:
-        """Answers what is no file of a run, and whoever took this server for another: its name may point here."""
+        """Answers requests for anything but files of a run, and those under another host name, which may point here."""
         self._path = ""
         if self.headers.get("Host", "") not in self.server.hosts:
             self.send_error(403)

@@ -106,7 +106,7 @@ class ShownSoFar(AbstractContextManager):
     """
 
     def __init__(self, folder: Path, minutes: float, on_message: Callable[[str], None]):
-        """`on_message` hears why they could not be written; 0 minutes write nothing."""
+        """`on_message` gets the reason where they could not be written; 0 minutes write nothing."""
         self._folder, self._seconds, self._on_message = folder, 60 * minutes, on_message
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._write, name="page", daemon=True)
@@ -123,7 +123,7 @@ class ShownSoFar(AbstractContextManager):
             try:
                 if (self._folder / LEDGER).exists():
                     write_so_far(self._folder)
-            except (Refused, Missing) as stop:  # the run itself goes on, and its end tells what then still stands
+            except (Refused, Missing) as stop:  # the run itself goes on, and its end reports what is still wrong then
                 self._on_message(f"the page of the samples so far was not written: {stop.cause}")
             seconds = max(self._seconds, (time.monotonic() - begin) / MOST_SHARE)
 

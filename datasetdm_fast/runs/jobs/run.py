@@ -20,7 +20,7 @@ from datasetdm_fast.runs.run_folder.document import GROWING, LEDGER, check_confi
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.score_table import add_distances
+from datasetdm_fast.runs.run_folder.scores import add_distances
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_settings import RunSpec
 

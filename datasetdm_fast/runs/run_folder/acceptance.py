@@ -11,8 +11,7 @@ from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import LabelKind, Table
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.run_folder.sample_scores import SCORERS, Scored
-from datasetdm_fast.runs.run_folder.score_table import ABSENT
+from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Scored
 from datasetdm_fast.runs.run_folder.where import Condition, parse_where
 
 FLAG = "--accept"

@@ -36,8 +36,8 @@ from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANT
 from datasetdm_fast.runs.run_folder.selections import FILTER
 from datasetdm_fast.untrusted import documents, images
 
-# What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
-# writes it there.
+# Entries of run.json that only the ledger has if a process was killed while a run began to grow; the same command
+# writes them to the file.
 BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", "plan.batch_size", *(f"config.{name}" for name in GROWING)}
 REWRITE = "Run the line that made it once more: it is written anew."
 RESTORE_LEDGER = (
@@ -111,7 +111,7 @@ def audit(
             return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, on_progress)
     except (Refused, Missing) as error:  # also a page of the ledger that only reading it shows to be damaged
         if isinstance(error, Missing) and (storage.FULL in str(error) or (folder / LEDGER).exists()):
-            raise  # a disk or a file of a sample that cannot be read, which says nothing of the ledger
+            raise  # a disk or a file of a sample that cannot be read, which is no damage of the ledger
         findings.append(Finding(LEDGER, _cause(error, folder, LEDGER), RESTORE_LEDGER))
         return report
 

@@ -21,7 +21,7 @@ SECONDS_BETWEEN = 10.0  # lines of progress of one process
 class EventLog:
     """The events of one process; it writes nothing before `begin`.
 
-    Every line is appended in one piece and tells its process, as several may work on a run.
+    Every line is appended in one piece and names its process, as several may work on a run.
     """
 
     def __init__(self, folder: Path):

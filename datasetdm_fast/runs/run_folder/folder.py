@@ -246,7 +246,7 @@ def into(folder: Path) -> Publish:
 
 
 def clean(folder: Path) -> None:
-    """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
+    """Removes half-written files of killed processes; no other process may work in the folder."""
     storage.remove_temporaries(folder, apart=folder / EXPORTS)
     seal.remove_queue(folder)
 

@@ -32,7 +32,7 @@ from datasetdm_fast.runs.run_folder.document import (
 from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
-from datasetdm_fast.runs.run_folder.score_table import passing
+from datasetdm_fast.runs.run_folder.scores import passing
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
 
@@ -385,7 +385,7 @@ def _stack(values: list[Any]) -> Any:
 
     first = values[0]
     if isinstance(first, dict) and OF_THINGS in first:
-        return values  # each image has its own number of them
+        return values  # images have different numbers of them
     if isinstance(first, dict):
         return {name: _stack([value[name] for value in values]) for name in first}
     if isinstance(first, tuple):

@@ -113,7 +113,7 @@ def _damaged_files(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
-    """Whether only the seal of a run that nobody works in is left to be written."""
+    """Whether only the seal of a run is missing, while no process works on it."""
     if not (folder / LEDGER).exists():
         return False
     with Ledger(folder / LEDGER) as ledger:
