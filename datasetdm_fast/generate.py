@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
     if config.refill:
         run = run.refill(spec, keeps_trusted=config.keep == "trusted", is_dry=config.dry_run)
-    may_resume, is_reporting = config.resume != "never", not (peer and peer.rank)
-    decision = run.decide(spec, may_resume=may_resume, is_alone=peer is None, is_dry=config.dry_run)
+    is_reporting = not (peer and peer.rank)
+    decision = run.decide(spec, is_alone=peer is None, is_dry=config.dry_run)
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption = Interruption(config.quiet)
     if decision.outcome is Outcome.DONE:
@@ -72,8 +72,7 @@ def _write(
     job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
     if launch.is_here or launch.may_compare and (config.verify or run.tries_half(spec) or run.may_differ(spec)):
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
-        verify = {"verify": config.verify, "verify_anyway": config.verify_anyway}
-        job = admit_job(run, spec, screen, races=launch.is_here, **verify)
+        job = admit_job(run, spec, screen, verify=config.verify, races=launch.is_here)
     if launch.is_here:
         seconds = job.call_seconds or probe(job.engine, job.plan.batch_size, job.calls_left)
         print_lines(config, *describe_job(job, seconds))

@@ -31,4 +31,4 @@ def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Remake:
 
 def find_result(config: RunConfig) -> Result | None:
     """The result of a run with nothing left to do."""
-    return Run.open(Path(config.out)).decide(read_spec(config), may_resume=config.resume != "never").result
+    return Run.open(Path(config.out)).decide(read_spec(config)).result

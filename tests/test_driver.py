@@ -376,12 +376,6 @@ def test_another_device_of_the_same_kind_may_go_on(engines, tmp_path, monkeypatc
     assert prepare(config(tmp_path / "run")).done == 1
 
 
-def test_resume_never_refuses_a_run_folder(engines, tmp_path):
-    write_missing(prepare(config(tmp_path / "run", limit=1)))
-    with pytest.raises(Refused, match="--resume never"):
-        find_result(config(tmp_path / "run", resume="never"))
-
-
 def test_a_foreign_folder_is_left_alone(engines, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(Refused, match="not empty"):

@@ -182,7 +182,7 @@ def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tm
         assert run("--prompts", prompts, "--number", "9", "--quiet", out=tmp_path / "run") == 2
         err = capsys.readouterr().err
         assert f"image {index:08d} would change (" in err and "a cone" in err and "Add prompts" in err
-    for other in (["--seed", "4"], ["--steps", "9"], ["--resume", "never"]):
+    for other in (["--seed", "4"], ["--steps", "9"]):
         assert run("--prompts", "a ball\na cube", "--number", "9", "--quiet", *other, out=tmp_path / "run") == 2
     assert run("--prompts", "a ball\na cone", "--number", "3", "--quiet", out=tmp_path / "run") == 2
     assert files_of(tmp_path / "run") == before

@@ -113,8 +113,6 @@ def check_settings(config: RunConfig) -> None:
             f"--most-tries {config.most_tries}: it has no effect, as no sample is quarantined",
             "Add --accept COND or --keep trusted.",
         )
-    if config.verify_anyway and not config.verify:
-        raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
     if config.verify_every and config.engine == REFERENCE:
         raise Refused(
             f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."

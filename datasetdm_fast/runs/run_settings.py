@@ -208,12 +208,6 @@ class FileSettings:
         output="folder",
     )
     only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
-    resume: str = setting(
-        "auto",
-        "auto: resume an existing run folder with the same settings; never: refuse it",
-        identity=False,
-        choices=("auto", "never"),
-    )
     batch_size: int = setting(
         0,
         "images per batch (changes results by rounding only); 0 = as many as fit into memory",
@@ -265,9 +259,6 @@ class CompareSettings:
         identity=False,
         metavar="N",
         least=0,
-    )
-    verify_anyway: bool = setting(
-        False, "with --verify: run even if they do not agree, and record that", identity=False
     )
     verify_every: int = setting(
         0,
@@ -324,7 +315,7 @@ class RunConfig(
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
-        "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
+        "batch_size image_format palette format out only mixed limit page_every verify "
         "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()

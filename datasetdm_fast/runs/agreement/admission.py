@@ -27,9 +27,7 @@ class Screen:
     show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 
 
-def admit_job(
-    run: Run, spec: RunSpec, screen: Screen, *, verify: int = 0, verify_anyway: bool = False, races: bool = False
-) -> Job:
+def admit_job(run: Run, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine is known to reproduce the samples of the run
     folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference.
     """
@@ -37,7 +35,7 @@ def admit_job(
         job = _choose_precision(spec, screen, races=races)
     else:
         job = _check_engine(prepare_job(spec, run.stored, races=races, mixes=True), screen)
-    return _verify(job, run, min(verify, job.plan.number), screen, is_forced=verify_anyway) if verify else job
+    return _verify(job, run, min(verify, job.plan.number), screen) if verify else job
 
 
 def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
@@ -89,7 +87,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
     return replace(job, document=job.document | {"mixed": engines}, differing=())
 
 
-def _verify(job: Job, run: Run, number: int, screen: Screen, *, is_forced: bool) -> Job:
+def _verify(job: Job, run: Run, number: int, screen: Screen) -> Job:
     """The job with the verdict on its engine, a stored one where that still holds."""
     from datasetdm_fast.runs.agreement.comparing import (
         compare_with_reference,
@@ -106,15 +104,14 @@ def _verify(job: Job, run: Run, number: int, screen: Screen, *, is_forced: bool)
     with screen.show_calls("verify", count_calls(job, number)) as on_unet_call:
         verdict = compare_with_reference(job, number, on_unet_call)
     failed = verdict.failed
-    if failed and not is_forced:
+    if failed:
         raise GateFailed(
             f"--verify {number}: outputs of {job.engine.name} do not match those of {REFERENCE} in "
             f"{', '.join(failed)}; nothing was written",
-            "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
+            "Try --dtype fp32 or another --engine.",
         )
-    outcome = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    samples = count_noun(number, "sample")
-    screen.on_message(f"verified   {job.engine.name} {outcome} with {REFERENCE} on {samples}")
+    measures, samples = len(verdict.rows), count_noun(number, "sample")
+    screen.on_message(f"verified   {job.engine.name} agrees in all {measures} measures with {REFERENCE} on {samples}")
     facts = describe_verdict(verdict, job.engine)
     if run.stored is not None:
         note(job.folder, "verified", facts)

@@ -64,20 +64,13 @@ class Run:
     def open(cls, folder: Path) -> Self:
         return cls(folder, read_document(folder))
 
-    def decide(
-        self, spec: RunSpec, *, may_resume: bool = True, is_alone: bool = True, is_dry: bool = False
-    ) -> Decision:
+    def decide(self, spec: RunSpec, *, is_alone: bool = True, is_dry: bool = False) -> Decision:
         """What becomes of the run, found without a network. Index files of a complete run that are not up to date are
         rebuilt, unless other processes may be about to do it.
         """
         if self.stored is None:
             return Decision(Outcome.NEW, spec.number, spec.number)
         check_config(self.folder, self.stored, self.comparable_settings(spec))
-        if not may_resume:
-            raise Refused(
-                f"{self.folder}: the run folder exists, and --resume never asks for a new one",
-                "Choose another --out, or drop --resume never.",
-            )
         number = total_samples(spec.number, self.stored, self.folder)
         if result := settle(self.folder, self.stored, number, is_alone=is_alone, is_dry=is_dry):
             return Decision(Outcome.DONE, number, 0, result)
