@@ -10,6 +10,7 @@ from datasetdm_fast.config import ENGINE_NAMES, OUTLINES, SEEDS, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
+from datasetdm_fast.training.truth.augment import AUGMENTATIONS
 from datasetdm_fast.training.truth.selection import DataSettings
 
 if TYPE_CHECKING:  # these import torch, which --help does without
@@ -19,21 +20,6 @@ if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.training.session import ModelChoice, TrainingData
     from datasetdm_fast.training.task_training import TaskSettings
 
-AUGMENTATIONS = (
-    "auto",
-    "none",
-    "flip",
-    "strong",
-    "voc",
-    "cityscapes",
-    "deepfashion",
-    "coco",
-    "lvis",
-    "kitti",
-    "vkitti2",
-    "nyu",
-    "coco-pose",
-)
 QUIRKS = {
     "Q11": "open vocabulary is trained with the first word's embedding, whatever word is asked",
     "Q12": "every instance is of class 1, and its caption is always the same",
@@ -109,7 +95,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "auto",
         "augmentation: none, flip, strong (flips, crops, other colours, things of other images pasted in), or "
         "DatasetDM's for a data set; auto: that of this data set, else flip",
-        choices=AUGMENTATIONS,
+        choices=("auto", *(name for name in AUGMENTATIONS if name != "strong-depth")),
     )
     captions: str = setting(
         "true",
