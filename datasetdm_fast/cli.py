@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
-        for known, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
-            print(f"  {known:{max(map(len, PROGRAMS))}}  {sentence}")
+        for each, (_, sentence) in {**COMMANDS, **PROGRAMS}.items():
+            print(f"  {each:{max(map(len, PROGRAMS))}}  {sentence}")
         print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints a completion script.")
         return 0
     if name == "--version":

@@ -38,7 +38,7 @@ def completion_script(shell: str, commands: Commands) -> str:
                 options["action"] = "store_true"
             elif flag["metavar"].startswith("{"):
                 options["choices"] = flag["metavar"].strip("{}").split(",")
-            argument = command.add_argument(*flag["flags"] or [name], **options)
+            argument: Any = command.add_argument(*flag["flags"] or [name], **options)
             if flag["takes"] and "choices" not in options:
                 argument.complete = shtab.FILE
     return shtab.complete(parser, shell)

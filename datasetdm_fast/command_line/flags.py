@@ -40,8 +40,8 @@ def parse(
     options, unknown = parser.parse_known_intermixed_args(_hyphenate(arguments))
     if unknown:
         _refuse_unknown(unknown, fields, prog)
+    path = vars(options).pop("config", None)
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    path = flags.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | flags
     for field in fields:
         if field.name not in values and field.default is MISSING:
@@ -104,7 +104,7 @@ class RefusingParser(argparse.ArgumentParser):
 
 
 def _build_parser(
-    fields: Sequence[Field],
+    fields: Sequence[Field[Any]],
     hints: dict[str, Any],
     converters: dict[str, Converter],
     prog: str,
@@ -144,7 +144,7 @@ def _flag(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def _help(field: Field) -> str:
+def _help(field: Field[Any]) -> str:
     default = "" if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
@@ -161,12 +161,12 @@ def _hyphenate(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _refuse_unknown(unknown: list[str], fields: Sequence[Field], prog: str) -> NoReturn:
+def _refuse_unknown(unknown: list[str], fields: Sequence[Field[Any]], prog: str) -> NoReturn:
     remedy = f"Run `{prog} --help` for the flags."
     positional = {_flag(field.name): field.metadata["metavar"] for field in fields if field.metadata.get("positional")}
     known = [flag[2:] for field in fields if (flag := _flag(field.name)) not in positional]
-    flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
-    if flag is None:
+    flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), "")
+    if not flag:
         raise Refused(
             f"{prog}: unexpected argument {unknown[0]!r}, every {'other ' if positional else ''}setting is a flag",
             f"{remedy} Quote a value that contains spaces.",
@@ -177,7 +177,7 @@ def _refuse_unknown(unknown: list[str], fields: Sequence[Field], prog: str) -> N
     raise Refused(f"{prog}: unknown flag {flag}{suggestion}", remedy)
 
 
-def _converter(field: Field, hint: Any) -> Converter:
+def _converter(field: Field[Any], hint: Any) -> Converter:
     """Text to a value of the field's type; a refusal is a sentence to which callers add the name."""
     choices = field.metadata.get("choices", ())
 

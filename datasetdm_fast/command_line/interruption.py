@@ -118,7 +118,7 @@ class SignalWatch:
         """From here on a signal raises an exception in the main thread; before, and after `shut`, it is only noted."""
         self._is_open = True
         if self.signal is not None:
-            self._raise()
+            self._raise(self.signal)
 
     def shut(self) -> None:
         self._is_open = False
@@ -130,10 +130,11 @@ class SignalWatch:
         else:
             self.signal = number
             if self._is_open:
-                self._raise()
+                self._raise(number)
 
-    def _raise(self) -> NoReturn:
-        raise Interrupted if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+    @staticmethod
+    def _raise(number: int) -> NoReturn:
+        raise Interrupted if number == signal.SIGINT else SystemExit(128 + number)
 
     def _watch(self) -> None:
         first, begin = 0, 0.0

@@ -4,13 +4,14 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 from datasetdm_fast.messages import count_noun, format_duration
 
 SECONDS_PER_LINE = 10.0
 
 
-class Progress(AbstractContextManager):
+class Progress(AbstractContextManager[Any]):
     """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
 
     def __init__(self, total: int, unit: str, title: str, is_quiet: bool):

@@ -158,7 +158,9 @@ def read_yaml(path: Path, *, as_text: bool = False) -> Any:
     """
     import yaml  # a run without --config does not need it
 
-    class PlainLoader(yaml.BaseLoader if as_text else yaml.SafeLoader):
+    base: Any = yaml.BaseLoader if as_text else yaml.SafeLoader
+
+    class PlainLoader(base):
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

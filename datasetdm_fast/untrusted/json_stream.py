@@ -4,7 +4,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +15,7 @@ from datasetdm_fast.untrusted import documents
 LARGEST_STREAM = 4 * 2**30  # bytes; LVIS has 1.1 GB
 WINDOW = 4 * 2**20  # bytes decoded at a time
 LONGEST_ELEMENT = 64 * 2**20
-_SPACE = re.compile(r"[ \t\n\r]*")
+_NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 class Element(NamedTuple):
@@ -72,7 +72,7 @@ class JsonStream:
         """The value between two places that iteration gave."""
         return documents.parse_json(self.data[start:end], f"{self.path}: bytes {start} to {end}")
 
-    def _list(self, key: str, place: int) -> Iterator[Element]:
+    def _list(self, key: str, place: int) -> Generator[Element, None, int]:
         place = self._space(place)
         if self._at(place) == "]":
             return place + 1
@@ -96,9 +96,9 @@ class JsonStream:
 
     def _space(self, place: int) -> int:
         while self._at(place):
-            place = self.base + _SPACE.match(self.text, place - self.base).end()
-            if place - self.base < len(self.text):
-                break
+            if match := _NOT_SPACE.search(self.text, place - self.base):
+                return self.base + match.start()
+            place = self.base + len(self.text)
         return place
 
     def _expect(self, place: int, letter: str) -> int:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted.documents import GET_AGAIN, check_inside, quote, reason_of
-
-if TYPE_CHECKING:
-    from google.protobuf.message import Message
 
 LARGEST_ONNX = 2**31 - 1  # bytes of the graph itself, protobuf's own limit
 DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -44,7 +41,7 @@ def check_onnx(path: Path) -> list[Path]:
     return list(files)
 
 
-def _submessages(message: Message) -> Iterator[Message]:
+def _submessages(message: Any) -> Iterator[Any]:
     """A protobuf message and all messages in it, whose nesting protobuf bounds."""
     remaining = [message]
     while remaining:
