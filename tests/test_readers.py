@@ -30,7 +30,6 @@ from datasetdm_fast.data import IGNORE, Trust
 from datasetdm_fast.engine.labels.image_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
@@ -40,9 +39,10 @@ from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, splits
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data, windows
 from datasetdm_fast.training.truth import tables
 from datasetdm_fast.training.truth.augment import Augmentation, augment
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
 SIZE = 64
@@ -452,9 +452,9 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
     assert len(source) == len(people) and all(len(item.keypoints) == 1 for item in source)
     for item, row in zip(source, people):
         box = item.keypoint_boxes[0]
-        assert box[2:].max() == pytest.approx(SIZE / framing.PERSON_MARGIN, rel=0.02)
+        assert box[2:].max() == pytest.approx(SIZE / windows.PERSON_MARGIN, rel=0.02)
         joints = np.array(row["keypoints"]).reshape(-1, 3)
-        scale = SIZE / (max(row["bbox"][2:]) * framing.PERSON_MARGIN)
+        scale = SIZE / (max(row["bbox"][2:]) * windows.PERSON_MARGIN)
         k = int(np.flatnonzero(joints[:, 2])[0])
         middle = np.array(row["bbox"][:2]) + np.array(row["bbox"][2:]) / 2
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
@@ -725,16 +725,16 @@ def test_the_object_of_a_binary_mask_is_named_only_where_the_square_shows_it(tmp
 
 
 def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
-    for rule in framing.RULES.values():
+    for rule in windows.RULES.values():
         for height, width in ((375, 500), (64, 64), (40, 900), (49, 70)):  # 64 / (64 / 49) is more than 49
             picture = ramp(height, width)
-            windows = [framing.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
-            assert windows == [framing.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
-            for window in windows:
+            places = [windows.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
+            assert places == [windows.draw_window(rule, picture, SIZE, seed) for seed in range(40)]
+            for window in places:
                 side = SIZE / window.scale
                 assert -1e-6 <= window.left <= width - side + 1e-6 and -1e-6 <= window.top <= height - side + 1e-6
     scales = {
-        framing.draw_window(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)
+        windows.draw_window(windows.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)
     }
     assert {round(scale, 3) for scale in scales} == {
         0.512,

@@ -15,10 +15,10 @@ from torch import Tensor
 from bench.proof.students.student_data import BACKGROUND, IGNORED, Vocabulary, vocabulary_of
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource, Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.training.truth.augment import mirror, relight
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 MOST_BYTES = 2**30  # of decoded images that are kept in memory
 LIGHT = 0.5  # chance of each change of light

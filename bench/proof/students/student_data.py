@@ -12,8 +12,7 @@ from torch import Tensor
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.labels.words import mirrored_names
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.engine.pictures.pictures import largest_first
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, largest_first
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS

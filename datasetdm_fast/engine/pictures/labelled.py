@@ -43,6 +43,12 @@ def present(array: np.ndarray | None) -> np.ndarray:
     return array
 
 
+def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
+    """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
+    order: list[int] = np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
+    return order
+
+
 @dataclass(frozen=True)
 class Picture:
     """A labelled image at its own size, places in pixels; masks are made one at a time, as there may be thousands."""

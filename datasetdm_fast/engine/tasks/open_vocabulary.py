@@ -9,8 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
-from datasetdm_fast.engine.pictures.pictures import largest_first
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, largest_first, present
 from datasetdm_fast.engine.tasks.captions import OBJECT
 from datasetdm_fast.engine.tasks.instance import NOTHING
 from datasetdm_fast.engine.tasks.semantic import SMALL, masks_of, scaled_area

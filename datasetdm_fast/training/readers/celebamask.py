@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 PARTS = (  # in the order they are drawn, front ones last
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth"
@@ -28,7 +29,7 @@ class CelebAMask(PictureSource):
 
     classes = ("background", *NAMES)
     thing_classes = tuple(NAMES)
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
     tasks = ("semantic", "open-vocabulary")
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -8,9 +8,10 @@ import numpy as np
 
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.shapes import Things
 
 CITYSCAPES_CLASSES = builtin_table("cityscapes").names
@@ -27,7 +28,7 @@ class Cityscapes(PictureSource):
 
     classes = CITYSCAPES_CLASSES
     thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]
-    rule = framing.RULES["cityscapes"]
+    rule = windows.RULES["cityscapes"]
     captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

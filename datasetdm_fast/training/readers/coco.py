@@ -11,10 +11,11 @@ import numpy as np
 
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS
 from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import largest
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import largest
 from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, polygon, rasterise
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
@@ -131,7 +132,7 @@ class Coco(OutlineSource):
 
     joints = COCO_JOINTS
     limbs = COCO_LIMBS
-    rule = framing.RULES["coco"]
+    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
@@ -273,7 +274,7 @@ class Coco(OutlineSource):
         person = self._joints([self.people[record]])
         seen = person["keypoints"][0][:, 2] > 0
         x, y, width, height = person["keypoint_boxes"][0]
-        side = max(width, height) * framing.PERSON_MARGIN
+        side = max(width, height) * windows.PERSON_MARGIN
         away = person["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16

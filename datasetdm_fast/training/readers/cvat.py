@@ -6,9 +6,9 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import shapes
+from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.untrusted import documents
 
 LARGEST_TASK = 64 * 2**20  # bytes
@@ -23,7 +23,7 @@ class Cvat(shapes.OutlineSource):
     shapes shows nothing.
     """
 
-    rule = framing.RULES["coco"]
+    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
 DEEPFASHION_CLASSES = builtin_table("deepfashion").names
@@ -19,7 +20,7 @@ class DeepFashion(PictureSource):
     classes = DEEPFASHION_CLASSES
     thing_classes = DEEPFASHION_CLASSES[1:]
     tasks = ("semantic", "open-vocabulary")
-    rule = framing.RULES["deepfashion"]
+    rule = windows.RULES["deepfashion"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train":

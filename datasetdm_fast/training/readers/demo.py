@@ -9,9 +9,9 @@ import numpy as np
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.engine.pictures.pictures import largest
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.truth.picture_source import largest
 
 # Scenes that no decoder learns from or is evaluated on, as these have learned from them.
 RESERVED_SEEDS = {

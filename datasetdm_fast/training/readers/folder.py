@@ -5,10 +5,11 @@ from types import NoneType
 
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
 CLASSES = "Write one class name per line there, in the order of the numbers in the masks."
@@ -21,7 +22,7 @@ class Folder(PictureSource):
     unit of depth files as in a run folder.
     """
 
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():

@@ -10,11 +10,11 @@ from PIL import Image
 
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.depth import LARGEST_STEP, UNITS, unit_of
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import tables
+from datasetdm_fast.training.truth import tables, windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents, images
 
 COLUMNS = {
@@ -34,7 +34,7 @@ class HuggingFace(PictureSource):
     as in a plain folder. What convert wrote has all of it in classes.json; its lists of objects and people are ignored.
     """
 
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, self.rows = path, tables.open_rows(path, split)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 CAPTION = "a photo of a street"
 
@@ -16,7 +17,7 @@ class Kitti(PictureSource):
 
     max_depth = 80.0
     tasks = ("depth",)
-    rule = framing.RULES["kitti"]
+    rule = windows.RULES["kitti"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import shapes
+from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.untrusted import documents, images
 
 LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
@@ -26,7 +26,7 @@ class LabelMe(shapes.OutlineSource):
     and group_id are one thing, `__ignore__` is ignored.
     """
 
-    rule = framing.RULES["coco"]
+    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 FOLDERS = (("im", "gt"), ("images", "masks"), ("image", "mask"), ("imgs", "masks"), ("Image", "Mask"))
 DIS5K = {"train": "DIS-TR", "val": "DIS-VD"}  # split -> its folder there; those of its tests are called as they are
@@ -20,7 +21,7 @@ class Masks(PictureSource):
     What is not black is the object, which classes.txt may name, one line.
     """
 
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
     tasks = ("semantic", "open-vocabulary")
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
@@ -19,7 +20,7 @@ class Nyu(PictureSource):
 
     max_depth = 10.0
     tasks = ("depth",)
-    rule = framing.RULES["nyu"]
+    rule = windows.RULES["nyu"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         split = "test" if split == "val" and not (path / "val_list.txt").exists() else split

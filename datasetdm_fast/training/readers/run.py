@@ -12,15 +12,16 @@ from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName, task_of_label
 from datasetdm_fast.engine.labels.trust import without_doubtful
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.selections import read_split
 from datasetdm_fast.runs.run_folder.split import origins, part_of
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.training.truth.shapes import Things
 from datasetdm_fast.untrusted import documents
 
@@ -50,7 +51,7 @@ class RunSamples(PictureSource):
     several decoders of another task, the first of the run is the truth. Instances of low score are ignored.
     """
 
-    rule = framing.RULES["coco"]
+    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         split, chosen = _split_and_label(split)

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers.kitti import CAPTION
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 SCENE = re.compile(r"Scene\d+")
 
@@ -20,7 +21,7 @@ class VirtualKitti(PictureSource):
 
     max_depth = 80.0
     tasks = ("depth",)
-    rule = framing.RULES["vkitti2"]
+    rule = windows.RULES["vkitti2"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.selection import VOC_CLASSES
 
 
@@ -20,7 +21,7 @@ class Voc(PictureSource):
 
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
     captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.shapes import OutlineSource, Things, polygon
 from datasetdm_fast.untrusted import documents
 
@@ -11,7 +12,7 @@ from datasetdm_fast.untrusted import documents
 class Yolo(OutlineSource):
     """An image without a label file shows nothing, as YOLO has it."""
 
-    rule = framing.RULES["coco"]
+    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.names = _class_names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))

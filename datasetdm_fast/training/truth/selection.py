@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.pictures.framing import UPSTREAM_SIDE
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.settings import setting
 from datasetdm_fast.training.truth.image_list import find_listed, read_image_list
+from datasetdm_fast.training.truth.windows import UPSTREAM_SIDE
 
 VOC_CLASSES = builtin_table("voc").names
 

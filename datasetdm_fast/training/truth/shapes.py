@@ -11,7 +11,7 @@ import numpy as np
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
-from datasetdm_fast.engine.pictures.pictures import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 CIRCLE_CORNERS = 64

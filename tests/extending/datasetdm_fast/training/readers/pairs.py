@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.engine.pictures.pictures import PictureSource
+from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth.picture_source import PictureSource
 
 
 class Pairs(PictureSource):
     tasks = ("semantic",)
-    rule = framing.RULES["voc"]
+    rule = windows.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.classes = reading.class_file(path / "classes.txt")

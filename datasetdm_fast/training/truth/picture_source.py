@@ -10,13 +10,14 @@ from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.words import photo_of
 from datasetdm_fast.engine.pictures import framing
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture, present
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture, largest_first, present
+from datasetdm_fast.training.truth import windows
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
 
 class PictureSource(LabelledSource):
-    rule = framing.Rule()
+    rule = windows.Rule()
     images: Sequence[Path]  # where it is the file that names a record
 
     def name(self, record: int) -> str:
@@ -29,9 +30,9 @@ class PictureSource(LabelledSource):
         picture = self.picture(record)
         height, width = picture.image.shape[:2]
         if seed is not None:
-            window = framing.draw_window(self.rule, picture, self.size, seed)
+            window = windows.draw_window(self.rule, picture, self.size, seed)
         elif picture.person:
-            window = framing.around(picture.person, self.size)
+            window = windows.around(picture.person, self.size)
         else:
             window = framing.fit_window(height, width, self.size)
         return self.complete(framing.frame_picture(picture, window, self.size, self.least_mask))
@@ -105,12 +106,6 @@ def _count_pixels(picture: Picture, classes: Sequence[str]) -> dict[str, int]:
         return {}
     counts = np.bincount(picture.semantic.ravel(), minlength=256)
     return {name: int(counts[k]) for k, name in enumerate(classes) if counts[k]}
-
-
-def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
-    """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
-    order: list[int] = np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
-    return order
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
