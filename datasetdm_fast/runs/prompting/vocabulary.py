@@ -6,8 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 FILE = Path(__file__).with_name("vocabulary.yaml")
 
 
@@ -46,6 +44,8 @@ class Phrases:
 @cache
 def read_vocabulary() -> Phrases:
     """The phrases of vocabulary.yaml."""
+    import yaml
+
     document: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     categories, names = {}, {}
     for category, fields in document.pop("categories").items():
