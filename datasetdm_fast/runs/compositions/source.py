@@ -16,7 +16,7 @@ from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.seal import index_files, is_sealed, read_seal
-from datasetdm_fast.runs.run_folder.selections import FILTER
+from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
 from datasetdm_fast.untrusted import images
 
 CACHE_BYTES = 64 * 2**20  # of pixels of samples that are used again soon
@@ -31,12 +31,9 @@ class Source:
         self.path, self.run = path, Run(path, kept=only_kept)
         self.document: dict[str, Any] = self.run.document
         refuse_stored(path)
+        if only_kept:
+            check_filtered(path)
         self.filter_digest = storage.sha256_of(path / FILTER) if only_kept else ""
-        if only_kept and not self.filter_digest:
-            raise Refused(
-                f"--kept: {path} has not been filtered",
-                f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
-            )
         if not self.run.is_complete or not is_sealed(path):
             raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
 

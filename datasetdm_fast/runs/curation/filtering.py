@@ -161,11 +161,11 @@ def summarize(path: Path, decision: Filter, verb: str) -> tuple[dict[str, Any], 
     total = Counter(word for words in table.classes for word in words)
     rows = zip(table.indices, table.classes, strict=True)
     left = Counter(word for index, words in rows if index in indices for word in words)
-    kept, left_out = len(decision.remaining), len(decision.left_out)
+    count, left_out = len(decision.remaining), len(decision.left_out)
     more = f"; {path}/state/kept.json says why the others are not" if left_out and verb == "are" else ""
-    lines = [f"{kept} of {kept + left_out} samples {verb} kept{more}"]
+    lines = [f"{count} of {count + left_out} samples {verb} kept{more}"]
     if total:
-        shares = ", ".join(f"{word} {left[word]} of {count}" for word, count in total.most_common())
+        shares = ", ".join(f"{word} {left[word]} of {total[word]}" for word, _ in total.most_common())
         lines.append(f"of each class: {shares}")
-    classes = {word: [left[word], count] for word, count in total.items()}
-    return {"where": decision.where, "kept": kept, "left_out": left_out, "classes": classes}, lines
+    classes = {word: [left[word], total[word]] for word in total}
+    return {"where": decision.where, "kept": count, "left_out": left_out, "classes": classes}, lines

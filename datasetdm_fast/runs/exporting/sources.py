@@ -6,11 +6,11 @@ from pathlib import Path
 
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.errors import GateFailed, Refused, quote
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import read_filter, read_split
+from datasetdm_fast.runs.run_folder.selections import check_filtered, read_split
 from datasetdm_fast.runs.run_folder.split import part_of
 
 PARTS = ("files", "labels")  # of a row that an export needs
@@ -61,11 +61,8 @@ def open_source(
     """
     run = Run(place, kept=only_kept)
     path = run.path = run.copies.fetch_all() if run.copies else run.path
-    if only_kept and read_filter(path) is None:
-        raise Refused(
-            f"--kept: {path} has not been filtered",
-            f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
-        )
+    if only_kept:
+        check_filtered(path)
     split = read_split(path)
     return ExportSource(run, choose_labels(run, tasks), chosen, split and split.names())
 

@@ -157,10 +157,10 @@ class SampleView:
         if form not in forms:
             form = forms[0]
         if form == stored and not self.place.is_scaled:
-            return form, self.linked("image")
+            return form, self.link_file("image")
         return form, image_bytes(self.image, form, self.pictures.quality)
 
-    def linked(self, role: str) -> Linked:
+    def link_file(self, role: str) -> Linked:
         """A file of the run, as it is."""
         self.read(role)
         name, written = self.stored.row.files[role]
@@ -188,7 +188,7 @@ class SampleView:
         label = self.run.labels["depth"]
         kind, table = kind_of(label), self.stored.document["labels"][label]
         if UNITS[table.get("unit", DEFAULT_UNIT)] == steps and not self.place.is_scaled:
-            return self.linked(kind.roles[0])
+            return self.link_file(kind.roles[0])
         pixels = {role: self._pixels(role) for role in kind.roles}
         depth = kind.decode(pixels, self.stored.row.labels[label], table)
         numbers = np.rint(self.place.scale(depth.metres).astype(np.float64) * steps)

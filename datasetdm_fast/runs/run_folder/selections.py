@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.errors import quote, refusing_form
+from datasetdm_fast.errors import Refused, quote, refusing_form
 from datasetdm_fast.untrusted import documents
 
 FILTER, SPLIT = "state/kept.json", "split.json"
@@ -59,6 +59,15 @@ def read_filter(folder: Path) -> Filter | None:
         documents.check_form(list(value["left_out"].values()), [str])
         left_out = {int(id): reason for id, reason in value["left_out"].items()}
         return Filter(value["where"], tuple(map(int, value["kept"])), left_out)
+
+
+def check_filtered(folder: Path) -> None:
+    """Refuses --kept for a run folder without a filter."""
+    if not (folder / FILTER).exists():
+        raise Refused(
+            f"--kept: {folder} has not been filtered",
+            f"Drop it, or filter first with: python -m datasetdm_fast.filter {quote(folder)} --where CONDITION",
+        )
 
 
 def read_split(folder: Path) -> Split | None:
