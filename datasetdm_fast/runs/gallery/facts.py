@@ -13,9 +13,9 @@ from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
+from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE, mean_certainty
 
 SAFE = 2**53  # below it a script's numbers are exact
-LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
 NO_CLASS = ("background", "none", "")
 NO_FIGURE = "hash"  # the score of `filter` that no number can be compared with
 
@@ -29,12 +29,10 @@ class RunFacts:
         self.tasks = [*by_kind(document["config"]["task"])]
         self.layers = layers_of(document)
         self._numbers: dict[str, int] = {}
+        self._known = {word for task in self.tasks for word in document["labels"].get(task, {}).get("classes", ())}
         for task in self.tasks:
             for word in document["labels"].get(task, {}).get("classes", ()):
                 self.number(word)
-        self.knows_where = {  # labels that show whether a class is in the image -> their classes
-            task: frozenset(document["labels"].get(task, {}).get("classes", ())) for task in self.tasks
-        }
         self.named: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()
         self.missing = self.doubtful = self.excluded = 0
@@ -64,14 +62,15 @@ class RunFacts:
             figures |= {
                 f"{name}: {decoder}" if decoder else name: value for name, value in kind.figures(record).items()
             }
-        certainties = [kind_of(task).certainty(record) for task, record in row.labels.items()]
-        known = [value for value in certainties if value is not None]
-        figures |= {"score": round(sum(known) / len(known), 4)} if known else {}
+        certainty = mean_certainty(row.labels)
+        figures |= {} if certainty is None else {"score": round(certainty, 4)}
         figures |= {"disagreeing": row.trust.disagreeing} if row.trust else {}
         figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
         self.figures |= dict.fromkeys(figures)
         visible = [word for word in shown if word not in NO_CLASS]
-        missing = row.trust.missing if row.trust else self._missing(request.classes, shown)
+        missing = (
+            row.trust.missing if row.trust else [w for w in request.classes if w in self._known and w not in shown]
+        )
         reasons = row.trust.reasons if row.trust else ()
         if row.status == DOUBTFUL and row.reason != "; ".join(reasons):
             reasons = (row.reason,)
@@ -98,11 +97,6 @@ class RunFacts:
             ],
             "figures": [figures.get(name) for name in self.figures],
         }
-
-    def _missing(self, named: Iterable[str], shown: Iterable[str]) -> list[str]:
-        """Classes that the prompt names and labels know, but do not show."""
-        known = frozenset().union(*self.knows_where.values())
-        return [word for word in named if word in known and word not in shown]
 
     def details(self, rows: Sequence[Row]) -> list[Any]:
         """What is drawn over the pictures of some samples, each with its index."""

@@ -61,9 +61,9 @@ class Scored:
         return cls(sample.image, sample.request.classes, records, labels.__getitem__, tables, trust)
 
 
-def certainty(made: Scored) -> float | None:
+def mean_certainty(records: Mapping[str, Any]) -> float | None:
     """The mean over the kinds of labels whose decoder reports a confidence."""
-    values = [kind_of(task).certainty(record) for task, record in made.records.items()]
+    values = [kind_of(task).certainty(record) for task, record in records.items()]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -97,7 +97,7 @@ def sharpness(image: Image.Image) -> float:
 
 
 SCORERS: dict[str, Callable[[Scored], float | None]] = {
-    "score": certainty,
+    "score": lambda made: mean_certainty(made.records),
     "trust": lambda made: float(made.trust.is_trusted),
     "agreement": lambda made: agreement([names for task in made.records if (names := named_map(made.label(task)))]),
     "presence": presence,

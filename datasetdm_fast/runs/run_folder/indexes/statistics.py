@@ -13,10 +13,10 @@ from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.runs.run_folder.document import sides
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 
 STATISTICS = "statistics.png"
 MOST_CLASSES = 24  # bars, the most frequent ones
-LEAST_SHARE = 0.002  # of the pixels: a class that fills less of a map is not shown
 BINS = 20
 NO_CLASS = {"background", "none"}
 AREA_EDGES = tuple(2.0**-k for k in range(12, -1, -1))  # shares of an image
