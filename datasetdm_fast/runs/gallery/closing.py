@@ -1,5 +1,6 @@
 """Closing a run: its index files and page are written from one reading of the ledger, then the folder is sealed."""
 
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,6 +32,7 @@ def finish_run(run: RunFolder) -> None:
             run.remove_leftovers()
             with refusing_rows(run.path):
                 write_indexes(run.path, run.document, run.ledger)
+            shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began
             run.ledger.note("indexed", "yes")
         elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
             page_files.mark_left_out(run.path, read_filter(run.path))
