@@ -2,6 +2,8 @@
 resumes.
 """
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         leave_processes(ranks)
 
 
-def _train(config: TrainConfig, ranks: "Ranks", line: str) -> int:
+def _train(config: TrainConfig, ranks: Ranks, line: str) -> int:
     from datasetdm_fast.training.evaluation.meter import figure_name
     from datasetdm_fast.training.evaluation.metrics import METRICS
     from datasetdm_fast.training.report import describe_result
@@ -63,41 +65,31 @@ def _train(config: TrainConfig, ranks: "Ranks", line: str) -> int:
 
     with Interruption(is_quiet) as interruption:
         outcomes = workflow.run(plans, line, progress, interruption.is_stopping)
-    results = {
-        task: outcome.result and outcome.result | ({"folds": outcome.folds} if outcome.folds else {})
-        for task, outcome in outcomes.items()
-    }
     if ranks.is_first:
-        print_result(config, {"path": config.out, "tasks": results}, config.out)
+        documents = {task: outcome.document for task, outcome in outcomes.items()}
+        print_result(config, {"path": config.out, "tasks": documents}, config.out)
         for task, outcome in outcomes.items():
             if outcome.result:
                 print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
-        if None in results.values():
+        if None in documents.values():
             print(f"stopped; resume with: {line}", file=sys.stderr)
     return interruption.exit_code(0)
 
 
-def open_workflow(config: TrainConfig, ranks: "Ranks") -> "Workflow":
+def open_workflow(config: TrainConfig, ranks: Ranks) -> Workflow:
     """The trainings of these settings, with their model and data opened."""
     from datasetdm_fast.training.session import check_apart, open_session
     from datasetdm_fast.training.workflow import Workflow
 
     out = Path(config.out)
     check_apart(out, config.task, config.data)
-    settings = {
-        "view_settings": config.view_settings(),
-        "augment": config.augment,
-        "cache_settings": config.cache_settings(),
-        "recipe_settings": config.recipe_settings(),
-        "held_out": config.held_out,
-        "identity": config.training_identity(),
-    }
 
     def on_message(text: str) -> None:
         if ranks.is_first:
             print_lines(config, text)
 
     data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
+    settings = config.session_settings()
     session = open_session(data, choice, config.task, inversion, ranks, on_message, **settings)
     return Workflow(session, out, config.task, config.task_settings(), config.folds)
 

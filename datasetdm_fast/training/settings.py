@@ -245,6 +245,17 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             outlines="" if self.outlines == "auto" and self.preset == "upstream" else self.outlines,
         )
 
+    def session_settings(self) -> dict[str, Any]:
+        """Further fields of the training session."""
+        return {
+            "view_settings": self.view_settings(),
+            "augment": self.augment,
+            "cache_settings": self.cache_settings(),
+            "recipe_settings": self.recipe_settings(),
+            "held_out": self.held_out,
+            "identity": self.training_identity(),
+        }
+
     def training_identity(self) -> dict[str, Any]:
         """The settings that decide the weights, as settings.json has them, but for what the recipe and the list of
         unreadable images say.

@@ -34,6 +34,11 @@ class Outcome:
     result: dict[str, Any] | None
     folds: dict[str, Any] | None
 
+    @property
+    def document(self) -> dict[str, Any] | None:
+        """Both as one object."""
+        return self.result and self.result | ({"folds": self.folds} if self.folds else {})
+
 
 @dataclass(frozen=True)
 class Workflow:
