@@ -5,9 +5,7 @@ first image can be made.
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,7 +44,6 @@ def examine() -> dict[str, Any]:
         "torch": reports["torch"],
         "engines": engines,
         "sandbox": reports["sandbox"],
-        "disk": {place: _measure_free(place) for place in (os.getcwd(), tempfile.gettempdir(), str(Path.home()))},
         "self_test": {"passed": not reports["self-test"]["problem"], "problem": reports["self-test"]["problem"]},
     }
 
@@ -58,13 +55,6 @@ def _find_version(name: str) -> str:
         return ""
     except Exception as error:  # the description of a half-removed package
         return f"unknown ({type(error).__name__})"
-
-
-def _measure_free(place: str) -> int:
-    try:
-        return shutil.disk_usage(place).free
-    except OSError:
-        return -1
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
@@ -89,7 +79,6 @@ def describe(facts: dict[str, Any]) -> list[str]:
     for name, engine in facts["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
         rows.append((f"--engine {name}", "runs here" if engine["runs"] else cause))
-    rows += [("disk", f"{free / 1e9:,.1f} GB free in {place}") for place, free in facts["disk"].items()]
     rows.append(("self-test", "passed" if test["passed"] else f"FAILED: {test['problem']}"))
     return [f"{name:<19}{text}" for name, text in rows if text]
 

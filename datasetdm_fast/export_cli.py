@@ -30,20 +30,16 @@ class ExportConfig(ModelSettings, OutputSettings):
     ).split()
 
     out: str = setting("", "output folder", metavar="ENGINES", output="folder")
-    to: str = setting(
-        "onnx", "what to write: ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx")
-    )
+    to: str = setting("onnx", "ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
         "auto",
-        "storage of UNet and autoencoder; auto is fp32 for graphs and fp16 for plans",
+        "of UNet and autoencoder; auto: fp32 for graphs, fp16 for plans",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
     capability: tuple[str, ...] = setting(
-        (),
-        "GPU architectures to build plans for, such as sm86,sm120; default: this machine's, or portable",
-        metavar="LIST",
+        (), "GPUs to build plans for, such as sm86,sm120; default: this machine's, or portable", metavar="LIST"
     )
     raw_capture: bool = setting(False, "also export a stage that returns every feature and attention map")
     list: bool = setting(False, "show the plans of --out, or of the cache")
@@ -58,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
     if config.list or config.prune:
         return show_plans(config)
-    if config.to == "onnx" and (idle := sorted({"batch", "capability"} & set(flags))):
-        raise Refused(f"--{idle[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
+    if config.to == "onnx" and (unused := sorted({"batch", "capability"} & flags)):
+        raise Refused(f"--{unused[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
     if find_spec("onnx") is None:

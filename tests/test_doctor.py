@@ -10,7 +10,7 @@ import pytest
 from datasetdm_fast import doctor
 from datasetdm_fast.command_line import probes
 
-SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "disk", "self_test"}
+SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "self_test"}
 SECONDS = 240
 
 # A module of this name lies before the real one and does this when it is imported.
@@ -54,7 +54,6 @@ def test_a_sound_machine():
     engines = found["engines"]
     assert engines["torch"]["runs"] and engines["fast"]["runs"]
     assert all(engine["runs"] or (engine["cause"] and engine["remedy"]) for engine in engines.values())
-    assert all(free > 0 for free in found["disk"].values())
     told = doctor.describe(found)
     assert any(line.split()[:2] == ["self-test", "passed"] for line in told) and all("\n" not in line for line in told)
 
@@ -92,7 +91,3 @@ def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
         answers["hangs"]["problem"] == "no answer within 2 s" and answers["crashes"]["problem"] == "crashed (SIGSEGV)"
     )
     assert answers["raises"]["problem"] == "ValueError: no" and answers["silent"]["problem"]
-
-
-def test_a_place_that_is_not_there(tmp_path):
-    assert doctor._measure_free(str(tmp_path / "none")) == -1
