@@ -189,7 +189,7 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     engine, decoders = open_engine(model, engine_settings, config.task, stored)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))
-    # A label of another package does not tell which words were requested for it: the plan of the run does.
+    # Labels of other packages do not list the requested words; the plan of the run does.
     requested = [table["classes"][1:] for label, table in source["labels"].items() if _has_words(label)]
     sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
     query_words = requested[0] if requested else words

@@ -82,7 +82,7 @@ def labels_of(source: TileSource, task: str) -> list[str]:
 
 
 def class_task(source: TileSource, word: str) -> str:
-    """The task whose labels tell where a class is: label maps before instances."""
+    """The task whose labels locate a class, label maps before instances."""
     tables = {
         task: table["classes"]
         for task in sorted(by_kind(source.run.tasks), key=lambda task: not kind_of(task).is_map)

@@ -136,7 +136,7 @@ def keep_all(run: Run, *, is_dry: bool = False) -> int:
     try:
         with Run(run.path, kept=True) as filtered:
             count = len(run) - len(filtered)
-    except Refused:  # a damaged filter: what it left out is not known
+    except Refused:  # a damaged filter: its count is unknown
         count = 0
     run.close()
     if not is_dry:

@@ -18,7 +18,7 @@ BATCH = 8
 
 
 class Stability:
-    """The model and the decoders of a run that name classes without being asked for words."""
+    """The model of a run, and its decoders with fixed classes."""
 
     def __init__(self, run: Run, threads: int):
         from datasetdm_fast.engine.engines.opening import open_engine

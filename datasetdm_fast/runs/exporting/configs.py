@@ -12,7 +12,7 @@ from datasetdm_fast.runs.exporting.depth import NyuFormat, lines, published_spli
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
 
-SIGMA = 0.05  # of a joint, where nobody measured how far apart people place it
+SIGMA = 0.05  # of a joint, default for joints whose annotation error is unknown
 WIDTH = 120
 
 

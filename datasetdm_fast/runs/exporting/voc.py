@@ -28,7 +28,7 @@ PALETTE = palette()
 
 
 class VocFormat(Format):
-    """Class numbers are VOC's own where all classes are among its 20, else those of the export; labelmap.txt tells.
+    """Class numbers are VOC's if all classes are among its 20, else those of the export; labelmap.txt lists them.
 
     Where there are objects, the map of classes has theirs, as in VOC.
     """

@@ -73,7 +73,7 @@ class Endpoint:
         """Status, headers and body of the reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # a proxy would get what is meant for this machine, the key of an unencrypted request among it
+        # a proxy would read requests to this machine, with the key of an unencrypted one
         is_proxied = not _is_loopback(urlsplit(self.url).hostname or "")
         async with (
             self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS) as client,

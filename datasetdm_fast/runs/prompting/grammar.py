@@ -106,7 +106,7 @@ class PlaceGrammar:
 
 
 def _compose(dice: random.Random, thing: str, category: Category) -> str:
-    """A sentence of a thing with what it does, its place, the light and the viewpoint, in one of several orders."""
+    """A sentence of a thing with its state, place, light and viewpoint, in one of several orders."""
     phrases = read_vocabulary()
     state, place = dice.choice(category.states), dice.choice(category.places)
     light = dice.choice(phrases.indoor_light if category.is_indoors else phrases.outdoor_light + phrases.weather)
@@ -154,7 +154,7 @@ def _select(requested: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuses what is no class word: the name of a file, and text that is no Unicode."""
+    """Refuses names of files and text that is no Unicode among class words."""
     refuse_file_names(words)
     for word in words:
         if not documents.is_unicode(word):
