@@ -1,5 +1,5 @@
 """Every operation worth a kernel, one file each: `reference`, which defines it, its other forms (`plain`, `native`,
-`fused`), the devices they are chosen on, block sizes, model sizes, and the cases on which all are tested.
+`fused`), the devices they are chosen on, block sizes, and the inputs on which a device is checked.
 """
 
 import sys
@@ -27,7 +27,6 @@ if __name__ == "datasetdm_fast.kernels":
         depth_head,
         geglu,
         group_norm_parts,
-        group_norm_plane,
         group_norm_silu,
         guided_step,
         image_norm,
@@ -38,7 +37,6 @@ if __name__ == "datasetdm_fast.kernels":
         mask_embedding,
         mask_head,
         masked_attention,
-        merge_statistics,
         place_statistics,
         pyramid,
         query_attention,
@@ -68,9 +66,6 @@ if __name__ == "datasetdm_fast.kernels":
         "mask_head": mask_head,
         "depth_head": depth_head,
     }
-
-    # Every file that holds a kernel: the operations, and what several of them launch.
-    FILES = (*OPS.values(), group_norm_plane, merge_statistics)
 
     # What defines each operation, naive and slow.
     reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import Case, noise
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
 
 DEVICES = {"cpu": "native"}
@@ -26,11 +25,3 @@ def native(x: Tensor) -> Tensor:
     out = x.new_empty((*x.shape[:-1], channels))
     _C.geglu(STORAGES[x.dtype], x.data_ptr(), out.data_ptr(), out.numel() // channels, channels, threads(x))
     return out
-
-
-def cases() -> list[Case]:
-    return [
-        Case("smallest", (noise(1, 2),), (1, 1)),
-        Case("odd rows of odd width, deep in both tails", (noise(3, 7, 38, scale=4),), (3, 7, 19)),
-        Case("SD 1.x first level, a few tokens", (noise(1, 9, 2560),), (1, 9, 1280)),
-    ]

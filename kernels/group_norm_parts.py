@@ -4,7 +4,8 @@ that operations before it have stored (add_statistics.py); a small plane needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import add_statistics
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, take_statistics
-from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
 from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, normalise_plane
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_statistics
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)}
@@ -239,35 +240,8 @@ def groups_of_block(groups: int, members: int, lanes: int) -> int:
     return together
 
 
-def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
-    def image(side, width):
-        return empty(batch, side, side, width).permute(0, 3, 1, 2)
-
-    for side, width in LEVELS:
-        chunks = ceil_divide(side * side, CHUNK)
-        parts = [image(side, width), image(side, 2 * width)]
-        statistics = [empty(2, batch, chunks, part.shape[1]).float() for part in parts]
-        both = empty(3 * width), empty(3 * width), 32, 1e-5
-        yield f"{width} channels and {2 * width}", (parts, statistics, None, *both)
-        yield f"{width} channels", ([image(side, width)], [], *[empty(width) for _ in range(3)], 32, 1e-5)
-    yield "autoencoder", ([image(256, 256)], [], None, empty(256), empty(256), 32, 1e-6)
-
-
-def cases() -> list[Case]:
-    def norm(batch, channels, groups, height, width, *, is_measured=True, has_shift=True, offset=0, has_silu=True):
-        parts = [noise(batch, count, height, width) + offset for count in channels]
-        statistics = [take_statistics(part) for part in parts] if is_measured else []
-        whole = sum(channels)
-        shift = noise(whole + 2)[2:] if has_shift else None
-        affine = noise(whole) + 1, noise(whole + 1)[1:]
-        return (parts, statistics, shift, *affine, groups, 1e-5, has_silu), (batch, whole, height, width)
-
-    return [
-        Case("smallest plane that varies", *norm(1, (2,), 1, 1, 2)),
-        Case("two parts, a group across both, ragged chunks", *norm(2, (21, 12), 3, 13, 15)),
-        Case("a small plane in one launch", *norm(2, (60,), 4, 7, 11, is_measured=False)),
-        Case("a large one, its statistics taken here", *norm(1, (6,), 2, 17, 19, is_measured=False, has_silu=False)),
-        Case("more chunks than a block reads", *norm(1, (4,), 2, 70, 61, has_shift=False)),
-        Case("far from zero", *norm(1, (64,), 32, 16, 16, offset=15, is_measured=False)),
-        Case("SD 1.x third level, the skip beside it", *norm(1, (1280, 640), 32, 12, 12)),
-    ]
+def probe() -> tuple[Any, ...]:
+    """Inputs on which a device is checked against the reference."""
+    parts = [noise(1, channels, 12, 12) for channels in (1280, 640)]
+    affine = noise(1920) + 1, noise(1921)[1:]
+    return parts, [take_statistics(part) for part in parts], noise(1922)[2:], *affine, 32, 1e-5

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import BATCH, Case, noise
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 
 FIXED = 5  # coefficients before those of the earlier entries
@@ -107,34 +104,3 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
             *parts, out, latents.numel(), SLOTS=len(history), **sizes
         )
     return out
-
-
-def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
-    for slots in (0, 1, 3):
-        latents = empty(batch, 4, 64, 64)
-        inputs = empty(2 * batch, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
-        yield f"{slots} earlier entries", inputs
-
-
-def cases() -> list[Case]:
-    def step(batch, side, weights, sample=0.9, entry=(0.0, 1.0), unread=()):
-        history = noise(len(weights) - 1, batch, 4, side, side)
-        for slot in unread:
-            history[slot] = float("nan")
-        numbers = torch.tensor([7.5, sample, *entry, *weights])
-        return noise(2 * batch, 4, side, side), noise(batch, 4, side, side), history, numbers
-
-    return [
-        Case("smallest, no memory: DDIM", step(1, 1, (-0.3,)), (2, 1, 4, 1, 1)),
-        Case(
-            "odd side, an earlier entry, a clean sample: DPM-Solver++",
-            step(3, 5, (0.8, -0.2), 0.4, (1.1, -0.3)),
-            (2, 3, 4, 5, 5),
-        ),
-        Case(
-            "second call of PLMS: slots that nothing was written to",
-            step(2, 9, (-0.5, -0.5, 0.0, 0.0), unread=(1, 2)),
-            (2, 2, 4, 9, 9),
-        ),
-        Case("PLMS at 512 pixels", step(2, 64, (-0.12, 0.13, -0.08, 0.02)), (2, 2, 4, 64, 64)),
-    ]

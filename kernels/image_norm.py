@@ -4,8 +4,8 @@ affine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import add_statistics, group_norm_silu
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows
-from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
 from datasetdm_fast.kernels.cpu import is_native
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_chunks, merge_statistics
+from datasetdm_fast.kernels.noise import noise
 
 EPS = 1e-4
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -144,28 +144,6 @@ def fused(x: Tensor, has_relu: bool = False) -> Tensor:
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
-    for side, count in ((32, 2), (64, 2), (64, 4)):
-        yield (
-            f"{count * FEATURES} channels at {side} cells",
-            (
-                empty(batch, side, side, count * FEATURES).permute(0, 3, 1, 2),
-                True,
-            ),
-        )
-
-
-def cases() -> list[Case]:
-    return [
-        Case("smallest: a plane that varies", (noise(1, 1, 2, 2),), (1, 1, 2, 2)),
-        Case("several chunks, negative values cut", (noise(2, 35, 13, 21), True), (2, 35, 13, 21)),
-        Case("more chunks than a block reads", (noise(1, 3, 70, 61),), (1, 3, 70, 61)),
-        Case("constant planes have no variance to divide by", (torch.full((2, 3, 4, 4), 5.0),), (2, 3, 4, 4)),
-        Case("ragged planes, far from zero", (noise(3, 17, 5, 5) + 100,), (3, 17, 5, 5)),
-        Case(
-            "channels last, as the convolutions leave it",
-            (noise(2, 33, 9, 13).contiguous(memory_format=torch.channels_last),),
-            (2, 33, 9, 13),
-        ),
-        Case("planes of upstream's highest mix", (noise(1, 24, 64, 64),), (1, 24, 64, 64)),
-    ]
+def probe() -> tuple[Any, ...]:
+    """Inputs on which a device is checked against the reference."""
+    return (noise(1, 24, 64, 64),)

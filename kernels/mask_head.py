@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.kernels.case import Case, noise
 
 
 def reference(queries: Tensor, features: Tensor, side: int, is_blocking: bool = False) -> Tensor:
@@ -24,17 +23,3 @@ def outside(logits: Tensor) -> Tensor:
     # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream
     # lets through.
     return logits.sigmoid() < 0.5
-
-
-def cases() -> list[Case]:
-    return [
-        Case("smallest", (noise(1, 1, 1), noise(1, 1, 1, 1), 1), (1, 1, 1, 1)),
-        Case("as it lies, odd widths", (noise(3, 5, 13), noise(3, 13, 7, 7), 7), (3, 5, 7, 7)),
-        Case("down to a memory level of a 128-pixel image", (noise(2, 20, 64), noise(2, 64, 40, 40), 5), (2, 20, 5, 5)),
-        Case("cells left out, as it lies", (noise(2, 7, 19), noise(2, 19, 6, 6), 6, True), (2, 7, 6, 6)),
-        Case(
-            "upstream's first memory level, cells left out",
-            (noise(1, 100, 256), noise(1, 256, 160, 160), 20, True),
-            (1, 100, 20, 20),
-        ),
-    ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("upsample_concat", 4, BLOCK_S=32, BLOCK_C=64)}
@@ -109,30 +110,9 @@ def fused(levels: Sequence[Tensor], side: int) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
-    """The two joins of a decoder that resize: mid level and what lies below it, high level and both."""
-    for side, below in ((32, FEATURES), (64, 2 * FEATURES)):
-        levels = [
-            empty(batch, side // 2, side // 2, count).permute(0, 3, 1, 2) for count in (below, FEATURES)
-        ]  # the lower ones lie a level deeper
-        yield f"{below} and {FEATURES} channels at {side} cells", (levels, side)
-
-
-def cases() -> list[Case]:
-    def levels(batch, *shapes):
-        return [noise(batch, *shape) for shape in shapes]
-
-    def channels_last(x):
-        return x.contiguous(memory_format=torch.channels_last)
-
-    parts = noise(2, 6, 6, 40).permute(0, 3, 1, 2)[:, 3:37]  # what one decoder reads of the sums of several
-    return [
-        Case("smallest: one cell", (levels(1, (1, 1, 1), (1, 1, 1)), 1), (1, 2, 1, 1)),
-        Case("up and down, odd widths", (levels(2, (5, 3, 3), (7, 9, 8)), 5), (2, 12, 5, 5)),
-        Case("a slice of channels-last sums beside planes", ([noise(2, 33, 3, 3), parts], 6), (2, 67, 6, 6)),
-        Case(
-            "demo's decoders: the high level doubled",
-            ([channels_last(x) for x in levels(1, (96, 8, 8), (48, 16, 16))], 16),
-            (1, 144, 16, 16),
-        ),
-    ]
+def probe() -> tuple[Any, ...]:
+    """Inputs on which a device is checked against the reference."""
+    below, level = (
+        noise(1, *shape).contiguous(memory_format=torch.channels_last) for shape in ((96, 8, 8), (48, 16, 16))
+    )
+    return [below, level], 16

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Ups
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.kernels.case import noise
+from datasetdm_fast.kernels.noise import noise
 
 VECTORS = _C.depth_head_vector_bytes()
 TEXT, HEADS = 7, 3

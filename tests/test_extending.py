@@ -26,7 +26,7 @@ HERE = Path(__file__).parents[1]
 FILES = HERE / "tests" / "extending"
 PAGE = HERE / "docs" / "extending.md"
 LONGEST_RECIPE = 15  # lines
-FOLDERS = ("datasetdm_fast", "kernels", "export")  # the last two are packages inside the first
+FOLDERS = ("datasetdm_fast", "kernels", "export", "bench")  # kernels and export are packages inside the first
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ RECIPES = {
         },
     ),
     "A kernel": Recipe(
-        files=("kernels/quick_gelu.py",),
+        files=("kernels/quick_gelu.py", "bench/kernels/inputs/quick_gelu.py"),
         edits={
             "kernels/__init__.py": (
                 ("        pyramid,\n", "        pyramid,\n        quick_gelu,\n"),
@@ -102,7 +102,7 @@ RECIPES = {
                 ),
             ),
         },
-        most_files=3,
+        most_files=4,
         most_edited=1,
     ),
     "An engine": Recipe(
@@ -245,7 +245,7 @@ def copy_with_all(root: Path) -> None:
     for folder in FOLDERS:
         shutil.copytree(HERE / folder, root / folder, symlinks=True)
     shutil.copy(_C.__file__, root / "datasetdm_fast")
-    for folder in FOLDERS[1:]:
+    for folder in FOLDERS[1:3]:
         if not (root / "datasetdm_fast" / folder).is_symlink():
             (root / "datasetdm_fast" / folder).symlink_to(root / folder)
     for recipe in RECIPES.values():

@@ -17,11 +17,13 @@ import torch
 from skips import IS_LONG, long_test
 from torch import Tensor
 
+from bench.kernels.files import FILES
+from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.sampling import walk
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels import FILES, OPS, fused, guided_step, launch, native, plain, pyramid, reference
+from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, plain, pyramid, reference
 
 ROOT = Path(__file__).parents[1]
 FLOOR = 1e-6
@@ -36,7 +38,7 @@ ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DTYPES = [pytest.param(dtype, marks=ON_GPU) for dtype in (torch.float32, torch.float16)]
 DTYPES.append(pytest.param(torch.bfloat16, marks=pytest.mark.gpu))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in op.cases()]
+CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in cases_of(name)]
 KERNELS = [one for one in CASES if hasattr(one.values[0], "fused")]
 
 needs_triton = pytest.mark.skipif(
@@ -117,7 +119,7 @@ def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
 @torch.inference_mode()
 def test_every_form_is_exact(op, form):
     """Of guided_step the native form is fp32, see test_guided_step.py."""
-    for case in OPS[op].cases():
+    for case in cases_of(op):
         inputs = doubled(case.inputs)
         for answer, exact in zip(listed(getattr(form, op)(*inputs)), listed(OPS[op].reference(*inputs)), strict=True):
             assert answer.dtype == exact.dtype and distance(answer.float(), exact.float()) <= 1e-7, case.reason

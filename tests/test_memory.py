@@ -22,7 +22,7 @@ from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models import blocks, packed
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
+from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, image_norm, upsample_concat
 
 
 class Memory:
@@ -207,15 +207,15 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
 
 def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
     device = torch.device("cpu")
-    assert choice.is_sound("geglu", geglu.reference, device, torch.float32)
+    assert choice.is_sound("image_norm", image_norm.reference, device, torch.float32)
     with pytest.warns(RuntimeWarning, match="relative error"):
-        assert not choice.is_sound("geglu", lambda x: 1.01 * geglu.reference(x), device, torch.float32)
+        assert not choice.is_sound("image_norm", lambda x: 1.01 * image_norm.reference(x), device, torch.float32)
 
     def broken(x):
         raise RuntimeError("no binary for this GPU")
 
     with pytest.warns(RuntimeWarning, match="no binary for this GPU"):
-        assert not choice.is_sound("geglu", broken, device, torch.float32)
+        assert not choice.is_sound("image_norm", broken, device, torch.float32)
 
 
 @pytest.mark.parametrize("name", [name for name in vars(fused) if name not in choice.OF_THE_LOOP])

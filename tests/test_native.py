@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.kernels.inputs import cases_of
 from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu, products
-from datasetdm_fast.kernels.case import noise
+from datasetdm_fast.kernels.noise import noise
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
-CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in OPS[name].cases()]
+CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in cases_of(name)]
 VECTORS = _C.depth_head_vector_bytes()
 
 
@@ -112,7 +113,7 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     for count in (1, 3):
         for module in {OPS[name] for name in NATIVE}:
             monkeypatch.setattr(module, "threads", lambda *_, count=count: count)
-        results.append([OPS[name].native(*case.inputs) for name in NATIVE for case in OPS[name].cases()])
+        results.append([OPS[name].native(*case.inputs) for name in NATIVE for case in cases_of(name)])
     assert all(torch.equal(one, three) for one, three in zip(*results))
 
 

@@ -20,8 +20,8 @@ from datasetdm_fast.engine.models.packed import (
     weights_of,
 )
 from datasetdm_fast.kernels import winograd
-from datasetdm_fast.kernels.case import noise
 from datasetdm_fast.kernels.choice import operations
+from datasetdm_fast.kernels.noise import noise
 
 VECTORS = _C.depth_head_vector_bytes()
 

@@ -17,6 +17,7 @@ from planted_faults import FAULTS, planted
 from skips import long_test
 
 from bench.kernels.audit import name_of
+from bench.kernels.files import FILES
 from bench.rehearsal import budget, carried, command, compiled, cuda, run, scenarios, teaching
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, RehearsalConfig, possible
 from bench.rehearsal.compiled import IMAGE, TILES, gpus, loads_wide
@@ -42,7 +43,7 @@ from bench.rehearsal.run import OfThread, Rehearsal, stage
 from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, Flaw, HostThread, Timeline
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.kernels import FILES, OPS, launch
+from datasetdm_fast.kernels import OPS, launch
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(

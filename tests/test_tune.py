@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench.kernels import audit, tune
+from bench.kernels.inputs import cases_of
 from bench.machine import limits
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, fused, launch, layer_norm
+from datasetdm_fast.kernels import fused, launch, layer_norm
 
 CPU = torch.device("cpu")
 SIZES = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -54,8 +55,8 @@ def test_a_kernel_is_timed_without_the_launches_of_the_host(monkeypatch):
 
 @pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
 def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
-    case = OPS["layer_norm"].cases()[0].inputs
-    monkeypatch.setattr(layer_norm, "sizes", lambda drawn: [("small", case)])
+    case = cases_of("layer_norm")[0].inputs
+    monkeypatch.setattr(tune, "sizes_of", lambda op: lambda drawn: [("small", case)])
     monkeypatch.setattr(tune, "WINDOW", 0.0)
     monkeypatch.setattr(layer_norm, "BLOCKS", {"untuned": dict(layer_norm.BLOCKS["untuned"])})
     (judged,) = tune.judged_cases("layer_norm", "fp32", CPU)

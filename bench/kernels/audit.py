@@ -110,7 +110,9 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
     """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it."""
     import torch
 
-    from datasetdm_fast.kernels import FILES, OPS, launch
+    from bench.kernels.files import FILES
+    from bench.kernels.inputs import sizes_of
+    from datasetdm_fast.kernels import OPS, launch
 
     noted, seen, places = [], set(), [vars(module) for module in (launch, *FILES)]
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
@@ -121,7 +123,7 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
     for names, name, _ in named:
         names[name] = lambda device: (f"sm_{target}", launch.UNTUNED)
     try:
-        for case, inputs in OPS[op].sizes(lambda *shape: empty(shape)):
+        for case, inputs in sizes_of(op)(lambda *shape: empty(shape)):
             noted.clear()
             OPS[op].fused(*inputs)
             for one in noted:
@@ -216,7 +218,7 @@ def kernels_of(asked: Sequence[str]) -> tuple[str, ...]:
     """The ops that were asked for, else all that have block sizes: one without has no kernel to compile or tune."""
     from datasetdm_fast.kernels import OPS
 
-    able = tuple(op for op, module in OPS.items() if getattr(module, "BLOCKS", None) and hasattr(module, "sizes"))
+    able = tuple(op for op, module in OPS.items() if getattr(module, "BLOCKS", None))
     wrong = [op for op in asked if op not in able]
     if wrong:
         without = [op for op in wrong if op in OPS]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.kernels.files import FILES
+from bench.kernels.inputs import BATCH, sizes_of
 from bench.machine import machine
 from bench.machine.limits import device_rate
 from bench.machine.measure import distance
@@ -24,8 +26,7 @@ from bench.report.reckoned import BUDGET
 from bench.report.results import ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engine.engines.fast import DTYPES
-from datasetdm_fast.kernels import FILES, OPS, fused, plain
-from datasetdm_fast.kernels.case import BATCH
+from datasetdm_fast.kernels import OPS, fused, plain
 from datasetdm_fast.kernels.launch import names_of
 
 GAIN = 0.98  # of the time before; less is noise
@@ -90,7 +91,7 @@ def run(
 def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
     """The cases of an engine at its sizes; one whose reference does not fit into memory is left out."""
     found = []
-    for reason, drawn in OPS[op].sizes(RandomInputs(device)):
+    for reason, drawn in sizes_of(op)(RandomInputs(device)):
         inputs = placed(drawn, device, DTYPES[dtype])
         try:
             answer, limit = limit_of(OPS[op].reference, inputs, dtype)

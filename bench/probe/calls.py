@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench.kernels.inputs import BATCH
 from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
@@ -20,7 +21,6 @@ from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loop.label_stream import LabelStream
-from datasetdm_fast.kernels.case import BATCH
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
 LONGEST = 45

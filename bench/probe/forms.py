@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.kernels.inputs import HEADS, LEVELS, TOKENS
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
 from datasetdm_fast.engine.engines.fast import base
 from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.kernels import fused, reference
-from datasetdm_fast.kernels.case import HEADS, LEVELS, TOKENS
 
 GROUPS, EPS = 32, 1e-5
 BACKENDS = {

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from bench.kernels.inputs import BATCH
 from bench.machine.measure import wait
 from bench.machine.work import HALVES
-from datasetdm_fast.kernels.case import BATCH
 
 Build = Callable[[], Callable[[], object]]  # makes inputs, and the call on them
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.kernels.audit import SHARED_LIMIT, name_of, taken
+from bench.kernels.files import FILES
 from bench.rehearsal.cuda import CARDS
 from bench.rehearsal.kernels import ACTIVATIONS, ALIGNED, NotedLaunch, source_of
-from datasetdm_fast.kernels import FILES
 from datasetdm_fast.kernels.launch import UNTUNED
 
 WARP = 32  # threads

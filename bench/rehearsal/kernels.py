@@ -20,9 +20,10 @@ from torch import Tensor
 
 from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
 from bench.kernels.audit import Launch as Compilable
+from bench.kernels.files import FILES
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
-from datasetdm_fast.kernels import FILES, OPS
+from datasetdm_fast.kernels import OPS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.kernels.inputs import cases_of, sizes_of
 from bench.machine.limits import device_rate, nearest_limit
 from bench.machine.measure import distance, interleaved
 from bench.machine.work import HALVES, flops
@@ -51,7 +52,7 @@ class OpTiming:
         """
         forms = self.forms(op)
         sizes = self.sizes(op) if forms and self.has_sizes else []
-        small = OPS[op].cases()
+        small = cases_of(op)
         cases = [(case.reason, case.inputs) for case in small] + sizes
         cases = [(reason, placed(inputs, self.device, DTYPES[self.dtype])) for reason, inputs in cases]
         largest = max(moved(inputs) for _, inputs in cases)
@@ -71,7 +72,7 @@ class OpTiming:
         """The sizes of Stable Diffusion 1.x: on a CPU for the two prompts of an image, and without those whose
         reference takes a CPU long.
         """
-        found = getattr(OPS[op], "sizes", lambda empty, batch=0: ())
+        found = sizes_of(op) or (lambda empty, batch=0: ())
         if self.device.type == "cuda":
             return list(found(RandomInputs(self.device)))
         meta = found(RandomInputs(torch.device("meta")), HALVES)
