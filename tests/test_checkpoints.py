@@ -201,7 +201,7 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
         ),
         "shape": (wide, "", "decoder_norm.weight [3] for [16]"),
         "missing": ({k: v for k, v in state.items() if k != "query_embed.weight"}, "", "missing: query_embed.weight"),
-        "NaN": ({**state, "class_embed.bias": torch.full((3,), torch.nan)}, "", "class_embed.bias holds 3 values"),
+        "NaN": ({**state, "class_embed.bias": torch.full((3,), torch.nan)}, "", "class_embed.bias holds NaN"),
         "optimiser": ({"state_dict": state, "optimizer": {"lr": 1}, "epoch": 3}, "", "it holds optimizer, epoch"),
         "code": ({**state, "payload": Payload()}, "", "which could run code"),
         "another project": ({"layer1.weight": torch.ones(2)}, "", "no decoder of DatasetDM: 1 tensors, layer1.weight"),

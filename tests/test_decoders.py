@@ -594,7 +594,7 @@ def test_broken_files(tmp_path):
         lambda: save_decoder(decoder, tmp_path / "c"),
         lambda: load_upstream(build_decoder(small("simcc")), decoder.state_dict()),
     ):
-        with pytest.raises(Refused, match="mlp_head_y.bias holds 1 values that are NaN"):
+        with pytest.raises(Refused, match="mlp_head_y.bias holds NaN"):
             broken()
     assert not (tmp_path / "c").exists()
 

@@ -380,7 +380,7 @@ def test_names_that_are_nothing_here(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
     names = {
-        tmp_path / "empty": "empty folder",
+        tmp_path / "empty": "none of the parts",
         tmp_path / "other": "none of the parts",
         tmp_path / "no" / "such" / "path": "neither",
         "sd": "neither",
@@ -680,7 +680,7 @@ def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
         (wide, "inpainting"),
         ({key: value for key, value in state.items() if key != bias}, "conv_out.bias"),
         ({**state, bias: torch.full((4,), float("inf"))}, "conv_out.bias holds NaN or inf"),
-        ({**state, bias: torch.zeros(5)}, r"\(5,\) where \(4,\)"),
+        ({**state, bias: torch.zeros(5)}, r"\[5\] for \[4\]"),
         ({**state, "first_stage_model.encoder.extra.weight": torch.zeros(1)}, None),
     ):
         save_file(spoilt, path)

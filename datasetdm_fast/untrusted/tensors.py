@@ -2,15 +2,21 @@
 
 import math
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted.documents import GET_AGAIN, LONGEST_NAME, parse_json, quote
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LARGEST_HEADER = 16 * 2**20  # bytes of a safetensors header
 MOST_TENSORS = 20_000
+MOST_LISTED = 8  # tensors that a message names one by one
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8},
@@ -70,3 +76,37 @@ def _tensor(entry: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
     if not holds:
         raise Refused(f"{path}: the header's entry for {quote(name)} is inconsistent", GET_AGAIN)
     return kind, shape, begin, end
+
+
+def check_finite(state: Mapping[str, "Tensor"], origin: str) -> None:
+    """Refuses weights with NaN or infinite values, by the first tensor that has one."""
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise Refused(f"{origin}{name} holds NaN or infinite values, so the weights are damaged", GET_AGAIN)
+
+
+def check_fit(
+    expected: Mapping[str, "Tensor"], state: Mapping[str, "Tensor"], origin: str, what: str, remedy: str
+) -> None:
+    """Refuses a state that has not exactly the expected tensors, by every one that differs."""
+    problems = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "shape": [
+            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
+            for name in sorted(expected.keys() & state.keys())
+            if state[name].shape != expected[name].shape
+        ],
+    }
+    if wrong := [f"{label}: {', '.join(_first_names(names))}" for label, names in problems.items() if names]:
+        count = sum(map(len, problems.values()))
+        raise Refused(
+            f"{origin}: {count} tensor{' does' if count == 1 else 's do'} not fit {what}; {'; '.join(wrong)}", remedy
+        )
+
+
+def _first_names(names: list[str]) -> list[str]:
+    """Tensors for a message: each, or where they are many the modules they belong to, with how many of each."""
+    if len(names) <= MOST_LISTED:
+        return names
+    return [f"{module} ({count})" for module, count in Counter(name.split(".")[0] for name in names).items()]

@@ -1,6 +1,5 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,6 @@ UNUSED = {  # parameters upstream creates and saves but never reads
     "segmentation": ("query_feat_mlp.", "query_embed_mlp."),
     "simcc": ("high_feature_conv.", "highest_feature_conv.", "high_feature_mix_conv.", "highest_feature_mix_conv."),
 }
-MOST_LISTED = 8  # tensors that a message names one by one
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -72,7 +70,7 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
         name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu()
         for name, value in decoder.state_dict().items()
     }
-    check_finite(state, str(folder))
+    tensors.check_finite(state, f"{folder}: ")
     # The configuration last: a folder that has one is whole.
     files.publish(
         {folder / "model.safetensors": save(state), folder / "config.json": decoder.config.to_json().encode()}
@@ -180,7 +178,7 @@ def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
     does not match.
     """
     check_fit(decoder, state, origin)
-    check_finite(state, origin)
+    tensors.check_finite(state, f"{origin}: ")
     ours = decoder.state_dict()
     is_empty = any(value.is_meta for value in ours.values())
     copies = {name: value.to(ours[name].dtype, copy=is_empty) for name, value in state.items()}
@@ -189,35 +187,5 @@ def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
 
 def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
     """Refuses a state that has not exactly the decoder's tensors, by every one that differs."""
-    ours = decoder.state_dict()
-    missing = sorted(set(ours) - set(state))
-    unexpected = sorted(set(state) - set(ours))
-    shapes = [
-        f"{name} {list(state[name].shape)} for {list(ours[name].shape)}"
-        for name in sorted(set(ours) & set(state))
-        if state[name].shape != ours[name].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "shape": shapes}
-    if wrong := [f"{label}: {', '.join(first_names(names))}" for label, names in problems.items() if names]:
-        count = sum(map(len, problems.values()))
-        raise Refused(
-            f"{origin}: {count} {'tensor does' if count == 1 else 'tensors do'} not fit this {decoder.config.kind} "
-            f"decoder; {'; '.join(wrong)}",
-            "Check that the configuration is the one it was trained with.",
-        )
-
-
-def first_names(names: list[str]) -> list[str]:
-    """Tensors for a message: each, or where they are many the modules they belong to, with how many of each."""
-    if len(names) <= MOST_LISTED:
-        return names
-    return [f"{module} ({count})" for module, count in Counter(name.split(".")[0] for name in names).items()]
-
-
-def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
-            raise Refused(
-                f"{origin}: {name} holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite",
-                "The weights are broken: take another copy, or train again.",
-            )
+    remedy = "Check that the configuration is the one it was trained with."
+    tensors.check_fit(decoder.state_dict(), state, origin, f"this {decoder.config.kind} decoder", remedy)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Undrawn, build_decoder, check_finite, check_fit
+from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Undrawn, build_decoder, check_fit
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.folders import parts_of, read_config
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
@@ -93,7 +93,7 @@ class Checkpoint:
         if strange := [name for name, value in read.items() if value.dim() and not value.is_floating_point()]:
             kinds = ", ".join(f"{name} {str(read[name].dtype).removeprefix('torch.')}" for name in strange)
             raise Refused(f"{self.path}: weights are floating-point numbers, found {kinds}", ALONE)
-        check_finite(read, str(self.path))
+        tensors.check_finite(read, f"{self.path}: ")
         files = {"model.safetensors": save(read)}
         # Also without any, it tells that the tensors' own precision is that of the checkpoint.
         if left or self.prefix or any(value.dtype != torch.float32 for value in read.values()):

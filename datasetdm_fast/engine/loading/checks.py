@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import FACTOR
@@ -41,6 +40,37 @@ SETTINGS = {
     ),
 }
 
+NAMES = {"unet": "UNet", "vae": "vae"}
+OTHER_KINDS = {9: ", so it is an inpainting model", 8: ", so it is an image-editing model"}  # by channels of a UNet
+ACTIVATION = ("silu", "swish")  # two names of one function
+# Settings by which a network is another one although its weights may have the same shapes -> the values that are
+# supported, first the default.
+FORMS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "unet": {
+        "in_channels": (4,),
+        "_class_name": ("UNet2DConditionModel",),
+        "out_channels": (4,),
+        "down_block_types": (list(DOWN_BLOCKS),),
+        "up_block_types": (list(UP_BLOCKS),),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "transformer_layers_per_block": (1, [1] * 4),
+        "act_fn": ACTIVATION,
+        "dual_cross_attention": (False,),
+        "only_cross_attention": (False,),
+        "attention_type": ("default",),
+        "resnet_time_scale_shift": ("default",),
+        "center_input_sample": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        **dict.fromkeys(
+            "addition_embed_type class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
+            "cross_attention_norm time_embedding_act_fn timestep_post_act time_cond_proj_dim".split(),
+            (None,),
+        ),
+    },
+    "vae": {"_class_name": ("AutoencoderKL",), "latent_channels": (4,), "act_fn": ACTIVATION},
+}
+
 
 def known_settings(part: str) -> set[str]:
     """The names in a part's config that are read."""
@@ -60,20 +90,11 @@ def check_size(size: int) -> None:
         )
 
 
-def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise Refused(
-                f"model: {name}.{key} holds NaN or infinite values, so the weights are damaged",
-                "Get the file again and compare its checksum.",
-            )
-
-
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, Any]:
     return documents.read_object(path, most=LARGEST_VOCABULARY)
 
 
-def check_bounds(config: Mapping, source: Path) -> None:
+def check_bounds(config: Mapping[str, Any], source: Path) -> None:
     """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
     for key, value in config.items():
         is_list = isinstance(value, (list, tuple))
@@ -88,91 +109,35 @@ def check_bounds(config: Mapping, source: Path) -> None:
             )
 
 
-def check_unet(config: Mapping, source: Path) -> None:
-    """Refuse every UNet whose pyramid is not that of SD 1.x and 2.x, by the first setting that differs."""
-    channels = config.get("in_channels", 4)
-    if channels != 4:
-        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth-to-image model"}.get(
-            channels, "another kind of model"
-        )
-        raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}; {SUPPORTED}", ANOTHER)
-    expected = {
-        "_class_name": "UNet2DConditionModel",
-        "out_channels": 4,
-        "down_block_types": list(DOWN_BLOCKS),
-        "up_block_types": list(UP_BLOCKS),
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "addition_embed_type": None,
-        "class_embed_type": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "num_class_embeds": None,
-        "dual_cross_attention": False,
-        "only_cross_attention": False,
-        "attention_type": "default",
-        "cross_attention_norm": None,
-        "resnet_time_scale_shift": "default",
-        # Weights of these shapes fit also where a setting below is another one, and the images would be wrong.
-        "center_input_sample": False,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-        "time_embedding_act_fn": None,
-        "timestep_post_act": None,
-        "time_cond_proj_dim": None,
-    }
-    for key, value in expected.items():
-        actual = config.get(key, value)
-        if actual != value:
+def check_network(part: str, config: Mapping[str, Any], source: Path | str) -> None:
+    """Refuse a UNet or autoencoder of another form than that of SD 1.x and 2.x, by the first setting that differs."""
+    for key, (usual, *others) in FORMS[part].items():
+        actual = config.get(key, usual)
+        if type(actual) is bool and type(usual) is not bool or actual not in (usual, *others):
+            kind = OTHER_KINDS.get(actual, "") if key == "in_channels" and isinstance(actual, int) else ""
             raise Refused(
-                f"model: {source}: the UNet's {key} is {actual!r} where {value!r} is expected; {SUPPORTED}", ANOTHER
+                f"model: {source}: the {NAMES[part]}'s {key} is {documents.quote(actual)} where {usual!r} is "
+                f"expected{kind}; {SUPPORTED}",
+                ANOTHER,
             )
-    _check_activation(config, source, "UNet")
-    depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
-    if depth not in (1, [1] * 4):
-        raise Refused(
-            f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected; {SUPPORTED}",
-            ANOTHER,
-        )
-    if not isinstance(layers, int):
-        raise Refused(
-            f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected; {SUPPORTED}",
-            ANOTHER,
-        )
+    if not isinstance(config.get("layers_per_block", 2), int):
+        raise Refused(f"model: {source}: the {NAMES[part]}'s layers_per_block is no number; {SUPPORTED}", ANOTHER)
+    if part == "vae":
+        scale, factor = config.get("scaling_factor", 0.18215), 2 ** (len(config["block_out_channels"]) - 1)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise Refused(
+                f"model: {source}: the vae's scaling_factor is {documents.quote(scale)}, expected a number above 0",
+                DAMAGED,
+            )
+        if factor != FACTOR:
+            raise Refused(
+                f"model: {source}: a latent cell of the vae is {factor} x {factor} pixels, expected {FACTOR} x "
+                f"{FACTOR}; {SUPPORTED}",
+                ANOTHER,
+            )
 
 
-def check_vae(config: Mapping, source: Path) -> None:
-    kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
-    if kind != "AutoencoderKL" or channels != 4:
-        raise Refused(
-            f"model: {source}: the vae is a {kind} with {channels} latent channels where AutoencoderKL with 4 is "
-            f"expected; {SUPPORTED}",
-            ANOTHER,
-        )
-    _check_activation(config, source, "vae")
-    scale = config.get("scaling_factor", 0.18215)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise Refused(
-            f"model: {source}: the vae's scaling_factor is {documents.quote(scale)}, expected a number above 0",
-            DAMAGED,
-        )
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if factor != FACTOR:
-        raise Refused(
-            f"model: {source}: the vae makes one latent cell of {factor} x {factor} pixels where {FACTOR} x {FACTOR} "
-            f"is expected; {SUPPORTED}",
-            ANOTHER,
-        )
-
-
-def _check_activation(config: Mapping, source: Path, part: str) -> None:
-    activation = config.get("act_fn", "silu")
-    if activation not in ("silu", "swish"):  # two names of one function
-        raise Refused(
-            f"model: {source}: the {part}'s act_fn is {activation!r} where 'silu' is expected; {SUPPORTED}", ANOTHER
-        )
-
-
-def check_scheduler(config: Mapping, source: Path) -> None:
+def check_scheduler(config: Mapping[str, Any], source: Path | str) -> None:
     forms = {
         "num_train_timesteps": int,
         "steps_offset": int,
@@ -184,15 +149,11 @@ def check_scheduler(config: Mapping, source: Path) -> None:
     documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
     count = config.get("num_train_timesteps", 1000)
     betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
-    if not 0 < count <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
+    is_range = 0 < count <= MOST_TIMESTEPS and 0 <= config.get("steps_offset", 0) < count
+    if not is_range or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
         raise Refused(
-            f"model: {source}: the scheduler's steps or betas are out of range, expected 1 to {MOST_TIMESTEPS} steps "
-            "and betas between 0 and 1",
-            SCHEDULE,
-        )
-    if not 0 <= config.get("steps_offset", 0) < count:
-        raise Refused(
-            f"model: {source}: the scheduler's steps_offset is {config['steps_offset']}, expected 0 to {count - 1}",
+            f"model: {source}: the scheduler's steps, steps_offset or betas are out of range, expected 1 to "
+            f"{MOST_TIMESTEPS} steps, an offset below that and betas between 0 and 1",
             SCHEDULE,
         )
     if "beta_schedule" not in config and config.get("trained_betas") is None:

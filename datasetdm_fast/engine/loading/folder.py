@@ -23,10 +23,9 @@ from datasetdm_fast.engine.loading.checks import (
     PARTS,
     SUPPORTED,
     check_bounds,
+    check_network,
     check_readable,
     check_scheduler,
-    check_unet,
-    check_vae,
     first_line,
     known_settings,
     quiet_libraries,
@@ -64,8 +63,8 @@ def load_folder(
                 configs[part] = {key: value for key, value in configs[part].items() if key in known_settings(part)}
             check_bounds(configs[part], folder / part)
         check_scheduler(configs["scheduler"], folder)
-        check_unet(configs["unet"], folder)
-        check_vae(configs["vae"], folder)
+        for part in ("unet", "vae"):
+            check_network(part, configs[part], folder)
     weights = _all_weights(folder)
     tokenizer = (OwnTokenizer if is_own else load_tokenizer)(folder / "tokenizer")
     networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
@@ -95,17 +94,12 @@ class _Weights:
 
 def _folder_configs(folder: Path) -> dict[str, dict]:
     """The configs of the parts of a folder that looks like a supported pipeline."""
-    if not any(folder.iterdir()):
-        raise Refused(f"model: {folder} is an empty folder; {SUPPORTED}", ANOTHER)
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
     if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
         raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders); {SUPPORTED}", ANOTHER)
     if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
-        raise Refused(
-            f"model: {folder} holds a LoRA, which only changes another model; {SUPPORTED}",
-            ADAPTER,
-        )
+        raise Refused(f"model: {folder} holds a LoRA, which only changes another model; {SUPPORTED}", ADAPTER)
     if not any((folder / part).exists() for part in PARTS):
         raise Refused(
             f"model: {folder} has none of the parts {', '.join(PARTS)}; {SUPPORTED}",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.loading.checks import SUPPORTED, check_scheduler, check_unet, check_vae
+from datasetdm_fast.engine.loading.checks import SUPPORTED, check_network, check_scheduler
 from datasetdm_fast.engine.loading.model import NETWORKS, Model, check_model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
@@ -40,8 +40,8 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     origin = f"a {type(pipe).__name__} in memory"
     unet = {key: list(value) if isinstance(value, tuple) else value for key, value in parts["unet"].config.items()}
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}
-    check_unet(unet, origin)
-    check_vae(dict(parts["vae"].config), origin)
+    check_network("unet", unet, origin)
+    check_network("vae", dict(parts["vae"].config), origin)
     check_scheduler(scheduler, origin)
     if not isinstance(unet["sample_size"], int):
         raise Refused(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.engine.loading.checks import check_finite, check_size
+from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level, levels
+from datasetdm_fast.untrusted.tensors import check_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -126,5 +127,5 @@ def check_model(model: Model, *, is_seeded: bool = False) -> Model:
             TOGETHER,
         )
     for name in NETWORKS if not is_seeded else ():
-        check_finite(f"{model.name}: {name}", model.networks[name].read().state_dict())
+        check_finite(model.networks[name].read().state_dict(), f"model: {model.name}: {name}.")
     return model

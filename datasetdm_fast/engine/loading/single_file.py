@@ -20,9 +20,8 @@ from datasetdm_fast.engine.loading.checks import (
     DOWN_BLOCKS,
     SUPPORTED,
     UP_BLOCKS,
+    check_network,
     check_readable,
-    check_unet,
-    check_vae,
     quiet_libraries,
 )
 from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, check_model
@@ -31,7 +30,7 @@ from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.untrusted import documents, pickles
+from datasetdm_fast.untrusted import documents, pickles, tensors
 
 
 def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: bool = False) -> Model:
@@ -188,7 +187,7 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
         "attention_head_dim": [width // 64 for width in widths] if is_linear else 8,
         "use_linear_projection": is_linear,
     }
-    check_unet(config, path)
+    check_network("unet", config, path)
     return config
 
 
@@ -205,7 +204,7 @@ def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
         "sample_size": 512,
         "scaling_factor": 0.18215,
     }
-    check_vae(config, path)
+    check_network("vae", config, path)
     return config
 
 
@@ -239,22 +238,7 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
 
 def fill_module(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
     """The module with converted weights, refused where a tensor is missing, unknown or of another shape."""
-    expected = module.state_dict()
-    for key, value in expected.items():
-        if key not in state:
-            raise Refused(f"model: {name} lacks the tensor {key}", DAMAGED)
-        if state[key].shape != value.shape:
-            raise Refused(
-                f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected",
-                DAMAGED,
-            )
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise Refused(
-            f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is "
-            f"{extra[0]}",
-            DAMAGED,
-        )
+    tensors.check_fit(module.state_dict(), state, f"model: {name}", "Stable Diffusion 1.x and 2.x", DAMAGED)
     module.load_state_dict(dict(state))
     return module
 
