@@ -367,7 +367,7 @@ FAULTS = {
         {"scenario": "recomputed", "dtype": "fp32"},
     ),
     "noise of pictures copied while the host waits": Fault(
-        "datasetdm_fast.engine.sampling.inversion:invert",
+        "datasetdm_fast.engine.loop.inversion:invert",
         "to_device(noises, clean.device)",
         "noises.to(clean.device)",
         {"scenario": "recomputed"},

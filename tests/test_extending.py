@@ -60,6 +60,7 @@ RECIPES = {
             )
         },
         most_files=4,
+        most_edited=1,
     ),
     "A reader": Recipe(
         files=("datasetdm_fast/training/readers/pairs.py",),

@@ -338,7 +338,8 @@ def test_a_label_that_does_not_fit_its_image_or_its_table_is_named(label, wrong)
 # One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.
 COMMANDS = """
 import contextlib, io, json, sys
-from datasetdm_fast import cli, doctor
+from datasetdm_fast import cli
+from datasetdm_fast.command_line.probes import PROBES
 from datasetdm_fast.runs.agreement.gates import EXACT
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.training.evaluation.metrics import METRICS
@@ -366,7 +367,7 @@ for ask in asking:
         said.append(stop.cause)
 told = []
 for name in ("slow", "torn"):
-    exec(doctor.QUESTIONS[f"engine {name}"], {"tell": told.append})
+    exec(PROBES[f"engine {name}"], {"report": lambda **values: told.append(values)})
 parts = LABEL_KINDS["edges"].title, TASKS["edges"].requirement, METRICS["edges"].figure, EXACT["free edges"][0] >= 0
 print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, parts, said, told]))
 """

@@ -123,7 +123,7 @@ EXPECTED = {
     "truth of each image copied while the host waits": ("host wait", "losses/objective.py"),
     "points drawn by a GPU": ("device", "losses/losses.py"),
     "a training in fp32 that rounds to TF32": ("precision", "kernels/winograd.py"),
-    "noise of pictures copied while the host waits": ("host wait", "sampling/inversion.py"),
+    "noise of pictures copied while the host waits": ("host wait", "engine/loop/inversion.py"),
     "totals of all processes on the GPU": ("host wait", "training/trainer.py"),
     "words of a prompt copied while the host waits": ("host wait", "evaluation/measure.py"),
     "views of a student copied while the host waits": ("host wait", "students/course.py"),

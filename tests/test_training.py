@@ -19,8 +19,8 @@ from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decod
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
-from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
@@ -559,7 +559,7 @@ def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path
 
 
 def test_ddim_runs_back_to_the_same_image(engine, source):
-    from datasetdm_fast.engine.sampling.inversion import ddim_latents
+    from datasetdm_fast.engine.loop.inversion import ddim_latents
 
     clean = engine.encode_image(torch.from_numpy(source[0].image[None].copy()))
     context = torch.cat([engine.encode_text([""]), engine.encode_text([source[0].caption])])

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.engines.opening import open_engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.trust import named_map, trust_of
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels

@@ -438,7 +438,7 @@ class Pipeline:
         """
         import torch
 
-        from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+        from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
         if image is None and not prompt:

@@ -20,8 +20,8 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
 from datasetdm_fast.engine.loop.plan import DEMO_SCENES
-from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels

@@ -166,7 +166,7 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
     """The recipe for existing pictures: labels from attention are read at `timesteps`, others at the timestep of their
     decoders.
     """
-    from datasetdm_fast.engine.sampling.inversion import capture_timestep
+    from datasetdm_fast.engine.loop.inversion import capture_timestep
 
     timesteps = list(timesteps) if recipe.attention else []
     training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))

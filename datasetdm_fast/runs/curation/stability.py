@@ -64,7 +64,7 @@ class Stability:
     def _maps(self, samples: Sequence[StoredSample], shift: int) -> dict[str, list[SemanticMap | Instances]]:
         import torch
 
-        from datasetdm_fast.engine.sampling.inversion import invert
+        from datasetdm_fast.engine.loop.inversion import invert
         from datasetdm_fast.engine.tasks.captions import held_to
         from datasetdm_fast.engine.tasks.outlines import read_labels
 

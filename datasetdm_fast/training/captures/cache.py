@@ -23,7 +23,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.sampling.inversion import POSTERIOR, invert
+from datasetdm_fast.engine.loop.inversion import POSTERIOR, invert
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews

@@ -11,7 +11,7 @@ import torch
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
-from datasetdm_fast.engine.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
