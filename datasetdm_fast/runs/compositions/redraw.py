@@ -23,9 +23,9 @@ from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_sourc
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.remake import Remake
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, row_facts
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.run import settle
-from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, table_of
+from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values

@@ -21,9 +21,9 @@ from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import racing
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, row_facts
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
-from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines
+from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines, row_facts
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings

@@ -16,8 +16,8 @@ from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.pictures import Pictures
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths, row_facts
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by
+from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.untrusted import documents

@@ -18,6 +18,7 @@ from datasetdm_fast.runs.run_folder.document import (
     differences,
     grows,
     most_samples,
+    row_facts,
 )
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
 
@@ -136,17 +137,6 @@ def _check_rows(job: Job) -> None:
                     "Add prompts at the end of the list, which must have been at least as long as the run, or "
                     "choose another --out.",
                 )
-
-
-def row_facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    """How a sample was made, for its row: with prompt and seed enough to make it again."""
-    return {
-        **document["sampling"],
-        "batch_size": document["plan"]["batch_size"],
-        "model": {"name": document["model"]["name"], **document["model"]["digests"]},
-        "decoders": {task: decoder["digest"] for task, decoder in document["decoders"].items()},
-        "engine": document["engine"],
-    }
 
 
 def relocated_paths(model: str, decoder: str, size: int, stored: Mapping[str, Any]) -> dict[str, str]:

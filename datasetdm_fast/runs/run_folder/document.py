@@ -337,3 +337,14 @@ def pretty(document: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON file that a person may read, one spelling for one value."""
     text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     return f"{documents.encodable(text)}\n".encode()
+
+
+def row_facts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """How a sample was made, for its row: with prompt and seed enough to make it again."""
+    return {
+        **document["sampling"],
+        "batch_size": document["plan"]["batch_size"],
+        "model": {"name": document["model"]["name"], **document["model"]["digests"]},
+        "decoders": {task: decoder["digest"] for task, decoder in document["decoders"].items()},
+        "engine": document["engine"],
+    }
