@@ -54,7 +54,7 @@ def test_the_page_of_refusals_follows_names_of_remedies():
     assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
     assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table
     assert told["model: PATH holds KIND; SUPPORTED"].count("Or: ") == 1  # either of two
-    assert "Name LVIS's annotation file. Or: " in told["WHAT: PATH is not there"]  # what the callers give
+    assert "Name the folder with --prompt_root. Or: " in told["WHAT: PATH is not there"]  # what the callers give
 
 
 EXAMPLES = [path for path in sorted((HERE / PACKAGE).rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
