@@ -116,7 +116,7 @@ class AttentionSums:
 
 @dataclass(frozen=True, repr=False)
 class SemanticMap:
-    labels: np.ndarray  # [H, W] uint8, 255 = ignore; int32 where 256 words and more were asked for
+    labels: np.ndarray  # [H, W] uint8, 255 = ignore; int32 for 256 query words and more
     confidence: np.ndarray  # [H, W] float32, 0..1
     classes: tuple[str, ...]
 

@@ -470,7 +470,7 @@ class Pipeline:
             with self._turn:
                 capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
         if not projected:
-            assert isinstance(capture, Capture)  # as it was asked for raw
+            assert isinstance(capture, Capture)  # as it was requested raw
             return {name: _concatenate(capture, level) for level, name in enumerate(LEVELS)}
         return {label: self._project(capture, label) for label in self.tasks}
 

@@ -166,7 +166,7 @@ class InstanceKind(LabelKind):
         return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
 
     def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels of the class's instances that pictures show; nothing tells how sure each pixel is."""
+        """The pixels of the class's instances that pictures show, all of them with the confidence 1."""
         sides = label.masks.shape[1:]
         chosen = (label.class_ids == label.classes.index(word)) & (label.scores >= SHOWN_SCORE)
         inside = label.masks[chosen].any(0) if chosen.any() else np.zeros(sides, bool)

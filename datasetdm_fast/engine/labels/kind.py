@@ -90,7 +90,7 @@ class LabelKind(ABC):
     title: str = ""  # of its section in the data set card
     roles: tuple[str, ...] = ()  # of the files of one label, each ROLE/ID.png
     is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
-    can_mask: bool = False  # whether `mask_of` tells where a class is
+    can_mask: bool = False  # whether it has `mask_of`, the pixels of a class
     can_be_masked: bool = False  # whether `within` can cut a label to such a mask
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
     layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
@@ -136,7 +136,7 @@ class LabelKind(ABC):
 
     @abstractmethod
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
-        """The table of a run, from a decoder's configuration, the pixels of a side and the words asked for."""
+        """The table of a run, from a decoder's configuration, the pixels of a side and the query words."""
 
     @abstractmethod
     def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
@@ -165,7 +165,7 @@ class LabelKind(ABC):
         """The part of the first label that the second agrees with; the rest is unknown."""
 
     def certainty(self, record: Any) -> float | None:
-        """Mean confidence told by a record, 0..1; None where it tells none."""
+        """Mean confidence of a record, 0..1; None if it has none."""
         return None
 
     def figures(self, record: Any) -> Mapping[str, float]:

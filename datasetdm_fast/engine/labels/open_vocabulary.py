@@ -1,4 +1,4 @@
-"""Maps of the words asked for: a palette PNG, "background" = none of them."""
+"""Maps of query words: a palette PNG, "background" = none of them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import count

@@ -156,7 +156,7 @@ class PoseKind(LabelKind):
         from_middle = label.points.astype(np.float64) - [_to_edge(table), _to_edge(table), 0]
         masks = _masks_of(label, labels) if "widened" in table else {}
         for k, (points, visibility, score) in enumerate(zip(from_middle, label.visibility, label.scores, strict=True)):
-            if "widened" in table and not visibility.any():  # nothing tells where that person is
+            if "widened" in table and not visibility.any():  # the place of that person is unknown
                 continue
             flat = [
                 value

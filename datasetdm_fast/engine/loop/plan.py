@@ -78,7 +78,7 @@ def make_plan(
     is_by_class: bool = False,
 ) -> Plan:
     """The plan of a run; `words` are the class words to look for where --classes names none, `turns` how many samples
-    may be made for every one that is asked for, `is_by_class` whether the samples of a class lie side by side.
+    may be made for every requested one, `is_by_class` whether the samples of a class lie side by side.
     """
     words = source.classes or tuple(words)
     per_class = source.classes if source.per_class else ()

@@ -230,7 +230,7 @@ class LabelledSource:
             )
 
     def guard(self, read: Callable[..., Result], *arguments: Any) -> Result:
-        """What `read` returns; a file that is not there, or may not be looked at, is bad data like any other."""
+        """The result of `read`; a file that is missing or may not be read is bad data like any other."""
         try:
             return read(*arguments)
         except OSError as error:

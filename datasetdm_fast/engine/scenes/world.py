@@ -55,7 +55,7 @@ def join_names(names: list[str], between: str = " and ") -> str:
 
 @dataclass(frozen=True)
 class TableTop:
-    """What a caption tells of a scene."""
+    """The part of a scene that a caption describes."""
 
     things: tuple[Thing, ...]  # left to right, the order of the caption
     table: str

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels.tiles import Tiling
 from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.to_device import to_device
 
-FLAT = 1e-12  # a map whose values lie no farther apart says nothing
+FLAT = 1e-12  # a map whose values lie no farther apart is flat
 
 
 def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:

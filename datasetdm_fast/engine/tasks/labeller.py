@@ -54,7 +54,7 @@ class Labeller(ABC):
 
     @property
     def is_open(self) -> bool:
-        """Whether its classes are the words it is asked for, as a decoder's configuration says of an open one."""
+        """Whether its classes are query words, like those of an open decoder."""
         return self.asks_words
 
     @abstractmethod

@@ -1,6 +1,7 @@
-"""From a device to arrays through page-locked memory; only the thread that asked waits, once a call."""
+"""From a device to arrays through page-locked memory; only the calling thread waits, once for up to 64 MiB."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,27 +16,18 @@ def to_host(*values: Tensor) -> list[np.ndarray]:
     """The values as arrays of their own, or as views of tensors that lie in host memory already."""
     if not values or values[0].device.type != "cuda":
         return [value.cpu().numpy() for value in values]
-    arrays: list[np.ndarray] = []
-    for group in _groups(values):
-        arrays += _copy(group) if _size(group) <= LARGEST_PINNED else [value.cpu().numpy() for value in group]
-    return arrays
+    if _size(values) <= LARGEST_PINNED:
+        return _copy(values)
+    if len(values) == 1:
+        return [values[0].cpu().numpy()]
+    return [array for value in values for array in to_host(value)]
 
 
-def _groups(values: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    """The values in order, together as far as they fit into the buffer."""
-    groups: list[list[Tensor]] = []
-    for value in values:
-        if not groups or _size([*groups[-1], value]) > LARGEST_PINNED:
-            groups.append([])
-        groups[-1].append(value)
-    return groups
-
-
-def _size(group: list[Tensor]) -> int:
+def _size(group: Sequence[Tensor]) -> int:
     return sum(-(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT for value in group)
 
 
-def _copy(group: list[Tensor]) -> list[np.ndarray]:
+def _copy(group: Sequence[Tensor]) -> list[np.ndarray]:
     buffer, places, begin = _buffer(_size(group)), [], 0
     for value in group:
         end = begin + value.numel() * value.element_size()
