@@ -393,7 +393,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             plain = engine.denoise(latents, time, context)
             with torch.inference_mode():
                 expected, *levels = engine._capture_projected(
-                    engine._latents(latents), engine._row(time), *engine._tabled(context)
+                    engine._latents(latents), engine._row(time), *engine._encode_keys_values(context)
                 )
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget

@@ -155,8 +155,8 @@ def averages_of_attention(engine: FastEngine) -> None:
 
 
 def halves(engine: FastEngine) -> None:
-    inner = engine._tabled
-    engine._tabled = lambda context: inner(torch.cat(context.chunk(2)[::-1]))
+    inner = engine._encode_keys_values
+    engine._encode_keys_values = lambda context: inner(torch.cat(context.chunk(2)[::-1]))
 
 
 PLANTED = {
