@@ -59,11 +59,11 @@ def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is_wide = width > WIDE and keys > FEW_KEYS and q.dtype == torch.float32
     if not is_native(q, k, v) or is_wide or v.shape[3] != width:
         return plain(q, k, v)
-    out = q.new_empty(batch, queries, heads, width).transpose(
-        1, 2
-    )  # heads side by side, as the layer after it reads them
-    places = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
-    _C.attention(STORAGES[q.dtype], *places, batch, heads, queries, keys, width, width**-0.5, threads(q, 2 * keys))
+    # heads side by side, as the layer after it reads them
+    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
+    arguments: list[Any] = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
+    arguments += [batch, heads, queries, keys, width, width**-0.5, threads(q, 2 * keys)]
+    _C.attention(STORAGES[q.dtype], *arguments)
     return out
 
 

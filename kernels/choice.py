@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def form_on(op: str, *names: str) -> str:
     return next((rows[name] for name in names if name in rows), "plain")
 
 
-def form_of(op: str, device: torch.device) -> Callable:
+def form_of(op: str, device: torch.device) -> Callable[..., Any]:
     """The form of `op` that runs on `device`."""
     return getattr(FORM[form_on(op, *names_of(device))], op)
 
@@ -53,7 +54,7 @@ def gave_way(operations: SimpleNamespace, device: torch.device) -> list[str]:
     return [op for op, form in vars(operations).items() if form is not form_of(op, device)]
 
 
-def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+def is_sound(name: str, form: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `form` says on `device` the result of the reference for the operation's probe."""
     inputs = OPS[name].probe()
     truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
@@ -75,7 +76,7 @@ def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype
     return False
 
 
-def _on(inputs, device: torch.device, dtype: torch.dtype) -> list | tuple:
+def _on(inputs, device: torch.device, dtype: torch.dtype) -> Any:
     """`inputs` of an op on a device, floating tensors in `dtype`."""
     return type(inputs)(
         x.to(device, dtype) if isinstance(x, Tensor) else _on(x, device, dtype) if isinstance(x, (list, tuple)) else x

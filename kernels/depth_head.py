@@ -76,14 +76,16 @@ class _TrainedEnd(torch.autograd.Function):
         arrays = tuple(tensor.detach().contiguous() for tensor in (products, bias, taps))
         ctx.save_for_backward(*arrays)
         ctx.middle, logits = middle, products.new_zeros(len(products), full, full)
-        _C.depth_head_add(*(tensor.numpy() for tensor in arrays), middle, logits.numpy(), torch.get_num_threads())
+        first, second, third = (tensor.numpy() for tensor in arrays)
+        _C.depth_head_add(first, second, third, middle, logits.numpy(), torch.get_num_threads())
         return logits
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, out = [tensor.numpy() for tensor in ctx.saved_tensors], gradients[0].contiguous().numpy()
-        back = tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
-        _C.depth_head_gradient(*inputs, ctx.middle, out, *(tensor.numpy() for tensor in back), torch.get_num_threads())
+        back, out = tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors), gradients[0].contiguous()
+        arguments: list[Any] = [tensor.numpy() for tensor in ctx.saved_tensors]
+        arguments += [ctx.middle, out.numpy(), *(tensor.numpy() for tensor in back), torch.get_num_threads()]
+        _C.depth_head_gradient(*arguments)
         return *back, None, None
 
 
@@ -241,8 +243,9 @@ def native(
     for start in range(0, len(weight), SLICE):
         part = slice(start, start + SLICE)
         products, middle = tap_products(x.detach(), weight.detach()[part], sides)
-        arrays = products.to(wide), bias.detach()[part].to(wide), taps[:, part].contiguous()
-        _C.depth_head_add(*(tensor.numpy() for tensor in arrays), middle, logits.numpy(), torch.get_num_threads())
+        products, some_bias = products.to(wide).numpy(), bias.detach()[part].to(wide).numpy()
+        some_taps = taps[:, part].contiguous().numpy()
+        _C.depth_head_add(products, some_bias, some_taps, middle, logits.numpy(), torch.get_num_threads())
     return logits[:, None].to(x.dtype)
 
 

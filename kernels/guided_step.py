@@ -55,8 +55,8 @@ def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) ->
         places = latents.data_ptr(), history.data_ptr() if slots else 0, slots, numbers.data_ptr(), following.data_ptr()
         _C.guided_step_cuda(output.data_ptr(), output.element_size(), is_bfloat, *places, size, stream)
         return following
-    parts = output.float().reshape(2, size), latents.reshape(size), history.reshape(slots, size), numbers
-    return torch.from_numpy(_C.guided_step(*(x.contiguous().numpy() for x in parts))).view(2, *latents.shape)
+    arrays = output.float().reshape(2, size), latents.reshape(size), history.reshape(slots, size), numbers
+    return torch.from_numpy(_C.guided_step(*(x.contiguous().numpy() for x in arrays))).view(2, *latents.shape)
 
 
 @jit

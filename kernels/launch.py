@@ -13,7 +13,9 @@ from datasetdm_fast.errors import Missing
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language
+
+    tl = triton.language
 except ImportError:  # the plain forms need none
     triton = tl = None
 
@@ -28,7 +30,7 @@ IS_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 PRECISION = "tf32x3"
 
 
-def jit(kernel: Callable) -> Any:
+def jit(kernel: Callable[..., Any]) -> Any:
     """The kernel for Triton; where Triton is missing it stays a function that nobody calls."""
     return triton.jit(kernel) if triton else kernel
 

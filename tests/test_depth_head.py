@@ -183,7 +183,7 @@ def test_a_training_in_bf16_takes_the_plain_head(monkeypatch):
 
 def test_a_decoder_in_training_takes_the_trained_head(monkeypatch):
     taken = []
-    monkeypatch.setattr(depth_head, "trained", lambda *arguments: taken.append(1) or depth_head.plain(*arguments))
+    monkeypatch.setattr(depth_head, "apply_trained", lambda *arguments: taken.append(1) or depth_head.plain(*arguments))
     model = load_model("tiny")
     decoder = untrained_decoders(model.levels, 32)["depth"]
     levels = [torch.zeros(1, level.side**2, level.channels) for level in model.levels]

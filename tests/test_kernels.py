@@ -265,8 +265,8 @@ def test_an_audit_of_nothing_is_refused(monkeypatch):
     from bench.kernels import audit as program
 
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
-    idle = SimpleNamespace(BLOCKS={"untuned": {}}, sizes=lambda empty: (), fused=None)
-    monkeypatch.setitem(OPS, "idle", idle)
+    monkeypatch.setitem(OPS, "idle", SimpleNamespace(BLOCKS={"untuned": {}}, fused=None))
+    monkeypatch.setitem(sys.modules, "bench.kernels.inputs.idle", SimpleNamespace(sizes=lambda empty: ()))
     with pytest.raises(Refused, match="nothing was audited") as refusal:
         program.main(["--audit", "--ops", "idle"])
     assert refusal.value.exit_code == 2

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -88,7 +89,7 @@ def round_parameters(decoder: Decoder, storage: str) -> None:
 class Undrawn(TorchFunctionMode):
     """Leaves parameters without memory as they are: drawing them would import PyTorch's compiler, in seconds."""
 
-    def __torch_function__(self, function, types, arguments=(), named=None):
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         if function in (nn.init.normal_, torch.Tensor.normal_):
             return arguments[0] if arguments else named["tensor"]
         return function(*arguments, **(named or {}))
@@ -115,12 +116,11 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
     """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` as in load_decoder."""
-    is_state = isinstance(source, Mapping)
-    state = source if is_state else read_state(Path(source))
+    state, origin = (source, "state dict") if isinstance(source, Mapping) else (read_state(Path(source)), str(source))
     state = {name.removeprefix("module."): value for name, value in state.items()}
     unused = UNUSED.get(decoder.config.kind, ())
     read = {name: value for name, value in state.items() if not name.startswith(unused)}
-    fill(decoder, read, "state dict" if is_state else str(source))
+    fill(decoder, read, origin)
     return for_inference(decoder, strict)
 
 

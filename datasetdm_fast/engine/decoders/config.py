@@ -28,10 +28,30 @@ CLASS_SOURCES = ("decoder", "prompt")
 SD1_LEVELS = levels(
     {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
 )
-COCO_JOINTS = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder")
+COCO_JOINTS: tuple[str, ...] = (
+    "nose",
+    "left_eye",
+    "right_eye",
+    "left_ear",
+    "right_ear",
+    "left_shoulder",
+    "right_shoulder",
+)
 COCO_JOINTS += ("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip")
 COCO_JOINTS += ("left_knee", "right_knee", "left_ankle", "right_ankle")
-COCO_LIMBS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9))
+COCO_LIMBS: tuple[tuple[int, int], ...] = (
+    (15, 13),
+    (13, 11),
+    (16, 14),
+    (14, 12),
+    (11, 12),
+    (5, 11),
+    (6, 12),
+    (5, 6),
+    (5, 7),
+    (6, 8),
+    (7, 9),
+)
 COCO_LIMBS += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 
@@ -80,7 +100,7 @@ class DecoderConfig:
     # whether labels have the outlines of the decoder's masks, or such as follow the colours of the image near them
     outlines: str = FROM_DECODER
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for value, name, known in (
             (self.kind, "kind", KINDS),
             (self.task, "task", TASKS),
@@ -199,9 +219,9 @@ class DecoderConfig:
             *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
         ):
             if unknown := sorted(set(settings) - set(known)):
-                names = documents.one_line(", ".join(unknown))
+                listed = documents.one_line(", ".join(unknown))
                 raise Refused(
-                    f"decoder config: unknown fields {names}{whose}; it may come from a newer version",
+                    f"decoder config: unknown fields {listed}{whose}; it may come from a newer version",
                     "Update the package, train the decoder again, or name another with --decoder.",
                 )
         values["levels"] = tuple(
@@ -220,7 +240,7 @@ class DecoderConfig:
 WORD_FORM = {"name": str, "say": str, "words": [str]}
 LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
 COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
-FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
+FORM: dict[str, Any] = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
 FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float)
 FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from", "outlines"), str) | {
     "text_centre": bool,
@@ -255,9 +275,9 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
         raise ValueError("its limbs do not join two of its joints")
 
 
-def upstream(kind: str, **changes) -> DecoderConfig:
+def upstream(kind: str, **changes: Any) -> DecoderConfig:
     """DatasetDM's own decoder configuration of this kind on Stable Diffusion 1.x, with `changes`."""
-    presets = {
+    presets: dict[str, dict[str, Any]] = {
         "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
         "open-vocabulary": {"task": "open-vocabulary", "queries": 20},
         "depth": {"task": "depth"},

@@ -34,7 +34,8 @@ class DepthDecoder(Decoder):
         side = capture.side
         x = self.climb(capture)
         if self.upscale:
-            x, sides = self.upscale(x), (side * FACTOR,)
+            x = self.upscale(x)
+            sides: tuple[int, ...] = (side * FACTOR,)
         else:
             sides = (round(side * MASKS), side * FACTOR)
         head = depth_head.apply_trained if self.training else self.ops.depth_head

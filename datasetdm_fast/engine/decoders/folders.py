@@ -71,8 +71,8 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
         for name, path in here.items():
             named.setdefault(name, path)
         for task in {name.task for name in here} - set(unnamed):
-            if (path := choose_unnamed(task, here)) is not None:
-                unnamed[task] = path
+            if (chosen := choose_unnamed(task, here)) is not None:
+                unnamed[task] = chosen
         for name, path in here.items():
             if unnamed.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
                 raise Refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,5 +62,6 @@ class PackedTransformer(Packed):
 def packed_layer(packing: Packing, layer: StackedLayer) -> _C.QueryLayer:
     cross, itself, feed = layer.cross, layer.itself, layer.feed
     around = cross.multihead_attn.out_proj, layer.packed, itself.self_attn.out_proj
-    products = layer.query, *around, feed.linear1, feed.linear2
-    return _C.QueryLayer(*map(packing.linear, products), *map(packing.norm, (cross.norm, itself.norm, feed.norm)))
+    packed: list[Any] = list(map(packing.linear, (layer.query, *around, feed.linear1, feed.linear2)))
+    packed += map(packing.norm, (cross.norm, itself.norm, feed.norm))
+    return _C.QueryLayer(*packed)

@@ -1,6 +1,7 @@
 """The decoders that answer with masks: a transformer whose queries read the trunk through their own last masks."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class SegmentationDecoder(Decoder):
 
     def answer(
         self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool
-    ) -> dict:
+    ) -> dict[str, Any]:
         if self.stacked is not None and not auxiliary:
             return self.stacked(content, position, memory, mask_features)
         levels = [
@@ -106,10 +107,10 @@ class SegmentationDecoder(Decoder):
             self.stacked = PackedTransformer(self._stack_layers())
 
     def _stack_layers(self) -> StackedTransformer:
-        layers, heads = self._transformer()
-        return StackedTransformer(list(zip(*layers)), self.level_embed.weight, *heads, self.ops)
+        layers, (norm, mask_embed, class_embed) = self._transformer()
+        return StackedTransformer(list(zip(*layers)), self.level_embed.weight, norm, mask_embed, class_embed, self.ops)
 
-    def _transformer(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    def _transformer(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Its layers, by what they do, and what reads its queries."""
         attention = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
         return (*attention, self.transformer_ffn_layers), (self.decoder_norm, self.mask_embed, self.class_embed)
@@ -165,6 +166,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         return outputs if text.ndim == 2 else by_image(outputs, batch)
 
     def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert text is not None
         content, position = super().ask(batch, None)
         if self.config.text_centre:
             text = (text - self.text_mean) * self.text_gain
@@ -174,7 +176,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         )
 
 
-def by_image(outputs: dict, batch: int) -> dict:
+def by_image(outputs: dict[str, Any], batch: int) -> dict[str, Any]:
     """Answers [B * K, ...] as [B, K, ...]."""
     return {
         name: [by_image(output, batch) for output in value] if name == "aux" else value.unflatten(0, (batch, -1))

@@ -68,15 +68,15 @@ class StackedTransformer:
             shares += [q, own_q, own_k]
         self.positions = join_products(shares)  # of all layers, from the positions of the queries
         count = min(len(level_embed), len(layers))  # the levels that are read
-        cross = [parts(layer.cross.multihead_attn) for layer in self.layers]
-        self.keys = [join_products([k for _, k, _ in cross[level::count]]) for level in range(count)]
+        products = [parts(layer.cross.multihead_attn) for layer in self.layers]
+        self.keys = [join_products([k for _, k, _ in products[level::count]]) for level in range(count)]
         self.memory = [
             StackedProduct(
                 torch.cat([self.keys[level].weight, values.weight]),
                 torch.cat([torch.zeros_like(self.keys[level].bias), values(level_embed[level])]),
             )
             for level, values in (
-                (level, join_products([v for _, _, v in cross[level::count]])) for level in range(count)
+                (level, join_products([v for _, _, v in products[level::count]])) for level in range(count)
             )
         ]
         self.places: dict[tuple[int, ...], list[Tensor]] = {}  # sides of the memory levels -> shares of their cells

@@ -195,7 +195,7 @@ def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderCo
 def fit_config(usual: DecoderConfig, shapes: Shapes) -> DecoderConfig:
     """A configuration with the widths that the tensors of a checkpoint have."""
     width = _size(shapes, "low_feature_conv.0.weight", 0, usual.width)
-    sizes = {"width": width}
+    sizes: dict[str, Any] = {"width": width}
     if usual.has_queries:
         layers = {key.split(".")[1] for key in shapes if key.startswith("transformer_ffn_layers.")}
         mixed = _size(shapes, "query_feat_mlp.weight", 1, usual.width + usual.text_width)

@@ -179,7 +179,7 @@ def check_readable(file: Path) -> None:
         tensors.check_safetensors(file)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return documents.one_line((str(error).strip() or type(error).__name__).splitlines()[0])
 
 

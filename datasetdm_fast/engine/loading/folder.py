@@ -92,7 +92,7 @@ class _Weights:
     index: Path  # which tensor lies in which file, where there are several
 
 
-def _folder_configs(folder: Path) -> dict[str, dict]:
+def _folder_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """The configs of the parts of a folder that looks like a supported pipeline."""
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
@@ -121,7 +121,7 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
     return read if has_schedule else read | {"scheduler": _usual_schedule(folder, read["unet"])}
 
 
-def _usual_schedule(folder: Path, unet: Mapping) -> dict[str, Any]:
+def _usual_schedule(folder: Path, unet: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule of Stable Diffusion 1.x, for a folder that holds networks alone; those of 2.x have several."""
     if unet.get("use_linear_projection"):
         raise Refused(
@@ -189,7 +189,7 @@ def _shards(index: Path) -> list[Path]:
         raise Refused(f"model: {index} is not an index of weight files ({first_line(error)})", DAMAGED) from error
 
 
-def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> Network:
+def _network(folder: Path, weights: _Weights, config: Mapping[str, Any], is_own: bool) -> Network:
     if not is_own:
         return Network.of(_from_folder(folder, weights, config))
     return Network(
@@ -199,7 +199,7 @@ def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> 
     )
 
 
-def class_of(part: str) -> type:
+def class_of(part: str) -> Any:
     """The class of diffusers or transformers that is a network of this name."""
     import diffusers
     import transformers
@@ -211,7 +211,7 @@ def class_of(part: str) -> type:
     }[part]
 
 
-def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
+def _from_folder(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     kind = class_of(folder.name)
     try:
@@ -240,7 +240,7 @@ def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
 
 
 @contextmanager
-def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[Path]:
+def _only_weights(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the architecture's numbers and links to safetensors, so that libraries see nothing else."""
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)

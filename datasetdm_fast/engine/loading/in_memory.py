@@ -26,7 +26,7 @@ ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector"
 
 def model_of(pipe: Any, size: int = 0) -> Model:
     """The model of a StableDiffusionPipeline, in fp32 and of its own memory: the pipeline may change afterwards."""
-    parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
+    parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # what torch.compile has wrapped
     if absent := [name for name, part in parts.items() if part is None]:
         raise Refused(

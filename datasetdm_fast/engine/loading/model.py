@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class Model:
     source: str
     tokenizer: CLIPTokenizer | OwnTokenizer
     networks: Mapping[str, Network]  # of NETWORKS
-    scheduler: dict
+    scheduler: dict[str, Any]
     defaults: Defaults
     size: int  # pixels of a side
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights

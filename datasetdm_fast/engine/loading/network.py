@@ -19,7 +19,7 @@ def as_widest(name: str, value: Tensor) -> torch.dtype:
     return torch.float32 if value.is_floating_point() else value.dtype
 
 
-class ConfigFile(dict):
+class ConfigFile(dict[str, Any]):
     """A config.json whose entries are attributes too, as those of diffusers' configs are."""
 
     def __getattr__(self, name: str) -> Any:
@@ -29,7 +29,7 @@ class ConfigFile(dict):
             raise AttributeError(name) from None
 
 
-class ReadOnce(dict):
+class ReadOnce(dict[str, Tensor]):
     """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
 
     is_given_away = True  # nobody else holds the tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from datasetdm_fast.errors import Missing
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 SHAPES = {"text_encoder": shapes.of_text_encoder, "unet": shapes.of_unet, "vae": shapes.of_vae}
-SD14 = {
+SD14: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "vocab_size": 49408,
         "hidden_size": 768,
@@ -81,11 +82,11 @@ class Seeded:
         return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def seed_network(part: str, settings: Mapping, seed: int) -> Network:
+def seed_network(part: str, settings: Mapping[str, Any], seed: int) -> Network:
     """A network of Stable Diffusion 1.4's form but for these settings, with seeded weights; the library of its module
     takes seconds and 0.2 GiB to be imported, and is not asked before the module is.
     """
-    config = ConfigFile(SD14[part] | settings)
+    config = ConfigFile({**SD14[part], **settings})
     shapes = SHAPES[part](config)
 
     def build() -> nn.Module:
@@ -140,7 +141,7 @@ def load_tiny(size: int) -> Model:
         "norm_num_groups": 8,
     }
     vae = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128}
-    parts = {"text_encoder": text, "unet": unet, "vae": vae}
+    parts: dict[str, dict[str, Any]] = {"text_encoder": text, "unet": unet, "vae": vae}
     return preset("tiny", parts, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
 
 
@@ -149,7 +150,7 @@ def load_random_sd14(size: int) -> Model:
     return preset("random-sd14", {part: {} for part in SD14}, SD_DEFAULTS, size, seed=14)
 
 
-def preset(name: str, parts: Mapping[str, Mapping], defaults: Defaults, size: int, seed: int) -> Model:
+def preset(name: str, parts: Mapping[str, Mapping[str, Any]], defaults: Defaults, size: int, seed: int) -> Model:
     """A model whose networks have these settings and seeded weights.
 
     The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.

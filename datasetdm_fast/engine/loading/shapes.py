@@ -1,14 +1,15 @@
 """Names and shapes of the tensors in networks of Stable Diffusion's form, from their configurations alone."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def of_text_encoder(config: Mapping) -> Shapes:
+def of_text_encoder(config: Mapping[str, Any]) -> Shapes:
     """The tensors of CLIP's text encoder."""
     width, inner = config["hidden_size"], config["intermediate_size"]
-    shapes = {
+    shapes: Shapes = {
         "embeddings.token_embedding.weight": (config["vocab_size"], width),
         "embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
     }
@@ -21,7 +22,7 @@ def of_text_encoder(config: Mapping) -> Shapes:
     return shapes | _norm("final_layer_norm", width)
 
 
-def of_unet(config: Mapping) -> Shapes:
+def of_unet(config: Mapping[str, Any]) -> Shapes:
     """The tensors of a UNet whose blocks have cross-attention in all levels but the lowest."""
     widths, count = config["block_out_channels"], config["layers_per_block"]
     read = config["cross_attention_dim"], config["use_linear_projection"]
@@ -52,7 +53,7 @@ def of_unet(config: Mapping) -> Shapes:
     return shapes | _norm("conv_norm_out", first) | _convolution("conv_out", first, config["out_channels"])
 
 
-def of_vae(config: Mapping) -> Shapes:
+def of_vae(config: Mapping[str, Any]) -> Shapes:
     """The tensors of the autoencoder: its encoder, its decoder and the convolutions between them."""
     widths, count, latents = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
     shapes = dict(_half("encoder.", config["in_channels"], widths, count, 2 * latents, "down"))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -41,9 +42,8 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     state, notes = _read_single_file(path)
     configured = _prediction_beside(path)
     _check_layout(state, path)
-    unet_config, vae_config, (text_config, is_second) = (
-        read(state, path) for read in (_unet_config, _vae_config, _text_config)
-    )
+    unet_config, vae_config = _unet_config(state, path), _vae_config(state, path)
+    text_config, is_second = _text_config(state, path)
     tokenizer = tokenizer_beside(path, is_second, allow_download)
     with quiet_libraries():  # advice about a flag that is none of ours
         converted = single_file_utils.convert_ldm_unet_checkpoint(
@@ -167,7 +167,7 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({match[1] for key in state if (match := re.match(pattern, key))})
 
 
-def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
+def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     blocks = _count(state, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
     layers = blocks // 4 - 1
     widths = [
@@ -191,7 +191,7 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
     return config
 
 
-def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
+def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     count = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     config = {
         "block_out_channels": tuple(
@@ -213,12 +213,12 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
     is_second = any(key.startswith(OPEN_CLIP) for key in state)
     if is_second:
         prefix, blocks = OPEN_CLIP, r"transformer\.resblocks\.(\d+)\."
-        names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+        names: list[str] = ["token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight"]
     else:
         prefix, blocks = CLIP, r"encoder\.layers\.(\d+)\."
         prefix += "text_model." if any(key.startswith(f"{CLIP}text_model.") for key in state) else ""
-        names = tuple(f"embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
-        names += ("encoder.layers.0.mlp.fc1.weight",)
+        names = [f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
+        names += ["encoder.layers.0.mlp.fc1.weight"]
     vocabulary, width = _shape(state, prefix + names[0], path)
     count = _count(state, re.escape(prefix) + blocks)
     config = CLIPTextConfig(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
@@ -42,7 +42,7 @@ class OwnTokenizer:
         self.folder, self.model_max_length = folder, settings["model_max_length"]
         with _refusing(folder):
             self._rows = Tokenizer.from_str(storage.read(folder / "tokenizer.json", LARGEST_VOCABULARY).decode())
-            self._pad = self._rows.token_to_id(settings["pad_token"])
+            self._pad: Any = self._rows.token_to_id(settings["pad_token"])
 
     def __len__(self) -> int:
         return self._rows.get_vocab_size()

@@ -16,7 +16,6 @@ from datasetdm_fast.engine.models.layers import (
     Convolution,
     GroupNorm,
     LayerNorm,
-    Linear,
     Resnet,
     Upsample,
     join_heads,
@@ -48,7 +47,7 @@ class Packing:
         groups = norm.groups if isinstance(norm, GroupNorm) else 1
         return _C.Norm(self.place(norm.weight), self.place(norm.bias), len(norm.weight), groups, norm.eps)
 
-    def linear(self, linear: Linear) -> _C.Linear:
+    def linear(self, linear: Any) -> _C.Linear:
         outputs, inner = linear.weight.shape
         bias = 0 if linear.bias is None else self.place(linear.bias)
         return _C.Linear(self.panels(products.panels(linear.weight)), bias, inner, outputs, self.in_pairs)
@@ -114,7 +113,8 @@ class UpsampleBlock(Block):
         self.taps = plain.taps
 
     def pack(self, packing: Packing) -> _C.Upsample:
-        taps, self.taps = self.taps, None
+        taps: Any = self.taps
+        self.taps = None
         return _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,12 +149,11 @@ class TransformerBlock(Block):
         self.heads, self.feature, self.layer, self.spread = plain.heads, plain.feature, plain.layer, plain.spread
 
     def pack(self, packing: Packing) -> _C.Transformer:
-        norms = self.norm, self.norm1, self.norm2, self.norm3
-        before, after = (
-            (self.entry, self.self_qkv, self.self_out, self.text_q),
-            (self.text_out, self.wide, self.narrow, self.exit),
-        )
-        return _C.Transformer(*map(packing.norm, norms), *map(packing.linear, (*before, *after)), self.heads)
+        before, after = (self.self_qkv, self.self_out, self.text_q), (self.text_out, self.wide, self.narrow)
+        packed: list[Any] = list(map(packing.norm, (self.norm, self.norm1, self.norm2, self.norm3)))
+        packed += map(packing.linear, (self.entry, *before, *after, self.exit))
+        packed.append(self.heads)
+        return _C.Transformer(*packed)
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], hook: CaptureHook) -> Tensor:
         x, threads = x.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
@@ -165,7 +164,8 @@ class TransformerBlock(Block):
         h, q = torch.empty((2, batch, height * width, len(self.norm1.weight)))
         self.native().before(x.data_ptr(), h.data_ptr(), q.data_ptr(), batch, height * width, threads)
         x, h, q = self.spread(x), self.spread(h), self.spread(q)
-        attended = join_heads(hook.attend(self.layer, *split_heads(q, 1, self.heads), *text)).contiguous()
+        (q,), (k, v) = split_heads(q, 1, self.heads), text
+        attended = join_heads(hook.attend(self.layer, q, k, v)).contiguous()
         out = torch.empty_like(x)
         places = x.data_ptr(), h.data_ptr(), attended.data_ptr(), out.data_ptr()
         self.native().after(*places, len(x), height * width, threads)

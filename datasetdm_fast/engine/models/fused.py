@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class MeasuredConvolution(Convolution):
         super().__init__(weights, stride)
         self.ops = ops
 
-    def forward(self, x: Tensor | Measured) -> Measured:
+    def forward(self, x: Tensor | Measured) -> Measured:  # type: ignore[override] # it adds nothing
         x = x.image if isinstance(x, Measured) else x
         y = F.conv2d(x, self.weight, None, self.stride, self.padding)
         return Measured(*self.ops.add_statistics(y, None, self.bias))
@@ -115,11 +115,12 @@ class MeasuredTransformer(Transformer):
     which is linear, has them in its own bias.
     """
 
-    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, layer: Slot, *rest):
+    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, layer: Slot, *rest: Any):
         super().__init__(weights, layers, heads, feature, layer, *rest)
-        after_text = self.self_out.bias + self.text_out.bias
-        self.shift2, self.shift3 = frozen(self.self_out.bias), frozen(after_text)
-        self.bias = frozen(self.exit.bias + self.exit.weight @ (after_text + self.narrow.bias))
+        biases: list[Any] = [self.self_out.bias, self.text_out.bias, self.narrow.bias, self.exit.bias]
+        after_text = biases[0] + biases[1]
+        self.shift2, self.shift3 = frozen(biases[0]), frozen(after_text)
+        self.bias = frozen(biases[3] + self.exit.weight @ (after_text + biases[2]))
 
     def forward(self, x: Measured, text: Tensor, hook: CaptureHook) -> Measured:
         h = self.entry(tokens(self.norm(x)))
@@ -169,7 +170,7 @@ class MeasuredBlockLayers(MeasuredLayers, BlockLayers):
 class ImagesOnly:
     """A hook behind a network of Measured."""
 
-    def __init__(self, hook: CaptureHook):
+    def __init__(self, hook: Any):
         self.hook, self.attend, self.attend_self = hook, hook.attend, hook.attend_self
 
     def feature(self, slot: Slot | None, x: Measured) -> None:
@@ -180,7 +181,8 @@ class FusedUNet(UNet):
     plan = MeasuredPlan
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
-        return super().forward(latents, biases, text, ImagesOnly(hook))
+        images: Any = ImagesOnly(hook)
+        return super().forward(latents, biases, text, images)
 
 
 class FusedImageDecoder(ImageDecoder):

@@ -4,7 +4,6 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ class Weights:
     def __init__(self, state: Mapping[str, Tensor], prefix: str = ""):
         self.state, self.prefix = state, prefix
 
-    def __truediv__(self, name: str | int) -> Self:
+    def __truediv__(self, name: str | int) -> "Weights":
         return Weights(self.state, f"{self.prefix}{name}.")
 
     def __contains__(self, name: str) -> bool:

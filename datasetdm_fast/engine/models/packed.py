@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._packed: Tensor | None = None
+        self._packed: Any = None
 
     def held_weight(self) -> Tensor:
         return self._packed.to_dense()
@@ -56,15 +57,15 @@ class PackedConvolution(nn.Module):
     for a weight that is held transformed, calls for more may have enough, so it stays.
     """
 
-    def __init__(self, convolution: Convolution):
+    def __init__(self, convolution: Any):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
         self.stride, self.padding = convolution.stride, convolution.padding
         self.is_minimal = self.stride == self.padding == 1 and winograd.takes(self.weight)
         self.is_held, self.outputs = is_held(self.weight), len(self.weight)
-        self._transformed: Tensor | None = None
-        self._panels: Tensor | None = None
-        self._packed: Tensor | None = None
+        self._transformed: Any = None  # forms of the weight, each made at its first use
+        self._panels: Any = None
+        self._packed: Any = None
 
     def held_weight(self) -> Tensor:
         if self._panels is not None:
@@ -73,17 +74,17 @@ class PackedConvolution(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
-        weight, size = self.weight, x.shape[-2:]
+        weight, images, (height, width) = self.weight, len(x), x.shape[-2:]
         # Slices run at once: another form is in place before the plain one goes.
         if self.is_minimal and not self.is_held:
             if weight is not None:
                 self._panels = winograd.in_panels(weight)
                 self.weight = None
             return winograd.convolve(x, self._panels, bias, residual)
-        if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
+        if self.is_minimal and (weight is None or _has_tiles(height, width, images)):
             if self._transformed is None:
                 self._transformed = winograd.transform_weight(weight)
-            if self._packed is None and _has_tiles(*size, 1):
+            if self._packed is None and _has_tiles(height, width, 1):
                 self.weight = None
             return winograd.convolve(x, self._transformed, bias, residual)
         places = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
@@ -181,7 +182,7 @@ def pack_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-PACKED = {Linear: PackedLinear, Convolution: PackedConvolution}
+PACKED: dict[Any, Any] = {Linear: PackedLinear, Convolution: PackedConvolution}
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     away = {
         f"{name}.weight": layer.held_weight()
         for name, layer in module.named_modules()
-        if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
+        if isinstance(layer, (PackedLinear, PackedConvolution)) and layer.weight is None
     }
     taps = {
         f"{name}.taps": layer.plain_taps()

@@ -1,5 +1,6 @@
 """CLIP's text encoder."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 class TextLayer(nn.Module):
-    def __init__(self, weights: Weights, heads: int, eps: float, activation, ops: SimpleNamespace):
+    def __init__(
+        self, weights: Weights, heads: int, eps: float, activation: Callable[[Tensor], Tensor], ops: SimpleNamespace
+    ):
         super().__init__()
         itself = weights / "self_attn"
         self.heads, self.activation = heads, activation

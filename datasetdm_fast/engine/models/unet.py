@@ -5,8 +5,9 @@ first text attention, as both halves of a CFG batch are equal until then. A hook
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +42,10 @@ def _resnet_places(unet: Weights, count: int) -> list[Weights]:
 
 def _transformer_places(unet: Weights, count: int) -> list[tuple[Weights, int]]:
     """Every transformer in the order of the forward pass, with the depth of its block."""
-    down = [
-        (unet / "down_blocks" / depth / "attentions" / i, depth) for depth in range(DEPTHS - 1) for i in range(count)
-    ]
-    middle = [(unet / "mid_block" / "attentions" / 0, DEPTHS - 1)]
-    return [
-        *down,
-        *middle,
-        *(
-            (unet / "up_blocks" / k / "attentions" / i, DEPTHS - 1 - k)
-            for k in range(1, DEPTHS)
-            for i in range(count + 1)
-        ),
-    ]
+    lowest = DEPTHS - 1
+    down = [(unet / "down_blocks" / depth / "attentions" / i, depth) for depth in range(lowest) for i in range(count)]
+    up = [(unet / "up_blocks" / k / "attentions" / i, lowest - k) for k in range(1, DEPTHS) for i in range(count + 1)]
+    return [*down, (unet / "mid_block" / "attentions" / 0, lowest), *up]
 
 
 class TimeTable(nn.Module):
@@ -63,15 +55,10 @@ class TimeTable(nn.Module):
         super().__init__()
         config, weights = module.config, Weights(module.state_dict())
         places = _resnet_places(weights, config.layers_per_block)
-        self.channels, self.is_flipped, self.shift = (
-            config.block_out_channels[0],
-            config.flip_sin_to_cos,
-            config.freq_shift,
-        )
-        self.first, self.second = (
-            Linear(weights / "time_embedding" / "linear_1"),
-            Linear(weights / "time_embedding" / "linear_2"),
-        )
+        self.channels, self.shift = config.block_out_channels[0], config.freq_shift
+        self.is_flipped = config.flip_sin_to_cos
+        self.first = Linear(weights / "time_embedding" / "linear_1")
+        self.second = Linear(weights / "time_embedding" / "linear_2")
         self.rest = Linear(*(place / "time_emb_proj" for place in places))
         self.rest.bias = frozen(self.rest.bias + torch.cat([place["conv1.bias"] for place in places]))
 
@@ -106,6 +93,9 @@ class TextTable(nn.Module):
         )
 
 
+Spread = Callable[[Any], Any]  # of a tensor, or of one with its statistics
+
+
 def keep_as_is(x: Tensor) -> Tensor:
     return x
 
@@ -123,7 +113,7 @@ class Transformer(nn.Module):
         heads: int,
         feature: Slot | None,
         layer: Slot,
-        spread=keep_as_is,
+        spread: Spread = keep_as_is,
     ):
         super().__init__()
         ops = layers.ops
@@ -131,16 +121,12 @@ class Transformer(nn.Module):
         itself, text = block / "attn1", block / "attn2"
         self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
         self.rows: int | None = None  # that go through the feed-forward layers at once; None is all
-        self.spread = (
-            spread  # `double_halves` in the first transformer, whose text attention is where the CFG halves part
-        )
+        self.spread = spread  # `double_halves` in the first transformer, where the CFG halves part
         self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
         self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
-        self.self_qkv, self.self_out = (
-            Linear(itself / "to_q", itself / "to_k", itself / "to_v"),
-            Linear(itself / "to_out" / 0),
-        )
+        self.self_qkv = Linear(itself / "to_q", itself / "to_k", itself / "to_v")
+        self.self_out = Linear(itself / "to_out" / 0)
         self.text_q, self.text_out = Linear(text / "to_q"), Linear(text / "to_out" / 0)
         self.wide, self.narrow = Linear(block / "ff" / "net" / 0 / "proj"), Linear(block / "ff" / "net" / 2)
 
@@ -168,23 +154,21 @@ class Transformer(nn.Module):
 class CapturePlan(Layers):
     """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
 
-    block, doubled = Transformer, staticmethod(double_halves)
+    block: Any = Transformer
+    doubled = staticmethod(double_halves)
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config
         super().__init__(config.norm_num_groups, config.norm_eps, ops)
-        self.weights, self.count, self.heads = (
-            Weights(module.state_dict()),
-            config.layers_per_block,
-            heads_per_block(config),
-        )
+        self.weights, self.count = Weights(module.state_dict()), config.layers_per_block
+        self.heads = heads_per_block(config)
 
     def feature(self, depth: int, place: int) -> Slot:
         """Per level: the entry, the down blocks, the middle block or the upsampler, then the up blocks."""
         return DEPTHS - 1 - depth, place
 
     def transformer(
-        self, place: Weights, depth: int, feature: int | None, layer: int, spread=keep_as_is
+        self, place: Weights, depth: int, feature: int | None, layer: int, spread: Spread = keep_as_is
     ) -> Transformer:
         slot = None if feature is None else self.feature(depth, feature)
         return self.block(place, self, self.heads[depth], slot, (DEPTHS - 1 - depth, layer), spread)
@@ -203,10 +187,8 @@ class Down(nn.Module):
                 plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread)
                 for i, spread in enumerate(spreads)
             )
-            self.shrink, self.entry = (
-                plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2),
-                plan.feature(depth + 1, 0),
-            )
+            self.shrink = plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2)
+            self.entry = plan.feature(depth + 1, 0)
 
     def forward(
         self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
@@ -231,9 +213,8 @@ class Middle(nn.Module):
         weights = plan.weights / "mid_block"
         self.first, self.last = plan.resnet(weights / "resnets" / 0), plan.resnet(weights / "resnets" / 1)
         self.slot = plan.feature(DEPTHS - 1, 1 + plan.count)
-        self.transformer = plan.transformer(
-            weights / "attentions" / 0, DEPTHS - 1, None, 0
-        )  # the level reads the block's own output
+        # without a feature: the level reads the block's own output
+        self.transformer = plan.transformer(weights / "attentions" / 0, DEPTHS - 1, None, 0)
 
     def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], hook: CaptureHook) -> Tensor:
         x = self.transformer(self.first(x, next(time)), next(text), hook)
@@ -254,10 +235,8 @@ class Up(nn.Module):
                 plan.transformer(weights / "attentions" / i, depth, 2 + count + i, i) for i in range(count + 1)
             )
         if depth:
-            self.grow, self.grown = (
-                plan.upsample(weights / "upsamplers" / 0 / "conv"),
-                plan.feature(depth - 1, 1 + count),
-            )
+            self.grow = plan.upsample(weights / "upsamplers" / 0 / "conv")
+            self.grown = plan.feature(depth - 1, 1 + count)
 
     def forward(
         self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
@@ -294,13 +273,13 @@ class UNet(nn.Module):
         self.text_layers = [module.layer for module in self.modules() if isinstance(module, Transformer)]
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
-        time, text = iter(biases.split(self.widths)), iter(text)
+        time, texts = iter(biases.split(self.widths)), iter(text)
         x = self.conv_in(latents)
         skips = [self.doubled(x)]
         hook.feature(self.entry, skips[0])
         for block in self.down:
-            x = block(x, time, text, skips, hook)
-        x = self.middle(x, time, text, hook)
+            x = block(x, time, texts, skips, hook)
+        x = self.middle(x, time, texts, hook)
         for block in self.up:
-            x = block(x, time, text, skips, hook)
+            x = block(x, time, texts, skips, hook)
         return self.conv_out(self.norm_out(x))

@@ -83,14 +83,14 @@ class UNetBlock(Block):
             threads,
         )
         if outputs:
-            self.tell(hook, steps, entry, outputs, queries, text)
+            self.notify(hook, steps, entry, outputs, queries, text)
         return out
 
     def room_for_queries(
         self, batch: int, steps: Sequence[BlockStep], sizes: Sequence[tuple[int, int, int]]
     ) -> list[Tensor]:
         """For every attention over the text; the halves are one up to the first, whose block parts them."""
-        queries = []
+        queries: list[Tensor] = []
         for step, (_, height, width) in zip(steps, sizes):
             if isinstance(step.block, TransformerBlock):
                 queries.append(
@@ -98,7 +98,7 @@ class UNetBlock(Block):
                 )
         return queries
 
-    def tell(
+    def notify(
         self,
         hook: CaptureHook,
         steps: Sequence[BlockStep],

@@ -38,8 +38,8 @@ class Downsample(Convolution):
     def __init__(self, weights: Weights):
         super().__init__(weights, stride=2, padding=0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)), bias, residual)
 
 
 class BlockLayers(Layers):
@@ -51,7 +51,7 @@ class BlockLayers(Layers):
         super().__init__(module.config.norm_num_groups, EPS, ops)
 
     def resnets(self, weights: Weights) -> list[nn.Module]:
-        resnets = []
+        resnets: list[nn.Module] = []
         while "conv1.weight" in (place := weights / "resnets" / len(resnets)):
             resnets.append(self.resnet(place))
         return resnets
