@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Captures(Protocol):
     """Captures of views: read from the cache, or recomputed."""
 
     is_stored: bool
+    layout: Any  # cache.Layout of a view
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
         """Per level [B, cells, channels]."""
