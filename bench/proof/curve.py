@@ -20,7 +20,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.evaluation.intervals import expanded_level
-from datasetdm_fast.training.evaluation.meter import check_count, figure_name
+from datasetdm_fast.training.evaluation.meter import check_count, figure_name, nothing_shown
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import EVERYTHING, RENDERED_KINDS, open_data, parse_address
 from datasetdm_fast.training.truth.selection import DataSettings, Selection
@@ -246,13 +246,13 @@ def measure_curve(config: CurveConfig, engine: Any, task: str, counts: Sequence[
     from datasetdm_fast.engine.decoders.trunk import fold
     from datasetdm_fast.engine.engines import build_engine
     from datasetdm_fast.training.captures.views import ViewSettings
-    from datasetdm_fast.training.evaluation.measure import ScoreSettings, check_shown, measure
+    from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure
     from datasetdm_fast.training.recipes import RecipeSettings
 
     size, scoring = engine.model.size, ScoreSettings(config.captions, config.batch_size, config.seed)
     labelled = config.open(address, size, (task,), config.selection())
     scored = config.open(config.data, size, (task,))
-    check_shown(scored, task)  # which is else noticed only once a decoder is trained
+    check_shown(scored, task)  # otherwise noticed only once a decoder is trained
     if config.skip_bad:
         labelled = labelled.readable()
     check_enough(counts[-1], labelled, address)
@@ -272,6 +272,16 @@ def measure_curve(config: CurveConfig, engine: Any, task: str, counts: Sequence[
     result = learning_curve(task, counts, config.repeats, score, **bounds) | {"captions": config.captions}
     seen = count_shared(scored, labelled, counts[-1])
     return result | ({"seen_in_training": seen} if seen else {})
+
+
+def check_shown(source: Any, task: str) -> None:
+    """Refuses images none of which shows anything of a task; reads up to the first that does."""
+    from datasetdm_fast.engine import tasks
+
+    labels = tasks.TASKS[task]
+    targets = (labels.target(source, item) for item in source)
+    if not any(target and labels.is_shown(source, target) for target in targets):
+        raise nothing_shown()
 
 
 def check_enough(most: int, source: LabelledSource, address: str) -> None:

@@ -122,14 +122,13 @@ def compare_small(config: StudentConfig) -> int:
 
 def compare_networks(config: StudentConfig) -> int:
     """Students of a network of transformers."""
-    from bench.proof.curve import training_address
+    from bench.proof.curve import check_shown, training_address
     from bench.proof.students import arms
     from bench.proof.students.course import Course
     from bench.proof.students.examples import Examples, shared_vocabulary
     from bench.proof.students.networks.weights import check_folder, size_of
     from bench.proof.students.worth import check_classes
     from datasetdm_fast.runs.run_folder.document import read_document
-    from datasetdm_fast.training.evaluation.measure import check_shown
 
     network = open_network(config.student)
     task, tasks = network.task, (network.task,)
@@ -156,7 +155,7 @@ def compare_networks(config: StudentConfig) -> int:
     learnt = open_source(config, address, side, tasks, config.selection()) if has_real else None
     if config.skip_bad:
         run, judged, learnt = (source and source.readable() for source in (run, judged, learnt))
-    check_shown(judged, task)  # which else would be noticed once a student is trained
+    check_shown(judged, task)  # otherwise noticed only once a student is trained
     if learnt is not None:
         if config.real > len(learnt):
             raise Refused(f"--real {config.real}: the data set has {len(learnt)} images", "Ask for fewer.")

@@ -140,13 +140,6 @@ def measure(
     return meters
 
 
-def check_shown(source: Any, task: str) -> None:
-    """Refuses images none of which shows anything of a task; reads up to the first that does."""
-    targets = (TASKS[task].target(source, item) for item in source)
-    if not any(target and TASKS[task].is_shown(source, target) for target in targets):
-        raise nothing_shown()
-
-
 def passes(address: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
     """The labels that share their images and their captures: a pose decoder sees one person of COCO at a time, the
     others whole images, and each is read at the timestep it was trained at.
