@@ -18,7 +18,7 @@ from skips import long_test
 
 from bench.kernels.audit import name_of
 from bench.kernels.files import FILES
-from bench.rehearsal import budget, carried, command, compiled, cuda, run, scenarios, teaching
+from bench.rehearsal import budget, carried, command, compiled, cuda, operations, run, scenarios, teaching
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, RehearsalConfig, possible
 from bench.rehearsal.compiled import IMAGE, TILES, gpus, loads_wide
 from bench.rehearsal.kernels import (
@@ -117,7 +117,7 @@ EXPECTED = {
     "one buffer for the threads of two GPUs": ("race", "tasks/to_host.py"),
     "memory given back at every batch": ("host wait", "engines/fast/on_gpu.py"),
     "the reference's tokens on the host": ("error", "engines/torch.py"),
-    "captures copied while a thread waits": ("host wait", "lessons/cache.py"),
+    "captures copied while a thread waits": ("host wait", "captures/cache.py"),
     "a loss read for every part of a batch": ("host wait", "training/trainer.py"),
     "a resumed optimiser on the host": ("device", "training/state.py"),
     "truth of each image copied while the host waits": ("host wait", "losses/objective.py"),
@@ -140,7 +140,7 @@ EXPECTED = {
     "a loop that asks an event": ("host wait", "engine/loop/label_stream.py"),
     "page-locked memory filled through an array while it is copied": ("race", "kernels/to_device.py"),
     "page-locked memory filled past NumPy while it is copied": ("race", "kernels/to_device.py"),
-    "rows that are filled again while they are copied": ("race", "lessons/cache.py"),
+    "rows that are filled again while they are copied": ("race", "captures/cache.py"),
     "a call that is over by an event of another GPU": ("wrong GPU", "engine/loop/label_stream.py"),
     "an event that is never recorded": ("race", "engine/loop/label_stream.py"),
     "latents by way of another GPU": ("wrong GPU", "engines/fast/base.py"),
@@ -316,6 +316,17 @@ def test_what_is_planted_has_its_line(name):
     """Whether it is found takes minutes to learn, whether it can still be planted does not."""
     with planted(FAULTS[name]) as line:
         assert line and name in EXPECTED
+
+
+def test_every_function_that_is_named_exists():
+    """Else a wait would be a finding, and a rule would hold for nothing."""
+    for file, function in {place[1:] for place in run.WAITS} | operations.TAUGHT | operations.IN_FP32:
+        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+    files = [
+        path.as_posix() for folder in ("bench", "datasetdm_fast", "kernels") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    for name, (_, file) in EXPECTED.items():
+        assert any(path.endswith(f"/{file}") for path in files), name
 
 
 @long_test

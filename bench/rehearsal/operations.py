@@ -46,7 +46,7 @@ RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like",
           "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
 ENGINE = "datasetdm_fast/engine/engines/fast/base.py"
 TAUGHT = {
-    ("datasetdm_fast/training/loop.py", "_taken"),
+    ("datasetdm_fast/training/trainer.py", "_step"),
     ("bench/proof/students/course.py", "step"),
 }  # steps
 # Where a recorded network of narrow storage computes in fp32, by file and function.
