@@ -39,8 +39,8 @@ from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, splits
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data, windows
-from datasetdm_fast.training.truth import tables
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.training.truth import tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted.json_stream import JsonStream
