@@ -72,8 +72,10 @@ def export_stages(config: ExportConfig) -> int:
     batches = check_batches(config.batch)
     target = None if config.to == "onnx" else find_target(config.to, config.capability)
 
+    from datasetdm_fast.engine.engines import build_engine
     from datasetdm_fast.engine.engines.opening import load_decoders
     from datasetdm_fast.engine.loading import load_model
+    from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.stage_names import select_stages
     from datasetdm_fast.export.onnx.to_onnx import export
 
@@ -90,7 +92,8 @@ def export_stages(config: ExportConfig) -> int:
     if target is None:
         print(manifest.to_json() if config.json else config.out, flush=True)
         return 0
-    rows = build_plans(model, decoders, Path(config.out), manifest, target, batches, print_progress)
+    golden = Reference(lambda: build_engine("fast", model, decoders, dtype="fp32", device="cpu"))
+    rows = build_plans(Path(config.out), manifest, target, batches, golden, print_progress)
     facts = {"flavour": target.flavour.title, "capabilities": list(target.capabilities), "plans": rows}
     print_result(config, {"path": config.out, **facts}, config.out)
     return 0

@@ -222,7 +222,7 @@ def survey(root: Path) -> House:
     rooms: dict[str, set[str]] = {room_of(name): set() for name in known}
     for arrow in every:
         files[arrow.source].add(arrow.target)
-        if (source := room_of(arrow.source)) != (target := room_of(arrow.target)) and (arrow.source, target) != DOOR:
+        if (source := room_of(arrow.source)) != (target := room_of(arrow.target)) and arrow.source != DOOR[0]:
             rooms[source].add(target)
     connected = {(top_of(arrow.source), top_of(arrow.target)) for arrow in every}
     of_rooms, of_files = circles(rooms), circles(files)

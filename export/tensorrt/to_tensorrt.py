@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +20,6 @@ from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.flavours import MODULES, Flavour
 from datasetdm_fast.export.tensorrt.plans import Facts, PlanFile, PlanFolder, PlanOrder
-
-if TYPE_CHECKING:
-    from datasetdm_fast.engine.decoders.trunk import Decoder
-    from datasetdm_fast.engine.loading.model import Model
 
 TEXTS = 8  # prompts or words per call of the text encoder
 WORDS = 4  # class words per call of the open-vocabulary decoder
@@ -98,19 +94,14 @@ def make_order(stage: str, manifest: Manifest, target: Target, batch: int) -> Pl
 
 
 def build_plans(
-    model: Model,
-    decoders: Mapping[str, Decoder],
     folder: Path,
     manifest: Manifest,
     target: Target,
     batches: Sequence[int],
+    golden: Golden,
     on_message: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Builds the plans of every stage in the folder, as far as they are missing; a row about each."""
-    from datasetdm_fast.engine.engines.fast import FastEngine
-    from datasetdm_fast.export.golden import Reference
-
-    golden = Reference(lambda: FastEngine(model, decoders, dtype="fp32", device="cpu"))
     opened, rows = PlanFolder(folder, on_message), []
     for stage in manifest.stages:
         for batch in sorted({call_size(stage, manifest.size, batch) for batch in batches}):

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engine.engines.fast import FastEngine
+    from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.loading.model import Model
 
 
@@ -45,15 +46,13 @@ class BaseEngine:
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
 
-    def fp32_fallback(self) -> FastEngine | None:
+    def fp32_fallback(self) -> Engine | None:
         return None if self.precision == "fp32" else self._wide
 
     @functools.cached_property
-    def _wide(self) -> FastEngine:
-        from datasetdm_fast.engine.engines.fast import FastEngine
-
+    def _wide(self) -> Engine:
         device, is_compiled = str(self.device), self.is_compiled
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=device, compile=is_compiled)
+        return build_engine("fast", self.model, self.decoders, dtype="fp32", device=device, compile=is_compiled)
 
     def fingerprint(self) -> dict[str, str]:
         is_gpu = self.device.type == "cuda"
