@@ -18,7 +18,7 @@ from datasetdm_fast.runs.agreement.during import RepeatedComparison
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run import Decision, Outcome, Run
+from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.only:
         return run_settings.remake_from(config, provided)
     peer = None if config.dry_run else find_peer()
-    spec, run = run_settings.read_spec(config), Run.open(Path(config.out))
+    spec, run = run_settings.read_spec(config), RunQueue.open(Path(config.out))
     run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
     if config.refill:
         run = run.refill(spec, keeps_trusted=config.keep == "trusted", is_dry=config.dry_run)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write(
-    config: RunConfig, spec: RunSpec, run: Run, decision: Decision, launch: Launch, interruption: Interruption
+    config: RunConfig, spec: RunSpec, run: RunQueue, decision: Decision, launch: Launch, interruption: Interruption
 ) -> Result:
     """The result of a run, once its missing samples are made and written."""
     job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}

@@ -1,4 +1,4 @@
-"""What becomes of a run folder: the outcomes of Run.decide, one test a row of its table."""
+"""What becomes of a run folder: the outcomes of RunQueue.decide, one test a row of its table."""
 
 import pytest
 import torchless
@@ -6,7 +6,7 @@ from run_steps import prepare
 
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.run import Outcome, Run
+from datasetdm_fast.runs.jobs.run import Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder import document
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -20,7 +20,7 @@ def decide(monkeypatch, tmp_path):
 
     def decide(**changes):
         config = RunConfig(**{"number": NUMBER, "batch_size": 2, "out": str(tmp_path / "run"), **changes})
-        return Run.open(tmp_path / "run").decide(read_spec(config))
+        return RunQueue.open(tmp_path / "run").decide(read_spec(config))
 
     decide.write = lambda limit: write_missing(
         prepare(RunConfig(number=NUMBER, batch_size=2, limit=limit, out=str(tmp_path / "run")))

@@ -18,7 +18,7 @@ from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.runs.curation import scores
-from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -211,7 +211,7 @@ def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, cap
         patch.setattr(Ledger, "commit", killed)
         with pytest.raises(SystemExit):
             config = RunConfig(out=str(path), number=NUMBER, batch_size=BATCH, keep="trusted", refill=True)
-            Run.open(path).refill(read_spec(config), keeps_trusted=True)
+            RunQueue.open(path).refill(read_spec(config), keeps_trusted=True)
     assert 0 < len(ids(path, doubtful=True)) < len(ids(kept, doubtful=True))
     assert run(path, *refilled) == 0 and tree(path) == tree(kept) and audit(path).findings == []
     assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)

@@ -51,7 +51,7 @@ class KernelConfig:
     )
 
 
-class Launch(NamedTuple):
+class CompiledLaunch(NamedTuple):
     """One kernel as an engine would launch it, ready to compile; equal launches are the same machine code."""
 
     kernel: Any
@@ -75,7 +75,7 @@ class KernelRow(NamedTuple):
 class Recorder:
     """Stands where a kernel stood and notes each launch."""
 
-    def __init__(self, kernel, launches: list[Launch]):
+    def __init__(self, kernel, launches: list[CompiledLaunch]):
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
@@ -103,10 +103,10 @@ class Recorder:
             else:
                 signature[parameter.name] = "fp32"
         types, values, options = (tuple(facts.items()) for facts in (signature, constants, dict(sorted(given.items()))))
-        self.launches.append(Launch(self.kernel, types, values, tuple(aligned), options))
+        self.launches.append(CompiledLaunch(self.kernel, types, values, tuple(aligned), options))
 
 
-def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
+def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLaunch]]:
     """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it."""
     import torch
 
@@ -135,7 +135,7 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, Launch]]:
             names[name] = own
 
 
-def resources(launch: Launch, target: str) -> tuple[int, int, int, int]:
+def resources(launch: CompiledLaunch, target: str) -> tuple[int, int, int, int]:
     """Registers and bytes of stack of a thread, bytes of shared memory of a block, and addresses that are spoilt."""
     import triton
     from triton.backends.compiler import GPUTarget

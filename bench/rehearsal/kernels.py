@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
-from bench.kernels.audit import Launch as Compilable
+from bench.kernels.audit import CompiledLaunch as Compilable
 from bench.kernels.files import FILES
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline

@@ -25,8 +25,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.errors import Missing, Refused, nearest, renamed_flags
-from datasetdm_fast.runs.jobs.job import prepare_job
-from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.jobs.resume import prepare_job
+from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, read_document
@@ -125,7 +125,7 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **defaults: obj
     source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
     interruption = Interruption(config.quiet)
     with renamed_flags(OTHER_FLAGS):
-        spec, run = read_spec(settings, source), Run.open(Path(settings.out))
+        spec, run = read_spec(settings, source), RunQueue.open(Path(settings.out))
         result = run.decide(spec, is_dry=config.dry_run).result
     if result is None:
         _check_model(config)

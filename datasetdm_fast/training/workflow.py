@@ -28,7 +28,7 @@ Progress = Callable[[str, str, int, int], Any]  # task, title, steps, steps of l
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """The result of a task's training, None where it was stopped, and the figures of its cross-validation."""
 
     result: dict[str, Any] | None
@@ -65,7 +65,7 @@ class Workflow:
 
     def run(
         self, plans: Mapping[str, TaskPlan], command: str, progress: Progress, is_stopping: Callable[[], bool]
-    ) -> dict[str, Outcome]:
+    ) -> dict[str, TrainingOutcome]:
         """Trains every task, and resumes or skips those that have begun; stops after the first that is stopped."""
         outcomes = {}
         for task, plan in plans.items():
@@ -75,17 +75,17 @@ class Workflow:
                 checkpoint.remove(folder / "training")
             is_done = result is not None and not self._fold_count and (folder / "training" / PAGE).exists()
             if self.session.ranks.broadcast(is_done):
-                outcomes[task] = Outcome(result, read_folds(folder))
+                outcomes[task] = TrainingOutcome(result, read_folds(folder))
                 continue
             with lock_folder(folder) if is_first else nullcontext():
                 outcomes[task] = self._run_task(task, plan, command, progress, is_stopping)
             if outcomes[task].result is None:
                 break
-        return {task: outcomes.get(task, Outcome(None, None)) for task in plans}
+        return {task: outcomes.get(task, TrainingOutcome(None, None)) for task in plans}
 
     def _run_task(
         self, task: str, plan: TaskPlan, command: str, progress: Progress, is_stopping: Callable[[], bool]
-    ) -> Outcome:
+    ) -> TrainingOutcome:
         session, folder, count = self.session, self.out / task, self._fold_count
         ranks, steps = session.ranks, plan.schedule.steps
         # Another training may have written to this folder before it was locked.
@@ -100,19 +100,19 @@ class Workflow:
             options = (self.settings, fold_progress, is_stopping)
             folds = cross_validate(session, task, folder, count, *options)
             if folds is None:
-                return Outcome(None, None)
+                return TrainingOutcome(None, None)
         if result is None:
             training = session.open_training(folder, plan, self.settings, is_stopping)
             if training is not None:
                 with progress(task, task, steps, 0) as shown:
                     result = run_training(training, ranks, shown.on_step, is_stopping)
             if result is None:
-                return Outcome(None, folds)
+                return TrainingOutcome(None, folds)
             del training
             self._write_page(task, plan, result, folds, command)
         elif not ranks.broadcast(ranks.is_first and page.shows_folds(folder / "training" / PAGE, folds)):
             self._write_page(task, plan, result, folds, command)
-        return Outcome(result, folds)
+        return TrainingOutcome(result, folds)
 
     def _write_page(
         self, task: str, plan: TaskPlan, result: Mapping[str, Any], folds: Mapping[str, Any] | None, command: str

@@ -18,10 +18,11 @@ from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.remake import Remake, remake
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.run import Run, settle
+from datasetdm_fast.runs.jobs.resume import prepare_job
+from datasetdm_fast.runs.jobs.run import RunQueue, settle
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
@@ -103,10 +104,10 @@ def spec_of(order: Order, stored: Mapping[str, Any] | None) -> RunSpec:
     return replace(spec, identity=identity, may_mix=False)
 
 
-def open_order(order: Order) -> tuple[RunSpec, Run, Result | None]:
+def open_order(order: Order) -> tuple[RunSpec, RunQueue, Result | None]:
     """The run of an order, its folder, and the result if nothing is missing; files of another run are refused."""
     check_output("--outdir", str(order.out), "folder")
-    run = Run.open(order.run_folder)
+    run = RunQueue.open(order.run_folder)
     spec = spec_of(order, run.stored)
     if run.stored is not None:
         check_same(run.folder, {"config": run.stored["config"]}, {"config": run.comparable_settings(spec)})
@@ -122,7 +123,7 @@ def open_order(order: Order) -> tuple[RunSpec, Run, Result | None]:
     return spec, run, None
 
 
-def prepare(order: Order, spec: RunSpec, run: Run) -> Job:
+def prepare(order: Order, spec: RunSpec, run: RunQueue) -> Job:
     """The job of an order, checked in full, before anything is written."""
     remedy = "Name the file with the weights of the decoder."
     check_present(order.line.path("grounding_ckpt"), "--grounding_ckpt", remedy)

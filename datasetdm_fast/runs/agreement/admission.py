@@ -10,8 +10,9 @@ from typing import Any
 from datasetdm_fast.config import HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.job import Job, prepare_job
-from datasetdm_fast.runs.jobs.run import Run
+from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.resume import prepare_job
+from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import RunSpec
 
@@ -27,7 +28,7 @@ class Screen:
     show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 
 
-def admit_job(run: Run, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
+def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine is known to reproduce the samples of the run
     folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference.
     """
@@ -87,7 +88,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
     return replace(job, document=job.document | {"mixed": engines}, differing=())
 
 
-def _verify(job: Job, run: Run, number: int, screen: Screen) -> Job:
+def _verify(job: Job, run: RunQueue, number: int, screen: Screen) -> Job:
     """The job with the verdict on its engine, a stored one where that still holds."""
     from datasetdm_fast.runs.agreement.comparing import (
         compare_with_reference,

@@ -21,7 +21,6 @@ from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import racing
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
 from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines, row_facts
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
@@ -86,20 +85,6 @@ class Job:
         pixels, labels = self.pixels or self.recipe.size**2, self.recipe.tasks
         sample = pixels * (3 + sum(kind_of(task).pixel_bytes for task in labels)) + 8192 * (2 + len(labels))
         return int(sample * max(self.plan.number - self.done, 0)) + SPARE
-
-
-def prepare_job(
-    spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, mixes: bool = False, dtype: str = ""
-) -> Job:
-    """The job of a run whose run.json is `stored`, checked in full; with `races` `--engine auto` may take another
-    engine than the fast one, with `mixes` the engine may be a new one for the run folder. `dtype` takes the place of
-    `--dtype auto`.
-    """
-    job = build_job(spec, stored, races=races, dtype=dtype)
-    if stored is not None:
-        job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
-    check_room(job)
-    return job
 
 
 def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, dtype: str = "") -> Job:

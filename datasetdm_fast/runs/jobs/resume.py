@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.numbering import as_stored_layout
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.run_folder.document import (
     GROWING,
     LEDGER,
@@ -21,12 +22,24 @@ from datasetdm_fast.runs.run_folder.document import (
     row_facts,
 )
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.run_settings import RunSpec
 
 COMPARED = ("model", "decoders", "packages", "sampling", "plan", "labels")  # parts of run.json that must be equal
 MAY_DIFFER = ("name", "source", "licence")  # entries of these parts that change no byte
+
+
+def prepare_job(
+    spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, mixes: bool = False, dtype: str = ""
+) -> Job:
+    """The job of a run whose run.json is `stored`, checked in full; with `races` `--engine auto` may take another
+    engine than the fast one, with `mixes` the engine may be a new one for the run folder. `dtype` takes the place of
+    `--dtype auto`.
+    """
+    job = build_job(spec, stored, races=races, dtype=dtype)
+    if stored is not None:
+        job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
+    check_room(job)
+    return job
 
 
 def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:

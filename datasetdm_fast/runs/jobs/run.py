@@ -13,9 +13,9 @@ from typing import Any, Self
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs.job import Job, prepare_job
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, result_of
-from datasetdm_fast.runs.jobs.resume import count_rows, relocated_paths, total_samples
+from datasetdm_fast.runs.jobs.resume import count_rows, prepare_job, relocated_paths, total_samples
 from datasetdm_fast.runs.run_folder.document import GROWING, LEDGER, check_config, grows, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class
@@ -54,7 +54,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunQueue:
     """A run folder and its run.json, which is read once."""
 
     folder: Path
@@ -109,7 +109,7 @@ class Run:
         """The job of a dry run, which compares no engines."""
         return prepare_job(spec, self.stored, dtype=HALF if self.tries_half(spec) else "", mixes=True)
 
-    def refill(self, spec: RunSpec, *, keeps_trusted: bool, is_dry: bool = False) -> Run:
+    def refill(self, spec: RunSpec, *, keeps_trusted: bool, is_dry: bool = False) -> RunQueue:
         """The run with others planned in the place of dropped samples; with `keeps_trusted` the doubtful samples of a
         run that kept all are quarantined, too.
         """
@@ -157,7 +157,7 @@ class Run:
             if keeps_trusted:
                 opened.set_doubtful_aside()
                 add_distances(opened.ledger, since=0)
-        return Run(folder, document)
+        return RunQueue(folder, document)
 
 
 def settle(
