@@ -31,7 +31,8 @@ from bench.report import report, results
 from bench.rows import alone, layers, peers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.engines.device import choose_by_shape, engine_call
+from datasetdm_fast.engine.engines import device
+from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
@@ -76,7 +77,7 @@ def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
     before = cudnn.benchmark, cudnn.deterministic
     for is_timed in (False, True):
         with forms.timed_choice(is_timed):
-            choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
+            device.choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
             assert (cudnn.benchmark, cudnn.deterministic) == (is_timed, not is_timed)
     assert (cudnn.benchmark, cudnn.deterministic) == before
 

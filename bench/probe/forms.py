@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.kernels.inputs import HEADS, LEVELS, TOKENS
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
-from datasetdm_fast.engine.engines.fast import base
+from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.kernels import fused, reference
 
@@ -105,7 +105,7 @@ def timed_choice(is_timed: bool) -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
-    usual = mock.patch.object(base, "choose_by_shape") if is_timed else nullcontext()
+    usual = mock.patch.object(device, "choose_by_shape") if is_timed else nullcontext()
     try:
         with usual:
             cudnn.benchmark, cudnn.deterministic = is_timed, not is_timed
