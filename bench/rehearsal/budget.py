@@ -85,7 +85,11 @@ def recorded(engine: FastEngine, names: Iterable[str]) -> list:
 def unet_call(engine: FastEngine, batch: int, step: str) -> Callable[[], Any]:
     """What the graph of one call holds; the tables of timestep and texts are made once, before."""
     with torch.inference_mode():
-        inputs = engine._latents(_latents(engine, batch)), engine._row(1.0), *engine._tabled(_context(engine, batch))
+        inputs = (
+            engine._latents(_latents(engine, batch)),
+            engine._row(1.0),
+            *engine._encode_keys_values(_context(engine, batch)),
+        )
     return lambda: getattr(engine, step)(*inputs)
 
 
