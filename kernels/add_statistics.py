@@ -79,15 +79,11 @@ def _add_statistics_kernel(
 
 def fused(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result of `reference`, channels-last; `x` itself where nothing is added."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"add_statistics: residual {list(residual.shape)} is not of the shape {list(x.shape)} of x")
-    if bias is not None and bias.shape != x.shape[1:2]:
-        raise ValueError(f"add_statistics: bias {list(bias.shape)} does not fit {x.shape[1]} channels")
-    addends = [addend for addend in (residual, bias) if addend is not None]
-    if not is_served("add_statistics", x, *addends):
+    fits = (residual is None or residual.shape == x.shape) and (bias is None or bias.shape == x.shape[1:2])
+    if not is_served("add_statistics", x, residual, bias, fits=fits):
         return reference(x, residual, bias)
     (batch, channels, height, width), cells = x.shape, rows(x)
-    out = torch.empty_like(cells) if addends else None
+    out = None if residual is None and bias is None else torch.empty_like(cells)
     statistics, sizes = empty_statistics(cells, channels), blocks(BLOCKS, "add_statistics", x)
     grid = statistics.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread

@@ -190,26 +190,12 @@ def split(width: int) -> tuple[int, int]:
     return (whole, 0) if wide < 16 or wide + rest >= whole else (wide, rest)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> None:
-    """Refuses what is no q [B, heads, N, d] with k, v [B, heads, T, d], and a weight that is not theirs."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
-    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"attention_capture: {shapes} do not belong together")
-    (heads, queries), tokens = q.shape[1:3], k.shape[2]
-    if not queries or not tokens:
-        raise ValueError(f"attention_capture: {queries} queries over {tokens} tokens, expected at least 1 of each")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention_capture: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
-    if weight.ndim != 3 or weight.shape[:2] != (heads, tokens) or weight.dtype != q.dtype:
-        raise ValueError(
-            f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [{heads}, {tokens}, F] {q.dtype}"
-        )
-
-
 def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What `reference` says; the answer lies in memory as [B, N, heads, d]."""
-    check(q, k, v, weight)
-    if not is_served("attention_capture", q, k, v, weight):
+    fits = q.ndim == 4 and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    fits = fits and q.dtype == k.dtype == v.dtype == weight.dtype and q.shape[2] * k.shape[2] > 0
+    fits = fits and weight.ndim == 3 and weight.shape[:2] == (q.shape[1], k.shape[2])
+    if not is_served("attention_capture", q, k, v, weight, fits=fits):
         return reference(q, k, v, weight)
     if k.shape[2] > MOST_TOKENS or q.shape[3] > WIDEST:
         return plain(q, k, v, weight)

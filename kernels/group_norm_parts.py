@@ -184,12 +184,9 @@ def fused(
 ) -> Tensor:
     """The result of `reference`, channels-last; missing statistics are taken first."""
     channels, x = sum(part.shape[1] for part in parts), parts[0]
-    received = f"{len(parts)} parts of {channels} channels with {len(statistics)} statistics"
-    if len(parts) not in (1, 2) or channels % groups or len(statistics) not in (0, len(parts)):
-        raise ValueError(f"group_norm_parts: {received} in {groups} groups, expected one or two parts in whole groups")
-    if any(len(affine) != channels for affine in (weight, bias, *([] if shift is None else [shift]))):
-        raise ValueError(f"group_norm_parts: {received} under weight {list(weight.shape)} and bias {list(bias.shape)}")
-    if not is_served("group_norm_parts", *parts, *statistics, weight, bias):
+    fits = len(parts) in (1, 2) and channels % groups == 0 and len(statistics) in (0, len(parts))
+    fits = fits and all(x is None or len(x) == channels for x in (weight, bias, shift))
+    if not is_served("group_norm_parts", *parts, *statistics, weight, bias, fits=fits):
         return reference(parts, statistics, shift, weight, bias, groups, eps, has_silu)
     (batch, _, height, width), members = x.shape, channels // groups
     cells = height * width

@@ -164,13 +164,8 @@ def _group_norm_silu_kernel(
 def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
     """What `reference` says; both layouts are served, channels-last is the fast one."""
     batch, channels, height, width = x.shape
-    if channels % groups:
-        raise ValueError(f"group_norm_silu: {channels} channels do not divide into {groups} groups")
-    if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"group_norm_silu: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit {channels} channels"
-        )
-    if not is_served("group_norm_silu", x, weight, bias):
+    fits = channels % groups == 0 and weight.shape == bias.shape == (channels,)
+    if not is_served("group_norm_silu", x, weight, bias, fits=fits):
         return reference(x, weight, bias, groups, eps, has_silu)
     cells, sizes = height * width, dict(blocks(BLOCKS, "group_norm_silu", x))
     sizes["BLOCK_C"] = min(sizes["BLOCK_C"], round_up(channels, 1))

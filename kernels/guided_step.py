@@ -30,12 +30,11 @@ def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor)
 
 
 def _check(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> None:
-    if output.shape != (2 * len(latents), *latents.shape[1:]):
-        raise ValueError(f"guided_step: output {list(output.shape)} is not twice the latents {list(latents.shape)}")
-    if history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
+    is_pair = output.shape == (2 * len(latents), *latents.shape[1:])
+    if not is_pair or history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
         raise ValueError(
-            f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents "
-            f"{list(latents.shape)}"
+            f"guided_step: output {list(output.shape)}, history {list(history.shape)} and {len(numbers)} numbers "
+            f"do not fit latents {list(latents.shape)}"
         )
 
 

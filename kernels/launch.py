@@ -35,11 +35,16 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return triton.jit(kernel) if triton else kernel
 
 
-def is_served(op: str, *tensors: Tensor) -> bool:
-    """Whether a kernel runs where the tensors lie: on a GPU always, on a CPU in Triton's interpreter only.
+def is_served(op: str, *inputs: Tensor | None, fits: bool = True) -> bool:
+    """Whether a kernel runs where the inputs lie: on a GPU always, on a CPU in Triton's interpreter only.
 
-    Tensors on several devices, of a dtype without a kernel, or on a GPU without Triton are refused.
+    Inputs that do not fit each other (`fits`), on several devices, of a dtype without a kernel, or on a GPU without
+    Triton are refused.
     """
+    tensors = [x for x in inputs if x is not None]
+    if not fits:
+        received = ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors)
+        raise ValueError(f"{op}: inputs of {received} do not fit each other")
     devices = {x.device for x in tensors}
     if len(devices) > 1:
         raise ValueError(f"{op}: the tensors lie on {' and '.join(sorted(map(str, devices)))}, move them to one device")

@@ -75,13 +75,8 @@ def _layer_norm_kernel(
 def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     """What `reference` says."""
     channels = x.shape[-1]
-    if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"layer_norm: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit rows of {channels}"
-        )
-    if shift is not None and shift.shape != (channels,):
-        raise ValueError(f"layer_norm: shift {list(shift.shape)} does not fit rows of {channels}")
-    if not is_served("layer_norm", x, weight, bias, *([] if shift is None else [shift])):
+    fits = all(vector is None or vector.shape == (channels,) for vector in (weight, bias, shift))
+    if not is_served("layer_norm", x, weight, bias, shift, fits=fits):
         return reference(x, weight, bias, eps, shift)
     if channels > WIDEST:
         raise ValueError(f"layer_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")

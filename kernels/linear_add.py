@@ -120,22 +120,12 @@ def _linear_add_kernel(
     tl.store(spread_ptr + line, tl.sum(distance * distance, 0), mask=is_channel)
 
 
-def check(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
-    """Refuses what is no one or two inputs [B, S, K] with a weight, a bias and a residual that are theirs."""
-    shapes = f"{' and '.join(str(list(part.shape)) for part in parts)} under weight {list(weight.shape)}"
-    if len(parts) not in (1, 2) or weight.shape[1] != sum(part.shape[2] for part in parts):
-        raise ValueError(f"linear_add: {shapes}, expected one or two inputs whose widths are the weight's")
-    whole = (*parts[0].shape[:2], len(weight))
-    if residual.shape != whole or any(part.shape[:2] != whole[:2] for part in parts):
-        raise ValueError(f"linear_add: {shapes} do not add to a residual {list(residual.shape)}")
-    if bias is not None and bias.shape != whole[2:]:
-        raise ValueError(f"linear_add: bias {list(bias.shape)} does not fit {len(weight)} outputs")
-
-
 def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
     """What `reference` says, in one pass: neither the concatenation nor the product is written."""
-    check(parts, weight, bias, residual)
-    if not is_served("linear_add", *parts, weight, residual, *([] if bias is None else [bias])):
+    whole = (*parts[0].shape[:2], len(weight))
+    fits = len(parts) in (1, 2) and weight.shape[1] == sum(part.shape[2] for part in parts) and residual.shape == whole
+    fits = fits and all(part.shape[:2] == whole[:2] for part in parts) and (bias is None or bias.shape == whole[2:])
+    if not is_served("linear_add", *parts, weight, residual, bias, fits=fits):
         return reference(parts, weight, bias, residual)
     first, *others = (part.contiguous() for part in parts)
     weight, residual = weight.contiguous(), residual.contiguous()

@@ -76,12 +76,8 @@ def _linear_geglu_kernel(
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What `reference` says."""
-    if len(weight) % 2 or weight.shape[1] != x.shape[-1] or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_geglu: weight {list(weight.shape)} and bias {list(bias.shape)} are not two halves for rows of "
-            f"{x.shape[-1]}"
-        )
-    if not is_served("linear_geglu", x, weight, bias):
+    fits = len(weight) % 2 == 0 and weight.shape[1] == x.shape[-1] and bias.shape == weight.shape[:1]
+    if not is_served("linear_geglu", x, weight, bias, fits=fits):
         return reference(x, weight, bias)
     x, weight, channels, width = x.contiguous(), weight.contiguous(), len(weight) // 2, x.shape[-1]
     rows, sizes = x.numel() // width, blocks(BLOCKS, "linear_geglu", x)

@@ -93,12 +93,9 @@ def fused(
 ) -> Tensor:
     """What `reference` says, in one pass."""
     channels, width = weight.shape
-    shapes = f"weight {list(weight.shape)}, residual {list(residual.shape)} and rows {list(x.shape)}"
-    if x.shape[-1] != width or residual.shape != (*x.shape[:-1], channels):
-        raise ValueError(f"linear_norm: {shapes} do not fit each other")
-    if any(vector.shape != (channels,) for vector in (bias, gain, shift)):
-        raise ValueError(f"linear_norm: bias, gain and shift do not fit {channels} outputs")
-    if not is_served("linear_norm", x, weight, bias, residual, gain, shift) or channels > WIDEST:
+    fits = x.shape[-1] == width and residual.shape == (*x.shape[:-1], channels)
+    fits = fits and bias.shape == gain.shape == shift.shape == (channels,)
+    if not is_served("linear_norm", x, weight, bias, residual, gain, shift, fits=fits) or channels > WIDEST:
         return reference(x, weight, bias, residual, gain, shift, eps, has_relu)
     x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
     rows, sizes, out = x.numel() // width, blocks(BLOCKS, "linear_norm", x), torch.empty_like(residual)

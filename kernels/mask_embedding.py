@@ -94,12 +94,10 @@ def fused(
 ) -> Tensor:
     """What `reference` says; the hidden layers never leave the registers."""
     channels, features = x.shape[-1], len(weights[-1])
-    shapes = [list(weight.shape) for weight in weights]
-    if shapes != [[channels, channels], [channels, channels], [features, channels]]:
-        raise ValueError(f"mask_embedding: weights {shapes} are not three layers for rows of {channels}")
-    if [len(weight) for weight in (gain, shift, *biases)] != [channels] * 4 + [features]:
-        raise ValueError(f"mask_embedding: norm and biases do not fit rows of {channels} and {features} outputs")
-    if not is_served("mask_embedding", x, gain, shift, *weights, *biases) or channels > WIDEST:
+    shapes = [(channels, channels), (channels, channels), (features, channels)]
+    fits = [tuple(weight.shape) for weight in weights] == shapes
+    fits = fits and [len(vector) for vector in (gain, shift, *biases)] == [channels] * 4 + [features]
+    if not is_served("mask_embedding", x, gain, shift, *weights, *biases, fits=fits) or channels > WIDEST:
         return reference(x, gain, shift, eps, weights, biases)
     x = x.contiguous()
     rows, sizes = x.numel() // channels, blocks(BLOCKS, "mask_embedding", x)

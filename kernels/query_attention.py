@@ -140,20 +140,13 @@ def fused(
 ) -> Tensor:
     """What `reference` says; neither scores nor separate heads are written."""
     (batch, queries, channels), cells = q.shape, k.shape[1]
-    if channels % heads or k.shape != (batch, cells, channels) or v.shape != k.shape:
-        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
-        raise ValueError(f"query_attention: {shapes} are not queries, keys and values of {heads} heads")
-    if q_place.shape[-2:] != q.shape[1:] or k_place.shape[-2:] != k.shape[1:]:
-        raise ValueError(
-            f"query_attention: positions {list(q_place.shape)} and {list(k_place.shape)} do not fit {queries} queries "
-            f"and {cells} keys"
-        )
-    if logits is not None and logits.shape != (batch, queries, cells):
-        raise ValueError(f"query_attention: logits {list(logits.shape)}, expected {[batch, queries, cells]}")
-    inputs = [q, k, v, q_place, k_place, *([] if logits is None else [logits])]
-    if not is_served("query_attention", *inputs):
+    fits = channels % heads == 0 and k.shape == v.shape == (batch, cells, channels)
+    fits = fits and q_place.shape[-2:] == q.shape[1:] and k_place.shape[-2:] == k.shape[1:]
+    fits = fits and (logits is None or logits.shape == (batch, queries, cells))
+    inputs = q, k, v, q_place, k_place
+    if not is_served("query_attention", *inputs, logits, fits=fits):
         return reference(q, k, v, heads, q_place, k_place, logits)
-    q, k, v, q_place, k_place = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:5])
+    q, k, v, q_place, k_place = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     out, width = q.new_empty(q.shape), channels // heads
     together = cells if width % 16 == 0 else 32  # each value of other heads is loaded by an address of its own
     sizes = blocks(BLOCKS, "query_attention", q, BLOCK_N=queries, BLOCK_S=min(cells, together))

@@ -91,12 +91,8 @@ def fused(levels: Sequence[Tensor], side: int) -> Tensor:
     lies in the joined tensor.
     """
     first = levels[0]
-    if any(level.ndim != 4 or len(level) != len(first) or level.dtype != first.dtype for level in levels):
-        shapes = [f"{list(level.shape)} {level.dtype}" for level in levels]
-        raise ValueError(f"upsample_concat: {', '.join(shapes)} are not images [B, C, h, w] of one batch and dtype")
-    if len(levels) != 2:
-        raise ValueError(f"upsample_concat: {len(levels)} levels, expected two")
-    if not is_served("upsample_concat", *levels):
+    fits = len(levels) == 2 and all(level.ndim == 4 and len(level) == len(first) for level in levels)
+    if not is_served("upsample_concat", *levels, fits=fits and levels[1].dtype == first.dtype):
         return reference(levels, side)
     counts, sizes = [level.shape[1] for level in levels], blocks(BLOCKS, "upsample_concat", first)
     out = first.new_empty((len(first), side, side, sum(counts)))

@@ -29,10 +29,10 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import (
+    checkpoint,
     cross_validation,
     page,
     predictions,

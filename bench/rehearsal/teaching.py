@@ -24,7 +24,7 @@ from bench.rehearsal.machine import Machine
 from bench.rehearsal.timeline import BETWEEN, FIRST, LOAD
 from datasetdm_fast import train
 from datasetdm_fast.engine.decoders import checkpoint as decoders
-from datasetdm_fast.engine.loading import checkpoint as states
+from datasetdm_fast.training import checkpoint as states
 from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure

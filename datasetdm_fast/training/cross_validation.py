@@ -13,7 +13,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
-from datasetdm_fast.engine.loading import checkpoint
+from datasetdm_fast.training import checkpoint
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.session import TrainingSession

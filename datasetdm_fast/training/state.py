@@ -9,8 +9,8 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.kernels import plain
+from datasetdm_fast.training import checkpoint
 from datasetdm_fast.training.recipes import TrainingSchedule
 
 NORM_ITERATIONS = 8  # power iterations after which a spectral norm fits averaged weights

@@ -25,9 +25,8 @@ from datasetdm_fast.engine.decoders.checkpoint import Decoder, round_parameters,
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines.device import multiplies_bf16
 from datasetdm_fast.engine.engines.memory import retain_freed
-from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training import data_record, predictions, word_heads
+from datasetdm_fast.training import checkpoint, data_record, predictions, word_heads
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.meter import Meter

@@ -9,8 +9,7 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.engines.device import slow_in_fp16
-from datasetdm_fast.engine.loading import checkpoint
-from datasetdm_fast.training import page, report
+from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
 from datasetdm_fast.training.log import log_lines
 from datasetdm_fast.training.session import TrainingSession

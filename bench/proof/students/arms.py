@@ -31,9 +31,9 @@ from bench.proof.students.networks.weights import build, check_folder
 from bench.proof.students.student_data import IGNORED, Vocabulary
 from bench.proof.students.worth import FIGURES, compared, t95, verdict
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.engine.loading import checkpoint
 from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training import checkpoint
 from datasetdm_fast.untrusted import documents
 
 TAUGHT_BY = "taught by"  # heads the arms of a table
