@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, blockwise
-from datasetdm_fast.engine.models.capture import NoCapture
+from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
@@ -68,7 +68,7 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
         return Convolution(state({"": torch.Size([4, 16, 3, 3])}) / "", stride=1), [image(5, 16, 8, 8)]
     batch, spread = (2, double_halves) if kind == "transformer where the halves part" else (3, lambda x: x)
     text = tuple(noise(len(spread(torch.zeros(batch))), HEADS, TEXT, 8) for _ in range(2))
-    return transformer(24, spread), [image(batch, 24, 3, 3), text, NoCapture(plain)]
+    return transformer(24, spread), [image(batch, 24, 3, 3), text, CaptureHook(plain)]
 
 
 CASES = (
@@ -122,7 +122,7 @@ def test_a_block_says_what_the_plain_module_says(kind, in_pairs, monkeypatch):
     assert block.state_dict().keys() == module.state_dict().keys()
 
 
-class Heard(NoCapture):
+class Heard(CaptureHook):
     """Keeps what a hook hears of."""
 
     is_idle = False
@@ -168,7 +168,7 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
             own = OfWidth(native, threads, vector_bytes)
             block._packed = own, []
             own.sizes = native.sizes
-            found.append(block(*given, NoCapture(plain)))
+            found.append(block(*given, CaptureHook(plain)))
             noise_beside = block(*given, heard := Heard())
             assert torch.equal(found[0], found[-1]) and torch.equal(found[0], noise_beside)
             for kept, right in ((heard.features, told.features), (heard.queries, told.queries)):
@@ -177,9 +177,9 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
         assert distance(found[0], truth) <= most
     block._packed = native, []
     with pytest.raises(ValueError, match="12 x 12 cells do not halve and double"):
-        block(image(batch, 4, 12, 12), *given[1:], NoCapture(plain))
+        block(image(batch, 4, 12, 12), *given[1:], CaptureHook(plain))
     with pytest.raises(ValueError, match="texts for"):
-        block(image(batch + 1, 4, 16, 16), *given[1:], NoCapture(plain))
+        block(image(batch + 1, 4, 16, 16), *given[1:], CaptureHook(plain))
     one_by_one = block(*given, heard := HeardOneByOne())
     assert distance(one_by_one, truth) <= most and heard.features.keys() == told.features.keys()
 

@@ -206,7 +206,7 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
         "code": ({**state, "payload": Payload()}, "", "which could run code"),
         "another project": ({"layer1.weight": torch.ones(2)}, "", "no decoder of DatasetDM: 1 tensors, layer1.weight"),
         "logits": ({**state, "class_embed.weight": torch.ones(7, 16)}, "", "class_embed.bias [3] for [7]"),
-        "no class": ({**state, "class_embed.weight": torch.ones(1, 16)}, "", "class_embed.weight is [1, 16], expected"),
+        "no class": ({**state, "class_embed.weight": torch.ones(1, 16)}, "", "it holds no decoder of DatasetDM"),
         "other U-Net": (state_of(config_of("voc", levels=DEMO_LEVELS)), "", "levels have "),
     }
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from datasetdm_fast.engine.models.capture import NoCapture, Projection, RawCapture, Slot
+from datasetdm_fast.engine.models.capture import CaptureHook, Projection, RawCapture, Slot
 from datasetdm_fast.export.onnx.graph import BATCH, Value
 from datasetdm_fast.export.onnx.operations import probabilities
 from datasetdm_fast.stages import LEVELS, Level
 
 
-class ExportHook(NoCapture):
+class ExportHook(CaptureHook):
     """Adds up what its stage returns besides the noise."""
 
     def __init__(self, ops: SimpleNamespace):

@@ -23,7 +23,7 @@ from datasetdm_fast.engine import models
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.models.capture import NoCapture, Projection
+from datasetdm_fast.engine.models.capture import CaptureHook, Projection
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
@@ -306,7 +306,7 @@ class StageExport:
         context: Value,
         class_context: Value | None = None,
     ) -> dict[str, Value]:
-        hook: NoCapture
+        hook: CaptureHook
         if name == RAW:
             hook = RawHook(self.model.levels, self.ops)
         elif class_context is not None:
@@ -314,7 +314,7 @@ class StageExport:
             layers = modules["unet"].text_layers
             hook = AveragingHook(self.model.levels, averaged_sides(name), dict(zip(layers, keys)), self.ops)
         else:
-            hook = NoCapture(self.ops) if name == "denoise" else ProjectingHook(self.projection, self.ops)
+            hook = CaptureHook(self.ops) if name == "denoise" else ProjectingHook(self.projection, self.ops)
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
         noise = modules["unet"](latents.to(self.dtype), biases, texts, hook).float()
         return {"noise": noise, **(hook.outputs() if isinstance(hook, ExportHook) else {})}

@@ -164,9 +164,6 @@ def guess_kind(shapes: Shapes, path: Path) -> str:
             "Name one: --kind nyu reads metres up to 10, --kind kitti and --kind vkitti2 up to 80 "
             f"(or --decoder {quote(f'nyu:{path}')}).",
         )
-    if "class_embed.weight" in shapes:
-        shape = list(shapes["class_embed.weight"])
-        raise Refused(f"{path}: class_embed.weight is {shape}, expected [classes + 1, width]", "Name another file.")
     legacy = "to_k.weight" in shapes and "to_q.weight" in shapes
     what = "the decoder of DatasetDM's train.py, which no generator reads" if legacy else "no decoder of DatasetDM"
     names = sorted(shapes)

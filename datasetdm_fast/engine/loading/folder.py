@@ -86,10 +86,8 @@ def load_folder(
 
 @dataclass(frozen=True)
 class _Weights:
-    files: list[Path]
+    file: Path
     variant: str | None
-    is_safe: bool
-    index: Path  # which tensor lies in which file, where there are several
 
 
 def _folder_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -148,7 +146,7 @@ def _making_sense(source: Path) -> Iterator[None]:
 def folder_digests(folder: Path, weights: Mapping[str, _Weights] | None = None) -> dict[str, str]:
     """Digest of the files of each part, whose weights are looked for where they are not given."""
     files = {
-        **{part: weight_files.files for part, weight_files in (weights or _all_weights(folder)).items()},
+        **{part: [found.file] for part, found in (weights or _all_weights(folder)).items()},
         "tokenizer": files_of(folder / "tokenizer"),
         "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
     }
@@ -160,33 +158,17 @@ def _all_weights(folder: Path) -> dict[str, _Weights]:
 
 
 def _weight_files(part: Path) -> _Weights:
-    """The weight files of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
+    """The weight file of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
     stems = ("diffusion_pytorch_model", "pytorch_model", "model")
     for extension, stem, variant in product(("safetensors", "bin"), stems, (None, "fp16")):
-        tag = f".{variant}" if variant else ""
-        single, index = part / f"{stem}{tag}.{extension}", part / f"{stem}.{extension}.index{tag}.json"
-        files = [single] if single.is_file() else []
-        if not files and index.is_file():
-            files = _shards(index)
-        if files:
-            for file in files:
-                if not file.is_file():
-                    raise Refused(f"model: {file} is listed in its index but missing", DAMAGED)
-                check_readable(file)
-            return _Weights(files, variant, extension == "safetensors", index)
+        file = part / f"{stem}{f'.{variant}' if variant else ''}.{extension}"
+        if file.is_file():
+            check_readable(file)
+            return _Weights(file, variant)
     raise Refused(
-        f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files",
-        "Add the weight files of the same model.",
+        f"model: {part.parent} has no weights of its {part.name}: {part} holds no .safetensors or .bin file of weights",
+        "Add the weight file of the same model; one that is split into several has to be joined.",
     )
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files an index of split weights names, each beside it."""
-    try:
-        names = sorted(set(read_config(index)["weight_map"].values()))
-        return [index.parent / documents.check_inside(name) for name in names]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f"model: {index} is not an index of weight files ({first_line(error)})", DAMAGED) from error
 
 
 def _network(folder: Path, weights: _Weights, config: Mapping[str, Any], is_own: bool) -> Network:
@@ -195,7 +177,7 @@ def _network(folder: Path, weights: _Weights, config: Mapping[str, Any], is_own:
     return Network(
         ConfigFile(config),
         lambda: _from_folder(folder, weights, config),
-        lambda stored: tensors_of(weights.files, stored),
+        lambda stored: tensors_of(weights.file, stored),
     )
 
 
@@ -241,24 +223,14 @@ def _from_folder(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> 
 
 @contextmanager
 def _only_weights(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder with the architecture's numbers and links to safetensors, so that libraries see nothing else."""
+    """A folder with the architecture's numbers and a link to safetensors, so that libraries see nothing else."""
     with tempfile.TemporaryDirectory() as made:
-        safe = Path(made)
+        safe, file = Path(made), weights.file
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
-        for file in weights.files:
-            safe.joinpath(_safe_name(file.name)).symlink_to(
-                (file if weights.is_safe else pickles.safe_copy(file)).resolve()
-            )
-        if len(weights.files) > 1:
-            table = {name: _safe_name(file) for name, file in read_config(weights.index)["weight_map"].items()}
-            safe.joinpath(_safe_name(weights.index.name)).write_text(
-                json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8"
-            )
+        name = re.sub(r"^pytorch_model", "model", file.name).replace(".bin", ".safetensors")
+        target = file if file.suffix == ".safetensors" else pickles.safe_copy(file)
+        safe.joinpath(name).symlink_to(target.resolve())
         yield safe
-
-
-def _safe_name(name: str) -> str:
-    return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
 
 
 def download_model(name: str) -> Path:

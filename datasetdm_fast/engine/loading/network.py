@@ -102,14 +102,13 @@ def _versions(module: nn.Module) -> int:
     return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
 
 
-def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
-    """The tensors of safetensors files."""
+def tensors_of(file: Path, stored: Stored) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
     tensors = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                value = opened.get_tensor(name)
-                tensors[name] = room(value.shape, stored(name, value)).copy_(value)
+    with safetensors.safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            value = opened.get_tensor(name)
+            tensors[name] = room(value.shape, stored(name, value)).copy_(value)
     return tensors
 
 

@@ -21,53 +21,36 @@ from datasetdm_fast.stages import LEVELS, Level
 Slot = tuple[int, int]  # level, place within it
 
 
-class CaptureHook(Protocol):
-    @property
-    def is_idle(self) -> bool:
-        """Whether it wants to hear of nothing."""
-
-    def feature(self, slot: Slot | None, x: Tensor) -> None:
-        """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
-
-    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
-
-    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
-        """Hears of the queries and keys of that cross-attention where its output is already known."""
-
-    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
-        differ.
-        """
-
-    def reads_self(self, cells: int) -> bool:
-        """Whether it wants to hear of self-attention over so many cells, whoever computes its answer."""
-
-
-class NoCapture:
-    """Reads nothing: every call but the captured one."""
+class CaptureHook:
+    """What reads along in a UNet call; this one reads nothing, as in every call but the captured one."""
 
     def __init__(self, ops: SimpleNamespace):
         self.ops = ops
 
     @property
     def is_idle(self) -> bool:
-        return type(self) is NoCapture  # what derives from it reads something
+        """Whether it reads nothing."""
+        return type(self) is CaptureHook
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
-        pass
+        """Reads the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
         self.on_queries(slot, q, k)
         return self.ops.attention(q, k, v)
 
     def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
-        pass
+        """Reads the queries and keys of that cross-attention where its output is already known."""
 
     def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
+        differ.
+        """
         return self.ops.attention(q, k, v)
 
     def reads_self(self, cells: int) -> bool:
+        """Whether it reads self-attention over so many cells, whoever computes its output."""
         return False
 
 
@@ -76,7 +59,7 @@ def conditional_maps(q: Tensor, k: Tensor) -> Tensor:
     return probabilities(q.chunk(2)[1], k.chunk(2)[1])
 
 
-class RawCapture(NoCapture):
+class RawCapture(CaptureHook):
     """Keeps every feature and map as the reference engine does."""
 
     def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
@@ -158,7 +141,7 @@ class _ReadAtNeed(nn.Module):
         return torch.cat(self._parts[place], -1)
 
 
-class ProjectedSums(NoCapture):
+class ProjectedSums(CaptureHook):
     """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
 
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
@@ -204,10 +187,10 @@ class ProjectedSums(NoCapture):
         )
 
 
-class SummedAttention(NoCapture):
+class SummedAttention(CaptureHook):
     """Adds the attention probabilities of the conditional half to running sums: those of every self-attention of one
     side, and at every cross-attention of another those of the same queries over a class prompt, whose values are not
-    used. The answers stay those of NoCapture.
+    used. The answers stay those of CaptureHook.
     """
 
     def __init__(

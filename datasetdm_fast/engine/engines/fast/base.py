@@ -22,7 +22,6 @@ from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.capture import (
     CaptureHook,
-    NoCapture,
     ProjectedSums,
     Projection,
     RawCapture,
@@ -344,7 +343,7 @@ class FastEngine(BaseEngine):
         return self.unet(latents, row, keys_values, hook).float().contiguous()
 
     def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (self._run(NoCapture(self.ops), *inputs),)
+        return (self._run(CaptureHook(self.ops), *inputs),)
 
     def _capture_projected(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         hook = ProjectedSums(self.projection, inputs[0], self.ops)
