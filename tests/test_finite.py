@@ -13,7 +13,7 @@ from datasetdm_fast.data import Batch, ProjectedCapture, Quarantined, Request, S
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop import driver, recipe
+from datasetdm_fast.engine.loop import driver, labelling, recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.graph import Extent, Graph
@@ -59,7 +59,7 @@ def make_engine(name: str, dtype: str, model, decoders, folder):
 @pytest.fixture(
     scope="module", params=[("ort", "fp32"), ("ort", "fp16"), ("trt", "fp32"), ("trt", "fp16")], ids="-".join
 )
-def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, driver.SampledBatch]:
+def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, labelling.SampledBatch]:
     """A studio, and a batch it has sampled."""
     engine = make_engine(
         *request.param,
@@ -71,25 +71,25 @@ def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, driver.Sampl
     return studio, studio.sample(BATCH)
 
 
-def capture_of(drawn: driver.SampledBatch) -> ProjectedCapture:
+def capture_of(drawn: labelling.SampledBatch) -> ProjectedCapture:
     """The one capture that all decoders read."""
     (capture,) = drawn.captures.values()
     return capture
 
 
-def at_latents(drawn: driver.SampledBatch, value: float) -> None:
+def at_latents(drawn: labelling.SampledBatch, value: float) -> None:
     drawn.latents[1, 2, 3, 4] = value
 
 
-def at_features(drawn: driver.SampledBatch, value: float) -> None:
+def at_features(drawn: labelling.SampledBatch, value: float) -> None:
     capture_of(drawn).sums[2][1, 5, 2, 1] = value
 
 
-def at_image(drawn: driver.SampledBatch, value: float) -> None:
+def at_image(drawn: labelling.SampledBatch, value: float) -> None:
     drawn.latents[1] = value
 
 
-def at_depth(drawn: driver.SampledBatch, value: float) -> None:
+def at_depth(drawn: labelling.SampledBatch, value: float) -> None:
     for total, part in zip(capture_of(drawn).sums, capture_of(drawn).slices["depth"]):
         total[1, part] = value
 
@@ -113,7 +113,7 @@ def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     studio, whole = made
     ((call, capture),) = whole.captures.items()
     own = ProjectedCapture(tuple(total.clone() for total in capture.sums), capture.slices)
-    drawn = driver.SampledBatch(whole.latents.clone(), {call: own})
+    drawn = labelling.SampledBatch(whole.latents.clone(), {call: own})
     plant(drawn, value)
     found = studio.label(BATCH, drawn)
     assert [type(result) for result in found] == [Sample, Quarantined, Sample]

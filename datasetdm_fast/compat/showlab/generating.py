@@ -16,7 +16,7 @@ from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.generator import RUN, Order
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.remake import Remake, remake
@@ -59,7 +59,7 @@ class FilingGenerator(driver.BatchGenerator):
         images: Tensor,
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
-        sampled: driver.SampledBatch,
+        sampled: labelling.SampledBatch,
     ) -> list[Sample | Quarantined]:
         results = super().collect(batch, images, raw, checks, sampled)
         return [self._with_files(each, b, raw) if isinstance(each, Sample) else each for b, each in enumerate(results)]
@@ -78,11 +78,11 @@ class FilingGenerator(driver.BatchGenerator):
 class SingleGenerator(FilingGenerator):
     """Samples and labels each image of a batch by itself, so that results do not depend on the batch size."""
 
-    def sample(self, batch: Batch) -> list[driver.SampledBatch]:
+    def sample(self, batch: Batch) -> list[labelling.SampledBatch]:
         sample = super().sample
         return [sample(single) for single in split_batch(batch)]
 
-    def label(self, batch: Batch, sampled: list[driver.SampledBatch]) -> list[Sample | Quarantined]:
+    def label(self, batch: Batch, sampled: list[labelling.SampledBatch]) -> list[Sample | Quarantined]:
         label = super().label
         return [result for pair in zip(split_batch(batch), sampled, strict=True) for result in label(*pair)]
 

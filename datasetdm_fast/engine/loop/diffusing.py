@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import SCHEDULERS
 from datasetdm_fast.data import Batch, Request, Sample
-from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.checks import as_texts
 from datasetdm_fast.engine.loop.origin import Beginning, FromNoise
 from datasetdm_fast.errors import Refused
@@ -167,8 +167,8 @@ class LatentGenerator(driver.BatchGenerator):
         super().__init__(*arguments)
         self.latents = latents
 
-    def sample(self, batch: Batch) -> driver.SampledBatch:
-        sampled: driver.SampledBatch = super().sample(batch)
+    def sample(self, batch: Batch) -> labelling.SampledBatch:
+        sampled: labelling.SampledBatch = super().sample(batch)
         self.latents |= {request.index: sampled.latents[place] for place, request in enumerate(batch.requests)}
         return sampled
 

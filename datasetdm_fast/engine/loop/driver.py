@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import AttentionSums, Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
-from datasetdm_fast.engine.loop.labelling import WordTable, collect_results
+from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,16 +64,6 @@ def sample_and_label(
         label_stream.put(batch, label, batch, sample(batch))
         yield from label_stream.ready()
     yield from label_stream.rest()
-
-
-@dataclass
-class SampledBatch:
-    """The latents of a batch after the last U-Net call, and what its labels are read from."""
-
-    latents: Tensor
-    captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
-    averages: AttentionSums | None = None
-    pixels: Tensor | None = None  # of pictures that need not be decoded
 
 
 class BatchGenerator:

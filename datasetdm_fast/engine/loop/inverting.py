@@ -56,7 +56,7 @@ class InvertingGenerator(driver.BatchGenerator):
         squares = [self.pictures.load(request.index, self.recipe.size) for request in batch.padded]
         return self.invert(batch.padded, torch.from_numpy(np.stack(squares)))
 
-    def invert(self, requests: Sequence[Request], pixels: Tensor) -> driver.SampledBatch:
+    def invert(self, requests: Sequence[Request], pixels: Tensor) -> labelling.SampledBatch:
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
         import torch
 
@@ -83,7 +83,7 @@ class InvertingGenerator(driver.BatchGenerator):
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
             _, sums = engine.denoise_and_average(latents, timestep, context, words, sums)
             self.on_unet_call()
-        return driver.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
+        return labelling.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         names = self.pictures.names

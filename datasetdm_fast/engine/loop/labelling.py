@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import Annotation, AttentionSums, Batch, Instances, Quarantined, Request, Sample, SemanticMap
+from datasetdm_fast.data import (
+    Annotation,
+    AttentionSums,
+    Batch,
+    Capture,
+    Instances,
+    ProjectedCapture,
+    Quarantined,
+    Request,
+    Sample,
+    SemanticMap,
+)
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.engine.labels.words import classes_in_order
@@ -22,11 +33,20 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.engines.lanes import Lanes
     from datasetdm_fast.engine.labels.class_tables import ClassTable
-    from datasetdm_fast.engine.loop.driver import SampledBatch
     from datasetdm_fast.engine.loop.prompts import Tokenizer
     from datasetdm_fast.engine.loop.recipe import Recipe
 
 CHUNK_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}  # post-processed per chunk (memory: one mask per query)
+
+
+@dataclass
+class SampledBatch:
+    """The latents of a batch after the last U-Net call, and what its labels are read from."""
+
+    latents: Tensor
+    captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
+    averages: AttentionSums | None = None
+    pixels: Tensor | None = None  # of pictures that need not be decoded
 
 
 @cache
