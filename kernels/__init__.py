@@ -74,7 +74,7 @@ if __name__ == "datasetdm_fast.kernels":
     # training.
     plain = SimpleNamespace(**{name: getattr(op, "plain", op.reference) for name, op in OPS.items()})
 
-    # What a CPU runs for inference: the same once more, where C++ beats the plain form.
+    # What a CPU runs for inference: C++ where that is faster than the plain form.
     native = SimpleNamespace(
         **{**vars(plain), **{name: op.native for name, op in OPS.items() if hasattr(op, "native")}}
     )

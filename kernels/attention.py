@@ -141,8 +141,8 @@ def _attention_kernel(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What `reference` says; by PyTorch's own fused attention unless there are many keys and this kernel's tiles of a
-    head are narrower by a quarter.
+    """The result of `reference`; by PyTorch's own fused attention unless there are many keys and this kernel's tiles of
+    a head are narrower by a quarter.
     """
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     if not is_served("attention", q, k, v):

@@ -207,7 +207,7 @@ def _attention_average_kernel(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """What `reference` says; the answer lies in memory as [B, N, heads, e]."""
+    """The result of `reference`; the answer lies in memory as [B, N, heads, e]."""
     is_pair = q.ndim == k.ndim == v.ndim == 4 and q.dtype == k.dtype == v.dtype and q.shape[:2] == k.shape[:2]
     fits = is_pair and q.shape[3] == k.shape[3] and v.shape[:3] == k.shape[:3] and total.numel() > 0
     fits = fits and total.shape == (q.shape[0], q.shape[2], k.shape[2])

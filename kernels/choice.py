@@ -55,7 +55,7 @@ def gave_way(operations: SimpleNamespace, device: torch.device) -> list[str]:
 
 
 def is_sound(name: str, form: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `form` says on `device` the result of the reference for the operation's probe."""
+    """Whether `form` returns on `device` the result of the reference, for the inputs of the operation's probe."""
     inputs = OPS[name].probe()
     truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
     try:

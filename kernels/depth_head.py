@@ -92,8 +92,8 @@ class _TrainedEnd(torch.autograd.Function):
 def apply_trained(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """What `plain` says, for training: on a CPU, where its precision is exact, csrc/depth_head.cpp does what follows
-    the products, forwards and backwards, without the wide map.
+    """The result of `plain`, for training: on a CPU, where its precision is exact, csrc/depth_head.cpp does what
+    follows the products, forwards and backwards, without the wide map.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
         return plain(x, weight, bias, last_weight, last_bias, sides)
@@ -103,8 +103,8 @@ def apply_trained(
 
 
 def tap_products(x: Tensor, weight: Tensor, sides: Sequence[int]) -> tuple[Tensor, int]:
-    """What each tap of the first convolution says of each cell [B, h, h, 9, C], and the side in the middle of the two
-    resizes that are left.
+    """The product of each tap of the first convolution and each cell [B, h, h, 9, C], and the side in the middle of the
+    two resizes that are left.
     """
     for side in sides[:-2]:
         x = resize(x, side)
@@ -131,7 +131,7 @@ def _depth_head_kernel(
     x_ptr,  # [B, O, S]: some of the hidden channels
     bias_ptr,  # [O]
     weight_ptr,  # [O, 9]
-    planes_ptr,  # [B, 9, S] fp32: what each tap of the last convolution makes of every pixel
+    planes_ptr,  # [B, 9, S] fp32: the product of each tap of the last convolution and every pixel
     hidden,
     cells,
     IS_FIRST: tl.constexpr,
@@ -187,7 +187,7 @@ def _depth_head_last_kernel(
 def fused(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """What `reference` says, from the products of `plain`; the wide map is read once, bias, ReLU and the last
+    """The result of `reference`, from the products of `plain`; the wide map is read once, bias, ReLU and the last
     convolution in one pass over it.
     """
     if not is_served("depth_head", x, weight, bias, last_weight, last_bias):

@@ -162,7 +162,7 @@ def _group_norm_silu_kernel(
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
-    """What `reference` says; both layouts are served, channels-last is the fast one."""
+    """The result of `reference`; both layouts are served, channels-last is the fast one."""
     batch, channels, height, width = x.shape
     fits = channels % groups == 0 and weight.shape == bias.shape == (channels,)
     if not is_served("group_norm_silu", x, weight, bias, fits=fits):

@@ -92,7 +92,7 @@ def _guided_step_kernel(
 
 
 def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
-    """What `reference` says; the numbers stay on the device, so one captured graph serves every call."""
+    """The result of `reference`; the numbers stay on the device, so one captured graph serves every call."""
     _check(output, latents, history, numbers)
     if not is_served("guided_step", output, latents, history, numbers):
         return reference(output, latents, history, numbers)

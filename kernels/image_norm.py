@@ -74,8 +74,8 @@ class _TrainedNorm(torch.autograd.Function):
 
 
 def normalise_trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reference` says with ReLU, and mean and biased variance [B, C, 1, 1] of each image; the backward has half
-    the passes that PyTorch would make of it.
+    """The result of `reference` with ReLU, and mean and biased variance [B, C, 1, 1] of each image; the backward has
+    half the passes that PyTorch would make of it.
     """
     return _TrainedNorm.apply(x)
 
@@ -115,7 +115,7 @@ def _image_norm_kernel(
 
 
 def fused(x: Tensor, has_relu: bool = False) -> Tensor:
-    """What `reference` says, channels-last, in two passes."""
+    """The result of `reference`, channels-last, in two passes."""
     if not is_served("image_norm", x):
         return reference(x, has_relu)
     (batch, channels, height, width), image_rows, cells = x.shape, rows(x), x.shape[2] * x.shape[3]

@@ -19,7 +19,7 @@ try:
 except ImportError:  # the plain forms need none
     triton = tl = None
 
-UNTUNED = "untuned"  # the rows for a GPU that nobody measured
+UNTUNED = "untuned"  # the rows for a GPU that was not measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton decides at decoration, that is when the kernel files are imported.
@@ -31,7 +31,7 @@ PRECISION = "tf32x3"
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """The kernel for Triton; where Triton is missing it stays a function that nobody calls."""
+    """The kernel for Triton; where Triton is missing it stays a function that is not called."""
     return triton.jit(kernel) if triton else kernel
 
 
@@ -88,7 +88,7 @@ def names_of(device: torch.device) -> tuple[str, ...]:
     """
     if device.type == "cpu":
         return ("cpu",)
-    if device.type == "meta":  # shapes without numbers, which stand for any GPU that nobody measured
+    if device.type == "meta":  # shapes without numbers, which stand for any GPU that was not measured
         return (UNTUNED,)
     if triton is None:
         return ("without triton",)
@@ -108,7 +108,7 @@ def block_sizes(
 
 def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16, **counts: int) -> dict[str, int]:
     """Block sizes, warps and stages of one kernel for the dtype and device of `x`, of a file's BLOCKS: a name as in
-    `names_of` -> rows. The interpreter on a CPU takes those of a GPU that nobody measured. No block is larger than it
+    `names_of` -> rows. The interpreter on a CPU takes those of a GPU that was not measured. No block is larger than it
     takes to hold its count, where `counts` has one, but for the `least` size.
     """
     row = (kernel, 8 * x.element_size())

@@ -73,7 +73,7 @@ def _layer_norm_kernel(
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
-    """What `reference` says."""
+    """The result of `reference`."""
     channels = x.shape[-1]
     fits = all(vector is None or vector.shape == (channels,) for vector in (weight, bias, shift))
     if not is_served("layer_norm", x, weight, bias, shift, fits=fits):

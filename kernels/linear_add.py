@@ -121,7 +121,7 @@ def _linear_add_kernel(
 
 
 def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """What `reference` says, in one pass: neither the concatenation nor the product is written."""
+    """The result of `reference`, in one pass: neither the concatenation nor the product is written."""
     whole = (*parts[0].shape[:2], len(weight))
     fits = len(parts) in (1, 2) and weight.shape[1] == sum(part.shape[2] for part in parts) and residual.shape == whole
     fits = fits and all(part.shape[:2] == whole[:2] for part in parts) and (bias is None or bias.shape == whole[2:])

@@ -75,7 +75,7 @@ def _linear_geglu_kernel(
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What `reference` says."""
+    """The result of `reference`."""
     fits = len(weight) % 2 == 0 and weight.shape[1] == x.shape[-1] and bias.shape == weight.shape[:1]
     if not is_served("linear_geglu", x, weight, bias, fits=fits):
         return reference(x, weight, bias)

@@ -91,7 +91,7 @@ def fused(
     eps: float,
     has_relu: bool = False,
 ) -> Tensor:
-    """What `reference` says, in one pass."""
+    """The result of `reference`, in one pass."""
     channels, width = weight.shape
     fits = x.shape[-1] == width and residual.shape == (*x.shape[:-1], channels)
     fits = fits and bias.shape == gain.shape == shift.shape == (channels,)

@@ -92,7 +92,7 @@ def _mask_embedding_kernel(
 def fused(
     x: Tensor, gain: Tensor, shift: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    """What `reference` says; the hidden layers never leave the registers."""
+    """The result of `reference`; the hidden layers never leave the registers."""
     channels, features = x.shape[-1], len(weights[-1])
     shapes = [(channels, channels), (channels, channels), (features, channels)]
     fits = [tuple(weight.shape) for weight in weights] == shapes
@@ -114,7 +114,7 @@ def fused(
             channels,
             features,
             eps,
-            PRECISION="ieee",  # three passes of TF32 would not fit into registers; of 16 bits it says nothing
+            PRECISION="ieee",  # three passes of TF32 would not fit into registers; no matter in 16 bits
             BLOCK_C=round_up(channels),
             **sizes,
         )

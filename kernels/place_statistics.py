@@ -67,7 +67,7 @@ def _place_statistics_kernel(
 
 
 def fused(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What `reference` says, channels-last, in one pass."""
+    """The result of `reference`, channels-last, in one pass."""
     batch, wide, height, width = places.shape
     if not is_served("place_statistics", places, bias, fits=wide == 4 * len(bias)):
         return reference(places, bias)

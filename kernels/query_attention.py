@@ -138,7 +138,7 @@ def _query_attention_kernel(
 def fused(
     q: Tensor, k: Tensor, v: Tensor, heads: int, q_place: Tensor, k_place: Tensor, logits: Tensor | None = None
 ) -> Tensor:
-    """What `reference` says; neither scores nor separate heads are written."""
+    """The result of `reference`; neither scores nor separate heads are written."""
     (batch, queries, channels), cells = q.shape, k.shape[1]
     fits = channels % heads == 0 and k.shape == v.shape == (batch, cells, channels)
     fits = fits and q_place.shape[-2:] == q.shape[1:] and k_place.shape[-2:] == k.shape[1:]

@@ -87,8 +87,8 @@ def _upsample_concat_kernel(
 
 
 def fused(levels: Sequence[Tensor], side: int) -> Tensor:
-    """What `reference` says of two levels, channels-last in memory: each is read at any strides and written where it
-    lies in the joined tensor.
+    """The result of `reference` for two levels, channels-last in memory: each is read at any strides and written where
+    it lies in the joined tensor.
     """
     first = levels[0]
     fits = len(levels) == 2 and all(level.ndim == 4 and len(level) == len(first) for level in levels)

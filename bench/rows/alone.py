@@ -161,7 +161,7 @@ def built(config: TurnConfig, name: str) -> PeerAlone:
 def let_go(setting: Setting) -> None:
     """Drops the reference's networks; who asks for them builds them again."""
     for network in setting.model.networks.values():
-        network.let_go()
+        network.unload()
     release()
 
 

@@ -96,7 +96,7 @@ class SegBlock(nn.Module):
 
 
 class Upscale(nn.Module):
-    """A bilinear resize to r times the side, plus what a convolution says about each of the r x r sub-cells."""
+    """A bilinear resize to r times the side, plus the output of a convolution for each of the r x r sub-cells."""
 
     def __init__(self, channels_in: int, channels_out: int, times: int):
         super().__init__()

@@ -15,7 +15,7 @@ from datasetdm_fast.kernels.bilinear import resize
 
 
 class PackedTransformer(Packed):
-    """What `stacked` says, in one call of csrc up to the masks themselves."""
+    """The result of `stacked`, in one call of csrc up to the masks themselves."""
 
     def __init__(self, stacked: StackedTransformer):
         self.stacked = stacked

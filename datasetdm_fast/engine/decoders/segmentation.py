@@ -122,7 +122,7 @@ class SegmentationDecoder(Decoder):
 
 
 class OpenVocabularyDecoder(SegmentationDecoder):
-    """The same for words given at run time, as class embeddings in `text`.
+    """A decoder of masks for words given at run time, as class embeddings in `text`.
 
     `text` [B, D] asks one word of each image and gives `pred_logits` [B, N, 3] and `pred_masks` [B, N, m, m];
     `text` [B, K, D] asks K words of each and gives [B, K, N, 3] and [B, K, N, m, m], the trunk computed once.

@@ -43,7 +43,7 @@ def number_classes(count: int) -> tuple[str, ...]:
 
 
 _ANY_THING = {"task": "instance", "min_area": 0, "instance_class_from": "prompt"}  # taught one class for all things
-# What a checkpoint is called -> kind of decoder and the settings that its weights do not tell.
+# What a checkpoint is called -> kind of decoder and the settings that its weights do not show.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "voc": ("open-vocabulary", {"classes": _things("voc"), "score_threshold": 0.0}),
     "cityscapes": ("segmentation", {"classes": builtin_table("cityscapes").names}),
@@ -95,15 +95,15 @@ class Checkpoint:
             raise Refused(f"{self.path}: weights are floating-point numbers, found {kinds}", ALONE)
         tensors.check_finite(read, f"{self.path}: ")
         files = {"model.safetensors": save(read)}
-        # Also without any, it tells that the tensors' own precision is that of the checkpoint.
+        # Even an empty one shows that the tensors' own precision is that of the checkpoint.
         if left or self.prefix or any(value.dtype != torch.float32 for value in read.values()):
             files[SIDE_FILE] = save(left, {"prefix": self.prefix})
         return files | {"config.json": self.config.to_json().encode()}
 
 
 def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_LEVELS) -> Checkpoint:
-    """The checkpoint in a file, checked by its names and shapes; without a `kind` these tell it. `levels` are those of
-    the U-Net it was trained on.
+    """The checkpoint in a file, checked by its names and shapes; without a `kind` it is inferred from these. `levels`
+    are those of the U-Net it was trained on.
     """
     if kind and kind not in KINDS:
         raise Refused(f"--kind {kind}: not one of {', '.join(KINDS)}", "Choose one of these.")
@@ -154,7 +154,7 @@ def _alike(shapes: Shapes) -> tuple[str, ...]:
 
 
 def guess_kind(shapes: Shapes, path: Path) -> str:
-    """The kind that names and shapes tell."""
+    """The kind inferred from names and shapes."""
     alike = _alike(shapes)
     if alike and KINDS[alike[0]][0] != "depth":
         return alike[0]

@@ -188,7 +188,7 @@ def quiet_libraries() -> Iterator[None]:
     """No warnings and progress bars of diffusers and transformers within the block; what matters is checked here."""
     from transformers.utils import logging
 
-    diffusers = sys.modules.get("diffusers")  # what is not there yet says nothing
+    diffusers = sys.modules.get("diffusers")  # what was not imported yet prints nothing
     both = (logging, *([diffusers.utils.logging] if diffusers else []))
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in both]
     for library in both:

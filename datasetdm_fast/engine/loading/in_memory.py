@@ -69,7 +69,7 @@ def model_of(pipe: Any, size: int = 0) -> Model:
 
 
 def _check_freeu(unet: nn.Module) -> None:
-    """Refuses a UNet that scales its features as it runs, which no weight tells."""
+    """Refuses a UNet that scales its features as it runs, which no weight shows."""
     scales = ("s1", "s2", "b1", "b2")
     if any(all(getattr(block, name, None) for name in scales) for block in unet.up_blocks):
         raise Refused(

@@ -65,7 +65,7 @@ class Model:
 
     @cached_property
     def clip_tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer as other libraries want it."""
+        """The tokenizer as transformers has it."""
         is_builtin = isinstance(self.tokenizer, OwnTokenizer)
         return load_tokenizer(self.tokenizer.folder) if is_builtin else self.tokenizer
 
@@ -77,13 +77,13 @@ class Model:
 
     @contextmanager
     def built_for_now(self) -> Iterator[None]:
-        """Networks that are built meanwhile are let go at the end."""
+        """Unloads at the end of the block the networks that are built within it."""
         unbuilt = [network for network in self.networks.values() if not network.is_built]
         try:
             yield
         finally:
             for network in unbuilt:
-                network.let_go()
+                network.unload()
 
     @property
     def text_length(self) -> int:

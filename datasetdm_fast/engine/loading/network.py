@@ -1,4 +1,4 @@
-"""One network of a model: a module of diffusers or transformers, or what one is made of as long as nobody needs it."""
+"""One network of a model: a module of diffusers or transformers, or its source until it is needed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ConfigFile(dict[str, Any]):
 
 
 class ReadOnce(dict[str, Tensor]):
-    """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
+    """Tensors by name; a weight is removed when it is read, so that what is made of it takes its place."""
 
-    is_given_away = True  # nobody else holds the tensors
+    is_given_away = True  # there is no other reference to the tensors
 
     def __init__(self, tensors: Mapping[str, Tensor], computed_as: torch.dtype | None = None):
         super().__init__(tensors)
@@ -53,8 +53,8 @@ class Weighted:
 
 
 class Network:
-    """Its `module` is built when it is first asked for, and then holds the weights; until then each reading begins at
-    their source, and nothing is held.
+    """Its `module` is built when it is first needed, and then holds the weights; until then they are read from their
+    source each time.
     """
 
     def __init__(self, config: Any, build: Callable[[], nn.Module], read: Callable[[Stored], dict[str, Tensor]]):
@@ -80,8 +80,8 @@ class Network:
     def is_built(self) -> bool:
         return self._module is not None
 
-    def let_go(self) -> None:
-        """Drops the module, which the next question for it builds again; one that was changed stays."""
+    def unload(self) -> None:
+        """Drops the module, which is built again when it is next needed; one that was changed stays."""
         if not self.changes:
             self._module = None
 
@@ -91,7 +91,9 @@ class Network:
         return _versions(self._module) - self._built if self._module is not None else 0
 
     def read(self, stored: Stored = as_widest, computed_as: torch.dtype | None = None) -> Weighted:
-        """The weights: those of the module, or from their source as `stored` wants each, to be read once."""
+        """The weights: those of the module, or from their source in the type that `stored` returns for each, to be read
+        once.
+        """
         if self._module is not None:
             return Weighted(self.config, self._module.state_dict())
         return Weighted(self.config, ReadOnce(self._read(stored), computed_as))

@@ -75,7 +75,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
 
 
 LORA = "a LoRA, which only changes another model"
-NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # what a file's own notes say -> a scheduler's word for it
+NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # a file's own note -> a scheduler's word for it
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
 EMA = "model_ema."  # before the names of averaged weights, which have no dots
 UNET, VAE, CLIP, OPEN_CLIP = (
@@ -102,7 +102,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _prediction_beside(path: Path) -> str:
     """What the UNet predicts by the configuration of the original code that lies beside the file under its name, as web
-    UIs read it; empty where none says so.
+    UIs read it; empty where it has none.
     """
     settings = path.with_suffix(".yaml")
     setting = documents.read_yaml(settings) if settings.is_file() else None

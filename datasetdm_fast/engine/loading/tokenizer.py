@@ -33,8 +33,8 @@ VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x an
 
 
 class OwnTokenizer:
-    """The tokenizer of a folder that this package wrote, with what is asked of a CLIPTokenizer: transformers take a
-    second to be imported, and this file is one of the library beneath them.
+    """The tokenizer of a folder that this package wrote, with the methods of a CLIPTokenizer that are used:
+    transformers take a second to be imported, and this file is one of the library beneath them.
     """
 
     def __init__(self, folder: Path):

@@ -131,7 +131,7 @@ class _Held(nn.ParameterList):
 
 
 class _ReadAtNeed(nn.Module):
-    """The same, put together when one is asked for."""
+    """Matrices that are concatenated each time one is read."""
 
     def __init__(self, parts: Sequence[Sequence[Tensor]]):
         super().__init__()

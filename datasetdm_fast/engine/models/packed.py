@@ -21,7 +21,7 @@ from datasetdm_fast.engine.models.unet import Transformer
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import group_norm_silu, winograd
 
-ROWS = 2048  # oneDNN is told how many to expect
+ROWS = 2048  # that oneDNN is to expect
 FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
 LARGEST_HELD = 1 << 16  # inputs times outputs; a transformed weight takes four times its memory, and larger ones are
 # transformed at every call
@@ -120,7 +120,7 @@ class PackedUpsample(nn.Module):
 
 
 class SpendingNorm(GroupNorm):
-    """A GroupNorm in the memory of its image, which nobody else reads: no fresh pages, and a third less to move."""
+    """A GroupNorm in the memory of its image, which no other layer reads: no fresh pages, and a third less to move."""
 
     def __init__(self, norm: GroupNorm):
         nn.Module.__init__(self)
@@ -130,7 +130,7 @@ class SpendingNorm(GroupNorm):
 
 
 class SpendingResnet(nn.Module):
-    """A Resnet with a convolution as its shortcut whose input nobody else reads: the shortcut comes first, the norms
+    """A Resnet with a convolution as its shortcut whose input no other layer reads: the shortcut comes first, the norms
     take the memory of their images, and that of the input is free for the second convolution.
     """
 

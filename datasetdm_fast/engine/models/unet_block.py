@@ -35,7 +35,7 @@ def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
 
 
 class UNetBlock(Block):
-    """A UNet of blocks alone in one call of csrc, whose hook hears of everything at its end. A hook of self-attention
+    """A UNet of blocks alone in one call of csrc, whose hook reads everything at its end. A hook of self-attention
     has the blocks called one by one.
     """
 
@@ -107,7 +107,7 @@ class UNetBlock(Block):
         queries: Sequence[Tensor],
         text: Sequence[Tensor],
     ) -> None:
-        """All that a hook hears of in the calls of single blocks."""
+        """Calls a hook as single blocks do."""
         hook.feature(self.entry, self.doubled(entry))
         for step, x in zip(steps, outputs):
             if x is not None:

@@ -43,7 +43,7 @@ class Downsample(Convolution):
 
 
 class BlockLayers(Layers):
-    """The same, and the blocks of one half of the autoencoder."""
+    """Layers, and the blocks of one half of the autoencoder."""
 
     block = SpatialAttention
 

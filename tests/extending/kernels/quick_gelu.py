@@ -26,7 +26,7 @@ def _quick_gelu_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 def fused(x: Tensor) -> Tensor:
-    """What `reference` says."""
+    """The result of `reference`."""
     if not is_served("quick_gelu", x):
         return reference(x)
     x = x.contiguous()
