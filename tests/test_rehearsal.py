@@ -40,7 +40,7 @@ from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.run import OfThread, Rehearsal, stage
-from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, POLLS, WAIT, Flaw, HostThread, Timeline
+from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, OURS, POLLS, WAIT, Flaw, HostThread, Timeline
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
@@ -321,7 +321,10 @@ def test_what_is_planted_has_its_line(name):
 def test_every_function_that_is_named_exists():
     """Else a wait would be a finding, and a rule would hold for nothing."""
     for file, function in {place[1:] for place in run.WAITS} | operations.TAUGHT | operations.IN_FP32:
-        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+        assert f"{ROOT / file}".startswith(OURS) and f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (
+            file,
+            function,
+        )
     files = [
         path.as_posix() for folder in ("bench", "datasetdm_fast", "kernels") for path in ROOT.glob(f"{folder}/**/*.py")
     ]

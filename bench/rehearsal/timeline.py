@@ -24,7 +24,9 @@ from bench.machine.machine import ROOT
 from bench.rehearsal.page_locked import Watch
 
 DEEPEST, MADE = 5, 3  # lines that a finding names, and of what made a tensor
-OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
+OURS = tuple(
+    f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export", "bench/proof")
+)  # whose lines a finding names
 LOAD, WAIT, OTHERS = "load", "host wait", "wait for another thread"  # a phase, in which the host may wait, and rules
 AGAIN, EARLY = ", again with nothing computed since", ", before all of a step is queued"  # of waits
 NUMBER = "aten._local_scalar_dense of [] torch."  # what a wait for one begins with
