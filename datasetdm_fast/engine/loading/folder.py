@@ -146,7 +146,7 @@ def _making_sense(source: Path) -> Iterator[None]:
 def folder_digests(folder: Path, weights: Mapping[str, _Weights] | None = None) -> dict[str, str]:
     """Digest of the files of each part, whose weights are looked for where they are not given."""
     files = {
-        **{part: [found.file] for part, found in (weights or _all_weights(folder)).items()},
+        **{part: [weight.file] for part, weight in (weights or _all_weights(folder)).items()},
         "tokenizer": files_of(folder / "tokenizer"),
         "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
     }
