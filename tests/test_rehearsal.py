@@ -119,7 +119,7 @@ EXPECTED = {
     "the reference's tokens on the host": ("error", "engines/torch.py"),
     "captures copied while a thread waits": ("host wait", "captures/cache.py"),
     "a loss read for every part of a batch": ("host wait", "training/trainer.py"),
-    "a resumed optimiser on the host": ("device", "training/state.py"),
+    "a resumed optimiser on the host": ("device", "training/trainer.py"),  # whose next step reads it
     "truth of each image copied while the host waits": ("host wait", "losses/objective.py"),
     "points drawn by a GPU": ("device", "losses/losses.py"),
     "a training in fp32 that rounds to TF32": ("precision", "kernels/winograd.py"),
