@@ -220,7 +220,9 @@ def storages(launches: Iterable[Compilable]) -> dict[str, list[str]]:
     for one in launches:
         op, types = one.kernel.fn.__module__.rpartition(".")[2], dict(one.signature)
         found.setdefault(op, set()).update(types[name].removeprefix("*") for name in ACTIVATIONS if name in types)
-    return {op: sorted(types) for op, types in sorted(found.items()) if types}
+    return {
+        op: sorted(types) for op, types in sorted(found.items()) if types and op in OPS
+    }  # not files of shared kernels
 
 
 @cache
