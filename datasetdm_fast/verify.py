@@ -13,7 +13,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.config import ENGINE_NAMES, TASKS
-from datasetdm_fast.engine.engines import check_engine
+from datasetdm_fast.engine.engines import check_installed
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
@@ -72,13 +72,13 @@ def main(arguments: Sequence[str]) -> int:
     run = Path(config.run) if config.run else None
     if run:
         require_document(run)  # minutes before the verdict is to be stored there
+    settings = config.group(EngineSettings)
     for name in (config.engine, config.against):  # before torch is loaded
-        check_engine(name)
+        check_installed(name, settings)
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
     from datasetdm_fast.runs.agreement.pair import check_made_by, choose_requests, open_pair
     from datasetdm_fast.runs.agreement.verify import verify
 
-    settings = config.group(EngineSettings)
     engine, reference, decoders = open_pair(config.group(ModelSettings), settings, config.against, config.task)
     if run:
         check_made_by(run, engine, decoders)

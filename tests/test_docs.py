@@ -6,13 +6,16 @@
 import ast
 import doctest
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 
-import pages
 import pytest
 import yaml
 from layers import HERE, PACKAGE
+
+sys.path.append(str(HERE / "docs" / "site"))  # conftest.py does so for tests; this file is a program, too
+import pages  # noqa: E402
 
 PAGES = sorted(
     [

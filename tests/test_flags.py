@@ -154,7 +154,7 @@ WRONG_YAML = [
     ("guidance: 1_0.5", "guidance: '1_0.5' is not a finite number"),
     ("guidance: 1:30.5", "guidance: '1:30.5' is not a finite number"),
     ("guidance: .inf", "guidance: '.inf' is not a finite number"),
-    ("resume: no", "resume: 'no' is not one of"),
+    ("keep: no", "keep: 'no' is not one of"),
     ("quiet: 1", "quiet: '1' is neither true nor false"),
     ("seed:", "seed: '' is not a whole number"),
     ("seed: [1, 2]", "seed: ['1', '2'] has the wrong type"),

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sqlite3
 import sys
 import zipfile
@@ -21,8 +22,10 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from rendered import write_run
+from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import untrusted
+from datasetdm_fast.engine.decoders.folders import DEMO as DECODERS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
@@ -117,6 +120,25 @@ def _(folder: Path) -> Ending:
 def _(folder: Path) -> Ending:
     torch.save({"w": torch.zeros(2)}, folder / "model.ckpt")
     return model(folder / "model.ckpt", "model: ")
+
+
+def decoder(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], None], says: str) -> Ending:
+    """What generate says of the demo's depth decoder with spoilt weights."""
+    shutil.copytree(DECODERS / "depth", folder / "decoders" / "depth")
+    path = folder / "decoders" / "depth" / "model.safetensors"
+    weights = load_file(path)
+    spoil(weights)
+    save_file(weights, path)
+    line = ["--decoder", folder / "decoders", "--task", "depth", "--number", 1, "--out", folder / "run", "--quiet"]
+    return run("generate", *line, ends=BAD, says=says)
+
+
+case("a decoder that lacks a weight")(
+    lambda folder: decoder(folder, lambda weights: weights.pop(sorted(weights)[0]), "missing")
+)
+case("a decoder with a weight that is no number")(
+    lambda folder: decoder(folder, lambda weights: weights[sorted(weights)[0]].fill_(float("nan")), "NaN")
+)
 
 
 def data_set(folder: Path, name: str, spoil: Callable[[Path], None], says: str) -> Ending:

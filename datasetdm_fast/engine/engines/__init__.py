@@ -30,6 +30,12 @@ def check_engine(name: str, **options: Any) -> None:
         _of(name, lambda: load_place(place)(values[option]))
 
 
+def check_installed(name: str, settings: EngineSettings) -> None:
+    """Raises Missing where an engine lacks what it runs on with its own options of `settings`."""
+    options = ENGINES["fast" if name == "auto" else name].options
+    check_engine(name, **{option: getattr(settings, option) for option in options if hasattr(settings, option)})
+
+
 def build_engine(
     name: str,
     model: Model,
