@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture
-from datasetdm_fast.engine.engines.base import BaseEngine
+from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.loading.model import Model

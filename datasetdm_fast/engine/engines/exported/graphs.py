@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.base import BaseEngine
+from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
 from datasetdm_fast.engine.engines.memory import trim

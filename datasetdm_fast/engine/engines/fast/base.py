@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
-from datasetdm_fast.engine.engines.base import BaseEngine
+from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.weights import largest_distance, place_module
