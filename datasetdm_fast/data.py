@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,54 @@ class Batch:
     @property
     def padded(self) -> tuple[Request, ...]:
         return self.requests + (self.requests[-1],) * self.padding
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Rows of encoded prompts: what a denoiser reads beside its latents."""
+
+    context: Tensor  # [R, T, D]
+    pooled: Tensor | None = None  # [R, P]
+    mask: Tensor | None = None  # [R, T] bool, the tokens that are read; None: all
+    guidance: float | None = None  # what a model whose guidance is embedded reads beside its text
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The rows after a change of each tensor."""
+        pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
+        return Text(change(self.context), pooled, mask, self.guidance)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Text:
+        return self.map(lambda part: part[rows])
+
+    def expand(self, count: int) -> Text:
+        """One row, `count` times."""
+        return self.map(lambda part: part.expand(count, *part.shape[1:]))
+
+    def to(self, device: torch.device | str) -> Text:
+        return self.map(lambda part: part.to(device))
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """The rows of several texts end to end; where their lengths differ the shorter are padded and masked."""
+    import torch
+
+    first, longest = texts[0], max(text.context.shape[1] for text in texts)
+    is_masked = any(text.mask is not None or text.context.shape[1] < longest for text in texts)
+
+    def pad(part: Tensor) -> Tensor:
+        end = part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])
+        return torch.cat([part, end], 1) if end.numel() else part
+
+    def mask_of(text: Text) -> Tensor:
+        context = text.context
+        return context.new_ones(context.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
+
+    pooled = None if first.pooled is None else torch.cat([text.pooled for text in texts if text.pooled is not None])
+    mask = torch.cat([pad(mask_of(text)) for text in texts]) if is_masked else None
+    return Text(torch.cat([pad(text.context) for text in texts]), pooled, mask, first.guidance)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ class Level:
     features: tuple[int, ...]  # channels of each captured feature, in capture order
     heads: tuple[int, ...]  # heads of each captured cross-attention layer: up blocks first, then down
     tokens: int
+    halves: int = 2  # of a call: 1 for a model that is sampled without CFG
 
     @property
     def channels(self) -> int:
-        """Channels of the concatenated level: both CFG halves of the features, then heads and tokens of the maps."""
-        return 2 * sum(self.features) + sum(self.heads) * self.tokens
+        """Channels of the concatenated level: every half of the features, then heads and tokens of the maps."""
+        return self.halves * sum(self.features) + sum(self.heads) * self.tokens
 
 
 def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:

@@ -192,6 +192,9 @@ class DecoderConfig:
         values["class_words"] = [
             {"name": word.name, "say": word.spoken, "words": word.words} for word in self.class_words
         ]
+        for level in values["levels"]:
+            if level["halves"] == 2:
+                del level["halves"]
         idle = {"class_words": [], "outlines": FROM_DECODER}
         return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
 
@@ -215,7 +218,7 @@ class DecoderConfig:
         names = {field.name for field in fields(DecoderConfig)}
         for settings, known, whose in (
             (values, names, ""),
-            *((level, LEVEL_FORM, " of a level") for level in values["levels"]),
+            *((level, (*LEVEL_FORM, "halves"), " of a level") for level in values["levels"]),
             *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
         ):
             if unknown := sorted(set(settings) - set(known)):
@@ -267,6 +270,8 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:
             raise ValueError("a level's numbers are out of range")
+        if level.get("halves", 2) not in (1, 2):
+            raise ValueError(f"a level's halves are {documents.quote(level['halves'])}, expected 1 or 2")
     names = max(len(values.get(name, ())) for name in ("classes", "class_words"))
     if names > MOST_NAMES or len(values.get("joints", ())) > 1024:
         raise ValueError("it names more classes or joints than a decoder has")

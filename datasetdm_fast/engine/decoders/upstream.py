@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ def unpack_decoder(part: Path, levels: tuple[Level, ...]) -> Path:
     if part.is_dir() or not kind and (path.suffix not in SUFFIXES or path.is_dir()):
         return part
     checkpoint = open_checkpoint(path, kind, levels)
-    key = json.dumps([storage.sha256_of(path), asdict(checkpoint.config)])
+    key = json.dumps([storage.sha256_of(path), checkpoint.config.values])
     holder = locks.cache_folder() / "decoders" / hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = holder / checkpoint.kind
     try:

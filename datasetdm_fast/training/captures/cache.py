@@ -67,7 +67,7 @@ class Layout:
         """The layout of the captures of a UNet with these levels."""
         return cls(
             tuple((level.side**2, level.channels) for level in levels),
-            tuple(2 * sum(level.features) for level in levels),
+            tuple(level.halves * sum(level.features) for level in levels),
         )
 
     @property

@@ -1,0 +1,135 @@
+"""What the rest must know of a family of diffusion models: its parts, latents, guidance, schedule and captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from datasetdm_fast.config import Defaults
+from datasetdm_fast.stages import Level
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from datasetdm_fast.data import Capture, Text
+
+Guidance = Literal["cfg", "embedded", "none"]
+# Of a loaded folder: part -> its config, whose entries are attributes too; "scheduler" and "model_index" among them.
+Configs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a pipeline, named as in its model_index.json."""
+
+    kind: Literal["text_encoder", "tokenizer", "denoiser", "vae"]
+    classes: tuple[str, ...]  # library:class it may be of by model_index.json; the first is what it is loaded as
+    is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The space that a model draws in; latents are [B, channels, h, w], and packing is a network's own affair.
+
+    An engine sees (z - shift) * scale of the autoencoder's z, or (z - mean) / std of each channel.
+    """
+
+    channels: int
+    pixels: int  # of a side of one latent cell
+    scale: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] = ()  # of each channel; empty: scale and shift say it all
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class FlowRule:
+    """What the pipeline of a flow model hands to its scheduler; the shifts themselves stand in the scheduler's config.
+
+    A timestep is 1000 sigma and falls, and the output of a call is d latents / d sigma: a Reference turns what was
+    trained with another sign or time.
+    """
+
+    patch: int = 2  # latent cells of a side of one image token
+    sigmas: Callable[[int], Sequence[float]] | None = None  # of so many steps; None: the scheduler's own
+    mu: Callable[[Mapping[str, Any], int, int], float] | None = (
+        None  # scheduler config, image tokens, steps -> its shift
+    )
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One family."""
+
+    name: str
+    title: str  # of its models in sentences
+    parts: Mapping[str, Part]  # as in model_index.json, without the scheduler
+    denoiser: str  # the part that is called at each step
+    guidance: Callable[[Configs], Guidance]
+    latents: Callable[[Configs], Latents]
+    multiple: int  # pixels that a side must divide by
+    flow: FlowRule | None  # None: its schedule is made of betas
+    # (configs, pixels of a side, halves of a call: 2 for cfg, otherwise 1) -> the levels low, mid, high, highest
+    levels: Callable[[Configs, int, int], tuple[Level, ...]]
+    defaults: Callable[[Configs], Defaults]
+    reference: str  # module:class, a BackboneReference of a name of its own, such as SD3Reference
+    network: str | None = None  # module:class of our own network; None: only the torch engine serves this family
+    licence: str = ""  # of weights whose own card says nothing
+    noncommercial: tuple[
+        str, ...
+    ] = ()  # words in a licence of this family's weights that forbid to sell what they make
+
+
+class LoadedModel(Protocol):
+    """What a BackboneReference reads of a model; its modules are in fp32, in eval mode, and moved by the engine."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...  # by part; an optional one that is absent is missing here
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]: ...  # by part, as transformers have them
+
+    @property
+    def configs(self) -> Configs: ...
+
+    @property
+    def latents(self) -> Latents: ...
+
+    @property
+    def guidance(self) -> Guidance: ...
+
+    @property
+    def levels(self) -> tuple[Level, ...]: ...
+
+    @property
+    def size(self) -> int: ...  # pixels of a side
+
+    @property
+    def text_length(self) -> int: ...  # tokens that a prompt is padded to or cut off at
+
+
+class BackboneReference(Protocol):
+    """Modules of diffusers and transformers as they come, run in fp32 and eagerly: the oracle of a family."""
+
+    def __init__(self, model: LoadedModel) -> None: ...
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """What the stock pipeline makes of the prompts, one row each."""
+
+    def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        """[R, C, h, w] outputs for latents [B, C, h, w] and rows of text: [uncond | cond] with cfg, or R = B."""
+
+    def capturing(self) -> AbstractContextManager[list[Capture]]:
+        """Within the block one `predict` is captured; its Capture is appended to the list on leaving."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, H, W] pixels about -1 .. 1."""
+
+    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """[B, C, h, w] latents of pixels [B, 3, H, W] in -1 .. 1: posterior means, or samples by `generators`."""
