@@ -61,6 +61,11 @@ _BY_FILE = {
         ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
         ("if not flags[b]]", "if not flags[0]]", "one broken image quarantines its whole batch"),
         (
+            "torch.stack(list(checks.values()))[:, :count]",
+            "torch.stack(list(checks.values()))[:, -count:]",
+            "a padded batch quarantines another image",
+        ),
+        (
             "captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)",
             "raw",
             "classes a prompt does not name are found",
@@ -122,9 +127,10 @@ _BY_FILE = {
         ("if k == len(times) - 1", "if k == len(times)", "the last step does not end at a clean image"),
     ),
     "engine/sampling/times.py": (
-        _SAMPLING,
+        f"{_SAMPLING} test_sampling.py::test_noise_of_large_seeds_is_that_of_torch",
         ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
         ("np.linspace(0, count - 1, steps).round()", "np.linspace(0, count - 1, steps)", "timesteps off by one"),
+        ("manual_seed(seed))", "manual_seed(min(seed, 2**31 - 1)))", "all large seeds give one image"),
     ),
     "engine/sampling/__init__.py": (
         _SAMPLING,
@@ -176,7 +182,8 @@ _BY_FILE = {
         ("areas[:, None] - common", "areas[:, None]", "doubles are kept"),
     ),
     "engine/tasks/pose.py": (
-        "test_tasks.py",
+        "test_tasks.py test_training.py::test_of_several_people_the_largest_is_learnt",
+        ("int(np.argmax(present(item.keypoint_areas)))", "0", "the first person of a picture is learnt"),
         (
             "score >= config.score_threshold / 2",
             "score >= config.score_threshold / 4",
@@ -213,15 +220,21 @@ _BY_FILE = {
         ("number not in known and", "number > 254 and", "a class that does not exist passes the audit"),
     ),
     "engine/labels/instance.py": (
-        "test_label_files.py",
+        "test_label_files.py test_export_values.py",
         ('"category_id": numbers[kind]', '"category_id": numbers[kind] - 1', "categories are numbered one too low"),
         ("round_float(score, 6)", "round_float(score, 3)", "scores that are equal in files only"),
         ('0 <= item["score"] <= 1', '0 <= item["score"]', "an impossible score passes the audit"),
+        (
+            "round_float(side) for side in box",
+            "round_float(side + 1) for side in box",
+            "boxes of COCO miss their masks",
+        ),
     ),
     "engine/labels/pose.py": (
-        "test_label_files.py",
+        "test_label_files.py test_export_values.py",
         ("int((visibility > 0).sum())", "int((visibility > 1).sum())", "hidden joints are not counted"),
         (") if v else (0, 0, 0)", ")", "joints that are not there have a place"),
+        ("int((visibility > 0).sum())", "int((visibility > 1).sum())", "hidden joints are not counted"),
     ),
     "engine/labels/depth.py": (
         "test_label_files.py",
@@ -282,6 +295,44 @@ _BY_FILE = {
         ("state != 'done'\", batch", "state != 'free'\", batch", "both who made a batch count it"),
         ("WHERE batch = ? AND state = 'taken'\"", 'WHERE batch = ?"', "committed batches are made again"),
         ("helper = NULL WHERE helper = ?", "helper = NULL WHERE owner = ?", "a batch waits for a helper that has left"),
+    ),
+    "engine/loop/plan.py": (
+        "test_driver.py::test_large_seeds_are_those_of_the_images_and_of_their_rows",
+        ("self.seed + index", "min(self.seed + index, 2**31 - 1)", "all large seeds give one image"),
+    ),
+    "training/evaluation/ranking.py": (
+        "test_metrics.py",
+        ("int(np.argmax(truth.keypoint_areas))", "0", "joints are compared with those of the first person"),
+    ),
+    "runs/exporting/coco.py": (
+        "test_export_values.py",
+        ('"bbox": list(thing.box)', '"bbox": [thing.box[0] + 1, *thing.box[1:]]', "boxes of COCO miss their masks"),
+        ("(person.joints[:, 2] > 0)", "(person.joints[:, 2] > 1)", "hidden joints are not counted"),
+        ("key=lambda thing: -thing.score", "key=lambda thing: thing.score", "what is behind is in front"),
+        ("sorted(sample.things, key=lambda thing: -thing.score)", "sample.things", "what is behind is in front"),
+        ("across[-1] - across[0] + 1", "across[-1] - across[0]", "boxes of segments are too narrow"),
+        ("[a + 1, b + 1]", "[a, b]", "limbs join other joints"),
+    ),
+    "runs/exporting/voc.py": (
+        "test_export_values.py",
+        ('"xmax": x + width', '"xmax": x + width + 1', "boxes of VOC end a pixel too far"),
+        ('"ymax": y + height', '"ymax": y + height + 1', "boxes of VOC end a pixel too far"),
+    ),
+    "runs/exporting/view.py": (
+        "test_export_values.py",
+        (
+            'np.argsort([thing.score for thing in self.things], kind="stable").tolist()',
+            "range(len(self.things))",
+            "what is behind is in front",
+        ),
+    ),
+    "runs/exporting/cityscapes.py": (
+        "test_export_values.py",
+        ("counts[label_id] += 1", "counts[label_id] += 2", "numbers of instances leave some out"),
+    ),
+    "runs/exporting/yolo.py": (
+        "test_export_values.py",
+        ("(x + TO_EDGE) / sample.width", "x / sample.width", "joints half a pixel off"),
     ),
 }
 

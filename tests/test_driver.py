@@ -158,6 +158,25 @@ def test_samples_that_are_not_finite_are_set_aside_alone():
     assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_the_padding_of_a_batch_shifts_no_flag(place):
+    """A batch of four, the last request of which is repeated."""
+    prompts = ["a ball", "a cube", "a tree"]
+    prompts[place] = "broken"
+    results = samples(StubEngine(), requests(*prompts), size=8)
+    assert [isinstance(result, Quarantined) for result in results] == [k == place for k in range(3)]
+
+
+def test_large_seeds_are_those_of_the_images_and_of_their_rows(engines, tmp_path):
+    first = 2**31 + 5
+    write_missing(prepare(config(tmp_path, number=2, seed=first, task=("depth",))))
+    rows = list(open_run(tmp_path))
+    assert [sample.seed for sample in rows] == [first, first + 1]
+    alone = [samples(StubEngine(), [Request(0, row.prompt, row.seed)], sampler="ddim")[0].image for row in rows]
+    assert all((row.image == image).all() for row, image in zip(rows, alone, strict=True))
+    assert (alone[0] != alone[1]).any()
+
+
 @pytest.mark.parametrize(
     "error",
     [

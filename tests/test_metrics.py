@@ -106,6 +106,18 @@ def test_missing_everything_scores_nothing(source):
     assert result["pose"]["pck"] == 0 and result["pose"]["oks_ap"] == 0
 
 
+@pytest.mark.parametrize("largest", [0, 1])
+def test_joints_are_counted_of_the_largest_person(source, largest):
+    item = next(item for item in source if len(item.keypoints))
+    apart = item.keypoints[[0, 0]] + np.float32([[[0, 0, 0]], [[SIZE, 0, 0]]])
+    areas = np.float32([100, 100])
+    areas[largest] = 400
+    both = replace(item, keypoints=apart, keypoint_boxes=item.keypoint_boxes[[0, 0]], keypoint_areas=areas)
+    meter, label = METRICS["pose"](source), perfect(source, replace(item, keypoints=apart[[largest]]))["pose"]
+    meter.add(both, label)
+    assert meter.result()["pck"] == 1
+
+
 def test_what_no_image_shows_has_no_figure(source):
     item = source[0]
     nobody = replace(

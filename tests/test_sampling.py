@@ -174,6 +174,13 @@ def test_the_range_of_steps_is_the_training_steps():
     assert make_schedule({**BETAS, "steps_offset": 1}, "ddim", 500).timesteps[0] == 999
 
 
+@pytest.mark.parametrize("seed", [2**31 - 1, 2**31, 2**32 - 2])
+def test_noise_of_large_seeds_is_that_of_torch(seed):
+    theirs = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(initial_noise(seed, 4, 8, 8), theirs)
+    assert not torch.equal(initial_noise(seed + 1, 4, 8, 8), theirs)
+
+
 def test_noise_is_drawn_per_image_from_its_seed():
     alone = initial_noise(7, 4, 16, 16)
     assert alone.shape == (4, 16, 16) and alone.dtype == torch.float32

@@ -395,6 +395,16 @@ def test_a_person_out_of_sight_leaves_the_others_to_be_learnt(source):
         assert learnt.weights.any() and np.allclose(learnt.points, found.keypoints[0, :, :2])
 
 
+@pytest.mark.parametrize("largest", [0, 1, 2])
+def test_of_several_people_the_largest_is_learnt(source, largest):
+    item = next(item for item in source if len(item.keypoints))
+    areas = np.float32([50, 60, 40])
+    areas[largest] = 400
+    people = item.keypoints[[0, 0, 0]] + np.float32([[[10, 0, 0]], [[20, 0, 0]], [[30, 0, 0]]])
+    several = replace(item, keypoints=people, keypoint_boxes=item.keypoint_boxes[[0, 0, 0]], keypoint_areas=areas)
+    assert np.array_equal(target_of(source, several, "pose").points, people[largest, :, :2])
+
+
 def test_strong_looks_paste_only_what_is_learnt_from(source):
     asked = []
 

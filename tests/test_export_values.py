@@ -1,0 +1,428 @@
+"""Every export format holds the numbers computed by hand here from one picture of 6 x 4 pixels.
+
+row 0   s s s P P .      s sky, v vegetation, P person 0.8, A car 0.9, C car 0.6, . ignored
+row 1   s A A A P s      A covers columns 1-3 of rows 1-2, P columns 3-4 of all rows, C columns 0-1 of rows 2-3;
+row 2   C A A A P v      where they overlap, the higher score is in front. The order of the run is P, A, C.
+row 3   C C v P P v
+"""
+
+import io
+import json
+import runpy
+import tarfile
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from rendered import document
+
+from datasetdm_fast.config import EXPORT_FORMATS
+from datasetdm_fast.convert import main
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
+from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+
+WIDTH, HEIGHT = 6, 4
+MAPS, THINGS = ("sky", "vegetation"), ("car", "person", "bicycle")
+JOINTS, LIMBS = ("nose", "left_hand", "right_hand"), ((0, 1), (0, 2))
+SKY, VEGETATION, CAR, PERSON, BICYCLE = 1, 2, 3, 4, 5  # numbers of the export: maps first, then things
+LABELS = [[SKY] * 5 + [255], [SKY] * 6, [VEGETATION] * 6, [VEGETATION] * 6]
+FRONT = [[1, 1, 1, 4, 4, 255], [1, 3, 3, 3, 4, 1], [3, 3, 3, 3, 4, 2], [3, 3, 2, 4, 4, 2]]  # things over the map
+BOXES = [[3, 0, 2, 4], [1, 1, 3, 2], [0, 2, 2, 2]]  # x, y, width, height of P, A and C
+AREAS, SCORES, KINDS = [8, 6, 4], [0.8, 0.9, 0.6], [PERSON, CAR, CAR]
+# column by column, zeros first: 12 8 4; 5 2 2 2 2 2 9; 2 2 2 2 16
+RUNS = ["<84", "5220007", "2220>"]
+SKY_RUNS, VEGETATION_RUNS = "02200000001OO", "222000000000"  # 0 2 2 ... 2 3 1 2; 2 2 ... 2
+METRES = [1.0, 2.5, 4.0, 70.0]  # of the rows
+HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.0, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
+PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.5, 2.5]]  # that of the mask; a joint at (0.5, 3.5) with 2 pixels around it
+
+
+def sample() -> Sample:
+    image = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3)
+    labels = np.repeat(np.array([0, 0, 1, 1], np.uint8)[:, None], WIDTH, 1)
+    labels[0, 5] = 255
+    masks = np.zeros((3, HEIGHT, WIDTH), bool)
+    for mask, (x, y, width, height) in zip(masks, BOXES, strict=True):
+        mask[y : y + height, x : x + width] = True
+    points = np.zeros((2, 3, 3), np.float32)
+    points[..., 2] = 0.75
+    points[0, :2, :2], points[1, 0, :2] = [[3.5, 0.5], [4.5, 2.0]], [0.5, 3.5]  # from the edge of the first pixel
+    return Sample(
+        Request(0, "a car", 7),
+        image,
+        {
+            "semantic": SemanticMap(labels, np.ones((HEIGHT, WIDTH), np.float32), MAPS),
+            "instance": Instances(masks, np.array([1, 0, 0]), np.array(SCORES, np.float32), THINGS),
+            "depth": DepthMap(np.repeat(np.array(METRES, np.float32)[:, None], WIDTH, 1), 80.0),
+            "pose": Keypoints(
+                points, np.array([[2, 1, 0], [2, 0, 0]]), np.array([0.7, 0.6], np.float32), JOINTS, LIMBS
+            ),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("values") / "run"
+    described = document(1)
+    described["config"]["task"] = ["semantic", "instance", "depth", "pose"]
+    described["decoders"].pop("open-vocabulary")
+    tables = {task: described["labels"][task] for task in described["config"]["task"]}
+    tables["semantic"] |= {"classes": list(MAPS)}
+    tables["instance"] |= {"classes": list(THINGS), "size": [HEIGHT, WIDTH]}
+    tables["depth"] = {"max_depth": 80.0, "unit": "1/256 metre"}
+    tables["pose"] |= {"joints": list(JOINTS), "limbs": [list(limb) for limb in LIMBS], "size": [HEIGHT, WIDTH]}
+    with RunFolder(path, described | number_classes(tables)) as folder:
+        folder.add([sample()], {"batch_size": 1, "sides": [HEIGHT, WIDTH]})
+        finish_run(folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder of a format's export, by its name."""
+    out = tmp_path_factory.mktemp("exports")
+    flags = {"deepfashion-mm": ("--classes", "sky=hair,vegetation=top")}
+
+    def export(name: str, *more: str):
+        place = out / "".join([name, *more])
+        if not place.exists():
+            line = [str(run), "--out", str(place), "--to", name, "--quiet", *flags.get(name, ()), *more]
+            assert main(line) == 0
+        return place / name
+
+    return export
+
+
+def pixels(path) -> list:
+    return np.asarray(Image.open(path)).tolist()
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def rectangle(x: float, y: float, width: float, height: float) -> list[float]:
+    """Its corners, clockwise from the upper left one."""
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def rows(*numbers: int) -> list[list[int]]:
+    return [[number] * WIDTH for number in numbers]
+
+
+ANNOTATIONS = [
+    {
+        "id": k + 1,
+        "image_id": 0,
+        "category_id": KINDS[k],
+        "segmentation": {"size": [HEIGHT, WIDTH], "counts": RUNS[k]},
+        "area": AREAS[k],
+        "bbox": BOXES[k],
+        "iscrowd": 0,
+        "score": SCORES[k],
+    }
+    for k in range(3)
+]
+PERSONS = [
+    {
+        "category_id": PERSON,
+        "image_id": 0,
+        "keypoints": HANDS[k],
+        "num_keypoints": (2, 1)[k],  # the hidden joint is counted, the absent one is not
+        "keypoint_scores": [0.75] * 3,
+        "score": (0.7, 0.6)[k],
+        "area": (8, 6.25)[k],
+        "bbox": PEOPLE_BOXES[k],
+        "iscrowd": 0,
+    }
+    for k in range(2)
+]
+PANOPTIC = [[4, 4, 4, 2, 2, 0], [4, 1, 1, 1, 2, 4], [3, 1, 1, 1, 2, 5], [3, 3, 5, 2, 2, 5]]
+SEGMENTS = [(CAR, 6, [1, 1, 3, 2]), (PERSON, 6, [3, 0, 2, 4]), (CAR, 3, [0, 2, 2, 2])]
+SEGMENTS += [(SKY, 5, [0, 0, 6, 2]), (VEGETATION, 3, [2, 2, 4, 2])]
+
+
+def test_every_format_has_its_numbers_here():
+    source = open(__file__, encoding="utf-8").read()
+    assert all(f'exported("{name}"' in source for name in EXPORT_FORMATS.names)
+
+
+def test_the_run_itself(run):
+    held = read(run / "instances.json")
+    assert held["images"] == [{"id": 0, "file_name": "images/00000000.png", "width": WIDTH, "height": HEIGHT}]
+    numbers = {row["name"]: row["id"] for row in held["categories"]}
+    names = {CAR: "car", PERSON: "person"}
+    assert held["annotations"] == [{**each, "category_id": numbers[names[each["category_id"]]]} for each in ANNOTATIONS]
+    people = read(run / "keypoints.json")
+    assert people["categories"][0]["skeleton"] == [[1, 2], [1, 3]]
+    assert people["annotations"] == [
+        {**each, "id": k + 4, "category_id": numbers["person"], "box_from": ("instance", "joints")[k]}
+        for k, each in enumerate(PERSONS)
+    ]
+    assert pixels(run / "semantic/00000000.png") == [[0] * 5 + [255], [0] * 6, [1] * 6, [1] * 6]
+    assert pixels(run / "depth/00000000.png") == rows(256, 640, 1024, 17920)
+
+
+def test_coco(exported):
+    out = exported("coco") / "annotations"
+    held = read(out / "instances_train2017.json")
+    assert held["annotations"] == ANNOTATIONS
+    assert held["images"] == [{"id": 0, "file_name": "00000000.png", "width": WIDTH, "height": HEIGHT}]
+    assert {row["id"]: row["name"] for row in held["categories"]} == {CAR: "car", PERSON: "person", BICYCLE: "bicycle"}
+    people = read(out / "person_keypoints_train2017.json")
+    assert people["annotations"] == [{"id": k + 1, **each} for k, each in enumerate(PERSONS)]
+    assert people["categories"][0]["keypoints"] == list(JOINTS)
+    assert people["categories"][0]["skeleton"] == [[1, 2], [1, 3]]
+    stuff = [(SKY, SKY_RUNS, 11, [0, 0, 6, 2]), (VEGETATION, VEGETATION_RUNS, 12, [0, 2, 6, 2])]
+    assert read(out / "stuff_train2017.json")["annotations"] == [
+        {
+            "id": k + 1,
+            "image_id": 0,
+            "category_id": number,
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts},
+            "area": area,
+            "bbox": box,
+            "iscrowd": 0,
+        }
+        for k, (number, counts, area, box) in enumerate(stuff)
+    ]
+    polygons = exported("coco", "--polygons") / "annotations/instances_train2017.json"
+    assert [each["segmentation"] for each in read(polygons)["annotations"]] == [[rectangle(*box)] for box in BOXES]
+
+
+def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
+    from pycocotools import mask as masks
+    from pycocotools.coco import COCO
+
+    for path in (exported("coco") / "annotations/instances_train2017.json", exported("lvis") / "lvis_v1_train.json"):
+        index = COCO(str(path))
+        for item, (x, y, width, height) in zip(index.loadAnns(index.getAnnIds()), BOXES, strict=True):
+            expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+            expected[y : y + height, x : x + width] = 1
+            assert (index.annToMask(item) == expected).all()
+            assert masks.toBbox(item["segmentation"]).tolist() == item["bbox"]
+            assert masks.area(item["segmentation"]) == item["area"]
+
+
+def panoptic_numbers(path) -> list:
+    red, green, blue = np.moveaxis(np.asarray(Image.open(path)).astype(int), 2, 0)
+    return (red + 256 * green + 256 * 256 * blue).tolist()
+
+
+@pytest.mark.parametrize("name", ["coco", "mask2former"])
+def test_panoptic(exported, name):
+    out = exported(name) / "annotations"
+    assert panoptic_numbers(out / "panoptic_train2017/00000000.png") == PANOPTIC
+    held = read(out / "panoptic_train2017.json")
+    assert held["annotations"] == [
+        {
+            "image_id": 0,
+            "file_name": "00000000.png",
+            "segments_info": [
+                {"id": k, "category_id": number, "area": area, "bbox": box, "iscrowd": 0}
+                for k, (number, area, box) in enumerate(SEGMENTS, 1)
+            ],
+        }
+    ]
+    assert [(row["id"], row["isthing"]) for row in held["categories"]] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]
+
+
+def test_mask2former(exported):
+    config = runpy.run_path(str(exported("mask2former") / "dataset.py"))
+    assert config["id2label"] == {1: "sky", 2: "vegetation", 3: "car", 4: "person", 5: "bicycle"}
+    assert (config["thing_ids"], config["stuff_ids"]) == ([3, 4, 5], [1, 2])
+    assert config["contiguous_ids"] == {1: 0, 2: 1, 3: 2, 4: 3, 5: 4}
+
+
+def test_lvis(exported):
+    held = read(exported("lvis") / "lvis_v1_train.json")
+    assert held["annotations"] == ANNOTATIONS
+    (image,) = held["images"]
+    assert image["neg_category_ids"] == [BICYCLE] and image["not_exhaustive_category_ids"] == []
+    counts = {row["name"]: (row["image_count"], row["instance_count"], row["frequency"]) for row in held["categories"]}
+    assert counts == {"car": (1, 2, "r"), "person": (1, 1, "r"), "bicycle": (0, 0, "r")}
+
+
+def test_voc(exported):
+    root = exported("voc") / "VOCdevkit/VOC2012"
+    assert pixels(root / "SegmentationClass/00000000.png") == FRONT
+    objects = [[0, 0, 0, 1, 1, 255], [0, 2, 2, 2, 1, 0], [3, 2, 2, 2, 1, 0], [3, 3, 0, 1, 1, 0]]
+    assert pixels(root / "SegmentationObject/00000000.png") == objects
+    annotation = ElementTree.parse(root / "Annotations/00000000.xml")
+    assert [annotation.findtext(f"size/{side}") for side in ("width", "height", "depth")] == ["6", "4", "3"]
+    boxes = [
+        [each.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        for each in annotation.iter("object")
+    ]
+    assert boxes == [["4", "1", "5", "4"], ["2", "2", "4", "3"], ["1", "3", "2", "4"]]  # from 1, the last one inside
+    assert [(each.findtext("name"), each.findtext("truncated")) for each in annotation.iter("object")] == [
+        ("person", "1"),
+        ("car", "0"),
+        ("car", "1"),
+    ]
+    assert (root / "labelmap.txt").read_text().splitlines()[1:] == [
+        "background:0,0,0::",
+        "sky:128,0,0::",
+        "vegetation:0,128,0::",
+        "car:128,128,0::",
+        "person:0,0,128::",
+        "bicycle:128,0,128::",
+    ]
+    assert Image.open(root / "SegmentationClass/00000000.png").getpalette()[:12] == [
+        0,
+        0,
+        0,
+        128,
+        0,
+        0,
+        0,
+        128,
+        0,
+        128,
+        128,
+        0,
+    ]
+    assert (root / "ImageSets/Segmentation/train.txt").read_text() == "00000000\n"
+
+
+def test_yolo(exported):
+    third, sixth = "0.3333333333", "0.1666666667"
+    assert (exported("yolo-detect") / "labels/train/00000000.txt").read_text().splitlines() == [
+        f"1 0.6666666667 0.5 {third} 1",  # class, middle and sides
+        "0 0.4166666667 0.5 0.5 0.5",
+        f"0 {sixth} 0.75 {third} 0.5",
+    ]
+    assert (exported("yolo-seg") / "labels/train/00000000.txt").read_text().splitlines() == [
+        "1 0.5 0 0.8333333333 0 0.8333333333 1 0.5 1",
+        f"0 {sixth} 0.25 0.6666666667 0.25 0.6666666667 0.75 {sixth} 0.75",
+        f"0 0 0.5 {third} 0.5 {third} 1 0 1",
+    ]
+    assert (exported("yolo-pose") / "labels/train/00000000.txt").read_text().splitlines() == [
+        f"0 0.6666666667 0.5 {third} 1 0.5833333333 0.125 2 0.75 0.5 1 0 0 0",
+        "0 0.2083333333 0.6875 0.4166666667 0.625 0.0833333333 0.875 2 0 0 0 0 0 0",
+    ]
+    description = (exported("yolo-pose") / "data.yaml").read_text()
+    assert "nc: 1\nkpt_shape:\n- 3\n- 3\nflip_idx:\n- 0\n- 2\n- 1\n" in description
+    assert "names:\n  0: car\n  1: person\n  2: bicycle\n" in (exported("yolo-detect") / "data.yaml").read_text()
+
+
+def test_cityscapes(exported):
+    folder = exported("cityscapes") / "gtFine/train/synthetic"
+    stem = "synthetic_000000_000000_gtFine"
+    assert pixels(folder / f"{stem}_labelIds.png") == [
+        [23, 23, 23, 24, 24, 0],
+        [23, 26, 26, 26, 24, 23],
+        [26, 26, 26, 26, 24, 21],
+        [26, 26, 21, 24, 24, 21],
+    ]
+    assert pixels(folder / f"{stem}_labelTrainIds.png") == [
+        [10, 10, 10, 11, 11, 255],
+        [10, 13, 13, 13, 11, 10],
+        [13, 13, 13, 13, 11, 8],
+        [13, 13, 8, 11, 11, 8],
+    ]
+    person, front, behind = 24000, 26000, 26001
+    assert pixels(folder / f"{stem}_instanceIds.png") == [
+        [23, 23, 23, person, person, 0],
+        [23, front, front, front, person, 23],
+        [behind, front, front, front, person, 21],
+        [behind, behind, 21, person, person, 21],
+    ]
+    colours = np.array(pixels(folder / f"{stem}_color.png"))
+    shown = {
+        (0, 0): [70, 130, 180],
+        (3, 2): [107, 142, 35],
+        (1, 1): [0, 0, 142],
+        (0, 3): [220, 20, 60],
+        (0, 5): [0, 0, 0],
+    }
+    assert all(colours[place].tolist() == colour for place, colour in shown.items())
+    polygons = read(folder / f"{stem}_polygons.json")
+    assert (polygons["imgHeight"], polygons["imgWidth"]) == (HEIGHT, WIDTH)
+    assert sorted(each["label"] for each in polygons["objects"]) == [
+        "car", "car", "person", "sky", "sky", "vegetation", "vegetation"
+    ]  # fmt: skip
+    (car,) = [each["polygon"] for each in polygons["objects"] if [1, 1] in each["polygon"] and each["label"] == "car"]
+    assert car == [[1, 1], [3, 1], [3, 2], [1, 2]]  # through the outermost pixels
+
+
+def test_ade(exported):
+    out = exported("ade")
+    assert pixels(out / "annotations/training/ADE_train_00000000.png") == [[1] * 5 + [0], *rows(1, 2, 2)]
+    assert (out / "objectInfo150.txt").read_text().splitlines()[1:3] == [
+        "1\t0.4583\t1\t0\t1\tsky",  # 11 of 24 pixels
+        "2\t0.5000\t1\t0\t1\tvegetation",
+    ]
+
+
+def test_deepfashion(exported):
+    out = exported("deepfashion-mm")
+    assert pixels(out / "segm/00000000_segm.png") == [[13] * 5 + [255], *rows(13, 1, 1)]  # hair and top
+    assert read(out / "captions.json") == {"00000000.jpg": "a car"}
+
+
+def test_depth(exported):
+    (nyu,) = exported("nyu").rglob("sync_depth_00000000.png")
+    assert pixels(nyu) == rows(1000, 2500, 4000, 0)  # millimetres; 16 bits end at 65.5 m
+    assert pixels(exported("kitti") / "gt_depth/synthetic/00000000.png") == rows(256, 640, 1024, 17920)
+    (virtual,) = exported("vkitti2").rglob("depth_00000000.png")
+    assert pixels(virtual) == rows(100, 250, 400, 7000)  # centimetres
+    assert (exported("nyu") / "train_list.txt").read_text() == (
+        "/synthetic/rgb_00000000.png /synthetic/sync_depth_00000000.png 518.8579\n"
+    )
+    assert (exported("kitti") / "kitti_eigen_train.txt").read_text() == (
+        "synthetic/00000000.png synthetic/00000000.png 721.5377\n"
+    )
+    config = runpy.run_path(str(exported("depthformer") / "dataset.py"))["datasets"]["train"]
+    assert (config["depth_scale"], config["max_depth"]) == (1000, 80.0)
+    (former,) = exported("depthformer").rglob("sync_depth_00000000.png")
+    assert pixels(former) == rows(1000, 2500, 4000, 0)
+
+
+def check_record(record: dict, semantic, depth) -> None:
+    """A sample as hf, hf-parquet and wds describe it."""
+    assert (record["prompt"], record["seed"], record["width"], record["height"]) == ("a car", 7, WIDTH, HEIGHT)
+    objects = record["objects"]
+    assert (objects["category"], objects["bbox"], objects["area"]) == (KINDS, BOXES, AREAS)
+    assert (objects["rle"], objects["score"]) == (RUNS, SCORES)
+    people = record["people"]
+    assert (people["keypoints"], people["bbox"], people["area"]) == (HANDS, PEOPLE_BOXES, [8, 6.25])
+    assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 640, 1024, 17920)
+
+
+def test_records_of_hf_parquet_and_wds(exported):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    out = exported("hf") / "train"
+    check_record(read(out / "metadata.jsonl"), out / "semantic/00000000.png", out / "depth/00000000.png")
+    (row,) = parquet.read_table(exported("hf-parquet") / "data/train-00000-of-00001.parquet").to_pylist()
+    check_record(row, *(io.BytesIO(row[name]["bytes"]) for name in ("semantic", "depth")))
+    with tarfile.open(exported("wds") / "train-000000.tar") as shard:
+        parts = {name: shard.extractfile(name) for name in shard.getnames()}
+        files = (io.BytesIO(parts[f"00000000.{name}.png"].read()) for name in ("semantic", "depth"))
+        check_record(json.load(parts["00000000.json"]), *files)
+    table = read(exported("wds") / "classes.json")
+    assert table["depth_steps_of_a_metre"] == 256 and table["id2label"]["3"] == "car"
+
+
+def test_mmseg(exported):
+    out = exported("mmseg")
+    assert pixels(out / "annotations/train/00000000.png") == LABELS
+    config = runpy.run_path(str(out / "dataset.py"))
+    assert config["metainfo"]["classes"] == ("background", *MAPS, *THINGS) and config["num_classes"] == 6
+    assert config["datasets"]["train"]["reduce_zero_label"] is False
+
+
+def test_simcc(exported):
+    out = exported("simcc")
+    config = runpy.run_path(str(out / "dataset.py"))["metainfo"]
+    assert [each["swap"] for each in config["keypoint_info"].values()] == ["", "right_hand", "left_hand"]
+    assert [each["link"] for each in config["skeleton_info"].values()] == [
+        ("nose", "left_hand"),
+        ("nose", "right_hand"),
+    ]
+    people = read(out / "annotations/person_keypoints_train2017.json")
+    assert people["annotations"] == [{"id": k + 1, **each} for k, each in enumerate(PERSONS)]
