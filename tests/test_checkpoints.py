@@ -23,12 +23,13 @@ from test_decoders import (
     seeded_state,
 )
 from test_loading import StableDiffusionPipeline, first_generation, folder, same_weights, saved, tiny, with_vocabulary  # noqa: F401 - fixtures
+from upstream_rules import load_upstream
 
 from datasetdm_fast import convert as command
 from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.engine.labels.class_tables import builtin_table

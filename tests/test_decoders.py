@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from upstream_rules import load_upstream
 
 from bench.decoders import load_decoders
 from datasetdm_fast import _C, kernels
@@ -23,7 +24,6 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
     check_fits,
     load_decoder,
-    load_upstream,
     save_decoder,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream

@@ -33,7 +33,6 @@ MOST_ALLOWED = 10
 ALLOWED = {
     f"{PACKAGE}._C.depth_head_vector_bytes": "tests compare every vector width that this CPU has",
     f"{PACKAGE}._C.take_times": "the bench tells by it what a call spends its time on",
-    f"{PACKAGE}.compat.showlab_modules.*": "scripts of DatasetDM call their methods and read their fields",
     f"{PACKAGE}.*._repr_html_": "notebooks show values by it",
     f"{PACKAGE}.runs.gallery.server.Handler.do_*": "the library's server calls them by the method of a request",
 }

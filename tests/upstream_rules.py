@@ -1,13 +1,28 @@
-"""DatasetDM's own rules from a decoder's raw tensors to labels, beside those of datasetdm_fast.engine.tasks."""
+"""DatasetDM's own rules from a decoder's raw tensors to labels, beside those of datasetdm_fast.engine.tasks; and
+its checkpoints in decoders.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Decoder, fill, for_inference, read_state
 from datasetdm_fast.engine.tasks.instance import candidates
 from datasetdm_fast.engine.tasks.pose import neighbours, peaks
 from datasetdm_fast.engine.tasks.semantic import evidence, without_small
 from datasetdm_fast.kernels.bilinear import resize
+
+
+def load_upstream(decoder: Decoder, source: Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
+    """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` keeps its spectral norms."""
+    state, origin = (source, "state dict") if isinstance(source, Mapping) else (read_state(source), str(source))
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    unread = UNUSED.get(decoder.config.kind, ())
+    fill(decoder, {name: value for name, value in state.items() if not name.startswith(unread)}, origin)
+    return for_inference(decoder, strict)
 
 
 def labels(class_logits: Tensor, mask_logits: Tensor, min_area: float = 5000) -> Tensor:

@@ -30,7 +30,6 @@ __all__ = [
     "check_fits",
     "fold",
     "load_decoder",
-    "load_upstream",
     "save_decoder",
     "upstream",
 ]
@@ -111,16 +110,6 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
         decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
-    return for_inference(decoder, strict)
-
-
-def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
-    """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` as in load_decoder."""
-    state, origin = (source, "state dict") if isinstance(source, Mapping) else (read_state(Path(source)), str(source))
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    unused = UNUSED.get(decoder.config.kind, ())
-    read = {name: value for name, value in state.items() if not name.startswith(unused)}
-    fill(decoder, read, origin)
     return for_inference(decoder, strict)
 
 
