@@ -14,7 +14,6 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.agreement.during import RepeatedComparison
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
@@ -80,7 +79,6 @@ def _write(
     elif job:
         begin_run(job)
         job = None  # the other processes need the memory of its networks
-    compare = partial(RepeatedComparison, every=config.verify_every) if config.verify_every else None
     minutes = config.page_every if launch.writes_page else 0.0
     with (
         interruption,
@@ -88,7 +86,7 @@ def _write(
         ShownSoFar(spec.folder, minutes, progress.print),
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
-        callbacks = Callbacks(describe_job, progress.print, progress.on_commit, compare=compare, **signals)
+        callbacks = Callbacks(describe_job, progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)
 
 

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -172,17 +171,6 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / QUEUE).exists() and audit(tmp_path / "run", threads=1).findings == []
     (tmp_path / "run" / QUEUE).write_bytes(b"of a process that was killed")
     assert audit(tmp_path / "run", threads=1).findings == []
-
-
-def test_one_rank_compares_samples_and_ends_the_run_where_one_differs(alone, tmp_path):
-    lines, others = [], [{}, {troubled.SECONDS: "0.3"}]
-    options = {"on_message": lines.append, "compare": partial(troubled.compare, until=5)}
-    with pytest.raises(GateFailed, match="differs"):
-        shared(config(tmp_path / "run"), others, **options)
-    assert "2 share the run" in lines
-    result = shared(config(tmp_path / "run"), others, compare=partial(troubled.compare, until=SAMPLES))
-    assert 0 < result.made <= SAMPLES
-    check_equal(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize(

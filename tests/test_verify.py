@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from skips import IS_LONG, long_test
+from skips import IS_LONG
 
 from bench.decoders import load_decoders
 from datasetdm_fast import generate
@@ -30,7 +30,6 @@ from datasetdm_fast.runs.agreement.distances import (
     teacher_forced_distances,
 )
 from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
-from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.workers import spawn
 
 SMALL = dict(
@@ -493,7 +492,7 @@ def test_labels_from_attention_are_compared_too(labeller, tmp_path, capsys, monk
     line = [*few, "a red ball beside a cube", "--labeller", labeller, "--out"]
     if labeller != "attention":
         line = ["--task", "semantic", *line]
-    assert generate.main([*line, str(tmp_path / "run"), "--verify-every", "2"]) == 0
+    assert generate.main([*line, str(tmp_path / "run")]) == 0
     told = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
     measures = {"averages of attention", "attention", "free attention", "text"}
     assert measures <= {row["measure"] for row in told["measures"]}
@@ -538,43 +537,3 @@ def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
     assert comparing.setting_of(reference) == first
     (tmp_path / "unet.plan").write_bytes(b"another plan")
     assert comparing.setting_of(reference) != first
-
-
-def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch):
-    few = "generate --engine fast --model tiny --steps 2 --number 5 --batch-size 1 --task semantic --verify-every 2"
-    line = [*few.split()[1:], "--prompts", "a ball", "--out", str(tmp_path / "run")]
-    assert generate.main([*line, "--engine", "torch"]) == 2 and not (tmp_path / "run").exists()
-    assert generate.main([*line, "--limit", "2"]) == 0
-    assert capsys.readouterr().err.count("sample 00000001: agrees in all") == 1
-    wrong = FastEngine.denoise
-    monkeypatch.setattr(FastEngine, "denoise", lambda engine, *given: wrong(engine, *given) * 1.01)
-    assert generate.main(line) == 4
-    assert "sample 00000003 of fast does not match that of torch in call" in capsys.readouterr().err
-    with open_run(tmp_path / "run") as found:
-        assert len(found) == 3  # what was made before stays
-    monkeypatch.setattr("datasetdm_fast.runs.agreement.during.SHARE", -1.0)  # comparisons have taken their share
-    assert generate.main(line) == 0 and len(open_run(tmp_path / "run")) == 5
-
-
-@pytest.mark.parametrize("free", [1e12, 0], ids=["room", "no room"])
-def test_the_reference_is_built_once_unless_memory_is_short(tmp_path, monkeypatch, capsys, free):
-    built = []
-    build = comparing.build_engine
-    monkeypatch.setattr(comparing, "build_engine", lambda *given, **chosen: built.append(1) or build(*given, **chosen))
-    monkeypatch.setattr("datasetdm_fast.engine.engines.memory.free_bytes", lambda device: free)
-    monkeypatch.setattr("datasetdm_fast.runs.agreement.during.SHARE", 1e9)
-    few = "--engine fast --model tiny --steps 2 --number 4 --batch-size 1 --task semantic --verify-every 2"
-    assert generate.main([*few.split(), "--prompts", "a ball", "--out", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().err.count("agrees in all") == 2 and len(built) == (1 if free else 2)
-
-
-@long_test
-def test_one_of_several_processes_compares_samples(tmp_path, capsys):
-    """The bytes are those of one process that compares none, and the comparison is waited for."""
-    few = "--engine fast --model tiny --steps 2 --number 8 --batch-size 1 --task semantic --threads 1".split()
-    line = [*few, "--prompts", "a ball", "--out"]
-    assert generate.main([*line, str(tmp_path / "run"), "--verify-every", "2", "--ranks", "2"]) == 0
-    assert "agrees in all" in capsys.readouterr().err
-    assert generate.main([*line, str(tmp_path / "alone")]) == 0
-    for path in sorted((tmp_path / "alone").glob("*/*.png")):
-        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "alone")).read_bytes()

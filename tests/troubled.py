@@ -14,7 +14,6 @@ import torchless
 
 from datasetdm_fast.data import Quarantined
 from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.errors import GateFailed
 
 SECONDS = "TROUBLED_SECONDS"  # that a batch takes
 TROUBLE = "TROUBLED_BY"  # dies, hangs or gives NaN at every batch from the second on; or dies at the start
@@ -46,16 +45,3 @@ def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
 
     troubled.count = 0
     driver.generate = troubled
-
-
-def compare(job, *, on_message, on_unet_call, sharing, until):
-    """In the place of the comparison with the reference: says how many share the run, and refuses samples after one."""
-
-    def before_commit(results):
-        on_unet_call()
-        if count := sharing():
-            on_message(f"{count} share the run")
-            if results[-1].request.index > until:
-                raise GateFailed(f"sample {results[-1].request.id} differs", "Look at it.")
-
-    return before_commit

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.output import remake_sample
-from datasetdm_fast.config import ATTENTION, DECODER, LABELLER_KINDS, LABELS, PARITIES, REFERENCE, UNDECODED
+from datasetdm_fast.config import ATTENTION, DECODER, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.names import by_task, task_of_label
@@ -112,10 +112,6 @@ def check_settings(config: RunConfig) -> None:
         raise Refused(
             f"--most-tries {config.most_tries}: it has no effect, as no sample is quarantined",
             "Add --accept COND or --keep trusted.",
-        )
-    if config.verify_every and config.engine == REFERENCE:
-        raise Refused(
-            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
         )
     check_size(config.size)
     names = ("guidance", "steps", "streams", *(name for name in ATTENTION_FLAGS if name != "parity"))

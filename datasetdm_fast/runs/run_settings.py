@@ -260,15 +260,6 @@ class CompareSettings:
         metavar="N",
         least=0,
     )
-    verify_every: int = setting(
-        0,
-        "after every N samples compare the newest with the reference engine, less often after the first time if that "
-        "would take over 1 % of the time; of several processes one does it; if it does not agree, the run stops; "
-        "0 = never",
-        identity=False,
-        metavar="N",
-        least=0,
-    )
     mixed: str = setting(
         "verified",
         "verified: another engine, dtype, device or version may continue a run folder, once it has made some of the "
@@ -316,7 +307,7 @@ class RunConfig(
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
         "batch_size image_format palette format out only mixed limit page_every verify "
-        "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
+        "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()
 

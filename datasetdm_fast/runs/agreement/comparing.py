@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,31 +27,20 @@ def compare_with_reference(
     job: Job,
     number: int,
     on_unet_call: Callable[[], None] = lambda: None,
-    *,
-    first: int = 0,
-    reference: Engine | None = None,
 ) -> Verdict:
-    """Samples of the plan, from `first` on, through the job's engine and the reference, which is built if there is
-    none; labels that labellers of other packages read are left out.
+    """The first samples of the plan through the job's engine and the reference; labels that labellers of other packages
+    read are left out.
     """
     if job.engine.name == REFERENCE:
         raise Refused(
             f"--verify {number}: the engine is {REFERENCE}, the reference itself, so nothing can be compared",
             "Drop --verify.",
         )
-    requests = [job.plan.request(index) for index in range(first, first + number)]
+    requests = [job.plan.request(index) for index in range(number)]
     recipe, size = _builtin_recipe(job.recipe), min(job.plan.batch_size, number)
-    with nullcontext(reference) if reference else reference_of(job.engine) as other:
-        return verify(job.engine, other, requests, recipe, size, on_unet_call)
-
-
-@contextmanager
-def reference_of(engine: Engine) -> Iterator[Engine]:
-    """The reference engine over the same weights; networks that it alone needs, as large as the engine, are freed at
-    the end.
-    """
-    with engine.model.built_for_now():
-        yield build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
+    with job.engine.model.built_for_now():  # networks that the reference alone needs are freed at the end
+        reference = build_engine(REFERENCE, job.engine.model, job.engine.decoders, device=str(job.engine.device))
+        return verify(job.engine, reference, requests, recipe, size, on_unet_call)
 
 
 def count_calls(job: Job, number: int) -> int:

@@ -60,12 +60,9 @@ def begin_run(job: Job) -> None:
 
 def run_here(spec: RunSpec, job: Job, callbacks: Callbacks) -> Result:
     """The run, made by this process."""
-    compare = callbacks.compare
-    options = {"before_commit": compare(job, on_message=callbacks.on_message)} if compare else {}
     return write_missing(
         job,
         on_commit=callbacks.on_commit,
         on_unet_call=callbacks.on_unet_call,
         is_stopping=callbacks.is_stopping,
-        **options,
     )

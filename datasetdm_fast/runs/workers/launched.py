@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import locks, sqlite, storage
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.jobs.resume import prepare_job
@@ -43,16 +43,9 @@ def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callback
         for line in callbacks.describe(job):
             callbacks.on_message(line)
         watch = partial(drop_lost, queue, Silence(callbacks.patience), owner)
-        compare = callbacks.compare and partial(callbacks.compare, on_message=callbacks.on_message)
         with opened:
-            worker = Worker(
-                job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping, compare=compare
-            )
-            try:
-                worker.work()
-            except GateFailed:  # the others begin nothing more, either
-                queue.stop()
-                raise
+            worker = Worker(job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping)
+            worker.work()
     is_waiting = peer.rank == 0 and not callbacks.is_stopping()
     return leave(folder, spec.number, worker.made, begin, is_waiting=is_waiting)
 

@@ -122,7 +122,6 @@ class RayDriver(Supervisor):
             self.document,
             callbacks.describe,
             callbacks.on_start,
-            callbacks.compare,
             coordinator,
         )
         self.setup = ray.put(setup)

@@ -16,7 +16,7 @@ from datasetdm_fast.runs.run_folder.object_store import PublishingFolder
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 from datasetdm_fast.runs.workers.spawn import reporting
-from datasetdm_fast.runs.workers.worker import Compare, Worker
+from datasetdm_fast.runs.workers.worker import Worker
 from datasetdm_fast.version import __version__
 
 SECONDS_BETWEEN_TRIES = 0.5  # to learn what the driver has found in the run folder
@@ -119,7 +119,6 @@ class RayWorkerSetup:
     document: Mapping[str, Any] | None  # run.json, where it is known
     describe: Callable[[Job], list[str]]
     on_start: Callable[[], None] | None  # called before anything else
-    compare: Compare | None
     coordinator: Any
     folder: str = field(default_factory=os.getcwd)  # from where relative paths are meant
 
@@ -150,6 +149,4 @@ class RayWorker:
                 queue.required_indices,
                 partial(queue.report, owner.slot, "rows"),
             )
-            on_message = partial(queue.report, owner.slot, "message")
-            compare = setup.compare and partial(setup.compare, on_message=on_message)
-            Worker(merge_with_stored(job, session), folder, queue, owner, has_ledger=False, compare=compare).work()
+            Worker(merge_with_stored(job, session), folder, queue, owner, has_ledger=False).work()

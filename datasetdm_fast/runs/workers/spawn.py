@@ -122,8 +122,7 @@ class Supervisor(ABC):
                 self._end_silent()
                 time.sleep(SECONDS_BETWEEN_POLLS)
             end = time.monotonic() + SECONDS_TO_END
-            # What a comparison finds counts also where the others have made the rest of the run in the meantime.
-            while self._running() and (self._is_comparing() or time.monotonic() < end):
+            while self._running() and time.monotonic() < end:
                 self._receive()
                 self._end_silent()
                 time.sleep(SECONDS_BETWEEN_POLLS)
@@ -132,9 +131,6 @@ class Supervisor(ABC):
                 rank.process.kill()
         with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
             self._read_reports()
-
-    def _is_comparing(self) -> bool:
-        return self.callbacks.compare is not None and not self.callbacks.is_stopping()
 
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.process]
@@ -251,7 +247,7 @@ class SpawningSupervisor(Supervisor):
         )
         with suppress(BrokenPipeError):  # it has just ended
             callbacks = self.callbacks
-            pickle.dump((spec, owner, callbacks.describe, callbacks.on_start, callbacks.compare), process.stdin)
+            pickle.dump((spec, owner, callbacks.describe, callbacks.on_start), process.stdin)
             process.stdin.flush()
         return process
 
@@ -261,7 +257,7 @@ def enter() -> None:
     # a terminal sends them to all of the group; the parent alone decides
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    spec, owner, describe, on_start, compare = pickle.load(sys.stdin.buffer)
+    spec, owner, describe, on_start = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if on_start:
         on_start()
@@ -269,9 +265,7 @@ def enter() -> None:
         job, folder = join_run(prepare_job(spec, read_document(spec.folder)), queue)
         with folder:
             queue.report(owner.slot, "ready", describe(job))
-            on_commit, on_message = (partial(queue.report, owner.slot, kind) for kind in ("committed", "message"))
-            compare = compare and partial(compare, on_message=on_message)
-            Worker(job, folder, queue, owner, on_commit, compare=compare).work()
+            Worker(job, folder, queue, owner, partial(queue.report, owner.slot, "committed")).work()
 
 
 def _end_with_parent() -> None:

@@ -28,10 +28,6 @@ LATE_FACTOR = 2.0  # average times of a batch after which that of another proces
 LEAST_LATE_SECONDS = 5.0
 
 
-# from a job, and on_message, on_unet_call and sharing by name, what is called with samples before they are committed
-Compare = Callable[..., Callable[[list[Sample | Quarantined]], None]]
-
-
 @dataclass(frozen=True)
 class Callbacks:
     """How the processes of a run and the command that starts them reach each other."""
@@ -43,7 +39,6 @@ class Callbacks:
     is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
     on_start: Callable[[], None] | None = None  # called by every process before anything else
     patience: Patience = USUAL
-    compare: Compare | None = None
 
 
 def join_run(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
@@ -81,7 +76,6 @@ class Worker:
         is_stopping: Callable[[], bool] = lambda: False,
         *,
         has_ledger: bool = True,
-        compare: Compare | None = None,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
         self.replaces_quarantined = job.replaces_quarantined and has_ledger
@@ -89,14 +83,6 @@ class Worker:
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
-        self.before_commit = (
-            compare(job, on_unet_call=self._beat, sharing=self._sharing) if compare else lambda results: None
-        )
-
-    def _sharing(self) -> int:
-        """How many processes make the run; 0 for all but the one that compares samples, that of the lowest slot."""
-        slots = [owner.slot for owner in self.queue.owners()]
-        return len(slots) if self.owner.slot == min(slots, default=0) else 0
 
     def work(self) -> None:
         """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
@@ -165,7 +151,6 @@ class Worker:
 
     def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | Quarantined]) -> None:
         if missing := self._missing(batch.index, results):
-            self.before_commit(missing)
             writer.put(missing, batch_facts(self.job.recipe, batch))
         else:
             self._finish(batch.index)
