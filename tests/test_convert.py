@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import audit, filter, generate, open_run
+from datasetdm_fast import audit, filter, open_run
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
@@ -702,22 +702,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, fla
     out = tmp_path / "out"
     converted(run, out, *(() if "--to" in flags else ("--to", "coco")), *flags, code=2)
     assert said in capsys.readouterr().err and not out.exists()
-
-
-def test_generate_converts_its_run_and_refuses_formats_without_labels_first(tmp_path, capsys):
-    out = tmp_path / "run"
-    line = ["--number", "1", "--steps", "2", "--task", "semantic", "--out", str(out), "--quiet"]
-    assert generate.main([*line, "--format", "coco,yolo-seg"]) == 2
-    assert "--format yolo-seg: it needs labels for instance" in capsys.readouterr().err and not out.exists()
-    for _ in range(2):
-        assert generate.main([*line, "--format", "coco,mmseg"]) == 0
-    assert len(list((out / "exports").rglob("00000000.png"))) == 3 and audit.main([str(out)]) == 0
-    capsys.readouterr()
-    more = ["--number", "2", *line[2:]]
-    assert generate.main([*more, "--format", "coco"]) == 2  # before an image is made
-    assert "holds an export of the samples" in capsys.readouterr().err and len(open_run(out)) == 1
-    shutil.rmtree(out / "exports")
-    assert generate.main([*more, "--format", "coco"]) == 0
 
 
 def test_audit_covers_exports(run, tmp_path, capsys):

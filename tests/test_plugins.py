@@ -432,7 +432,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["convert", "run", "--to", "bright-listing", "--out", "none"], 2, "there are some for semantic"),
         (["convert", "seen", "--to", "mmseg", "--out", "maps", "--quiet"], 0, ""),
         (["convert", "seen", "--to", "yolo-seg", "--out", "none"], 2, "there are some for bright, semantic"),
-        ([*run, "--labeller", "halves,heads", "--format", "yolo-seg,yolo-pose", "--out", "halves"], 0, ""),
+        ([*run, "--labeller", "halves,heads", "--out", "halves"], 0, ""),
+        (["convert", "halves", "--to", "yolo-seg,yolo-pose", "--quiet"], 0, ""),
         *(
             (["convert", "run", "--to", name, "--out", f"to-{name}"], 3, f"of the package foreign-things{said}")
             for name, said in (

@@ -6,11 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
-from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import quote
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.summary import describe_job
@@ -47,7 +45,7 @@ def print_finished_run(config: RunConfig, result: Result) -> int:
 
 
 def print_run(config: RunConfig, result: Result, by: str = "") -> None:
-    """Prints the result of a run, writes the formats of a finished one, and fails where samples were quarantined."""
+    """Prints the result of a run, and fails where samples were quarantined."""
     rate = result.made / result.seconds if result.made else 0.0
     facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
@@ -62,18 +60,7 @@ def print_run(config: RunConfig, result: Result, by: str = "") -> None:
         print_lines(config, f"{images} ({closing}), {rate:.3g} images per second; look at {page}")
     if result.trust_message:
         print_lines(config, result.trust_message)
-    if config.format and result.is_complete and not config.dry_run:
-        _export(config, result.path)
     result.check()
-
-
-def _export(config: RunConfig, path: Path) -> None:
-    """Writes the formats of a finished run; the same line resumes them where it was interrupted."""
-    from datasetdm_fast.runs.exporting.conversion import export_run
-
-    exported = export_run(path, config.format, config.threads or count_cores())
-    files = f"{exported.samples} samples as {', '.join(config.format)}, {exported.files} files"
-    print_lines(config, f"{path}/exports: {files}")
 
 
 @contextmanager

@@ -201,14 +201,6 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
         )
     if is_begun:
         check_store(Path(config.out), config.store)
-    if config.format:
-        from datasetdm_fast.runs.exporting.conversion import check_formats
-
-        if config.store:
-            raise Refused(
-                "--format: the samples go to an object store", "Convert the run by its URL once it is finished."
-            )
-        check_formats(config.format, config.task)
     together = f"this is one of {processes} processes that were started together"
     if processes > 1 and config.cluster:
         raise Refused(f"--cluster {config.cluster}: {together}", "Start one process alone.")
@@ -222,14 +214,6 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
             f"--verify {config.verify}: several machines or processes that were started together make this run",
             "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
-
-
-def check_export(config: RunConfig) -> None:
-    """Refuses --format for a run that lacks samples and holds an export of those it has."""
-    if config.format:
-        from datasetdm_fast.runs.exporting.conversion import check_not_exported
-
-        check_not_exported(Path(config.out))
 
 
 def remake_from(config: RunConfig, provided: Collection[str]) -> int:

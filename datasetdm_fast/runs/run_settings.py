@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import (
-    EXPORT_FORMATS,
     LABELLER_KINDS,
     LABELLERS,
     LABELS,
@@ -223,13 +222,6 @@ class FileSettings:
         choices=("ours", "voc", "cityscapes", "coco", "table"),
         identity="if given",
     )
-    format: tuple[str, ...] = setting(
-        (),
-        "formats that the finished run is converted to, in its folder exports: " + ", ".join(EXPORT_FORMATS.names),
-        identity=False,
-        choices=EXPORT_FORMATS.names,
-        metavar="LIST",
-    )
     page_every: float = setting(
         5.0,
         "minutes between updates of the page and index files of a run in progress, less often if that would take over "
@@ -306,7 +298,7 @@ class RunConfig(
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
-        "batch_size image_format palette format out only mixed limit page_every verify "
+        "batch_size image_format palette out only mixed limit page_every verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()

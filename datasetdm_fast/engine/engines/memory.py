@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,7 +12,7 @@ import torch
 from datasetdm_fast.errors import Missing
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engine.engines.engine import Engine
+    pass
 
 Result = TypeVar("Result")
 BATCH = 8  # of engines whose memory cannot be measured
@@ -37,28 +35,6 @@ def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int
     free = torch.cuda.mem_get_info(device)[0]
     largest = 1 + (SHARE * free - single) / max(double - single, 1)
     return max(min(int(largest) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
-
-
-def free_bytes(device: torch.device) -> float:
-    """Free memory: of a GPU with what PyTorch holds unused, of a machine as far as it is known."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + unused)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # other systems than Linux
-        return math.inf
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
-
-
-def weight_bytes(engine: Engine) -> int:
-    """Memory of the networks of the reference engine."""
-    model = engine.model
-    return sum(
-        weight.numel() * weight.element_size()
-        for network in (model.text_encoder, model.unet, model.vae, *engine.decoders.values())
-        for weight in network.parameters()
-    )
 
 
 def halve_until_fits(

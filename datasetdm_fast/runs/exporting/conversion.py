@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import EXPORT_FORMATS
-from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
@@ -20,14 +19,13 @@ from datasetdm_fast.runs.exporting import export_folder, plugin_formats
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, join_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.settings import ExportSettings, LayoutSettings, PictureSettings
-from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of, labels_by_task, open_source
+from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
+from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of
 from datasetdm_fast.runs.exporting.view import RunView, SampleView
-from datasetdm_fast.runs.run_folder.document import EXPORTS, table_of
+from datasetdm_fast.runs.run_folder.document import table_of
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.runs.run_folder.split import origins
-from datasetdm_fast.settings import json_values
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
@@ -42,32 +40,6 @@ class ExportResult:
     files: int
     made: int  # samples that this call converted
     is_complete: bool
-
-
-def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
-    """Refuses formats that a run with these labels could not be converted to."""
-    tasks = labels_by_task(labels)
-    for name in names:
-        open_format(name).check_tasks(f"--format {name}", tasks)
-
-
-def check_not_exported(path: Path) -> None:
-    """Refuses an unfinished run that holds an export of its samples so far, which is never overwritten."""
-    if storage.is_there(path / EXPORTS / export_folder.DOCUMENT):
-        raise Refused(
-            f"--format: {path / EXPORTS} holds an export of the samples that the run has had so far",
-            "Delete that folder, or drop --format and convert the finished run with another --out.",
-        )
-
-
-def export_run(path: Path, names: Sequence[str], threads: int) -> ExportResult:
-    """Converts a finished run to formats, into the exports in it."""
-    settings = ExportSettings(runs=(str(path),), to=tuple(names))
-    conversion = Conversion([open_source(path)], names, path / EXPORTS, json_values(settings.identity()))
-    try:
-        return conversion.run(threads)
-    finally:
-        conversion.close()
 
 
 def open_format(name: str) -> Format:

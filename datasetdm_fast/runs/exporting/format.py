@@ -58,7 +58,12 @@ class Format(ABC):
 
     def check(self, name: str, plan: ExportPlan) -> None:
         """Refuses what the format, which the user calls by this name, cannot hold."""
-        self.check_tasks(f"--to {name}", plan.tasks)
+        if self.needs and not any(set(group) <= plan.tasks for group in self.needs):
+            needs = " or ".join(" and ".join(group) for group in self.needs)
+            raise Refused(
+                f"--to {name}: it needs labels for {needs}, there are some for {', '.join(sorted(plan.tasks))}",
+                "Choose another format, or make the run with these labels.",
+            )
         if (form := plan.pictures.image_format) not in ("same", *self.forms):
             raise Refused(f"--image-format {form}: {name} has {' or '.join(self.forms)} files", "Drop the flag.")
         if self.known is not None and not set(plan.classes.names) & set(self.known):
@@ -68,15 +73,6 @@ class Format(ABC):
             )
         if self.has_maps:
             plan.classes.check_map(name)
-
-    def check_tasks(self, flag: str, tasks: Collection[str]) -> None:
-        """Refuses a run without the labels that the format needs."""
-        if self.needs and not any(set(group) <= set(tasks) for group in self.needs):
-            needs = " or ".join(" and ".join(group) for group in self.needs)
-            raise Refused(
-                f"{flag}: it needs labels for {needs}, there are some for {', '.join(sorted(tasks))}",
-                "Choose another format, or make the run with these labels.",
-            )
 
     def unknown_classes(self, plan: ExportPlan) -> list[str]:
         """The classes that it cannot show."""
