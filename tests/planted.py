@@ -234,7 +234,6 @@ _BY_FILE = {
         "test_label_files.py test_export_values.py",
         ("int((visibility > 0).sum())", "int((visibility > 1).sum())", "hidden joints are not counted"),
         (") if v else (0, 0, 0)", ")", "joints that are not there have a place"),
-        ("int((visibility > 0).sum())", "int((visibility > 1).sum())", "hidden joints are not counted"),
     ),
     "engine/labels/depth.py": (
         "test_label_files.py",
