@@ -110,17 +110,19 @@ def test_joules_are_those_between_two_readings():
     assert rounds["a"].joules == [10.0, 10.0]
 
 
-def test_a_short_call_is_made_until_its_round_has_lasted():
-    counts = {"short": 0, "long": 0}
+def test_a_short_call_is_made_until_its_round_has_lasted(monkeypatch):
+    counts, now = {"short": 0, "long": 0}, [0]
 
-    def call(name: str, seconds: float) -> None:
+    def call(name: str, seconds: int) -> None:
         counts[name] += 1
-        time.sleep(seconds)
+        now[0] += seconds
 
-    calls = {"short": lambda: call("short", 0.005), "long": lambda: call("long", 0.05)}
-    rounds = measure.interleaved(calls, 0.0, least=2, lasting=0.05)
-    assert counts["long"] == 2 and counts["short"] > 6
-    assert all(value >= 0.005 for value in rounds["short"].seconds) and max(rounds["short"].seconds) < 0.05
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
+    monkeypatch.setattr(measure, "time", clock)
+    calls = {"short": lambda: call("short", 5), "long": lambda: call("long", 50)}
+    rounds = measure.interleaved(calls, 0, least=2, lasting=48)
+    assert counts == {"short": 20, "long": 2}
+    assert rounds["short"].seconds == [5, 5] and rounds["long"].seconds == [50, 50]
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,8 @@ def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_pa
     monkeypatch.setattr(showing, "MOST_SHARE", share)
     monkeypatch.setattr(showing, "write_so_far", lambda folder: begun.append(time.sleep(0.02)))
     with ShownSoFar(path, 1e-6, said.append):
-        time.sleep(0.5)
+        wait_until(lambda: begun)
+        time.sleep(0.2)
     assert len(begun) == 1  # after 0.02 s of work two seconds without
 
 
