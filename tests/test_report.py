@@ -4,10 +4,13 @@ import copy
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from bench.machine import measure
+from bench.machine.limits import nearest_limit
 from bench.machine.machine import ROOT
 from bench.report import charts, report, results, tables
 from bench.rows import MEASUREMENTS, peers, race
@@ -302,10 +305,10 @@ def test_our_own_second_precision_does_not_read_as_a_loss():
 
 
 def test_the_front_page_says_in_which_precision_ours_is_faster(document):
-    assert "speed-up of datasetdm_fast in fp32 |" in report.summary({"cpu": document}, "charts")
+    assert "speed-up of datasetdm_fast in fp32, 4 images |" in report.summary({"cpu": document}, "charts")
     for row in document["parts"]["peers"]["rows"]:
         row["dtype"] = "fp16"
-    assert "speed-up of datasetdm_fast in fp16 |" in report.summary({"gpu": document}, "charts")
+    assert "speed-up of datasetdm_fast in fp16, 4 images |" in report.summary({"gpu": document}, "charts")
 
 
 def test_prose_is_broken_into_lines_and_nothing_else():
@@ -329,3 +332,60 @@ def test_an_unknown_section_and_an_empty_folder_are_refused(checkout):
     (checkout / "bench" / "results" / "one.json").unlink()
     with pytest.raises(Missing, match="measure first"):
         report.wanted(checkout)
+
+
+def prose_figures() -> Iterator[tuple[str, str]]:
+    """A page and a sentence on it, with the figures of the files that they come from."""
+    folder = ROOT / "bench" / "results"
+    probe = json.loads((folder / "2026-11-26-nvidia-h200-f8d9094-probe.json").read_text())
+    whole = {row[0]: row[-1] for row in report.probed.stages(probe)[1]}
+    yield "README.md", f"the stages of an image on an H200 ({whole['8']} ms in all)"
+    page, name = "docs/benchmarks.md", "2026-11-26-nvidia-h200-7a35297"
+    (passed,) = re.findall(r"(283) passed, 1 skipped", (folder / f"{name}-log-1.txt").read_text())
+    yield page, f"{passed} GPU tests passed"
+    raced = json.loads((folder / "incomplete" / f"{name}.json").read_text())["parts"]
+    rates = {
+        row["peer"]: row["images_per_second"]
+        for part in raced.values()
+        for row in part.get("rows", [])
+        if "images_per_second" in row and row.get("status") == "ok"
+    }
+    diffusers, upstream = rates["diffusers"], rates["upstream-tf32"]
+    yield page, f"made {diffusers:.2f} labelled images a second, DatasetDM as written in TF32 {upstream:.2f}"
+    table = (ROOT / "bench" / "world" / "hard" / "README.md").read_text()
+    (first,) = re.findall(r"100 labelled scenes, three students \| ([\d., ]+) \|", table)
+    labelled, generated = re.findall(r"labelled by the decoder.* (\S+) \|\n.*generated pictures.* (\S+) \|", table)[0]
+    mean = sum(map(float, first.split(", "))) / 3
+    yield (
+        page,
+        f"it reached {generated} mIoU with the images and {labelled} with unlabelled scenes, and three students "
+        f"without either {mean:.1f} on average",
+    )
+
+
+@pytest.mark.parametrize(("page", "sentence"), [*prose_figures()])
+def test_figures_in_prose_are_those_of_their_files(page, sentence):
+    assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_one_image_is_compared_with_one(document):
+    """DatasetDM as written, which makes one image at a time, takes 4 s for it, ours 1 s, and 2 s with one at a time."""
+    rows = document["parts"]["peers"]["rows"]
+    alone = next(row for row in rows if row["peer"] == "ours")
+    rows.append(
+        alone | {"peer": "ours-1", "batch": 1, "title": "ours alone", "seconds_per_image": times(2.0, 2.0, 2.0)}
+    )
+    line = next(
+        line for line in report.summary({"cpu": document}, "charts").splitlines() if "title of upstream" in line
+    )
+    assert line.rstrip(" |").endswith(" | 2×")
+
+
+@pytest.mark.parametrize(("known", "most"), [({"fp32": 0.1, "bf16": 0.2}, 0.2), ({"fp32": 0.1, "bf16": 0.01}, 0.1)])
+def test_a_share_of_peak_is_never_of_an_emulated_type(known, most):
+    """A processor without bf16 computes it in fp32, faster than products in bf16 are emulated."""
+    limits = {"tflops": known, "gbps": 1.0, "gexps": None}
+    assert nearest_limit(most * 1e12, 0, 0, 1.0, limits, "bf16")["share"] == 1.0
+    row = {"peer": "ours-bf16", "dtype": "bf16"}
+    race.add_times([row], {"ours-bf16": [1.0]}, SimpleNamespace(flops=most * 1e12), limits)
+    assert row["share_of_products"] == 1.0

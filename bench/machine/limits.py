@@ -143,12 +143,18 @@ def _exponentials_kernel(x_ptr, out_ptr, TURNS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out_ptr + place, x)
 
 
+def peak_tflops(limits: dict[str, Any], dtype: str) -> float:
+    """The fastest products with which a result of this type can be computed: where half precision is emulated, fp32."""
+    products: dict[str, float] = limits["tflops"]
+    return max(products.get(dtype, 0.0), products["fp32"])
+
+
 def nearest_limit(
     flops: float, moved: float, exps: float, seconds: float, limits: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
     """Rates of a piece of work, the limit it would meet first, and its share of that."""
     least = {
-        "products": flops / (limits["tflops"].get(dtype, limits["tflops"]["fp32"]) * 1e12),
+        "products": flops / (peak_tflops(limits, dtype) * 1e12),
         "memory": moved / (limits["gbps"] * 1e9),
         "exponentials": exps / (limits["gexps"] * 1e9) if limits["gexps"] else 0.0,
     }

@@ -12,7 +12,7 @@ from bench.report.tables import Cells, markdown, number
 NONE = "No GPU has been probed yet: `python -m bench probe`."
 BATCH_OF = re.compile(r"batch of (\d+), (\w+)")
 STAGES = ["images in a batch", "UNet call", "captured call", "label decoders", "image decoder"]
-IN_ALL = [f"an image of {CALLS + 1} calls", "images/s"]
+IN_ALL = [f"an image of {CALLS + 1} calls"]
 SHOWN = 12  # kernels
 FRONT = ("1", "8", "32")  # images in a batch, of which the front page tells
 LIBRARY = re.compile(r"_implicit_gemm_\w+?_tilesize")  # of cuDNN's names, what all of its convolutions have
@@ -25,7 +25,7 @@ def stages(document: dict[str, Any]) -> Cells:
         taken, size = row["ms"], BATCH_OF.search(row["what"])[1]
         labels = sum(value for name, value in taken.items() if name.startswith("decoder "))
         whole = CALLS * taken["call"] + taken["captured call"] + labels + taken["autoencoder"]
-        parts = (taken["call"], taken["captured call"], labels, taken["autoencoder"], whole, 1e3 / whole)
+        parts = (taken["call"], taken["captured call"], labels, taken["autoencoder"], whole)
         rows.append([size, *map(number, parts)])
     return [*STAGES, *IN_ALL], rows
 

@@ -31,6 +31,7 @@ from bench.report.results import (
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
+from bench.rows.race import ratio
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.messages import count_noun
@@ -47,7 +48,8 @@ SHORT = {  # columns of the peers that the front page shows, and their headings 
     "batch": "batch",
     "images/s": "images/s",  # and with how many calls
     "share of peak": "share of peak matmul throughput",
-    "our speed-up": "speed-up of datasetdm_fast",  # and in which precision
+    "our speed-up": "speed-up of datasetdm_fast",  # and in which precision and batch
+    "one image each": "with one image, too",
 }
 DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
@@ -170,10 +172,10 @@ def summary(found: Documents, charts: str) -> str:
                 left = count_noun(len(rows) - len(steady), "row")
                 facts += f" Omitted because the machine was busy or the rounds differed: {left}."
             calls = found[suite]["setting"]["calls"]
-            usual = next((row.get("dtype", "fp32") for row in rows if row["peer"] == OURS), "fp32")
+            ours = next((row for row in rows if row["peer"] == OURS), {})
             headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
-            headings["our speed-up"] += f" in {usual}"
-            table = narrowed(MEASUREMENTS["peers"].tables[0], headings)
+            headings["our speed-up"] += f" in {ours.get('dtype', 'fp32')}, {count_noun(ours.get('batch', 1), 'image')}"
+            table = narrowed(with_single_images(MEASUREMENTS["peers"].tables[0], rows), headings)
             parts += [picture(suite, "peers", charts), facts, markdown(table.cells(steady))]
     return "\n\n".join(parts)
 
@@ -184,6 +186,17 @@ def source(document: Document) -> str:
     versions = "".join(f", {name} {machine['versions'][name]}" for name in VERSIONS if name in machine["versions"])
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}{versions}"
     return f"{made}, commit {machine['commit']}"
+
+
+def with_single_images(table: Table, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table with a column of how many times as fast ours is where both make one image at a time."""
+    alone = next((row for row in rows if row["peer"] == f"{OURS}-1" and row["status"] == "ok"), None)
+
+    def cell(row: Mapping[str, Any]) -> str:
+        is_single = row["status"] == "ok" and row["batch"] == 1 and alone is not None and row is not alone
+        return f"{number(ratio(alone, row))}×" if is_single else ""
+
+    return replace(table, columns=table.columns | {"one image each": cell})
 
 
 def narrowed(table: Table, columns: Mapping[str, str]) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.machine.limits import peak_tflops
 from bench.machine.measure import held, interleaved, meter, mib, peak, spread, undisturbed, wait, watched
 from bench.peers import OURS, PEERS, Offer, Peer, beside
 from bench.report.tables import Row
@@ -185,8 +186,8 @@ def add_times(rows: Rows, each: Mapping[str, Sequence[float]], setting: Setting,
         row["seconds_per_image"] = spread(taken)
         row["images_per_second"] = round(rate, 4)
         row["tflops"] = float(f"{rate * setting.flops / 1e12:.4g}")
-        limit = limits["tflops"].get(row["dtype"])
-        row["share_of_products"] = round(row["tflops"] / limit, 4) if limit else None
+        is_known = row["dtype"] in limits["tflops"]
+        row["share_of_products"] = round(row["tflops"] / peak_tflops(limits, row["dtype"]), 4) if is_known else None
         if (own := beside(row["peer"], each)) in each:
             row["ours_over"] = spread([theirs / ours for theirs, ours in zip(taken, each[own])])
             row |= {"beside": own} if own != OURS else {}

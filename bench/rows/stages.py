@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.machine.limits import peak_tflops
 from bench.machine.measure import interleaved, meter, spread
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
@@ -144,7 +145,7 @@ def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict
         row["ratio"] = spread([a / b for a, b in zip(rounds["naive"].seconds, each)])
     if stage.flops:
         row["tflops"] = round(stage.flops / statistics.median(each) / 1e12, 4)
-        row["share_of_products"] = round(row["tflops"] / run.limits["tflops"][ours.dtype], 4)
+        row["share_of_products"] = round(row["tflops"] / peak_tflops(run.limits, ours.dtype), 4)
     return row
 
 
