@@ -41,8 +41,6 @@ def main(arguments: Sequence[str]) -> int:
     peer = None if config.dry_run else find_peer()
     spec, run = run_settings.read_spec(config), RunQueue.open(Path(config.out))
     run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
-    if config.refill:
-        run = run.refill(spec, keeps_trusted=config.keep == "trusted", is_dry=config.dry_run)
     is_reporting = not (peer and peer.rank)
     decision = run.decide(spec, is_alone=peer is None, is_dry=config.dry_run)
     config = replace(config, quiet=config.quiet or not is_reporting)

@@ -207,48 +207,15 @@ def test_a_run_that_was_killed_while_it_began_to_grow_grows_with_the_same_line(e
     assert files_of(tmp_path / "run") == files_of(tmp_path / "large") and audit(tmp_path / "run").findings == []
 
 
-def test_others_take_the_place_of_dropped_samples_where_that_is_asked_for(engines, tmp_path, capsys):
-    line = ["--number", "4", "--batch-size", "2", "--quiet"]
-    assert run(*line, out=tmp_path / "run") == 0 and run(*line, "--refill", out=tmp_path / "run") == 2
-    assert "no sample of" in capsys.readouterr().err
-    assert drop.main([str(tmp_path / "run"), "1", "3", "--quiet"]) == 0
-    assert run(*line, out=tmp_path / "run") == 0  # the same line again makes none of them again
-    assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
-    for more in (["--dry-run"], ["--limit", "1"], []):
-        assert run(*line, "--refill", *more, out=tmp_path / "run") == 0
-        assert audit(tmp_path / "run").findings == []
-    filled = [f"{k:08d}" for k in (0, 2, 4, 5)]
-    assert [sample.id for sample in open_run(tmp_path / "run")] == filled
-    for again in ([], ["--refill"]):  # nothing is missing any more
-        assert run(*line, *again, out=tmp_path / "run") == 0
-        assert [sample.id for sample in open_run(tmp_path / "run")] == filled and audit(tmp_path / "run").is_complete
-    assert restore.main([str(tmp_path / "run"), "--all", "--quiet"]) == 0
-    assert run("--number", "6", "--batch-size", "2", "--quiet", out=tmp_path / "large") == 0
-    grown, large = (dict(files_of(tmp_path / name)) for name in ("run", "large"))
-    told = {"run.json", "README.md", "gallery/run.js"}  # of how many images were asked for
-    assert [name for name in sorted((grown.keys() | large.keys()) - told) if grown.get(name) != large.get(name)] == []
-    longer = ["--batch-size", "2", "--quiet", "--number"]
-    assert run(*longer, "5", out=tmp_path / "run") == 0 and len(open_run(tmp_path / "run")) == 6  # which are there
-    assert drop.main([str(tmp_path / "run"), "0", "--quiet"]) == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "one")
-    assert run(*longer, "7", out=tmp_path / "one") == 0  # with one that takes the place of the dropped one
-    assert len(open_run(tmp_path / "one")) == 7 and audit(tmp_path / "one").findings == []
-    assert restore.main([str(tmp_path / "run"), "--all", "--quiet"]) == 0
-    assert run(*longer, "7", out=tmp_path / "run") == 0 == run(*longer, "7", out=tmp_path / "large")
-    assert len(open_run(tmp_path / "run")) == 7 and audit(tmp_path / "run").findings == []
-    assert files_of(tmp_path / "run") == files_of(tmp_path / "large")
-    assert run("--number", "2", "--refill", out=tmp_path / "none") == 2 and not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("number", [4, 6])
-def test_every_process_has_the_same_plan_of_a_run_with_others_for_dropped_samples(engines, tmp_path, number):
-    """A rank prepares its job, and does so anew from run.json once no other process writes it."""
-    line, out = ["--number", "4", "--batch-size", "2", "--quiet"], tmp_path / "run"
-    assert run(*line, out=out) == 0 and drop.main([str(out), "1", "--quiet"]) == 0
-    assert run(*line, "--refill", "--limit", "1", out=out) == 0
-    first = prepare(RunConfig(out=str(out), number=number, batch_size=2))
-    again = merge_with_stored(first, read_document(out))
-    assert first.plan.number == again.plan.number == number + 1 and first.document == again.document
+def test_a_larger_number_makes_others_in_the_place_of_dropped_samples(engines, tmp_path):
+    line, out = ["--batch-size", "2", "--quiet", "--number"], tmp_path / "run"
+    assert run(*line, "4", out=out) == 0 and drop.main([str(out), "1", "3", "--quiet"]) == 0
+    assert run(*line, "4", out=out) == 0  # the same line makes none of them again
+    assert [sample.id for sample in open_run(out)] == ["00000000", "00000002"]
+    assert run(*line, "6", out=out) == 0 and audit(out).findings == []
+    assert [sample.id for sample in open_run(out)] == [f"{k:08d}" for k in (0, 2, 4, 5)]
+    assert restore.main([str(out), "--all", "--quiet"]) == 0
+    assert run(*line, "6", out=tmp_path / "large") == 0 and files_of(out) == files_of(tmp_path / "large")
 
 
 def test_another_version_of_a_package_with_a_task_does_not_continue_its_run(engines, tmp_path):

@@ -186,7 +186,7 @@ def shell_lines(page: Path) -> list[list[str]]:
 OF_THE_PAGE = ("runs/", "exports/", "engines/", "decoders/", "models/")  # folders that only a command can have made
 AT_HAND = ("runs/demo", "models/sd14")  # what `make demo` and the reader's own download made
 RUN_MAKERS = ("generate", "vary", "edit", "splice", "label", "merge")
-GROWN = ("--number", "--verify", "--refill")  # with which the same line goes on with its run folder
+GROWN = ("--number", "--verify")  # with which the same line goes on with its run folder
 
 
 IN_ORDER = [page for page in PAGES if page.name != "flags.md"]  # whose examples stand each for itself

@@ -1,7 +1,6 @@
 """Doubtful samples are recorded, set aside and replaced, and the same samples come out whatever happens on the way."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +12,13 @@ import troubled
 from test_ledger import tree
 from torchless import DOUBT
 
-from datasetdm_fast import drop, filter, generate, restore
+from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
-from datasetdm_fast.runs.curation import scores
-from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.scores import read_scores
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
 from datasetdm_fast.runs.workers.devices import Place
@@ -107,7 +102,7 @@ def is_doubtful(index: int) -> bool:
 def test_all_samples_are_kept_and_counted(tmp_path, capsys):
     path, doubtful = tmp_path / "run", [k for k in range(NUMBER) if is_doubtful(k)]
     assert generate.main(["--number", str(NUMBER), "--out", str(path)]) == 0
-    told = f"{len(doubtful)} of {NUMBER} samples are doubtful: --keep trusted --refill replaces them"
+    told = f"{len(doubtful)} of {NUMBER} samples are doubtful: filter --where 'trust == 1' leaves them out"
     assert told in capsys.readouterr().err and ids(path) == [*range(NUMBER)]
     assert [sample.row.request.index for sample in open_run(path) if sample.trust == DOUBT] == doubtful
     lines = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
@@ -129,7 +124,7 @@ def test_one_doubtful_sample_is_told_in_the_singular_and_none_as_none(tmp_path, 
         lambda request, tasks: replace(drawn(request, tasks), trust=DOUBT if request.index == 1 else trusted),
     )
     assert generate.main(["--number", "3", "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
-    told = "1 of 3 samples is doubtful: --keep trusted --refill replaces it"
+    told = "1 of 3 samples is doubtful: filter --where 'trust == 1' leaves it out"
     assert told in capsys.readouterr().err
     assert (
         "1 of the samples is doubtful, as its labels contradict its prompt"
@@ -194,50 +189,6 @@ def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
     assert tree(tmp_path / "run") == tree(kept)
 
 
-def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, capsys):
-    path, refilled = tmp_path / "run", ("--keep", "trusted", "--refill")
-    assert run(path) == 0 and run(path, "--keep", "trusted") == 2
-    assert "Add --refill to make others in their place" in capsys.readouterr().err
-    assert run(path, "--keep", "trusted", "--seed", "5") == 2
-    assert 'keep: nothing there, "trusted" asked for' in capsys.readouterr().err
-    commit, count = Ledger.commit, iter(range(3))
-
-    def killed(self, rows):
-        if next(count, None) is None:
-            raise SystemExit(137)
-        commit(self, rows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "commit", killed)
-        with pytest.raises(SystemExit):
-            config = RunConfig(out=str(path), number=NUMBER, batch_size=BATCH, keep="trusted", refill=True)
-            RunQueue.open(path).refill(read_spec(config), keeps_trusted=True)
-    assert 0 < len(ids(path, doubtful=True)) < len(ids(kept, doubtful=True))
-    assert run(path, *refilled) == 0 and tree(path) == tree(kept) and audit(path).findings == []
-    assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)
-
-
-def test_a_refused_refill_leaves_the_run_as_it_is(tmp_path, capsys):
-    """Prompts with seeds give no further images, so a run of them can never keep trusted samples alone."""
-    path, lines = tmp_path / "run", ('{"prompt": "a ball", "seed": 3}', '{"prompt": "a star", "seed": 4}')
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    given = ("--prompts", str(tmp_path / "prompts.jsonl"), "--number", "2")
-    assert run(path, *given) == 0
-    before = tree(path)
-    assert run(path, *given, "--keep", "trusted", "--refill") == 2
-    assert "filter leaves out doubtful samples" in capsys.readouterr().err
-    assert tree(path) == before and run(path, *given) == 0
-
-
-def test_refill_compares_no_image_with_one_that_was_set_aside(tmp_path, monkeypatch):
-    path = tmp_path / "run"
-    monkeypatch.setattr(scores, "difference_hash", lambda image: 0)
-    seed = str(next(index for index in range(99) if is_doubtful(index)))  # of the first image
-    assert run(path, "--seed", seed) == 0 and filter.main([str(path), "--quiet"]) == 0
-    assert run(path, "--seed", seed, "--keep", "trusted", "--refill") == 0
-    assert ids(path)[0] > 0 and read_scores(path, ["distance"]).values["distance"][:2].tolist() == [64, 0]
-
-
 def test_it_gives_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchless, "Trust", lambda: DOUBT)
     assert run(tmp_path / "run", "--keep", "trusted") == 4
@@ -283,14 +234,6 @@ def test_the_scores_are_those_of_the_filter(accepted, tmp_path):
     assert ids(path, kept=True) == ids(path)
 
 
-def test_dropped_samples_of_a_class_are_restored_by_the_command_that_refill_names(accepted, tmp_path, capsys):
-    path = shutil.copytree(accepted, tmp_path / "run")
-    assert drop.main([str(path), open_run(path)[0].id, "--quiet"]) == 0
-    assert run(path, *LINE, "--refill") == 2
-    told = re.search(r"python -m datasetdm_fast.restore (.*), or choose", capsys.readouterr().err)
-    assert restore.main([*told[1].split(), "--quiet"]) == 0 and ids(path) == ids(accepted)
-
-
 def test_stopped_anywhere_it_accepts_the_same(accepted, tmp_path):
     for _ in range(40):
         assert run(tmp_path / "run", *LINE, "--limit", "4") == 0
@@ -331,7 +274,6 @@ def test_it_tells_the_class_that_the_model_cannot_make(tmp_path, capsys):
         (["--accept", "score > 0", "--task", "depth"], "no sample of depth has the score score"),
         (["--most-tries", "3"], "--most-tries 3: it has no effect, as no sample is quarantined"),
         (["--ignore-below", "1.5"], "--ignore-below 1.5: expected 0 to 1"),
-        (["--refill"], "holds no samples yet"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),
     ],
 )

@@ -204,11 +204,6 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     together = f"this is one of {processes} processes that were started together"
     if processes > 1 and config.cluster:
         raise Refused(f"--cluster {config.cluster}: {together}", "Start one process alone.")
-    if processes > 1 and config.refill:
-        raise Refused(
-            f"--refill: {together}",
-            "Run the command once with --refill --limit 1, alone; then start them without it.",
-        )
     if config.verify and not config.dry_run and (processes > 1 or config.cluster):
         raise Refused(
             f"--verify {config.verify}: several machines or processes that were started together make this run",

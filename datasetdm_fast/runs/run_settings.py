@@ -186,12 +186,6 @@ class KeepSettings:
         least=1,
         identity="if given",
     )
-    refill: bool = setting(
-        False,
-        "replace dropped samples by new ones; with --keep trusted also quarantine and replace the doubtful samples of "
-        "a run that kept all",
-        identity=False,
-    )
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
 
 
@@ -297,7 +291,7 @@ class RunConfig(
     FLAGS = (
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
+        "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile size "
         "batch_size image_format palette out only mixed limit page_every verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"

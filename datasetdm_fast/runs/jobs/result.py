@@ -56,7 +56,7 @@ class Result:
             return f"accepted: {done}; not accepted, in {self.path}/{QUARANTINE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
             return f"trusted: {count_noun(self.done, 'sample')}; doubtful, in {self.path}/{QUARANTINE}: {self.doubtful}"
-        return f"{self.doubts}: --keep trusted --refill replaces {'it' if self.doubtful == 1 else 'them'}"
+        return f"{self.doubts}: filter --where 'trust == 1' leaves {'it' if self.doubtful == 1 else 'them'} out"
 
     @property
     def doubts(self) -> str:

@@ -18,7 +18,6 @@ from datasetdm_fast.runs.run_folder.document import (
     check_same,
     differences,
     grows,
-    most_samples,
     row_facts,
 )
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
@@ -50,14 +49,6 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
     byte.
     """
     config = job.document["config"]
-    if extra_samples(stored):
-        # of the requested number and not of the plan, as the job may have been merged before
-        number = total_samples(config["number"], stored, job.folder)
-        job = replace(
-            job,
-            plan=replace(job.plan, number=number, most=most_samples(config, number)),
-            document=job.document | {"plan": job.document["plan"] | {"number": number}},
-        )
     document = job.document | {"labels": as_stored_layout(job.document["labels"], stored["labels"])}
     # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
     other = job.batch_size if job.may_mix and job.batch_size != stored["config"].get("batch_size") else 0
@@ -110,22 +101,6 @@ def engine_among(stored: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[
     if wanted_plain in plain:
         return dict(known[plain.index(wanted_plain)]), ()
     return dict(engine), tuple(differences(plain[0], wanted_plain, "engine"))
-
-
-def extra_samples(stored: Mapping[str, Any]) -> int:
-    """Samples that a run makes beyond the requested ones, in the place of dropped ones."""
-    number = stored["plan"]["number"]
-    return number - stored["config"].get("number", number)
-
-
-def total_samples(number: int, stored: Mapping[str, Any] | None, folder: Path) -> int:
-    """Samples that a run makes where `number` are requested: where it grows, those that were restored count again."""
-    extra = extra_samples(stored) if stored else 0
-    if not stored or not extra or number <= stored["config"]["number"]:
-        return number + extra
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        extra = min(extra, ledger.count_dropped())
-    return max(number + extra, stored["plan"]["number"])
 
 
 def count_rows(folder: Path) -> int:

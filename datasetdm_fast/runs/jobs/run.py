@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
-from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, result_of
-from datasetdm_fast.runs.jobs.resume import count_rows, prepare_job, relocated_paths, total_samples
-from datasetdm_fast.runs.run_folder.document import GROWING, LEDGER, check_config, grows, read_document
+from datasetdm_fast.runs.jobs.resume import count_rows, prepare_job, relocated_paths
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_config, grows, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.goal import counts_by_class
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.scores import add_distances
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_settings import RunSpec
 
@@ -71,7 +68,7 @@ class RunQueue:
         if self.stored is None:
             return Decision(Outcome.NEW, spec.number, spec.number)
         check_config(self.folder, self.stored, self.comparable_settings(spec))
-        number = total_samples(spec.number, self.stored, self.folder)
+        number = spec.number
         if result := settle(self.folder, self.stored, number, is_alone=is_alone, is_dry=is_dry):
             return Decision(Outcome.DONE, number, 0, result)
         outcome = Outcome.GROW if grows(self.stored["config"], spec.identity) else Outcome.RESUME
@@ -108,56 +105,6 @@ class RunQueue:
     def plan(self, spec: RunSpec) -> Job:
         """The job of a dry run, which compares no engines."""
         return prepare_job(spec, self.stored, dtype=HALF if self.tries_half(spec) else "", mixes=True)
-
-    def refill(self, spec: RunSpec, *, keeps_trusted: bool, is_dry: bool = False) -> RunQueue:
-        """The run with others planned in the place of dropped samples; with `keeps_trusted` the doubtful samples of a
-        run that kept all are quarantined, too.
-        """
-        folder, stored = self.folder, self.stored
-        if stored is None or not (folder / LEDGER).exists():
-            if not keeps_trusted:
-                raise Refused(f"--refill: {folder} holds no samples yet", "Drop the flag.")
-            return self
-        settings = self.comparable_settings(spec)
-        check_config(folder, stored, settings | {"keep": stored["config"].get("keep")})
-        settings |= {
-            name: stored["config"][name] for name in GROWING if name in stored["config"]
-        }  # it grows afterwards
-        with Ledger(folder / LEDGER, read_only=True) as ledger:
-            dropped = ledger.count_dropped()
-            is_old = keeps_trusted and any(row.trust is None for row in ledger.rows(parts=("trust",)))
-        if not dropped and not keeps_trusted:
-            raise Refused(
-                f"--refill: no sample of {folder} was dropped, and doubtful ones are kept",
-                "Drop some with python -m datasetdm_fast.drop, or add --keep trusted.",
-            )
-        if dropped and counts_by_class(settings):
-            raise Refused(
-                f"--refill: {folder} counts the samples of each class, so dropped ones cannot be replaced",
-                f"Restore them with python -m datasetdm_fast.restore {quote(folder)} --all, or choose another --out.",
-            )
-        if "seeds" in stored["plan"]:  # and nothing is written yet that would request others
-            raise Refused(
-                f"--refill: the prompts of {folder} have seeds of their own, so that further images would repeat the "
-                "first ones",
-                "Drop --refill and --keep trusted: filter leaves out doubtful samples."
-                if keeps_trusted
-                else "Add prompts at the end of the list, with a larger --number.",
-            )
-        if is_old:
-            raise Refused(
-                f"{folder}: its samples were made by a version that did not record their trust",
-                "Make a new run in another --out with --keep trusted.",
-            )
-        if is_dry:
-            return self
-        number = max(stored["plan"]["number"], stored["config"]["number"] + dropped)
-        document = {**stored, "config": settings, "plan": stored["plan"] | {"number": number}}
-        with RunFolder(folder, document) as opened:
-            if keeps_trusted:
-                opened.set_doubtful_aside()
-                add_distances(opened.ledger, since=0)
-        return RunQueue(folder, document)
 
 
 def settle(

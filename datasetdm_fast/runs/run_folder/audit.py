@@ -38,7 +38,7 @@ from datasetdm_fast.untrusted import documents, images
 
 # Entries of run.json that only the ledger has if a process was killed while a run began to grow; the same command
 # writes them to the file.
-BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", "plan.batch_size", *(f"config.{name}" for name in GROWING)}
+BEGUN_ANEW = {"plan.number", "plan.prompts", "plan.batch_size", *(f"config.{name}" for name in GROWING)}
 REWRITE = "Run the line that made it once more: it is written anew."
 RESTORE_LEDGER = (
     f"Restore {LEDGER} from a copy, or make the run again in another folder: the same command gives the same bytes."

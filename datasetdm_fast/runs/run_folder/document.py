@@ -323,11 +323,6 @@ def check_config(folder: Path, stored: Mapping[str, Any], requested: Mapping[str
         {name: requested[name] for name in GROWING if name in requested} if grows(stored["config"], requested) else {}
     )
     stored_config = stored["config"] | changed
-    if "keep" not in stored_config and stored_config | {"keep": "trusted"} == requested:
-        raise Refused(
-            f"{folder}: holds a run that kept its doubtful samples",
-            "Add --refill to make others in their place, or choose another --out.",
-        )
     check_same(
         folder, {"command": made_by(stored), "config": stored_config}, {"command": COMMANDS[0], "config": requested}
     )

@@ -29,7 +29,7 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.events import EventLog
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.seal import SEAL, is_sealed, unseal
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -130,25 +130,6 @@ class RunFolder(AbstractContextManager):
     def publish(self, files: Mapping[str, bytes]) -> None:
         """Writes files of samples."""
         into(self.path)(files)
-
-    def set_doubtful_aside(self) -> None:
-        """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""
-        self.unseal()
-        self.ledger.commit([])  # the index files are out of date
-        for row in list(self.ledger.rows(DONE, DOUBTFUL)):
-            if row.trust is None or row.trust.is_trusted:
-                continue
-            names = {role: name.removeprefix(QUARANTINE) for role, (name, _) in row.files.items()}
-            if row.status == DONE:
-                contents = {
-                    QUARANTINE + name: storage.read(self.path / name, LARGEST_IMAGE_FILE) for name in names.values()
-                }
-                stored = into(self.path)(contents)
-                files = {role: (QUARANTINE + name, stored[QUARANTINE + name]) for role, name in names.items()}
-                reason = "; ".join(row.trust.reasons)
-                self.ledger.commit([replace(row, status=DOUBTFUL, reason=reason, files=files)])
-            for name in names.values():
-                storage.remove(self.path / name)
 
     def drop(self, indices: Sequence[int]) -> None:
         """Takes samples out of the data set: first their files are copied to where those of dropped samples lie, then
