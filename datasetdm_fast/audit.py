@@ -15,6 +15,7 @@ from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.auditing import audit_place
+from datasetdm_fast.runs.run_folder.audit import repair
 from datasetdm_fast.settings import setting
 
 PROG = "python -m datasetdm_fast.audit"
@@ -26,6 +27,7 @@ SHOWN = 100  # findings on a terminal
 class AuditConfig:
     run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
+    repair: bool = setting(False, "take damaged samples out of the run, so that the line that made it makes them again")
     json: bool = setting(False, "the report as one JSON object on stdout")
     quiet: bool = setting(False, "show no progress")
 
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         report = audit_place(config.run, config.threads, show)
+    if config.repair and report.damaged:
+        repair(report)
     if config.json:
         fields = {"set_aside" if name == "quarantined" else name: value for name, value in asdict(report).items()}
         print(json.dumps({**fields, "complete": report.is_complete}))
@@ -56,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         places = len({finding.place for finding in report.findings})
         raise GateFailed(
             f"{report.path}: {count_noun(len(report.findings), 'finding')} in {count_noun(places, 'file')}",
-            "Each line above, or in --json, ends with its remedy.",
+            f"{count_noun(len(report.damaged), 'sample')} taken out: run the line that made the run again."
+            if config.repair and report.damaged
+            else "Each line above, or in --json, ends with its remedy.",
         )
     if not config.json:
         missing = report.number - report.done - report.quarantined - report.dropped

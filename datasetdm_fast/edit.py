@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.redraw import check_source, redraw, redraw_again
+from datasetdm_fast.command_line.redraw import redraw
 from datasetdm_fast.runs.compositions.settings import EditSettings
 
 PROG = "python -m datasetdm_fast.edit"
@@ -16,13 +16,9 @@ EXAMPLES = ('runs/demo --only 00000003 --class ball --prompt "a red star"',)
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    settings, flags = parse(arguments, EditSettings, PROG, __doc__, EXAMPLES)
+    settings, _ = parse(arguments, EditSettings, PROG, __doc__, EXAMPLES)
     from datasetdm_fast.runs.compositions.edit import Edits
 
-    if changes := flags & {"prompt", "class_", "instance", "mask", "box"}:
-        check_source(settings, changes)
-    elif settings.only:
-        return redraw_again(Edits, settings, flags)
     return redraw(Edits, settings, PROG, arguments)
 
 

@@ -3,29 +3,24 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.run_settings import (
     expand_names,
     label_spec,
-    restore_label_settings,
     without_whole_labels,
 )
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
-from datasetdm_fast.runs.jobs.labelling import labelled_names, parse_timesteps, prepare_labelling
+from datasetdm_fast.runs.jobs.labelling import parse_timesteps, prepare_labelling
 from datasetdm_fast.runs.jobs.pictures import open_pictures
-from datasetdm_fast.runs.jobs.remake import Remake, remake
 from datasetdm_fast.runs.jobs.summary import count_unnamed
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import read_document
-from datasetdm_fast.runs.run_folder.remaking import find_remake_row
 from datasetdm_fast.runs.run_settings import LabelConfig
 
 PROG = "python -m datasetdm_fast.label"
@@ -38,20 +33,11 @@ EXAMPLES = (
 @command
 def main(arguments: Sequence[str]) -> int:
     config, provided = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
-    config, row = without_whole_labels(expand_names(config, provided), provided), None
-    if config.only:
-        stored, row = find_remake_row("label", Path(config.out), config.only)
-        config = restore_label_settings(config, provided, stored)
-    spec, timesteps = label_spec(config, stored if row else None), parse_timesteps(config.timesteps)
+    config = without_whole_labels(expand_names(config, provided), provided)
+    spec, timesteps = label_spec(config), parse_timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     pictures.check_apart(spec.folder)
-    if row is None:
-        stored = read_document(spec.folder)
-    elif len(names := labelled_names(spec.folder)) == stored["plan"]["number"]:
-        pictures = pictures.among(names)  # else one that has no row yet may be among the others
-    job = prepare_labelling(spec, stored, pictures, timesteps, has_tiles=config.tiles)
-    if row:
-        return remake_sample(config, config.out, config.only, partial(remake, Remake.of_job(job, row)))
+    job = prepare_labelling(spec, read_document(spec.folder), pictures, timesteps, has_tiles=config.tiles)
     left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
     lines = [
         f"{left} of {count_noun(job.plan.number, 'picture')}, {count_noun(calls, 'UNet call')} each; labels: "

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -23,7 +23,7 @@ EXAMPLES = ("runs/day runs/night --out runs/all",)
 
 @dataclass(frozen=True)
 class MergeConfig(OutputSettings):
-    FLAGS = "runs out kept copy dry_run only json quiet".split()
+    FLAGS = "runs out kept copy dry_run json quiet".split()
 
     runs: tuple[str, ...] = setting(
         (), "finished run folders, in the order of their samples", metavar="RUN", positional=True
@@ -31,24 +31,18 @@ class MergeConfig(OutputSettings):
     out: str = setting("", "run folder", metavar="RUN", output="folder")
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files instead of linking to them")
-    only: str = setting("", "take over this one sample of the run folder --out again", metavar="ID")
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
+    config, _ = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
     if not config.out:
         raise Refused(f"{PROG}: --out is missing", "Name the run folder that is to be written.")
-    from datasetdm_fast.runs.compositions.composition import count_existing, remake, write_missing
-    from datasetdm_fast.runs.compositions.merging import Merging, find_sample, reopen
+    from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
+    from datasetdm_fast.runs.compositions.merging import Merging
     from datasetdm_fast.runs.compositions.source import Source
 
     folder = Path(config.out)
-    if config.only:
-        stored, row = find_sample(folder, config.only, {"kept": config.kept} if "kept" in flags else {})
-        return remake_sample(
-            config, config.out, config.only, lambda: remake(reopen(folder, stored, config.runs), folder, row)
-        )
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"
         raise Refused(f"{PROG}: {count} named, expected two or more", "Name the run folders to be merged.")

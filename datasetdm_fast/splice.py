@@ -14,7 +14,7 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import SEEDS
 from datasetdm_fast.cores import count_cores
@@ -29,7 +29,7 @@ MOST = 2**31 - 1  # samples of a run
 
 @dataclass(frozen=True)
 class SpliceConfig(OutputSettings):
-    FLAGS = "run grids number seed resize kept out only limit dry_run threads json quiet".split()
+    FLAGS = "run grids number seed resize kept out limit dry_run threads json quiet".split()
 
     run: str = setting("", "run folder whose samples are spliced", metavar="RUN", positional=True)
     grids: tuple[str, ...] = setting(
@@ -46,26 +46,19 @@ class SpliceConfig(OutputSettings):
     resize: bool = setting(False, "keep the size of one sample; else a grid is as large as its samples together")
     kept: bool = setting(False, "use only the samples that filter keeps")
     out: str = setting("runs/spliced", "run folder", metavar="RUN", output="folder")
-    only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N", least=0)
     threads: int = setting(0, "threads, 0 = two per core", metavar="N", least=0, most=1024)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
-    from datasetdm_fast.runs.compositions.composition import count_existing, remake, write_missing
+    config, _ = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
+    from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
     from datasetdm_fast.runs.compositions.grids import parse_grids
     from datasetdm_fast.runs.compositions.source import TileSource
-    from datasetdm_fast.runs.compositions.splice import CONFIG_FORM, Splicing, find_sample, reopen
+    from datasetdm_fast.runs.compositions.splice import Splicing
 
     folder = Path(config.out)
-    if config.only:
-        settings = {name: getattr(config, name) for name in CONFIG_FORM if name in flags}
-        stored, row = find_sample(folder, config.only, settings)
-        return remake_sample(
-            config, config.out, config.only, lambda: remake(reopen(folder, stored, config.run), folder, row)
-        )
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
     grids, source = parse_grids(config.grids), TileSource(Path(config.run), only_kept=config.kept)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.redraw import check_source, redraw, redraw_again
+from datasetdm_fast.command_line.redraw import redraw
 from datasetdm_fast.runs.compositions.settings import VarySettings
 
 PROG = "python -m datasetdm_fast.vary"
@@ -14,13 +14,9 @@ EXAMPLES = ("runs/demo --domain night,fog",)
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    settings, flags = parse(arguments, VarySettings, PROG, __doc__, EXAMPLES)
+    settings, _ = parse(arguments, VarySettings, PROG, __doc__, EXAMPLES)
     from datasetdm_fast.runs.compositions.vary import Variants
 
-    if changes := flags & {"domain"}:
-        check_source(settings, changes)
-    elif settings.only:
-        return redraw_again(Variants, settings, flags)
     return redraw(Variants, settings, PROG, arguments)
 
 

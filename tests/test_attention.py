@@ -18,7 +18,8 @@ from PIL import Image
 
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
-from datasetdm_fast import drop, generate, label, split
+from datasetdm_fast import audit as audit_command
+from datasetdm_fast import generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
@@ -296,10 +297,6 @@ def test_class_words_of_an_own_table(photos, tmp_path, capsys):
     assert label.main(line) == 0
     labelled = tmp_path / "labelled"
     assert [sample.classes for sample in open_run(labelled)] == [("kugel",), ("kubus_(toy)",), ("kugel",)]
-    kept = (labelled / "attention/00000000.png").read_bytes()
-    (labelled / "attention/00000000.png").unlink()
-    assert label.main(["--out", str(labelled), "--only", "00000000", "--quiet"]) == 0
-    assert (labelled / "attention/00000000.png").read_bytes() == kept
 
 
 def test_the_library_gives_these_labels_too(engines):
@@ -360,28 +357,9 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path, caps
     assert (open_run(run)[0].semantic.labels == world.view(11, 128).semantic).mean() > 0.7
     kept = (run / "attention/00000002.png").read_bytes()
     (run / "attention/00000002.png").unlink()
-    again = ["--only", "00000002", "--quiet"]
-    assert label.main(["--out", str(run), *again]) == label.main([*line, *again]) == 0
+    assert audit_command.main([str(run), "--repair", "--quiet"]) == 4 and label.main(line) == 0
     assert (run / "attention/00000002.png").read_bytes() == kept
-    assert label.main([*line, "--seed", "5"]) == label.main([*line, *again, "--seed", "5"]) == 2
-    assert "Drop these flags" in capsys.readouterr().err
-
-
-def test_a_picture_that_was_added_does_not_keep_others_from_being_labelled_again(photos, tmp_path, capsys):
-    folder, run = Path(shutil.copytree(photos, tmp_path / "photos")), tmp_path / "run"
-    line = [str(folder), "--task", "semantic", "--batch-size", "2", "--out", str(run), "--quiet"]
-    again = ["--out", str(run), "--only", "00000001", "--quiet"]
-    assert label.main([*line, "--limit", "2"]) == 0 and label.main(again) == 0
-    assert label.main(line) == 0
-    shutil.copy(folder / "a.png", folder / "aa.png")
-    kept = (run / "semantic/00000001.png").read_bytes()
-    (run / "semantic/00000001.png").unlink()
-    assert label.main(again) == 0 and (run / "semantic/00000001.png").read_bytes() == kept
-    assert drop.main([str(run), "0", "--quiet"]) == 0 and label.main(again) == 0
-    capsys.readouterr()
-    assert label.main(line) == 2 and "pictures that were added need one of their own" in capsys.readouterr().err
-    shutil.copy(folder / "a.png", folder / "b.jpg")
-    assert label.main(again) == 2 and "it holds labels of other pictures" in capsys.readouterr().err
+    assert label.main([*line, "--seed", "5"]) == 2
 
 
 def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):
@@ -482,10 +460,6 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
     assert (star & found).sum() > 0.6 * (star | found).sum()
     surest = first.instances.masks[first.instances.scores.argmax()]
     assert (surest & star).sum() > 0.7 * star.sum()  # four tiles show a part of it
-    kept = (whole / "semantic/00000000.png").read_bytes()
-    (whole / "semantic/00000000.png").unlink()
-    assert label.main(["--out", str(whole), "--only", "00000000", "--quiet"]) == 0
-    assert (whole / "semantic/00000000.png").read_bytes() == kept
     assert split.main([str(whole), "--shares", "50,50", "--quiet"]) == 0
     assert len(open_data(f"run:{whole}[all]", 64)) == 2
 
@@ -498,7 +472,6 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
         (["EMPTY"], "Name a folder of PNG or JPEG files."),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
-        (["PHOTOS", "--only", "00000000"], "is not a run folder"),
         (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows only a part"),
         (["PHOTOS", "--task", "semantic", "--threads", str(10**20)], "--threads 1"),
     ],

@@ -54,7 +54,6 @@ LINES = [
     ("prompts", "--classes owl,lamp --per-class 5 --out RUNS/prompts.jsonl", {"classes": {"owl": 5, "lamp": 5}}),
     ("restore", "RUNS/one --all", {"restored": ["00000003"]}),
     ("splice", "RUNS/one --number 3 --out RUNS/new", {"number": 3, "done": 0}),
-    ("splice", "--out RUNS/spliced --only 00000000", {"id": "00000000", "written": []}),
     ("split", "RUNS/one --shares 50,50", {"parts": {"train": 2, "val": 1}}),
     ("verify", "--model tiny --decoder none --number 1 --steps 2", {"number": 1}),
 ]

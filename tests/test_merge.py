@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import drop, filter, open_run, restore, splice
+from datasetdm_fast import audit as audit_command
+from datasetdm_fast import drop, open_run, restore, splice
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.merge import main
@@ -120,36 +121,8 @@ def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     assert main(lines) == 0
     (out / "depth" / "00000003.png").write_bytes(b"no picture")
     assert len(audit(out).findings) == 1
-    again = ["--out", str(out), "--only", "00000003", "--quiet"]
-    assert main(again) == 0 and audit(out).findings == []
-    assert main([*again, "--kept"]) == 2 and "kept: false there, true asked for" in capsys.readouterr().err
-    assert main([*again, str(runs / "first")]) == 2 and "merged from 2 runs, not from 1" in capsys.readouterr().err
-    moved = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("first", "second")]
-    (out / "depth" / "00000003.png").unlink()
-    assert main([*again, *moved]) == 0 and audit(out).findings == []
-    assert main(lines) == 0
-
-
-def test_the_filter_that_chose_the_samples_is_asked_for_where_it_is_gone(runs, tmp_path, capsys):
-    paths = [str(shutil.copytree(runs / name, tmp_path / name)) for name in ("first", "second")]
-    assert all(filter.main([path, "--where", "score >= 0.1", "--quiet"]) == 0 for path in paths)
-    joined, wide = str(tmp_path / "joined"), str(tmp_path / "wide")
-    assert main([*paths, "--kept", "--out", joined, "--quiet"]) == 0
-    few = ["--kept", "--grids", "1x2", "--number", "1", "--resize", "--quiet"]
-    assert splice.main([paths[0], *few, "--out", wide]) == 0
-    again = ((main, joined), (splice.main, wide))
-    for change, told in (
-        (["--undo"], "is not filtered any more"),
-        (["--where", "score >= 0.2"], "has another one now"),
-    ):
-        assert filter.main([paths[0], *change, "--quiet"]) == 0
-        for command, out in again:
-            assert command(["--only", "00000000", "--out", out, "--quiet"]) == 2
-            cause, remedy = capsys.readouterr().err.splitlines()
-            assert cause.startswith(f"{out}: was made of the samples that a filter of {paths[0]}") and told in cause
-            assert remedy.startswith("Filter it as it was then: ")
-    assert filter.main([paths[0], "--where", "score >= 0.1", "--quiet"]) == 0
-    assert all(command(["--only", "00000000", "--out", out, "--quiet"]) == 0 for command, out in again)
+    assert audit_command.main([str(out), "--repair", "--quiet"]) == 4
+    assert main(lines) == 0 and audit(out).findings == []
 
 
 def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(runs, tmp_path, capsys):
@@ -238,13 +211,12 @@ def test_a_source_that_has_lost_samples_is_told_apart_from_other_settings(runs, 
     source, wide = str(shutil.copytree(runs / "first", tmp_path / "first")), str(tmp_path / "wide")
     line = ["--grids", "1x2", "--number", "2", "--resize", "--out", wide, "--quiet"]
     assert splice.main([source, *line]) == 0 and drop.main([source, "0", "--quiet"]) == 0
-    for again in ([source, *line], ["--only", "00000000", "--out", wide, "--quiet"]):
-        assert splice.main(again) == 2
-        cause, remedy = capsys.readouterr().err.splitlines()
-        assert "it holds a run made of other samples (source." in cause and "other settings" not in cause
-        assert "restore brings dropped samples back" in remedy
+    assert splice.main([source, *line]) == 2
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert "it holds a run made of other samples (source." in cause and "other settings" not in cause
+    assert "restore brings dropped samples back" in remedy
     assert restore.main([source, "0", "--quiet"]) == 0
-    assert splice.main(["--only", "00000000", "--out", wide, "--quiet"]) == 0
+    assert splice.main([source, *line]) == 0
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from rendered import document, rendered
 from test_ledger import tree
 
+from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.engines import opening
@@ -88,7 +89,6 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
     before = tree(source.parent)
     for command, line, told in (
         (edit, [str(source), *EDIT, "--out", str(tmp_path / "run")], {"number": 2, "done": 0}),
-        (edit, ["--out", str(edited), "--only", "00000001"], {"id": "00000001", "written": []}),
         (vary, [str(source), *VARY, "--out", str(tmp_path / "run")], {"number": 6, "done": 0}),
     ):
         assert command.main([*line, "--dry-run", "--json"]) == 0
@@ -222,32 +222,14 @@ def test_an_edit_that_was_stopped_goes_on(source, edited, tmp_path):
     assert edit.main(line) == 0 and tree(out) == tree(edited) and audit(out).findings == []
 
 
-@pytest.mark.parametrize("command, name, id", [(edit, "edited", "00000001"), (vary, "varied", "00000003")])
-def test_one_sample_is_made_again(command, name, id, request, tmp_path, capsys):
-    whole = request.getfixturevalue(name)
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
-    (out / "images" / f"{id}.png").unlink()
+def test_a_damaged_sample_is_taken_out_and_made_again(source, edited, tmp_path, capsys):
+    out = Path(shutil.copytree(edited, tmp_path / "out"))
+    (out / "images" / "00000001.png").unlink()
     (finding,) = audit(out).findings
-    module = command.__name__
-    capsys.readouterr()  # of the run itself, where this is the first test of it
-    assert finding.remedy == f"Make it again: python -m {module} --out {out} --only {id}"
-    assert command.main(["--out", str(out), "--only", id, "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["written"] == [f"images/{id}.png"] and tree(out) == tree(whole)
-    assert command.main(["--out", str(out), "--only", id, "--strength", "0.3"]) == 2
-    assert "Drop --strength" in capsys.readouterr().err
-
-
-def test_one_sample_of_a_source_that_was_moved_is_made_again(source, edited, tmp_path, capsys):
-    moved, out = tmp_path / "moved", Path(shutil.copytree(edited, tmp_path / "out"))
-    line = ["--out", str(out), "--only", "00000001", "--quiet"]
-    source.rename(moved)
-    try:
-        assert edit.main(line) == 2
-        told = f"Tell where it is now: python -m datasetdm_fast.edit RUN --only ID --out {out}\n"
-        assert capsys.readouterr().err.endswith(told)
-        assert edit.main([str(moved), *line]) == 0
-    finally:
-        moved.rename(source)
+    assert finding.remedy == "Take it out with --repair; the line that made the run then makes it again."
+    assert audit_command.main([str(out), "--repair", "--quiet"]) == 4
+    assert "1 sample taken out: run the line that made the run again" in capsys.readouterr().err
+    assert edit.main([str(source), *EDIT, "--out", str(out), "--quiet"]) == 0 and tree(out) == tree(edited)
 
 
 def test_the_folder_names_its_source_and_can_be_a_source(source, edited, tmp_path):
@@ -290,8 +272,6 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
     assert edit.main([*line, str(tmp_path / "b"), "--box", "70,30,120,100"]) == 0
     assert edit.main([*line, str(tmp_path / "d"), "--box", "70,30,120,100", "--seed", str(2**62)]) == 0
     assert (tmp_path / "a/images/00000000.png").read_bytes() == (tmp_path / "b/images/00000000.png").read_bytes()
-    (tmp_path / "a/images/00000000.png").unlink()
-    assert edit.main(["--out", str(tmp_path / "a"), "--only", "00000000", "--quiet"]) == 0
     entry = COCO(source / "instances.json").dataset["annotations"][0]
     assert edit.main([*line, str(tmp_path / "c"), "--instance", str(entry["id"])]) == 0
     assert open_run(tmp_path / "c")[0].meta["mask"]["segmentation"] == entry["segmentation"]
@@ -347,11 +327,6 @@ def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
     assert edit.main([str(out), "--instance", "1", "--prompt", "a cube", "--out", str(tmp_path / "out")]) == 2
     assert "has no instances, it has depth" in capsys.readouterr().err
     assert edit.main([*EDIT]) == 2 and "RUN is missing" in capsys.readouterr().err
-    for command, flags in ((edit, "--prompt"), (vary, "--domain")):
-        assert command.main(["--only", "00000000", flags, "fog", "--out", "some"]) == 2
-        cause, remedy = capsys.readouterr().err.splitlines()
-        assert cause == f"--only 00000000: with {flags} it takes a sample of RUN, which is missing"
-        assert remedy == f"Name RUN first, or drop {flags} to make the sample of some again."
     assert vary.main([str(source), "--domain", "fog", "--out", str(source)]) == 2
     assert "it holds a run of generate, not of vary" in capsys.readouterr().err
 

@@ -362,7 +362,7 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     assert os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns == before
     (tmp_path / "parts/Annotation/200005.png").unlink()
     capsys.readouterr()
-    assert command.main(["--out", str(tmp_path / "parts/.run"), "--only", "00000003"]) == 0
+    run(*line, "--outdir", tmp_path / "parts")
     assert tree(tmp_path / "parts") == whole
 
     sizes = []

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from rendered import TASKS, write_run
 from test_ledger import tree
 
+from datasetdm_fast import audit as audit_command
 from datasetdm_fast import drop, generate, splice
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
@@ -81,7 +82,7 @@ def test_the_folder_is_whole_and_names_its_source(source, spliced):
     assert document["model"] == open_run(source).document["model"]
     assert document["composition"]["source"]["path"] == str(source)
     assert "| model | Apache 2.0 |" in (spliced / "README.md").read_text()
-    assert "python -m datasetdm_fast.splice --out THIS_FOLDER" in (spliced / "README.md").read_text()
+    assert "Spliced from the run" in (spliced / "README.md").read_text()
 
 
 def test_the_coco_file_has_unique_ids_and_the_sizes_of_the_pictures(spliced):
@@ -138,21 +139,14 @@ def test_a_run_that_is_stopped_before_its_first_picture_is_not_called_complete(s
     assert "0 of 3 samples are there; resume with" in told and "nothing to do" not in told
 
 
-def test_one_sample_is_made_again(spliced, tmp_path, capsys):
+def test_a_damaged_sample_is_taken_out_and_made_again(spliced, source, tmp_path, capsys):
     out = Path(shutil.copytree(spliced, tmp_path / "out"))
     (out / "depth" / "00000001.png").unlink()
-    (finding,) = [each for each in audit(out).findings if each.place == "depth/00000001.png"]
-    assert finding.remedy == f"Make it again: python -m datasetdm_fast.splice --out {out} --only 00000001"
-    assert splice.main(["--out", str(out), "--only", "00000001", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["written"] == ["depth/00000001.png"]
-    assert tree(out) == tree(spliced)
-    again = ["--out", str(out), "--only", "00000001", "--quiet"]
-    for flag, value in (("--seed", "5"), ("--grids", "3"), ("--number", "2")):
-        assert splice.main([*again, flag, value]) == 2
-        assert f"{flag[2:]}: " in (said := capsys.readouterr().err) and "Drop these flags" in said
-    assert splice.main([*again, "--seed", str(open_run(spliced).document["config"]["seed"])]) == 0
+    assert audit_command.main([str(out), "--repair", "--quiet"]) == 4
+    line = [str(source), "--grids", "2,3,1x2,2x3", "--number", "8", "--out", str(out), "--quiet"]
+    assert splice.main(line) == 0 and tree(out) == tree(spliced)
     assert generate.main(["--out", str(out), "--only", "00000001"]) == 2
-    assert "was not made by generate" in capsys.readouterr().err
+    assert "was made by splice" in capsys.readouterr().err
 
 
 WRONG = [
@@ -202,8 +196,6 @@ def test_a_source_in_a_folder_whose_name_is_no_utf_8_serves(source, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["splice", str(run)])
     assert drop.main([str(run), "1", "--quiet"]) == 0
     assert splice.main([str(run), "--number", "2", "--out", str(out), "--quiet"]) == 0
-    (out / "images" / "00000001.png").unlink()
-    assert splice.main(["--out", str(out), "--only", "00000001", "--quiet"]) == 0
     assert audit(run).findings == audit(out).findings == []
 
 

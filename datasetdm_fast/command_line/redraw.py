@@ -1,20 +1,18 @@
-"""The commands edit and vary: making the missing images of a redrawing, and making one sample again."""
+"""The commands edit and vary: making the missing images of a redrawing."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished, remake_sample
+from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
-from datasetdm_fast.settings import flags_of
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.compositions.redraw import Redrawing
@@ -50,39 +48,6 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments:
     if not result.is_complete:
         print_unfinished(result.done, result.number, f"resume with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(code)
-
-
-def redraw_again(cls: type[Redrawing], settings: RedrawSettings, flags: Collection[str]) -> int:
-    """The exit code of a command that makes one sample of its run folder again, by the settings of its run.json."""
-    from datasetdm_fast.runs.compositions.redraw import prepare_remake, reopen
-    from datasetdm_fast.runs.jobs.remake import remake
-    from datasetdm_fast.runs.run_folder.remaking import find_remake_row
-
-    deciding = [flag.name for flag in flags_of(type(settings)) if flag.metadata["identity"] and flag.name in flags]
-    if others := [name for name in deciding if name != "only"]:
-        raise Refused(
-            f"--only {settings.only[0]}: makes a sample of {settings.out} again, with the settings of its run.json",
-            f"Drop {_join_flags(others)}.",
-        )
-    folder = Path(settings.out)
-    stored, row = find_remake_row(cls.command, folder, ",".join(settings.only))
-    redrawing = reopen(cls, folder, stored, settings, settings.run)
-    task = prepare_remake(redrawing, folder, row, settings)
-    return remake_sample(settings, settings.out, row.request.id, partial(remake, task))
-
-
-def check_source(settings: RedrawSettings, flags: Collection[str]) -> None:
-    """Refuses --only with `flags`, which change samples of RUN, but without RUN."""
-    if settings.only and not settings.run:
-        names = _join_flags(sorted(flags))
-        raise Refused(
-            f"--only {settings.only[0]}: with {names} it takes a sample of RUN, which is missing",
-            f"Name RUN first, or drop {names} to make the sample of {settings.out} again.",
-        )
-
-
-def _join_flags(names: Sequence[str]) -> str:
-    return ", ".join("--" + name.strip("_").replace("_", "-") for name in names)
 
 
 def _print_end(settings: RedrawSettings, result: Result) -> int:

@@ -27,7 +27,7 @@ from datasetdm_fast.runs.jobs.class_file import listed_words, own_table
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.jobs.remake import prepare_remake, remake
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
-from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines, table_of
+from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import check_store
 from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
@@ -43,7 +43,6 @@ from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSetti
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part
 WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
-MOVABLE = ("model", "decoder", "class_table")  # settings of a run whose files may lie elsewhere now
 ATTENTION_FLAGS = ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity")
 
 
@@ -154,12 +153,10 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
     return _spec(config, source, describe_run_settings(config, source))
 
 
-def label_spec(config: LabelConfig, stored: Mapping[str, Any] | None) -> RunSpec:
+def label_spec(config: LabelConfig) -> RunSpec:
     """The run of label that the settings describe, checked; its prompts are made of captions later."""
     check_settings(config)
     table = own_table(config.class_table) if config.class_table else None
-    if table is None and config.only and stored:
-        table = table_of(stored)
     source = PromptSource((), "--classes", check_classes(config.classes), 0, table=table)
     return _spec(config, source, describe_settings(config, table))
 
@@ -214,7 +211,7 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
 def remake_from(config: RunConfig, provided: Collection[str]) -> int:
     """The exit code of `generate --only`, which makes one sample of the run folder again."""
     folder = Path(config.out)
-    stored, row = find_remake_row("", folder, config.only)
+    stored, row = find_remake_row(folder, config.only)
     check_settings(config)
     restored = restore_settings(config, provided, stored, row)
     groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
@@ -236,21 +233,6 @@ def restore_settings(config: RunConfig, provided: Collection[str], stored: Mappi
     }
     check_provided(Path(config.out), stored["config"], changed)
     return restored
-
-
-def restore_label_settings(config: LabelConfig, provided: Collection[str], stored: Mapping[str, Any]) -> LabelConfig:
-    """The settings that a run of label was started with; its pictures, captions, model and decoders may have been
-    moved, and other `provided` ones must agree.
-    """
-    decisive = {flag.name: flag.default for flag in flags_of(type(config)) if flag.metadata["identity"]}
-    changed = {name: getattr(config, name) for name in decisive if name in provided and name not in MOVABLE}
-    check_provided(Path(config.out), json_values(decisive | stored["config"]), json_values(changed))
-    # the run folder holds the words of class_table
-    relocated = {name for name in ("model", "decoder") if getattr(config, name) != getattr(LabelConfig, name)}
-    values = _values(stored["config"], {"class_table", *relocated})
-    source = stored["composition"]["source"]
-    places = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
-    return replace(config, **{name: value for name, value in values.items() if name in decisive}, **places)
 
 
 def _values(stored: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:

@@ -335,7 +335,7 @@ class RunSpec:
 class LabelConfig(RunConfig):
     FLAGS = (
         "images captions tiles model decoder outlines task labeller classes class_table exponent threshold uncertainty "
-        "self_cells cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
+        "self_cells cross_cells timesteps engine size seed batch_size image_format out limit page_every dry_run "
         "allow_download json quiet threads dtype compile device"
     ).split()
 
@@ -359,4 +359,3 @@ class LabelConfig(RunConfig):
     )
     seed: int = setting(0, "seed of the noise of picture 0; picture k has seed + k", metavar="N")
     out: str = setting("runs/labelled", "run folder", identity=False, metavar="RUN", output="folder")
-    only: str = setting("", "label this one picture of the run folder again", identity=False, metavar="ID")

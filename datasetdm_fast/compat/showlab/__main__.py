@@ -17,7 +17,6 @@ from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
 from datasetdm_fast.messages import count_noun, format_duration
-from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
 SCRIPTS: dict[str, Generator | TrainingScript] = {**GENERATORS, **TRAINERS}
@@ -33,8 +32,6 @@ def main(arguments: Sequence[str]) -> int:
             print(f"  {each}\n      {script.description}")
         print("\nSCRIPT --help lists the flags. docs/from-datasetdm.md lists the differences.")
         return 0
-    if name.startswith("--"):
-        return remake(arguments)
     if name not in SCRIPTS:
         raise Refused(f"{PROG}: unknown script {name!r}{nearest(name, SCRIPTS)}", f"`{PROG} --help` lists them.")
     script, same_command = SCRIPTS[name], f"{PROG} {shlex.join(arguments)}"
@@ -99,38 +96,6 @@ def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
         return 0
     _print_lines(line, f"{path}: a state dict as DatasetDM saves and loads it")
     print(path, flush=True)
-    return 0
-
-
-def remake(arguments: Sequence[str]) -> int:
-    """Makes one sample again, by the command line that the card and the audit of a run folder show:
-    --out RUN --only ID.
-    """
-    from datasetdm_fast.compat.showlab import generating
-    from datasetdm_fast.runs.run_folder.document import require_document
-
-    values = dict(zip(arguments[::2], arguments[1::2]))
-    if set(values) != {"--out", "--only"} or len(arguments) != 4:
-        raise Refused(
-            f"{PROG}: no script is named first", f"`{PROG} --help` lists them; --out RUN --only ID makes one sample."
-        )
-    folder = Path(values["--out"])
-    stored = require_document(folder)
-    try:
-        documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
-        script = GENERATORS[stored["line"]["script"]]
-    except (ValueError, KeyError) as error:
-        raise Refused(
-            f"--out {folder}: not a run of this command", "Name the folder .run of an output folder."
-        ) from error
-    settings = {flag.name: stored["line"]["values"].get(flag.name, flag.default) for flag in script.flags}
-    settings["outdir"] = str(folder.resolve().parent)
-    order = script.order(Line(script.name, settings, frozenset()))
-    spec, run, _ = generating.open_order(order)
-    written = generating.remake_sample(order, generating.prepare(order, spec, run), values["--only"])
-    changes = f"{count_noun(len(written), 'file')} of the run folder written"
-    print(f"sample {values['--only']}: made again, {changes}", file=sys.stderr)
-    print(folder, flush=True)
     return 0
 
 

@@ -19,14 +19,12 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.remake import Remake, remake
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.resume import prepare_job
 from datasetdm_fast.runs.jobs.run import RunQueue, settle
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
-from datasetdm_fast.runs.run_folder.remaking import find_remake_row
 from datasetdm_fast.runs.run_settings import RunSpec
 
 if TYPE_CHECKING:
@@ -164,9 +162,3 @@ def write_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
     storage.publish(
         {out / name: data for each in results if isinstance(each, FiledSample) for name, data in each.files.items()}
     )
-
-
-def remake_sample(order: Order, job: Job, id: str) -> list[str]:
-    """Makes one sample and its files again; the paths of those in the run folder that were missing or damaged."""
-    _, row = find_remake_row("compat.showlab", job.folder, id)
-    return remake(Remake.of_job(job, row), on_sample=lambda sample: write_files(order.out, [sample]))

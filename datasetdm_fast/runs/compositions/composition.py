@@ -114,14 +114,3 @@ def _write(composition: Composition, folder: Path, is_linked: bool, block: Seque
         return {**linked, **publish_bytes({name: content for name, content in files.items() if name not in linked})}
 
     return publish_samples([(sample.row, sample.files) for sample in samples], publish)
-
-
-def remake(composition: Composition, folder: Path, row: Row) -> list[str]:
-    """Makes one sample of a run folder again; the files that were missing or damaged."""
-    stored = read_document(folder)
-    check_same(folder, *map(identity_of, (stored, composition.document)))
-    with RunFolder(folder, stored) as opened:
-        sample = composition.compose(row.request.index)
-        written = opened.restore(row, sample.files, sample.row.labels)
-        finish_run(opened)
-    return written

@@ -39,7 +39,7 @@ class Edits(Redrawing):
     command = "edit"
     choice: EditChoice
 
-    def __init__(self, source: TileSource, choice: EditChoice, mask: Mapping[str, Any] | None = None):
+    def __init__(self, source: TileSource, choice: EditChoice):
         if not choice.prompt.strip():
             raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
         check_line(choice.prompt, "--prompt")
@@ -59,7 +59,7 @@ class Edits(Redrawing):
                 "Use --class, --mask or --box, or generate with --task instance.",
             )
         elif self.kind == "mask":
-            self.mask = mask or regions.read_mask(choice.mask, source.side)
+            self.mask = regions.read_mask(choice.mask, source.side)
             self.region = mask_rle.decode(self.mask)
         elif self.kind == "box":
             self.region = regions.read_box(choice.box, source.side)
@@ -70,11 +70,6 @@ class Edits(Redrawing):
         super().__init__(source, choice)
         if choice.seed != -1:
             check_seed(choice.seed, self.number)
-
-    @classmethod
-    def reopen(cls, source: TileSource, choice: EditChoice, config: Mapping[str, Any]) -> Edits:
-        mask = config["mask"]
-        return cls(source, replace(choice, mask="run.json"), mask) if mask else cls(source, choice)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
@@ -11,10 +10,9 @@ from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
-from datasetdm_fast.runs.compositions.source import Source, check_filter
+from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_folder.split import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -192,23 +190,3 @@ def _merge_decoders(task: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, A
     return _merge(
         records, lambda records: {name: _join(row[name] for row in records) for name in ("digest", "licence")}
     )
-
-
-def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample of a run folder that merge made; refuses settings of another run."""
-    stored, row = find_remake_row("merge", folder, id)
-    check_provided(folder, {"kept": any(stored["config"].get("kept", ()))}, settings)
-    return stored, row
-
-
-def reopen(folder: Path, stored: Mapping[str, Any], moved_to: Sequence[str] = ()) -> Merging:
-    """The merging that a run folder was made by; `moved_to` are where its runs lie now, if they were moved."""
-    paths, filters = moved_to or stored["composition"]["source"]["paths"], stored["config"]["kept"]
-    if len(paths) != len(filters):
-        raise Refused(
-            f"{folder}: was merged from {len(filters)} runs, not from {len(paths)}",
-            "Name them all, in their order, or none where they were not moved.",
-        )
-    for path, digest in zip(paths, filters):
-        check_filter(folder, Path(path), digest)
-    return Merging([Source(Path(path), only_kept=bool(digest)) for path, digest in zip(paths, filters)])

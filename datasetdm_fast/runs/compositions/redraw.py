@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
@@ -19,14 +19,12 @@ from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
-from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_source
+from datasetdm_fast.runs.compositions.source import Tile, TileSource
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
-from datasetdm_fast.runs.jobs.remake import Remake
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.run import settle
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
-from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
 
@@ -110,11 +108,6 @@ class Redrawing(ABC):
     @abstractmethod
     def finish(self, sample: Sample) -> Sample:
         """See Origin."""
-
-    @classmethod
-    def reopen(cls, source: TileSource, choice: RedrawChoice, config: Mapping[str, Any]) -> Self:
-        """The redrawing of a run folder, of which `config` are the settings in run.json and `choice` their group."""
-        return cls(source, choice)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -252,26 +245,3 @@ def _check_weights(source: TileSource, engine: Engine, decoders: Mapping[str, An
             f"{source.path}: was made with other weights ({'; '.join(lines)})",
             "Name its own weights: --model MODEL --decoder DIR.",
         )
-
-
-def prepare_remake(redrawing: Redrawing, folder: Path, row: Row, machine: RedrawMachine) -> Remake:
-    """One sample of a run folder in the batch that it was made in."""
-    prepared = prepare(redrawing, folder, machine)
-    return Remake.of_job(replace(prepared, document=dict(read_document(folder))), row)
-
-
-def reopen(
-    cls: type[Redrawing], folder: Path, stored: Mapping[str, Any], choice: RedrawChoice, moved_to: str
-) -> Redrawing:
-    """The redrawing that a run folder was made by; `moved_to` is where its source lies now, if it was moved."""
-    config = stored["config"]
-    source = open_source(find_source(folder, stored, moved_to), only_kept=bool(config.get("kept")))
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config.items()
-        if name in choice.identity() and not isinstance(value, dict)
-    }
-    try:
-        return cls.reopen(source, replace(choice, **{"only": (), **values}), config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error

@@ -25,9 +25,7 @@ def strength_setting(default: float, remark: str) -> Any:
 class RedrawChoice(CommandSettings):
     """Which samples are made again, and in which steps; zeros stand for what the source was made with."""
 
-    only: tuple[str, ...] = setting(
-        (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
-    )
+    only: tuple[str, ...] = setting((), "take only these samples of RUN", metavar="LIST")
     strength: float = strength_setting(1.0, "")
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
     guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)

@@ -1,6 +1,5 @@
 """A finished run folder whose samples are put into another one: what identifies it, and its samples as pixels."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, damage_failure, maker, sides
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.run_folder.document import damage_failure, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -52,30 +51,6 @@ class Source:
 
     def close(self) -> None:
         self.run.close()
-
-
-def find_source(folder: Path, stored: Mapping[str, Any], moved_to: str) -> Path:
-    """The run that the composition `folder` was made of; `moved_to` is where it lies now, if it was moved."""
-    path = Path(moved_to or stored.get("composition", {}).get("source", {}).get("path", ""))
-    if not moved_to and not (path / DOCUMENT).exists():
-        raise Refused(
-            f"{folder}: was made of {path}, where there is no run folder any more",
-            f"Tell where it is now: {maker(stored)} RUN --only ID --out {quote(folder)}",
-        )
-    check_filter(folder, path, stored["config"].get("kept", ""))
-    return path
-
-
-def check_filter(folder: Path, path: Path, digest: str) -> None:
-    """Refuses to make samples of a composition again where its source has another filter now; `digest` is that of the
-    filter that chose its samples, empty where none did.
-    """
-    if digest and (path / DOCUMENT).exists() and (present := storage.sha256_of(path / FILTER)) != digest:
-        since = "has another one now" if present else "is not filtered any more"
-        raise Refused(
-            f"{folder}: was made of the samples that a filter of {path} kept, and that run {since}",
-            f"Filter it as it was then: python -m datasetdm_fast.filter {quote(path)} --where CONDITION",
-        )
 
 
 @dataclass(frozen=True)

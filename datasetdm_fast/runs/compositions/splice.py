@@ -16,18 +16,15 @@ from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
-from datasetdm_fast.runs.compositions.grids import Grid, parse_grids, sample_positions
-from datasetdm_fast.runs.compositions.source import Tile, TileSource, find_source
+from datasetdm_fast.runs.compositions.grids import Grid, sample_positions
+from datasetdm_fast.runs.compositions.source import Tile, TileSource
 from datasetdm_fast.runs.run_folder.document import FORMAT
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_folder.split import origins
-from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import MOST_PIXELS
 from datasetdm_fast.version import __version__
 
 FREE_BYTES = 64 * 2**20  # that a run leaves for ledger, index files and other programs
-CONFIG_FORM = {"grids": [str], "number": int, "seed": int, "resize": bool, "kept": str}
 PARTS = ("sampling", "model", "decoders", "engine")  # of run.json that are those of the source
 
 
@@ -155,23 +152,3 @@ def place_pixels(role: str, placed: Sequence[tuple[Tile, Placement]], sides: tup
             pixels = place.scale(pixels)
         whole[place.top : place.top + place.rows, place.left : place.left + place.columns] = pixels
     return whole
-
-
-def find_sample(folder: Path, id: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample of a run folder that splice made; refuses settings of another run."""
-    stored, row = find_remake_row("splice", folder, id)
-    if "grids" in settings:
-        settings = {**settings, "grids": [str(grid) for grid in parse_grids(settings["grids"])]}
-    check_provided(folder, stored["config"] | {"kept": bool(stored["config"].get("kept"))}, settings)
-    return stored, row
-
-
-def reopen(folder: Path, stored: Mapping[str, Any], moved_to: str = "") -> Splicing:
-    """The splicing that a run folder was made by; `moved_to` is where its source lies now, if it was moved."""
-    config = stored["config"]
-    try:
-        documents.check_form(config, CONFIG_FORM, "config")
-    except ValueError as error:
-        raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
-    source = TileSource(find_source(folder, stored, moved_to), only_kept=bool(config["kept"]))
-    return Splicing(source, parse_grids(config["grids"]), config["number"], config["seed"], config["resize"])

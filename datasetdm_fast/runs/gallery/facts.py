@@ -10,7 +10,15 @@ from datasetdm_fast.engine.labels.colours import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import LabelName, by_task
 from datasetdm_fast.runs.gallery import sheets
-from datasetdm_fast.runs.run_folder.document import engine_names, maker, sampler_in_words, sides, size_in_words
+from datasetdm_fast.runs.run_folder.document import (
+    COMMANDS,
+    engine_names,
+    made_by,
+    maker,
+    sampler_in_words,
+    sides,
+    size_in_words,
+)
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE, mean_certainty
@@ -160,7 +168,7 @@ class RunFacts:
                 ["Engine", ", ".join(engine_names(document))],
                 *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
             ],
-            "command": maker(document),
+            "command": maker(document) if made_by(document) == COMMANDS[0] else "",  # that makes one sample again
         }
 
     def _colours(self, words: Sequence[str]) -> list[str]:

@@ -558,6 +558,7 @@ function open(sample) {
   showOpenedMark();
   tellPlace();
   by("line").textContent = lineOf(opened);
+  by("line").parentElement.hidden = !run.command;
   by("pointed").textContent = "";
   pointed = null;
   if (!viewer.open) {

@@ -17,8 +17,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.pictures import Pictures
 from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
+from datasetdm_fast.runs.run_folder.document import check_same, made_by, row_facts
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.untrusted import documents
 
@@ -99,13 +98,6 @@ def _check_stored(job: Job, relocated: Mapping[str, str], stored: Mapping[str, A
             f"{job.folder}: it holds labels of other pictures or captions than {folder} has now",
             "Restore them, or choose another --out: pictures that were added need one of their own.",
         )
-
-
-def labelled_names(folder: Path) -> set[str]:
-    """The names of the pictures that a run folder has rows of."""
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        rows = [*ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()), *ledger.dropped_rows()]
-    return {row.recipe["picture"] for row in rows if "picture" in row.recipe}
 
 
 def parse_timesteps(texts: Sequence[str]) -> tuple[int, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +38,6 @@ class Pictures:
     @property
     def names(self) -> list[str]:
         return [path.relative_to(self.folder).as_posix() for path in self.paths]
-
-    def among(self, names: Collection[str]) -> Pictures:
-        """Those of these names."""
-        return replace(self, paths=tuple(path for path, name in zip(self.paths, self.names) if name in names))
 
     def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
         """The largest square in the middle of a picture."""

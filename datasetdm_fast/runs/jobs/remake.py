@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.data import Batch, Quarantined, Sample
+from datasetdm_fast.data import Batch, Quarantined
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs.job import Job, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.job import open_engine, recipe_of
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.document import check_same, table_of
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
@@ -36,14 +36,6 @@ class Remake:
     recipe: Recipe
     batch: Batch
     place: int
-    generator: Callable[..., driver.BatchGenerator] | None = None
-
-    @classmethod
-    def of_job(cls, job: Job, row: Row) -> Remake:
-        """The sample in the batch that the plan of a job has it in."""
-        index, place = divmod(row.request.index, job.plan.batch_size)
-        batch = job.plan.batch(index)
-        return cls(job.folder, job.document, row, job.engine, job.recipe, batch, place, job.generator)
 
 
 def prepare_remake(
@@ -70,16 +62,15 @@ def prepare_remake(
     return Remake(folder, stored, row, opened, recipe, batch, place)
 
 
-def remake(task: Remake, on_sample: Callable[[Sample], None] = lambda sample: None) -> list[str]:
+def remake(task: Remake) -> list[str]:
     """Regenerates the sample; the files that were missing or damaged and are written anew."""
-    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe, make=task.generator)
+    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
     result = results[task.place]
     if isinstance(result, Quarantined):
         raise GateFailed(
             f"sample {result.request.id}: {result.reason}; nothing was written",
             "Try another --dtype in a run of its own.",
         )
-    on_sample(result)
     with open_folder(task.folder, task.document) as folder:
         if task.row.status == QUARANTINED:
             folder.add(acceptance_of(task.document).apply([result]), task.row.recipe)

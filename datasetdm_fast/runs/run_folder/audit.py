@@ -16,6 +16,7 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder import page_files, seal
 from datasetdm_fast.runs.run_folder.document import (
+    COMMANDS,
     DOCUMENT,
     DROPPED,
     GROWING,
@@ -26,12 +27,15 @@ from datasetdm_fast.runs.run_folder.document import (
     NotInstalled,
     check_document,
     differences,
+    made_by,
     maker,
     most_samples,
     read_document,
+    require_document,
     sides,
 )
 from datasetdm_fast.runs.run_folder.events import EVENTS
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import FILTER
 from datasetdm_fast.untrusted import documents, images
@@ -68,6 +72,7 @@ class Report:
     bytes: int
     findings: list[Finding]
     dropped: int = 0
+    damaged: tuple[int, ...] = ()  # indices of samples that can be made again
 
     @property
     def is_complete(self) -> bool:
@@ -116,6 +121,14 @@ def audit(
         return report
 
 
+def repair(report: Report) -> None:
+    """Takes the damaged samples out of a run folder, so that the line that made it makes them again."""
+    folder = Path(report.path)
+    with RunFolder(folder, require_document(folder)) as run:
+        run.unseal()
+        run.ledger.forget(report.damaged)
+
+
 def _audit(
     folder: Path,
     document: dict[str, Any] | None,
@@ -138,7 +151,7 @@ def _audit(
     known = page_files.expected_files(document, ledger)
     if ledger.read_note("indexed") is not None:
         findings += _check_pictures(folder, known)
-    files = total = 0
+    files, total, damaged = 0, 0, []
     done, quarantined = ledger.count(), ledger.indices(QUARANTINED)
     samples = done + ledger.count(DOUBTFUL)
     number, most = document["plan"]["number"], most_samples(document["config"], document["plan"]["number"])
@@ -147,11 +160,13 @@ def _audit(
     checked = in_threads(check, ledger.rows(DONE, DOUBTFUL), max(BLOCK // 4, 1), threads, lambda: False)
     for k, sample in enumerate((sample for block in checked for sample in block), 1):
         findings += sample.faults
+        damaged += [sample.row.request.index] if sample.faults else []
         known |= {path for path, _ in sample.row.files.values()}
         files, total = files + len(sample.row.files), total + sample.bytes
         on_progress(k, samples)
     findings += _check_strangers(folder, _product_folders(document), known)
-    return Report(str(folder), number, done, len(quarantined), files, total, findings, ledger.count_dropped())
+    counts = (number, done, len(quarantined), files, total)
+    return Report(str(folder), *counts, findings, ledger.count_dropped(), tuple(damaged))
 
 
 def _check_document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
@@ -282,6 +297,8 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row) -> Checked
         fault = f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}"
         return CheckedSample(row, [*faults, _ledger_fault(fault)])
     remedy = f"Make it again: {maker(document)} --out {quote(folder)} --only {id}"
+    if made_by(document) != COMMANDS[0]:
+        remedy = "Take it out with --repair; the line that made the run then makes it again."
     for role, (name, stored) in row.files.items():
         try:
             if not (folder / name).exists():

@@ -99,11 +99,8 @@ class RunFolder(AbstractContextManager):
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Writes missing or damaged files of a sample again, and gives their paths; other bytes are never written."""
         folder = QUARANTINE if row.status == DOUBTFUL else ""
-        made = label_files.encode(sample, self.document["config"]["image_format"], self.document["labels"], folder)
-        return self.restore(row, *made)
-
-    def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
-        """Writes missing or damaged files again, from all files and label records of the sample."""
+        form = self.document["config"]["image_format"]
+        made, records = label_files.encode(sample, form, self.document["labels"], folder)
         contents = {name: content for name, content in made.values()}
         expected = {name: stored.sha256 for name, stored in row.files.values()}
         other = sorted(

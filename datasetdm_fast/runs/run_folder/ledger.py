@@ -216,6 +216,14 @@ class Ledger(AbstractContextManager):
             self._database.execute_many(f'DELETE FROM {source} WHERE "index" = ?', parameters)
             self._database.execute(_OUTDATE)
 
+    def forget(self, indices: Iterable[int]) -> None:
+        """Takes samples out of the run as if they had never been made."""
+        parameters = [(index,) for index in indices]
+        with self._database.transaction():
+            for table in ("samples", *(["tracings"] if self._is_compact else [])):
+                self._database.execute_many(f'DELETE FROM {table} WHERE "index" = ?', parameters)
+            self._database.execute(_OUTDATE)
+
     def dropped_rows(self) -> list[Row]:
         """The rows of the samples that were dropped, by index."""
         if not self._has_table("dropped"):

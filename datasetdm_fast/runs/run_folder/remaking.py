@@ -4,24 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.run_folder.document import LEDGER, differences, maker, read_document
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.run_folder.document import COMMANDS, LEDGER, differences, made_by, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 
 LONGEST_ID = 18  # digits
 
 
-def find_remake_row(command: str, folder: Path, id: str) -> tuple[dict[str, Any], Row]:
-    """run.json and the row of a sample; a folder that another command than this made (empty for generate) and an id
-    that no sample has are refused.
-    """
+def find_remake_row(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample; a folder that generate has not made and an unknown id are refused."""
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():
         raise Refused(f"--only {id}: {folder} is not a run folder", "Name the folder with --out.")
-    if stored.get("command", "") != command:
+    if made_by(stored) != COMMANDS[0]:
         raise Refused(
-            f"--only {id}: {folder} was not made by {command or 'generate'}",
-            f"Make it again with: {maker(stored)} --out {quote(folder)} --only {id}",
+            f"--only {id}: {folder} was made by {made_by(stored)}",
+            "Take damaged samples out with audit --repair; the line that made the run then makes them again.",
         )
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         row = ledger.row(int(id)) if id.isdecimal() and len(id) <= LONGEST_ID else None

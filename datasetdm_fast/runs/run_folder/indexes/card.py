@@ -12,9 +12,11 @@ from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.runs.run_folder.document import (
+    COMMANDS,
     QUARANTINE,
     engine_names,
     engines_of,
+    made_by,
     maker,
     quarantines,
     runs_of,
@@ -200,7 +202,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
     yield from _describe_verification(document)
-    yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
+    again = f"; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
+    yield f"- {_seeds(document)}" + again * (made_by(document) == COMMANDS[0])
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
