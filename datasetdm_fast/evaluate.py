@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # Without a selection, which reads images; a bad data set is refused before a model loads.
     sources = {address: config.open_whole(address, ANY_SIZE, config.tasks) for address in config.addresses}
+    print_lines(config, *(f"{address}: {source.layout}" for address, source in sources.items() if source.layout))
     names = naming.parse_names(config.class_names, sources.values())
     if config.dry_run:
         images = {address: len(source) for address, source in sources.items()}

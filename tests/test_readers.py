@@ -585,6 +585,117 @@ def test_coco_without_the_year_in_its_names_is_read(copied):
     assert [item.id for item in open_data(f"{address}[default]", SIZE)] == before
 
 
+def as_cvat(root: Path, place) -> None:
+    place("annotations/instances_default.json", "images/default")
+
+
+def as_label_studio(root: Path, place) -> None:
+    def change(document):
+        for number, image in enumerate(document["images"]):  # as it does where pictures were uploaded
+            image["file_name"] = f"../../media/upload/3/{image['file_name']}" if number else image["file_name"]
+
+    rewrite(place("result.json", "images"), change)
+
+
+def as_roboflow(root: Path, place) -> None:
+    def change(document):
+        """Its category 0 is the project, of which no annotation is."""
+        for category in document["categories"]:
+            category["supercategory"] = "shapes"
+        document["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+
+    rewrite(place("train/_annotations.coco.json", "train"), change)
+    (root / "valid").mkdir()
+    (root / "valid" / "_annotations.coco.json").write_text("{}")
+
+
+def as_fiftyone(root: Path, place) -> None:
+    place("labels.json", "data")
+
+
+def as_one_folder(root: Path, place) -> None:
+    place("whatever.json", ".")
+
+
+def as_splits(root: Path, place) -> None:
+    place("train.json", "images")
+    (root / "val.json").write_text("{}")
+
+
+EXPORTS_OF_TOOLS = (as_cvat, as_label_studio, as_roboflow, as_fiftyone, as_one_folder, as_splits)
+
+
+@pytest.fixture
+def placed(copied):
+    """COCO's instances in other files and folders: those of the pictures, and the annotations."""
+    root, address = copied("coco")
+    (root / "annotations/person_keypoints_train2017.json").unlink()
+
+    def place(annotations: str, pictures: str) -> Path:
+        for file in [*(root / "train2017").iterdir()]:
+            (root / pictures).mkdir(parents=True, exist_ok=True)
+            file.rename(root / pictures / file.name)
+        (root / annotations).parent.mkdir(parents=True, exist_ok=True)
+        (root / "annotations/instances_train2017.json").rename(root / annotations)
+        return root / annotations
+
+    return root, address, place
+
+
+def same_items(source, before) -> bool:
+    assert (source.thing_classes, source.classes) == (before.thing_classes, before.classes)
+    return all(
+        one.id == other.id and (one.image == other.image).all() and (one.masks == other.masks).all()
+        for one, other in zip(source, before, strict=True)
+    )
+
+
+@pytest.mark.parametrize("export", EXPORTS_OF_TOOLS, ids=lambda export: export.__name__.removeprefix("as_"))
+def test_coco_is_read_as_tools_export_it(made, placed, export):
+    root, address, place = placed
+    export(root, place)
+    source = open_data(address, SIZE)
+    assert same_items(source, open_data(f"coco:{made('coco')}", SIZE, tasks=["instance"]))
+    assert source.layout.startswith("annotations of ") and "pictures in " in source.layout
+
+
+@pytest.mark.parametrize("named", ["labels.json", "labels.json:photos"])
+def test_a_file_of_coco_may_be_named_with_or_without_its_pictures(made, placed, named):
+    root, _, place = placed
+    place("labels.json", "photos" if ":" in named else "data")
+    if ":" in named:  # the two paths of FiftyOne
+        named = f"labels.json:{root}/photos"
+    before = open_data(f"coco:{made('coco')}", SIZE, tasks=["instance"])
+    assert same_items(open_data(f"coco:{root}/{named}", SIZE), before)
+
+
+def test_splits_of_tools_are_found_by_their_names(placed):
+    root, address, place = placed
+    as_roboflow(root, place)
+    shutil.rmtree(root / "valid")
+    (root / "train").rename(root / "valid")
+    assert len(open_data(f"{address}[val]", SIZE)) == 3
+    with pytest.raises(Refused, match="no COCO annotations of the split 'test', but of valid") as stop:
+        open_data(f"{address}[test]", SIZE)
+    assert "Roboflow" in stop.value.remedy and "FiftyOne" in stop.value.remedy
+
+
+def test_several_files_that_may_be_the_annotations_are_refused(placed):
+    root, address, place = placed
+    file = place("labels.json", "data")
+    shutil.copy(file, root / "result.json")
+    with pytest.raises(Refused, match="several files may be its annotations: labels.json, result.json"):
+        open_data(address, SIZE)
+
+
+def test_annotations_without_any_of_their_pictures_say_where_they_were_looked_for(placed):
+    root, address, place = placed
+    place("labels.json", "elsewhere")
+    with pytest.raises(Refused, match="none of its pictures is there, such as .*looked in .*data") as stop:
+        open_data(address, SIZE)
+    assert stop.value.remedy.endswith("labels.json:PICTURES.")
+
+
 def test_areas_that_coco_does_not_tell_are_those_of_the_masks(copied):
     root, address = copied("coco")
     chosen = Selection(per_class=1, min_area=40)

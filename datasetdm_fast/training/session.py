@@ -296,6 +296,8 @@ def open_session(
         inversion = replace(inversion, timestep=model.defaults.capture)
     is_auto = choice.engine == "torch" or (choice.engine in ("auto", "fast") and choice.device != "cpu")
     engine = build_engine(choice.engine, model, {}, dtype="auto" if is_auto else "fp32", device=choice.device)
+    if source.layout:
+        on_message(f"data       {source.layout}")
     for name, reason in list(source.skipped.items())[:MOST_LISTED]:
         on_message(
             f"left out   {documents.one_line(reason if reason.startswith(f'{name}: ') else f'{name}: {reason}')}"

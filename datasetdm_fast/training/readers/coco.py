@@ -1,4 +1,4 @@
-"""coco:PATH[SPLIT]: COCO's instances and keypoints; annotations are read from their file image by image."""
+"""coco:PATH[SPLIT]: instances and keypoints in COCO's form; annotations are read from their file image by image."""
 
 import math
 from array import array
@@ -14,13 +14,13 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.readers.coco_layout import Pictures, find_layout, find_pictures
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import largest
 from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, polygon, rasterise
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
-KINDS = ("instances", "person_keypoints")  # of annotation files
 IMAGE_FORM = {"id": int, "height": int, "width": int}
 SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
 IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
@@ -36,6 +36,7 @@ class Annotations:
         self.path, self.stream = path, JsonStream(path)
         self.images: dict[int, dict[str, Any]] = {}
         self.categories: dict[int, str] = {}
+        self.parents: dict[int, Any] = {}  # category -> its supercategory
         self.joints: tuple[str, ...] = ()
         self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
@@ -88,6 +89,7 @@ class Annotations:
         if value["id"] in self.categories or value["name"] in self.categories.values():
             raise ValueError(f"the category {documents.quote(value['name'])} occurs twice")
         self.categories[value["id"]] = value["name"]
+        self.parents[value["id"]] = value.get("supercategory")
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])
@@ -110,6 +112,16 @@ class Annotations:
                 f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}",
             )
 
+    @property
+    def shown_categories(self) -> list[int]:
+        """The categories but the background, and but a root of all others that Roboflow adds and nothing is of."""
+        roots = {id for id, name in self.categories.items() if self.parents[id] == "none" and self._is_root(id, name)}
+        return sorted(id for id, name in self.categories.items() if id not in roots and not reading.is_background(name))
+
+    def _is_root(self, number: int, name: str) -> bool:
+        others = [parent for id, parent in self.parents.items() if id != number]
+        return name in others and number not in self.rows["category"]
+
     def of(self, image: int) -> np.ndarray:
         """The rows of an image's annotations, in the file's order."""
         return self.order[
@@ -124,8 +136,7 @@ class Annotations:
 
 
 class Coco(OutlineSource):
-    """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017; or all of them
-    without the year.
+    """Annotation files and pictures as coco_layout finds them.
 
     Asked for pose alone, each item is one person in the middle of a square; otherwise it is an image.
     """
@@ -135,28 +146,28 @@ class Coco(OutlineSource):
     rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        self.path = path
-        stems = (split,) if any(letter.isdigit() for letter in split) else (f"{split}2017", split)
-        files = {stem: [path / "annotations" / f"{kind}_{stem}.json" for kind in KINDS] for stem in stems}
-        stem = next((stem for stem in stems if any(file.exists() for file in files[stem])), stems[0])
-        things, persons = files[stem]
+        self.path, layout = path, find_layout(path, split)
         is_pose_alone = tasks == ("pose",)
-        has_persons = persons.exists() and (not tasks or "pose" in tasks)
-        has_things = not is_pose_alone and (things.exists() or not has_persons)
-        if is_pose_alone and not has_persons:
-            reading.first_there(persons)
-        self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
-        self._open(
-            Annotations(reading.first_there(things)) if has_things else None,
-            Annotations(persons) if has_persons else None,
-            size,
-            is_pose_alone,
-        )
+        things = Annotations(layout.things) if layout.things and not (is_pose_alone and layout.persons) else None
+        persons = Annotations(layout.persons) if layout.persons and (not tasks or "pose" in tasks) else None
+        if persons is None and things and things.joints and (not tasks or "pose" in tasks):
+            persons = things  # one file has both
+        if is_pose_alone:
+            if persons is None:
+                raise Refused(f"{layout.things}: no category in it has keypoints", reading.AS_PUBLISHED)
+            things = None
+        elif things is None and persons is None:
+            things = Annotations(layout.persons)
+        first = things or persons
+        names = [image.get("file_name") for image in first.images.values()]
+        self.pictures = find_pictures(layout.folders, names, first.path)
+        self._open(things, persons, size, is_pose_alone)
+        self.layout = _describe_layout(first.path, self.pictures, path)
 
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.shows_persons = things, persons, is_pose_alone
         if things:
-            ids = sorted(id for id, name in things.categories.items() if not reading.is_background(name))
+            ids = things.shown_categories
             self.numbers = {category: k for k, category in enumerate(ids)}
             self.set_things(things.categories[category] for category in ids)
         if persons:
@@ -189,7 +200,7 @@ class Coco(OutlineSource):
         name = first.images[image].get("file_name")
         if not isinstance(name, str):
             raise reading.bad(first.path, f"image {image} has no file_name")
-        return reading.inside(self.folder, name, first.path)
+        return self.pictures.path_of(name, first.path)
 
     def picture(self, record: int) -> Picture:
         image, first = self._image_of(record), self.things or self.persons
@@ -278,6 +289,15 @@ class Coco(OutlineSource):
         away = person["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
+
+
+def _describe_layout(annotations: Path, pictures: Pictures, root: Path) -> str:
+    """What was taken of a data set that tools lay out in several ways."""
+
+    def short(path: Path) -> Path:
+        return path.relative_to(root) if root.is_dir() and path != root and path.is_relative_to(root) else path
+
+    return f"annotations of {short(annotations)}, pictures in {short(pictures.folder)}"
 
 
 def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:
