@@ -5,9 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS
+from layouts import LAYOUTS, save
 
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
@@ -15,9 +16,11 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import _finish, main
 from datasetdm_fast.training import data_record
+from datasetdm_fast.training.captures.cache import Inversion
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.session import ModelChoice, TrainingData, open_session
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
@@ -211,6 +214,42 @@ def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, cap
     folder = decoders(source, ("semantic",))
     code, _, said = run(capsys, "--decoder", folder, "--data", f"cityscapes:{tmp_path / 'streets'}")
     assert code == 2 and "no class in common" in said
+
+
+def as_voc(root: Path, names: str = "") -> str:
+    """An image with three classes; without a file of names they would be VOC's aeroplane, bicycle and bird."""
+    labels = np.zeros((64, 64), np.uint8)
+    labels[8:30, 8:30], labels[8:30, 34:60], labels[34:60, 8:60] = 1, 2, 3
+    save(root / "JPEGImages/a.jpg", np.repeat(labels[..., None] * 60, 3, 2))
+    save(root / "SegmentationClass/a.png", labels)
+    if names:
+        (root / "class_names.txt").write_text(names)
+    return f"voc:{root}"
+
+
+def test_a_background_is_no_class_in_common(decoders, tmp_path, capsys):
+    source = open_data("demo:1", 64)
+    source.classes = ("background", "mug", "leaf", "bolt")
+    folder = decoders(source, ("semantic",))
+    code, out, said = run(capsys, "--decoder", folder, "--data", as_voc(tmp_path))
+    assert code == 2 and not out and "no class in common" in said and "--class-names" in said
+
+
+def test_classes_that_the_decoder_or_the_images_lack_are_told(decoders, tmp_path, capsys):
+    source = open_data("demo:1", 64)
+    source.classes = ("background", "mug", "leaf", "nut")
+    line = ["--model", "tiny", "--decoder", decoders(source, ("semantic",))]
+    assert main([*line, "--data", as_voc(tmp_path, "background\nmug\nleaf\nbolt\n")]) == 0
+    said = capsys.readouterr().err
+    assert "semantic: the decoder has no class bolt, so these count as missed; --class-names THEIRS=OURS" in said
+    assert "semantic: no image shows nut\n" in said
+
+
+def test_a_training_tells_classes_that_no_image_shows(tmp_path):
+    lines: list[str] = []
+    data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\nnut\nscrew\n"))
+    open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion(1), on_message=lines.append)
+    assert "classes    no image shows nut, screw" in lines
 
 
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):

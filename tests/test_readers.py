@@ -13,11 +13,12 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from layouts import COUNT, LAYOUTS, SIDE, TAUGHT, save, things_of, views
+from layouts import COUNT, LAYOUTS, SIDE, TAUGHT, save, text, things_of, views
 from PIL import Image
 from pyarrow import parquet
 from rendered import document
@@ -29,7 +30,7 @@ from datasetdm_fast import split as splitting
 from datasetdm_fast.data import IGNORE, Trust
 from datasetdm_fast.engine.labels.image_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
@@ -1438,8 +1439,8 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
     with pytest.raises(Refused, match="names none of the images") as stop:
         open_data(spec, 64)
     assert stop.value.remedy == "Name them by their paths there, such as 'scene 0'."
-    for text in ('{"scene 0": "a room",}', '["a room"]', ""):  # written by hand: there is nothing to get again
-        path.write_text(text)
+    for content in ('{"scene 0": "a room",}', '["a room"]', ""):  # written by hand: there is nothing to get again
+        path.write_text(content)
         with pytest.raises(Refused, match="captions.json") as stop:
             open_data(spec, 64)
         assert stop.value.remedy == 'Write {"a.jpg": "a dog on a sofa"}.'
@@ -1510,6 +1511,82 @@ def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(c
             open_data(address, SIZE, tasks=["pose"])
         item = open_data(address, SIZE)[0]
         assert len(item.masks) and not len(item.keypoints)
+
+
+MUGS = {"background": (0, 0, 0), "mug": (250, 50, 83), "leaf": (51, 221, 255)}  # colours that CVAT gives
+
+
+@pytest.fixture
+def mugs(tmp_path):
+    """Two pictures of classes that are not VOC's; a row is ignored, and a mug has two parts."""
+    labels = np.zeros((40, 48), np.uint8)
+    labels[4:20, 4:20], labels[4:20, 30:40], labels[24:36, 6:40], labels[0] = 1, 1, 2, 255
+    objects = np.where(labels == 1, 1, np.where(labels == 2, 2, np.where(labels == 255, 255, 0))).astype(np.uint8)
+    image = np.repeat((labels % 7 * 30)[..., None], 3, 2)
+
+    def check(source: LabelledSource, *, has_ignored: bool = True) -> None:
+        assert source.classes == ("background", "mug", "leaf") and source.thing_classes == ("mug", "leaf")
+        expected = labels if has_ignored else np.where(labels == 255, 0, labels)
+        assert [item.id for item in source] == ["a", "b"]
+        for record in range(2):
+            picture = source.picture(record)
+            assert (picture.semantic == expected).all() and picture.caption == ("mug", "leaf")
+
+    return SimpleNamespace(root=tmp_path, labels=labels, objects=objects, image=image, check=check)
+
+
+def coloured(numbers: np.ndarray, colours: list[tuple[int, int, int]]) -> np.ndarray:
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)], table[255] = colours, (224, 224, 192)
+    return table[numbers]
+
+
+def test_the_segmentation_masks_of_cvat_are_read_by_their_colours(mugs):
+    for name in "ab":
+        save(mugs.root / f"JPEGImages/{name}.png", mugs.image)
+        save(mugs.root / f"SegmentationClass/{name}.png", coloured(mugs.labels, [*MUGS.values()]))
+        save(
+            mugs.root / f"SegmentationObject/{name}.png", coloured(mugs.objects, [(0, 0, 0), (128, 0, 0), (0, 128, 0)])
+        )
+    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in sorted(MUGS.items())]
+    text(mugs.root / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "\n".join([lines[0], lines[2], lines[1]]))
+    text(mugs.root / "ImageSets/Segmentation/default.txt", "a\nb\n")
+    source = open_data(f"voc:{mugs.root}", SIZE, tasks=["instance"])
+    mugs.check(source)
+    picture = source.picture(0)
+    assert list(picture.mask_classes) == [1, 0]  # by their colours, of which the leaf's comes first
+    assert [int(make().sum()) for make in picture.masks] == [12 * 34, 16 * 26]
+    (mugs.root / "labelmap.txt").write_text("background:0,0,0::\nmug:250,50,83::\n")
+    with pytest.raises(Refused, match="the colour 51,221,255 is of no class in labelmap.txt"):
+        open_data(f"voc:{mugs.root}", SIZE)[0]
+
+
+def test_a_label_map_of_some_of_vocs_classes_keeps_their_numbers(mugs):
+    for name in "ab":
+        save(mugs.root / f"JPEGImages/{name}.jpg", mugs.image)
+        save(
+            mugs.root / f"SegmentationClass/{name}.png",
+            np.array([0, 8, 1], np.uint8)[mugs.labels % 255],
+        )
+    text(mugs.root / "labelmap.txt", "background:0,0,0::\naeroplane:128,0,0::\ncat:64,0,0::\n")
+    labels = open_data(f"voc:{mugs.root}", SIZE).picture(0).semantic
+    assert (labels[mugs.labels == 1] == 2).all() and (labels[mugs.labels == 2] == 1).all()
+
+
+def test_what_labelme_writes_as_voc_is_read_without_lists(mugs):
+    for name in "ab":
+        save(mugs.root / f"JPEGImages/{name}.jpg", mugs.image)
+        save(mugs.root / f"SegmentationClass/{name}.png", mugs.labels)
+    text(mugs.root / "class_names.txt", "_background_\nmug\nleaf\n")
+    mugs.check(open_data(f"voc:{mugs.root}", SIZE))
+
+
+def test_the_semantic_masks_of_roboflow_are_read(mugs):
+    for name in "ab":
+        save(mugs.root / f"valid/{name}.jpg", mugs.image)
+        save(mugs.root / f"valid/{name}_mask.png", np.where(mugs.labels == 255, 0, mugs.labels).astype(np.uint8))
+    text(mugs.root / "valid/_classes.csv", "Pixel Value, Class\n0, background\n1, mug\n2, leaf\n")
+    mugs.check(open_data(f"voc:{mugs.root}[valid]", SIZE), has_ignored=False)
 
 
 def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):

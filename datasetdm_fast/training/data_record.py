@@ -35,19 +35,22 @@ GROUPS = {  # fields with one digest
 }
 
 
-def record_data(source: LabelledSource, on_item: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+def record_data(
+    source: LabelledSource, on_item: Callable[[int, Picture | Labelled], None] = lambda count, item: None
+) -> dict[str, Any]:
     """Every item of a data set at its original size, in order; no item of rendered scenes, which the address alone
-    decides.
+    decides. `on_item` is called with the number of items so far and the last one.
     """
     items = []
     for index in () if source.is_rendered else range(len(source)):
-        items.append(_record_item(source, index))
-        on_item(index + 1)
+        item = _whole_item(source, index)
+        items.append(_record_item(source, index, item))
+        on_item(index + 1, item)
     return {"version": VERSION, "items": items}
 
 
-def _record_item(source: LabelledSource, index: int) -> dict[str, Any]:
-    number, item = source.order[index], _whole_item(source, index)
+def _record_item(source: LabelledSource, index: int, item: Picture | Labelled) -> dict[str, Any]:
+    number = source.order[index]
     values = {name: tuple(getattr(item, field) for field in fields) for name, fields in GROUPS.items()}
     digests = {name: _digest(parts) for name, parts in values.items() if parts[0] is not None}
     return {"name": source.name(number), "sides": [item.image.shape[1], item.image.shape[0]], **digests}

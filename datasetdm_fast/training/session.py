@@ -15,7 +15,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
 from datasetdm_fast.engine.labels.words import always_named, find_classes, photo_of
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import format_duration
@@ -25,6 +25,7 @@ from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
+from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import is_read, open_data
@@ -304,15 +305,18 @@ def open_session(
         )
     if len(source.skipped) > MOST_LISTED:
         on_message(f"left out   {len(source.skipped)} in all")
-    last_line = time.monotonic()
+    last_line, shown = time.monotonic(), set[str]()
 
-    def on_item(done: int) -> None:
+    def on_item(done: int, item: Picture | Labelled) -> None:
         nonlocal last_line
+        shown.update(naming.classes_shown(source, item))
         if time.monotonic() - last_line >= SECONDS_PER_LINE:
             last_line = time.monotonic()
             on_message(f"data       {done} of {len(source)} images read")
 
     record = ranks.broadcast(data_record.record_data(source, on_item) if ranks.is_first else None)
+    if shown and (line := naming.describe_absent((*source.classes, *source.thing_classes), shown)):
+        on_message(f"classes    {line}")
     source.digests = {source.order[k]: item["image"] for k, item in enumerate(record["items"])}
     common = {"inversion": inversion, "data": record, "ranks": ranks, "on_message": on_message}
     return TrainingSession(data.address, engine, source, tuple(range(len(source))), **common, **settings)

@@ -81,12 +81,25 @@ def evaluate_decoders(
                 "named_by_captions": reads_captions and bool(configs[label].named),
                 **({"seen_in_training": seen[label]} if seen.get(label) else {}),
             }
+            for line in _compare_names(meter, configs[label], result[label]):
+                on_message(f"{label}: {line}")
             if names is not None:
                 result[label] |= naming.in_common(result[label], known)
         skipped |= source.skipped
     if not result:
         raise nothing_shown()
     return {label: result[label] for label in labels if label in result}, skipped
+
+
+def _compare_names(meter: Meter, config: DecoderConfig, result: Mapping[str, Any]) -> list[str]:
+    """Classes of the data that a decoder does not know, and classes of the decoder that no image shows."""
+    if not config.classes or config.has_text or meter.each != "per_class":
+        return []
+    lines = (
+        naming.describe_unknown(meter.columns, config.classes),
+        naming.describe_absent(config.classes, result.get("per_class", {})),
+    )
+    return [line for line in lines if line]
 
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def figure_name(key: str) -> str:
     return FIGURES.get(key, key.replace("_", " "))
 
 
+BACKGROUND = ("background", "none")
+
+
 class Meter:
     """What every task's figures share."""
 
@@ -137,11 +140,12 @@ def translation(predicted: Sequence[str], known: Sequence[str], length: int) -> 
 
 def check_names(task: str, predicted: Sequence[str], known: Sequence[str]) -> None:
     """Refuses to compare predictions and truth that have no name in common."""
-    if known and not set(predicted) & set(known):
+    common = set(predicted) & set(known)
+    if known and not common - set(BACKGROUND) and not set(predicted) <= set(BACKGROUND):
         shown = ", ".join(predicted[:5]), ", ".join(known[:5])
         raise Refused(
             f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common",
-            "Evaluate on data with the decoder's classes.",
+            "Evaluate on data with the decoder's classes, or name them with --class-names THEIRS=OURS or auto.",
         )
 
 

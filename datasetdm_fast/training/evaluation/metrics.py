@@ -16,9 +16,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
-from datasetdm_fast.training.evaluation.meter import Meter, check_names, mean, translation
-
-BACKGROUND = ("background", "none")
+from datasetdm_fast.training.evaluation.meter import BACKGROUND, Meter, check_names, mean, translation
 
 
 class _Overlap(Meter):

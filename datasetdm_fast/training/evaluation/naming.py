@@ -1,16 +1,19 @@
 """Class names: those of a data set are replaced by the names that a decoder has for them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Refused
 
 AUTO = "auto"
+MOST_LISTED = 8  # names of classes in a message
 
 
 def parse_names(pairs: Sequence[str], sources: Iterable[LabelledSource]) -> dict[str, str]:
@@ -69,6 +72,35 @@ def rename(
         raise Refused(f"--class-names: two classes of the data would be {twice}", "Give each a name of its own.")
     source.called = new
     return RenamedSource(source, new) if new else source
+
+
+def classes_shown(source: LabelledSource | RenamedSource, item: Picture | Labelled) -> set[str]:
+    """The classes in the label map and among the things of an image."""
+    names = set[str]()
+    if item.semantic is not None and source.classes:
+        numbers = np.flatnonzero(np.bincount(item.semantic.ravel(), minlength=256)[:IGNORE])
+        names |= {source.classes[k] for k in numbers}
+    if item.mask_classes is not None:
+        names |= {source.thing_classes[k] for k in item.mask_classes}
+    return names
+
+
+def describe_absent(classes: Sequence[str], shown: Collection[str]) -> str:
+    """Which of some classes no image shows, empty where all are shown."""
+    absent = [name for name in dict.fromkeys(classes) if name not in shown and not reading.is_background(name)]
+    return f"no image shows {_list_names(absent)}" if absent else ""
+
+
+def describe_unknown(classes: Sequence[str], known: Sequence[str]) -> str:
+    """Which classes of the data a decoder does not know, empty where it knows all."""
+    unknown = [name for name in classes if name not in known and not reading.is_background(name)]
+    names = f"the decoder has no class {_list_names(unknown)}, so these count as missed"
+    return f"{names}; --class-names THEIRS=OURS names those that it calls otherwise" if unknown else ""
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return f"{', '.join(names[:MOST_LISTED])}{more}"
 
 
 def in_common(result: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:

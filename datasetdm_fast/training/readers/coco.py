@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.readers.coco_layout import Pictures, find_layout, find_pictures
+from datasetdm_fast.training.readers.coco_layout import PictureFolder, find_layout, find_pictures
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import largest
 from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, polygon, rasterise
@@ -291,7 +291,7 @@ class Coco(OutlineSource):
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
 
 
-def _describe_layout(annotations: Path, pictures: Pictures, root: Path) -> str:
+def _describe_layout(annotations: Path, pictures: PictureFolder, root: Path) -> str:
     """What was taken of a data set that tools lay out in several ways."""
 
     def short(path: Path) -> Path:

@@ -36,7 +36,7 @@ class CocoLayout:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureFolder:
     """The folder of the pictures, and whether their entries name paths elsewhere of which only the last part counts."""
 
     folder: Path
@@ -50,12 +50,12 @@ def tail_of(name: str) -> str:
     return PurePosixPath(name.replace("\\", "/")).name
 
 
-def find_pictures(folders: Sequence[Path], names: Sequence[str], listed_in: Path) -> Pictures:
+def find_pictures(folders: Sequence[Path], names: Sequence[str], listed_in: Path) -> PictureFolder:
     """Where most of the first pictures are; tools may have written the paths of another machine."""
     first = [name for name in names if isinstance(name, str)][:SAMPLED]
     are_different = len({tail_of(name) for name in names if isinstance(name, str)}) == len(names)
-    counts: dict[Pictures, int] = {}
-    for pictures in (Pictures(folder, flat) for flat in (False, True)[: 1 + are_different] for folder in folders):
+    counts: dict[PictureFolder, int] = {}
+    for pictures in (PictureFolder(folder, flat) for flat in (False, True)[: 1 + are_different] for folder in folders):
         counts[pictures] = sum(_is_there(pictures, name, listed_in) for name in first)
     best = max(counts, key=lambda pictures: counts[pictures])
     if not counts[best] and first:
@@ -67,7 +67,7 @@ def find_pictures(folders: Sequence[Path], names: Sequence[str], listed_in: Path
     return best
 
 
-def _is_there(pictures: Pictures, name: str, listed_in: Path) -> bool:
+def _is_there(pictures: PictureFolder, name: str, listed_in: Path) -> bool:
     try:
         return pictures.path_of(name, listed_in).exists()
     except Refused:

@@ -1,22 +1,38 @@
-"""voc:PATH[SPLIT]: PASCAL VOC 2012, with SegmentationClassAug where it exists."""
+"""voc:PATH[SPLIT]: PASCAL VOC 2012, with SegmentationClassAug where it exists, and other classes laid out as VOC's."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
+from datasetdm_fast.engine.labels.colours import BORDERS
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.training.readers.voc_labels import (
+    numbers_of,
+    pack,
+    packed_colours,
+    palette,
+    read_csv_classes,
+    read_label_map,
+)
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.selection import VOC_CLASSES
 
+BORDER = pack(BORDERS["voc"])
+NAME_FILES = ("class_names.txt", "classes.txt")  # a name a line, in the order of the numbers
+ROBOFLOW_CLASSES, ROBOFLOW_MASK = "_classes.csv", "_mask.png"
+WHOLE = "default"  # what CVAT calls its only split
+
 
 class Voc(PictureSource):
-    """JPEGImages, label maps (grey or palette), SegmentationObject for instances. In PATH or PATH/VOCdevkit/VOC2012;
-    labelmap.txt may name other classes than VOC's, NAME:... a line.
+    """JPEGImages, label maps (grey, palette or colours), SegmentationObject for instances. In PATH or
+    PATH/VOCdevkit/VOC2012; labelmap.txt, class_names.txt or _classes.csv may name other classes than VOC's.
     """
 
     classes = VOC_CLASSES
@@ -27,43 +43,95 @@ class Voc(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         path = inner if (inner := path / "VOCdevkit" / "VOC2012").is_dir() else path
         self.path, self.objects = path, path / "SegmentationObject"
-        if (path / "labelmap.txt").exists():
-            names = _read_label_map(path / "labelmap.txt")
-            if not set(names) <= set(VOC_CLASSES):
-                self.classes, self.thing_classes = names, names[1:]
+        self.map_ending = ".png"  # after an image's name
+        self.colours: Mapping[int, int] = dict(zip(map(pack, palette()), range(len(VOC_CLASSES))))
+        self.numbers: np.ndarray | None = None  # class of each number in grey and palette maps, where they differ
+        if (path / split / ROBOFLOW_CLASSES).exists() or (path / ROBOFLOW_CLASSES).exists():
+            self._find_masks_beside(path / split if (path / split).is_dir() else path)
+        else:
+            self._find_lists(split, tasks)
+        self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
+        self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
+        super().__init__(size, len(self.ids))
+
+    def _find_lists(self, split: str, tasks: Sequence[str]) -> None:
+        """Images and maps as VOC has them; without a list of a split, all that have a map are the split train."""
+        path = self.path
+        self._read_classes()
         lists = [
             path / "splits" / f"{split}_aug.txt",
             path / "splits" / f"{split}.txt",
             path / "ImageSets" / "Segmentation" / f"{split}.txt",
         ]
-        maps = ["SegmentationClassAug", "SegmentationClass"]
+        maps = ["SegmentationClassAug", "SegmentationClass", "SegmentationClassPNG"]
         if "instance" in tasks and self.objects.is_dir():  # only the images of the original set have objects
-            lists, maps = lists[::-1], maps[::-1]
-        self.list = reading.first_there(*lists)
-        self.ids = [_image_id(line) for line in reading.lines(self.list)]
+            lists, maps = lists[::-1], [maps[1], maps[0], maps[2]]
+        self.maps = reading.first_there(*(path / name for name in maps))
+        if split == "train":
+            lists.append(path / "ImageSets" / "Segmentation" / f"{WHOLE}.txt")
+        if not any(file.exists() for file in lists) and split == "train" and not (path / "ImageSets").is_dir():
+            self.list, self.ids = self.maps, sorted(file.stem for file in self.maps.glob("*.png"))
+        else:
+            self.list = reading.first_there(*lists)
+            self.ids = [_image_id(line) for line in reading.lines(self.list)]
         if repeated := [name for name, count in Counter(self.ids).items() if count > 1]:
             raise reading.bad(self.list, f"{repeated[0]!r} occurs twice")
-        self.maps = reading.first_there(*(path / name for name in maps))
-        self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
-        self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
-        self.images = [path / "JPEGImages" / f"{name}.jpg" for name in self.ids]
-        super().__init__(size, len(self.ids))
+        self.pictures = path / "JPEGImages"
+        self.images = [self.pictures / f"{name}.jpg" for name in self.ids]
+
+    def _find_masks_beside(self, folder: Path) -> None:
+        """Images with NAME_mask.png beside each, as Roboflow exports them."""
+        names = read_csv_classes(folder / ROBOFLOW_CLASSES)
+        self.classes, self.thing_classes = names, names[1:]
+        self.maps = self.pictures = self.list = folder
+        self.map_ending = ROBOFLOW_MASK
+        self.ids = sorted(file.name.removesuffix(ROBOFLOW_MASK) for file in folder.glob(f"*{ROBOFLOW_MASK}"))
+        self.images = [folder / f"{name}.jpg" for name in self.ids]
+
+    def _read_classes(self) -> None:
+        if (file := self.path / "labelmap.txt").exists():
+            colours = read_label_map(file)
+            names = reading.with_background(tuple(colours))
+            if names != VOC_CLASSES:
+                self.classes, self.thing_classes = names, names[1:]
+                self.colours = {pack(colour): number for number, colour in enumerate(colours.values()) if colour}
+                self.numbers = numbers_of(tuple(colours.values()))
+        elif file := next((self.path / name for name in NAME_FILES if (self.path / name).exists()), None):
+            self.classes = reading.class_file(file)
+            self.thing_classes = reading.without_background(self.classes)
 
     def picture(self, record: int) -> Picture:
         name = self.ids[record]
-        path, maps = reading.inside(self.path / "JPEGImages", f"{name}.jpg", self.list), self.maps / f"{name}.png"
+        path = _picture_file(self.pictures, name, self.list)
+        maps = self.maps / f"{name}{self.map_ending}"
         image = reading.colour_image(path, reading.as_its_labels(maps))
-        labels = reading.label_map(maps, image.shape, self.classes)
+        labels = self._label_map(maps, image.shape)
         masks, classes = self._objects(name, labels) if self.has_objects else (None, ())
         names = tuple(self.classes[k] for k in np.unique(labels) if k not in (0, IGNORE))
         return Picture(name, image, names, labels, masks, classes)
 
-    def _objects(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
+    def _label_map(self, path: Path, shape: Sequence[int]) -> np.ndarray:
+        """[H, W] uint8 class numbers, by colours where the file has those."""
+        if (packed := packed_colours(path, shape)) is None:
+            pixels = reading.numbers(path, shape)
+            if self.numbers is not None and pixels.min() >= 0 and pixels.max() < len(self.numbers):
+                pixels = self.numbers[pixels]
+            reading.check_numbers(path, pixels, len(self.classes))
+            return pixels.astype(np.uint8)
+        known = {**self.colours, BORDER: IGNORE}
+        shown, places = np.unique(packed, return_inverse=True)
+        if unknown := [value for value in shown.tolist() if value not in known]:
+            colour = ",".join(str(unknown[0] >> shift & 255) for shift in (16, 8, 0))
+            raise reading.bad(path, f"the colour {colour} is of no class in labelmap.txt")
+        return np.array([known[value] for value in shown.tolist()], np.uint8)[places].reshape(packed.shape)
+
+    def _objects(self, name: str, labels: np.ndarray) -> tuple[list[Any], list[int]]:
         """The masks of the objects, and the class that most of each one's pixels have."""
         path = self.objects / f"{name}.png"
-        objects, masks, classes = reading.numbers(path, labels.shape), [], []
+        packed, masks, classes = packed_colours(path, labels.shape), [], []
+        objects = reading.numbers(path, labels.shape) if packed is None else packed
         for number in np.unique(objects):
-            if number in (0, IGNORE):
+            if number in (0, IGNORE if packed is None else BORDER):
                 continue
             pixels = labels[objects == number]
             counts = np.bincount(pixels[(pixels != 0) & (pixels != IGNORE)], minlength=1)
@@ -74,12 +142,10 @@ class Voc(PictureSource):
         return masks, classes
 
 
-def _read_label_map(path: Path) -> tuple[str, ...]:
-    """The classes of a file of lines NAME:COLOUR:PARTS:ACTIONS, in the order of their numbers."""
-    names = tuple(line.partition(":")[0] for line in reading.lines(path) if not line.startswith("#"))
-    if len(set(names)) < len(names) or len(names) < 2 or not all(names) or len(names) > IGNORE:
-        raise reading.bad(path, "its names are not different ones, the background's first")
-    return reading.with_background(names)
+def _picture_file(folder: Path, name: str, listed_in: Path) -> Path:
+    """The picture of an id, of any ending that is read."""
+    files = [reading.inside(folder, f"{name}{ending}", listed_in) for ending in reading.PICTURES]
+    return next((file for file in files if file.exists()), files[0])
 
 
 def _image_id(line: str) -> str:
