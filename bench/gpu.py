@@ -30,6 +30,9 @@ class GpuConfig(SuiteConfig):
     model: str = setting("random-sd14", "random-sd14, a diffusers folder or a file", metavar="MODEL")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     seconds: float = setting(20.0, "seconds for the rounds of one comparison", metavar="S")
+    lock: str = setting(
+        "", "file that other processes lock while they use the GPU; nothing is timed meanwhile", metavar="FILE"
+    )
     device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts on a small model", metavar="DEVICE")
 
 
@@ -40,25 +43,28 @@ def main(arguments: Sequence[str]) -> int:
     from bench import suite
     from bench.peers import PEERS
     from bench.report import results
-    from bench.rows import MEASUREMENTS
+    from bench.rows import MEASUREMENTS, one_race, whole_run
     from bench.rows.peers import one_by_one
 
     first, last = one_by_one(name for name in PEERS if name not in LAST), one_by_one(LAST)
     others = [part for part in MEASUREMENTS.values() if part.name not in ("limits", "peers")]
-    parts = {part.name: part for part in (MEASUREMENTS["limits"], *first, *others, *last)}
-    wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
+    usual = {part.name: part for part in (MEASUREMENTS["limits"], *first, *others, *last)}
+    race, whole = one_race.MEASUREMENT, whole_run.MEASUREMENT
+    parts = {race.name: race, whole.name: whole, **usual}  # the race measures the limits when no other process runs
+    wanted = chosen("parts", config.parts, tuple(parts), tuple(usual))
     if config.left:
         return print_left(config, ["limits", *(name for name in parts if name in wanted and name != "limits")])
     import torch
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise Missing("python -m bench gpu: this machine shows no CUDA device", "`python -m bench` measures the CPU")
-    command, options = (
-        [*PROG.split(), *arguments],
-        {"seconds": config.seconds or SECONDS[config.quick], "judged": JUDGED},
-    )
+    folders = {path: Path(path).name for path in (config.out, config.lock) if path}
+    command = [*PROG.split(), *(folders.get(word, word) for word in arguments)]  # a page shows it
+    options = {"seconds": config.seconds or SECONDS[config.quick], "judged": JUDGED}
     session = suite.open_run(command, config, config.device, config.steps, goes_on=True, **options)
     session.batches.update(results.batches_of(session.file.document))
+    session.lock = config.lock
+    session.end, session.race_end = end, end - (whole.least_seconds if whole.name in wanted else 0.0)
     return suite.measure_and_show(session, parts, wanted, is_json=config.json, end=end)
 
 

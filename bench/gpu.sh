@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The first half hour on a GPU, in three calls of at most nine minutes each, for machines whose commands end after ten:
+# The first half hour on a GPU, in calls of at most nine minutes each, for machines whose commands end after ten:
 #
+#   bench/gpu.sh 0 [--dry-run]    what decides the claim: the race, a whole run of generate, agreement, the longest kernels
 #   bench/gpu.sh 1 [--dry-run]    build, GPU tests, agreement with the reference, the same run twice, and which form of each operation is fastest
 #   bench/gpu.sh 2 [--dry-run]    datasetdm_fast against diffusers and DatasetDM as written; stages, layers, profile
 #   bench/gpu.sh 3 [--dry-run]    block sizes of the kernels that run, memory checker, hardware counters
@@ -11,31 +12,31 @@
 #   VENV=.venv-gpu            environment that is made on top of it
 #   WHEELS=DIR                wheels of libraries that are missing (diffusers, transformers, pycocotools, ...); without it pip asks its index
 #   CACHE=DIR                 Triton kernels compiled elsewhere with `python -m bench rehearse --compile --cache DIR`
-#   OUT=bench/results         where the log of each call and the result files go, at most six in all
-#   ONLY="probe tune"         only these of: environment build tests verify twice probe bench tune memcheck counters
+#   OUT=bench/results         where the log of each call and the result files go, at most six after each call
+#   ONLY="probe tune"         only these of: environment build tests verify twice race probe bench tune memcheck counters
 #   SECONDS_ALL=540           of one call
 #   NAME=DATE-gpu-COMMIT      how the result files begin
 #   PARTS=LIST                parts of `python -m bench gpu` in call 2
 #   DEVICE=cuda MODEL=random-sd14    DEVICE=cpu MODEL=tiny tries the script out
-# Exit codes: 0 done, 2 wrong usage, 3 something is missing, 4 a step failed, 143 interrupted.
+# Exit codes: 0 done, 2 wrong usage, 3 something is missing, 4 a step failed or was left, 143 interrupted.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 CALL=""
 IS_DRY=0
-KINDS="environment build tests verify twice probe bench tune memcheck counters"
+KINDS="environment build tests verify twice race probe bench tune memcheck counters"
 refuse() { # CODE SENTENCE
   echo "bench/gpu.sh: $2" >&2
   exit "$1"
 }
 for word in "$@"; do
   case "$word" in
-    1 | 2 | 3) CALL=$word ;;
+    0 | 1 | 2 | 3) CALL=$word ;;
     --dry-run) IS_DRY=1 ;;
-    *) refuse 2 "'$word' is neither a call (1, 2 or 3) nor --dry-run" ;;
+    *) refuse 2 "'$word' is neither a call (0, 1, 2 or 3) nor --dry-run" ;;
   esac
 done
-[ -n "$CALL" ] || refuse 2 "which call? 1, 2 or 3; the head of this file says what each does"
+[ -n "$CALL" ] || refuse 2 "which call? 0, 1, 2 or 3; the head of this file says what each does"
 for word in ${ONLY:-}; do
   case " $KINDS " in *" $word "*) ;; *) refuse 2 "ONLY names $word, there are $KINDS" ;; esac
 done
@@ -58,6 +59,10 @@ if [ "$IS_DRY" = 0 ]; then
   mkdir "$WORK/running"
 fi
 
+# Before a command that uses the GPU beside a race, which has it alone from its first timed turn: such a command then
+# ends at once with BUSY.
+SHARED=() BUSY=75
+
 wanted() { case " ${ONLY:-$KINDS} " in *" ${1%%-*} "*) return 0 ;; *) return 1 ;; esac; }
 left() { echo $((SECONDS_ALL - SECONDS)); }
 minutes_left() { awk "BEGIN { m = ($(left) - $1) / 60; print m < 0 ? 0 : m }"; } # less so many seconds
@@ -77,13 +82,17 @@ step() {
     echo "$name(no time)" >>"$WORK/failed"
     return 9
   fi
-  timeout --kill-after=5 "$limit" "$@" >"$WORK/running/$name" 2>&1 &
+  timeout --kill-after=5 "$limit" "${SHARED[@]}" "$@" >"$WORK/running/$name" 2>&1 &
   wait $!
   code=$?
   echo "== $name ended with $code after $((SECONDS - begin)) s, $(left) s left" | tee -a "$WORK/running/$name"
   tail -n "${SHOWN:-6}" "$WORK/running/$name" | head -n -1 | cut -c1-300
   kept "$name" "$*"
-  [ "$code" = 0 ] || echo "$name($code)" >>"$WORK/failed"
+  if [ "$code" = "$BUSY" ] && [ "${#SHARED[@]}" != 0 ]; then
+    echo "$name" >>"$WORK/later"
+  elif [ "$code" != 0 ]; then
+    echo "$name($code)" >>"$WORK/failed"
+  fi
   return "$code"
 }
 
@@ -154,11 +163,6 @@ gpu_tests() {
   step tests 300 "$PYTHON" -m pytest -m gpu -q "${workers[@]}" -p no:cacheprovider "${files[@]}"
 }
 demo_agrees() { verify "demo-$1" --dtype "$1" --number 4; }
-full_agrees() {
-  for dtype in $(precisions fp16 bf16); do
-    verify "full-$dtype" --dtype "$dtype" --model "$MODEL" --number 8 --batch-size 8 --steps 3
-  done
-}
 same_twice() {
   local folder=${WORK:-/tmp} line=("$PYTHON" -m datasetdm_fast.generate --number 48 --batch-size 16 --device "$DEVICE" --quiet "${FEW[@]}")
   for run in one two; do step "twice-$run" 120 "${line[@]}" --out "$folder/$run" || return; done
@@ -166,7 +170,46 @@ same_twice() {
   step twice 30 diff -rq "$folder/one" "$folder/two" --exclude=state --exclude=run.json --exclude='*.html' --exclude=README.md
 }
 
+full_agrees() { for dtype in $(precisions fp16 bf16); do agrees "$dtype"; done; }
+agrees() { verify "full-$1" --dtype "$1" --model "$MODEL" --number 8 --batch-size 8 --steps 3; }
+beside_the_race() {
+  SHARED=(flock --no-fork --shared --nonblock --conflict-exit-code "$BUSY" "${WORK:-}/race")
+  for dtype in $(precisions fp16); do agrees "$dtype"; done
+  same_twice
+  agrees bf16
+}
+is_later() { [ -e "${WORK:-/}/later" ] && grep -q "^$1" "$WORK/later"; }
+
 case $CALL in
+  0)
+    if [ "$IS_DRY" = 1 ]; then
+      beside_the_race
+    else
+      SAMPLED=timestamp,clocks.sm,power.draw,memory.used,temperature.gpu,clocks_event_reasons.active
+      if command -v nvidia-smi >/dev/null; then
+        nvidia-smi --query-gpu="$SAMPLED" --format=csv -lms 500 >"$OUT/$NAME-gpu.csv" 2>/dev/null &
+        SAMPLER=$!
+      fi
+      beside beside_the_race
+      BESIDE=$!
+    fi
+    SHARED=()
+    flags=(--device "$DEVICE" --model "$MODEL" --out "$OUT/$NAME.json" --parts "peers,limits,peers run")
+    [ "$IS_DRY" = 1 ] || flags+=(--lock "$WORK/race")
+    [ "$DEVICE" = cpu ] && flags+=(--quick --steps 2)
+    for round in 1 2; do # a process that ended before its time is started again
+      [ "$(left)" -gt 60 ] || [ "$round" = 1 ] || break
+      SHOWN=80 step "race-$round" "$(left)" "$PYTHON" -m bench gpu "${flags[@]}" --minutes "$(minutes_left 15)"
+      [ $? -gt 4 ] && [ "$IS_DRY" = 0 ] && wanted race || break
+    done
+    [ "$IS_DRY" = 1 ] || wait "$BESIDE"
+    SHOWN=90 step probe "$(left)" "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --parts longest_32,batches \
+      --minutes "$(minutes_left 30)" --out "$OUT/$NAME-probe.json"
+    is_later verify-full-fp16 && agrees fp16
+    is_later twice && same_twice
+    is_later verify-full-bf16 && agrees bf16
+    [ -z "${SAMPLER:-}" ] || kill "$SAMPLER" 2>/dev/null
+    ;;
   1)
     [ "$IS_DRY" = 1 ] && beside() { "$@"; } # its steps are printed one after the other
     beside gpu_tests

@@ -59,7 +59,7 @@ def measure_and_show(
     if left:
         say(f"left: {', '.join(left)}; the same command measures them")
     check(document)
-    return 0
+    return GateFailed.exit_code if left else 0
 
 
 def measure(run: BenchRun, parts: Iterable[Measurement], end: float) -> list[str]:
@@ -76,6 +76,10 @@ def measure(run: BenchRun, parts: Iterable[Measurement], end: float) -> list[str
         begin = time.perf_counter()
         rows = part.rows(run)
         seconds = time.perf_counter() - begin
+        if any(row.get("is_left") for row in rows):
+            run.file.leave(part.name, rows)
+            left.append(part.name)
+            continue
         run.file.store(part.name, rows, seconds)
         say(f"{part.name}: {part.title}, {seconds:.0f} s")
     return left

@@ -299,6 +299,7 @@ def script(call, out, *flags, **variables):
 def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
     checked = [f"verify-{model}-{dtype}" for model in ("demo", "full") for dtype in ("fp16", "bf16", "fp32")]
     expected = {
+        0: ["verify-full-fp16", "twice-one", "twice-two", "twice", "verify-full-bf16", "race-1", "probe"],
         1: ["tests", *checked[:-1], "twice-one", "twice-two", "twice", "probe"],
         2: ["bench-1"],
         3: ["tune", "memcheck", "counters"],
@@ -323,7 +324,7 @@ def test_the_gpu_script_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
     none_here = () if torch.cuda.is_available() else (("1", {"DEVICE": "cuda"}, 3, "sees no GPU; DEVICE=cpu"),)
     for call, variables, code, sentence in (
         ("", {}, 2, "'' is neither a call"),
-        ("4", {}, 2, "'4' is neither a call (1, 2 or 3) nor --dry-run"),
+        ("4", {}, 2, "'4' is neither a call (0, 1, 2 or 3) nor --dry-run"),
         ("1", {"ONLY": "bench knit"}, 2, "ONLY names knit"),
         ("1", {"PYTHON": "/bin/false"}, 3, "cannot import torch"),
         ("1", {"OUT": str(tmp_path / "file" / "out")}, 3, "cannot be written to"),

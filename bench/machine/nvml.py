@@ -41,6 +41,20 @@ class Nvml:
         millijoules = self._number("nvmlDeviceGetTotalEnergyConsumption", c_ulonglong)
         return None if millijoules is None else millijoules / 1000
 
+    @property
+    def watts(self) -> float | None:
+        """Power drawn at present."""
+        milliwatts = self._number("nvmlDeviceGetPowerUsage", c_uint)
+        return None if milliwatts is None else milliwatts / 1000
+
+    @property
+    def memory_used(self) -> int | None:
+        """Bytes of its memory that all processes hold."""
+        found = (c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+        if self._library is None or self._library.nvmlDeviceGetMemoryInfo(self._handle, byref(found)):
+            return None
+        return found[2]
+
     def state(self) -> dict[str, int | None]:
         """Clocks in MHz, power limit in watts, temperature in degrees Celsius."""
         limit = self._number("nvmlDeviceGetEnforcedPowerLimit", c_uint)

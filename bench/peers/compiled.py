@@ -9,14 +9,15 @@ import torch
 from bench.peers.diffusers import TunedDiffusers
 from bench.setting import Setting
 
-# On a GPU those of diffusers' guide; a CPU has neither graphs nor Triton, and autotuning its products takes minutes.
+# On a GPU those of diffusers' guide for products. Convolutions stay with cuDNN, whose algorithms are chosen by timing:
+# trying Triton's in their place takes many minutes, and so does coordinate descent. At the batches that are raced one
+# call takes a hundred milliseconds, and recorded graphs would only hold memory. Autotuning would take a CPU minutes.
 OPTIONS = {
     "cuda": {
         "max_autotune": True,
-        "triton.cudagraphs": True,
+        "max_autotune_conv_backends": "ATEN",
+        "triton.cudagraphs": False,
         "conv_1x1_as_mm": True,
-        "coordinate_descent_tuning": True,
-        "coordinate_descent_check_all_directions": True,
         "epilogue_fusion": False,
     },
     "cpu": {"freezing": True},  # weights become constants, laid out once

@@ -19,7 +19,7 @@ from datasetdm_fast.settings import setting
 
 PROG = "python -m bench probe"
 OPERATIONS = ("attention", "convolutions", "upsampling", "products", "norms")
-CALLS = ("batches", "choices", "overlap", "longest", "once")
+CALLS = ("batches", "choices", "overlap", "longest", "longest_32", "once")
 USUAL = ("batches", "longest", "attention", "convolutions", "overlap", "products", "norms", "upsampling", "choices")
 
 
@@ -28,7 +28,9 @@ class ProbeConfig:
     model: str = setting("random-sd14", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
     device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts at small sizes", metavar="DEVICE")
     parts: tuple[str, ...] = setting(
-        (), f"only these of {', '.join(OPERATIONS + CALLS)}, comma-separated (default: all but once)", metavar="LIST"
+        (),
+        f"only these of {', '.join(OPERATIONS + CALLS)}, comma-separated (default: all but once and longest_32)",
+        metavar="LIST",
     )
     minutes: float = setting(8.0, "start no part later than this", metavar="M")
     out: str = setting("", "result file (default: none is written)", metavar="FILE", output="file")
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise Missing(f"{PROG}: this machine shows no CUDA device", "--device cpu --model tiny tries the parts out")
     file = opened(config, arguments)
-    measured(config, wanted, file, end)
+    left = measured(config, wanted, file, end)
     document = file.document
     if config.json:
         print(json.dumps(document, indent=1))
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         raise GateFailed(
             f"bench probe: {failed[0]['what']}: {failed[0]['why']}", "python -m bench rehearse finds races"
         )
-    return 0
+    return GateFailed.exit_code if left else 0
 
 
 def opened(config: ProbeConfig, arguments: Sequence[str]) -> Any:
@@ -63,7 +65,8 @@ def opened(config: ProbeConfig, arguments: Sequence[str]) -> Any:
     from bench.machine import machine
     from bench.report import results
 
-    head = {"suite": "probe", "date": results.now(), "command": shlex.join([*PROG.split(), *arguments])}
+    command = [*PROG.split(), *(Path(word).name if word == config.out else word for word in arguments)]
+    head = {"suite": "probe", "date": results.now(), "command": shlex.join(command)}
     head |= {"machine": machine.describe(torch.device(config.device)), "setting": {"model": config.model}}
     head["machine"] |= {"cudnn": torch.backends.cudnn.version()}
     file = results.ResultFile.open(Path(config.out) if config.out else None, head, goes_on=True)
@@ -71,8 +74,10 @@ def opened(config: ProbeConfig, arguments: Sequence[str]) -> Any:
     return file
 
 
-def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) -> None:
-    """Every part that is not there yet, while the clock allows; the model is loaded for the first that needs it."""
+def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) -> list[str]:
+    """Every part that is not there yet, while the clock allows, and the names of those that are left; the model is
+    loaded for the first that needs it.
+    """
     import torch
 
     from bench.probe import calls, forms
@@ -81,12 +86,13 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
     from datasetdm_fast.engine.engines.memory import release
     from datasetdm_fast.engine.loading import load_model
 
-    device, engine = torch.device(config.device), None
+    device, engine, left = torch.device(config.device), None, []
     for name in wanted:
         if is_settled(file.document, name):
             continue
         if time.monotonic() > end:
             say(f"left: {name}; the same command measures it")
+            left.append(name)
             continue
         file.begin(name)
         begin = time.perf_counter()
@@ -103,3 +109,4 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
                 print(f"{row['what']}: {shown or row.get('largest_difference', '')}", flush=True)
         file.store(name, rows, time.perf_counter() - begin)
         release()
+    return left

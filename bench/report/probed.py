@@ -13,6 +13,7 @@ NONE = "No GPU has been probed yet: `python -m bench probe`."
 BATCH_OF = re.compile(r"batch of (\d+), (\w+)")
 STAGES = ["images in a batch", "UNet call", "captured call", "label decoders", "image decoder"]
 IN_ALL = [f"an image of {CALLS + 1} calls"]
+LISTS = {8: "longest", 32: "longest_32"}  # images of a call -> the part that lists its kernels
 SHOWN = 12  # kernels
 FRONT = ("1", "8", "32")  # images in a batch, of which the front page tells
 LIBRARY = re.compile(r"_implicit_gemm_\w+?_tilesize")  # of cuDNN's names, what all of its convolutions have
@@ -30,9 +31,9 @@ def stages(document: dict[str, Any]) -> Cells:
     return [*STAGES, *IN_ALL], rows
 
 
-def longest(document: dict[str, Any]) -> Cells:
-    """The kernels of one call of eight images that take most of its time."""
-    rows = sorted(rows_of(document, "longest"), key=lambda row: -row["ms"]["call"])[:SHOWN]
+def longest(document: dict[str, Any], part: str) -> Cells:
+    """The kernels of one call that take most of its time."""
+    rows = sorted(rows_of(document, part), key=lambda row: -row["ms"]["call"])[:SHOWN]
     return ["kernel", "launches", "ms"], [
         [f"`{LIBRARY.sub(' ', row['what']).strip('_')[:60]}`", str(row["count"]), number(row["ms"]["call"])]
         for row in rows
@@ -55,9 +56,8 @@ def front(document: dict[str, Any]) -> str:
 
 
 def section(document: dict[str, Any]) -> str:
-    parts = [
-        f"{source(document, document['command'])}.",
-        markdown(stages(document)),
-        "### Kernels of a UNet call of 8 images",
-    ]
-    return "\n\n".join([*parts, markdown(longest(document))])
+    parts = [f"{source(document, document['command'])}.", markdown(stages(document))]
+    for batch, part in LISTS.items():
+        if rows_of(document, part):
+            parts += [f"### Kernels of a UNet call of {batch} images", markdown(longest(document, part))]
+    return "\n\n".join(parts)

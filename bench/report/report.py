@@ -67,6 +67,8 @@ FRONT_COLUMNS = {
     "memory": "memory",
     "in a UNet call": "speed-up of datasetdm_fast",
 }
+NO_GPU = "No race of ours has been measured on a GPU yet."
+GPU_COLUMNS = ("method", "precision", "batch", "images/s", "share of peak", "memory", "J/image", "our speed-up")
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
@@ -209,7 +211,7 @@ def whole(suite: str) -> Callable[[Documents, str], str]:
 
     def section(found: Documents, charts: str) -> str:
         if suite not in found:
-            return f"No race of ours has been measured on a {suite.upper()} yet."
+            return NO_GPU.replace("GPU", suite.upper())
         document, pictures = found[suite], drawn(found[suite])
         parts = [f"`{document['command']}`, {document['date']}. {limit_line(document)}. {setting_line(document)}."]
         for name, title, cells in tables_of(document):
@@ -268,7 +270,7 @@ def paper(found: Documents, charts: str) -> str:
     """What many GPUs would need, computed from the costs that were measured."""
     cpu = found.get("cpu") or found["gpu"]
     raced = {row["peer"]: row for row in rows_of(found["gpu"], "peers")} if "gpu" in found else {"ours": {}}
-    rate = raced["ours"].get("images_per_second")
+    rate = raced.get("ours", {}).get("images_per_second")
     scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
     if not all(scale.values()):
         return "The part `scale` has not been measured yet."
@@ -332,6 +334,19 @@ def front(found: Documents, charts: str) -> str:
     return "\n\n".join([markdown((["CPU", *head], rows)), *sources]) if rows else NO_FULL_SIZE
 
 
+def gpu_front(document: Document) -> str:
+    """The race and the whole run on a GPU in one table, with what the card was set to and drew."""
+    table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in GPU_COLUMNS})
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
+    machine = document["machine"]
+    card = f"driver {machine['driver']}, {machine['clocks']['power_limit_w']} W at most"
+    drawn_by = [
+        f"a whole run drew {row['watts']} W at {row['mhz']} MHz" for row in rows if "watts" in row and "mhz" in row
+    ]
+    facts = ", ".join([f"CUDA {machine['versions']['cuda']}", card, *drawn_by])
+    return f"{markdown(table.cells(rows))}\n\n{source(document)}, {facts}; {setting_line(document)}."
+
+
 def tuned_front(found: Documents, charts: str) -> str:
     """The table of the front page: what generated images are worth, each training set with its best recipe."""
     return tuned_page.front(tuned_of(found)) if "tuned" in found else NOT_TUNED
@@ -364,6 +379,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
+    "gpu-front": lambda found, charts: gpu_front(found["gpu"]) if "gpu" in found else NO_GPU,
     "reckoned": lambda found, charts: reckoned.section(),
     "probed-front": lambda found, charts: probed.front(found["probe"]) if "probe" in found else probed.NONE,
     "probed": lambda found, charts: probed.section(found["probe"]) if "probe" in found else probed.NONE,

@@ -21,7 +21,9 @@ SUITES = ("cpu", "gpu")
 FEWER = "tuned-fewer"
 REPEATED = "-repeated"  # ends the names of suites that are the same with other images, scenes and students
 TUNED = ("tuned", FEWER, f"tuned{REPEATED}", FEWER + REPEATED)
-PEERLESS = ("claims", *TUNED, "training-free", "probe")  # suites of students, and of our engine alone
+WHOLE = ("claims", *TUNED, "training-free")  # suites of students
+NEEDED = {"probe": "batches"}  # the part without which a file is none for the pages, where it is not the peers
+PEERLESS = (*WHOLE, *NEEDED)
 
 
 class ResultFile:
@@ -56,15 +58,29 @@ class ResultFile:
 
     def begin(self, part: str) -> None:
         """Notes that a part was begun, so that one which takes the process with it is not tried for ever."""
-        again = self.document["parts"].get(part, {}).get("status") == BEGUN
-        self.document["parts"][part] = {"status": BEGUN, "tries": 2 if again else 1}
+        before = self.document["parts"].get(part, {})
+        tries = before.get("tries", 0) if before.get("status") == BEGUN else 0
+        self.document["parts"][part] = {**before, "status": BEGUN, "tries": tries + 1}
+        self.save()
+
+    def keep(self, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Stores the rows so far of a part that was begun, unless an earlier try had come further."""
+        begun = self.document["parts"][part]
+        if timed(rows) >= timed(begun.get("rows", [])):
+            begun["rows"] = list(rows)
+            self.save()
+
+    def leave(self, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Stores the rows of a part that ran out of time: the same command measures it again."""
+        self.keep(part, rows)
+        self.document["parts"][part]["tries"] = 0
         self.save()
 
     def give_up_broken(self) -> None:
         """Marks the parts that began twice and never ended."""
         for name, part in self.document["parts"].items():
             if part["status"] == BEGUN and part["tries"] > 1:
-                self.document["parts"][name] = {"status": BROKEN, "rows": []}
+                self.document["parts"][name] = {"status": BROKEN, "rows": part.get("rows", [])}
 
     def store(self, part: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         self.document["parts"][part] = {"status": DONE, "seconds": round(seconds, 1), "rows": list(rows)}
@@ -110,6 +126,11 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def timed(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many times the rows hold."""
+    return sum(len(row.get("seconds_per_image", {}).get("rounds", [])) for row in rows)
+
+
 def is_settled(document: Mapping[str, Any], part: str) -> bool:
     """Whether a part was measured, or began twice and never ended."""
     return document["parts"].get(part, {}).get("status") in (DONE, BROKEN)
@@ -124,7 +145,7 @@ def batches_of(document: Mapping[str, Any]) -> dict[str, int]:
 def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     """The rows of a part, none where it was not measured; peers measured one by one on a GPU are rows of `peers`."""
     parts = document["parts"]
-    names = [part] if part in parts else [name for name in parts if name.startswith(f"{part} ")]
+    names = [name for name in parts if name == part or name.startswith(f"{part} ")]
     rows: dict[str, dict[str, Any]] = {}
     for row in (row for name in names for row in parts[name].get("rows", [])):
         rows.setdefault(row.get("peer", str(len(rows))), row)
@@ -172,6 +193,6 @@ def measured(suite: str, folder: Path = FOLDER) -> list[Path]:
     found = [
         (document["date"], path)
         for document, path in documents
-        if document["suite"] == suite and (suite in PEERLESS or rows_of(document, "peers"))
+        if document["suite"] == suite and (suite in WHOLE or rows_of(document, NEEDED.get(suite, "peers")))
     ]
     return [path for _, path in sorted(found)]

@@ -1,9 +1,10 @@
 """The shape of every measurement, and one run of the bench with what its measurements share."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TextIO
 
 from bench.peers import OURS, PEERS
 from bench.report.results import ResultFile
@@ -26,6 +27,10 @@ class BenchRun:
     batches: dict[str, int] = field(default_factory=dict)  # peer -> the best batch size that was found
     races_ladder: bool = False  # whether the peers race together with the techniques of the ladder
     ladder: Rows = field(default_factory=list)  # the rows of the ladder from that race
+    end: float = math.inf  # of what may be measured, by time.monotonic()
+    race_end: float = math.inf  # of the race, where more is to follow it
+    lock: str = ""  # a file that other processes lock while they use the device
+    owned: list[TextIO] = field(default_factory=list)  # that file, once it is locked for this process alone
 
     @cached_property
     def judge(self) -> ParityJudge:

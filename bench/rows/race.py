@@ -27,7 +27,7 @@ from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.errors import GateFailed, Missing
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
-SAME = 1.03  # a batch size is not better than a smaller one that takes at most so many times as long
+SAME = 1.01  # a batch size is not better than a smaller one that takes at most so many times as long
 LEAST_ROUNDS, LASTING = 5, 2.0  # seconds of a round and peer
 
 
@@ -93,6 +93,8 @@ def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Run
     if why := offer.not_on_cpu if run.setting.device.type == "cpu" else offer.not_on_gpu:
         return row | {"status": "absent", "why": why}, None
     known, others = offer.batch or run.batches.get(offer.like or name, 0), held(run.setting.device)
+    if offer.like and not known:  # every size that is tried would be compiled
+        known = CANDIDATES[run.setting.quick][-1]
     try:
         begin = time.perf_counter()
         peer = offer.build(run.setting, known or 1)
