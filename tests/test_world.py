@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bench.world.hard import scene as hard
+from bench.world.hard.reader import register
 from bench.world.hard.render import render
 from bench.world.tokenizer import build_tokenizer, words_of
 from bench.world.train import SHIPPED, build_models, loosen_caption
-from bench.world.worlds import WORLDS, register
+from bench.world.worlds import WORLDS
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers import READERS, RENDERED_KINDS, open_data

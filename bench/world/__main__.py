@@ -2,7 +2,7 @@
 
 import sys
 
-from bench.world.worlds import register
+from bench.world.hard.reader import register
 from datasetdm_fast import cli
 
 

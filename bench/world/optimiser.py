@@ -18,14 +18,14 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append(parameter)
             for (rows, columns), parameters in shapes.items():
-                moves = []
-                for parameter in parameters:
-                    average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
-                    average.lerp_(parameter.grad, 1 - group["momentum"])
-                    moves.append(parameter.grad.lerp(average, group["momentum"]).reshape(rows, columns))
-                turned = orthogonal(torch.stack(moves)) * (0.2 * max(rows, columns) ** 0.5 * group["lr"])
-                for parameter, move in zip(parameters, turned):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move.view_as(parameter))
+                averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+                moves = torch._foreach_lerp(gradients, averages, group["momentum"])
+                turned = orthogonal(torch.stack([move.reshape(rows, columns) for move in moves]))
+                turned *= 0.2 * max(rows, columns) ** 0.5 * group["lr"]
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(parameters, [move.view_as(p) for move, p in zip(turned, parameters)])
 
 
 def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.world.worlds import WORLDS, register
+from bench.world.hard.reader import register
+from bench.world.worlds import WORLDS
 from datasetdm_fast.config import TASKS
 
 SETTINGS = {

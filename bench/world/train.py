@@ -95,6 +95,7 @@ class DemoTraining:
         ]
         self.average = Average(list(modules.values()), decay)
         self.step, self.samples, self.saved = 0, 0, time.monotonic()
+        self.begun = self.saved  # less the seconds of earlier processes
         if path.exists():
             state = torch.load(path, weights_only=True, map_location=self.trained[0].device)
             for name, module in modules.items():
@@ -103,11 +104,20 @@ class DemoTraining:
                 optimiser.load_state_dict(saved)
             self.average.values, self.average.count = state["average"], state["count"]
             self.step, self.samples = state["step"], state["samples"]
+            self.begun -= state.get("seconds", 0)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done."""
+        return self.step / self.total
 
     def scheduled_rate(self) -> float:
         """Warm-up over 100 steps, constant for the share `hold` of the run, then a cosine to 2 %."""
-        done = self.step / self.total
-        tail = max(done - self.hold, 0) / (1 - self.hold)
+        tail = max(self.share - self.hold, 0) / (1 - self.hold)
         return self.rate * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(tail, 1))))
 
     def advance(self, loss: torch.Tensor, samples: int) -> None:
@@ -129,7 +139,8 @@ class DemoTraining:
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
         state |= {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
         state |= {"average": self.average.values, "count": self.average.count}
-        store(state | {"step": self.step, "samples": self.samples}, self.path)
+        state |= {"step": self.step, "samples": self.samples, "seconds": self.seconds}
+        store(state, self.path)
         self.saved = time.monotonic()
 
 
@@ -140,16 +151,16 @@ class TrainingLog:
         self.path, self.stage, self.every = path, stage, every
         self.sums, self.count, self.start = {}, 0, time.monotonic()
 
-    def add(self, run: DemoTraining, **figures: float) -> None:
+    def add(self, run: DemoTraining, **figures: float | torch.Tensor) -> None:
         self.count += 1
         for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value
         if run.step % self.every and run.step != run.total:
             return
-        means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
+        means = {name: round(float(total) / self.count, 5) for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.start) / self.count
-        row = {"stage": self.stage, "step": run.step, "of": run.total, "samples": run.samples}
-        row |= means | {"seconds_per_step": round(seconds, 4)}
+        row = {"stage": self.stage, "step": run.step, "share": round(run.share, 4), "samples": run.samples}
+        row |= means | {"seconds_per_step": round(seconds, 4), "seconds": round(run.seconds, 1)}
         print(json.dumps(row), file=sys.stderr, flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""The demo world and the harder one by name, the reader of the second, and the seeds that models learn from."""
+"""The demo world and the harder one by name, and the seeds that models learn from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ from bench.world.hard import render as hard_render
 from bench.world.hard import scene as hard
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.scenes.world import TableTop, View
-from datasetdm_fast.training.readers import READERS, RENDERED_KINDS
-from datasetdm_fast.training.readers.demo import DemoWorld
 
 LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first seeds: of what a judge learns, its test, its requests
 TRAIN_SEEDS = 10_000_000  # first seed of the scenes that a diffusion model learns from
@@ -41,15 +39,3 @@ WORLDS = {
         hard.sample_scene, hard_render.view, hard_render.render, (*filter(None, hard.LOOKS), "rain", "snow"),
     ),
 }  # fmt: skip
-
-
-class HardWorld(DemoWorld):
-    kind = "hard"
-    classes, thing_classes, max_depth = hard.CLASSES, hard.THINGS, hard.MAX_DEPTH
-    render_view = staticmethod(hard_render.view)
-
-
-def register() -> None:
-    """Makes hard:COUNT@FIRST_SEED an address of labelled images in this process, as demo:COUNT@FIRST_SEED is."""
-    READERS["hard"] = HardWorld.read
-    RENDERED_KINDS.add("hard")

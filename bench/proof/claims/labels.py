@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options import chosen, say
-from bench.world.worlds import WORLDS, World, register
+from bench.world.hard.reader import register
+from bench.world.worlds import WORLDS, World
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import setting
